@@ -1,0 +1,1 @@
+"""Bytes on disk: index, reader, writer, journal, side files. Knows no model and no quantization."""

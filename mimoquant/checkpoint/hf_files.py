@@ -1,0 +1,51 @@
+"""The files of a Hugging Face folder that are not weights: what is carried over and how.
+
+Key idea: tokenizer, chat template, processor, remote code and sub-folders are copied as bytes, never opened or run.
+Weights, the index, config.json and the README have their own writers.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from mimoquant.checkpoint.index import INDEX_NAME, resolve_inside
+from mimoquant.checkpoint.writer import fsync_folder
+from mimoquant.errors import StoppedError
+
+CONFIG_NAME = "config.json"
+_WRITTEN_ANEW = {CONFIG_NAME, INDEX_NAME, "README.md", "recipe.yaml", "report.json", "report.html", "journal.jsonl"}
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".onnx", ".h5", ".msgpack")
+
+
+def side_files(folder: Path) -> list[str]:
+    """Relative paths of the files to carry over, sorted. Hidden files and top-level weights are not among them."""
+    names: list[str] = []
+    for root, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        relative = Path(root).relative_to(folder)
+        for file in files:
+            if file.startswith(".") or (file in _WRITTEN_ANEW and relative == Path()):
+                continue
+            if relative == Path() and file.endswith(_WEIGHT_SUFFIXES):
+                continue
+            names.append((relative / file).as_posix())
+    return sorted(names)
+
+
+def copy_side_files(source: Path, target: Path, names: list[str]) -> None:
+    """Copy `names` (from `side_files`) byte for byte; links out of the source folder are refused."""
+    for name in names:
+        origin, destination = resolve_inside(source, name), target / name
+        try:
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(origin, destination)
+            with destination.open("rb") as handle:
+                os.fsync(handle.fileno())
+            fsync_folder(destination.parent)
+        except OSError as error:
+            raise StoppedError(
+                f"{destination}: cannot be written ({error.strerror})",
+                hint="make room, then run the same command again with --resume",
+            ) from error

@@ -1,0 +1,245 @@
+"""What a safetensors folder holds, from its headers alone.
+
+Key idea: one `CheckpointIndex` maps every tensor name to file, dtype, shape and byte range. Nothing but headers is
+read, so a terabyte opens in a second. Everything a hostile or broken folder can do wrong is refused here, once:
+paths out of the folder, headers longer than their file, holes and overlaps, an index that disagrees with the files.
+
+Left out: pickle files are never opened.
+Reference: https://github.com/huggingface/safetensors (README, "Format").
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mimoquant.errors import CheckpointError, UsageError
+
+DTYPE_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+    "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
+    "U32": 4, "I32": 4, "F32": 4,
+    "U64": 8, "I64": 8, "F64": 8,
+}  # fmt: skip
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+MAX_INDEX_BYTES = 1_000_000_000
+INDEX_NAME = "model.safetensors.index.json"
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where one tensor lies. `offset` counts from the start of `file`; sizes are in bytes."""
+
+    name: str
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class CheckpointIndex:
+    """Every tensor of a checkpoint folder, by name."""
+
+    folder: Path
+    tensors: dict[str, TensorInfo]
+    file_sizes: dict[str, int]
+    header_sha256: dict[str, str]
+    metadata: dict[str, Any]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(info.size_bytes for info in self.tensors.values())
+
+    def headers_fingerprint(self) -> str:
+        """sha256 over file names, sizes and headers; says nothing about the payload."""
+        digest = hashlib.sha256()
+        for file in sorted(self.file_sizes):
+            digest.update(f"{file}\0{self.file_sizes[file]}\0{self.header_sha256[file]}\n".encode())
+        return digest.hexdigest()
+
+
+def open_index(folder: Path | str) -> CheckpointIndex:
+    """Read all headers of a checkpoint folder.
+
+    Raises:
+        UsageError: not a directory.
+        CheckpointError: anything about the folder that is not a well-formed safetensors checkpoint.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise UsageError(f"{folder}: not a checkpoint folder ({what})", hint="give the folder that holds config.json")
+    weight_map, metadata = _read_weight_map(folder)
+    tensors: dict[str, TensorInfo] = {}
+    sizes: dict[str, int] = {}
+    hashes: dict[str, str] = {}
+    for file in sorted(set(weight_map.values())):
+        path = resolve_inside(folder, file)
+        infos, sizes[file], hashes[file] = read_shard_header(path, file)
+        for info in infos:
+            if weight_map.get(info.name, file) != file:
+                raise CheckpointError(
+                    f"{folder / file}: holds {info.name}, which the index places in {weight_map[info.name]}",
+                    hint="one tensor in two shards: download the checkpoint again",
+                )
+            tensors[info.name] = info
+    _check_agreement(folder, weight_map, tensors)
+    return CheckpointIndex(folder, tensors, sizes, hashes, metadata)
+
+
+def read_shard_header(path: Path, file: str) -> tuple[list[TensorInfo], int, str]:
+    """Parse and check one shard's header; returns its tensors, the file's size and the header's sha256."""
+    try:
+        with path.open("rb") as handle:
+            file_size = os.fstat(handle.fileno()).st_size
+            prefix = handle.read(8)
+            if len(prefix) < 8:
+                raise CheckpointError(f"{path}: {file_size} bytes are too few for a safetensors file")
+            (header_bytes,) = struct.unpack("<Q", prefix)
+            if header_bytes > min(file_size - 8, MAX_HEADER_BYTES):
+                raise CheckpointError(
+                    f"{path}: the header claims {header_bytes} bytes but the file has {file_size}",
+                    hint="the file is truncated or not safetensors: download it again",
+                )
+            raw = handle.read(header_bytes)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    header = _parse_json_object(raw, path)
+    header.pop("__metadata__", None)
+    data_start = 8 + header_bytes
+    infos = [_tensor_info(name, entry, file, data_start, path) for name, entry in header.items()]
+    _check_layout(infos, data_start, file_size, path)
+    return infos, file_size, hashlib.sha256(raw).hexdigest()
+
+
+def resolve_inside(folder: Path, name: str) -> Path:
+    """The path of `name` in `folder`, refusing anything that leaves the folder.
+
+    A Hugging Face cache snapshot links into its own `blobs/`; that, and only that, is followed.
+    """
+    if not name or name.startswith("/") or "\\" in name or "\0" in name or ".." in Path(name).parts:
+        raise CheckpointError(f"{folder}: the path {name!r} leads out of the checkpoint folder")
+    path = folder / name
+    if not path.exists():
+        raise CheckpointError(
+            f"{folder}: {name} is missing", hint="the download is incomplete: fetch the missing file and try again"
+        )
+    resolved, root = path.resolve(), folder.resolve()
+    roots = [root]
+    if root.parent.name == "snapshots":
+        roots.append(root.parent.parent / "blobs")
+    if not any(resolved.is_relative_to(allowed) for allowed in roots):
+        raise CheckpointError(f"{path}: is a link that leads out of the checkpoint folder, to {resolved}")
+    if not resolved.is_file():
+        raise CheckpointError(f"{path}: is not a regular file")
+    return path
+
+
+def read_json_object(path: Path, max_bytes: int = MAX_INDEX_BYTES) -> dict[str, Any]:
+    """A JSON file that must hold an object; size-limited, UTF-8 (CRLF and a BOM are fine)."""
+    try:
+        size = path.stat().st_size
+        if size > max_bytes:
+            raise CheckpointError(f"{path}: {size} bytes, more than the {max_bytes} a JSON file may have here")
+        return _parse_json_object(path.read_bytes(), path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _parse_json_object(raw: bytes, path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(raw.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is not valid JSON ({str(error)[:120]})") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: holds a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def _read_weight_map(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """name → file from the index file, or from the only shard when there is no index."""
+    index_path = folder / INDEX_NAME
+    if index_path.exists():
+        index = read_json_object(resolve_inside(folder, INDEX_NAME))
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise CheckpointError(f"{index_path}: has no usable weight_map")
+        if not weight_map:
+            raise CheckpointError(f"{index_path}: the weight_map is empty")
+        metadata = index.get("metadata")
+        return weight_map, metadata if isinstance(metadata, dict) else {}
+    shards = sorted(path.name for path in folder.iterdir() if path.suffix == ".safetensors")
+    if len(shards) > 1:
+        raise CheckpointError(
+            f"{folder}: {len(shards)} safetensors files but no {INDEX_NAME}",
+            hint="download the index that belongs to the shards",
+        )
+    if not shards:
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLE_SUFFIXES)
+        if pickles:
+            raise CheckpointError(
+                f"{folder}: holds pickle weights ({pickles[0]}), which are never opened",
+                hint="convert the checkpoint to safetensors first",
+            )
+        raise CheckpointError(f"{folder}: holds no safetensors file")
+    infos, _, _ = read_shard_header(resolve_inside(folder, shards[0]), shards[0])
+    return {info.name: shards[0] for info in infos}, {}
+
+
+def _tensor_info(name: str, entry: Any, file: str, data_start: int, path: Path) -> TensorInfo:
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        item_bytes = DTYPE_BYTES.get(dtype)
+        integers = all(type(value) is int and value >= 0 for value in (*shape, begin, end))
+    except (TypeError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{path}: the header entry of {name} is malformed") from error
+    if item_bytes is None:
+        raise CheckpointError(f"{path}: {name} has the unknown dtype {dtype!r}")
+    if not integers:
+        raise CheckpointError(f"{path}: {name} has a shape or offsets that are not natural numbers")
+    size = math.prod(shape) * item_bytes
+    if end - begin != size:
+        raise CheckpointError(
+            f"{path}: {name} is {dtype}{list(shape)} = {size} bytes but its offsets span {end - begin}"
+        )
+    return TensorInfo(name, file, dtype, shape, data_start + begin, size)
+
+
+def _check_layout(infos: list[TensorInfo], data_start: int, file_size: int, path: Path) -> None:
+    """Tensors must tile the file: no hole, no overlap, no rest."""
+    position = data_start
+    for info in sorted(infos, key=lambda info: (info.offset, info.size_bytes)):
+        if info.offset != position:
+            problem = "overlaps its predecessor" if info.offset < position else "leaves a hole before it"
+            raise CheckpointError(f"{path}: {info.name} at byte {info.offset} {problem} (expected {position})")
+        position += info.size_bytes
+    if position != file_size:
+        raise CheckpointError(
+            f"{path}: the header describes {position} bytes but the file has {file_size}",
+            hint="the file is truncated or damaged: download it again",
+        )
+
+
+def _check_agreement(folder: Path, weight_map: dict[str, str], tensors: dict[str, TensorInfo]) -> None:
+    missing = weight_map.keys() - tensors.keys()
+    if missing:
+        name = min(missing)
+        raise CheckpointError(
+            f"{folder}: {len(missing)} of {len(weight_map)} tensors of the index are not in their file, "
+            f"first {name} in {weight_map[name]}"
+        )
+    extra = tensors.keys() - weight_map.keys()
+    if extra:
+        name = min(extra)
+        raise CheckpointError(
+            f"{folder}: {len(extra)} tensors are in a file but not in the index, first {name} in {tensors[name].file}"
+        )

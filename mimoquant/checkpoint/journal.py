@@ -1,0 +1,177 @@
+"""The run folder: what is finished survives a kill.
+
+Key idea: everything is written into `OUT.partial/`. A shard is written and fsynced first, then its line is appended to
+`journal.jsonl` and fsynced, and at the very end the folder is renamed to `OUT`. So `OUT` is always complete, and after
+a kill the journal tells exactly which shards can be kept. `run.json` says what the run was to do; a resume under
+another recipe, source or version is refused by name. Lines hold no times, so equal outputs have equal journals.
+
+A second run into the same folder is refused by a file lock, which dies with its process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mimoquant.checkpoint.writer import fsync_folder, write_file_durably
+from mimoquant.errors import CheckpointError, StoppedError, UsageError
+
+JOURNAL_NAME = "journal.jsonl"
+RUN_NAME = "run.json"
+
+
+@dataclass(frozen=True, slots=True)
+class JournalLine:
+    """One finished shard."""
+
+    unit: str
+    file: str
+    size_bytes: int
+    sha256: str
+
+
+def read_journal(path: Path) -> list[JournalLine]:
+    """All whole lines of a journal; a torn last line (the process died inside the write) is dropped."""
+    lines: list[JournalLine] = []
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        return lines
+    parts = raw.split(b"\n")
+    for number, part in enumerate(parts[:-1], start=1):
+        try:
+            fields = json.loads(part)
+            line = JournalLine(**fields)
+            if not (isinstance(line.file, str) and isinstance(line.size_bytes, int)):
+                raise TypeError
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{path}: line {number} is damaged") from error
+        lines.append(line)
+    return lines
+
+
+class RunFolder:
+    """`OUT.partial/` while a run is under way. Use as a context manager: the lock is held inside."""
+
+    def __init__(self, out: Path, identity: dict[str, Any], *, resume: bool) -> None:
+        self.out = out
+        self.partial = out.with_name(out.name + ".partial")
+        self._identity = identity
+        self._resume = resume
+        self._lock = -1
+        self._journal = -1
+        self.finished: dict[str, JournalLine] = {}
+
+    def __enter__(self) -> RunFolder:
+        if self.out.exists() or self.out.is_symlink():
+            raise UsageError(f"{self.out}: exists already", hint="choose another --out or remove it")
+        try:
+            self._open()
+        except OSError as error:
+            self._close()
+            raise StoppedError(f"{self.partial}: cannot be written ({error.strerror})") from error
+        except BaseException:
+            self._close()
+            raise
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, tb: Any) -> None:
+        self._close()
+
+    def path(self, file: str) -> Path:
+        return self.partial / file
+
+    def record(self, line: JournalLine) -> None:
+        """Append one durable line; the shard it names must be durable already."""
+        fsync_folder(self.partial)
+        try:
+            os.write(self._journal, json.dumps(asdict(line)).encode() + b"\n")
+            os.fsync(self._journal)
+        except OSError as error:
+            raise StoppedError(
+                f"{self.partial / JOURNAL_NAME}: cannot be written ({error.strerror})",
+                hint="make room, then run the same command again with --resume",
+            ) from error
+        self.finished[line.unit] = line
+
+    def publish(self, order: list[str]) -> None:
+        """Rewrite the journal in plan order and rename the folder to its final name."""
+        lines = "".join(json.dumps(asdict(self.finished[unit])) + "\n" for unit in order)
+        write_file_durably(self.partial / JOURNAL_NAME, lines.encode())
+        self.path(RUN_NAME).unlink()
+        fsync_folder(self.partial)
+        os.rename(self.partial, self.out)
+        fsync_folder(self.out.parent)
+
+    def discard(self) -> None:
+        """Remove the folder: the run ended before anything in it was worth keeping."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+    def _open(self) -> None:
+        fresh = not self.partial.exists()
+        if not fresh and not self._resume:
+            raise UsageError(
+                f"{self.partial}: an unfinished run is there",
+                hint="continue it with --resume, or remove that folder to start again",
+            )
+        self.partial.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(self.partial, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(f"{self.partial}: another run is writing there", hint="wait for it, or stop it") from error
+        run_path = self.path(RUN_NAME)
+        if run_path.exists():
+            self._check_identity(run_path)
+            self._keep_finished()
+        else:
+            write_file_durably(run_path, json.dumps(self._identity, indent=2).encode())
+        self._journal = os.open(self.path(JOURNAL_NAME), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+
+    def _check_identity(self, path: Path) -> None:
+        try:
+            before = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise UsageError(f"{path}: is damaged", hint="remove the folder and start again") from error
+        for key, now in self._identity.items():
+            if before.get(key) != now:
+                raise UsageError(
+                    f"{self.partial}: cannot be resumed, {key} was {before.get(key)} and is now {now}",
+                    hint="resume with what the run began with, or remove the folder and start again",
+                )
+
+    def _keep_finished(self) -> None:
+        """Keep journaled shards whose bytes still have their hash; forget (and so rewrite) the others."""
+        for line in read_journal(self.path(JOURNAL_NAME)):
+            path = self.path(line.file)
+            if path.is_file() and path.stat().st_size == line.size_bytes and file_sha256(path) == line.sha256:
+                self.finished[line.unit] = line
+        kept = "".join(json.dumps(asdict(line)) + "\n" for line in self.finished.values())
+        write_file_durably(self.path(JOURNAL_NAME), kept.encode())
+
+    def _close(self) -> None:
+        for descriptor in (self._journal, self._lock):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._journal = self._lock = -1
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file in hex."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that may be written below `folder` (its nearest existing parent)."""
+    probe = folder.absolute()
+    with contextlib.suppress(StopIteration):
+        probe = next(parent for parent in (probe, *probe.parents) if parent.exists())
+    return shutil.disk_usage(probe).free

@@ -1,0 +1,83 @@
+"""Tensors by name, by offset, read-only.
+
+Key idea: `pread` into memory that the caller owns: no memory map (mapped pages count as resident and fault one by
+one), no shared file position (any number of threads may read), and every byte is counted.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+
+from mimoquant.checkpoint.index import CheckpointIndex, TensorInfo, resolve_inside
+from mimoquant.errors import CheckpointError
+
+Bytes = npt.NDArray[np.uint8]
+
+
+class CheckpointReader:
+    """Reads tensors of one checkpoint. Thread-safe. `bytes_read` counts payload bytes."""
+
+    def __init__(self, index: CheckpointIndex) -> None:
+        self.index = index
+        self.bytes_read = 0
+        self._descriptors: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> CheckpointReader:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        with self._lock:
+            for descriptor in self._descriptors.values():
+                os.close(descriptor)
+            self._descriptors.clear()
+
+    def read(self, name: str) -> Bytes:
+        """The raw bytes of one tensor, as a flat uint8 array."""
+        info = self.index.tensors[name]
+        out = np.empty(info.size_bytes, np.uint8)
+        self.read_into(info, out)
+        return out
+
+    def read_into(self, info: TensorInfo, out: Bytes) -> None:
+        """Fill `out` (flat uint8, `info.size_bytes` long) with the tensor's bytes."""
+        self.read_range(info, 0, out)
+
+    def read_range(self, info: TensorInfo, start: int, out: Bytes) -> None:
+        """Fill `out` with the tensor's bytes from `start` on."""
+        descriptor = self._descriptor(info.file)
+        view, done = out.data, 0
+        try:
+            while done < len(view):
+                count = os.preadv(descriptor, [view[done:]], info.offset + start + done)
+                if count == 0:
+                    raise CheckpointError(
+                        f"{self.index.folder / info.file}: ends inside {info.name}, "
+                        f"{len(view) - done} of {info.size_bytes} bytes short",
+                        hint="the file changed while it was read",
+                    )
+                done += count
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.index.folder / info.file}: reading {info.name} failed ({error.strerror})"
+            ) from error
+        with self._lock:
+            self.bytes_read += done
+
+    def _descriptor(self, file: str) -> int:
+        with self._lock:
+            if file not in self._descriptors:
+                try:
+                    path = resolve_inside(self.index.folder, file)
+                    self._descriptors[file] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                except OSError as error:
+                    raise CheckpointError(f"{self.index.folder / file}: cannot be opened ({error.strerror})") from error
+            return self._descriptors[file]

@@ -1,0 +1,147 @@
+"""Write one safetensors shard as a stream, hashed on the way.
+
+Key idea: the plan fixes every entry before the first byte is computed, so the header is written first and tensors
+follow in header order. Memory stays at one tensor, the size is known to the byte, and the sha256 is of the bytes that
+were meant, not of what a disk gave back.
+
+The header carries one metadata key (`format: pt`): anything else would make equal outputs differ.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mimoquant.checkpoint.index import DTYPE_BYTES
+from mimoquant.errors import StoppedError
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of a shard to be written."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        return DTYPE_BYTES[self.dtype] * math.prod(self.shape)
+
+
+def shard_header(entries: list[Entry]) -> bytes:
+    """Length prefix and JSON header of a shard with these entries in this order, padded to 8 bytes.
+
+    Raises ValueError where a tensor would start at an address its dtype cannot be read from.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for entry in entries:
+        if position % DTYPE_BYTES[entry.dtype]:
+            raise ValueError(f"{entry.name}: {entry.dtype} would start at the odd byte {position}")
+        end = position + entry.size_bytes
+        header[entry.name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": (position, end)}
+        position = end
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    return struct.pack("<Q", len(raw)) + raw
+
+
+class ShardWriter:
+    """Writes the tensors of one shard in the order of `entries`; `close` makes it durable and returns its sha256."""
+
+    def __init__(self, path: Path, entries: list[Entry]) -> None:
+        self.path = path
+        self._entries = [entry for entry in entries if entry.size_bytes]
+        self._next = 0  # the entry that is being written, and how much of it is still to come
+        self._left = self._entries[0].size_bytes if self._entries else 0
+        self._sha256 = hashlib.sha256()
+        self.size_bytes = 0
+        with _io(path):
+            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        self._put(shard_header(entries))
+
+    def write(self, name: str, data: npt.NDArray[Any]) -> None:
+        """Append bytes of the next tensor: all of it, or its next part."""
+        expected = self._entries[self._next].name if self._next < len(self._entries) else "the end"
+        if name != expected or data.nbytes > self._left:
+            raise ValueError(f"{self.path}: got {data.nbytes} bytes of {name} where {self._left} of {expected} follow")
+        self._put(data.reshape(-1).view(np.uint8).data)
+        self._left -= data.nbytes
+        if self._left == 0:
+            self._next += 1
+            self._left = self._entries[self._next].size_bytes if self._next < len(self._entries) else 0
+
+    def close(self) -> str:
+        """fsync and close; returns the sha256 of the whole file in hex."""
+        if self._next < len(self._entries):
+            raise ValueError(f"{self.path}: {self._entries[self._next].name} was never written in full")
+        with _io(self.path):
+            os.fsync(self._file)
+        self.abandon()
+        return self._sha256.hexdigest()
+
+    def abandon(self) -> None:
+        """Close without the promise that the file is whole."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def _put(self, data: bytes | memoryview) -> None:
+        view, done = memoryview(data), 0
+        self._sha256.update(view)
+        with _io(self.path):
+            while done < len(view):
+                done += os.write(self._file, view[done:])
+        self.size_bytes += done
+
+
+class _io:
+    """Turns an OSError of a write into a StoppedError that names the file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, tb: Any) -> None:
+        if isinstance(error, OSError):
+            raise StoppedError(
+                f"{self.path}: cannot be written ({error.strerror})",
+                hint="make room or mend the permissions, then run the same command again with --resume",
+            ) from error
+
+
+def write_file_durably(path: Path, data: bytes) -> None:
+    """Create or replace a small file so that a crash leaves either the old or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with _io(path):
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(descriptor, view) :]
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(temporary, path)
+        fsync_folder(path.parent)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames and new names in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,132 @@
+"""How each container names and declares quantized experts on disk.
+
+Key idea: a container is data (suffixes, dtypes, whether it can hold FP8 beside the experts) plus one function that
+builds config.json's `quantization_config`. What the engines accept was read from vLLM 0.33 and SGLang 0.5.23.
+
+    compressed-tensors   no FP8 `weight_scale_inv` exists there, so FP8 attention, dense MLP and MTP become bf16, and a
+                         fused qkv becomes split q, k, v: the one bf16 layout both engines load rightly at any TP
+    native               the family's own `store_dtype: mxfp4` under `quant_method: fp8`: all else stays as it was
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+from mimoquant.quant.formats import Format
+
+COMPRESSED_TENSORS, NATIVE = "compressed-tensors", "native"
+CONTAINERS = (COMPRESSED_TENSORS, NATIVE)
+EXPERT_TARGET = r"re:.*mlp\.experts\.\d+\.(gate|up|down)_proj$"
+FORMAT_VERSION = "0.19.0"  # of compressed-tensors, whose layout this is
+
+_COMPRESSED_FORMAT = {"int4": "pack-quantized", "mxfp4": "mxfp4-pack-quantized", "nvfp4": "nvfp4-pack-quantized"}
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One tensor of a quantized expert: the part of the format it holds, its name suffix, dtype and shape."""
+
+    part: str
+    suffix: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def expert_tensors(container: str, fmt: Format, out_features: int, in_features: int) -> list[Stored]:
+    """The tensors that stand for `<module>.weight` [out_features, in_features], in the order they are written."""
+    parts = fmt.parts(out_features, in_features)
+    if container == NATIVE:
+        names = {"codes": "weight", "scale": "weight_scale"}
+    else:
+        names = {"global_scale": "weight_global_scale", "codes": "weight_packed", "zero_point": "weight_zero_point",
+                 "scale": "weight_scale"}  # fmt: skip
+    stored = [Stored(part, suffix, *parts[part]) for part, suffix in names.items() if part in parts]
+    if fmt.name == "int4":  # the same bytes, declared as eight codes a word
+        stored = [
+            Stored(t.part, t.suffix, "I32", (out_features, in_features // 8)) if t.part == "codes" else t
+            for t in stored
+        ]
+    return stored
+
+
+def shape_tensor(container: str, fmt: Format) -> bool:
+    """Whether each module also has `weight_shape`, I64 [2]; vLLM's loader asks for it."""
+    return container == COMPRESSED_TENSORS and fmt.name == "int4"
+
+
+def output_config(
+    config: dict[str, Any], container: str, formats: dict[int, Format], carve_outs: dict[int, str]
+) -> dict[str, Any]:
+    """The source's config.json with the keys that the output changes. `formats`: MoE layer → format."""
+    out = copy.deepcopy(config)
+    if container == NATIVE:
+        quantization = out["quantization_config"]
+        quantization["store_dtype"] = "mxfp4"
+        quantization["mxfp4_block_size"] = 32
+        if carve_outs:
+            ignored = list(quantization.get("ignored_layers") or [])
+            quantization["ignored_layers"] = ignored + [f"model.layers.{n}.mlp.experts" for n in sorted(carve_outs)]
+        return out
+    if out.get("attention_projection_layout") == "fused_qkv":
+        out["attention_projection_layout"] = "split"
+    out["quantization_config"] = _compressed_tensors_config(formats, carve_outs)
+    return out
+
+
+def _compressed_tensors_config(formats: dict[int, Format], carve_outs: dict[int, str]) -> dict[str, Any]:
+    distinct = sorted(set(formats.values()), key=lambda fmt: fmt.label)
+    groups: dict[str, Any] = {}
+    for number, fmt in enumerate(distinct):
+        layers = [layer for layer, other in formats.items() if other == fmt]
+        target = EXPERT_TARGET if len(distinct) == 1 else _layers_target(layers)
+        groups[f"group_{number}"] = _group(target, _COMPRESSED_FORMAT[fmt.name], format_weights(fmt), None)
+    fp8_layers = sorted(layer for layer, kind in carve_outs.items() if kind == "fp8")
+    if fp8_layers:
+        groups[f"group_{len(groups)}"] = _group(_layers_target(fp8_layers), "float-quantized", _FP8_WEIGHTS, _FP8_INPUT)
+        if len(distinct) == 1:  # the general target must not claim the FP8 layers
+            groups["group_0"]["targets"] = [_layers_target(list(formats))]
+    kinds = {group["format"] for group in groups.values()}
+    bf16_layers = sorted(layer for layer, kind in carve_outs.items() if kind == "bf16")
+    return {
+        "config_groups": groups,
+        "format": kinds.pop() if len(kinds) == 1 else "mixed-precision",
+        "global_compression_ratio": None,
+        "ignore": [_layers_target(bf16_layers)] if bf16_layers else [],
+        "kv_cache_scheme": None,
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "version": FORMAT_VERSION,
+    }
+
+
+def _layers_target(layers: list[int]) -> str:
+    choice = "|".join(str(layer) for layer in sorted(layers))
+    return rf"re:.*layers\.({choice})\.mlp\.experts\.\d+\.(gate|up|down)_proj$"
+
+
+def _group(target: str, kind: str, weights: dict[str, Any], inputs: dict[str, Any] | None) -> dict[str, Any]:
+    return {"targets": [target], "format": kind, "weights": weights, "input_activations": inputs,
+            "output_activations": None}  # fmt: skip
+
+
+def format_weights(fmt: Format) -> dict[str, Any]:
+    """The compressed-tensors `QuantizationArgs` of a format, as JSON."""
+    scale_dtype = {"int4": None, "mxfp4": "torch.uint8", "nvfp4": "torch.float8_e4m3fn"}[fmt.name]
+    return {
+        "num_bits": 4,
+        "type": "int" if fmt.name == "int4" else "float",
+        "symmetric": fmt.symmetric,
+        "strategy": "tensor_group" if fmt.name == "nvfp4" else "group",
+        "group_size": fmt.group_size,
+        "dynamic": False,
+        "scale_dtype": scale_dtype,
+        "zp_dtype": None if fmt.symmetric else "torch.int8",
+    }
+
+
+_FP8_WEIGHTS = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "block", "block_structure": [128, 128],
+                "dynamic": False}  # fmt: skip
+_FP8_INPUT = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "group", "group_size": 128,
+              "dynamic": True}  # fmt: skip

@@ -1,0 +1,44 @@
+"""Which engine a device means.
+
+Key idea: the CPU engine needs no torch, so torch (1.5 s and 250 MB to import) is loaded only where a CUDA driver
+answers or the user asks for a device.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+from mimoquant.errors import UsageError
+from mimoquant.quant.stack import Engine
+
+
+def make_engine(device: str) -> Engine:
+    """The engine for "auto", "cpu" or "cuda[:n]". Raises UsageError where the device is not there."""
+    if device == "auto":
+        device = "cuda" if _cuda_driver_answers() and _torch_sees_cuda() else "cpu"
+    if device == "cpu":
+        from mimoquant.quant.engine_cpu import CpuEngine
+
+        return CpuEngine()
+    if not device.startswith("cuda"):
+        raise UsageError(f"--device {device}: known are auto, cpu and cuda")
+    if not _torch_sees_cuda():
+        raise UsageError(f"--device {device}: torch sees no CUDA device here", hint="use --device cpu: same bytes")
+    from mimoquant.quant.engine_torch import TorchEngine
+
+    return TorchEngine(device)
+
+
+def _cuda_driver_answers() -> bool:
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+        count = ctypes.c_int(0)
+        return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+    except (OSError, AttributeError):
+        return False
+
+
+def _torch_sees_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

@@ -1,0 +1,47 @@
+"""The error tree and its exit codes.
+
+Key idea: every failure that a user can cause is one sentence (what, where, both numbers) and an optional hint;
+`cli` turns it into an exit code in one place. Anything else that escapes is a bug and keeps its traceback (exit 1).
+"""
+
+from __future__ import annotations
+
+
+class MimoquantError(Exception):
+    """A failure a user can cause. `exit_code` follows ARCHITECTURE.md; `hint` says what to do about it."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class UsageError(MimoquantError):
+    """The command line is wrong; nothing was done."""
+
+    exit_code = 2
+
+
+class RecipeError(MimoquantError):
+    """The recipe is wrong, or does not fit this checkpoint; nothing was done."""
+
+    exit_code = 2
+
+
+class CheckpointError(MimoquantError):
+    """The checkpoint (or other data) is wrong."""
+
+    exit_code = 3
+
+
+class StoppedError(MimoquantError):
+    """The run stopped midway for a reason outside the data (disk full, I/O error); it can be resumed."""
+
+    exit_code = 4
+
+
+class QualityError(MimoquantError):
+    """A quality gate failed: the output exists and is not what it claims."""
+
+    exit_code = 5

@@ -1,0 +1,74 @@
+"""Weights as the model sees them: stacks of experts as stored, anything else as bf16.
+
+Key idea: this is the one place that joins the reader with roles and numbers: which bytes a layer's experts are, which
+scale row an FP8 row has, and how a fused qkv becomes q, k and v.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mimoquant.checkpoint.reader import CheckpointReader
+from mimoquant.errors import CheckpointError
+from mimoquant.model.layout import FP8_BLOCK, PROJECTIONS, Geometry, ModelLayout, Weight
+from mimoquant.model.qkv import deinterleave_rows, scale_row_of
+from mimoquant.quant.stack import Engine, NonFiniteError, Stack
+
+Array = npt.NDArray[Any]
+
+
+def read_experts(reader: CheckpointReader, layout: ModelLayout, layer: int, begin: int, end: int) -> dict[str, Stack]:
+    """Experts begin..end of a layer: projection → stack, bytes as stored."""
+    return {p: _read_stack(reader, [layout.expert(layer, e, p) for e in range(begin, end)]) for p in PROJECTIONS}
+
+
+def _read_stack(reader: CheckpointReader, weights: list[Weight]) -> Stack:
+    fp8 = weights[0].scale is not None
+    if any((weight.scale is not None) != fp8 for weight in weights):
+        raise CheckpointError(f"{weights[0].name}: its neighbours have another dtype; a layer's experts must share one")
+    values = np.empty((len(weights), *weights[0].info.shape), np.uint8 if fp8 else np.uint16)
+    for weight, target in zip(weights, values, strict=True):
+        reader.read_into(weight.info, target.reshape(-1).view(np.uint8))
+    if weights[0].scale is None:
+        return Stack(values, None)
+    scales = np.empty((len(weights), *weights[0].scale.shape), np.float32)
+    for weight, target in zip(weights, scales, strict=True):
+        assert weight.scale is not None
+        reader.read_into(weight.scale, target.reshape(-1).view(np.uint8))
+    return Stack(values, scales)
+
+
+def read_matrix(reader: CheckpointReader, weight: Weight) -> Stack:
+    """One weight that is not an expert's, as a stack of one."""
+    return _read_stack(reader, [weight])
+
+
+def dequantize(stack: Stack, weight: Weight, geometry: Geometry, engine: Engine) -> Array:
+    """One matrix as bf16 bits [O, I]. Raises CheckpointError where a value is not finite."""
+    values: Array = stack.values[0]
+    if stack.scales is None:
+        return values
+    scales, rows = stack.scales[0], values.shape[0]
+    plain = -(-rows // FP8_BLOCK)
+    ranked = weight.role == "qkv" or (weight.role in ("q", "k", "v") and scales.shape[0] != plain)
+    scale_row = scale_row_of(rows, scales.shape[0], geometry.qkv_chunks, ranked=ranked)
+    try:
+        return engine.dequantize(values, scales, scale_row)
+    except NonFiniteError as error:
+        raise not_finite(weight.name) from error
+
+
+def split_qkv(fused: Array, geometry: Geometry, *, sliding: bool) -> tuple[Array, Array, Array]:
+    """A fused, interleaved qkv [rows, I] as q, k, v."""
+    rows = (geometry.sliding_attention if sliding else geometry.global_attention).rows
+    ordered = fused[deinterleave_rows(rows, geometry.qkv_chunks)]
+    return ordered[: rows[0]], ordered[rows[0] : rows[0] + rows[1]], ordered[rows[0] + rows[1] :]
+
+
+def not_finite(name: str) -> CheckpointError:
+    return CheckpointError(
+        f"{name}: holds NaN or Inf, or its scale makes it so", hint="the source is damaged: download it again"
+    )

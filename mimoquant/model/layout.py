@@ -1,0 +1,350 @@
+"""What every tensor of a MiMo-V2 checkpoint is.
+
+Key idea: the architecture is data. From config.json the tables below generate every tensor name the checkpoint must
+have, with its role and shape; what is in the files is then compared with that. So a missing tensor, an unknown one and
+a wrong shape are all found, and nothing is guessed from a name pattern. MTP layers are counted from the files, because
+the published configs do not mention them. Towers (vision, audio, speech) pass through by prefix.
+
+Left out: fine-tunes that rename tensors. Source: the published configs and indexes of V2-Flash, V2.5 and V2.5-Pro.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from mimoquant.checkpoint.index import CheckpointIndex, TensorInfo
+from mimoquant.errors import CheckpointError
+
+ARCHITECTURES = {"mimo_v2_flash": "MiMoV2FlashForCausalLM", "mimo_v2": "MiMoV2ForCausalLM"}
+TOWER_PREFIXES = ("visual.", "audio_encoder.", "speech_embeddings.")
+PROJECTIONS = ("gate", "up", "down")
+FP8_BLOCK = 128
+
+# config key → the values whose meaning this program knows (None: the key may be absent or null)
+_KNOWN_VALUES: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", None),
+    "scoring_func": ("sigmoid",),
+    "topk_method": ("noaux_tc",),
+    "n_group": (1, None),
+    "topk_group": (1, None),
+    "norm_topk_prob": (True,),
+    "n_shared_experts": (None, 0),
+    "routed_scaling_factor": (None, 1, 1.0),
+    "tie_word_embeddings": (False, None),
+    "attention_bias": (False, None),
+    "attention_projection_layout": (None, "split", "fused_qkv"),
+}  # fmt: skip
+_KNOWN_QUANTIZATION: dict[str, tuple[Any, ...]] = {
+    "quant_method": ("fp8",),
+    "fmt": ("e4m3", None),
+    "activation_scheme": ("dynamic", None),
+    "weight_block_size": ([FP8_BLOCK, FP8_BLOCK],),
+    "store_dtype": ("fp8", None),
+}
+_RELEASES = {
+    ("mimo_v2_flash", 4096, 48, 256): "XiaomiMiMo/MiMo-V2-Flash",
+    ("mimo_v2", 4096, 48, 256): "XiaomiMiMo/MiMo-V2.5",
+    ("mimo_v2", 6144, 70, 384): "XiaomiMiMo/MiMo-V2.5-Pro",
+}
+_NORM, _ROUTER, _PLAIN, _SCALED = ("BF16", "F32"), ("F32", "BF16"), ("BF16",), ("F8_E4M3", "BF16")
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Head geometry of one kind of layer (global or sliding-window)."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    sink: bool
+
+    @property
+    def rows(self) -> tuple[int, int, int]:
+        """Output rows of q, k and v."""
+        return self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.v_head_dim
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """The sizes that config.json fixes."""
+
+    model_type: str
+    hidden: int
+    layers: int
+    dense_intermediate: int
+    expert_intermediate: int
+    experts: int
+    top_k: int
+    vocab: int
+    qkv_chunks: int  # tensor-parallel ranks that a fused qkv is interleaved by
+    fused_qkv: bool
+    sliding: tuple[bool, ...]
+    moe: tuple[bool, ...]
+    global_attention: Attention
+    sliding_attention: Attention
+    fp8: bool
+
+    def attention(self, layer: int) -> Attention:
+        return self.sliding_attention if self.sliding[layer] else self.global_attention
+
+    @property
+    def moe_layers(self) -> list[int]:
+        return [layer for layer, sparse in enumerate(self.moe) if sparse]
+
+    @property
+    def release(self) -> str | None:
+        """The published model with these sizes, if any."""
+        return _RELEASES.get((self.model_type, self.hidden, self.layers, self.experts))
+
+    def expert_shape(self, projection: str) -> tuple[int, int]:
+        """[out_features, in_features] of one expert's projection."""
+        inner = self.expert_intermediate
+        return (self.hidden, inner) if projection == "down" else (inner, self.hidden)
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """One logical tensor: its values, and the FP8 block scales that belong to them."""
+
+    name: str
+    role: str
+    info: TensorInfo
+    scale: TensorInfo | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        return self.info.size_bytes + (self.scale.size_bytes if self.scale else 0)
+
+
+@dataclass(frozen=True)
+class ModelLayout:
+    """A checkpoint, understood. `units` maps unit name → non-expert weights; experts are reached by `expert`."""
+
+    index: CheckpointIndex
+    config: dict[str, Any]
+    geometry: Geometry
+    units: dict[str, list[Weight]]
+    mtp_layers: int
+    experts: dict[tuple[int, int, str], Weight] = field(repr=False)
+    unknown: list[str] = field(default_factory=list)
+
+    def expert(self, layer: int, expert: int, projection: str) -> Weight:
+        return self.experts[layer, expert, projection]
+
+
+def read_geometry(config: dict[str, Any], where: str) -> Geometry:
+    """Check config.json against the known set and read the sizes.
+
+    Raises CheckpointError naming key, value and what is known.
+    """
+    model_type = config.get("model_type")
+    if model_type not in ARCHITECTURES:
+        raise CheckpointError(
+            f"{where}: model_type {model_type!r} is unknown (known: {', '.join(ARCHITECTURES)})",
+            hint="mimoquant quantizes the MiMo-V2 family only",
+        )
+    _check_values(config, _KNOWN_VALUES, where, "")
+    quantization = config.get("quantization_config")
+    if quantization is not None:
+        if not isinstance(quantization, dict):
+            raise CheckpointError(f"{where}: quantization_config is not an object")
+        _check_values(quantization, _KNOWN_QUANTIZATION, where, "quantization_config.")
+    rope = config.get("rope_scaling")
+    if rope is not None and rope.get("rope_type", rope.get("type")) != "default":
+        raise CheckpointError(f"{where}: rope_scaling {rope} is unknown (known: the default type)")
+
+    def size(key: str) -> int:
+        value = config.get(key)
+        if type(value) is not int or not 0 < value < 2**31:
+            raise CheckpointError(f"{where}: {key} is {value!r}, expected a positive whole number")
+        return value
+
+    layers = size("num_hidden_layers")
+    if layers > 4096:
+        raise CheckpointError(f"{where}: num_hidden_layers is {layers}, more than any model of this family")
+    fused = config.get("attention_projection_layout") == "fused_qkv"
+    return Geometry(
+        model_type=model_type,
+        hidden=size("hidden_size"),
+        layers=layers,
+        dense_intermediate=size("intermediate_size"),
+        expert_intermediate=size("moe_intermediate_size"),
+        experts=size("n_routed_experts"),
+        top_k=size("num_experts_per_tok"),
+        vocab=size("vocab_size"),
+        qkv_chunks=size("num_key_value_heads"),
+        fused_qkv=fused,
+        sliding=_pattern(config, "hybrid_layer_pattern", "layer_types", "sliding_attention", layers, where),
+        moe=_pattern(config, "moe_layer_freq", "mlp_layer_types", "sparse", layers, where),
+        global_attention=Attention(
+            size("num_attention_heads"), size("num_key_value_heads"), size("head_dim"), size("v_head_dim"),
+            bool(config.get("add_full_attention_sink_bias", False)),
+        ),
+        sliding_attention=Attention(
+            size("swa_num_attention_heads"), size("swa_num_key_value_heads"), size("swa_head_dim"),
+            size("swa_v_head_dim"), bool(config.get("add_swa_attention_sink_bias", False)),
+        ),
+        fp8=quantization is not None,
+    )  # fmt: skip
+
+
+def read_layout(index: CheckpointIndex, config: dict[str, Any], *, allow_unknown: bool = False) -> ModelLayout:
+    """Match every tensor of the index with the table of its architecture.
+
+    Raises CheckpointError for a missing or unknown tensor, a wrong shape or dtype, a weight without its scale.
+    """
+    where = str(index.folder)
+    geometry = read_geometry(config, f"{where}/config.json")
+    left = dict(index.tensors)
+    claim = _Claims(left, geometry, where)
+    units: dict[str, list[Weight]] = {"embeddings": [claim.take("model.embed_tokens.weight", "embedding", _PLAIN,
+                                                               (geometry.vocab, geometry.hidden))]}  # fmt: skip
+    experts: dict[tuple[int, int, str], Weight] = {}
+    for layer in range(geometry.layers):
+        units[f"layer {layer}"] = [claim.take(*row) for row in _layer_rows(geometry, layer)]
+        if geometry.moe[layer]:
+            for expert in range(geometry.experts):
+                for projection in PROJECTIONS:
+                    name = f"model.layers.{layer}.mlp.experts.{expert}.{projection}_proj.weight"
+                    shape = geometry.expert_shape(projection)
+                    experts[layer, expert, projection] = claim.take(name, "expert", _SCALED, shape)
+    units["head"] = [
+        claim.take("model.norm.weight", "norm", _NORM, (geometry.hidden,)),
+        claim.take("lm_head.weight", "lm_head", _PLAIN, (geometry.vocab, geometry.hidden)),
+    ]
+    mtp_layers = _count_mtp(left)
+    units["mtp"] = [claim.take(*row) for i in range(mtp_layers) for row in _mtp_rows(geometry, i)]
+    units["towers"] = [
+        Weight(name, "tower", left.pop(name)) for name in sorted(left) if name.startswith(TOWER_PREFIXES)
+    ]
+    unknown = sorted(left)
+    if unknown and not allow_unknown:
+        raise CheckpointError(
+            f"{where}: {len(unknown)} tensors have no known role, first {unknown[0]} {list(left[unknown[0]].shape)}",
+            hint="--allow-unknown copies them as they are",
+        )
+    units["unknown"] = [Weight(name, "unknown", left[name]) for name in unknown]
+    units = {name: weights for name, weights in units.items() if weights}
+    return ModelLayout(index, config, geometry, units, mtp_layers, experts, unknown)
+
+
+Row = tuple[str, str, tuple[str, ...], tuple[int, ...]]  # name, role, dtypes, shape
+
+
+def _attention_rows(geometry: Geometry, prefix: str, attention: Attention) -> Iterator[Row]:
+    hidden, rows = geometry.hidden, attention.rows
+    if geometry.fused_qkv:
+        yield f"{prefix}self_attn.qkv_proj.weight", "qkv", _SCALED, (sum(rows), hidden)
+    else:
+        for letter, count in zip("qkv", rows, strict=True):
+            yield f"{prefix}self_attn.{letter}_proj.weight", letter, _SCALED, (count, hidden)
+    yield f"{prefix}self_attn.o_proj.weight", "o", _SCALED, (hidden, attention.heads * attention.v_head_dim)
+    if attention.sink:
+        yield f"{prefix}self_attn.attention_sink_bias", "sink", _NORM, (attention.heads,)
+
+
+def _dense_rows(geometry: Geometry, prefix: str) -> Iterator[Row]:
+    hidden, inner = geometry.hidden, geometry.dense_intermediate
+    for projection, shape in (("gate", (inner, hidden)), ("up", (inner, hidden)), ("down", (hidden, inner))):
+        yield f"{prefix}mlp.{projection}_proj.weight", "dense", _SCALED, shape
+
+
+def _layer_rows(geometry: Geometry, layer: int) -> Iterator[Row]:
+    prefix, hidden = f"model.layers.{layer}.", geometry.hidden
+    for norm in ("input_layernorm", "post_attention_layernorm"):
+        yield f"{prefix}{norm}.weight", "norm", _NORM, (hidden,)
+    yield from _attention_rows(geometry, prefix, geometry.attention(layer))
+    if geometry.moe[layer]:
+        yield f"{prefix}mlp.gate.weight", "router", _ROUTER, (geometry.experts, hidden)
+        yield f"{prefix}mlp.gate.e_score_correction_bias", "router_bias", _ROUTER, (geometry.experts,)
+    else:
+        yield from _dense_rows(geometry, prefix)
+
+
+def _mtp_rows(geometry: Geometry, i: int) -> Iterator[Row]:
+    prefix, hidden = f"model.mtp.layers.{i}.", geometry.hidden
+    yield f"{prefix}eh_proj.weight", "mtp_projection", _SCALED, (hidden, 2 * hidden)
+    for norm in ("enorm", "hnorm", "input_layernorm", "pre_mlp_layernorm", "final_layernorm"):
+        yield f"{prefix}{norm}.weight", "norm", _NORM, (hidden,)
+    yield from _attention_rows(geometry, prefix, geometry.sliding_attention)
+    yield from _dense_rows(geometry, prefix)
+
+
+def _count_mtp(names: dict[str, TensorInfo]) -> int:
+    indexes = {int(part) for name in names if name.startswith("model.mtp.layers.")
+               for part in [name.split(".")[3]] if part.isdecimal()}  # fmt: skip
+    return max(indexes) + 1 if indexes and max(indexes) < 64 else 0
+
+
+class _Claims:
+    """Takes expected tensors out of what the files hold, checking each."""
+
+    def __init__(self, left: dict[str, TensorInfo], geometry: Geometry, where: str) -> None:
+        self.left, self.geometry, self.where = left, geometry, where
+
+    def take(self, name: str, role: str, dtypes: tuple[str, ...], shape: tuple[int, ...]) -> Weight:
+        info = self.left.pop(name, None)
+        if info is None:
+            raise CheckpointError(
+                f"{self.where}: {name} is missing, which config.json calls for",
+                hint="the download is incomplete, or config.json belongs to another checkpoint",
+            )
+        if info.dtype not in dtypes:
+            raise CheckpointError(f"{self.where}: {name} is {info.dtype}, expected {' or '.join(dtypes)}")
+        if info.shape != shape:
+            raise CheckpointError(
+                f"{self.where}: {name} has shape {list(info.shape)}, config.json makes it {list(shape)}"
+            )
+        if info.dtype != "F8_E4M3":
+            return Weight(name, role, info)
+        return Weight(name, role, info, self._take_scale(name, role, shape))
+
+    def _take_scale(self, name: str, role: str, shape: tuple[int, ...]) -> TensorInfo:
+        scale = self.left.pop(f"{name}_scale_inv", None)
+        if scale is None:
+            raise CheckpointError(f"{self.where}: {name} is FP8 but {name}_scale_inv is missing")
+        if not self.geometry.fp8:
+            raise CheckpointError(f"{self.where}: {name} is FP8 but config.json has no quantization_config")
+        allowed = [(rows, math.ceil(shape[1] / FP8_BLOCK)) for rows in scale_row_counts(self.geometry, role, shape[0])]
+        if scale.dtype != "F32" or scale.shape not in allowed:
+            raise CheckpointError(
+                f"{self.where}: {name}_scale_inv is {scale.dtype}{list(scale.shape)}, expected F32"
+                f"{' or '.join(str(list(shape)) for shape in allowed)}"
+            )
+        return scale
+
+
+def scale_row_counts(geometry: Geometry, role: str, rows: int) -> list[int]:
+    """Numbers of scale rows that an FP8 weight of this role may have.
+
+    A fused qkv is always blocked rank by rank; split q, k, v are when that changes the count (V2-Flash's global k).
+    """
+    plain, ranked = math.ceil(rows / FP8_BLOCK), geometry.qkv_chunks * math.ceil(rows / geometry.qkv_chunks / FP8_BLOCK)
+    if role == "qkv":
+        return [ranked]
+    return [plain, ranked] if role in ("q", "k", "v") and ranked != plain else [plain]
+
+
+def _check_values(config: dict[str, Any], known: dict[str, tuple[Any, ...]], where: str, prefix: str) -> None:
+    for key, values in known.items():
+        value = config.get(key)
+        if not any(value == good and isinstance(value, bool) == isinstance(good, bool) for good in values):
+            expected = " or ".join("absent" if good is None else repr(good) for good in values)
+            raise CheckpointError(f"{where}: {prefix}{key} is {value!r}, known is {expected}")
+
+
+def _pattern(
+    config: dict[str, Any], key: str, other_key: str, other_true: str, layers: int, where: str
+) -> tuple[bool, ...]:
+    """A per-layer yes/no list, in the published form (0/1) or transformers' (names)."""
+    value = config.get(key)
+    if value is None and isinstance(config.get(other_key), list):
+        value = [1 if item == other_true else 0 for item in config[other_key]]
+    if not isinstance(value, list) or len(value) != layers or any(item not in (0, 1) for item in value):
+        length = len(value) if isinstance(value, list) else "no list"
+        raise CheckpointError(f"{where}: {key} must be {layers} zeros and ones, one a layer (found {length})")
+    return tuple(bool(item) for item in value)

@@ -1,0 +1,116 @@
+"""Two threads that keep disk and processor busy at once: one reads ahead, one writes behind.
+
+Key idea: bounded queues, so memory stays at a few chunks; an exception on either side surfaces on the other, and
+nobody waits for a thread that has died.
+"""
+
+from __future__ import annotations
+
+import collections
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+_END = object()
+
+
+def read_ahead(items: Iterable[T], depth: int = 2) -> Iterator[T]:
+    """Yield `items`, produced by a thread up to `depth` ahead. Closing the generator stops the thread."""
+    ready: queue.Queue[Any] = queue.Queue(depth)
+    stop = threading.Event()
+
+    def put(item: Any) -> bool:
+        while not stop.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def produce() -> None:
+        try:
+            if all(put((item, None)) for item in items):
+                put((_END, None))
+        except BaseException as error:
+            put((_END, error))
+
+    thread = threading.Thread(target=produce, name="read-ahead", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if error is not None:
+                raise error
+            if item is _END:
+                return
+            yield item
+    finally:
+        stop.set()
+        thread.join()
+
+
+class WriteBehind:
+    """Runs submitted calls in order on one thread, while at most `limit_bytes` of their data wait.
+
+    The first exception is raised by the next `submit` or at the end of the `with` block; calls after it are dropped,
+    as are all that wait when the block itself fails.
+    """
+
+    def __init__(self, limit_bytes: int = 192 * 2**20) -> None:
+        self._limit = limit_bytes
+        self._calls: collections.deque[tuple[Callable[..., Any], tuple[Any, ...], int]] = collections.deque()
+        self._waiting_bytes = 0
+        self._closed = False
+        self._error: BaseException | None = None
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._work, name="write-behind", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> WriteBehind:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, tb: Any) -> None:
+        with self._changed:
+            self._closed = True
+            if error is not None:
+                self._calls.clear()
+            self._changed.notify_all()
+        self._thread.join()
+        if error is None and self._error is not None:
+            raise self._error
+
+    def submit(self, size_bytes: int, call: Callable[..., Any], *args: Any) -> None:
+        """Queue `call(*args)`, which holds `size_bytes` of data; waits while too much is queued."""
+        with self._changed:
+            while self._error is None and self._calls and self._waiting_bytes + size_bytes > self._limit:
+                self._changed.wait()
+            if self._error is not None:
+                raise self._error
+            self._calls.append((call, args, size_bytes))
+            self._waiting_bytes += size_bytes
+            self._changed.notify_all()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not self._calls and not self._closed:
+                    self._changed.wait()
+                if not self._calls:
+                    return
+                call, args, size_bytes = self._calls[0]
+            try:
+                call(*args)
+            except BaseException as error:
+                self._error = error
+            with self._changed:
+                self._waiting_bytes -= size_bytes
+                if self._calls:  # not cleared meanwhile
+                    self._calls.popleft()
+                if self._error is not None:
+                    self._calls.clear()
+                self._changed.notify_all()
+                if self._error is not None:
+                    return

@@ -1,0 +1,243 @@
+"""The quantize run: for each unit of the plan, for each step, read → compute → write. The first file to read.
+
+Key idea: the plan has decided everything, so this is a loop with a reader one chunk ahead and a writer behind. A unit
+is a shard; it is fsynced, then journaled, so a killed run goes on where it was. What comes out depends on the plan
+alone: not on the device, the number of threads, or how often the run was interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import yaml
+
+import mimoquant
+from mimoquant.checkpoint.hf_files import CONFIG_NAME, copy_side_files
+from mimoquant.checkpoint.index import INDEX_NAME, TensorInfo
+from mimoquant.checkpoint.journal import JournalLine, RunFolder, free_bytes
+from mimoquant.checkpoint.reader import CheckpointReader
+from mimoquant.checkpoint.writer import ShardWriter, write_file_durably
+from mimoquant.container import expert_tensors
+from mimoquant.devices import make_engine
+from mimoquant.errors import CheckpointError, RecipeError, StoppedError, UsageError
+from mimoquant.layer_weights import dequantize, not_finite, read_experts, read_matrix, split_qkv
+from mimoquant.model.layout import PROJECTIONS
+from mimoquant.overlap import WriteBehind, read_ahead
+from mimoquant.plan import Copy, Dequantize, Experts, Plan, Shapes, Step, Unit, unready
+from mimoquant.quant.stack import Engine, NonFiniteError, Stack
+from mimoquant.report import QuantizeReport, model_card
+
+Array = npt.NDArray[Any]
+Produced = Iterator[tuple[str, Array]]
+Progress = Callable[[Unit, int, bool], None]  # unit, output bytes of it done, whether it is finished
+
+COPY_BLOCK = 32 * 2**20
+DISK_SLACK = 64 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A step with the source bytes it needs. A copy comes in blocks; `data` of the others is what was read."""
+
+    unit: Unit
+    step: Step
+    data: Any
+    last: bool  # of its unit
+
+
+def quantize(
+    plan: Plan, out: Path | str, *, device: str = "auto", resume: bool = False, progress: Progress | None = None
+) -> QuantizeReport:
+    """Execute a plan into the folder `out`, which appears only when it is complete.
+
+    Args:
+        device: "cpu", "cuda", or "auto" (cuda where there is one). The bytes are the same.
+        resume: continue what a killed run left in `out`.partial.
+    Raises:
+        UsageError: `out` exists, lies in the source, an unfinished run is there; disk too small.
+        RecipeError: the recipe's method is not there. CheckpointError: bad data. StoppedError: disk trouble, resumable.
+    """
+    out = Path(out)
+    _preflight(plan, out)
+    with RunFolder(out, {"plan": plan.fingerprint(), "version": mimoquant.__version__}, resume=resume) as run:
+        _check_disk(plan, run)
+        engine = make_engine(device)
+        try:
+            _write_units(plan, run, engine, progress or (lambda unit, done, finished: None))
+            report = _finish(plan, run)
+        except CheckpointError:
+            if not run.finished:  # nothing that a resume could use
+                run.discard()
+            raise
+        finally:
+            engine.close()
+    return report
+
+
+def _preflight(plan: Plan, out: Path) -> None:
+    blocker = unready(plan.recipe)
+    if blocker:
+        raise RecipeError(
+            f"recipe {plan.recipe.name}: {blocker}", hint="use a recipe whose name ends in -rtn or -mse in this version"
+        )
+    source = plan.layout.index.folder.resolve()
+    if out.resolve().is_relative_to(source):
+        raise UsageError(f"{out}: lies inside the source {source}", hint="the source is never written to")
+
+
+def _check_disk(plan: Plan, run: RunFolder) -> None:
+    done = sum(line.size_bytes for line in run.finished.values())
+    needed, free = plan.shard_bytes - done + DISK_SLACK, free_bytes(run.partial)
+    if needed > free:
+        if not run.finished:
+            run.discard()
+        raise StoppedError(
+            f"{run.out}: needs {needed / 1e9:.2f} GB but {free / 1e9:.2f} GB are free",
+            hint="make room or choose another --out",
+        )
+
+
+def _write_units(plan: Plan, run: RunFolder, engine: Engine, progress: Progress) -> None:
+    todo = [unit for unit in plan.units if unit.name not in run.finished]
+    for unit in plan.units:
+        if unit.name in run.finished:
+            progress(unit, unit.size_bytes, True)
+    writer: ShardWriter | None = None
+    with CheckpointReader(plan.layout.index) as reader, WriteBehind() as behind:
+        steps = read_ahead(_load(plan, todo, reader))
+        try:
+            for loaded in steps:
+                if writer is None:
+                    writer = ShardWriter(run.path(loaded.unit.file), loaded.unit.entries)
+                for name, array in _compute(plan, loaded, engine):
+                    array = np.ascontiguousarray(array)
+                    behind.submit(array.nbytes, writer.write, name, array)
+                progress(loaded.unit, writer.size_bytes, False)
+                if loaded.last:
+                    behind.submit(0, partial(_complete, loaded.unit, writer, run, progress))
+                    writer = None
+        finally:
+            steps.close()  # type: ignore[attr-defined]
+
+
+def _complete(unit: Unit, writer: ShardWriter, run: RunFolder, progress: Progress) -> None:
+    """The shard is written: make it durable, then say so in the journal."""
+    sha256 = writer.close()
+    if writer.size_bytes != unit.size_bytes:
+        raise AssertionError(f"{unit.file}: wrote {writer.size_bytes} bytes, planned {unit.size_bytes}")
+    run.record(JournalLine(unit.name, unit.file, unit.size_bytes, sha256))
+    progress(unit, unit.size_bytes, True)
+
+
+def _load(plan: Plan, units: list[Unit], reader: CheckpointReader) -> Iterator[Loaded]:
+    """Every step's source bytes, in order. Runs in the read-ahead thread."""
+    tensors = plan.layout.index.tensors
+    for unit in units:
+        for number, step in enumerate(unit.steps, start=1):
+            last = number == len(unit.steps)
+            if isinstance(step, Experts):
+                yield Loaded(unit, step, read_experts(reader, plan.layout, step.layer, step.begin, step.end), last)
+            elif isinstance(step, Dequantize):
+                yield Loaded(unit, step, read_matrix(reader, step.weight), last)
+            elif isinstance(step, Copy):
+                yield from _load_copy(unit, step, reader, [tensors[name] for name in step.sources], last)
+            else:
+                yield Loaded(unit, step, None, last)
+
+
+def _load_copy(
+    unit: Unit, step: Copy, reader: CheckpointReader, infos: list[TensorInfo], last: bool
+) -> Iterator[Loaded]:
+    for info, entry in zip(infos, step.entries, strict=True):
+        for start in range(0, max(info.size_bytes, 1), COPY_BLOCK):
+            block = np.empty(min(COPY_BLOCK, info.size_bytes - start), np.uint8)
+            reader.read_range(info, start, block)
+            at_end = info is infos[-1] and start + len(block) >= info.size_bytes
+            yield Loaded(unit, step, (entry.name, block), last and at_end)
+
+
+def _compute(plan: Plan, loaded: Loaded, engine: Engine) -> Produced:
+    """The output tensors (or parts of them) of one step, in file order."""
+    step, data = loaded.step, loaded.data
+    if isinstance(step, Copy):
+        yield data
+    elif isinstance(step, Shapes):
+        for entry, shape in zip(step.entries, step.shapes, strict=True):
+            yield entry.name, np.array(shape, np.int64)
+    elif isinstance(step, Dequantize):
+        matrix = dequantize(data, step.weight, plan.layout.geometry, engine)
+        split = len(step.entries) > 1
+        tensors = split_qkv(matrix, plan.layout.geometry, sliding=step.sliding) if split else (matrix,)
+        yield from zip((entry.name for entry in step.entries), tensors, strict=True)
+    elif step.fmt is None:
+        yield from _kept_experts(plan, step, data, engine)
+    else:
+        yield from _quantized_experts(plan, step, data, engine)
+
+
+def _quantized_experts(plan: Plan, step: Experts, stacks: dict[str, Stack], engine: Engine) -> Produced:
+    assert step.fmt is not None
+    try:
+        parts = engine.encode(stacks, step.fmt, plan.recipe.scale_search)
+    except NonFiniteError as error:
+        raise not_finite(plan.layout.expert(step.layer, step.begin + error.expert, error.projection).name) from error
+    stored = {p: expert_tensors(plan.container, step.fmt, *stacks[p].values.shape[1:]) for p in PROJECTIONS}
+    names = iter(step.entries)
+    for expert in range(step.end - step.begin):
+        for projection in PROJECTIONS:
+            for tensor in stored[projection]:
+                yield next(names).name, parts[projection][tensor.part][expert]
+
+
+def _kept_experts(plan: Plan, step: Experts, stacks: dict[str, Stack], engine: Engine) -> Produced:
+    names = iter(step.entries)
+    for expert in range(step.end - step.begin):
+        for projection in PROJECTIONS:
+            stack = Stack(*(None if part is None else part[expert : expert + 1] for part in stacks[projection]))  # type: ignore[arg-type]
+            if step.kept == "fp8":
+                assert stack.scales is not None
+                yield next(names).name, stack.scales[0]
+                yield next(names).name, stack.values[0]
+            else:
+                weight = plan.layout.expert(step.layer, step.begin + expert, projection)
+                yield next(names).name, dequantize(stack, weight, plan.layout.geometry, engine)
+
+
+def _finish(plan: Plan, run: RunFolder) -> QuantizeReport:
+    """Everything beside the shards, then the folder gets its name."""
+    weight_map = {entry.name: unit.file for unit in plan.units for entry in unit.entries}
+    index = {"metadata": plan.index_metadata, "weight_map": dict(sorted(weight_map.items()))}
+    report = QuantizeReport.of(plan, run.finished)
+    copy_side_files(plan.layout.index.folder, run.partial, plan.side_files)
+    texts = {
+        INDEX_NAME: json.dumps(index, indent=2),
+        CONFIG_NAME: json.dumps(plan.config, indent=2, ensure_ascii=False),
+        "recipe.yaml": resolved_recipe(plan),
+        "report.json": json.dumps(report.as_json(), indent=2),
+        "README.md": model_card(plan, report),
+    }
+    for name, text in texts.items():
+        write_file_durably(run.path(name), (text.rstrip("\n") + "\n").encode())
+    run.publish([unit.name for unit in plan.units])
+    return report
+
+
+def resolved_recipe(plan: Plan) -> str:
+    """`OUT/recipe.yaml`: every default written out, and where the source came from. Reading it back repeats the run."""
+    document = plan.recipe.resolved(plan.container)
+    document["mimoquant"]["provenance"] = {
+        "mimoquant": mimoquant.__version__,
+        "release": plan.layout.geometry.release,
+        "source_headers_sha256": plan.layout.index.headers_fingerprint(),
+        "quantized_layers": len(plan.formats),
+        "routed_experts": plan.layout.geometry.experts,
+        "fallbacks": 0,
+    }
+    return yaml.safe_dump(document, sort_keys=False, default_flow_style=None, width=110)

@@ -1,0 +1,307 @@
+"""The arithmetic in plain torch: any device, whole stacks at once. The reference for `engine_cpu`, and the GPU path.
+
+Key idea: every operation is one IEEE float32 operation per element, divisors are tensors (torch turns a division by a
+Python number into a multiplication on CUDA), and sums are taken by halving, so the order is fixed: CPU and GPU agree to
+the bit. Shapes: E experts, O out_features, I in_features, G groups of a row, S group size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from mimoquant.quant.formats import (
+    INT4_MULTIPLIERS,
+    INT4_ZERO_SCALE,
+    MXFP4_OFFSETS,
+    MXFP4_ROUND_UP,
+    NVFP4_MULTIPLIERS,
+    NVFP4_RANGE,
+    NVFP4_ZERO_SCALE,
+    Format,
+)
+from mimoquant.quant.stack import NonFiniteError, Stack
+
+Array = npt.NDArray[Any]
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def dequantize_fp8(values: Tensor, block_scales: Tensor, scale_row: Tensor | None = None, block: int = 128) -> Tensor:
+    """FP8 blocks as bf16: float32 product, then one rounding.
+
+    Args:
+        values: [..., O, I] float8_e4m3fn.
+        block_scales: [..., R, ceil(I / block)] float32.
+        scale_row: [O] scale row of each weight row; None for plain blocks of `block` rows.
+    """
+    rows, columns = values.shape[-2:]
+    if scale_row is None:
+        scale_row = torch.arange(rows, device=values.device) // block
+    column = torch.arange(columns, device=values.device) // block
+    return (values.to(torch.float32) * block_scales[..., scale_row, :][..., column]).to(torch.bfloat16)
+
+
+def amax(weight_EOI: Tensor) -> Tensor:
+    """[E] float32, the largest |value| of each expert. NaN and Inf propagate."""
+    return weight_EOI.abs().amax(dim=(-2, -1)).to(torch.float32)
+
+
+def nvfp4_global_scale(amax_E: Tensor, search: str) -> Tensor:
+    """[E] float32 divisor that maps `amax_E` into E4M3 x E2M1; 1 where that overflows (an all-zero tensor)."""
+    numerator = torch.full_like(amax_E, NVFP4_RANGE[search] * 6.0)
+    scale = numerator / amax_E.clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.where(torch.isinf(scale), torch.ones_like(scale), scale)
+
+
+def encode(
+    weight_EOI: Tensor, fmt: Format, search: str = "absmax", global_scale_E: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Quantize a stack of bf16 weights [E, O, I] to the parts of `fmt` (see `Format.parts`), each with leading E.
+
+    Scales come as bf16 (int4), uint8 E8M0 (mxfp4) or float8_e4m3fn (nvfp4). Non-finite weights are the caller's to
+    refuse (`amax`). Raises ValueError for a shape the format cannot hold.
+    """
+    experts, out_features, in_features = weight_EOI.shape
+    problem = fmt.misfit(out_features, in_features)
+    if problem:
+        raise ValueError(problem)
+    grouped = weight_EOI.to(torch.float32).reshape(experts, out_features, -1, fmt.group_size)
+    if fmt.name == "int4":
+        codes, parts = _encode_int4(grouped, fmt, search)
+    elif fmt.name == "mxfp4":
+        codes, parts = _encode_mxfp4(grouped, search)
+    else:
+        assert global_scale_E is not None
+        codes, parts = _encode_nvfp4(grouped, search, global_scale_E)
+    return {"codes": pack_nibbles(codes.reshape(experts, out_features, in_features)), **parts}
+
+
+def decode(parts: dict[str, Tensor], fmt: Format) -> Tensor:
+    """Parts [E, ...] back to float32 values [E, O, I]; exact, before any rounding to bf16."""
+    codes = unpack_nibbles(parts["codes"])
+    experts, out_features, in_features = codes.shape
+    codes = codes.reshape(experts, out_features, -1, fmt.group_size)
+    if fmt.name == "int4":
+        level = codes.to(torch.float32) - 8
+        if not fmt.symmetric:
+            level = level - unpack_zero_points(parts["zero_point"]).to(torch.float32)[..., None]
+        values = level * parts["scale"].to(torch.float32)[..., None]
+    else:
+        table = torch.tensor(_E2M1 + tuple(-value for value in _E2M1), device=codes.device)
+        scale = _exp2(parts["scale"]) if fmt.name == "mxfp4" else parts["scale"].to(torch.float32)
+        if fmt.name == "nvfp4":
+            scale = scale / parts["global_scale"].reshape(-1, 1, 1)
+        values = table[codes.long()] * scale[..., None]
+    return values.reshape(experts, out_features, in_features)
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """uint8 codes [..., I] in 0..15 → [..., I/2], even columns in the low nibble."""
+    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+
+
+def unpack_nibbles(packed: Tensor) -> Tensor:
+    """The inverse of `pack_nibbles`."""
+    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
+
+
+def pack_zero_points(zero_EOG: Tensor) -> Tensor:
+    """int8-valued zero points [E, O, G] in -8..7 → int32 [E, O/8, G], packed along the rows, row 0 lowest."""
+    experts, rows, groups = zero_EOG.shape
+    nibbles = (zero_EOG.to(torch.int64) + 8).reshape(experts, rows // 8, 8, groups)
+    shifts = torch.arange(0, 32, 4, device=zero_EOG.device).reshape(1, 1, 8, 1)
+    packed = (nibbles << shifts).sum(dim=2)
+    return torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32)
+
+
+def unpack_zero_points(packed: Tensor) -> Tensor:
+    """The inverse of `pack_zero_points`, int8."""
+    shifts = torch.arange(0, 32, 4, device=packed.device).reshape(1, 1, 8, 1)
+    nibbles = (packed[:, :, None, :].to(torch.int64) >> shifts) & 15
+    return (nibbles - 8).to(torch.int8).flatten(1, 2)
+
+
+def _halving_sum(error: Tensor) -> Tensor:
+    """Sum over the last dimension (a power of two) by adding halves: the same order on every device."""
+    while error.shape[-1] > 1:
+        half = error.shape[-1] // 2
+        error = error[..., :half] + error[..., half:]
+    return error[..., 0]
+
+
+def _divisor(value: float, like: Tensor) -> Tensor:
+    return torch.full((1,), value, dtype=torch.float32, device=like.device)
+
+
+def _round_bf16(values: Tensor) -> Tensor:
+    return values.to(torch.bfloat16).to(torch.float32)
+
+
+def _int4_scale(spread: Tensor, levels: float) -> Tensor:
+    scale = _round_bf16(spread / _divisor(levels, spread))
+    return torch.where(scale == 0, _divisor(INT4_ZERO_SCALE, scale), scale)
+
+
+def _int4_candidate(grouped: Tensor, low: Tensor, high: Tensor, c: float, symmetric: bool) -> tuple[Tensor, ...]:
+    """scale, zero point and levels (float, -8..7) for the range shrunk by `c`."""
+    multiplier = _divisor(c, low)
+    if symmetric:
+        scale = _int4_scale(torch.maximum(-low, high) * multiplier, 7.5)
+        zero = torch.zeros_like(scale)
+    else:
+        scale = _int4_scale((high - low) * multiplier, 15.0)
+        zero = (-8.0 - (low * multiplier) / scale).clamp(-8.0, 7.0).round()
+    level = (grouped / scale[..., None] + zero[..., None]).clamp(-8.0, 7.0).round()
+    return scale, zero, level
+
+
+def _encode_int4(grouped: Tensor, fmt: Format, search: str) -> tuple[Tensor, dict[str, Tensor]]:
+    low, high = grouped.amin(-1).clamp(max=0.0), grouped.amax(-1).clamp(min=0.0)
+    best = _int4_candidate(grouped, low, high, 1.0, fmt.symmetric)
+    best_error = _int4_error(grouped, *best)
+    for c in INT4_MULTIPLIERS[1:] if search == "mse" else ():
+        candidate = _int4_candidate(grouped, low, high, c, fmt.symmetric)
+        error = _int4_error(grouped, *candidate)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best = tuple(
+            torch.where(better[..., None] if new.ndim > better.ndim else better, new, old)
+            for new, old in zip(candidate, best, strict=True)
+        )
+    scale, zero, level = best
+    parts = {"scale": scale.to(torch.bfloat16)}
+    if not fmt.symmetric:
+        parts["zero_point"] = pack_zero_points(zero)
+    return (level + 8.0).to(torch.uint8), parts
+
+
+def _int4_error(grouped: Tensor, scale: Tensor, zero: Tensor, level: Tensor) -> Tensor:
+    difference = (level - zero[..., None]) * scale[..., None] - grouped
+    return _halving_sum(difference * difference)
+
+
+def _round_e2m1(magnitude: Tensor) -> Tensor:
+    """Nearest of {0 .. 6}, ties to the even code; `magnitude` >= 0."""
+    y = magnitude.clamp(max=6.0)
+    fine, middle, coarse = (y * 2.0).round() * 0.5, y.round(), (y * 0.5).round() * 2.0
+    return torch.where(y < 2.0, fine, torch.where(y < 4.0, middle, coarse))
+
+
+def _e2m1_codes(grouped: Tensor, rounded: Tensor) -> Tensor:
+    """4-bit codes from the weights (sign, also of zero) and their rounded magnitudes."""
+    small = (rounded * 2.0).to(torch.uint8)  # 0..4 are the codes of 0, .5, 1, 1.5, 2
+    code = torch.where(rounded < 2.5, small, torch.where(rounded < 3.5, 5, torch.where(rounded < 5.0, 6, 7)))
+    return (code + torch.signbit(grouped) * 8).to(torch.uint8)
+
+
+def _exp2(biased: Tensor) -> Tensor:
+    """2^(biased - 127) in float32 for uint8 exponents 0..254 (0 is the subnormal 2^-127)."""
+    bits = biased.to(torch.int32) << 23
+    return torch.where(bits == 0, 1 << 22, bits).view(torch.float32)
+
+
+def _mxfp4_exponents(amax_EOG: Tensor) -> tuple[Tensor, Tensor]:
+    """The plain (rounded) and the floored biased exponent, as int32, not yet clamped."""
+    bits = amax_EOG.contiguous().view(torch.int32)
+    return ((bits + MXFP4_ROUND_UP) >> 23) - 2, (bits >> 23) - 2
+
+
+def _mxfp4_candidate(grouped: Tensor, biased: Tensor) -> tuple[Tensor, Tensor]:
+    biased = biased.clamp(0, 254)
+    scale = _exp2(biased)[..., None]
+    return biased, _round_e2m1(grouped.abs() / scale)
+
+
+def _fp4_error(grouped: Tensor, rounded: Tensor, scale: Tensor) -> Tensor:
+    difference = rounded * scale[..., None] - grouped.abs()
+    return _halving_sum(difference * difference)
+
+
+def _encode_mxfp4(grouped: Tensor, search: str) -> tuple[Tensor, dict[str, Tensor]]:
+    plain, floored = _mxfp4_exponents(grouped.abs().amax(-1))
+    biased, rounded = _mxfp4_candidate(grouped, plain)
+    if search == "mse":
+        best_error = _fp4_error(grouped, rounded, _exp2(biased))
+        for offset in MXFP4_OFFSETS:
+            other, other_rounded = _mxfp4_candidate(grouped, floored + offset)
+            error = _fp4_error(grouped, other_rounded, _exp2(other))
+            better = error < best_error
+            best_error = torch.where(better, error, best_error)
+            biased = torch.where(better, other, biased)
+            rounded = torch.where(better[..., None], other_rounded, rounded)
+    return _e2m1_codes(grouped, rounded), {"scale": biased.to(torch.uint8)}
+
+
+def _nvfp4_candidate(grouped: Tensor, wanted: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Stored E4M3 scale (as float32), effective scale and rounded magnitudes for the wanted block scale."""
+    stored = wanted.clamp(max=448.0).to(torch.float8_e4m3fn).to(torch.float32)
+    stored = torch.where(stored == 0, _divisor(NVFP4_ZERO_SCALE, stored), stored)
+    effective = stored / global_scale
+    return stored, effective, _round_e2m1(grouped.abs() / effective[..., None])
+
+
+def _encode_nvfp4(grouped: Tensor, search: str, global_scale_E: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    global_scale = global_scale_E.to(torch.float32).reshape(-1, 1, 1)
+    base = grouped.abs().amax(-1) / _divisor(6.0, grouped) * global_scale
+    stored, effective, rounded = _nvfp4_candidate(grouped, base, global_scale)
+    best_error = _fp4_error(grouped, rounded, effective)
+    for c in NVFP4_MULTIPLIERS[1:] if search == "mse" else ():
+        other, other_effective, other_rounded = _nvfp4_candidate(grouped, base * _divisor(c, base), global_scale)
+        error = _fp4_error(grouped, other_rounded, other_effective)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        stored = torch.where(better, other, stored)
+        rounded = torch.where(better[..., None], other_rounded, rounded)
+    parts = {"scale": stored.to(torch.float8_e4m3fn), "global_scale": global_scale_E.to(torch.float32).reshape(-1, 1)}
+    return _e2m1_codes(grouped, rounded), parts
+
+
+class TorchEngine:
+    """The same work as `engine_cpu.CpuEngine` on a torch device; numpy arrays in and out."""
+
+    def __init__(self, device: str) -> None:
+        self.device = torch.device(device)
+        self.name = device
+
+    def close(self) -> None:
+        return None
+
+    def encode(self, stacks: dict[str, Stack], fmt: Format, search: str) -> dict[str, dict[str, Array]]:
+        """See `engine_cpu.CpuEngine.encode`."""
+        weights = {projection: self._bf16(stack) for projection, stack in stacks.items()}
+        largest = {projection: amax(weight) for projection, weight in weights.items()}
+        for projection, values in largest.items():
+            bad = torch.nonzero(~torch.isfinite(values))
+            if len(bad):
+                raise NonFiniteError(projection, int(bad[0, 0]))
+        shared = torch.maximum(largest["gate"], largest["up"])
+        results = {}
+        for projection, weight in weights.items():
+            scale = nvfp4_global_scale(shared if projection in ("gate", "up") else largest[projection], search)
+            results[projection] = {part: _numpy(v) for part, v in encode(weight, fmt, search, scale).items()}
+        return results
+
+    def dequantize(self, values: Array, block_scales: Array, scale_row: Array) -> Array:
+        """See `engine_cpu.CpuEngine.dequantize`."""
+        fp8, scales = torch.from_numpy(values).to(self.device), torch.from_numpy(block_scales).to(self.device)
+        rows = torch.from_numpy(scale_row).to(self.device)
+        out = dequantize_fp8(fp8.view(torch.float8_e4m3fn), scales, rows)
+        if not bool(torch.isfinite(out).all()):
+            raise NonFiniteError("", 0)
+        return _numpy(out)
+
+    def _bf16(self, stack: Stack) -> Tensor:
+        values = torch.from_numpy(stack.values).to(self.device)
+        if stack.scales is None:
+            return values.view(torch.bfloat16)
+        return dequantize_fp8(values.view(torch.float8_e4m3fn), torch.from_numpy(stack.scales).to(self.device))
+
+
+def _numpy(values: Tensor) -> Array:
+    """Any tensor as numpy, dtypes that numpy lacks as their bits."""
+    values = values.contiguous().cpu()
+    bits = {torch.bfloat16: torch.uint16, torch.float8_e4m3fn: torch.uint8}.get(values.dtype)
+    return (values.view(bits) if bits else values).numpy()

@@ -1,0 +1,39 @@
+"""What goes into an engine: some experts' weights of one projection, as stored."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from mimoquant.quant.formats import Format
+
+
+class Stack(NamedTuple):
+    """`values`: uint8 (FP8 bits) or uint16 (bf16 bits) [E, O, I]; `scales`: float32 [E, R, C], or None for bf16."""
+
+    values: npt.NDArray[Any]
+    scales: npt.NDArray[np.float32] | None
+
+
+class NonFiniteError(Exception):
+    """A weight is NaN or Inf; the caller knows its name."""
+
+    def __init__(self, projection: str, expert: int) -> None:
+        super().__init__(projection, expert)
+        self.projection, self.expert = projection, expert
+
+
+class Engine(Protocol):
+    """What `pipeline` needs of an engine; `engine_cpu.CpuEngine` and `engine_torch.TorchEngine` are the two."""
+
+    name: str
+
+    def encode(self, stacks: dict[str, Stack], fmt: Format, search: str) -> dict[str, dict[str, npt.NDArray[Any]]]: ...
+
+    def dequantize(
+        self, values: npt.NDArray[Any], block_scales: npt.NDArray[Any], scale_row: npt.NDArray[Any]
+    ) -> npt.NDArray[Any]: ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,327 @@
+"""Recipe YAML ⇄ `Recipe`.
+
+Key idea: a recipe is an llm-compressor recipe (stages, modifiers) plus one `mimoquant:` block that llm-compressor
+ignores. It is read strictly: an unknown key, a value we do not know or a feature we lack is refused by name, because a
+setting that is silently dropped gives a checkpoint that is not what its recipe says. `resolved` writes every default
+out; reading that back gives the same recipe.
+
+References: llm-compressor 0.14 recipe format; compressed-tensors 0.19 `QuantizationArgs`, preset schemes, `match_name`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from mimoquant.container import CONTAINERS, format_weights
+from mimoquant.errors import RecipeError
+from mimoquant.quant.formats import GROUP_SIZES, SEARCHES, Format
+
+VERSION = 1
+MAX_RECIPE_BYTES = 1_000_000
+METHODS = {"QuantizationModifier": "rtn", "GPTQModifier": "gptq", "AWQModifier": "awq"}
+CARVE_OUTS = ("bf16", "fp8")
+_PRESETS = {
+    "W4A16": Format("int4", 128),
+    "W4A16_ASYM": Format("int4", 128, symmetric=False),
+    "MXFP4A16": Format("mxfp4", 32),
+    "NVFP4A16": Format("nvfp4", 16),
+}
+_OBSERVERS = {"minmax": "absmax", "memoryless_minmax": "absmax", "static_minmax": "absmax",
+              "mse": "mse", "memoryless_mse": "mse"}  # fmt: skip
+_QUANTIZATION_KEYS = {"targets", "ignore", "scheme", "config_groups", "kv_cache_scheme", "bypass_divisibility_checks",
+                      "requires_calibration_data"}  # fmt: skip
+_MODIFIER_KEYS = {
+    "QuantizationModifier": _QUANTIZATION_KEYS,
+    "GPTQModifier": _QUANTIZATION_KEYS | {"block_size", "dampening_frac", "actorder", "offload_hessians"},
+    "AWQModifier": _QUANTIZATION_KEYS | {"mappings", "offload_device", "duo_scaling", "n_grid", "fold"},
+}
+_BLOCK_KEYS = {"version", "scale_search", "container", "calibration", "carve_outs", "provenance"}
+_WEIGHT_DEFAULTS: dict[str, tuple[Any, ...]] = {
+    "dynamic": (False,),
+    "actorder": (None, "static", "weight"),
+    "block_structure": (None,),
+    "observer_kwargs": (None, {}),
+    "zp_dtype": (None, "torch.int8"),
+    "scale_dtype": (None, "torch.uint8", "torch.float8_e4m3fn", "torch.bfloat16"),
+}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Modules that share one format. `targets` are compressed-tensors patterns (`re:` prefix, else a whole name)."""
+
+    name: str
+    targets: tuple[str, ...]
+    fmt: Format
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a run shall do, in full. `extra` keeps a calibrated modifier's own settings, as given."""
+
+    name: str
+    method: str
+    groups: tuple[Group, ...]
+    ignore: tuple[str, ...]
+    scale_search: str
+    container: str | None = None
+    carve_outs: dict[int, str] = field(default_factory=dict)
+    calibration: dict[str, Any] | None = None
+    extra: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def group_of(self, module: str, ignored: bool) -> Group | None:
+        """The group that claims `module`, or None where it is ignored or nobody does."""
+        if ignored:
+            return None
+        claims = [group for group in self.groups if any(match_name(module, target) for target in group.targets)]
+        if len(claims) > 1:
+            names = " and ".join(group.name for group in claims)
+            raise RecipeError(f"recipe {self.name}: {module} is claimed by the groups {names}")
+        return claims[0] if claims else None
+
+    def ignores(self, module: str) -> bool:
+        return any(match_name(module, pattern) for pattern in self.ignore)
+
+    def resolved(self, container: str) -> dict[str, Any]:
+        """The recipe with every default written out, as plain data for YAML."""
+        groups = {
+            group.name: {"targets": list(group.targets), "weights": format_weights(group.fmt)} for group in self.groups
+        }
+        quantization: dict[str, Any] = {"config_groups": groups, "ignore": list(self.ignore)}
+        modifiers: dict[str, Any] = {}
+        if self.method == "awq":
+            modifiers["AWQModifier"] = dict(self.extra.get("AWQModifier", {}))
+        key = "GPTQModifier" if self.method == "gptq" else "QuantizationModifier"
+        modifiers[key] = quantization | self.extra.get(key, {})
+        block: dict[str, Any] = {"version": VERSION, "scale_search": self.scale_search, "container": container}
+        if self.calibration is not None:
+            block["calibration"] = self.calibration
+        block["carve_outs"] = dict(sorted(self.carve_outs.items()))
+        return {"default_stage": {"default_modifiers": modifiers}, "mimoquant": block}
+
+
+def match_name(name: str, pattern: str) -> bool:
+    """compressed-tensors' rule: `re:` matches from the start (not to the end), anything else is the whole name."""
+    if pattern.startswith("re:"):
+        return re.match(pattern[3:], name) is not None
+    return name == pattern
+
+
+def recipes_folder() -> Path:
+    """The shipped recipes: beside the package in a checkout, inside it when installed from a wheel."""
+    package = Path(__file__).parent
+    inside = package / "recipes"
+    return inside if inside.is_dir() else package.parent / "recipes"
+
+
+def shipped_recipes() -> list[str]:
+    return sorted(path.stem for path in recipes_folder().glob("*.yaml"))
+
+
+def load_recipe(name_or_file: str) -> Recipe:
+    """Read a shipped recipe by name, or a file.
+
+    Raises RecipeError: not found, not YAML, or anything in it that this program does not know.
+    """
+    path = Path(name_or_file)
+    if "/" not in name_or_file and path.suffix not in (".yaml", ".yml"):
+        path = recipes_folder() / f"{name_or_file}.yaml"
+        if not path.is_file():
+            raise RecipeError(
+                f"no recipe is named {name_or_file!r}",
+                hint=f"shipped are {', '.join(shipped_recipes())}; a file is given by its path, ending in .yaml",
+            )
+    if not path.is_file():
+        raise RecipeError(f"{path}: there is no such recipe file")
+    if path.stat().st_size > MAX_RECIPE_BYTES:
+        raise RecipeError(f"{path}: {path.stat().st_size} bytes, more than the {MAX_RECIPE_BYTES} a recipe may have")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read ({error})") from error
+    return parse_recipe(text, path.stem)
+
+
+def parse_recipe(text: str, name: str) -> Recipe:
+    """Parse recipe YAML; see `load_recipe`."""
+    try:
+        document = yaml.load(text, Loader=_StrictLoader)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise RecipeError(f"recipe {name}: is not readable YAML ({' '.join(str(error).split())[:200]})") from error
+    return _Parser(name).parse(document)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses aliases (only bombs need them) and repeated keys (the first would be lost)."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.events.AliasEvent):
+            raise yaml.YAMLError("aliases are not allowed in a recipe")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        repeated = next((key for key in keys if keys.count(key) > 1), None)
+        if repeated is not None:
+            raise yaml.YAMLError(f"the key {repeated!r} appears twice")
+        return super().construct_mapping(node, deep)
+
+
+class _Parser:
+    """One recipe document to a `Recipe`; every method refuses what it does not know."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def fail(self, problem: str, hint: str | None = None) -> NoReturn:
+        raise RecipeError(f"recipe {self.name}: {problem}", hint=hint)
+
+    def mapping(self, value: Any, what: str) -> dict[Any, Any]:
+        if not isinstance(value, dict):
+            self.fail(f"{what} must be a mapping, found {type(value).__name__}")
+        return value
+
+    def known(self, value: dict[Any, Any], keys: set[str], what: str) -> None:
+        unknown = [key for key in value if key not in keys]
+        if unknown:
+            self.fail(f"unknown key {unknown[0]!r} in {what}", f"known are {', '.join(sorted(keys))}")
+
+    def strings(self, value: Any, what: str) -> tuple[str, ...]:
+        items = [value] if isinstance(value, str) else [] if value is None else value
+        if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+            self.fail(f"{what} must be a list of names or re: patterns")
+        for item in items:
+            try:
+                re.compile(item.removeprefix("re:")) if item.startswith("re:") else None
+            except re.error as error:
+                self.fail(f"{what} has the broken pattern {item!r} ({error})")
+        return tuple(items)
+
+    def parse(self, document: Any) -> Recipe:
+        document = self.mapping(document, "the document")
+        stages = [key for key in document if isinstance(key, str) and re.fullmatch(r".*_stage(_\d+)?", key)]
+        self.known(document, {*stages, "mimoquant"}, "the document")
+        if len(stages) != 1:
+            self.fail(f"needs exactly one stage (such as default_stage), found {len(stages)}")
+        modifiers = self.modifiers(self.mapping(document[stages[0]], stages[0]), stages[0])
+        recipe = self.quantization(modifiers)
+        return self.block(recipe, self.mapping(document.get("mimoquant") or {}, "mimoquant"))
+
+    def modifiers(self, stage: dict[Any, Any], where: str) -> dict[str, dict[str, Any]]:
+        found: dict[str, dict[str, Any]] = {}
+        for key, group in stage.items():
+            if not (isinstance(key, str) and key.endswith("_modifiers")):
+                self.fail(f"unknown key {key!r} in {where}", "expected default_modifiers")
+            for modifier, settings in self.mapping(group, key).items():
+                if modifier not in METHODS:
+                    self.fail(f"{modifier} is not supported", f"supported are {', '.join(METHODS)}")
+                if modifier in found:
+                    self.fail(f"{modifier} appears twice", "use one modifier with several config_groups")
+                found[modifier] = self.mapping(settings or {}, modifier)
+                self.known(found[modifier], _MODIFIER_KEYS[modifier], modifier)
+        if {"GPTQModifier", "QuantizationModifier"} <= found.keys():
+            self.fail("has both GPTQModifier and QuantizationModifier, which both choose the weights")
+        if not found:
+            self.fail("has no modifier")
+        return found
+
+    def quantization(self, modifiers: dict[str, dict[str, Any]]) -> Recipe:
+        carriers = [key for key in modifiers if "scheme" in modifiers[key] or "config_groups" in modifiers[key]]
+        if len(carriers) != 1:
+            self.fail(
+                f"needs exactly one modifier with a scheme or config_groups, found {len(carriers)}",
+                "AWQModifier is followed by a QuantizationModifier that says the format",
+            )
+        carrier = modifiers[carriers[0]]
+        if carrier.get("kv_cache_scheme") is not None:
+            self.fail("kv_cache_scheme is not supported: only routed experts are quantized")
+        groups, searches = self.groups(carrier, carriers[0])
+        ignore = tuple(pattern for settings in modifiers.values()
+                       for pattern in self.strings(settings.get("ignore"), "ignore"))  # fmt: skip
+        method = "awq" if "AWQModifier" in modifiers else METHODS[carriers[0]]
+        extra = {key: {k: v for k, v in settings.items() if k not in _QUANTIZATION_KEYS}
+                 for key, settings in modifiers.items()}  # fmt: skip
+        return Recipe(
+            name=self.name,
+            method=method,
+            groups=groups,
+            ignore=tuple(dict.fromkeys(ignore)),
+            scale_search=searches.pop() if len(searches) == 1 else "absmax",
+            extra={key: settings for key, settings in extra.items() if settings},
+        )
+
+    def groups(self, settings: dict[str, Any], where: str) -> tuple[tuple[Group, ...], set[str]]:
+        """The groups, and the scale searches that their observers ask for."""
+        scheme, config_groups = settings.get("scheme"), settings.get("config_groups")
+        if (scheme is None) == (config_groups is None):
+            self.fail(f"{where} needs a scheme or config_groups, not both")
+        if scheme is not None:
+            if scheme not in _PRESETS:
+                self.fail(f"scheme {scheme!r} is not supported", f"supported are {', '.join(_PRESETS)}")
+            targets = self.strings(settings.get("targets"), "targets") or ("Linear",)
+            return (Group("group_0", targets, _PRESETS[scheme]),), set()
+        groups, searches = [], set()
+        for name, group in self.mapping(config_groups, "config_groups").items():
+            group = self.mapping(group, f"group {name}")
+            self.known(group, {"targets", "weights", "input_activations", "output_activations", "format"}, name)
+            for side in ("input_activations", "output_activations"):
+                if group.get(side) is not None:
+                    self.fail(f"{name} quantizes {side}, which is not supported", "weights only: leave it out or null")
+            weights = self.mapping(group.get("weights"), f"{name}.weights")
+            groups.append(Group(str(name), self.strings(group.get("targets"), "targets"), self.format(weights, name)))
+            if weights.get("observer") is not None:
+                if weights["observer"] not in _OBSERVERS:
+                    self.fail(f"{name} has the observer {weights['observer']!r}, which is not supported",
+                              f"supported are {', '.join(_OBSERVERS)}")  # fmt: skip
+                searches.add(_OBSERVERS[weights["observer"]])
+        if not groups:
+            self.fail("config_groups is empty")
+        return tuple(groups), searches
+
+    def format(self, weights: dict[str, Any], where: str) -> Format:
+        self.known(weights, {"num_bits", "type", "symmetric", "strategy", "group_size", "observer", *_WEIGHT_DEFAULTS},
+                   f"{where}.weights")  # fmt: skip
+        for key, allowed in _WEIGHT_DEFAULTS.items():
+            if key in weights and weights[key] not in allowed:
+                self.fail(f"{where}.weights.{key} is {weights[key]!r}, which is not supported")
+        bits, kind, size = weights.get("num_bits", 8), weights.get("type", "int"), weights.get("group_size")
+        strategy = weights.get("strategy", "group" if size else "tensor")
+        symmetric = weights.get("symmetric", True)
+        if bits != 4 or kind not in ("int", "float"):
+            self.fail(f"{where} asks for {bits}-bit {kind} weights; 4-bit int and float are supported")
+        name = "int4" if kind == "int" else {16: "nvfp4", 32: "mxfp4"}.get(size, "") if type(size) is int else ""
+        if strategy != ("tensor_group" if name == "nvfp4" else "group"):
+            self.fail(f"{where} has the strategy {strategy!r} with group size {size}, which is not supported")
+        if type(size) is not int or size not in GROUP_SIZES.get(name, ()):
+            sizes = GROUP_SIZES["int4"] if kind == "int" else (16, 32)
+            self.fail(f"{where} has group size {size}; {kind} weights take {', '.join(map(str, sizes))}")
+        if not isinstance(symmetric, bool) or (name != "int4" and not symmetric):
+            self.fail(f"{where} has symmetric: {symmetric!r}; only int4 may be asymmetric")
+        return Format(name, size, symmetric)
+
+    def block(self, recipe: Recipe, block: dict[Any, Any]) -> Recipe:
+        """Apply the `mimoquant:` block."""
+        self.known(block, _BLOCK_KEYS, "mimoquant")
+        if block.get("version", VERSION) != VERSION:
+            self.fail(f"mimoquant.version is {block['version']!r}; this program reads {VERSION}")
+        search = block.get("scale_search", recipe.scale_search)
+        if search not in (*SEARCHES, "gram"):
+            self.fail(f"scale_search {search!r} is unknown", f"known are {', '.join(SEARCHES)}, gram")
+        container = block.get("container")
+        if container not in (None, *CONTAINERS):
+            self.fail(f"container {container!r} is unknown", f"known are {', '.join(CONTAINERS)}")
+        carve_outs = self.mapping(block.get("carve_outs") or {}, "mimoquant.carve_outs")
+        for layer, kind in carve_outs.items():
+            if type(layer) is not int or layer < 0 or kind not in CARVE_OUTS:
+                self.fail(f"carve_outs has {layer!r}: {kind!r}; expected a layer number and bf16 or fp8")
+        calibration = block.get("calibration")
+        if calibration is not None:
+            self.known(self.mapping(calibration, "calibration"), {"set", "sequences", "tokens"}, "calibration")
+        return replace(
+            recipe, scale_search=search, container=container, carve_outs=dict(carve_outs), calibration=calibration
+        )

@@ -1,0 +1,96 @@
+"""Results as dataclasses → JSON, text, model card.
+
+Key idea: nothing here depends on the machine or the clock, so a report is as reproducible as the weights beside it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from mimoquant.checkpoint.journal import JournalLine
+
+if TYPE_CHECKING:
+    from mimoquant.plan import Plan
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class QuantizeReport:
+    """What a run wrote."""
+
+    container: str
+    method: str
+    scale_search: str
+    formats: dict[str, list[int]]
+    carve_outs: dict[str, str]
+    source_bytes: int
+    output_bytes: int
+    fallbacks: dict[str, int]
+    notes: list[str]
+    shards: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, plan: Plan, finished: dict[str, JournalLine]) -> QuantizeReport:
+        formats: dict[str, list[int]] = {}
+        for layer, fmt in sorted(plan.formats.items()):
+            formats.setdefault(fmt.label, []).append(layer)
+        return cls(
+            container=plan.container,
+            method=plan.recipe.method,
+            scale_search=plan.recipe.scale_search,
+            formats=formats,
+            carve_outs={str(layer): kind for layer, kind in sorted(plan.carve_outs.items())},
+            source_bytes=plan.source_bytes,
+            output_bytes=plan.shard_bytes,
+            fallbacks={},
+            notes=plan.notes,
+            shards=[asdict(finished[unit.name]) for unit in plan.units],
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
+
+
+def size(count: int) -> str:
+    """Bytes for people: decimal units, three digits."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 999.5:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB" if value < 999.5 else f"{value:.0f} TB"
+
+
+def model_card(plan: Plan, report: QuantizeReport) -> str:
+    """OUT/README.md: what this checkpoint is and what was changed in it."""
+    release = plan.layout.geometry.release
+    front = ["---", "license: mit"]
+    if release:
+        front += [f"base_model: {release}", "base_model_relation: quantized"]
+    front += ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- mimoquant", "---"]
+    formats = "; ".join(f"{label} in {len(layers)} layers" for label, layers in report.formats.items())
+    kept = ", ".join(f"layer {layer} in {kind}" for layer, kind in report.carve_outs.items()) or "none"
+    lines = [
+        *front,
+        "",
+        f"# {release.split('/')[-1] if release else 'MiMo-V2 checkpoint'}, routed experts in 4 bits",
+        "",
+        f"Written by mimoquant {_version()}. Only the routed experts were quantized; the value of every other weight "
+        "is the source's.",
+        "",
+        f"- experts: {formats} ({report.method}, scales by {report.scale_search}), container {report.container}",
+        f"- layers whose experts were kept: {kept}",
+        f"- size: {size(report.output_bytes)} (source {size(report.source_bytes)})",
+        *(f"- {note}" for note in report.notes),
+        "",
+        "`recipe.yaml` repeats this run byte for byte; `mimoquant verify THIS --source SOURCE` proves the files.",
+    ]
+    return "\n".join(lines)
+
+
+def _version() -> str:
+    import mimoquant
+
+    return mimoquant.__version__
