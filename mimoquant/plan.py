@@ -172,7 +172,7 @@ def _resolve_layers(layout: ModelLayout, recipe: Recipe) -> tuple[dict[int, Form
         if layer not in moe_layers:
             raise RecipeError(
                 f"recipe {recipe.name}: carve_outs names layer {layer}, which has no routed experts",
-                hint=f"the MoE layers are {_ranges(moe_layers)}",
+                hint=f"the MoE layers are {ranges(moe_layers)}",
             )
     for layer in sorted(moe_layers):
         fates = {_fate(layout, recipe, layer, e, p) for e in range(layout.geometry.experts) for p in PROJECTIONS}
@@ -189,7 +189,7 @@ def _resolve_layers(layout: ModelLayout, recipe: Recipe) -> tuple[dict[int, Form
             formats[layer] = fate
     if not formats:
         raise RecipeError(
-            f"recipe {recipe.name}: no routed expert of layers {_ranges(moe_layers)} matches, nothing to quantize"
+            f"recipe {recipe.name}: no routed expert of layers {ranges(moe_layers)} matches, nothing to quantize"
         )
     return formats, kept
 
@@ -442,7 +442,7 @@ def _kind(unit: str, role: str) -> str:
     return kinds.get(role, "attention")
 
 
-def _ranges(numbers: Iterable[int]) -> str:
+def ranges(numbers: Iterable[int]) -> str:
     """1, 2, 3, 7 → '1-3, 7'."""
     runs: list[list[int]] = []
     for number in sorted(numbers):

@@ -73,6 +73,7 @@ class Recipe:
     carve_outs: dict[int, str] = field(default_factory=dict)
     calibration: dict[str, Any] | None = None
     extra: dict[str, dict[str, Any]] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)  # of the run that wrote this recipe, if one did
 
     def group_of(self, module: str, ignored: bool) -> Group | None:
         """The group that claims `module`, or None where it is ignored or nobody does."""
@@ -323,5 +324,10 @@ class _Parser:
         if calibration is not None:
             self.known(self.mapping(calibration, "calibration"), {"set", "sequences", "tokens"}, "calibration")
         return replace(
-            recipe, scale_search=search, container=container, carve_outs=dict(carve_outs), calibration=calibration
+            recipe,
+            scale_search=search,
+            container=container,
+            carve_outs=dict(carve_outs),
+            calibration=calibration,
+            provenance=self.mapping(block.get("provenance") or {}, "provenance"),
         )

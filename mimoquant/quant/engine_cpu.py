@@ -10,6 +10,7 @@ Why not torch: its float8 → float32 conversion takes 6.8 ns an element on one 
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ import numpy.typing as npt
 from numba import njit
 
 from mimoquant.quant.formats import (
+    E2M1_VALUES,
     INT4_MULTIPLIERS,
     INT4_ZERO_SCALE,
     MXFP4_ROUND_UP,
@@ -28,7 +30,7 @@ from mimoquant.quant.formats import (
     NVFP4_ZERO_SCALE,
     Format,
 )
-from mimoquant.quant.stack import NonFiniteError, Stack
+from mimoquant.quant.stack import Audit, NonFiniteError, Stack
 
 Array = npt.NDArray[Any]
 U32, F32, I32 = np.uint32, np.float32, np.int32
@@ -322,6 +324,33 @@ def dequantize_rows(fp8, scales, scale_row, begin, end, out):  # type: ignore[no
     return bad
 
 
+@_jit
+def audit_rows(fp8, bf16, scales, scale_row, begin, end, codes, group_scale, zero, table):  # type: ignore[no-untyped-def]
+    """Hold codes against their source: is every source value in the rounding interval of its code?
+
+    `table` float32 [3, 16]: grid value, lower and upper end of each code's interval, in units of the scale.
+    Returns (largest distance in half steps, values outside, sum of squared errors, sum of squared weights).
+    """
+    width = codes.shape[1] * 2
+    values = np.empty(width, F32)
+    bits, worst, outside, error2, weight2 = values.view(U32), 0.0, 0, 0.0, 0.0
+    size = width // group_scale.shape[1]
+    for row in range(begin, end):
+        outside += _load_row(row, fp8, bf16, scales, scale_row, values, bits)
+        for i in range(width):
+            code = (codes[row, i >> 1] >> np.uint8(4 * (i & 1))) & np.uint8(15)
+            scale, offset = group_scale[row, i // size], zero[row, i // size]
+            difference = values[i] - (table[0, code] - offset) * scale
+            room = (table[2, code] if difference > 0 else table[1, code]) - table[0, code]
+            distance = 0.0 if math.isinf(room) else abs(difference) / (abs(room) * scale)
+            if not (distance <= 1.00002 and scale > F32(0) and math.isfinite(scale)):
+                outside += 1
+            worst = distance if distance > worst else worst
+            error2 += float(difference) * float(difference)
+            weight2 += float(values[i]) * float(values[i])
+    return worst, outside, error2, weight2
+
+
 class CpuEngine:
     """Runs the kernels over stacks of experts, rows spread over threads.
 
@@ -362,6 +391,22 @@ class CpuEngine:
             for parts in results.values():
                 parts["zero_point"] = _pack_zero_points(parts["zero_point"])
         return results
+
+    def audit(self, stack: Stack, fmt: Format, parts: dict[str, Array]) -> list[Audit]:
+        """Hold stored parts (as `encode` returns them) against the source, expert by expert."""
+        scale, table = _effective_scale(fmt, parts), _code_table(fmt)
+        zero = np.zeros(scale.shape, np.float32)
+        if not fmt.symmetric:
+            zero = _unpack_zero_points(parts["zero_point"]).astype(np.float32)
+        experts, rows, _ = stack.values.shape
+        tasks = [
+            (e, self._pool.submit(_audit_rows, stack, e, begin, end, parts["codes"][e], scale[e], zero[e], table))
+            for e, begin, end in self._slabs(experts, rows)
+        ]
+        audits = [Audit(0.0, 0, 0.0, 0.0)] * experts
+        for expert, task in tasks:
+            audits[expert] = audits[expert].merge(Audit(*task.result()))
+        return audits
 
     def dequantize(self, values: Array, block_scales: Array, scale_row: Array) -> Array:
         """One FP8 matrix [O, I] as bf16 bits. Raises NonFiniteError."""
@@ -406,6 +451,47 @@ def _source(stack: Stack, expert: int) -> tuple[Array, Array, Array, Array]:
     if stack.scales is None:
         return _NO8, values, _NO_SCALES, _NO_ROWS
     return values, _NO16, stack.scales[expert], np.arange(values.shape[0]) // 128
+
+
+def _audit_rows(stack: Stack, expert: int, begin: int, end: int, *stored: Array) -> tuple[float, int, float, float]:
+    worst, outside, error2, weight2 = audit_rows(*_source(stack, expert), begin, end, *stored)
+    return float(worst), int(outside), float(error2), float(weight2)
+
+
+def _effective_scale(fmt: Format, parts: dict[str, Array]) -> Array:
+    """Stored scales as float32 multipliers [E, O, G]."""
+    if fmt.name == "int4":
+        return (parts["scale"].astype(np.uint32) << 16).view(np.float32)
+    if fmt.name == "mxfp4":
+        bits = parts["scale"].astype(np.uint32) << 23
+        return np.where(bits == 0, np.uint32(1 << 22), bits).view(np.float32)
+    byte = parts["scale"].astype(np.uint32)
+    magnitude = ((byte & 0x7F) << 20).view(np.float32) * _FP8_UNIT
+    magnitude[(byte & 0x7F) == 0x7F] = np.nan
+    with np.errstate(all="ignore"):
+        scale: Array = np.where(byte & 0x80, -magnitude, magnitude) / parts["global_scale"].reshape(-1, 1, 1)
+    return scale
+
+
+def _code_table(fmt: Format) -> Array:
+    """[3, 16]: grid value of each code and the ends of its rounding interval, in units of the scale."""
+    if fmt.name == "int4":
+        value = np.arange(-8.0, 8.0)
+    else:
+        positive = np.array(E2M1_VALUES)
+        value = np.concatenate([positive, -positive])
+    grid = np.unique(value)
+    middle = np.concatenate([[-np.inf], (grid[:-1] + grid[1:]) / 2, [np.inf]])
+    place = np.searchsorted(grid, value)
+    return np.stack([value, middle[place], middle[place + 1]]).astype(np.float32)
+
+
+def _unpack_zero_points(packed: Array) -> Array:
+    experts, eighth, groups = packed.shape
+    shifts = np.arange(0, 32, 4, dtype=np.uint32).reshape(1, 1, 8, 1)
+    nibbles = (packed.view(np.uint32)[:, :, None, :] >> shifts) & 15
+    zero: Array = nibbles.reshape(experts, eighth * 8, groups).astype(np.int8) - np.int8(8)
+    return zero
 
 
 def _empty_parts(fmt: Format, experts: int, rows: int, width: int) -> dict[str, Array]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mimoquant.quant.formats import (
+    E2M1_VALUES,
     INT4_MULTIPLIERS,
     INT4_ZERO_SCALE,
     MXFP4_OFFSETS,
@@ -26,7 +27,6 @@ from mimoquant.quant.formats import (
 from mimoquant.quant.stack import NonFiniteError, Stack
 
 Array = npt.NDArray[Any]
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def dequantize_fp8(values: Tensor, block_scales: Tensor, scale_row: Tensor | None = None, block: int = 128) -> Tensor:
@@ -90,7 +90,7 @@ def decode(parts: dict[str, Tensor], fmt: Format) -> Tensor:
             level = level - unpack_zero_points(parts["zero_point"]).to(torch.float32)[..., None]
         values = level * parts["scale"].to(torch.float32)[..., None]
     else:
-        table = torch.tensor(_E2M1 + tuple(-value for value in _E2M1), device=codes.device)
+        table = torch.tensor(E2M1_VALUES + tuple(-value for value in E2M1_VALUES), device=codes.device)
         scale = _exp2(parts["scale"]) if fmt.name == "mxfp4" else parts["scale"].to(torch.float32)
         if fmt.name == "nvfp4":
             scale = scale / parts["global_scale"].reshape(-1, 1, 1)

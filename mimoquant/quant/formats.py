@@ -18,6 +18,8 @@ from dataclasses import dataclass
 GROUP_SIZES = {"int4": (32, 64, 128), "mxfp4": (32,), "nvfp4": (16,)}
 SEARCHES = ("absmax", "mse")
 
+E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of the codes 0..7; 8..15 are the negatives
+
 # A group of zeros gets the scale that compressed-tensors gives it.
 INT4_ZERO_SCALE = 2.0**-7
 NVFP4_ZERO_SCALE = 0.125

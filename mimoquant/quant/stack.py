@@ -17,6 +17,29 @@ class Stack(NamedTuple):
     scales: npt.NDArray[np.float32] | None
 
 
+class Audit(NamedTuple):
+    """Stored codes held against their source. `worst` is the largest distance in half grid steps (1 is the bound of
+    nearest rounding; values clipped at the end of the grid do not count), `outside` how many values exceed it."""
+
+    worst: float
+    outside: int
+    error2: float
+    weight2: float
+
+    def merge(self, other: Audit) -> Audit:
+        return Audit(
+            max(self.worst, other.worst),
+            self.outside + other.outside,
+            self.error2 + other.error2,
+            self.weight2 + other.weight2,
+        )
+
+    @property
+    def relative_error(self) -> float:
+        """Squared error relative to the squared weights (relMSE)."""
+        return self.error2 / self.weight2 if self.weight2 else 0.0
+
+
 class NonFiniteError(Exception):
     """A weight is NaN or Inf; the caller knows its name."""
 

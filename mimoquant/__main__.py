@@ -1,0 +1,5 @@
+"""`python -m mimoquant`."""
+
+from mimoquant.cli import main
+
+main()

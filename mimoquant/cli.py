@@ -1,0 +1,272 @@
+"""Verbs: parse, call, print, exit code.
+
+Key idea: stdout carries data (text, or one JSON document with --json), stderr everything else. Errors become one
+sentence, a hint and an exit code in one place. Nothing heavy is imported before a verb runs, so --help is instant.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+import mimoquant
+from mimoquant.errors import MimoquantError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+
+    from mimoquant.plan import Plan, Unit
+
+EXIT_INTERRUPTED = 130
+
+
+class _Group(TyperGroup):
+    """Turns errors and interrupts into a sentence and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        signal.signal(signal.SIGTERM, _raise_interrupt)
+        try:
+            return super().invoke(ctx)
+        except MimoquantError as error:
+            typer.echo(f"error: {error}", err=True)
+            if error.hint:
+                typer.echo(f"hint: {error.hint}", err=True)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            typer.echo("interrupted", err=True)
+            if ctx.invoked_subcommand == "quantize":
+                typer.echo("hint: run the same command again with --resume to go on where it stopped", err=True)
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+def _raise_interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="4-bit MiMo-V2 checkpoints: streamed, exact, proven. Only the routed experts are quantized.",
+)
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+RecipeOption = Annotated[
+    str, typer.Option("--recipe", "-r", help="A shipped recipe's name, or a recipe file.", metavar="NAME|FILE")
+]
+UnknownOption = Annotated[bool, typer.Option("--allow-unknown", help="Copy tensors that have no known role.")]
+
+
+class Container(StrEnum):
+    """`--container`; None lets recipe, format and source decide."""
+
+    COMPRESSED_TENSORS = "compressed-tensors"
+    NATIVE = "native"
+
+
+class Layout(StrEnum):
+    """`synth --layout`: the published on-disk formats."""
+
+    FLASH = "flash"
+    V25 = "v2.5"
+    PRO = "pro"
+
+
+ContainerOption = Annotated[
+    Container | None, typer.Option(help="How the experts are stored; by default what fits the format.")
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mimoquant {mimoquant.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    return None
+
+
+@app.command()
+def inspect(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder.", metavar="CKPT")],
+    as_json: JsonOption = False,
+    allow_unknown: UnknownOption = False,
+) -> None:
+    """Say what a checkpoint holds. Reads headers only."""
+    from mimoquant import describe
+    from mimoquant.checkpoint.index import open_index
+    from mimoquant.model.layout import read_layout
+    from mimoquant.plan import read_config
+
+    index = open_index(checkpoint)
+    layout = read_layout(index, read_config(index), allow_unknown=allow_unknown)
+    _print(describe.layout_facts(layout), describe.layout_text, as_json)
+
+
+@app.command()
+def plan(
+    source: Annotated[Path, typer.Argument(help="The checkpoint to quantize.", metavar="SOURCE")],
+    recipe: RecipeOption,
+    container: ContainerOption = None,
+    as_json: JsonOption = False,
+    allow_unknown: UnknownOption = False,
+) -> None:
+    """Show what quantize would do and how large the result is, to the byte. Reads headers only."""
+    from mimoquant import describe
+
+    _print(describe.plan_facts(_plan(source, recipe, container, allow_unknown)), describe.plan_text, as_json)
+
+
+@app.command()
+def quantize(
+    source: Annotated[Path, typer.Argument(help="The checkpoint to quantize.", metavar="SOURCE")],
+    recipe: RecipeOption,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where to write; must not exist.", metavar="DIR")],
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda; the bytes are the same.")] = "auto",
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+    container: ContainerOption = None,
+    as_json: JsonOption = False,
+    allow_unknown: UnknownOption = False,
+) -> None:
+    """Write the 4-bit checkpoint. The folder appears only when it is complete; an interrupted run can be resumed."""
+    from mimoquant import describe, pipeline
+
+    begin = time.monotonic()
+    made = _plan(source, recipe, container, allow_unknown)
+    for note in made.notes:
+        typer.echo(f"note: {note}", err=True)
+    with _Progress(made) as progress:
+        report = pipeline.quantize(made, out, device=device, resume=resume, progress=progress.advance)
+    facts = {**report.as_json(), "out": str(out), "elapsed_s": round(time.monotonic() - begin, 3)}
+    _print(facts, describe.quantize_text, as_json)
+
+
+@app.command()
+def verify(
+    out: Annotated[Path, typer.Argument(help="What quantize wrote.", metavar="OUT")],
+    source: Annotated[Path, typer.Option("--source", help="The checkpoint it was made from.", metavar="SOURCE")],
+    as_json: JsonOption = False,
+) -> None:
+    """Prove a written checkpoint against its source: files, hashes, every tensor, every value."""
+    from mimoquant import describe
+    from mimoquant.errors import CheckpointError
+    from mimoquant.verify import verify as run
+
+    report = run(out, source)
+    _print(report.as_json() | {"out": str(out)}, describe.verify_text, as_json)
+    if not report.ok:
+        raise CheckpointError(f"{out}: is not what its recipe says, {len(report.problems)} problems were found")
+
+
+@app.command()
+def synth(
+    out: Annotated[Path, typer.Argument(help="The folder to write; must not exist.", metavar="DIR")],
+    layout: Annotated[Layout, typer.Option(help="The published on-disk format to imitate.")],
+    source: Annotated[
+        Path | None, typer.Option("--from", help="Convert this bf16 checkpoint instead of drawing weights.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
+    layers: Annotated[int | None, typer.Option(min=1, help="Decoder layers (the first is dense).")] = None,
+    experts: Annotated[int | None, typer.Option(min=1, help="Routed experts a layer.")] = None,
+    hidden: Annotated[int | None, typer.Option(min=1, help="Model width.")] = None,
+    expert_intermediate: Annotated[int | None, typer.Option(min=1, help="Width inside an expert.")] = None,
+    vocab: Annotated[int | None, typer.Option(min=1, help="Vocabulary size.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a small checkpoint in a real on-disk format, random or converted: for tests, demos and bug reports."""
+    from mimoquant import describe
+    from mimoquant.errors import UsageError
+    from mimoquant.synth import SynthSizes
+    from mimoquant.synth import synth as run
+
+    given = {"layers": layers, "experts": experts, "hidden": hidden, "expert_intermediate": expert_intermediate,
+             "vocab": vocab}  # fmt: skip
+    chosen = {key: value for key, value in given.items() if value is not None}
+    if source is not None and chosen:
+        raise UsageError(
+            f"--from takes the sizes of {source}; --{next(iter(chosen)).replace('_', '-')} cannot go with it"
+        )
+    report = run(out, layout.value, source=source, sizes=None if source else SynthSizes(**chosen), seed=seed)
+    _print(report.as_json() | {"out": str(out)}, describe.synth_text, as_json)
+
+
+def _plan(source: Path, recipe: str, container: Container | None, allow_unknown: bool) -> Plan:
+    from mimoquant.plan import make_plan
+    from mimoquant.recipe import load_recipe
+
+    chosen = container.value if container else None
+    return make_plan(source, load_recipe(recipe), container=chosen, allow_unknown=allow_unknown)
+
+
+def _print(facts: dict[str, Any], to_text: Any, as_json: bool) -> None:
+    typer.echo(json.dumps(facts, indent=2) if as_json else to_text(facts))
+
+
+class _Progress:
+    """stderr: one bar with rate and time left on a terminal, one line a finished unit elsewhere."""
+
+    def __init__(self, made: Plan) -> None:
+        self.units, self.total = len(made.units), made.shard_bytes
+        self.finished = 0
+        self.done: dict[str, int] = {}
+        self.begin = time.monotonic()
+        self.kept = 0  # bytes that an earlier run had written
+        self.bar: Bar | None = None
+
+    def __enter__(self) -> _Progress:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+            from rich.progress import Progress as Bar
+
+            columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
+                       TimeRemainingColumn())  # fmt: skip
+            self.bar = Bar(*columns, console=Console(stderr=True))
+            self.bar.start()
+            self.task = self.bar.add_task("quantizing", total=self.total)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def advance(self, unit: Unit, size_bytes: int, finished: bool) -> None:
+        """Called by the run; `size_bytes` of the unit are written."""
+        from mimoquant.report import size
+
+        self.done[unit.name] = size_bytes
+        written = sum(self.done.values())
+        self.finished += finished
+        if self.bar:
+            self.bar.update(self.task, completed=written, description=unit.name)
+        elif finished:
+            elapsed = time.monotonic() - self.begin
+            rate = written / elapsed if elapsed else 0
+            left = (self.total - written) / rate if rate else 0
+            typer.echo(
+                f"[{self.finished}/{self.units}] {unit.name}: {size(written)} of {size(self.total)}, "
+                f"{size(int(rate))}/s, {left:.0f} s left",
+                err=True,
+            )
+
+
+def main() -> None:
+    """The console script."""
+    app()

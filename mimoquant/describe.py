@@ -1,0 +1,170 @@
+"""What the verbs print: facts as plain data (for --json), and the same facts as text.
+
+Key idea: text is made from the JSON facts, so the two cannot disagree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from mimoquant.model.layout import ModelLayout
+from mimoquant.plan import CHUNK_BYTES, Plan, expert_placement, planned_sizes, ranges, role_sizes, unready
+from mimoquant.report import SCHEMA_VERSION, size
+
+
+def layout_facts(layout: ModelLayout) -> dict[str, Any]:
+    """`inspect`."""
+    geometry, index = layout.geometry, layout.index
+    split, parted = expert_placement(layout)
+    attention = {"global": geometry.global_attention, "sliding": geometry.sliding_attention}
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "checkpoint": str(index.folder),
+        "model_type": geometry.model_type,
+        "release": geometry.release,
+        "files": len(index.file_sizes),
+        "tensors": len(index.tensors),
+        "size_bytes": index.size_bytes,
+        "weights": "fp8 128x128" if geometry.fp8 else "bf16",
+        "layers": geometry.layers,
+        "global_layers": [n for n, sliding in enumerate(geometry.sliding) if not sliding],
+        "moe_layers": geometry.moe_layers,
+        "hidden": geometry.hidden,
+        "experts": geometry.experts,
+        "top_k": geometry.top_k,
+        "expert_intermediate": geometry.expert_intermediate,
+        "attention": {
+            kind: {"heads": a.heads, "kv_heads": a.kv_heads, "head_dim": a.head_dim, "v_head_dim": a.v_head_dim}
+            for kind, a in attention.items()
+        },
+        "qkv": f"fused, {geometry.qkv_chunks} interleaved ranks" if geometry.fused_qkv else "split",
+        "mtp_layers": layout.mtp_layers,
+        "bytes_by_role": {role: dict(sizes) for role, sizes in role_sizes(layout).items()},
+        "layers_with_an_expert_in_two_files": split,
+        "weights_parted_from_their_scale": parted,
+        "unknown_tensors": layout.unknown,
+    }
+
+
+def layout_text(facts: dict[str, Any]) -> str:
+    release = f" ({facts['release']})" if facts["release"] else ""
+    lines = [
+        f"{facts['model_type']}{release}, {facts['weights']}, {size(facts['size_bytes'])} "
+        f"in {facts['tensors']} tensors, {facts['files']} files",
+        f"layers    {facts['layers']}, of which {len(facts['moe_layers'])} with {facts['experts']} routed experts "
+        f"(top {facts['top_k']}, width {facts['hidden']} x {facts['expert_intermediate']})",
+        f"attention qkv {facts['qkv']}; global in layers {ranges(facts['global_layers'])}, sliding window elsewhere",
+        f"MTP       {facts['mtp_layers'] or 'no'} layers",
+        "",
+        *_table(
+            ("weights", "dtype", "size"),
+            [(role, dtype, size(count)) for role, sizes in facts["bytes_by_role"].items()
+             for dtype, count in sorted(sizes.items())],
+        ),
+    ]  # fmt: skip
+    if facts["layers_with_an_expert_in_two_files"]:
+        lines += [
+            "",
+            f"note: experts of layer {', '.join(facts['layers_with_an_expert_in_two_files'])} lie in two files",
+        ]
+    parted = facts["weights_parted_from_their_scale"]
+    if parted:
+        lines += [f"note: {len(parted)} weights lie in another file than their scale, first {parted[0]}"]
+    if facts["unknown_tensors"]:
+        lines += [f"note: {len(facts['unknown_tensors'])} unknown tensors, first {facts['unknown_tensors'][0]}"]
+    return "\n".join(lines)
+
+
+def plan_facts(plan: Plan) -> dict[str, Any]:
+    """`plan`. Host memory is what a data-free run on the CPU holds: chunks being read, computed and written."""
+    formats: dict[str, list[int]] = {}
+    for layer, fmt in sorted(plan.formats.items()):
+        formats.setdefault(fmt.label, []).append(layer)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "source": str(plan.layout.index.folder),
+        "recipe": plan.recipe.name,
+        "method": plan.recipe.method,
+        "scale_search": plan.recipe.scale_search,
+        "runnable": unready(plan.recipe) is None,
+        "container": plan.container,
+        "formats": formats,
+        "carve_outs": {str(layer): kind for layer, kind in sorted(plan.carve_outs.items())},
+        "source_bytes": plan.source_bytes,
+        "output_bytes": plan.shard_bytes,
+        "output_tensor_bytes": plan.tensor_bytes,
+        "output_tensors": sum(len(unit.entries) for unit in plan.units),
+        "output_bytes_by_role": planned_sizes(plan),
+        "host_memory_bytes": 250 * 2**20 + 8 * CHUNK_BYTES,
+        "shards": [{"unit": unit.name, "file": unit.file, "size_bytes": unit.size_bytes} for unit in plan.units],
+        "side_files": plan.side_files,
+        "notes": plan.notes,
+    }
+
+
+def plan_text(facts: dict[str, Any]) -> str:
+    formats = "; ".join(f"{label} in layers {ranges(layers)}" for label, layers in facts["formats"].items())
+    kept = ", ".join(f"layer {layer} stays {kind}" for layer, kind in facts["carve_outs"].items()) or "none"
+    before, after = facts["source_bytes"], facts["output_bytes"]
+    largest = max(facts["shards"], key=lambda shard: shard["size_bytes"])
+    return "\n".join(
+        [
+            f"recipe     {facts['recipe']}: {facts['method']}, scales by {facts['scale_search']}",
+            f"experts    {formats}",
+            f"carve-outs {kept}",
+            f"container  {facts['container']}",
+            f"size       {size(before)} -> {size(after)} ({after / before:.1%}), {after} bytes in "
+            f"{len(facts['shards'])} shards, the largest {size(largest['size_bytes'])} ({largest['unit']})",
+            f"memory     about {size(facts['host_memory_bytes'])} of host memory",
+            "",
+            *_table(
+                ("weights", "output"),
+                [(role, size(count)) for role, count in facts["output_bytes_by_role"].items()],
+            ),
+            *(["", *(f"note: {note}" for note in facts["notes"])] if facts["notes"] else []),
+        ]
+    )
+
+
+def quantize_text(facts: dict[str, Any]) -> str:
+    before, after, seconds = facts["source_bytes"], facts["output_bytes"], facts["elapsed_s"]
+    formats = "; ".join(f"{label} in {len(layers)} layers" for label, layers in facts["formats"].items())
+    return "\n".join(
+        [
+            f"wrote      {facts['out']}: {len(facts['shards'])} shards, {size(after)} ({after / before:.1%} of source)",
+            f"experts    {formats} ({facts['method']}, scales by {facts['scale_search']}), {facts['container']}",
+            f"time       {seconds:.1f} s, {size(int(before / max(seconds, 1e-3)))}/s of source",
+        ]
+    )
+
+
+def verify_text(facts: dict[str, Any], limit: int = 20) -> str:
+    problems = facts["problems"]
+    checked = ", ".join(f"{count} {what}" for what, count in facts["checked"].items())
+    lines = [
+        f"{'ok' if facts['ok'] else 'FAILED'}         {facts['out']}",
+        f"checked    {checked}; {size(facts['bytes_checked'])} read",
+        f"rounding   worst {facts['worst_rounding']:.4f} half steps ({facts['worst_rounding_tensor'] or 'none'})",
+        f"error      relMSE {facts['mean_relative_error']:.3e} over all experts, worst "
+        f"{facts['worst_relative_error']:.3e} ({facts['worst_relative_error_tensor'] or 'none'})",
+        *(f"problem    {problem}" for problem in problems[:limit]),
+    ]
+    if len(problems) > limit:
+        lines.append(f"problem    ... and {len(problems) - limit} more (--json lists all)")
+    return "\n".join(lines)
+
+
+def synth_text(facts: dict[str, Any]) -> str:
+    counts = f"{facts['tensors']} tensors, {facts['files']} files, {size(facts['size_bytes'])}"
+    return f"wrote {facts['out']}: {facts['layout']}, {counts}"
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
+    """Left-aligned columns, the last one right-aligned."""
+    every = [head, *rows]
+    widths = [max(len(row[i]) for row in every) for i in range(len(head))]
+    return [
+        "  ".join([*(cell.ljust(w) for cell, w in zip(row[:-1], widths, strict=False)), row[-1].rjust(widths[-1])])
+        for row in every
+    ]

@@ -1,0 +1,257 @@
+"""Proof that an output is what its recipe says: every file, every tensor, every value.
+
+Key idea: the plan is made anew from the source's headers and OUT/recipe.yaml, and OUT is held against it. Files: names,
+sizes, sha256 of the journal. Headers: exactly the planned tensors. Values: copied bytes are equal, dequantized tensors
+are computed again from the source, and each quantized weight's source value lies in the rounding interval of its code.
+That interval is computed apart from the encoder, so an encoder's mistake shows.
+
+Problems are collected, not thrown: a report of all that is wrong beats the first thing that is.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mimoquant.checkpoint.hf_files import CONFIG_NAME
+from mimoquant.checkpoint.index import CheckpointIndex, open_index, read_json_object
+from mimoquant.checkpoint.journal import JOURNAL_NAME, file_sha256, read_journal
+from mimoquant.checkpoint.reader import CheckpointReader
+from mimoquant.checkpoint.writer import Entry
+from mimoquant.container import expert_tensors
+from mimoquant.errors import CheckpointError, MimoquantError, UsageError
+from mimoquant.layer_weights import dequantize, read_experts, read_matrix, split_qkv
+from mimoquant.model.layout import PROJECTIONS
+from mimoquant.plan import Copy, Dequantize, Experts, Plan, Shapes, Unit, make_plan
+from mimoquant.quant.engine_cpu import CpuEngine
+from mimoquant.quant.stack import Audit, Stack
+from mimoquant.recipe import load_recipe
+
+Array = npt.NDArray[Any]
+SCHEMA_VERSION = 1
+_BLOCK = 32 * 2**20
+
+
+@dataclass
+class VerifyReport:
+    """What was checked and what is wrong. `worst_rounding` is in half grid steps: at most 1 for nearest rounding."""
+
+    ok: bool = True
+    problems: list[str] = field(default_factory=list)
+    checked: Counter[str] = field(default_factory=Counter)
+    bytes_checked: int = 0
+    worst_rounding: float = 0.0
+    worst_rounding_tensor: str | None = None
+    worst_relative_error: float = 0.0
+    worst_relative_error_tensor: str | None = None
+    mean_relative_error: float = 0.0
+
+    def problem(self, text: str) -> None:
+        self.ok = False
+        self.problems.append(text)
+
+    def as_json(self) -> dict[str, Any]:
+        return {"schema_version": SCHEMA_VERSION, **asdict(self), "checked": dict(self.checked)}
+
+
+def verify(out: Path | str, source: Path | str, *, progress: Callable[[Unit], None] | None = None) -> VerifyReport:
+    """Check a written checkpoint against its source; both are only read.
+
+    Raises UsageError where `out` is no output of this program, CheckpointError where the source itself is bad.
+    """
+    out, report = Path(out), VerifyReport()
+    if not (out / "recipe.yaml").is_file():
+        raise UsageError(f"{out}: has no recipe.yaml, so it is not a finished output of mimoquant quantize")
+    recipe = load_recipe(str(out / "recipe.yaml"))
+    plan = make_plan(source, recipe, allow_unknown=True)
+    before, now = recipe.provenance.get("source_headers_sha256"), plan.layout.index.headers_fingerprint()
+    if before != now:
+        raise CheckpointError(
+            f"{out}: was not made from {source}: the headers of its source had sha256 {str(before)[:12]}..., "
+            f"here they have {now[:12]}...",
+            hint="give the very files that quantize read",
+        )
+    _check_files(out, plan, report)
+    try:
+        index = open_index(out)
+    except MimoquantError as error:
+        report.problem(str(error))
+        return report
+    _check_headers(index, plan, report)
+    engine = CpuEngine()
+    try:
+        with CheckpointReader(plan.layout.index) as ours, CheckpointReader(index) as theirs:
+            check = _Values(plan, ours, theirs, engine, report)
+            for unit in plan.units:
+                check.unit(unit)
+                if progress:
+                    progress(unit)
+            report.bytes_checked = theirs.bytes_read
+    finally:
+        engine.close()
+    return report
+
+
+def _check_files(out: Path, plan: Plan, report: VerifyReport) -> None:
+    """Shards against plan and journal, config.json, nothing missing, nothing extra."""
+    try:
+        journal = {line.file: line for line in read_journal(out / JOURNAL_NAME)}
+    except CheckpointError as error:
+        report.problem(str(error))
+        journal = {}
+    planned = {unit.file: unit for unit in plan.units}
+    present = {path.name for path in out.iterdir() if path.suffix == ".safetensors"}
+    for file in sorted(present - planned.keys()):
+        report.problem(f"{file}: is an extra weights file")
+    for file, unit in planned.items():
+        line = journal.get(file)
+        if file not in present:
+            report.problem(f"{file}: is missing")
+        elif (size := (out / file).stat().st_size) != unit.size_bytes:
+            report.problem(f"{file}: has {size} bytes, planned are {unit.size_bytes}")
+        elif line is None:
+            report.problem(f"{file}: is not in the journal")
+        elif (sha256 := file_sha256(out / file)) != line.sha256:
+            report.problem(f"{file}: sha256 is {sha256[:12]}..., the journal has {line.sha256[:12]}...")
+        report.checked["files"] += 1
+    for name in plan.side_files:
+        if not (out / name).is_file():
+            report.problem(f"{name}: is missing")
+        elif file_sha256(out / name) != file_sha256(plan.layout.index.folder / name):
+            report.problem(f"{name}: differs from the source's")
+        report.checked["files"] += 1
+    try:
+        if read_json_object(out / CONFIG_NAME) != plan.config:
+            report.problem(f"{CONFIG_NAME}: is not what the recipe makes of the source's")
+    except CheckpointError as error:
+        report.problem(str(error))
+
+
+def _check_headers(index: CheckpointIndex, plan: Plan, report: VerifyReport) -> None:
+    expected = {entry.name: (unit.file, entry) for unit in plan.units for entry in unit.entries}
+    for name in sorted(index.tensors.keys() - expected.keys()):
+        report.problem(f"{name}: is an extra tensor")
+    for name, (file, entry) in expected.items():
+        info = index.tensors.get(name)
+        report.checked["tensors"] += 1
+        if info is None:
+            report.problem(f"{name}: is missing")
+        elif (info.file, info.dtype, info.shape) != (file, entry.dtype, entry.shape):
+            report.problem(
+                f"{name}: is {info.dtype}{list(info.shape)} in {info.file}, "
+                f"planned is {entry.dtype}{list(entry.shape)} in {file}"
+            )
+
+
+class _Values:
+    """Compares values, step by step of the plan."""
+
+    def __init__(
+        self, plan: Plan, ours: CheckpointReader, theirs: CheckpointReader, engine: CpuEngine, report: VerifyReport
+    ) -> None:
+        self.plan, self.ours, self.theirs, self.engine, self.report = plan, ours, theirs, engine, report
+        self.total = Audit(0.0, 0, 0.0, 0.0)
+
+    def unit(self, unit: Unit) -> None:
+        for step in unit.steps:
+            if not all(self._readable(entry) for entry in step.entries):
+                continue  # reported with the headers
+            if isinstance(step, Copy):
+                for name, entry in zip(step.sources, step.entries, strict=True):
+                    self._copied(name, entry)
+            elif isinstance(step, Experts) and step.fmt is not None:
+                self._quantized(step)
+            else:
+                for entry, expected in zip(step.entries, self._recomputed(step), strict=True):
+                    if not np.array_equal(self._read(entry.name), expected.reshape(-1).view(np.uint8)):
+                        self.report.problem(f"{entry.name}: its values are not the source's")
+                    self.report.checked["recomputed tensors"] += 1
+
+    def _readable(self, entry: Entry) -> bool:
+        info = self.theirs.index.tensors.get(entry.name)
+        return info is not None and (info.dtype, info.shape) == (entry.dtype, entry.shape)
+
+    def _read(self, name: str) -> Array:
+        return self.theirs.read(name)
+
+    def _copied(self, name: str, entry: Entry) -> None:
+        ours, theirs = self.plan.layout.index.tensors[name], self.theirs.index.tensors[entry.name]
+        for start in range(0, ours.size_bytes, _BLOCK):
+            length = min(_BLOCK, ours.size_bytes - start)
+            left, right = np.empty(length, np.uint8), np.empty(length, np.uint8)
+            self.ours.read_range(ours, start, left)
+            self.theirs.read_range(theirs, start, right)
+            if not np.array_equal(left, right):
+                self.report.problem(f"{entry.name}: its bytes are not the source's")
+                break
+        self.report.checked["copied tensors"] += 1
+
+    def _recomputed(self, step: Dequantize | Experts | Shapes | Copy) -> Iterator[Array]:
+        geometry = self.plan.layout.geometry
+        if isinstance(step, Shapes):
+            yield from (np.array(shape, np.int64) for shape in step.shapes)
+        elif isinstance(step, Dequantize):
+            matrix = dequantize(read_matrix(self.ours, step.weight), step.weight, geometry, self.engine)
+            tensors = split_qkv(matrix, geometry, sliding=step.sliding) if len(step.entries) > 1 else (matrix,)
+            yield from (np.ascontiguousarray(tensor) for tensor in tensors)
+        elif isinstance(step, Experts):
+            for expert in range(step.begin, step.end):
+                for projection in PROJECTIONS:
+                    weight = self.plan.layout.expert(step.layer, expert, projection)
+                    stack = read_matrix(self.ours, weight)
+                    if step.kept == "fp8":
+                        assert stack.scales is not None
+                        yield from (stack.scales[0], stack.values[0])
+                    else:
+                        yield dequantize(stack, weight, geometry, self.engine)
+
+    def _quantized(self, step: Experts) -> None:
+        assert step.fmt is not None
+        stacks = read_experts(self.ours, self.plan.layout, step.layer, step.begin, step.end)
+        stored = self._stored_parts(step, stacks)
+        for projection in PROJECTIONS:
+            audits = self.engine.audit(stacks[projection], step.fmt, stored[projection])
+            for position, audit in enumerate(audits):
+                name = self.plan.layout.expert(step.layer, step.begin + position, projection).name
+                self._judge(name, audit)
+        if step.fmt.name == "nvfp4":
+            unshared = np.flatnonzero(stored["gate"]["global_scale"] != stored["up"]["global_scale"])
+            for number in unshared.tolist():
+                name = self.plan.layout.expert(step.layer, step.begin + number, "gate").name
+                self.report.problem(f"{name}: gate and up have different global scales, engines use one")
+
+    def _stored_parts(self, step: Experts, stacks: dict[str, Stack]) -> dict[str, dict[str, Array]]:
+        """What the output holds for these experts, stacked as the engine takes it."""
+        assert step.fmt is not None
+        names, parts = iter(step.entries), {projection: {} for projection in PROJECTIONS}  # type: ignore[var-annotated]
+        kinds = {"BF16": np.uint16, "F32": np.float32}
+        for _ in range(step.begin, step.end):
+            for projection in PROJECTIONS:
+                shape = stacks[projection].values.shape[1:]
+                layout = step.fmt.parts(*shape)
+                for tensor in expert_tensors(self.plan.container, step.fmt, *shape):
+                    dtype = np.int32 if tensor.part == "zero_point" else kinds.get(layout[tensor.part][0], np.uint8)
+                    values = self._read(next(names).name).view(dtype).reshape(layout[tensor.part][1])
+                    parts[projection].setdefault(tensor.part, []).append(values)
+        return {p: {part: np.stack(arrays) for part, arrays in held.items()} for p, held in parts.items()}
+
+    def _judge(self, name: str, audit: Audit) -> None:
+        report = self.report
+        report.checked["quantized tensors"] += 1
+        self.total = self.total.merge(audit)
+        report.mean_relative_error = self.total.relative_error
+        if audit.outside:
+            report.problem(
+                f"{name}: {audit.outside} values lie outside the rounding interval of their code, "
+                f"the worst at {audit.worst:.3g} half steps"
+            )
+        if not audit.worst <= report.worst_rounding:
+            report.worst_rounding, report.worst_rounding_tensor = audit.worst, name
+        if not audit.relative_error <= report.worst_relative_error:
+            report.worst_relative_error, report.worst_relative_error_tensor = audit.relative_error, name
