@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -204,7 +205,7 @@ def synth(
             f"--from takes the sizes of {source}; --{next(iter(chosen)).replace('_', '-')} cannot go with it"
         )
     report = run(out, layout.value, source=source, sizes=None if source else SynthSizes(**chosen), seed=seed)
-    _print(report.as_json() | {"out": str(out)}, describe.synth_text, as_json)
+    _print({"schema_version": 1, "out": str(out), **asdict(report)}, describe.synth_text, as_json)
 
 
 def _plan(source: Path, recipe: str, container: Container | None, allow_unknown: bool) -> Plan:

@@ -70,5 +70,6 @@ def split_qkv(fused: Array, geometry: Geometry, *, sliding: bool) -> tuple[Array
 
 def not_finite(name: str) -> CheckpointError:
     return CheckpointError(
-        f"{name}: holds NaN or Inf, or its scale makes it so", hint="the source is damaged: download it again"
+        f"{name}: holds NaN or Inf, or its scale makes it so",
+        hint="the source is damaged: download that file again; what was written so far can be kept with --resume",
     )

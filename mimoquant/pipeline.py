@@ -7,6 +7,7 @@ alone: not on the device, the number of threads, or how often the run was interr
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -66,19 +67,16 @@ def quantize(
     """
     out = Path(out)
     _preflight(plan, out)
-    with RunFolder(out, {"plan": plan.fingerprint(), "version": mimoquant.__version__}, resume=resume) as run:
+    identity = {"plan": plan.fingerprint(), "version": mimoquant.__version__}
+    with contextlib.closing(make_engine(device)) as engine, RunFolder(out, identity, resume=resume) as run:
         _check_disk(plan, run)
-        engine = make_engine(device)
         try:
             _write_units(plan, run, engine, progress or (lambda unit, done, finished: None))
-            report = _finish(plan, run)
+            return _finish(plan, run)
         except CheckpointError:
             if not run.finished:  # nothing that a resume could use
                 run.discard()
             raise
-        finally:
-            engine.close()
-    return report
 
 
 def _preflight(plan: Plan, out: Path) -> None:

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -389,57 +387,6 @@ def unready(recipe: Recipe) -> str | None:
     if recipe.scale_search not in READY_SEARCHES:
         return f"scale_search {recipe.scale_search} is not there yet: plan works, quantize refuses"
     return None
-
-
-def expert_placement(layout: ModelLayout) -> tuple[list[str], list[str]]:
-    """(layers with an expert that lies in two files, weights parted from their scale): what trips file-wise readers."""
-    split_layers, parted = set(), []
-    files: dict[tuple[int, int], str] = {}
-    for (layer, expert, _), weight in layout.experts.items():
-        if weight.scale is not None and weight.scale.file != weight.info.file:
-            parted.append(weight.name)
-        if files.setdefault((layer, expert), weight.info.file) != weight.info.file:
-            split_layers.add(layer)
-    return [str(layer) for layer in sorted(split_layers)], parted
-
-
-def role_sizes(layout: ModelLayout) -> dict[str, Counter[str]]:
-    """Bytes by kind of weight and dtype, scales counted with their weight's kind."""
-    sizes: dict[str, Counter[str]] = {}
-    for unit, weights in layout.units.items():
-        for weight in weights:
-            kind = _kind(unit, weight.role)
-            for info in filter(None, (weight.info, weight.scale)):
-                sizes.setdefault(kind, Counter())[info.dtype] += info.size_bytes
-    for weight in layout.experts.values():
-        for info in filter(None, (weight.info, weight.scale)):
-            sizes.setdefault("routed experts", Counter())[info.dtype] += info.size_bytes
-    return sizes
-
-
-def planned_sizes(plan: Plan) -> dict[str, int]:
-    """Output bytes by kind of weight."""
-    sizes: Counter[str] = Counter()
-    roles = {w.name.removesuffix("weight"): w.role for weights in plan.layout.units.values() for w in weights}
-    for unit in plan.units:
-        for step in unit.steps:
-            size = sum(entry.size_bytes for entry in step.entries)
-            if isinstance(step, Experts | Shapes):
-                sizes["routed experts"] += size
-            elif isinstance(step, Dequantize):
-                sizes[_kind(unit.name, step.weight.role)] += size
-            else:
-                stem = re.sub(r"weight(_scale_inv)?$", "", step.sources[0])
-                sizes[_kind(unit.name, roles.get(stem, "router_bias"))] += size
-    return dict(sizes)
-
-
-def _kind(unit: str, role: str) -> str:
-    if unit in ("mtp", "towers", "unknown"):
-        return {"mtp": "MTP layers", "towers": "vision, audio, speech", "unknown": "unknown"}[unit]
-    kinds = {"router": "router", "router_bias": "router", "norm": "norms", "dense": "dense MLP",
-             "embedding": "embeddings, lm_head", "lm_head": "embeddings, lm_head"}  # fmt: skip
-    return kinds.get(role, "attention")
 
 
 def ranges(numbers: Iterable[int]) -> str:

@@ -1,16 +1,11 @@
-"""The arithmetic for CPUs, compiled: one pass over the source bytes, rows in cache, no interpreter in the loop.
+"""The engine for CPUs: runs `cpu_kernels` over stacks of experts, rows spread over threads.
 
-Key idea: a row is decoded into a small float32 buffer (FP8 or bf16 → bf16 value), then each group is scaled, rounded
-and packed from there. Loops are written so that they vectorize: one-dimensional slices, selects instead of min/max,
-rounding by adding and subtracting 1.5 * 2^23. The order of every float32 operation is `engine_torch`'s, so the bytes
-are the same; `fastmath` stays off for that reason. Kernels release the interpreter lock: callers run rows in threads.
-
-Why not torch: its float8 → float32 conversion takes 6.8 ns an element on one core, this whole pipeline below 1.
+Key idea: a task is a slab of rows of one expert, so that two cores or two hundred stay busy whatever the sizes are;
+kernels release the interpreter lock. Torch is not needed.
 """
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,337 +13,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
-from mimoquant.quant.formats import (
-    E2M1_VALUES,
-    INT4_MULTIPLIERS,
-    INT4_ZERO_SCALE,
-    MXFP4_ROUND_UP,
-    NVFP4_MULTIPLIERS,
-    NVFP4_RANGE,
-    NVFP4_ZERO_SCALE,
-    Format,
-)
+from mimoquant.quant import cpu_kernels as kernels
+from mimoquant.quant.formats import E2M1_VALUES, INT4_MULTIPLIERS, NVFP4_MULTIPLIERS, NVFP4_RANGE, Format
 from mimoquant.quant.stack import Audit, NonFiniteError, Stack
 
 Array = npt.NDArray[Any]
-U32, F32, I32 = np.uint32, np.float32, np.int32
-_MAGIC = F32(12582912.0)  # 1.5 * 2^23: adding it rounds |x| < 2^22 to a whole number, ties to even
-_ABS, _INF = U32(0x7FFFFFFF), U32(0x7F800000)
-_ROUND_UP = U32(MXFP4_ROUND_UP)
-_ZERO_INT4, _ZERO_NVFP4 = F32(INT4_ZERO_SCALE), F32(NVFP4_ZERO_SCALE)
-_FP8_UNIT = F32(2.0**120)
-_NO8, _NO16, _NO_SCALES = np.empty((0, 0), np.uint8), np.empty((0, 0), np.uint16), np.empty((0, 0), np.float32)
-_NO_ROWS = np.empty(0, np.int64)
-
-
-def _jit(function: Any) -> Any:
-    return njit(nogil=True, cache=True)(function)
-
-
-def _inline(function: Any) -> Any:
-    return njit(nogil=True, cache=True, inline="always")(function)
-
-
-@_inline
-def _round_bf16(bits):  # type: ignore[no-untyped-def]
-    return (bits + U32(0x7FFF) + ((bits >> U32(16)) & U32(1))) & U32(0xFFFF0000)
-
-
-@_jit
-def _fp8_row(source, scales, values, bits):  # type: ignore[no-untyped-def]
-    """One FP8 row to bf16 values in float32; `values` and `bits` are the same memory. Returns 1 if it holds a NaN."""
-    width = source.shape[0]
-    largest = np.uint8(0)
-    for i in range(width):
-        magnitude = source[i] & np.uint8(0x7F)
-        largest = magnitude if magnitude > largest else largest
-    for i in range(width):
-        byte = U32(source[i])
-        bits[i] = ((byte & U32(0x7F)) << U32(20)) | ((byte & U32(0x80)) << U32(24))
-    for block in range(scales.shape[0]):
-        scale = scales[block]
-        part = values[block * 128 : min(block * 128 + 128, width)]
-        for i in range(part.shape[0]):
-            part[i] = (part[i] * _FP8_UNIT) * scale
-    for i in range(width):
-        bits[i] = _round_bf16(bits[i])
-    return 1 if largest == np.uint8(0x7F) else 0
-
-
-@_jit
-def _load_row(row, fp8, bf16, scales, scale_row, values, bits):  # type: ignore[no-untyped-def]
-    """Row `row` of the source as bf16 values in float32. Returns 1 if anything in it is not finite."""
-    bad = 0
-    if bf16.shape[0]:
-        source = bf16[row]
-        for i in range(source.shape[0]):
-            bits[i] = U32(source[i]) << U32(16)
-    else:
-        bad = _fp8_row(fp8[row], scales[scale_row[row]], values, bits)
-    return 1 if _amax_bits(bits) >= _INF else bad
-
-
-@_jit
-def _amax_bits(bits):  # type: ignore[no-untyped-def]
-    largest = U32(0)
-    for i in range(bits.shape[0]):
-        magnitude = bits[i] & _ABS
-        largest = magnitude if magnitude > largest else largest
-    return largest
-
-
-@_jit
-def _pack(codes16, packed):  # type: ignore[no-untyped-def]
-    """Pairs of codes, read as uint16, to one byte each."""
-    for i in range(packed.shape[0]):
-        pair = codes16[i]
-        packed[i] = np.uint8(pair | (pair >> np.uint16(4)))
-
-
-@_jit
-def _halving_sum(error, size):  # type: ignore[no-untyped-def]
-    while size > 1:
-        size //= 2
-        low, high = error[:size], error[size : 2 * size]
-        for i in range(size):
-            low[i] = low[i] + high[i]
-    return error[0]
-
-
-@_inline
-def _int4_scale(spread, levels):  # type: ignore[no-untyped-def]
-    scale = U32(_round_bf16(F32(spread / levels).view(U32))).view(F32)
-    return _ZERO_INT4 if scale == F32(0) else scale
-
-
-@_inline
-def _round_level(x):  # type: ignore[no-untyped-def]
-    x = x if x > F32(-8) else F32(-8)
-    x = x if x < F32(7) else F32(7)
-    return (x + _MAGIC) - _MAGIC
-
-
-@_inline
-def _int4_range(low, high, c, symmetric):  # type: ignore[no-untyped-def]
-    """Scale and zero point for the group's range shrunk by `c`."""
-    if symmetric:
-        largest = -low if -low > high else high
-        return _int4_scale(largest * c, F32(7.5)), F32(0)
-    scale = _int4_scale((high - low) * c, F32(15))
-    return scale, _round_level(F32(-8) - (low * c) / scale)
-
-
-@_jit
-def _int4_error(group, scale, zero, error):  # type: ignore[no-untyped-def]
-    for i in range(group.shape[0]):
-        difference = (_round_level(group[i] / scale + zero) - zero) * scale - group[i]
-        error[i] = difference * difference
-    return _halving_sum(error, group.shape[0])
-
-
-@_jit
-def _int4_codes(group, scale, zero, codes):  # type: ignore[no-untyped-def]
-    for i in range(group.shape[0]):
-        codes[i] = np.uint8(I32(_round_level(group[i] / scale + zero)) + I32(8))
-
-
-@_jit
-def encode_int4(fp8, bf16, scales, scale_row, begin, end, size, symmetric, multipliers, packed, scale_out, zero_out):  # type: ignore[no-untyped-def]
-    """Rows begin..end to int4. scale_out: bf16 bits [O, G]; zero_out: int8 [O, G]. Returns rows that are not finite."""
-    width = packed.shape[1] * 2
-    values, codes, error = np.empty(width, F32), np.empty(width, np.uint8), np.empty(size, F32)
-    bits, codes16, bad = values.view(U32), codes.view(np.uint16), 0
-    for row in range(begin, end):
-        bad += _load_row(row, fp8, bf16, scales, scale_row, values, bits)
-        for g in range(width // size):
-            group = values[g * size : (g + 1) * size]
-            low, high = F32(0), F32(0)
-            for i in range(size):
-                low = group[i] if group[i] < low else low
-                high = group[i] if group[i] > high else high
-            scale, zero = _int4_range(low, high, F32(1), symmetric)
-            if multipliers.shape[0] > 1:
-                best = _int4_error(group, scale, zero, error)
-                for k in range(1, multipliers.shape[0]):
-                    other, other_zero = _int4_range(low, high, multipliers[k], symmetric)
-                    other_error = _int4_error(group, other, other_zero, error)
-                    if other_error < best:
-                        best, scale, zero = other_error, other, other_zero
-            _int4_codes(group, scale, zero, codes[g * size : (g + 1) * size])
-            scale_out[row, g] = np.uint16(F32(scale).view(U32) >> U32(16))
-            zero_out[row, g] = np.int8(zero)
-        _pack(codes16, packed[row])
-    return bad
-
-
-@_inline
-def _round_e2m1(y):  # type: ignore[no-untyped-def]
-    y = y if y < F32(6) else F32(6)
-    fine = ((y * F32(2) + _MAGIC) - _MAGIC) * F32(0.5)
-    middle = (y + _MAGIC) - _MAGIC
-    coarse = ((y * F32(0.5) + _MAGIC) - _MAGIC) * F32(2)
-    return fine if y < F32(2) else (middle if y < F32(4) else coarse)
-
-
-@_inline
-def _e2m1_code(rounded):  # type: ignore[no-untyped-def]
-    twice = I32(rounded * F32(2))
-    return twice if twice < I32(5) else (I32(5) if twice < I32(7) else (I32(6) if twice < I32(10) else I32(7)))
-
-
-@_jit
-def _fp4_error(group, scale, error):  # type: ignore[no-untyped-def]
-    for i in range(group.shape[0]):
-        magnitude = abs(group[i])
-        difference = _round_e2m1(magnitude / scale) * scale - magnitude
-        error[i] = difference * difference
-    return _halving_sum(error, group.shape[0])
-
-
-@_jit
-def _fp4_codes(group, bits, scale, codes):  # type: ignore[no-untyped-def]
-    for i in range(group.shape[0]):
-        sign = I32((bits[i] >> U32(28)) & U32(8))
-        codes[i] = np.uint8(_e2m1_code(_round_e2m1(abs(group[i]) / scale)) | sign)
-
-
-@_inline
-def _exp2(biased):  # type: ignore[no-untyped-def]
-    return U32(U32(1) << U32(22) if biased == 0 else U32(biased) << U32(23)).view(F32)
-
-
-@_inline
-def _clamp_exponent(biased):  # type: ignore[no-untyped-def]
-    return 0 if biased < 0 else (254 if biased > 254 else biased)
-
-
-@_jit
-def encode_mxfp4(fp8, bf16, scales, scale_row, begin, end, search, packed, scale_out):  # type: ignore[no-untyped-def]
-    """Rows begin..end to mxfp4. scale_out: E8M0 bytes [O, I/32]. Returns the number of rows that are not finite."""
-    width = packed.shape[1] * 2
-    values, codes, error = np.empty(width, F32), np.empty(width, np.uint8), np.empty(32, F32)
-    bits, codes16, bad = values.view(U32), codes.view(np.uint16), 0
-    for row in range(begin, end):
-        bad += _load_row(row, fp8, bf16, scales, scale_row, values, bits)
-        for g in range(width // 32):
-            group, group_bits = values[g * 32 : g * 32 + 32], bits[g * 32 : g * 32 + 32]
-            largest = _amax_bits(group_bits)
-            biased = _clamp_exponent(np.int64((largest + _ROUND_UP) >> U32(23)) - 2)
-            if search:
-                best = _fp4_error(group, _exp2(biased), error)
-                for offset in range(-1, 2):
-                    other = _clamp_exponent(np.int64(largest >> U32(23)) - 2 + offset)
-                    other_error = _fp4_error(group, _exp2(other), error)
-                    if other_error < best:
-                        best, biased = other_error, other
-            _fp4_codes(group, group_bits, _exp2(biased), codes[g * 32 : g * 32 + 32])
-            scale_out[row, g] = np.uint8(biased)
-        _pack(codes16, packed[row])
-    return bad
-
-
-@_inline
-def _e4m3_byte(value):  # type: ignore[no-untyped-def]
-    """float32 0..448 to the nearest E4M3, ties to even."""
-    value = value if value < F32(448) else F32(448)
-    bits = F32(value).view(U32)
-    normal = ((bits + U32(0x7FFFF) + ((bits >> U32(20)) & U32(1))) >> U32(20)) - U32(120 << 3)
-    small = U32(I32((value * F32(512) + _MAGIC) - _MAGIC))
-    return small if value < F32(2.0**-6) else normal
-
-
-@_inline
-def _e4m3_value(byte):  # type: ignore[no-untyped-def]
-    return U32(U32(byte) << U32(20)).view(F32) * _FP8_UNIT
-
-
-@_inline
-def _nvfp4_scale(wanted, global_scale):  # type: ignore[no-untyped-def]
-    """The stored E4M3 byte and the scale that it makes."""
-    byte = _e4m3_byte(wanted)
-    byte = _e4m3_byte(_ZERO_NVFP4) if byte == U32(0) else byte
-    return byte, _e4m3_value(byte) / global_scale
-
-
-@_jit
-def encode_nvfp4(fp8, bf16, scales, scale_row, begin, end, multipliers, global_scale, packed, scale_out):  # type: ignore[no-untyped-def]
-    """Rows begin..end to nvfp4. scale_out: E4M3 bytes [O, I/16]. Returns the number of rows that are not finite."""
-    width = packed.shape[1] * 2
-    values, codes, error = np.empty(width, F32), np.empty(width, np.uint8), np.empty(16, F32)
-    bits, codes16, bad = values.view(U32), codes.view(np.uint16), 0
-    for row in range(begin, end):
-        bad += _load_row(row, fp8, bf16, scales, scale_row, values, bits)
-        for g in range(width // 16):
-            group, group_bits = values[g * 16 : g * 16 + 16], bits[g * 16 : g * 16 + 16]
-            base = U32(_amax_bits(group_bits)).view(F32) / F32(6) * global_scale
-            byte, scale = _nvfp4_scale(base, global_scale)
-            if multipliers.shape[0] > 1:
-                best, tried, plain = _fp4_error(group, scale, error), byte, byte
-                for k in range(1, multipliers.shape[0]):
-                    other, other_scale = _nvfp4_scale(base * multipliers[k], global_scale)
-                    if other in (tried, plain):  # many multipliers round to one E4M3 byte
-                        continue
-                    tried, other_error = other, _fp4_error(group, other_scale, error)
-                    if other_error < best:
-                        best, byte, scale = other_error, other, other_scale
-            _fp4_codes(group, group_bits, scale, codes[g * 16 : g * 16 + 16])
-            scale_out[row, g] = np.uint8(byte)
-        _pack(codes16, packed[row])
-    return bad
-
-
-@_jit
-def amax_rows(fp8, bf16, scales, scale_row, begin, end, width):  # type: ignore[no-untyped-def]
-    """(largest |value| of rows begin..end, number of rows that are not finite)."""
-    values = np.empty(width, F32)
-    bits, bad, largest = values.view(U32), 0, U32(0)
-    for row in range(begin, end):
-        bad += _load_row(row, fp8, bf16, scales, scale_row, values, bits)
-        row_largest = _amax_bits(bits)
-        largest = row_largest if row_largest > largest else largest
-    return U32(largest).view(F32), bad
-
-
-@_jit
-def dequantize_rows(fp8, scales, scale_row, begin, end, out):  # type: ignore[no-untyped-def]
-    """FP8 rows begin..end as bf16 bits into `out` [O, I]. Returns the number of rows that are not finite."""
-    values = np.empty(fp8.shape[1], F32)
-    bits, bad = values.view(U32), 0
-    for row in range(begin, end):
-        bad += _load_row(row, fp8, _NO16, scales, scale_row, values, bits)
-        target = out[row]
-        for i in range(target.shape[0]):
-            target[i] = np.uint16(bits[i] >> U32(16))
-    return bad
-
-
-@_jit
-def audit_rows(fp8, bf16, scales, scale_row, begin, end, codes, group_scale, zero, table):  # type: ignore[no-untyped-def]
-    """Hold codes against their source: is every source value in the rounding interval of its code?
-
-    `table` float32 [3, 16]: grid value, lower and upper end of each code's interval, in units of the scale.
-    Returns (largest distance in half steps, values outside, sum of squared errors, sum of squared weights).
-    """
-    width = codes.shape[1] * 2
-    values = np.empty(width, F32)
-    bits, worst, outside, error2, weight2 = values.view(U32), 0.0, 0, 0.0, 0.0
-    size = width // group_scale.shape[1]
-    for row in range(begin, end):
-        outside += _load_row(row, fp8, bf16, scales, scale_row, values, bits)
-        for i in range(width):
-            code = (codes[row, i >> 1] >> np.uint8(4 * (i & 1))) & np.uint8(15)
-            scale, offset = group_scale[row, i // size], zero[row, i // size]
-            difference = values[i] - (table[0, code] - offset) * scale
-            room = (table[2, code] if difference > 0 else table[1, code]) - table[0, code]
-            distance = 0.0 if math.isinf(room) else abs(difference) / (abs(room) * scale)
-            if not (distance <= 1.00002 and scale > F32(0) and math.isfinite(scale)):
-                outside += 1
-            worst = distance if distance > worst else worst
-            error2 += float(difference) * float(difference)
-            weight2 += float(values[i]) * float(values[i])
-    return worst, outside, error2, weight2
 
 
 class CpuEngine:
@@ -413,7 +83,7 @@ class CpuEngine:
         rows = values.shape[0]
         out = np.empty(values.shape, np.uint16)
         tasks = [
-            self._pool.submit(dequantize_rows, values, block_scales, scale_row, begin, end, out)
+            self._pool.submit(kernels.dequantize_rows, values, block_scales, scale_row, begin, end, out)
             for _, begin, end in self._slabs(1, rows)
         ]
         if sum(task.result() for task in tasks):
@@ -441,7 +111,7 @@ class CpuEngine:
 
 
 def _amax(source: tuple[Array, ...], rows: int, width: int) -> tuple[float, int]:
-    value, bad = amax_rows(*source, 0, rows, width)
+    value, bad = kernels.amax_rows(*source, 0, rows, width)
     return float(value), int(bad)
 
 
@@ -449,12 +119,12 @@ def _source(stack: Stack, expert: int) -> tuple[Array, Array, Array, Array]:
     """The kernels' four source arguments for one expert."""
     values = stack.values[expert]
     if stack.scales is None:
-        return _NO8, values, _NO_SCALES, _NO_ROWS
-    return values, _NO16, stack.scales[expert], np.arange(values.shape[0]) // 128
+        return kernels.NO8, values, kernels.NO_SCALES, kernels.NO_ROWS
+    return values, kernels.NO16, stack.scales[expert], np.arange(values.shape[0]) // 128
 
 
 def _audit_rows(stack: Stack, expert: int, begin: int, end: int, *stored: Array) -> tuple[float, int, float, float]:
-    worst, outside, error2, weight2 = audit_rows(*_source(stack, expert), begin, end, *stored)
+    worst, outside, error2, weight2 = kernels.audit_rows(*_source(stack, expert), begin, end, *stored)
     return float(worst), int(outside), float(error2), float(weight2)
 
 
@@ -466,7 +136,7 @@ def _effective_scale(fmt: Format, parts: dict[str, Array]) -> Array:
         bits = parts["scale"].astype(np.uint32) << 23
         return np.where(bits == 0, np.uint32(1 << 22), bits).view(np.float32)
     byte = parts["scale"].astype(np.uint32)
-    magnitude = ((byte & 0x7F) << 20).view(np.float32) * _FP8_UNIT
+    magnitude = ((byte & 0x7F) << 20).view(np.float32) * kernels.FP8_UNIT
     magnitude[(byte & 0x7F) == 0x7F] = np.nan
     with np.errstate(all="ignore"):
         scale: Array = np.where(byte & 0x80, -magnitude, magnitude) / parts["global_scale"].reshape(-1, 1, 1)
@@ -511,12 +181,12 @@ def _encode_rows(
     source, codes, scale = _source(stack, expert), parts["codes"][expert], parts["scale"][expert]
     if fmt.name == "int4":
         zero = parts["zero_point"][expert]
-        return int(encode_int4(*source, begin, end, fmt.group_size, fmt.symmetric, _multipliers(fmt, search),
+        return int(kernels.encode_int4(*source, begin, end, fmt.group_size, fmt.symmetric, _multipliers(fmt, search),
                                codes, scale, zero))  # fmt: skip
     if fmt.name == "mxfp4":
-        return int(encode_mxfp4(*source, begin, end, search == "mse", codes, scale))
-    global_scale = F32(parts["global_scale"][expert, 0])
-    return int(encode_nvfp4(*source, begin, end, _multipliers(fmt, search), global_scale, codes, scale))
+        return int(kernels.encode_mxfp4(*source, begin, end, search == "mse", codes, scale))
+    global_scale = np.float32(parts["global_scale"][expert, 0])
+    return int(kernels.encode_nvfp4(*source, begin, end, _multipliers(fmt, search), global_scale, codes, scale))
 
 
 def _multipliers(fmt: Format, search: str) -> Array:
@@ -527,7 +197,7 @@ def _multipliers(fmt: Format, search: str) -> Array:
 def _nvfp4_global_scale(amax: Array, search: str) -> Array:
     """See `engine_torch.nvfp4_global_scale`."""
     with np.errstate(over="ignore"):
-        scale = F32(NVFP4_RANGE[search] * 6.0) / np.maximum(amax, np.finfo(np.float32).tiny)
+        scale = np.float32(NVFP4_RANGE[search] * 6.0) / np.maximum(amax, np.finfo(np.float32).tiny)
     scale[np.isinf(scale)] = 1
     return scale
 
@@ -537,4 +207,5 @@ def _pack_zero_points(zero: Array) -> Array:
     experts, rows, groups = zero.shape
     nibbles = (zero + np.int8(8)).astype(np.uint32).reshape(experts, rows // 8, 8, groups)
     shifts = np.arange(0, 32, 4, dtype=np.uint32).reshape(1, 1, 8, 1)
-    return np.bitwise_or.reduce(nibbles << shifts, axis=2).view(np.int32)
+    packed: Array = np.bitwise_or.reduce(nibbles << shifts, axis=2).view(np.int32)
+    return packed

@@ -191,10 +191,10 @@ def _round_e2m1(magnitude: Tensor) -> Tensor:
 
 
 def _e2m1_codes(grouped: Tensor, rounded: Tensor) -> Tensor:
-    """4-bit codes from the weights (sign, also of zero) and their rounded magnitudes."""
+    """4-bit codes from the weights (a negative one that rounds to zero keeps its sign) and their rounded magnitudes."""
     small = (rounded * 2.0).to(torch.uint8)  # 0..4 are the codes of 0, .5, 1, 1.5, 2
     code = torch.where(rounded < 2.5, small, torch.where(rounded < 3.5, 5, torch.where(rounded < 5.0, 6, 7)))
-    return (code + torch.signbit(grouped) * 8).to(torch.uint8)
+    return (code + (grouped < 0) * 8).to(torch.uint8)
 
 
 def _exp2(biased: Tensor) -> Tensor:

@@ -1,0 +1,136 @@
+"""Plain rounding against llm-compressor's `model_free_ptq` with its FP8 dequantizer chained, tensor by tensor.
+
+They may differ in three ways only, all from its bf16 arithmetic where ours is float32; each is checked and counted:
+codes whose w / scale it rounds to bf16 before rounding to the grid, asymmetric scales from a bf16 range, and NVFP4
+scales from a bf16 amax / 6. Everything else is equal to the bit.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import mimoquant
+from mimoquant import pipeline
+from mimoquant.checkpoint.index import open_index
+from mimoquant.checkpoint.reader import CheckpointReader
+from mimoquant.plan import make_plan
+from mimoquant.quant.engine_torch import decode, unpack_nibbles
+from mimoquant.quant.formats import Format
+from mimoquant.recipe import parse_recipe
+from mimoquant.synth import SynthSizes, synth
+
+pytest.importorskip("llmcompressor", reason="llm-compressor is not installed (scripts/setup --dev)")
+
+EXPERTS = r"re:.*mlp\.experts\.\d+\.(gate|up|down)_proj$"
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """FP8 with q, k, v split and whole blocks: the peer reads neither a fused qkv nor rank-padded or partial blocks."""
+    folder = tmp_path_factory.mktemp("peer") / "source"
+    sizes = SynthSizes(layers=3, experts=4, head_dim=128, v_head_dim=128)
+    synth(folder, "flash", sizes=sizes, seed=7)
+    return folder
+
+
+def load(folder: Path) -> Tensors:
+    kinds = {"BF16": torch.bfloat16, "F32": torch.float32, "I32": torch.int32, "I64": torch.int64, "U8": torch.uint8,
+             "F8_E4M3": torch.float8_e4m3fn}  # fmt: skip
+    index = open_index(folder)
+    with CheckpointReader(index) as reader:
+        return {
+            name: torch.from_numpy(reader.read(name)).view(kinds[info.dtype]).reshape(info.shape)
+            for name, info in index.tensors.items()
+        }
+
+
+def both(source: Path, scheme: str, out: Path) -> tuple[Tensors, Tensors]:
+    """Our output and the peer's for a preset scheme, experts only."""
+    from compressed_tensors.entrypoints.convert import FP8BlockDequantizer
+    from llmcompressor import model_free_ptq
+
+    modifier = f"QuantizationModifier: {{targets: ['{EXPERTS}'], scheme: {scheme}}}"
+    recipe = f"default_stage: {{default_modifiers: {{{modifier}}}}}\nmimoquant: {{container: compressed-tensors}}"
+    pipeline.quantize(make_plan(source, parse_recipe(recipe, scheme)), out / "ours", device="cpu")
+    fp8 = [EXPERTS, r"re:.*self_attn\.[qkv]_proj$", r"re:.*mlp\.(gate|up|down)_proj$"]
+    others = [r"re:(?!.*mlp\.experts\.).*"]
+    model_free_ptq(source, out / "peer", scheme=scheme, ignore=others, device="cpu",
+                   converter=FP8BlockDequantizer(targets=fp8))  # fmt: skip
+    return load(out / "ours"), load(out / "peer")
+
+
+def differing(ours: Tensors, peer: Tensors, suffix: str) -> tuple[list[str], int]:
+    """Names that end in `suffix` and differ, and how many have it."""
+    names = [name for name in ours if name.endswith(suffix)]
+    return [n for n in names if not torch.equal(ours[n].view(torch.uint8), peer[n].view(torch.uint8))], len(names)
+
+
+@pytest.mark.parametrize("scheme", ["W4A16", "W4A16_ASYM", "MXFP4A16"])
+def test_plain_rounding_equals_the_peers(source: Path, scheme: str, tmp_path: Path) -> None:
+    ours, peer = both(source, scheme, tmp_path)
+    assert ours.keys() == peer.keys()
+    others = [name for name in ours if ".experts." not in name]
+    assert len(others) > 50
+    for name in others:
+        assert torch.equal(ours[name], peer[name]), name
+    assert differing(ours, peer, "weight_shape")[0] == []
+    if scheme == "MXFP4A16":  # powers of two: bf16 arithmetic is exact
+        for suffix in ("weight_packed", "weight_scale"):
+            assert differing(ours, peer, suffix) == ([], 2 * 4 * 3)
+        return
+    if scheme == "W4A16":
+        assert differing(ours, peer, "weight_scale") == ([], 2 * 4 * 3)
+    modules = [name.removesuffix(".weight_packed") for name in ours if name.endswith(".weight_packed")]
+    count_differences(ours, peer, modules, source, symmetric=scheme == "W4A16")
+
+
+def count_differences(ours: Tensors, peer: Tensors, modules: list[str], source: Path, *, symmetric: bool) -> None:
+    """Codes differ rarely and by one; and where they do, ours is the nearer to the source."""
+    reference, fmt = load(source), Format("int4", 128, symmetric)
+    differ = total = 0
+    error = {"ours": 0.0, "peer": 0.0}
+    for module in modules:
+        codes = [unpack_nibbles(side[f"{module}.weight_packed"].view(torch.uint8)).to(int) for side in (ours, peer)]
+        scales = [side[f"{module}.weight_scale"] for side in (ours, peer)]
+        same = (scales[0] == scales[1]).repeat_interleave(128, dim=1)
+        step = (codes[0] - codes[1]).abs()
+        if symmetric:
+            assert step.max() <= 1
+        differ, total = differ + int(step.ne(0).logical_and(same).sum()), total + int(same.sum())
+        weight = dequantized(reference, module)
+        for side, tensors in (("ours", ours), ("peer", peer)):
+            parts = {"codes": tensors[f"{module}.weight_packed"].view(torch.uint8), "scale": tensors[f"{module}.weight_scale"]}
+            if not symmetric:
+                parts["zero_point"] = tensors[f"{module}.weight_zero_point"]
+            values = decode({key: value[None] for key, value in parts.items()}, fmt)[0]
+            error[side] += float((values - weight).square().sum())
+    assert differ / total < 0.05
+    assert error["ours"] < error["peer"] * (1.0 if symmetric else 1.01)
+
+
+def dequantized(reference: Tensors, module: str) -> torch.Tensor:
+    weight, scale = reference[f"{module}.weight"].float(), reference[f"{module}.weight_scale_inv"]
+    blocks = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)[: weight.shape[0], : weight.shape[1]]
+    return (weight * blocks).to(torch.bfloat16).float()
+
+
+def test_the_written_recipe_loads_in_llmcompressor(tmp_path: Path) -> None:
+    from llmcompressor.recipe import Recipe
+
+    from mimoquant.recipe import load_recipe
+
+    for name in ("int4-g32-mse", "mxfp4-rtn", "nvfp4-mse"):
+        plan = make_plan(mimoquant.micro_checkpoint(), load_recipe(name))
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(pipeline.resolved_recipe(plan))
+        modifiers = Recipe.create_instance(str(path)).modifiers
+        assert [type(modifier).__name__ for modifier in modifiers] == ["QuantizationModifier"]
+        (scheme,) = modifiers[0].resolved_config.config_groups.values()
+        fmt = next(iter(plan.formats.values()))
+        assert (scheme.weights.num_bits, scheme.weights.group_size) == (4, fmt.group_size)
+        assert np.all([target in scheme.targets for target in [EXPERTS]])

@@ -1,0 +1,245 @@
+"""The run as a whole, on the trained micro checkpoint that the package ships."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import mimoquant
+from mimoquant import pipeline
+from mimoquant.checkpoint.index import open_index
+from mimoquant.checkpoint.reader import CheckpointReader
+from mimoquant.errors import RecipeError, StoppedError, UsageError
+from mimoquant.plan import Plan, make_plan
+from mimoquant.quant.engine_torch import TorchEngine
+from mimoquant.recipe import load_recipe, parse_recipe, shipped_recipes
+from mimoquant.verify import verify
+
+MICRO = mimoquant.micro_checkpoint()
+RUNNABLE = [name for name in shipped_recipes() if name.endswith(("-rtn", "-mse"))]
+
+
+def run(recipe: str, out: Path, **options: object) -> Plan:
+    plan = make_plan(MICRO, load_recipe(recipe))
+    pipeline.quantize(plan, out, device="cpu", **options)  # type: ignore[arg-type]
+    return plan
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def tensor_bytes(folder: Path) -> dict[str, bytes]:
+    index = open_index(folder)
+    with CheckpointReader(index) as reader:
+        return {name: reader.read(name).tobytes() for name in index.tensors}
+
+
+@pytest.mark.parametrize("recipe", RUNNABLE)
+def test_every_shipped_recipe_writes_what_it_planned_and_verifies(recipe: str, tmp_path: Path) -> None:
+    plan = run(recipe, tmp_path / "out")
+    written = {path.name: path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")}
+    assert written == {unit.file: unit.size_bytes for unit in plan.units}
+    report = verify(tmp_path / "out", MICRO)
+    assert report.ok, report.problems
+    geometry = plan.layout.geometry
+    assert report.checked["quantized tensors"] == len(geometry.moe_layers) * geometry.experts * 3
+    assert 0 < report.mean_relative_error < 0.02
+
+
+@pytest.mark.parametrize("recipe", RUNNABLE)
+def test_both_engines_write_the_same_folder(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(recipe, tmp_path / "compiled")
+    monkeypatch.setattr(pipeline, "make_engine", lambda device: TorchEngine("cpu"))
+    run(recipe, tmp_path / "torch")
+    assert contents(tmp_path / "compiled") == contents(tmp_path / "torch")
+
+
+def test_the_written_recipe_repeats_the_run_byte_for_byte(tmp_path: Path) -> None:
+    run("mxfp4-mse", tmp_path / "first")
+    run(str(tmp_path / "first" / "recipe.yaml"), tmp_path / "second")
+    assert contents(tmp_path / "first") == contents(tmp_path / "second")
+
+
+def test_chunking_does_not_change_the_output(tmp_path: Path) -> None:
+    run("int4-g32-mse", tmp_path / "whole")
+    plan = make_plan(MICRO, load_recipe("int4-g32-mse"), chunk_bytes=1)
+    assert plan.fingerprint() == make_plan(MICRO, load_recipe("int4-g32-mse")).fingerprint()
+    pipeline.quantize(plan, tmp_path / "single", device="cpu")
+    assert contents(tmp_path / "whole") == contents(tmp_path / "single")
+
+
+def test_native_container_copies_everything_but_the_experts(tmp_path: Path) -> None:
+    run("mxfp4-rtn", tmp_path / "out")
+    source, out = tensor_bytes(MICRO), tensor_bytes(tmp_path / "out")
+    others = [name for name in source if ".experts." not in name]
+    assert len(others) > 100
+    assert all(source[name] == out.get(name) for name in others)
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (MICRO, tmp_path / "out"))
+    before["quantization_config"] |= {"store_dtype": "mxfp4", "mxfp4_block_size": 32}
+    assert before == after
+
+
+def test_compressed_tensors_container_keeps_every_value_and_splits_qkv(tmp_path: Path) -> None:
+    """Each output row of q, k, v is recomputed here with plain loops over ranks and blocks."""
+    plan = run("int4-g128-rtn", tmp_path / "out")
+    geometry, source, out = plan.layout.geometry, tensor_bytes(MICRO), tensor_bytes(tmp_path / "out")
+    import torch
+
+    for layer in range(geometry.layers):
+        prefix = f"model.layers.{layer}.self_attn."
+        attention, chunks = geometry.attention(layer), geometry.qkv_chunks
+        counts = [count // chunks for count in attention.rows]
+        per_rank = sum(counts)
+        codes = np.frombuffer(source[f"{prefix}qkv_proj.weight"], np.uint8).reshape(-1, geometry.hidden)
+        scales = np.frombuffer(source[f"{prefix}qkv_proj.weight_scale_inv"], np.float32)
+        scales = scales.reshape(-1, -(-geometry.hidden // 128))
+        values = torch.from_numpy(codes.copy()).view(torch.float8_e4m3fn).float().numpy()
+        blocks = -(-per_rank // 128)
+        for letter, (begin, count) in zip(
+            "qkv", ((0, counts[0]), (counts[0], counts[1]), (counts[0] + counts[1], counts[2])), strict=True
+        ):
+            wanted = []
+            for rank in range(chunks):
+                for row in range(begin, begin + count):
+                    scale = np.repeat(scales[rank * blocks + row // 128], 128)[: geometry.hidden]
+                    wanted.append(values[rank * per_rank + row] * scale)
+            expected = torch.from_numpy(np.stack(wanted)).to(torch.bfloat16).view(torch.int16).numpy().tobytes()
+            assert out[f"{prefix}{letter}_proj.weight"] == expected, (layer, letter)
+
+
+def test_an_interrupted_run_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+    run("int4-g128-mse", tmp_path / "whole")
+    stopped = 0
+    for _ in range(20):
+        seen: list[str] = []
+
+        def stop(unit: object, size: int, finished: bool, seen: list[str] = seen, limit: int = stopped + 1) -> None:
+            if finished:
+                seen.append(unit.name)  # type: ignore[attr-defined]
+                if len(seen) > limit:
+                    raise KeyboardInterrupt
+
+        try:
+            run("int4-g128-mse", tmp_path / "out", resume=stopped > 0, progress=stop)
+            break
+        except KeyboardInterrupt:
+            stopped += 1
+            assert not (tmp_path / "out").exists()
+    assert stopped >= 3
+    assert contents(tmp_path / "whole") == contents(tmp_path / "out")
+
+
+def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+    run("nvfp4-mse", tmp_path / "whole")
+    command = [sys.executable, "-m", "mimoquant", "quantize", str(MICRO), "-r", "nvfp4-mse", "--device", "cpu"]
+    victim = subprocess.Popen([*command, "--out", str(tmp_path / "out")], stderr=subprocess.DEVNULL)
+    journal = tmp_path / "out.partial" / "journal.jsonl"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and victim.poll() is None:
+        if journal.exists() and journal.read_bytes().count(b"\n") >= 2:
+            os.kill(victim.pid, signal.SIGKILL)
+        time.sleep(0.001)
+    victim.wait()
+    if not (tmp_path / "out").exists():  # on a very fast machine the run may have won
+        subprocess.run([*command, "--out", str(tmp_path / "out"), "--resume"], check=True, stderr=subprocess.DEVNULL)
+    assert contents(tmp_path / "whole") == contents(tmp_path / "out")
+
+
+def test_a_resume_under_another_recipe_is_refused(tmp_path: Path) -> None:
+    def stop(unit: object, size: int, finished: bool) -> None:
+        if finished:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run("int4-g128-mse", tmp_path / "out", progress=stop)
+    with pytest.raises(UsageError, match="unfinished run"):
+        run("int4-g128-mse", tmp_path / "out")
+    with pytest.raises(UsageError, match="cannot be resumed, plan was"):
+        run("int4-g128-rtn", tmp_path / "out", resume=True)
+
+
+def carved(kind: str, name: str = "test") -> str:
+    return f"""
+default_stage:
+  default_modifiers:
+    QuantizationModifier:
+      targets: ['re:.*mlp\\.experts\\.\\d+\\.(gate|up|down)_proj$']
+      scheme: W4A16
+mimoquant: {{carve_outs: {{2: {kind}}}}}
+"""
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp8"])
+def test_a_carved_out_layer_keeps_its_values(kind: str, tmp_path: Path) -> None:
+    plan = make_plan(MICRO, parse_recipe(carved(kind), "carved"))
+    pipeline.quantize(plan, tmp_path / "out", device="cpu")
+    report = verify(tmp_path / "out", MICRO)
+    assert report.ok, report.problems
+    index = open_index(tmp_path / "out")
+    weight = index.tensors["model.layers.2.mlp.experts.0.gate_proj.weight"]
+    assert weight.dtype == {"bf16": "BF16", "fp8": "F8_E4M3"}[kind]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    if kind == "bf16":
+        assert config["ignore"] and config["format"] == "pack-quantized"
+    else:
+        assert config["format"] == "mixed-precision" and len(config["config_groups"]) == 2
+        source, out = tensor_bytes(MICRO), tensor_bytes(tmp_path / "out")
+        name = "model.layers.2.mlp.experts.1.down_proj"
+        assert out[f"{name}.weight"] == source[f"{name}.weight"]
+        assert out[f"{name}.weight_scale"] == source[f"{name}.weight_scale_inv"]
+
+
+def test_asymmetric_int4_verifies(tmp_path: Path) -> None:
+    text = carved("bf16").replace("W4A16", "W4A16_ASYM")
+    for search in ("absmax", "mse"):
+        recipe = parse_recipe(text.replace("carve_outs", f"scale_search: {search}, carve_outs"), "asym")
+        pipeline.quantize(make_plan(MICRO, recipe), tmp_path / search, device="cpu")
+        report = verify(tmp_path / search, MICRO)
+        assert report.ok, report.problems
+
+
+def test_the_source_is_never_touched(tmp_path: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in MICRO.rglob("*")}
+    run("int4-g128-rtn", tmp_path / "out")
+    assert before == {path: path.stat().st_mtime_ns for path in MICRO.rglob("*")}
+    with pytest.raises(UsageError, match="inside the source"):
+        run("int4-g128-rtn", MICRO / "out")
+    assert not (MICRO / "out").exists() and not (MICRO / "out.partial").exists()
+
+
+def test_a_full_disk_is_noticed_before_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "free_bytes", lambda folder: 10**6)
+    with pytest.raises(StoppedError, match=r"needs .* but 0\.00 GB are free"):
+        run("int4-g128-rtn", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_method_that_is_not_there_is_refused_and_planned(tmp_path: Path) -> None:
+    recipe = parse_recipe(carved("bf16").replace("QuantizationModifier", "GPTQModifier"), "gptq")
+    plan = make_plan(MICRO, recipe)
+    assert any("gptq is not there yet" in note for note in plan.notes)
+    with pytest.raises(RecipeError, match="gptq is not there yet"):
+        pipeline.quantize(plan, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_each_source_byte_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readers: list[CheckpointReader] = []
+
+    class Counting(CheckpointReader):
+        def __init__(self, *args: object) -> None:
+            super().__init__(*args)  # type: ignore[arg-type]
+            readers.append(self)
+
+    monkeypatch.setattr(pipeline, "CheckpointReader", Counting)
+    plan = run("mxfp4-rtn", tmp_path / "out")
+    assert [reader.bytes_read for reader in readers] == [plan.source_bytes]

@@ -1,0 +1,88 @@
+"""transformers loads the outputs of a Flash-layout checkpoint, and computes with the very weights we mean.
+
+The twin is a plain bf16 checkpoint of the dequantized weights, written here; equal logits prove names, packing, scales
+and config at once.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mimoquant import pipeline
+from mimoquant.checkpoint.index import open_index
+from mimoquant.checkpoint.reader import CheckpointReader
+from mimoquant.plan import make_plan
+from mimoquant.quant.engine_torch import decode
+from mimoquant.recipe import load_recipe
+from mimoquant.synth import SynthSizes, synth
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed (scripts/setup --dev)")
+pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed (scripts/setup --dev)")
+
+
+def write_twin(out: Path, twin: Path, fmt: object) -> None:
+    """The output's weights in bf16, experts decoded by us, as a plain checkpoint."""
+    index = open_index(out)
+    tensors: dict[str, torch.Tensor] = {}
+    kinds = {"BF16": torch.bfloat16, "F32": torch.float32}
+    with CheckpointReader(index) as reader:
+        def read(name: str, dtype: torch.dtype) -> torch.Tensor:
+            return torch.from_numpy(reader.read(name)).view(dtype).reshape(index.tensors[name].shape)
+
+        for name, info in index.tensors.items():
+            if ".experts." not in name:
+                tensors[name] = read(name, kinds[info.dtype])
+            elif name.endswith(".weight_packed"):
+                module = name.removesuffix(".weight_packed")
+                scale = read(f"{module}.weight_scale", kinds.get(index.tensors[f"{module}.weight_scale"].dtype, torch.uint8))
+                codes = torch.from_numpy(reader.read(name)).reshape(info.shape[0], -1)
+                values = decode({"codes": codes[None], "scale": scale[None]}, fmt)[0]  # type: ignore[arg-type]
+                tensors[f"{module}.weight"] = values.to(torch.bfloat16)
+    twin.mkdir()
+    save_file(tensors, twin / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((out / "config.json").read_text())
+    del config["quantization_config"]
+    (twin / "config.json").write_text(json.dumps(config))
+
+
+@torch.no_grad()
+def logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["mismatched_keys"]
+    assert all(".mtp." in key for key in info["unexpected_keys"]), info["unexpected_keys"]
+    torch.nn.Module.float(model)  # transformers forbids .float() on a quantized model, but keeps experts in bf16
+    return model.eval()(input_ids=ids).logits
+
+
+@pytest.mark.parametrize("recipe", ["int4-g128-mse", "int4-g32-mse", "mxfp4-mse"])
+def test_logits_equal_those_of_the_dequantized_weights(recipe: str, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    synth(source, "flash", sizes=SynthSizes(layers=6, experts=4), seed=3)
+    plan = make_plan(source, load_recipe(recipe), container="compressed-tensors")
+    pipeline.quantize(plan, tmp_path / "out", device="cpu")
+    write_twin(tmp_path / "out", tmp_path / "twin", next(iter(plan.formats.values())))
+    ids = torch.randint(0, plan.layout.geometry.vocab, (2, 48), generator=torch.Generator().manual_seed(0))
+    ours, twin = logits(tmp_path / "out", ids), logits(tmp_path / "twin", ids)
+    assert torch.equal(ours, twin)
+    assert ours.std() > 0.1
+
+
+def test_a_trained_bf16_checkpoint_keeps_its_predictions(tmp_path: Path, shared: Path) -> None:
+    """On the shared trained model: int4 must stay close to bf16, which random weights cannot show."""
+    source = shared / "models" / "mimo-tiny"
+    pipeline.quantize(make_plan(source, load_recipe("int4-g32-mse")), tmp_path / "out", device="cpu")
+    shutil.copy(source / "generation_config.json", tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    text = "It was the best of times, it was the worst of times; the old man walked slowly to the sea and said nothing."
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    before, after = (logits(folder, ids).log_softmax(-1) for folder in (source, tmp_path / "out"))
+    kl = (before.exp() * (before - after)).sum(-1).mean()
+    assert 0 < kl < 0.1
