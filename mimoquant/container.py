@@ -11,6 +11,7 @@ builds config.json's `quantization_config`. What the engines accept was read fro
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +35,8 @@ class Stored:
     shape: tuple[int, ...]
 
 
-def expert_tensors(container: str, fmt: Format, out_features: int, in_features: int) -> list[Stored]:
+@functools.lru_cache  # asked once an expert, and there are tens of thousands with a handful of shapes
+def expert_tensors(container: str, fmt: Format, out_features: int, in_features: int) -> tuple[Stored, ...]:
     """The tensors that stand for `<module>.weight` [out_features, in_features], in the order they are written."""
     parts = fmt.parts(out_features, in_features)
     if container == NATIVE:
@@ -48,7 +50,7 @@ def expert_tensors(container: str, fmt: Format, out_features: int, in_features: 
             Stored(t.part, t.suffix, "I32", (out_features, in_features // 8)) if t.part == "codes" else t
             for t in stored
         ]
-    return stored
+    return tuple(stored)
 
 
 def shape_tensor(container: str, fmt: Format) -> bool:

@@ -79,7 +79,12 @@ class Unit:
     name: str
     file: str
     steps: tuple[Step, ...]
-    size_bytes: int
+    header_bytes: int
+    tensor_bytes: int
+
+    @property
+    def size_bytes(self) -> int:
+        return self.header_bytes + self.tensor_bytes
 
     @property
     def entries(self) -> list[Entry]:
@@ -107,7 +112,7 @@ class Plan:
 
     @property
     def tensor_bytes(self) -> int:
-        return sum(entry.size_bytes for unit in self.units for entry in unit.entries)
+        return sum(unit.tensor_bytes for unit in self.units)
 
     @property
     def source_bytes(self) -> int:
@@ -287,7 +292,7 @@ class _Builder:
                 header = shard_header(entries)
             except ValueError as error:
                 raise CheckpointError(f"{self.layout.index.folder}: {error}; such shapes cannot be stored") from error
-            units.append(Unit(name, file, steps, len(header) + sum(entry.size_bytes for entry in entries)))
+            units.append(Unit(name, file, steps, len(header), sum(entry.size_bytes for entry in entries)))
         return units
 
     def _steps(self, unit: str) -> Iterable[Step]:

@@ -17,38 +17,30 @@ Source: the published configs and indexes of V2-Flash, V2.5 and V2.5-Pro.
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import math
 import os
-import re
 import shutil
-import statistics
-import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from mimoquant.checkpoint.hf_files import CONFIG_NAME, copy_side_files, side_files
-from mimoquant.checkpoint.index import DTYPE_BYTES, INDEX_NAME, open_index, read_json_object, resolve_inside
+from mimoquant.checkpoint.index import INDEX_NAME, open_index
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.checkpoint.writer import Entry, fsync_folder
-from mimoquant.errors import CheckpointError, StoppedError, UsageError
-from mimoquant.layer_weights import not_finite, split_qkv
-from mimoquant.model.layout import ARCHITECTURES, FP8_BLOCK, TOWER_PREFIXES, Geometry, read_geometry, read_layout
+from mimoquant.errors import StoppedError, UsageError
+from mimoquant.layer_weights import not_finite
+from mimoquant.model.layout import ARCHITECTURES, FP8_BLOCK, TOWER_PREFIXES, Geometry, read_geometry
+from mimoquant.synth_files import PLACEMENTS, ShardFiles
+from mimoquant.synth_weights import PATTERNS, ConvertedWeights, RandomWeights, encode_fp8
 
 Array = npt.NDArray[Any]
 LAYOUTS = {"flash": "mimo_v2_flash", "v2.5": "mimo_v2", "pro": "mimo_v2"}
-_E4M3_MAX = np.float32(448)
-_BAND = 1024  # rows that are drawn together
-_LARGE_CHANNELS = 64  # one input channel in so many is 10 to 20 times larger
-_EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate|up|down)_proj\.(\w+)$")
-_PATTERNS = ("hybrid_layer_pattern", "moe_layer_freq")  # a source may have them in transformers' words only
 _FIXED_CONFIG: dict[str, Any] = {
     "hidden_act": "silu", "max_position_embeddings": 4096, "initializer_range": 0.02, "layernorm_epsilon": 1e-05,
     "use_cache": True, "tie_word_embeddings": False, "attention_bias": False, "attention_dropout": 0.0,
@@ -141,33 +133,37 @@ def synth(
             raise UsageError(f"{folder}: exists already", hint="choose another folder, or remove it")
     if source is not None:
         with CheckpointReader(open_index(source)) as reader:
-            converted = _Converted(reader)
+            converted = ConvertedWeights(reader)
             return _synth(out, layout, converted.config, converted, seed)
     sizes = sizes or SynthSizes()
-    return _synth(out, layout, _random_config(sizes, layout), _Random(seed, sizes.mtp_layers), seed)
+    return _synth(out, layout, _random_config(sizes, layout), RandomWeights(seed, sizes.mtp_layers), seed)
 
 
-def _synth(out: Path, layout: str, config: dict[str, Any], origin: _Random | _Converted, seed: int) -> SynthReport:
+def _synth(
+    out: Path, layout: str, config: dict[str, Any], origin: RandomWeights | ConvertedWeights, seed: int
+) -> SynthReport:
     config = _published_config(config, layout)
     geometry = read_geometry(config, str(out))
     _check_geometry(geometry)
     stored = list(_stored(geometry, origin.mtp_layers))
     if layout == "v2.5":
         stored += _towers(geometry.hidden)
-    place, partial = functools.partial(_PLACEMENTS[layout], geometry), out.with_name(f"{out.name}.partial")
-    towers = _Random(seed, 0)
+    place, partial = functools.partial(PLACEMENTS[layout], geometry), out.with_name(f"{out.name}.partial")
+    towers = RandomWeights(seed, 0)
     try:
         partial.mkdir(parents=True)
     except OSError as error:  # apart from the rest: a folder that is not ours must stay
         raise _unwritable(partial, error) from error
     try:
-        files = _Files(partial, [entry for one in stored for entry in one.entries], place, metadata=layout == "flash")
+        files = ShardFiles(
+            partial, [entry for one in stored for entry in one.entries], place, metadata=layout == "flash"
+        )
         for one in stored:
             _put(files, one, towers if one.name.startswith(TOWER_PREFIXES) else origin)
         line_end = "\r\n" if layout == "pro" else "\n"
         for name, content in ((CONFIG_NAME, config), (INDEX_NAME, files.index(layout, geometry.qkv_chunks))):
             (partial / name).write_text(json.dumps(content, indent=2), encoding="utf-8", newline=line_end)
-        if isinstance(origin, _Converted):
+        if isinstance(origin, ConvertedWeights):
             copy_side_files(origin.folder, partial, side_files(origin.folder))
         _publish(partial, out)
     except BaseException as error:
@@ -330,8 +326,8 @@ def _published_config(config: dict[str, Any], layout: str) -> dict[str, Any]:
         thetas = {"full_attention": out.get("rope_theta"), "sliding_attention": out.get("swa_rope_theta")}
         said_again = {
             "rms_norm_eps": out.get("layernorm_epsilon"),
-            "layer_types": ["sliding_attention" if sliding else "full_attention" for sliding in out[_PATTERNS[0]]],
-            "mlp_layer_types": ["sparse" if sparse else "dense" for sparse in out[_PATTERNS[1]]],
+            "layer_types": ["sliding_attention" if sliding else "full_attention" for sliding in out[PATTERNS[0]]],
+            "mlp_layer_types": ["sparse" if sparse else "dense" for sparse in out[PATTERNS[1]]],
             "rope_parameters": {kind: rope | {"rope_theta": theta} for kind, theta in thetas.items()},
         }
         out = said_again | out
@@ -348,108 +344,10 @@ def _published_config(config: dict[str, Any], layout: str) -> dict[str, Any]:
     return out
 
 
-# --- which file a tensor is in
-
-Placement = Callable[[str], str]
-
-
-def _experts_per_rank(geometry: Geometry) -> int:
-    ranks = 2 if geometry.experts < 64 else 8 if geometry.experts < 384 else 32
-    return math.ceil(geometry.experts / ranks)
-
-
-def _place_flash(geometry: Geometry, name: str) -> str:
-    if match := _EXPERT.match(name):
-        return f"model_{match[1]}_linear_fc{2 if match[3] == 'down' else 1}.safetensors"
-    if match := re.match(r"model\.layers\.(\d+)\.", name):
-        return f"model_{match[1]}.safetensors"
-    part = "mtp" if name.startswith("model.mtp.") else "embedding" if "embed_tokens" in name else "final"
-    return f"model_{part}.safetensors"
-
-
-def _place_v25(geometry: Geometry, name: str) -> str:
-    """The trap: the writer's cut falls into the last layer but one, inside the last expert's `up_proj` of each rank."""
-    per_rank, cut = _experts_per_rank(geometry), geometry.layers - 2
-    match = _EXPERT.match(name)
-    if not match:
-        return f"model_{'mtp' if name.startswith('model.mtp.') else 'pp0_ep0_shard1'}.safetensors"
-    layer, expert, projection = int(match[1]), int(match[2]), match[3]
-    late = layer > cut or (layer == cut and projection == "down")
-    if layer == cut and projection == "up" and match[4] == "weight_scale_inv":
-        late = expert % per_rank == per_rank - 1 or expert == geometry.experts - 1
-    return f"model_pp0_ep{expert // per_rank}_shard{int(late)}.safetensors"
-
-
-def _place_pro(geometry: Geometry, name: str) -> str:
-    if match := _EXPERT.match(name):
-        return f"model_pp0_ep{int(match[2]) // _experts_per_rank(geometry)}_shard0.safetensors"
-    if name.startswith("model.mtp."):
-        return "model_mtp.safetensors"
-    early = re.match(r"model\.(embed_tokens\.|layers\.([01]\.|2\.(input_layernorm|self_attn)\.))", name)
-    return f"model_pp0_ep0_shard{0 if early else 1}.safetensors"
-
-
-_PLACEMENTS = {"flash": _place_flash, "v2.5": _place_v25, "pro": _place_pro}
-
-
-class _Files:
-    """All shards of a checkpoint, laid out at once and then filled in any order."""
-
-    def __init__(self, folder: Path, entries: list[Entry], place: Placement, metadata: bool) -> None:
-        self.weight_map = {entry.name: place(entry.name) for entry in entries}
-        self.sizes: dict[str, int] = {}
-        self._total_bytes = sum(entry.size_bytes for entry in entries)
-        self._ranges: dict[str, tuple[Path, int, int]] = {}
-        shards: dict[str, list[Entry]] = {}
-        for entry in entries:
-            shards.setdefault(self.weight_map[entry.name], []).append(entry)
-        for file, members in shards.items():
-            members.sort(key=lambda entry: (-DTYPE_BYTES[entry.dtype], entry.name))  # as the safetensors library does
-            header = _header(members, metadata)
-            offset = len(header)
-            for entry in members:
-                self._ranges[entry.name] = folder / file, offset, entry.size_bytes
-                offset += entry.size_bytes
-            self.sizes[file] = offset
-            with (folder / file).open("wb") as handle:
-                handle.write(header)
-                handle.truncate(offset)
-
-    def put(self, name: str, data: Array) -> None:
-        path, offset, size = self._ranges.pop(name)
-        if data.nbytes != size:
-            raise ValueError(f"{name}: {data.nbytes} bytes where {size} belong")
-        with path.open("r+b") as handle:
-            handle.seek(offset)
-            handle.write(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
-
-    def index(self, layout: str, tp_size: int) -> dict[str, Any]:
-        """The index file's content. Every tensor must have been put."""
-        if self._ranges:
-            raise ValueError(f"{len(self._ranges)} tensors were never written, first {min(self._ranges)}")
-        metadata: dict[str, Any] = {"total_size": self._total_bytes}
-        if layout != "flash":
-            metadata = {"save_format": "fp8", **metadata, "tp_size": tp_size}
-        return {"metadata": metadata, "weight_map": dict(sorted(self.weight_map.items()))}
-
-
-def _header(entries: list[Entry], metadata: bool) -> bytes:
-    """A safetensors header. The published V2.5 and Pro files have no metadata in theirs."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}} if metadata else {}
-    begin = 0
-    for entry in entries:
-        end = begin + entry.size_bytes
-        header[entry.name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": (begin, end)}
-        begin = end
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
-    return struct.pack("<Q", len(raw)) + raw
-
-
 # --- values
 
 
-def _put(files: _Files, stored: _Stored, origin: _Random | _Converted) -> None:
+def _put(files: ShardFiles, stored: _Stored, origin: RandomWeights | ConvertedWeights) -> None:
     matrices = [origin.read(name, shape, stored.dtype) for name, shape in stored.parts]
     if stored.dtype != "F8_E4M3":
         files.put(stored.name, matrices[0])
@@ -464,120 +362,3 @@ def _put(files: _Files, stored: _Stored, origin: _Random | _Converted) -> None:
         raise not_finite(stored.name)
     files.put(stored.name, np.concatenate(values))
     files.put(f"{stored.name}_scale_inv", np.concatenate(scales))
-
-
-def encode_fp8(weight: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
-    """float32 [O, I] → E4M3 bits [O, I] and float32 scales [ceil(O / 128), ceil(I / 128)]; scale = amax / 448."""
-    rows, width = weight.shape
-    starts = np.arange(0, width, FP8_BLOCK)
-    values = np.empty(weight.shape, np.uint8)
-    scales = np.empty((math.ceil(rows / FP8_BLOCK), len(starts)), np.float32)
-    for i, begin in enumerate(range(0, rows, FP8_BLOCK)):
-        band = weight[begin : begin + FP8_BLOCK]
-        amax = np.maximum.reduceat(np.abs(band).max(axis=0), starts)
-        scales[i] = np.where(amax == 0, np.float32(1), amax / _E4M3_MAX)  # a block of zeros: any scale will do
-        with np.errstate(invalid="ignore"):  # the caller sees Inf in the scales
-            scaled = torch.from_numpy(band / np.repeat(scales[i], FP8_BLOCK)[:width])
-        values[begin : begin + FP8_BLOCK] = scaled.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
-    return values, scales
-
-
-class _Random:
-    """Random tensors, whose bytes depend on seed, name and shape only: SFC64 bits, looked up in normal quantiles.
-
-    numpy promises that its bit streams stay the same over versions, not its distributions; this is also faster.
-    """
-
-    def __init__(self, seed: int, mtp_layers: int) -> None:
-        self.seed, self.mtp_layers = seed, mtp_layers
-
-    def read(self, name: str, shape: tuple[int, ...], dtype: str) -> Array:
-        """A logical tensor as bf16 bits (`dtype` BF16) or as float32 (F32, F8_E4M3)."""
-        digest = hashlib.sha256(f"{self.seed}\0{name}".encode()).digest()
-        stream = np.random.SFC64(int.from_bytes(digest[:16], "little"))
-        rows, width = shape[0], math.prod(shape[1:])
-        mean, gain = _statistics(stream, name, shape)
-        out: Array = np.empty((rows, width), np.uint16 if dtype == "BF16" else np.float32)
-        for begin in range(0, rows, _BAND):
-            count = min(_BAND, rows - begin)
-            raw = stream.random_raw(math.ceil(count * width / 4)).astype("<u8", copy=False).view("<u2")
-            band = np.take(_normal_quantiles(), raw[: count * width].reshape(count, width))
-            band *= gain
-            band += mean
-            out[begin : begin + count] = _bf16_bits(band) if dtype == "BF16" else band
-        return out.reshape(shape)
-
-
-def _statistics(stream: np.random.SFC64, name: str, shape: tuple[int, ...]) -> tuple[np.float32, Array]:
-    """(mean, standard deviation of each column).
-
-    Projections have a few large input channels, which bring most of an output's variance: the others get half of the
-    usual 1 / sqrt(in).
-    """
-    width = math.prod(shape[1:])
-    if len(shape) == 1:
-        norm = "norm" in name or name.endswith("ln_q.weight")
-        kinds = (("e_score_correction_bias", 0.01), ("sink", 0.5), ("norm", 0.1), ("ln_q", 0.1), ("", 0.02))
-        std = next(std for part, std in kinds if part in name)
-        return np.float32(1 if norm else 0), np.array([std], np.float32)
-    if not name.endswith("_proj.weight") or name.startswith(TOWER_PREFIXES):
-        return np.float32(0), np.full(width, 0.02, np.float32)
-    gain = np.full(width, 0.5 / math.sqrt(width), np.float32)
-    large = max(1, width // _LARGE_CHANNELS)
-    draws = stream.random_raw(2 * large)
-    gain[draws[:large] % np.uint64(width)] *= (10 + draws[large:] % np.uint64(11)).astype(np.float32)
-    return np.float32(0), gain
-
-
-@functools.cache
-def _normal_quantiles() -> npt.NDArray[np.float32]:
-    normal = statistics.NormalDist()
-    return np.array([normal.inv_cdf((i + 0.5) / 2**16) for i in range(2**16)], np.float32)
-
-
-def _bf16_bits(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
-    bits = values.view(np.uint32)
-    return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
-
-
-class _Converted:
-    """The tensors of a bf16 checkpoint of this family; a fused qkv is taken apart."""
-
-    def __init__(self, reader: CheckpointReader) -> None:
-        self.reader, self.folder = reader, reader.index.folder
-        config = read_json_object(resolve_inside(self.folder, CONFIG_NAME))
-        quantization = config.get("quantization_config")
-        if quantization is not None:
-            method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-            raise UsageError(
-                f"{self.folder}: is quantized already ({method})", hint="only a bf16 checkpoint is converted"
-            )
-        layout = read_layout(reader.index, config)
-        if towers := layout.units.get("towers"):
-            raise UsageError(
-                f"{self.folder}: holds {len(towers)} vision, audio or speech tensors, which are not converted",
-                hint="remove them; v2.5 gets small random ones",
-            )
-        self.geometry, self.mtp_layers = layout.geometry, layout.mtp_layers
-        patterns = zip(_PATTERNS, (self.geometry.sliding, self.geometry.moe), strict=True)
-        self.config = config | {key: [int(value) for value in values] for key, values in patterns}
-
-    def read(self, name: str, shape: tuple[int, ...], dtype: str) -> Array:
-        """As `_Random.read`; the shape is the source's own."""
-        match = re.search(r"self_attn\.([qkv])_proj\.weight$", name)
-        if self.geometry.fused_qkv and match:
-            layer = re.match(r"model\.layers\.(\d+)\.", name)  # MTP layers are sliding
-            sliding = self.geometry.sliding[int(layer[1])] if layer else True
-            fused = self._values(f"{name[: match.start(1)]}qkv_proj.weight", dtype)
-            return split_qkv(fused, self.geometry, sliding=sliding)["qkv".index(match[1])]
-        return self._values(name, dtype)
-
-    def _values(self, name: str, dtype: str) -> Array:
-        info, raw = self.reader.index.tensors[name], self.reader.read(name)
-        if dtype == "BF16":
-            if info.dtype != "BF16":
-                raise CheckpointError(f"{self.folder}: {name} is {info.dtype}, but every layout holds it as BF16")
-            return raw.view(np.uint16).reshape(info.shape)
-        if info.dtype == "F32":
-            return raw.view(np.float32).reshape(info.shape)
-        return (raw.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32).reshape(info.shape)
