@@ -59,7 +59,7 @@ def layout_text(facts: dict[str, Any]) -> str:
         f"attention qkv {facts['qkv']}; global in layers {ranges(facts['global_layers'])}, sliding window elsewhere",
         f"MTP       {facts['mtp_layers'] or 'no'} layers",
         "",
-        *_table(
+        *table(
             ("weights", "dtype", "size"),
             [(role, dtype, size(count)) for role, sizes in facts["bytes_by_role"].items()
              for dtype, count in sorted(sizes.items())],
@@ -120,7 +120,7 @@ def plan_text(facts: dict[str, Any]) -> str:
             f"{len(facts['shards'])} shards, the largest {size(largest['size_bytes'])} ({largest['unit']})",
             f"memory     about {size(facts['host_memory_bytes'])} of host memory",
             "",
-            *_table(
+            *table(
                 ("weights", "output"),
                 [(role, size(count)) for role, count in facts["output_bytes_by_role"].items()],
             ),
@@ -213,7 +213,7 @@ def _kind(unit: str, role: str) -> str:
     return kinds.get(role, "attention")
 
 
-def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
+def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
     """Left-aligned columns, the last one right-aligned."""
     every = [head, *rows]
     widths = [max(len(row[i]) for row in every) for i in range(len(head))]

@@ -95,9 +95,9 @@ class Recipe:
         }
         quantization: dict[str, Any] = {"config_groups": groups, "ignore": list(self.ignore)}
         modifiers: dict[str, Any] = {}
-        if self.method == "awq":
+        if "awq" in self.method:
             modifiers["AWQModifier"] = dict(self.extra.get("AWQModifier", {}))
-        key = "GPTQModifier" if self.method == "gptq" else "QuantizationModifier"
+        key = "GPTQModifier" if "gptq" in self.method else "QuantizationModifier"
         modifiers[key] = quantization | self.extra.get(key, {})
         block: dict[str, Any] = {"version": VERSION, "scale_search": self.scale_search, "container": container}
         if self.calibration is not None:
@@ -152,7 +152,8 @@ def parse_recipe(text: str, name: str) -> Recipe:
     """Parse recipe YAML; see `load_recipe`."""
     try:
         document = yaml.load(text, Loader=_StrictLoader)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError, KeyError, AttributeError, TypeError) as error:
+        # the last three come from PyYAML's own constructors, on tags such as !!bool maybe
         raise RecipeError(f"recipe {name}: is not readable YAML ({' '.join(str(error).split())[:200]})") from error
     return _Parser(name).parse(document)
 
@@ -166,10 +167,12 @@ class _StrictLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        repeated = next((key for key in keys if keys.count(key) > 1), None)
-        if repeated is not None:
-            raise yaml.YAMLError(f"the key {repeated!r} appears twice")
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            name = key.value if isinstance(key.value, str) else None
+            if name in seen:
+                raise yaml.YAMLError(f"the key {name!r} appears twice")
+            seen.add(name)
         return super().construct_mapping(node, deep)
 
 
@@ -239,17 +242,19 @@ class _Parser:
                 "AWQModifier is followed by a QuantizationModifier that says the format",
             )
         carrier = modifiers[carriers[0]]
+        if carrier.get("bypass_divisibility_checks"):
+            self.fail("bypass_divisibility_checks is not supported: group sizes must divide the width")
         if carrier.get("kv_cache_scheme") is not None:
             self.fail("kv_cache_scheme is not supported: only routed experts are quantized")
         groups, searches = self.groups(carrier, carriers[0])
         ignore = tuple(pattern for settings in modifiers.values()
                        for pattern in self.strings(settings.get("ignore"), "ignore"))  # fmt: skip
-        method = "awq" if "AWQModifier" in modifiers else METHODS[carriers[0]]
+        methods = [METHODS[key] for key in ("AWQModifier", "GPTQModifier") if key in modifiers]
         extra = {key: {k: v for k, v in settings.items() if k not in _QUANTIZATION_KEYS}
                  for key, settings in modifiers.items()}  # fmt: skip
         return Recipe(
             name=self.name,
-            method=method,
+            method="+".join(methods) or "rtn",
             groups=groups,
             ignore=tuple(dict.fromkeys(ignore)),
             scale_search=searches.pop() if len(searches) == 1 else "absmax",
@@ -262,7 +267,7 @@ class _Parser:
         if (scheme is None) == (config_groups is None):
             self.fail(f"{where} needs a scheme or config_groups, not both")
         if scheme is not None:
-            if scheme not in _PRESETS:
+            if not isinstance(scheme, str) or scheme not in _PRESETS:
                 self.fail(f"scheme {scheme!r} is not supported", f"supported are {', '.join(_PRESETS)}")
             targets = self.strings(settings.get("targets"), "targets") or ("Linear",)
             return (Group("group_0", targets, _PRESETS[scheme]),), set()
@@ -276,7 +281,7 @@ class _Parser:
             weights = self.mapping(group.get("weights"), f"{name}.weights")
             groups.append(Group(str(name), self.strings(group.get("targets"), "targets"), self.format(weights, name)))
             if weights.get("observer") is not None:
-                if weights["observer"] not in _OBSERVERS:
+                if not isinstance(weights["observer"], str) or weights["observer"] not in _OBSERVERS:
                     self.fail(f"{name} has the observer {weights['observer']!r}, which is not supported",
                               f"supported are {', '.join(_OBSERVERS)}")  # fmt: skip
                 searches.add(_OBSERVERS[weights["observer"]])

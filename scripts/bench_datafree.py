@@ -32,7 +32,7 @@ import json, sys, time
 from compressed_tensors.entrypoints.convert import FP8BlockDequantizer
 from llmcompressor import model_free_ptq
 source, out, scheme = sys.argv[1:4]
-fp8 = [r"re:.*mlp\.experts\.\d+\.(gate|up|down)_proj$", r"re:.*self_attn\.[qkv]_proj$", r"re:.*mlp\.(gate|up|down)_proj$"]
+fp8 = [r"re:.*mlp\.experts\.\d+\.\w+_proj$", r"re:.*self_attn\.[qkv]_proj$", r"re:.*mlp\.\w+_proj$"]
 begin = time.perf_counter()
 model_free_ptq(source, out, scheme=scheme, ignore=[r"re:(?!.*mlp\.experts\.).*"], device="cpu", max_workers=2,
                converter=FP8BlockDequantizer(targets=fp8))

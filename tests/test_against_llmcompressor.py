@@ -104,7 +104,10 @@ def count_differences(ours: Tensors, peer: Tensors, modules: list[str], source: 
         differ, total = differ + int(step.ne(0).logical_and(same).sum()), total + int(same.sum())
         weight = dequantized(reference, module)
         for side, tensors in (("ours", ours), ("peer", peer)):
-            parts = {"codes": tensors[f"{module}.weight_packed"].view(torch.uint8), "scale": tensors[f"{module}.weight_scale"]}
+            parts = {
+                "codes": tensors[f"{module}.weight_packed"].view(torch.uint8),
+                "scale": tensors[f"{module}.weight_scale"],
+            }
             if not symmetric:
                 parts["zero_point"] = tensors[f"{module}.weight_zero_point"]
             values = decode({key: value[None] for key, value in parts.items()}, fmt)[0]

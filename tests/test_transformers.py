@@ -32,6 +32,7 @@ def write_twin(out: Path, twin: Path, fmt: object) -> None:
     tensors: dict[str, torch.Tensor] = {}
     kinds = {"BF16": torch.bfloat16, "F32": torch.float32}
     with CheckpointReader(index) as reader:
+
         def read(name: str, dtype: torch.dtype) -> torch.Tensor:
             return torch.from_numpy(reader.read(name)).view(dtype).reshape(index.tensors[name].shape)
 
@@ -40,7 +41,9 @@ def write_twin(out: Path, twin: Path, fmt: object) -> None:
                 tensors[name] = read(name, kinds[info.dtype])
             elif name.endswith(".weight_packed"):
                 module = name.removesuffix(".weight_packed")
-                scale = read(f"{module}.weight_scale", kinds.get(index.tensors[f"{module}.weight_scale"].dtype, torch.uint8))
+                scale = read(
+                    f"{module}.weight_scale", kinds.get(index.tensors[f"{module}.weight_scale"].dtype, torch.uint8)
+                )
                 codes = torch.from_numpy(reader.read(name)).reshape(info.shape[0], -1)
                 values = decode({"codes": codes[None], "scale": scale[None]}, fmt)[0]  # type: ignore[arg-type]
                 tensors[f"{module}.weight"] = values.to(torch.bfloat16)

@@ -129,6 +129,8 @@ def resolve_inside(folder: Path, name: str) -> Path:
     if not name or name.startswith("/") or "\\" in name or "\0" in name or ".." in Path(name).parts:
         raise CheckpointError(f"{folder}: the path {name!r} leads out of the checkpoint folder")
     path = folder / name
+    if len(os.fsencode(name)) > 1000 or any(len(os.fsencode(part)) > 255 for part in path.parts):
+        raise CheckpointError(f"{folder}: the file name {name} is too long to exist")
     if not path.exists():
         raise CheckpointError(
             f"{folder}: {name} is missing", hint="the download is incomplete: fetch the missing file and try again"

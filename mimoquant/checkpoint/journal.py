@@ -49,7 +49,7 @@ def read_journal(path: Path) -> list[JournalLine]:
         try:
             fields = json.loads(part)
             line = JournalLine(**fields)
-            if not (isinstance(line.file, str) and isinstance(line.size_bytes, int)):
+            if [type(value) for value in asdict(line).values()] != [str, str, int, str]:
                 raise TypeError
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"{path}: line {number} is damaged") from error
@@ -138,8 +138,10 @@ class RunFolder:
     def _check_identity(self, path: Path) -> None:
         try:
             before = json.loads(path.read_bytes())
-        except ValueError as error:
-            raise UsageError(f"{path}: is damaged", hint="remove the folder and start again") from error
+        except ValueError:
+            before = None
+        if not isinstance(before, dict):
+            raise UsageError(f"{path}: is damaged", hint="remove the folder and start again")
         for key, now in self._identity.items():
             if before.get(key) != now:
                 raise UsageError(

@@ -72,6 +72,8 @@ class ShardWriter:
 
     def write(self, name: str, data: npt.NDArray[Any]) -> None:
         """Append bytes of the next tensor: all of it, or its next part."""
+        if data.nbytes == 0:
+            return  # an empty tensor is an entry of the header without bytes
         expected = self._entries[self._next].name if self._next < len(self._entries) else "the end"
         if name != expected or data.nbytes > self._left:
             raise ValueError(f"{self.path}: got {data.nbytes} bytes of {name} where {self._left} of {expected} follow")

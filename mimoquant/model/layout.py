@@ -142,7 +142,7 @@ def read_geometry(config: dict[str, Any], where: str) -> Geometry:
     Raises CheckpointError naming key, value and what is known.
     """
     model_type = config.get("model_type")
-    if model_type not in ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise CheckpointError(
             f"{where}: model_type {model_type!r} is unknown (known: {', '.join(ARCHITECTURES)})",
             hint="mimoquant quantizes the MiMo-V2 family only",
@@ -154,7 +154,7 @@ def read_geometry(config: dict[str, Any], where: str) -> Geometry:
             raise CheckpointError(f"{where}: quantization_config is not an object")
         _check_values(quantization, _KNOWN_QUANTIZATION, where, "quantization_config.")
     rope = config.get("rope_scaling")
-    if rope is not None and rope.get("rope_type", rope.get("type")) != "default":
+    if rope is not None and not (isinstance(rope, dict) and rope.get("rope_type", rope.get("type")) == "default"):
         raise CheckpointError(f"{where}: rope_scaling {rope} is unknown (known: the default type)")
 
     def size(key: str) -> int:
@@ -166,8 +166,7 @@ def read_geometry(config: dict[str, Any], where: str) -> Geometry:
     layers = size("num_hidden_layers")
     if layers > 4096:
         raise CheckpointError(f"{where}: num_hidden_layers is {layers}, more than any model of this family")
-    fused = config.get("attention_projection_layout") == "fused_qkv"
-    return Geometry(
+    geometry = Geometry(
         model_type=model_type,
         hidden=size("hidden_size"),
         layers=layers,
@@ -177,7 +176,7 @@ def read_geometry(config: dict[str, Any], where: str) -> Geometry:
         top_k=size("num_experts_per_tok"),
         vocab=size("vocab_size"),
         qkv_chunks=size("num_key_value_heads"),
-        fused_qkv=fused,
+        fused_qkv=config.get("attention_projection_layout") == "fused_qkv",
         sliding=_pattern(config, "hybrid_layer_pattern", "layer_types", "sliding_attention", layers, where),
         moe=_pattern(config, "moe_layer_freq", "mlp_layer_types", "sparse", layers, where),
         global_attention=Attention(
@@ -190,6 +189,12 @@ def read_geometry(config: dict[str, Any], where: str) -> Geometry:
         ),
         fp8=quantization is not None,
     )  # fmt: skip
+    for attention in (geometry.global_attention, geometry.sliding_attention):
+        if geometry.fused_qkv and any(count % geometry.qkv_chunks for count in attention.rows):
+            raise CheckpointError(
+                f"{where}: the fused qkv's {attention.rows} rows do not split over {geometry.qkv_chunks} ranks"
+            )
+    return geometry
 
 
 def read_layout(index: CheckpointIndex, config: dict[str, Any], *, allow_unknown: bool = False) -> ModelLayout:

@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from mimoquant.quant.formats import INT4_ZERO_SCALE, MXFP4_ROUND_UP, NVFP4_ZERO_SCALE
+from mimoquant.quant.formats import INT4_ZERO_SCALE, MXFP4_ROUND_UP, NVFP4_SMALLEST_SCALE, NVFP4_ZERO_SCALE
 
 U32, F32, I32 = np.uint32, np.float32, np.int32
 _MAGIC = F32(12582912.0)  # 1.5 * 2^23: adding it rounds |x| < 2^22 to a whole number, ties to even
 _ABS, _INF = U32(0x7FFFFFFF), U32(0x7F800000)
 _ROUND_UP = U32(MXFP4_ROUND_UP)
 _ZERO_INT4, _ZERO_NVFP4 = F32(INT4_ZERO_SCALE), F32(NVFP4_ZERO_SCALE)
+_SMALLEST_NVFP4 = F32(NVFP4_SMALLEST_SCALE)
 FP8_UNIT = F32(2.0**120)
 NO8, NO16, NO_SCALES = np.empty((0, 0), np.uint8), np.empty((0, 0), np.uint16), np.empty((0, 0), np.float32)
 NO_ROWS = np.empty(0, np.int64)
@@ -52,14 +53,16 @@ def _fp8_row(source, scales, values, bits):  # type: ignore[no-untyped-def]
     for i in range(width):
         byte = U32(source[i])
         bits[i] = ((byte & U32(0x7F)) << U32(20)) | ((byte & U32(0x80)) << U32(24))
+    bad = 1 if largest == np.uint8(0x7F) else 0
     for block in range(scales.shape[0]):
         scale = scales[block]
+        bad |= 0 if math.isfinite(scale) else 1  # told here: rounding a NaN's bits can carry into the sign
         part = values[block * 128 : min(block * 128 + 128, width)]
         for i in range(part.shape[0]):
             part[i] = (part[i] * FP8_UNIT) * scale
     for i in range(width):
         bits[i] = _round_bf16(bits[i])
-    return 1 if largest == np.uint8(0x7F) else 0
+    return bad
 
 
 @_jit
@@ -162,6 +165,7 @@ def encode_int4(fp8, bf16, scales, scale_row, begin, end, size, symmetric, multi
                     if other_error < best:
                         best, scale, zero = other_error, other, other_zero
             _int4_codes(group, scale, zero, codes[g * size : (g + 1) * size])
+            bad += 0 if math.isfinite(scale) else 1  # an asymmetric range can overflow
             scale_out[row, g] = np.uint16(F32(scale).view(U32) >> U32(16))
             zero_out[row, g] = np.int8(zero)
         _pack(codes16, packed[row])
@@ -250,10 +254,10 @@ def _e4m3_value(byte):  # type: ignore[no-untyped-def]
 
 
 @_inline
-def _nvfp4_scale(wanted, global_scale):  # type: ignore[no-untyped-def]
+def _nvfp4_scale(wanted, global_scale, zero_scale):  # type: ignore[no-untyped-def]
     """The stored E4M3 byte and the scale that it makes."""
     byte = _e4m3_byte(wanted)
-    byte = _e4m3_byte(_ZERO_NVFP4) if byte == U32(0) else byte
+    byte = _e4m3_byte(zero_scale) if byte == U32(0) else byte
     return byte, _e4m3_value(byte) / global_scale
 
 
@@ -268,11 +272,11 @@ def encode_nvfp4(fp8, bf16, scales, scale_row, begin, end, multipliers, global_s
         for g in range(width // 16):
             group, group_bits = values[g * 16 : g * 16 + 16], bits[g * 16 : g * 16 + 16]
             base = U32(_amax_bits(group_bits)).view(F32) / F32(6) * global_scale
-            byte, scale = _nvfp4_scale(base, global_scale)
+            byte, scale = _nvfp4_scale(base, global_scale, _ZERO_NVFP4)
             if multipliers.shape[0] > 1:
                 best, tried, plain = _fp4_error(group, scale, error), byte, byte
                 for k in range(1, multipliers.shape[0]):
-                    other, other_scale = _nvfp4_scale(base * multipliers[k], global_scale)
+                    other, other_scale = _nvfp4_scale(base * multipliers[k], global_scale, _SMALLEST_NVFP4)
                     if other in (tried, plain):  # many multipliers round to one E4M3 byte
                         continue
                     tried, other_error = other, _fp4_error(group, other_scale, error)

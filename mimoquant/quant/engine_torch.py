@@ -21,6 +21,7 @@ from mimoquant.quant.formats import (
     MXFP4_ROUND_UP,
     NVFP4_MULTIPLIERS,
     NVFP4_RANGE,
+    NVFP4_SMALLEST_SCALE,
     NVFP4_ZERO_SCALE,
     Format,
 )
@@ -235,10 +236,12 @@ def _encode_mxfp4(grouped: Tensor, search: str) -> tuple[Tensor, dict[str, Tenso
     return _e2m1_codes(grouped, rounded), {"scale": biased.to(torch.uint8)}
 
 
-def _nvfp4_candidate(grouped: Tensor, wanted: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _nvfp4_candidate(
+    grouped: Tensor, wanted: Tensor, global_scale: Tensor, zero_scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Stored E4M3 scale (as float32), effective scale and rounded magnitudes for the wanted block scale."""
     stored = wanted.clamp(max=448.0).to(torch.float8_e4m3fn).to(torch.float32)
-    stored = torch.where(stored == 0, _divisor(NVFP4_ZERO_SCALE, stored), stored)
+    stored = torch.where(stored == 0, _divisor(zero_scale, stored), stored)
     effective = stored / global_scale
     return stored, effective, _round_e2m1(grouped.abs() / effective[..., None])
 
@@ -246,10 +249,12 @@ def _nvfp4_candidate(grouped: Tensor, wanted: Tensor, global_scale: Tensor) -> t
 def _encode_nvfp4(grouped: Tensor, search: str, global_scale_E: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     global_scale = global_scale_E.to(torch.float32).reshape(-1, 1, 1)
     base = grouped.abs().amax(-1) / _divisor(6.0, grouped) * global_scale
-    stored, effective, rounded = _nvfp4_candidate(grouped, base, global_scale)
+    stored, effective, rounded = _nvfp4_candidate(grouped, base, global_scale, NVFP4_ZERO_SCALE)
     best_error = _fp4_error(grouped, rounded, effective)
     for c in NVFP4_MULTIPLIERS[1:] if search == "mse" else ():
-        other, other_effective, other_rounded = _nvfp4_candidate(grouped, base * _divisor(c, base), global_scale)
+        other, other_effective, other_rounded = _nvfp4_candidate(
+            grouped, base * _divisor(c, base), global_scale, NVFP4_SMALLEST_SCALE
+        )
         error = _fp4_error(grouped, other_rounded, other_effective)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
@@ -281,7 +286,11 @@ class TorchEngine:
         results = {}
         for projection, weight in weights.items():
             scale = nvfp4_global_scale(shared if projection in ("gate", "up") else largest[projection], search)
-            results[projection] = {part: _numpy(v) for part, v in encode(weight, fmt, search, scale).items()}
+            parts = encode(weight, fmt, search, scale)
+            bad = torch.nonzero(~torch.isfinite(parts["scale"].to(torch.float32)))  # an asymmetric range can overflow
+            if len(bad):
+                raise NonFiniteError(projection, int(bad[0, 0]))
+            results[projection] = {part: _numpy(values) for part, values in parts.items()}
         return results
 
     def dequantize(self, values: Array, block_scales: Array, scale_row: Array) -> Array:

@@ -23,6 +23,8 @@ E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of the codes 0..7; 8..
 # A group of zeros gets the scale that compressed-tensors gives it.
 INT4_ZERO_SCALE = 2.0**-7
 NVFP4_ZERO_SCALE = 0.125
+# So does a group whose plain scale underflows E4M3, which makes its values 0; the search also tries the smallest one.
+NVFP4_SMALLEST_SCALE = 2.0**-9
 
 # Scale multipliers that the mse search tries, after 1.0 (a candidate must be strictly better to win, so a tie keeps
 # the plain rounding). int4: 40 points in [.45, 1.05]. nvfp4: 49 points in [.6, 1.8] of the block scale.

@@ -1,0 +1,89 @@
+"""The main job on the trained micro checkpoint that the package ships: plan, quantize, verify, and a table.
+
+usage: scripts/demo [--keep DIR]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+import mimoquant
+from mimoquant.describe import table
+from mimoquant.report import size
+
+RECIPES = ("int4-g128-rtn", "int4-g128-mse", "int4-g32-mse", "mxfp4-mse", "nvfp4-mse")
+console = Console(highlight=False)
+
+
+def run(*arguments: str, show: bool = True) -> str:
+    """One mimoquant command, as a user would type it."""
+    if show:
+        console.print(f"\n[bold]$ mimoquant {shlex.join(arguments)}[/bold]", soft_wrap=True)
+    done = subprocess.run([sys.executable, "-m", "mimoquant", *arguments], text=True, capture_output=True)
+    if done.returncode:
+        sys.exit(f"{done.stdout}{done.stderr}mimoquant {arguments[0]} failed with exit code {done.returncode}")
+    if show:
+        console.print(done.stdout.rstrip(), markup=False, soft_wrap=True)
+    return done.stdout
+
+
+def row(source: str, recipe: str, out: Path, *, show: bool) -> dict[str, Any]:
+    """Quantize and verify with one recipe."""
+    begin = time.perf_counter()
+    if show:
+        run("plan", source, "--recipe", recipe)
+        run("quantize", source, "--recipe", recipe, "--out", str(out))
+        run("verify", str(out), "--source", source)
+    else:
+        run("quantize", source, "--recipe", recipe, "--out", str(out), show=False)
+    verified = json.loads(run("verify", str(out), "--source", source, "--json", show=False))
+    report = json.loads((out / "report.json").read_text())
+    return report | verified | {"recipe": recipe, "seconds": time.perf_counter() - begin}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--keep", type=Path, help="write the outputs here instead of a temporary folder")
+    keep = parser.parse_args().keep
+    source = str(mimoquant.micro_checkpoint())
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = keep or Path(temporary)
+        run("inspect", source)
+        rows = [row(source, recipe, folder / recipe, show=recipe == "mxfp4-mse") for recipe in sorted(
+            RECIPES, key=lambda recipe: recipe != "mxfp4-mse")]  # fmt: skip
+    head = ("recipe", "container", "output", "relMSE", "half steps", "proven", "seconds")
+    cells = [
+        (
+            facts["recipe"],
+            facts["container"],
+            size(facts["output_bytes"]),
+            f"{facts['mean_relative_error']:.2e}",
+            f"{facts['worst_rounding']:.3f}",
+            str(facts["checked"]["tensors"]) if facts["ok"] else "FAILED",
+            f"{facts['seconds']:.1f}",
+        )
+        for facts in sorted(rows, key=lambda facts: RECIPES.index(facts["recipe"]))
+    ]
+    console.print(f"\n[bold]The micro checkpoint, {size(rows[0]['source_bytes'])} of FP8 weights[/bold]")
+    print("\n".join(table(head, cells)))
+    print(
+        "\nrelMSE: squared error of the experts' weights over their squared size. half steps:\n"
+        "the largest rounding error in half grid steps (1 is nearest rounding). proven: tensors held\n"
+        "against the source; those that are not experts' have its very value."
+    )
+    if keep:
+        console.print(f"outputs: {keep}")
+
+
+if __name__ == "__main__":
+    main()

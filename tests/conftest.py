@@ -1,0 +1,214 @@
+"""Fixtures for all tests: where the shared material lies, and small checkpoints made on the spot.
+
+The tiny checkpoints go through the safetensors library, not through our writer, and hold random bytes of the right
+dtype: enough for everything that looks at names, shapes and layout.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SHARED = REPOSITORY.parent / "shared"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """`slow` and `gpu` tests run only where `-m` asks for them."""
+    if config.getoption("markexpr"):
+        return
+    for item in items:
+        for marker in ("slow", "gpu"):
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=f"{marker}: run with -m {marker}"))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of fixtures and models beside the repository; tests that need it are skipped in a lone clone."""
+    if not SHARED.is_dir():
+        pytest.skip("the shared folder is not beside this clone")
+    return SHARED
+
+
+# --- tiny checkpoints -------------------------------------------------------------------------------------------------
+
+_TORCH_DTYPES = {"BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F32": "float32", "U8": "uint8", "I32": "int32"}
+
+
+@dataclass(frozen=True)
+class TensorBytes:
+    """One tensor of a checkpoint to be written; `data` is little-endian bytes of `dtype`."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+    @classmethod
+    def random(cls, dtype: str, shape: tuple[int, ...], rng: np.random.Generator) -> TensorBytes:
+        """Finite values: bf16 and F32 around 0.02, FP8 any code but NaN."""
+        count = math.prod(shape)
+        if dtype == "F8_E4M3":
+            codes = rng.integers(0, 0x7F, count, dtype=np.uint8) | (rng.integers(0, 2, count, dtype=np.uint8) << 7)
+            return cls(dtype, shape, codes.astype(np.uint8).tobytes())
+        values = rng.normal(0, 0.02, count).astype(np.float32)
+        if dtype == "BF16":
+            return cls(dtype, shape, (values.view(np.uint32) >> 16).astype(np.uint16).tobytes())
+        return cls(dtype, shape, values.tobytes())
+
+
+def save_tensors(path: Path, tensors: dict[str, TensorBytes]) -> None:
+    """Write one shard with the safetensors library."""
+    import torch
+    from safetensors.torch import save_file
+
+    def tensor(source: TensorBytes) -> torch.Tensor:
+        dtype = getattr(torch, _TORCH_DTYPES[source.dtype])
+        if not source.data:
+            return torch.empty(source.shape, dtype=dtype)
+        return torch.frombuffer(bytearray(source.data), dtype=torch.uint8).view(dtype).reshape(source.shape)
+
+    save_file({name: tensor(source) for name, source in tensors.items()}, path, {"format": "pt"})
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint in the making: change `config` and `tensors`, then `save`."""
+
+    config: dict[str, Any]
+    tensors: dict[str, TensorBytes]
+    shard_of: Callable[[str], int] = field(default=lambda name: 1)
+
+    def save(self, folder: Path) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        shards: dict[str, dict[str, TensorBytes]] = {}
+        for name, tensor in self.tensors.items():
+            shards.setdefault(f"model-{self.shard_of(name)}.safetensors", {})[name] = tensor
+        for file, tensors in shards.items():
+            save_tensors(folder / file, tensors)
+        weight_map = {name: file for file, tensors in shards.items() for name in tensors}
+        index = {"metadata": {}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+        (folder / "config.json").write_text(json.dumps(self.config), encoding="utf-8")
+        return folder
+
+
+def flash_config(**changes: Any) -> dict[str, Any]:
+    """A mimo_v2_flash config: layer 0 dense, 1 sliding MoE, 2 global MoE, 4 experts of width 128, hidden 128."""
+    config: dict[str, Any] = {
+        "architectures": ["MiMoV2FlashForCausalLM"], "model_type": "mimo_v2_flash", "torch_dtype": "bfloat16",
+        "vocab_size": 64, "hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 128,
+        "num_hidden_layers": 3, "hybrid_layer_pattern": [0, 1, 0], "moe_layer_freq": [0, 1, 1],
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24, "v_head_dim": 16,
+        "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_head_dim": 24, "swa_v_head_dim": 16,
+        "add_full_attention_sink_bias": False, "add_swa_attention_sink_bias": True,
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": None, "hidden_act": "silu",
+        "scoring_func": "sigmoid", "topk_method": "noaux_tc", "n_group": 1, "topk_group": 1, "norm_topk_prob": True,
+        "routed_scaling_factor": None, "tie_word_embeddings": False, "attention_bias": False,
+    }  # fmt: skip
+    return config | changes
+
+
+FP8_CONFIG = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+
+
+def make_checkpoint(
+    *, fp8: bool = False, fused: bool = False, mtp: int = 0, seed: int = 0, **changes: Any
+) -> Checkpoint:
+    """A valid small checkpoint, its tensors spelled out here without the help of the code under test.
+
+    Args:
+        fp8: experts, dense MLP and q, k, v in FP8 blocks. fused: one qkv_proj per layer, interleaved by KV heads.
+        mtp: number of MTP layers. changes: config keys.
+    """
+    config = flash_config(**changes)
+    if fused:
+        config |= {"model_type": "mimo_v2", "architectures": ["MiMoV2ForCausalLM"],
+                   "attention_projection_layout": "fused_qkv"}  # fmt: skip
+    if fp8:
+        config.setdefault("quantization_config", dict(FP8_CONFIG))
+    rng = np.random.default_rng(seed)
+    tensors: dict[str, TensorBytes] = {}
+    hidden, ranks = config["hidden_size"], config["num_key_value_heads"]
+
+    def plain(name: str, *shape: int, dtype: str = "BF16") -> None:
+        tensors[name] = TensorBytes.random(dtype, shape, rng)
+
+    def scaled(name: str, rows: int, columns: int, ranked: bool = False) -> None:
+        plain(name, rows, columns, dtype="F8_E4M3" if fp8 else "BF16")
+        if fp8:
+            scale_rows = ranks * math.ceil(rows / ranks / 128) if ranked else math.ceil(rows / 128)
+            scale = rng.uniform(1e-4, 2e-4, (scale_rows, math.ceil(columns / 128))).astype(np.float32)
+            tensors[f"{name}_scale_inv"] = TensorBytes("F32", scale.shape, scale.tobytes())
+
+    def attention(prefix: str, sliding: bool) -> None:
+        kind = "swa_" if sliding else ""
+        heads, kv = config[f"{kind}num_attention_heads"], config[f"{kind}num_key_value_heads"]
+        dim, v_dim = config[f"{kind}head_dim"], config[f"{kind}v_head_dim"]
+        rows = {"q": heads * dim, "k": kv * dim, "v": kv * v_dim}
+        if fused:
+            scaled(f"{prefix}self_attn.qkv_proj.weight", sum(rows.values()), hidden, ranked=True)
+        else:
+            for letter, count in rows.items():
+                scaled(f"{prefix}self_attn.{letter}_proj.weight", count, hidden)
+        plain(f"{prefix}self_attn.o_proj.weight", hidden, heads * v_dim)
+        if sliding:
+            plain(f"{prefix}self_attn.attention_sink_bias", heads)
+
+    def mlp(prefix: str, width: int) -> None:
+        scaled(f"{prefix}gate_proj.weight", width, hidden)
+        scaled(f"{prefix}up_proj.weight", width, hidden)
+        scaled(f"{prefix}down_proj.weight", hidden, width)
+
+    plain("model.embed_tokens.weight", config["vocab_size"], hidden)
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}."
+        plain(f"{prefix}input_layernorm.weight", hidden)
+        plain(f"{prefix}post_attention_layernorm.weight", hidden)
+        attention(prefix, bool(config["hybrid_layer_pattern"][layer]))
+        if config["moe_layer_freq"][layer]:
+            plain(f"{prefix}mlp.gate.weight", config["n_routed_experts"], hidden, dtype="F32")
+            plain(f"{prefix}mlp.gate.e_score_correction_bias", config["n_routed_experts"], dtype="F32")
+            for expert in range(config["n_routed_experts"]):
+                mlp(f"{prefix}mlp.experts.{expert}.", config["moe_intermediate_size"])
+        else:
+            mlp(f"{prefix}mlp.", config["intermediate_size"])
+    plain("model.norm.weight", hidden)
+    plain("lm_head.weight", config["vocab_size"], hidden)
+    for layer in range(mtp):
+        prefix = f"model.mtp.layers.{layer}."
+        plain(f"{prefix}eh_proj.weight", hidden, 2 * hidden)
+        for norm in ("enorm", "hnorm", "input_layernorm", "pre_mlp_layernorm", "final_layernorm"):
+            plain(f"{prefix}{norm}.weight", hidden)
+        attention(prefix, sliding=True)
+        mlp(f"{prefix}mlp.", config["intermediate_size"])
+    return Checkpoint(config, tensors)
+
+
+@pytest.fixture
+def tiny_config() -> Callable[..., dict[str, Any]]:
+    """`tiny_config(key=value, ...)`: the config of a tiny checkpoint."""
+    return flash_config
+
+
+@pytest.fixture
+def tiny_checkpoint(tmp_path: Path) -> Callable[..., Path]:
+    """`tiny_checkpoint(edit=..., name=..., **settings)` writes a small checkpoint and returns its folder.
+
+    `settings` go to `make_checkpoint`; `edit` may change the `Checkpoint` before it is saved.
+    """
+
+    def write(*, edit: Callable[[Checkpoint], None] | None = None, name: str = "source", **settings: Any) -> Path:
+        checkpoint = make_checkpoint(**settings)
+        if edit:
+            edit(checkpoint)
+        return checkpoint.save(tmp_path / name)
+
+    return write

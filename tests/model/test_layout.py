@@ -1,0 +1,293 @@
+"""Every tensor has a known role, shape and dtype, or the run stops and says which one has not."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mimoquant.checkpoint.index import open_index
+from mimoquant.describe import expert_placement
+from mimoquant.errors import CheckpointError
+from mimoquant.model.layout import ModelLayout, read_geometry, read_layout
+from mimoquant.plan import make_plan
+from mimoquant.recipe import load_recipe
+
+GATE = "model.layers.1.mlp.experts.2.gate_proj.weight"
+DENSE = "model.layers.0.mlp.up_proj.weight"
+Config = Callable[..., dict[str, Any]]
+
+
+def layout_of(folder: Path, **options: Any) -> ModelLayout:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return read_layout(open_index(folder), config, **options)
+
+
+def refused(folder: Path, *fragments: object) -> CheckpointError:
+    """The refusal: one sentence that names the folder and every fragment."""
+    with pytest.raises(CheckpointError) as caught:
+        layout_of(folder)
+    message = str(caught.value)
+    assert caught.value.exit_code == 3 and "\n" not in message
+    for fragment in (str(folder), *fragments):
+        assert str(fragment) in message, f"{fragment!r} is not in: {message}"
+    return caught.value
+
+
+def config_refused(config: dict[str, Any], *fragments: object) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        read_geometry(config, "F/config.json")
+    for fragment in ("F/config.json", *fragments):
+        assert str(fragment) in str(caught.value), f"{fragment!r} is not in: {caught.value}"
+    assert "\n" not in str(caught.value)
+
+
+def all_names(layout: ModelLayout) -> list[str]:
+    """The tensor names that the layout accounts for: weights and their scales."""
+    weights = [weight for unit in layout.units.values() for weight in unit] + list(layout.experts.values())
+    return [info.name for weight in weights for info in (weight.info, weight.scale) if info is not None]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"fp8": True}, {"fused": True, "mtp": 1}, {"fp8": True, "fused": True, "mtp": 2}],
+    ids=["bf16", "fp8", "fused", "fp8 fused"],
+)
+def test_a_small_checkpoint_is_understood_to_the_last_tensor(
+    tiny_checkpoint: Callable[..., Path], settings: dict[str, Any]
+) -> None:
+    folder = tiny_checkpoint(**settings)
+    layout = layout_of(folder)
+    assert sorted(all_names(layout)) == sorted(layout.index.tensors)
+    assert layout.geometry.moe_layers == [1, 2] and layout.geometry.sliding == (False, True, False)
+    assert layout.mtp_layers == settings.get("mtp", 0) and layout.unknown == []
+    assert len(layout.experts) == 2 * 4 * 3
+    assert (layout.expert(1, 2, "gate").scale is not None) == settings.get("fp8", False)
+    assert layout.expert(1, 2, "gate").name == GATE and layout.expert(2, 3, "down").info.shape == (128, 128)
+
+
+@pytest.mark.parametrize(("model", "mtp"), [("mimo-tiny", 3), ("mimo-tiny-official", 3)])
+def test_the_trained_small_models_are_understood(shared: Path, model: str, mtp: int) -> None:
+    folder = shared / "models" / model
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there")
+    layout = layout_of(folder)
+    assert sorted(all_names(layout)) == sorted(layout.index.tensors)
+    weight_map = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))["weight_map"]
+    assert {name: info.file for name, info in layout.index.tensors.items()} == weight_map
+    assert layout.mtp_layers == mtp and layout.geometry.moe_layers == list(range(1, 8))
+    assert layout.geometry.fused_qkv == ("official" in model)
+
+
+def test_names_in_layer_types_mean_the_same_as_zeros_and_ones(tiny_checkpoint: Callable[..., Path]) -> None:
+    def edit(checkpoint: Any) -> None:
+        del checkpoint.config["hybrid_layer_pattern"], checkpoint.config["moe_layer_freq"]
+        checkpoint.config["layer_types"] = ["full_attention", "sliding_attention", "full_attention"]
+        checkpoint.config["mlp_layer_types"] = ["dense", "sparse", "sparse"]
+
+    assert layout_of(tiny_checkpoint(edit=edit)).geometry == layout_of(tiny_checkpoint(name="plain")).geometry
+
+
+@pytest.mark.parametrize("name", [GATE, DENSE, "model.norm.weight", "lm_head.weight", "model.layers.1.mlp.gate.weight",
+                                  "model.layers.2.mlp.gate.e_score_correction_bias",
+                                  "model.layers.1.self_attn.attention_sink_bias"])  # fmt: skip
+def test_a_missing_tensor_is_named(tiny_checkpoint: Callable[..., Path], name: str) -> None:
+    refused(tiny_checkpoint(edit=lambda checkpoint: checkpoint.tensors.pop(name)), name, "missing")
+
+
+def test_an_unknown_tensor_is_named_unless_allowed(tiny_checkpoint: Callable[..., Path]) -> None:
+    def edit(checkpoint: Any) -> None:
+        checkpoint.tensors["model.layers.1.mlp.shared_experts.gate_proj.weight"] = checkpoint.tensors[GATE]
+        checkpoint.tensors["zzz"] = checkpoint.tensors[GATE]
+
+    folder = tiny_checkpoint(edit=edit)
+    error = refused(folder, "2 tensors", "model.layers.1.mlp.shared_experts.gate_proj.weight", "[128, 128]")
+    assert "--allow-unknown" in (error.hint or "")
+    layout = layout_of(folder, allow_unknown=True)
+    assert layout.unknown == ["model.layers.1.mlp.shared_experts.gate_proj.weight", "zzz"]
+    assert [weight.role for weight in layout.units["unknown"]] == ["unknown"] * 2
+
+
+@pytest.mark.parametrize("name", ["visual.blocks.0.attn.proj.bias", "audio_encoder.x", "speech_embeddings.3.weight"])
+def test_towers_pass_by_prefix(tiny_checkpoint: Callable[..., Path], name: str) -> None:
+    layout = layout_of(tiny_checkpoint(edit=lambda c: c.tensors.update({name: c.tensors["model.norm.weight"]})))
+    assert [weight.name for weight in layout.units["towers"]] == [name]
+
+
+def test_a_wrong_shape_names_both(tiny_checkpoint: Callable[..., Path]) -> None:
+    def transpose(checkpoint: Any) -> None:
+        checkpoint.tensors[DENSE] = dataclasses.replace(checkpoint.tensors[DENSE], shape=(128, 256))
+
+    refused(tiny_checkpoint(edit=transpose), DENSE, [128, 256], [256, 128])
+
+
+def test_a_wrong_dtype_names_both(tiny_checkpoint: Callable[..., Path]) -> None:
+    def narrow(checkpoint: Any) -> None:
+        checkpoint.tensors[GATE] = dataclasses.replace(checkpoint.tensors[GATE], dtype="U8", data=bytes(128 * 128))
+
+    refused(tiny_checkpoint(edit=narrow), GATE, "U8", "F8_E4M3 or BF16")
+
+
+def edit_scale(change: Callable[[np.ndarray], np.ndarray | None], name: str = GATE) -> Callable[[Any], None]:
+    def edit(checkpoint: Any) -> None:
+        scale = checkpoint.tensors.pop(f"{name}_scale_inv")
+        changed = change(np.frombuffer(scale.data, np.float32).reshape(scale.shape))
+        if changed is not None:
+            checkpoint.tensors[f"{name}_scale_inv"] = dataclasses.replace(
+                scale, shape=changed.shape, data=np.ascontiguousarray(changed).tobytes()
+            )
+
+    return edit
+
+
+def test_a_weight_without_its_scale_is_named(tiny_checkpoint: Callable[..., Path]) -> None:
+    folder = tiny_checkpoint(fp8=True, edit=edit_scale(lambda scale: None))
+    refused(folder, f"{GATE} is FP8 but {GATE}_scale_inv is missing")
+
+
+def test_a_scale_of_the_wrong_shape_names_both(tiny_checkpoint: Callable[..., Path]) -> None:
+    folder = tiny_checkpoint(fp8=True, edit=edit_scale(lambda scale: np.repeat(scale, 2, axis=0)))
+    refused(folder, f"{GATE}_scale_inv", [2, 1], [1, 1])
+
+
+def test_a_cropped_qkv_scale_is_refused(tiny_checkpoint: Callable[..., Path]) -> None:
+    """One padded block per rank, not ceil(rows / 128): the published trap in small."""
+    name = "model.layers.0.self_attn.qkv_proj.weight"
+    sizes = {"num_attention_heads": 4, "head_dim": 64, "v_head_dim": 32}  # 256 + 128 + 64 rows, 224 a rank
+    tiny_checkpoint(fp8=True, fused=True, name="whole", **sizes)
+    whole = layout_of(tiny_checkpoint(fp8=True, fused=True, name="whole", **sizes))
+    assert [w.scale.shape for w in whole.units["layer 0"] if w.name == name and w.scale] == [(4, 1)]
+    folder = tiny_checkpoint(fp8=True, fused=True, edit=edit_scale(lambda scale: scale[:3], name), **sizes)
+    refused(folder, [4, 1], "F32[3, 1]", f"{name}_scale_inv")
+
+
+def test_fp8_weights_need_a_quantization_config(tiny_checkpoint: Callable[..., Path]) -> None:
+    folder = tiny_checkpoint(fp8=True, edit=lambda checkpoint: checkpoint.config.pop("quantization_config"))
+    refused(folder, "FP8", "no quantization_config", "model.layers.0.")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "known"),
+    [
+        ("model_type", "deepseek_v3", "mimo_v2_flash, mimo_v2"), ("model_type", None, "mimo_v2"),
+        ("model_type", ["mimo_v2"], "mimo_v2"),
+        ("scoring_func", "softmax", "'sigmoid'"), ("scoring_func", None, "'sigmoid'"),
+        ("topk_method", "greedy", "'noaux_tc'"), ("hidden_act", "gelu", "'silu'"), ("n_group", 8, "1"),
+        ("topk_group", 4, "1"), ("norm_topk_prob", False, "True"), ("norm_topk_prob", 1, "True"),
+        ("n_shared_experts", 1, "absent"), ("routed_scaling_factor", 2.5, "1.0"),
+        ("tie_word_embeddings", True, "False"), ("attention_bias", True, "False"),
+        ("attention_projection_layout", "fused_kv", "'fused_qkv'"),
+        ("num_hidden_layers", 5000, "5000"), ("hidden_size", 0, "positive"), ("hidden_size", "128", "positive"),
+        ("n_routed_experts", None, "positive"), ("vocab_size", True, "positive"),
+        ("num_experts_per_tok", 2.0, "positive"),
+        ("moe_layer_freq", [0, 1], "3 zeros and ones"), ("moe_layer_freq", [0, 1, 2], "3 zeros and ones"),
+        ("hybrid_layer_pattern", 5, "3 zeros and ones"), ("hybrid_layer_pattern", None, "3 zeros and ones"),
+        ("quantization_config", [], "not an object"),
+    ],
+)  # fmt: skip
+def test_an_unknown_config_value_is_named_with_what_is_known(
+    tiny_config: Config, key: str, value: Any, known: str
+) -> None:
+    shown = [] if isinstance(value, list) or value in (5, None) else [repr(value)]
+    config_refused(tiny_config(**{key: value}), key, known, *shown)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "known"),
+    [
+        ("weight_block_size", [64, 128], "[128, 128]"), ("weight_block_size", None, "[128, 128]"),
+        ("quant_method", "gptq", "'fp8'"), ("fmt", "e5m2", "'e4m3'"), ("activation_scheme", "static", "'dynamic'"),
+        ("store_dtype", "mxfp4", "'fp8'"),
+    ],
+)  # fmt: skip
+def test_an_unknown_fp8_setting_is_named_with_what_is_known(
+    tiny_config: Config, key: str, value: Any, known: str
+) -> None:
+    settings = {"quant_method": "fp8", "weight_block_size": [128, 128]} | {key: value}
+    config_refused(tiny_config(quantization_config=settings), f"quantization_config.{key}", repr(value), known)
+
+
+def test_unknown_rope_scaling_is_refused(tiny_config: Config) -> None:
+    config_refused(tiny_config(rope_scaling={"rope_type": "yarn", "factor": 4}), "rope_scaling", "yarn", "default")
+    read_geometry(tiny_config(rope_scaling={"type": "default"}), "F/config.json")
+
+
+@pytest.mark.parametrize("value", ["yarn", ["yarn"], 3])
+def test_rope_scaling_of_another_type_is_refused(tiny_config: Config, value: Any) -> None:
+    config_refused(tiny_config(rope_scaling=value), "rope_scaling")
+
+
+def test_a_fused_qkv_that_does_not_split_over_its_ranks_is_refused(tiny_checkpoint: Callable[..., Path]) -> None:
+    folder = tiny_checkpoint(fused=True, swa_num_attention_heads=3, swa_head_dim=25)
+    refused(folder, "75", "2")
+
+
+def test_scales_are_found_in_other_files(tiny_checkpoint: Callable[..., Path]) -> None:
+    """Experts over two shards, one of them cut in two and one weight parted from its scale."""
+    experts = ".mlp.experts."
+
+    def shard_of(name: str) -> int:
+        if name == f"{GATE}_scale_inv" or "layers.2.mlp.experts.3.down" in name:
+            return 2
+        return 1 if experts in name else 3
+
+    folder = tiny_checkpoint(fp8=True, edit=lambda checkpoint: setattr(checkpoint, "shard_of", shard_of))
+    layout = layout_of(folder)
+    weight = layout.expert(1, 2, "gate")
+    assert weight.scale is not None
+    assert (weight.info.file, weight.scale.file) == ("model-1.safetensors", "model-2.safetensors")
+    split_layers, parted = expert_placement(layout)
+    assert [str(layer) for layer in split_layers] == ["2"] and parted == [GATE]
+
+
+def published(shared: Path, kind: str, folder: Path) -> Path:
+    """A whole published checkpoint as sparse files: true names, sizes and offsets, no payload."""
+    tool = shared / "tools" / "make_sparse_checkpoint.py"
+    if not tool.is_file():
+        pytest.skip(f"{tool} is not there")
+    subprocess.run([sys.executable, tool, kind, folder], check=True, capture_output=True)
+    return folder
+
+
+def seconds(call: Callable[[], Any]) -> tuple[Any, float]:
+    start = time.process_time()
+    result = call()
+    return result, time.process_time() - start
+
+
+def test_the_published_v25_is_understood_and_planned_in_seconds(shared: Path, tmp_path: Path) -> None:
+    folder = published(shared, "v25", tmp_path / "v25")
+    layout = layout_of(folder)
+    assert len(layout.index.tensors) == 73_081 and len(all_names(layout)) == 73_081
+    assert layout.index.size_bytes == 315_031_102_208 == layout.index.metadata["total_size"]
+    assert layout.geometry.release == "XiaomiMiMo/MiMo-V2.5" and layout.mtp_layers == 3
+    split_layers, parted = expert_placement(layout)
+    assert [str(layer) for layer in split_layers] == ["43"]
+    assert sorted(parted) == sorted(f"model.layers.43.mlp.experts.{32 * r + 31}.up_proj.weight" for r in range(8))
+    for recipe in ("int4-g128-rtn", "mxfp4-rtn"):
+        plan, cpu_s = seconds(lambda recipe=recipe: make_plan(folder, load_recipe(recipe)))
+        assert cpu_s < 3, f"{recipe}: {cpu_s:.1f} s"
+        assert list(plan.formats) == list(range(1, 48)) and len(plan.units) == 52
+        quantized = sum(math.prod(weight.info.shape) for weight in layout.experts.values())
+        assert quantized == 47 * 256 * 3 * 2048 * 4096
+        assert quantized / 2 < plan.tensor_bytes < 0.62 * layout.index.size_bytes
+
+
+@pytest.mark.slow
+def test_the_published_pro_is_understood_and_planned(shared: Path, tmp_path: Path) -> None:
+    folder = published(shared, "pro", tmp_path / "pro")
+    layout = layout_of(folder)
+    assert len(layout.index.tensors) == 159_581 == len(all_names(layout))
+    assert layout.index.size_bytes == 1_033_369_538_304
+    assert layout.geometry.release == "XiaomiMiMo/MiMo-V2.5-Pro"
+    plan, cpu_s = seconds(lambda: make_plan(folder, load_recipe("int4-g128-rtn")))
+    assert len(plan.formats) == 69 and cpu_s < 8

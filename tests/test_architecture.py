@@ -1,0 +1,200 @@
+"""Who may import whom, read from the source with `ast`; and what starting the program costs.
+
+The one table below is the rule. A new import that it does not allow fails here: change the table only together with
+the layout that DESIGN and ARCHITECTURE describe. A package stands for all of its modules; a dotted name for one.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PACKAGE = REPOSITORY / "mimoquant"
+MAX_LINES = 450
+BANNED_NAMES = {"utils", "util", "common", "helpers", "helper", "base", "misc"}
+
+ALLOWED: dict[str, set[str]] = {
+    # siblings that do not know each other
+    "errors": set(),
+    "overlap": set(),
+    "checkpoint": {"errors"},
+    "quant": set(),
+    "model": {"errors", "checkpoint.index"},
+    "report": {"checkpoint.journal"},
+    # what joins two of them
+    "container": {"quant.formats"},
+    "recipe": {"errors", "container", "quant.formats"},
+    "devices": {"errors", "quant"},
+    "layer_weights": {"errors", "checkpoint.reader", "model", "quant.stack"},
+    # what joins all of them
+    "plan": {"errors", "checkpoint", "container", "model", "quant.formats", "recipe"},
+    "pipeline": {"errors", "checkpoint", "container", "devices", "layer_weights", "model", "overlap", "plan",
+                 "quant.stack", "report"},
+    "verify": {"errors", "checkpoint", "container", "layer_weights", "model", "plan", "quant", "recipe"},
+    "synth_files": {"checkpoint", "model"},
+    "synth_weights": {"errors", "checkpoint", "layer_weights", "model"},
+    "synth": {"errors", "checkpoint", "layer_weights", "model", "synth_files", "synth_weights"},
+    "describe": {"model", "plan", "report"},
+    # the edge, which nothing imports
+    "cli": {"errors", "checkpoint", "describe", "model", "pipeline", "plan", "recipe", "report", "synth", "verify"},
+    "__main__": {"cli"},
+}  # fmt: skip
+# for annotations only, under `if TYPE_CHECKING:`; nothing is loaded
+ALLOWED_FOR_TYPES: dict[str, set[str]] = {"report": {"plan"}}
+
+
+def modules() -> dict[str, Path]:
+    """Dotted name below `mimoquant` → file."""
+    files = (path for path in PACKAGE.rglob("*.py") if "__pycache__" not in path.parts)
+    return {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(files)}
+
+
+def area(module: str) -> str:
+    return module.split(".")[0]
+
+
+def is_type_checking(node: ast.stmt) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+
+
+def imports(path: Path) -> tuple[set[str], set[str]]:
+    """(modules of ours that are imported anywhere in the file, those that only type checkers see), dotted names."""
+    known = modules()
+    found: tuple[set[str], set[str]] = (set(), set())
+
+    def add(name: str, types_only: bool) -> None:
+        if name.startswith("mimoquant."):
+            found[types_only].add(name.removeprefix("mimoquant."))
+
+    def visit(node: ast.AST, types_only: bool) -> None:
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                add(alias.name, types_only)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import in line {node.lineno}"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                is_module = inner.removeprefix("mimoquant.") in known
+                add(inner if is_module else str(node.module), types_only)
+        if isinstance(node, ast.If) and is_type_checking(node):
+            for child in node.body:
+                visit(child, True)
+            for child in node.orelse:
+                visit(child, types_only)
+            return
+        for child in ast.iter_child_nodes(node):
+            visit(child, types_only)
+
+    visit(ast.parse(path.read_text(encoding="utf-8")), False)
+    return found
+
+
+def allows(allowed: set[str], target: str) -> bool:
+    return any(target == name or target.startswith(f"{name}.") for name in allowed)
+
+
+def forbidden_edges() -> list[str]:
+    out = []
+    for module, path in modules().items():
+        if module == "__init__":
+            continue
+        source = area(module)
+        found, for_types = imports(path)
+        allowed = ALLOWED.get(source, set()) | {source}
+        out += [f"{module} → {target}" for target in sorted(found) if not allows(allowed, target)]
+        allowed |= ALLOWED_FOR_TYPES.get(source, set())
+        out += [f"{module} → {target} (types)" for target in sorted(for_types) if not allows(allowed, target)]
+    return out
+
+
+def test_every_module_has_its_row_in_the_table() -> None:
+    assert sorted({area(module) for module in modules()} - ALLOWED.keys() - {"__init__"}) == []
+
+
+def test_imports_are_those_of_the_table() -> None:
+    assert forbidden_edges() == []
+
+
+def test_the_table_itself_keeps_the_rules() -> None:
+    """Siblings do not know each other, quant and errors know nobody, and nothing imports the command line."""
+    siblings = {"checkpoint", "model", "quant", "report"}
+    known_between_siblings = {
+        f"{a} → {target}" for a in siblings for target in ALLOWED[a] if target.split(".")[0] in siblings - {a}
+    }
+    assert known_between_siblings == {"model → checkpoint.index", "report → checkpoint.journal"}
+    assert ALLOWED["quant"] == ALLOWED["errors"] == set()
+    assert [source for source, targets in ALLOWED.items() if "cli" in targets] == ["__main__"]
+
+
+def test_the_table_has_no_cycle() -> None:
+    done: set[str] = set()
+
+    def visit(source: str, path: tuple[str, ...]) -> None:
+        assert source not in path, " → ".join((*path, source))
+        if source not in done:
+            for target in ALLOWED[source]:
+                visit(area(target), (*path, source))
+        done.add(source)
+
+    for source in ALLOWED:
+        visit(source, ())
+
+
+def test_a_forbidden_import_is_found(tmp_path: Path) -> None:
+    """The walker sees imports at the top, in functions, of names and of modules."""
+    source = tmp_path / "m.py"
+    source.write_text(
+        "import mimoquant\nimport mimoquant.plan as p\nfrom mimoquant.quant import formats\n"
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from mimoquant.report import size\n"
+        "def f():\n    from mimoquant.checkpoint.index import open_index\n"
+    )
+    assert imports(source) == ({"plan", "quant.formats", "checkpoint.index"}, {"report"})
+
+
+def test_no_module_is_longer_than_a_reader_can_bear() -> None:
+    lengths = {module: len(path.read_text(encoding="utf-8").splitlines()) for module, path in modules().items()}
+    assert {module: lines for module, lines in lengths.items() if lines > MAX_LINES} == {}
+
+
+def test_no_module_is_named_after_nothing() -> None:
+    assert [module for module in modules() if set(module.split(".")) & BANNED_NAMES] == []
+
+
+def test_errors_have_one_tree_and_the_documented_exit_codes() -> None:
+    from mimoquant import errors
+
+    codes = {name: kind.exit_code for name, kind in vars(errors).items()
+             if isinstance(kind, type) and issubclass(kind, errors.MimoquantError)}  # fmt: skip
+    assert codes == {"MimoquantError": 1, "UsageError": 2, "RecipeError": 2, "CheckpointError": 3, "StoppedError": 4,
+                     "QualityError": 5}  # fmt: skip
+
+
+needs_cli = pytest.mark.skipif(not (PACKAGE / "cli.py").exists(), reason="mimoquant/cli.py is not there yet")
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+
+
+@needs_cli
+def test_importing_the_command_line_loads_nothing_heavy() -> None:
+    heavy = ("torch", "numba", "llvmlite", "transformers", "compressed_tensors", "llmcompressor", "matplotlib")
+    loaded = python("-c", "import sys, mimoquant.cli; print(*sys.modules)").stdout.split()
+    assert [name for name in heavy if name in loaded] == []
+
+
+@needs_cli
+def test_help_is_quick() -> None:
+    def elapsed_s() -> float:
+        start = time.perf_counter()
+        python("-m", "mimoquant", "--help")
+        return time.perf_counter() - start
+
+    elapsed_s()  # compiles the bytecode
+    assert min(elapsed_s() for _ in range(3)) < 0.5
