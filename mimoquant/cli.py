@@ -121,7 +121,7 @@ def inspect(
     from mimoquant.plan import read_config
 
     index = open_index(checkpoint)
-    layout = read_layout(index, read_config(index), allow_unknown=allow_unknown)
+    layout = read_layout(index, read_config(index), allow_unknown=allow_unknown, packed=True)
     _print(describe.layout_facts(layout), describe.layout_text, as_json)
 
 

@@ -28,7 +28,7 @@ def layout_facts(layout: ModelLayout) -> dict[str, Any]:
         "files": len(index.file_sizes),
         "tensors": len(index.tensors),
         "size_bytes": index.size_bytes,
-        "weights": "fp8 128x128" if geometry.fp8 else "bf16",
+        "weights": _weights(layout),
         "layers": geometry.layers,
         "global_layers": [n for n, sliding in enumerate(geometry.sliding) if not sliding],
         "moe_layers": geometry.moe_layers,
@@ -47,6 +47,13 @@ def layout_facts(layout: ModelLayout) -> dict[str, Any]:
         "weights_parted_from_their_scale": parted,
         "unknown_tensors": layout.unknown,
     }
+
+
+def _weights(layout: ModelLayout) -> str:
+    """What most of the checkpoint is stored in."""
+    if any(weight.packed for weight in layout.experts.values()):
+        return "4-bit experts"
+    return "fp8 128x128" if layout.geometry.fp8 else "bf16"
 
 
 def layout_text(facts: dict[str, Any]) -> str:
@@ -180,10 +187,10 @@ def role_sizes(layout: ModelLayout) -> dict[str, Counter[str]]:
     for unit, weights in layout.units.items():
         for weight in weights:
             kind = _kind(unit, weight.role)
-            for info in filter(None, (weight.info, weight.scale)):
+            for info in weight.infos:
                 sizes.setdefault(kind, Counter())[info.dtype] += info.size_bytes
     for weight in layout.experts.values():
-        for info in filter(None, (weight.info, weight.scale)):
+        for info in weight.infos:
             sizes.setdefault("routed experts", Counter())[info.dtype] += info.size_bytes
     return sizes
 

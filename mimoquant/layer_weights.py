@@ -22,10 +22,10 @@ Array = npt.NDArray[Any]
 
 def read_experts(reader: CheckpointReader, layout: ModelLayout, layer: int, begin: int, end: int) -> dict[str, Stack]:
     """Experts begin..end of a layer: projection → stack, bytes as stored."""
-    return {p: _read_stack(reader, [layout.expert(layer, e, p) for e in range(begin, end)]) for p in PROJECTIONS}
+    return {p: read_stack(reader, [layout.expert(layer, e, p) for e in range(begin, end)]) for p in PROJECTIONS}
 
 
-def _read_stack(reader: CheckpointReader, weights: list[Weight]) -> Stack:
+def read_stack(reader: CheckpointReader, weights: list[Weight]) -> Stack:
     fp8 = weights[0].scale is not None
     if any((weight.scale is not None) != fp8 for weight in weights):
         raise CheckpointError(f"{weights[0].name}: its neighbours have another dtype; a layer's experts must share one")
@@ -43,7 +43,7 @@ def _read_stack(reader: CheckpointReader, weights: list[Weight]) -> Stack:
 
 def read_matrix(reader: CheckpointReader, weight: Weight) -> Stack:
     """One weight that is not an expert's, as a stack of one."""
-    return _read_stack(reader, [weight])
+    return read_stack(reader, [weight])
 
 
 def dequantize(stack: Stack, weight: Weight, geometry: Geometry, engine: Engine) -> Array:

@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import shutil
 import statistics
 import subprocess
@@ -56,13 +55,13 @@ def copy(source: Path, target: Path, out_bytes: int) -> float:
     return time.perf_counter() - begin
 
 
-def ours(source: Path, out: Path, recipe: str) -> tuple[float, float]:
-    """(seconds of the whole process, its peak resident bytes)."""
+def ours(source: Path, out: Path, recipe: str) -> float:
+    """Seconds of the whole process."""
     command = [sys.executable, "-m", "mimoquant", "quantize", str(source), "-r", recipe, "--out", str(out),
                "--container", "compressed-tensors", "--device", "cpu"]  # fmt: skip
     begin = time.perf_counter()
     subprocess.run(command, check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    return time.perf_counter() - begin
 
 
 def peer(source: Path, out: Path, scheme: str) -> float:
@@ -95,12 +94,10 @@ def bench(source: Path, work: Path, label: str, repeats: int, peer_repeats: int)
     ours(source, work / "warm", recipe)  # compiles and caches the kernels, fills the page cache
     out_bytes = sum(path.stat().st_size for path in (work / "warm").iterdir())
     shutil.rmtree(work / "warm")
-    copies, mine, theirs, peaks = [], [], [], []
+    copies, mine, theirs = [], [], []
     for number in range(repeats):
         copies.append(copy(source, work / "copy", out_bytes))
-        seconds, peak = ours(source, work / "ours", recipe)
-        mine.append(seconds)
-        peaks.append(peak)
+        mine.append(ours(source, work / "ours", recipe))
         if number < peer_repeats:
             theirs.append(peer(source, work / "peer", scheme))
         for name in ("copy", "ours", "peer"):
@@ -109,7 +106,7 @@ def bench(source: Path, work: Path, label: str, repeats: int, peer_repeats: int)
     copied, own, other = (statistics.median(values) for values in (copies, mine, theirs or [float("nan")]))
     return (
         f"| {label} | {spread(mine)} | {spread(theirs) if theirs else '-'} | {other / own:.1f}x | {spread(copies)} "
-        f"| {own / copied:.2f}x | {max(peaks) / 1e9:.2f} GB |"
+        f"| {own / copied:.2f}x |"
     )
 
 
@@ -131,8 +128,8 @@ def main() -> None:
         print(
             f"{machine()}\nsource: {report.size_bytes / 1e9:.2f} GB of FP8, {json.dumps(vars(options), default=str)}\n"
         )
-        print("| format | mimoquant, s | model_free_ptq, s | faster | copy, s | over copy | peak RSS |")
-        print("|---|---|---|---|---|---|---|", flush=True)
+        print("| format | mimoquant, s | model_free_ptq, s | faster | copy, s | over copy |")
+        print("|---|---|---|---|---|---|", flush=True)
         for label in FORMATS:
             print(bench(work / "source", work, label, options.repeats, options.peer_repeats), flush=True)
 

@@ -44,6 +44,7 @@ _KNOWN_QUANTIZATION: dict[str, tuple[Any, ...]] = {
     "weight_block_size": ([FP8_BLOCK, FP8_BLOCK],),
     "store_dtype": ("fp8", None),
 }
+_PACKED_SUFFIXES = ("weight_scale", "weight_zero_point", "weight_global_scale", "weight_shape")
 _RELEASES = {
     ("mimo_v2_flash", 4096, 48, 256): "XiaomiMiMo/MiMo-V2-Flash",
     ("mimo_v2", 4096, 48, 256): "XiaomiMiMo/MiMo-V2.5",
@@ -114,10 +115,16 @@ class Weight:
     role: str
     info: TensorInfo
     scale: TensorInfo | None = None
+    packed: tuple[TensorInfo, ...] = ()  # what a 4-bit expert has beside its codes (`info`)
+
+    @property
+    def infos(self) -> tuple[TensorInfo, ...]:
+        """Every tensor on disk that belongs to this weight."""
+        return (self.info, *((self.scale,) if self.scale else ()), *self.packed)
 
     @property
     def size_bytes(self) -> int:
-        return self.info.size_bytes + (self.scale.size_bytes if self.scale else 0)
+        return sum(info.size_bytes for info in self.infos)
 
 
 @dataclass(frozen=True)
@@ -136,8 +143,8 @@ class ModelLayout:
         return self.experts[layer, expert, projection]
 
 
-def read_geometry(config: dict[str, Any], where: str) -> Geometry:
-    """Check config.json against the known set and read the sizes.
+def read_geometry(config: dict[str, Any], where: str, *, packed: bool = False) -> Geometry:
+    """Check config.json against the known set and read the sizes. `packed`: experts may be in 4 bits already.
 
     Raises CheckpointError naming key, value and what is known.
     """
@@ -152,7 +159,17 @@ def read_geometry(config: dict[str, Any], where: str) -> Geometry:
     if quantization is not None:
         if not isinstance(quantization, dict):
             raise CheckpointError(f"{where}: quantization_config is not an object")
-        _check_values(quantization, _KNOWN_QUANTIZATION, where, "quantization_config.")
+        known = _KNOWN_QUANTIZATION
+        if packed and quantization.get("quant_method") == "compressed-tensors":
+            known = {}
+        elif packed:
+            known = known | {"store_dtype": (*known["store_dtype"], "mxfp4")}
+        elif quantization.get("quant_method") == "compressed-tensors" or quantization.get("store_dtype") == "mxfp4":
+            raise CheckpointError(
+                f"{where}: the experts are quantized already",
+                hint="quantize starts from the published FP8 or bf16 files",
+            )
+        _check_values(quantization, known, where, "quantization_config.")
     rope = config.get("rope_scaling")
     if rope is not None and not (isinstance(rope, dict) and rope.get("rope_type", rope.get("type")) == "default"):
         raise CheckpointError(f"{where}: rope_scaling {rope} is unknown (known: the default type)")
@@ -187,7 +204,7 @@ def read_geometry(config: dict[str, Any], where: str) -> Geometry:
             size("swa_num_attention_heads"), size("swa_num_key_value_heads"), size("swa_head_dim"),
             size("swa_v_head_dim"), bool(config.get("add_swa_attention_sink_bias", False)),
         ),
-        fp8=quantization is not None,
+        fp8=quantization is not None and quantization.get("quant_method") == "fp8",
     )  # fmt: skip
     for attention in (geometry.global_attention, geometry.sliding_attention):
         if geometry.fused_qkv and any(count % geometry.qkv_chunks for count in attention.rows):
@@ -197,15 +214,18 @@ def read_geometry(config: dict[str, Any], where: str) -> Geometry:
     return geometry
 
 
-def read_layout(index: CheckpointIndex, config: dict[str, Any], *, allow_unknown: bool = False) -> ModelLayout:
-    """Match every tensor of the index with the table of its architecture.
+def read_layout(
+    index: CheckpointIndex, config: dict[str, Any], *, allow_unknown: bool = False, packed: bool = False
+) -> ModelLayout:
+    """Match every tensor of the index with the table of its architecture. `packed`: experts may be in 4 bits already.
 
     Raises CheckpointError for a missing or unknown tensor, a wrong shape or dtype, a weight without its scale.
     """
     where = str(index.folder)
-    geometry = read_geometry(config, f"{where}/config.json")
+    geometry = read_geometry(config, f"{where}/config.json", packed=packed)
     left = dict(index.tensors)
     claim = _Claims(left, geometry, where)
+    take_expert = claim.take_packed if packed else claim.take
     units: dict[str, list[Weight]] = {"embeddings": [claim.take("model.embed_tokens.weight", "embedding", _PLAIN,
                                                                (geometry.vocab, geometry.hidden))]}  # fmt: skip
     experts: dict[tuple[int, int, str], Weight] = {}
@@ -216,7 +236,7 @@ def read_layout(index: CheckpointIndex, config: dict[str, Any], *, allow_unknown
                 for projection in PROJECTIONS:
                     name = f"model.layers.{layer}.mlp.experts.{expert}.{projection}_proj.weight"
                     shape = geometry.expert_shape(projection)
-                    experts[layer, expert, projection] = claim.take(name, "expert", _SCALED, shape)
+                    experts[layer, expert, projection] = take_expert(name, "expert", _SCALED, shape)
     units["head"] = [
         claim.take("model.norm.weight", "norm", _NORM, (geometry.hidden,)),
         claim.take("lm_head.weight", "lm_head", _PLAIN, (geometry.vocab, geometry.hidden)),
@@ -307,6 +327,27 @@ class _Claims:
         if info.dtype != "F8_E4M3":
             return Weight(name, role, info)
         return Weight(name, role, info, self._take_scale(name, role, shape))
+
+    def take_packed(self, name: str, role: str, dtypes: tuple[str, ...], shape: tuple[int, ...]) -> Weight:
+        """An expert's weight in any form: 4-bit codes (either container), compressed-tensors' FP8, or as `take`."""
+        module = name.removesuffix(".weight")
+        plain, scale = self.left.get(name), self.left.get(f"{module}.weight_scale")
+        codes = self.left.get(f"{module}.weight_packed") or (plain if plain and plain.dtype == "U8" else None)
+        if codes is None:
+            if plain and plain.dtype == "F8_E4M3" and scale:  # a carve-out: FP8 under compressed-tensors' name
+                del self.left[name], self.left[scale.name]
+                return Weight(name, role, plain, scale)
+            return self.take(name, role, dtypes, shape)
+        rows, width = shape
+        if codes.shape[0] != rows or codes.size_bytes != rows * width // 2:
+            raise CheckpointError(
+                f"{self.where}: {codes.name} is {codes.dtype}{list(codes.shape)}, which is not 4 bits of {list(shape)}"
+            )
+        if scale is None:
+            raise CheckpointError(f"{self.where}: {codes.name} has no {module}.weight_scale")
+        self.left.pop(codes.name)
+        parts = (self.left.pop(f"{module}.{suffix}", None) for suffix in _PACKED_SUFFIXES)
+        return Weight(name, role, codes, packed=tuple(info for info in parts if info))
 
     def _take_scale(self, name: str, role: str, shape: tuple[int, ...]) -> TensorInfo:
         scale = self.left.pop(f"{name}_scale_inv", None)

@@ -20,6 +20,7 @@ from mimoquant.quant.formats import INT4_ZERO_SCALE, MXFP4_ROUND_UP, NVFP4_SMALL
 
 U32, F32, I32 = np.uint32, np.float32, np.int32
 _MAGIC = F32(12582912.0)  # 1.5 * 2^23: adding it rounds |x| < 2^22 to a whole number, ties to even
+_MAGIC_HALF, _MAGIC_TWO = F32(6291456.0), F32(25165824.0)  # the same for steps of 1/2 and 2
 _ABS, _INF = U32(0x7FFFFFFF), U32(0x7F800000)
 _ROUND_UP = U32(MXFP4_ROUND_UP)
 _ZERO_INT4, _ZERO_NVFP4 = F32(INT4_ZERO_SCALE), F32(NVFP4_ZERO_SCALE)
@@ -174,11 +175,10 @@ def encode_int4(fp8, bf16, scales, scale_row, begin, end, size, symmetric, multi
 
 @_inline
 def _round_e2m1(y):  # type: ignore[no-untyped-def]
+    """Steps of .5 below 2, 1 below 4, 2 up to 6: a magic number of that many units rounds to that step."""
     y = y if y < F32(6) else F32(6)
-    fine = ((y * F32(2) + _MAGIC) - _MAGIC) * F32(0.5)
-    middle = (y + _MAGIC) - _MAGIC
-    coarse = ((y * F32(0.5) + _MAGIC) - _MAGIC) * F32(2)
-    return fine if y < F32(2) else (middle if y < F32(4) else coarse)
+    magic = _MAGIC_HALF if y < F32(2) else (_MAGIC if y < F32(4) else _MAGIC_TWO)
+    return (y + magic) - magic
 
 
 @_inline

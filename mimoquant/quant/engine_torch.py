@@ -276,7 +276,7 @@ class TorchEngine:
 
     def encode(self, stacks: dict[str, Stack], fmt: Format, search: str) -> dict[str, dict[str, Array]]:
         """See `engine_cpu.CpuEngine.encode`."""
-        weights = {projection: self._bf16(stack) for projection, stack in stacks.items()}
+        weights = {projection: self.bf16(stack) for projection, stack in stacks.items()}
         largest = {projection: amax(weight) for projection, weight in weights.items()}
         for projection, values in largest.items():
             bad = torch.nonzero(~torch.isfinite(values))
@@ -302,7 +302,8 @@ class TorchEngine:
             raise NonFiniteError("", 0)
         return _numpy(out)
 
-    def _bf16(self, stack: Stack) -> Tensor:
+    def bf16(self, stack: Stack) -> Tensor:
+        """A stack's values [E, O, I] in bf16, on the device."""
         values = torch.from_numpy(stack.values).to(self.device)
         if stack.scales is None:
             return values.view(torch.bfloat16)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import mimoquant
 from mimoquant.checkpoint.index import open_index
 from mimoquant.describe import expert_placement
 from mimoquant.errors import CheckpointError
@@ -206,7 +207,7 @@ def test_an_unknown_config_value_is_named_with_what_is_known(
     [
         ("weight_block_size", [64, 128], "[128, 128]"), ("weight_block_size", None, "[128, 128]"),
         ("quant_method", "gptq", "'fp8'"), ("fmt", "e5m2", "'e4m3'"), ("activation_scheme", "static", "'dynamic'"),
-        ("store_dtype", "mxfp4", "'fp8'"),
+        ("store_dtype", "int8", "'fp8'"),
     ],
 )  # fmt: skip
 def test_an_unknown_fp8_setting_is_named_with_what_is_known(
@@ -291,3 +292,14 @@ def test_the_published_pro_is_understood_and_planned(shared: Path, tmp_path: Pat
     assert layout.geometry.release == "XiaomiMiMo/MiMo-V2.5-Pro"
     plan, cpu_s = seconds(lambda: make_plan(folder, load_recipe("int4-g128-rtn")))
     assert len(plan.formats) == 69 and cpu_s < 8
+
+
+@pytest.mark.parametrize(
+    "quantization", [{"quant_method": "fp8", "store_dtype": "mxfp4"}, {"quant_method": "compressed-tensors"}]
+)
+def test_a_source_that_is_quantized_already_is_refused(quantization: dict[str, Any]) -> None:
+    config = json.loads((mimoquant.micro_checkpoint() / "config.json").read_text())
+    config["quantization_config"] |= quantization
+    with pytest.raises(CheckpointError, match="quantized already"):
+        read_geometry(config, "config.json")
+    assert read_geometry(config, "config.json", packed=True).experts == 8
