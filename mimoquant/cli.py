@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -178,6 +179,83 @@ def verify(
     _print(report.as_json() | {"out": str(out)}, describe.verify_text, as_json)
     if not report.ok:
         raise CheckpointError(f"{out}: is not what its recipe says, {len(report.problems)} problems were found")
+
+
+@app.command("eval-kl")
+def eval_kl(
+    reference: Annotated[Path, typer.Argument(help="The published checkpoint.", metavar="REFERENCE")],
+    candidate: Annotated[Path, typer.Argument(help="The quantized one, by any tool.", metavar="CANDIDATE")],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="A shipped set, or .jsonl, .txt, .npy, dataset folder; repeatable.", metavar="SET|FILE"),
+    ] = None,
+    sequences: Annotated[int | None, typer.Option(min=1, help="At most so many; by default all.")] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Of each sequence.")] = 512,
+    max_kl: Annotated[float | None, typer.Option(min=0, help="Exit with 5 if J is above this.")] = None,
+    baseline: Annotated[Path | None, typer.Option(help="Another candidate, compared on the same tokens.")] = None,
+    noise_floor: Annotated[bool, typer.Option(help="Measure what the reference differs from itself.")] = True,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    html: Annotated[Path | None, typer.Option(help="Write the report page here.", metavar="FILE")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure symmetric KL of a checkpoint against its bf16 reference: full vocabulary, held-out tokens."""
+    from mimoquant import report_page
+    from mimoquant.errors import QualityError
+
+    begin = time.monotonic()
+    facts = _evaluate(reference, candidate, data or ["heldout-v1"], sequences, tokens, baseline, noise_floor, device)
+    facts["max_kl"], j = max_kl, facts["j"]["mean"]
+    facts["passed"] = None if max_kl is None else j <= max_kl
+    facts["elapsed_s"] = round(time.monotonic() - begin, 3)
+    facts["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if html is not None:
+        _write_page(html, report_page.eval_page(facts))
+    _print(facts, report_page.eval_text, as_json)
+    if max_kl is not None and j > max_kl:
+        raise QualityError(f"{candidate}: J is {j:.5f} nats a token, {j - max_kl:.5f} above the gate of {max_kl}")
+
+
+def _evaluate(
+    reference: Path,
+    candidate: Path,
+    data: list[str],
+    sequences: int | None,
+    tokens: int,
+    baseline: Path | None,
+    noise_floor: bool,
+    device: str,
+) -> dict[str, Any]:
+    from mimoquant.calibration.tokenizer import load_tokenizer
+    from mimoquant.calibration.tokens import load_tokens
+    from mimoquant.devices import resolve_device
+    from mimoquant.errors import CheckpointError
+    from mimoquant.evaluation.evaluate import eval_kl as run
+    from mimoquant.evaluation.evaluate import open_layout
+
+    place = resolve_device(device)
+    vocab = open_layout(reference).geometry.vocab
+    loaded = load_tokens(data, reference, sequences=sequences, tokens=tokens, vocab=vocab)
+    if loaded.left_out:
+        typer.echo(f"note: too few tokens for one sequence of {tokens}: {', '.join(loaded.left_out)}", err=True)
+
+    def progress(layer: int, layers: int) -> None:
+        typer.echo(f"[{layer + 1}/{layers}] layer {layer}", err=True)
+
+    try:
+        decode = load_tokenizer(reference).decode
+    except CheckpointError:  # data that came as ids needs no tokenizer; the worst tokens are shown as ids then
+        decode = None
+    return run(reference, candidate, loaded, baseline=baseline, device=place, noise_floor=noise_floor, decode=decode,
+               progress=progress)  # fmt: skip
+
+
+def _write_page(path: Path, page: str) -> None:
+    from mimoquant.errors import UsageError
+
+    try:
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--html {path}: cannot be written ({error.strerror})") from error
 
 
 @app.command()

@@ -7,6 +7,7 @@ answers or the user asks for a device.
 from __future__ import annotations
 
 import ctypes
+import re
 
 from mimoquant.errors import UsageError
 from mimoquant.quant.stack import Engine
@@ -14,19 +15,25 @@ from mimoquant.quant.stack import Engine
 
 def make_engine(device: str) -> Engine:
     """The engine for "auto", "cpu" or "cuda[:n]". Raises UsageError where the device is not there."""
-    if device == "auto":
-        device = "cuda" if _cuda_driver_answers() and _torch_sees_cuda() else "cpu"
+    device = resolve_device(device)
     if device == "cpu":
         from mimoquant.quant.engine_cpu import CpuEngine
 
         return CpuEngine()
-    if not device.startswith("cuda"):
-        raise UsageError(f"--device {device}: known are auto, cpu and cuda")
-    if not _torch_sees_cuda():
-        raise UsageError(f"--device {device}: torch sees no CUDA device here", hint="use --device cpu: same bytes")
     from mimoquant.quant.engine_torch import TorchEngine
 
     return TorchEngine(device)
+
+
+def resolve_device(device: str) -> str:
+    """ "auto" made definite. Raises UsageError for a device that is unknown or not there."""
+    if device == "auto":
+        return "cuda" if _cuda_driver_answers() and _torch_sees_cuda() else "cpu"
+    if device != "cpu" and not re.fullmatch(r"cuda(:\d+)?", device):
+        raise UsageError(f"--device {device}: known are auto, cpu and cuda")
+    if device != "cpu" and not _torch_sees_cuda():
+        raise UsageError(f"--device {device}: torch sees no CUDA device here", hint="use --device cpu: same bytes")
+    return device
 
 
 def _cuda_driver_answers() -> bool:

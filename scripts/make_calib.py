@@ -76,6 +76,7 @@ def runs(sentences: Iterable[str]) -> Iterator[list[str]]:
 
 def untokenized(line: str) -> str:
     line = re.sub(r" @([-,.])@ ", r"\1", line)
+    line = re.sub(r"(\d) – (\d)", r"\1–\2", line)
     line = re.sub(r'" ([^"]*?) "', r'"\1"', line)
     line = re.sub(r" ([,.;:?!)\]%])", r"\1", line)
     line = re.sub(r"([(\[$£€]) ", r"\1", line)
@@ -102,14 +103,15 @@ def grade_school(text: str) -> Iterator[Record]:
 
 
 def function_calls(text: str) -> Iterator[Record]:
-    """A request to a program with functions. One request for each set of functions, or their schemas would repeat."""
+    """A request to a program with functions. No function appears twice, or the schemas would mostly repeat."""
     seen: set[str] = set()
     for item in json_lines(text):
         task = json.loads(item["text"])
-        functions = json.dumps(task["function"], ensure_ascii=False)
-        if functions in seen:
+        names = {function["name"] for function in task["function"]}
+        if names & seen:
             continue
-        seen.add(functions)
+        seen |= names
+        functions = json.dumps(task["function"], ensure_ascii=False)
         turns = [turn for turns in task["question"] for turn in turns]
         rules = [turn["content"] for turn in turns if turn["role"] == "system"]
         system = "\n\n".join([*rules, f"You can call these functions:\n{functions}"])

@@ -1,0 +1,1 @@
+"""Tokens, and the statistics that they leave in a model."""

@@ -1,0 +1,248 @@
+"""One MiMo-V2 decoder layer, forward only: the reference that every quality number rests on.
+
+Key idea: plain tensor algebra without modules or caches, so that two sets of weights can be run side by side and a
+layer's weights dropped right after. Attention goes over the queries in chunks, so a long sequence never holds a whole
+score matrix; experts run as a few stacked products over token groups of similar size, never one by one.
+
+Shapes: B sequences, T tokens, H hidden, N heads, K key-value heads, D head_dim, V v_head_dim, E experts, I inner width.
+Left out: key-value caches, dropout, attention biases, expert groups (the family has one group).
+Reference: transformers 5.17 `mimo_v2_flash` (tests hold the two equal), the published configs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mimoquant.errors import CheckpointError
+
+_QUERY_CHUNK_BYTES = 256 * 2**20  # of attention scores that are held at once
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardConfig:
+    """What the forward needs of config.json beside sizes."""
+
+    eps: float
+    rope_theta: float
+    sliding_rope_theta: float
+    partial_rotary_factor: float
+    window: int
+    value_scale: float
+    top_k: int
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionWeights:
+    """q [N*D, H], k [K*D, H], v [K*V, H], o [H, N*V]; sink [N] or None. `sliding`: window and the other theta."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    sink: Tensor | None
+    heads: int
+    kv_heads: int
+    sliding: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DenseWeights:
+    """gate and up [I, H], down [H, I]."""
+
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Router:
+    """weight [E, H] and bias [E], both in float32."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertChunk:
+    """Experts begin..begin+e of a layer: gate and up [e, I, H], down [e, H, I]."""
+
+    begin: int
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """One decoder layer without its experts, which come in chunks. Norm weights are [H]."""
+
+    input_norm: Tensor
+    post_norm: Tensor
+    attention: AttentionWeights
+    mlp: DenseWeights | Router
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """Chosen experts [B*T, k] (int64, by falling score) and their weights [B*T, k]."""
+
+    experts: Tensor
+    weights: Tensor
+
+
+def read_forward_config(config: dict[str, Any], where: str) -> ForwardConfig:
+    """Read and check the forward's numbers, in the published keys or transformers'.
+
+    Raises CheckpointError naming the key and what was found.
+    """
+    rope = config.get("rope_parameters") or {}
+
+    def number(*keys: str, default: float | None = None, among: dict[str, Any] = config) -> float:
+        value = next((among[key] for key in keys if among.get(key) is not None), default)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+            raise CheckpointError(f"{where}: {' or '.join(keys)} is {value!r}, expected a positive number")
+        return float(value)
+
+    full, sliding = rope.get("full_attention") or {}, rope.get("sliding_attention") or {}
+    return ForwardConfig(
+        eps=number("layernorm_epsilon", "rms_norm_eps"),
+        rope_theta=number("rope_theta", default=full.get("rope_theta")),
+        sliding_rope_theta=number("swa_rope_theta", default=sliding.get("rope_theta")),
+        partial_rotary_factor=number("partial_rotary_factor", default=full.get("partial_rotary_factor")),
+        window=int(number("sliding_window_size", "sliding_window")),
+        value_scale=number("attention_value_scale", default=1.0),
+        top_k=int(number("num_experts_per_tok")),
+    )
+
+
+def attention_block(hidden_BTH: Tensor, weights: LayerWeights, config: ForwardConfig) -> tuple[Tensor, Tensor]:
+    """The layer up to its MLP: (hidden states after attention, what the MLP sees), both [B, T, H].
+
+    Args:
+        hidden_BTH: positions 0..T-1 of independent sequences.
+    """
+    attended = attention(rms_norm(hidden_BTH, weights.input_norm, config.eps), weights.attention, config)
+    hidden_BTH = hidden_BTH + attended
+    return hidden_BTH, rms_norm(hidden_BTH, weights.post_norm, config.eps)
+
+
+def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm; statistics in float32, result in the input's dtype."""
+    wide = hidden.to(torch.float32)
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight.to(hidden.dtype) * normed.to(hidden.dtype)
+
+
+def attention(hidden_BTH: Tensor, weights: AttentionWeights, config: ForwardConfig) -> Tensor:
+    """Causal attention with partial rotary embedding, optional window and sinks; [B, T, H]."""
+    batch, tokens, _ = hidden_BTH.shape
+    groups = weights.heads // weights.kv_heads
+    query = F.linear(hidden_BTH, weights.q).view(batch, tokens, weights.heads, -1)
+    key = F.linear(hidden_BTH, weights.k).view(batch, tokens, weights.kv_heads, -1)
+    value = F.linear(hidden_BTH, weights.v).view(batch, tokens, weights.kv_heads, -1) * config.value_scale
+    theta = config.sliding_rope_theta if weights.sliding else config.rope_theta
+    cos, sin = rotary_table(tokens, int(query.shape[-1] * config.partial_rotary_factor), theta, hidden_BTH)
+    scale = query.shape[-1] ** -0.5
+    query = rotate(query, cos, sin).view(batch, tokens, weights.kv_heads, groups, -1).permute(0, 2, 3, 1, 4)
+    key, value = rotate(key, cos, sin).permute(0, 2, 1, 3), value.permute(0, 2, 1, 3)
+    window = config.window if weights.sliding else tokens
+    out = hidden_BTH.new_empty(batch, tokens, weights.heads, value.shape[-1])
+    row_bytes = 4 * batch * weights.heads * min(tokens, 2 * window)
+    chunk = min(max(_QUERY_CHUNK_BYTES // row_bytes, 16), window)
+    for begin in range(0, tokens, chunk):
+        end, first = min(begin + chunk, tokens), max(0, begin - window + 1)
+        part = _attend(query[..., begin:end, :], key[..., first:end, :], value[..., first:end, :], weights.sink,
+                       begin - first, window, scale)  # fmt: skip
+        out[:, begin:end] = part.permute(0, 3, 1, 2, 4).flatten(2, 3)
+    return F.linear(out.flatten(2), weights.o)
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, sink: Tensor | None, offset: int, window: int, scale: float
+) -> Tensor:
+    """query [B, K, G, t, D] over key and value [B, K, s, D or V]; query i stands at position i + offset of the keys.
+
+    Softmax in float32. The sink is one more logit a head, whose share of the probability goes nowhere.
+    """
+    scores = (query @ key.unsqueeze(2).transpose(-1, -2)).to(torch.float32) * scale
+    distance = torch.arange(query.shape[-2], device=query.device)[:, None] + offset
+    distance = distance - torch.arange(key.shape[-2], device=query.device)[None, :]
+    scores = scores.masked_fill((distance < 0) | (distance >= window), float("-inf"))
+    peak = scores.amax(-1, keepdim=True)
+    if sink is not None:
+        sinks = sink.to(torch.float32).view(query.shape[1], query.shape[2], 1, 1)
+        peak = torch.maximum(peak, sinks)
+    share = (scores - peak).exp()
+    total = share.sum(-1, keepdim=True)
+    if sink is not None:
+        total = total + (sinks - peak).exp()
+    return (share / total).to(value.dtype) @ value.unsqueeze(2)
+
+
+def rotary_table(tokens: int, width: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin [T, width], computed in float32, in the dtype of `like`."""
+    inverse = 1.0 / theta ** (torch.arange(0, width, 2, dtype=torch.float32, device=like.device) / width)
+    angle = torch.arange(tokens, dtype=torch.float32, device=like.device)[:, None] * inverse[None, :]
+    angle = torch.cat((angle, angle), dim=-1)
+    return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
+
+
+def rotate(heads_BTND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of the first `cos.shape[-1]` channels of each head; the rest passes."""
+    width = cos.shape[-1]
+    turned, rest = heads_BTND[..., :width], heads_BTND[..., width:]
+    left, right = turned.chunk(2, dim=-1)
+    swapped = torch.cat((-right, left), dim=-1)
+    return torch.cat((turned * cos[:, None, :] + swapped * sin[:, None, :], rest), dim=-1)
+
+
+def dense_mlp(hidden: Tensor, weights: DenseWeights) -> Tensor:
+    """SwiGLU."""
+    return F.linear(F.silu(F.linear(hidden, weights.gate)) * F.linear(hidden, weights.up), weights.down)
+
+
+def route(tokens: Tensor, router: Router, top_k: int) -> Routing:
+    """Sigmoid router in float32; the bias takes part in the choice only; the chosen scores are normalised to one."""
+    scores = F.linear(tokens.to(torch.float32), router.weight).sigmoid()
+    experts = torch.topk(scores + router.bias, top_k, dim=-1).indices
+    chosen = scores.gather(-1, experts)
+    return Routing(experts, chosen / (chosen.sum(-1, keepdim=True) + 1e-20))
+
+
+def add_experts(out: Tensor, tokens: Tensor, routing: Routing, chunk: ExpertChunk) -> None:
+    """Add to `out` (float32 [B*T, H]) what the chunk's experts make of the tokens that are routed to them.
+
+    Tokens are sorted by expert. Experts with a similar number of tokens form one stacked product, padded to the next
+    power of two: at most a score of products whatever the number of experts.
+    """
+    size = len(chunk.gate)
+    flat = routing.experts.flatten() - chunk.begin
+    flat = torch.where((flat < 0) | (flat >= size), size, flat)  # the others sort behind
+    order = torch.argsort(flat, stable=True)
+    counts = torch.bincount(flat, minlength=size + 1)[:size]
+    starts = torch.cumsum(counts, 0) - counts
+    gains, sources = routing.weights.flatten()[order], order // routing.experts.shape[1]
+    capacities = torch.where(counts > 0, 2 ** torch.ceil(torch.log2(counts.clamp(min=1).float())).long(), 0)
+    for capacity in torch.unique(capacities).tolist():
+        if capacity == 0:
+            continue
+        members = torch.nonzero(capacities == capacity).flatten()
+        slot = torch.arange(capacity, device=tokens.device)[None, :]
+        used = slot < counts[members, None]
+        place = (starts[members, None] + slot).clamp(max=len(order) - 1)
+        rows = sources[place]
+        inner = tokens[rows]
+        inner = F.silu(inner @ _pick(chunk.gate, members)) * (inner @ _pick(chunk.up, members))
+        result = (inner @ _pick(chunk.down, members)).to(torch.float32) * (gains[place] * used)[..., None]
+        out.index_add_(0, rows.flatten(), result.flatten(0, 1))
+
+
+def _pick(weight_EOI: Tensor, members: Tensor) -> Tensor:
+    """The members' matrices, transposed for a product from the left; no copy where all experts are asked for."""
+    chosen = weight_EOI if len(members) == len(weight_EOI) else weight_EOI[members]
+    return chosen.transpose(1, 2)

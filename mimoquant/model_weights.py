@@ -1,0 +1,136 @@
+"""A checkpoint as weights to compute with, one layer and one chunk of experts at a time.
+
+Key idea: published or quantized, in whatever container and sharding, a checkpoint becomes the same tensors, so the
+walker does not know what it walks through. Formats are told by what is stored, not by what a config claims.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from mimoquant.checkpoint.index import DTYPE_BYTES, TensorInfo
+from mimoquant.checkpoint.reader import CheckpointReader
+from mimoquant.errors import CheckpointError
+from mimoquant.layer_weights import dequantize, read_matrix, read_stack
+from mimoquant.model.decoder_layer import (
+    AttentionWeights,
+    DenseWeights,
+    ExpertChunk,
+    LayerWeights,
+    Router,
+    read_forward_config,
+)
+from mimoquant.model.layout import PROJECTIONS, ModelLayout, Weight
+from mimoquant.model.qkv import deinterleave_rows
+from mimoquant.quant.engine_torch import TorchEngine, decode
+from mimoquant.quant.formats import Format
+
+
+class CheckpointWeights:
+    """A checkpoint, published or quantized, as weights to compute with: a `layer_stream.WeightSource`.
+
+    Values are what an engine computes with: FP8 and 4-bit weights rounded to bf16 once, then in `dtype`.
+    """
+
+    def __init__(self, reader: CheckpointReader, layout: ModelLayout, device: torch.device, dtype: torch.dtype) -> None:
+        self.reader, self.layout, self.device, self.dtype = reader, layout, device, dtype
+        self.config = read_forward_config(layout.config, f"{layout.index.folder}/config.json")
+        self.layers = layout.geometry.layers
+        self._units = {weight.name: weight for weights in layout.units.values() for weight in weights}
+        self._engine = TorchEngine(str(device))
+
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Any weight that is not an expert's, by its name; a part of a fused qkv by the part's name."""
+        weight = self._units[name]
+        if weight.info.dtype == "F32":
+            values = torch.from_numpy(self.reader.read(name).view(np.float32))
+        else:
+            stack = read_matrix(self.reader, weight) if len(weight.info.shape) == 2 else None
+            bits = dequantize(stack, weight, self.layout.geometry, self._engine) if stack else self.reader.read(name)
+            values = torch.from_numpy(np.ascontiguousarray(bits).reshape(-1).view(np.uint8)).view(torch.bfloat16)
+        return values.reshape(weight.info.shape).to(self.device, dtype or self.dtype)
+
+    def layer(self, number: int) -> LayerWeights:
+        """Everything of a layer but its experts."""
+        prefix, geometry = f"model.layers.{number}.", self.layout.geometry
+        mlp: DenseWeights | Router
+        if geometry.moe[number]:
+            gate = f"{prefix}mlp.gate."
+            mlp = Router(self.tensor(f"{gate}weight", torch.float32),
+                         self.tensor(f"{gate}e_score_correction_bias", torch.float32))  # fmt: skip
+        else:
+            mlp = DenseWeights(*(self.tensor(f"{prefix}mlp.{p}_proj.weight") for p in PROJECTIONS))
+        return LayerWeights(
+            input_norm=self.tensor(f"{prefix}input_layernorm.weight"),
+            post_norm=self.tensor(f"{prefix}post_attention_layernorm.weight"),
+            attention=self._attention(f"{prefix}self_attn.", sliding=geometry.sliding[number]),
+            mlp=mlp,
+        )
+
+    def _attention(self, prefix: str, *, sliding: bool) -> AttentionWeights:
+        geometry = self.layout.geometry
+        shape = geometry.sliding_attention if sliding else geometry.global_attention
+        if geometry.fused_qkv:
+            rows = torch.from_numpy(deinterleave_rows(shape.rows, geometry.qkv_chunks)).to(self.device)
+            q, k, v = torch.split(self.tensor(f"{prefix}qkv_proj.weight")[rows], list(shape.rows))
+        else:
+            q, k, v = (self.tensor(f"{prefix}{letter}_proj.weight") for letter in "qkv")
+        sink = self.tensor(f"{prefix}attention_sink_bias") if shape.sink else None
+        return AttentionWeights(
+            q, k, v, self.tensor(f"{prefix}o_proj.weight"), sink, shape.heads, shape.kv_heads, sliding
+        )
+
+    def expert_chunks(self, number: int, chunk_bytes: int = 64 * 2**20) -> Iterator[ExpertChunk]:
+        """A layer's experts, as many at a time as have `chunk_bytes` elements."""
+        geometry = self.layout.geometry
+        elements = 3 * geometry.hidden * geometry.expert_intermediate
+        step = max(1, chunk_bytes // elements)
+        for begin in range(0, geometry.experts, step):
+            end = min(begin + step, geometry.experts)
+            gate, up, down = (self._stack(number, begin, end, projection) for projection in PROJECTIONS)
+            yield ExpertChunk(begin, gate, up, down)
+
+    def _stack(self, number: int, begin: int, end: int, projection: str) -> torch.Tensor:
+        weights = [self.layout.expert(number, expert, projection) for expert in range(begin, end)]
+        if weights[0].packed:
+            values = torch.cat([self._unpack(weight)[None] for weight in weights])
+        else:
+            values = self._engine.bf16(read_stack(self.reader, weights))
+        return values.to(self.dtype)
+
+    def _unpack(self, weight: Weight) -> torch.Tensor:
+        """One 4-bit expert's matrix, bf16."""
+        fmt, parts = packed_format(weight), {"codes": self._raw(weight.info, torch.uint8).flatten()}
+        kinds = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I32": torch.int32,
+                 "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn}  # fmt: skip
+        for info in weight.packed:
+            part = info.name.rpartition(".weight_")[2]
+            if part != "shape":
+                parts[part] = self._raw(info, kinds[info.dtype])[None]
+        parts["codes"] = parts["codes"].reshape(1, weight.info.shape[0], -1)
+        return decode(parts, fmt)[0].to(torch.bfloat16)
+
+    def _raw(self, info: TensorInfo, dtype: torch.dtype) -> torch.Tensor:
+        values = torch.from_numpy(self.reader.read(info.name)).view(dtype)
+        return values.reshape(info.shape if dtype != torch.uint8 else (info.shape[0], -1)).to(self.device)
+
+
+def packed_format(weight: Weight) -> Format:
+    """The format of a 4-bit expert, from what is stored of it.
+
+    Raises CheckpointError for a combination of dtypes that is none of ours.
+    """
+    infos = {info.name.rpartition(".weight_")[2]: info for info in weight.packed}
+    scale, rows = infos["scale"], weight.info.shape[0]
+    group = weight.info.size_bytes * 2 // rows * rows // (scale.size_bytes // DTYPE_BYTES[scale.dtype])
+    try:
+        if scale.dtype == "U8":
+            return Format("mxfp4", group)
+        if scale.dtype == "F8_E4M3":
+            return Format("nvfp4", group)
+        return Format("int4", group, symmetric="zero_point" not in infos)
+    except ValueError as error:
+        raise CheckpointError(f"{weight.info.name}: {error} (scale {scale.dtype}{list(scale.shape)})") from error

@@ -1,0 +1,77 @@
+"""`mimoquant eval-kl` as a user meets it, and the regression that a change in numerics cannot pass unseen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import mimoquant
+from mimoquant import pipeline
+from mimoquant.cli import app
+from mimoquant.plan import make_plan
+from mimoquant.recipe import load_recipe
+
+MICRO = mimoquant.micro_checkpoint()
+# J in nats a token of every data-free recipe on the micro checkpoint, 28 x 128 tokens of heldout-v1. The outputs are
+# the same bytes everywhere; J may move in its last digits with the order of float32 sums in another torch or CPU.
+GOLDEN_J = json.loads((Path(__file__).parent / "golden_j.json").read_text())
+
+
+def call(*arguments: str | Path) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("outputs")
+    for recipe in GOLDEN_J:
+        pipeline.quantize(make_plan(MICRO, load_recipe(recipe)), folder / recipe, device="cpu")
+    return folder
+
+
+@pytest.mark.parametrize("recipe", list(GOLDEN_J))
+def test_j_of_every_recipe_is_the_golden_one(outputs: Path, recipe: str) -> None:
+    result = call("eval-kl", MICRO, outputs / recipe, "--sequences", "28", "--tokens", "128", "--no-noise-floor",
+                  "--device", "cpu", "--json")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["j"]["mean"] == pytest.approx(GOLDEN_J[recipe], rel=2e-3)
+
+
+def test_the_golden_values_have_the_order_that_theory_gives() -> None:
+    assert GOLDEN_J["nvfp4-mse"] < GOLDEN_J["int4-g32-mse"] < GOLDEN_J["int4-g128-mse"] < GOLDEN_J["int4-g128-rtn"]
+
+
+def test_the_gate_fails_with_5_and_says_by_how_much(outputs: Path, tmp_path: Path) -> None:
+    arguments = ["eval-kl", MICRO, outputs / "mxfp4-rtn", "--sequences", "7", "--tokens", "64", "--device", "cpu"]
+    page = tmp_path / "report.html"
+    failed = call(*arguments, "--max-kl", "0.0001", "--html", page, "--no-noise-floor")
+    assert failed.exit_code == 5
+    assert "above the gate of 0.0001" in failed.stderr and "J" in failed.stdout
+    assert page.read_text().startswith("<!doctype html>") or "<html" in page.read_text()[:200].lower()
+    passed = call(*arguments, "--max-kl", "9", "--baseline", outputs / "nvfp4-mse", "--json")
+    facts = json.loads(passed.stdout)
+    assert passed.exit_code == 0 and facts["passed"] is True
+    assert facts["baseline"]["difference"] > 0 and facts["noise_floor"]["relative_noise"] > 0
+    assert len(facts["worst_tokens"]) == 20 and facts["worst_tokens"][0]["j"] == facts["j"]["max"]
+
+
+def test_mistakes_end_in_one_sentence(outputs: Path, tmp_path: Path) -> None:
+    good = outputs / "mxfp4-rtn"
+    cases = [
+        (("eval-kl", MICRO, tmp_path / "no"), 2, "not a checkpoint folder"),
+        (("eval-kl", MICRO, good, "--data", "heldout-v9"), 2, "heldout-v9"),
+        (("eval-kl", MICRO, good, "--device", "tpu"), 2, "known are auto, cpu and cuda"),
+        (
+            ("eval-kl", MICRO, good, "--sequences", "2", "--tokens", "16", "--html", tmp_path / "a" / "b.html"),
+            2,
+            "--html",
+        ),
+    ]
+    for arguments, code, message in cases:
+        result = call(*arguments)
+        assert result.exit_code == code and message in result.stderr, result.output
+        assert "Traceback" not in result.output
