@@ -6,6 +6,8 @@ sentence, a hint and an exit code in one place. Nothing heavy is imported before
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import gc
 import json
 import os
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from mimoquant.plan import Plan, Unit
 
 EXIT_INTERRUPTED = 130
+_DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
 
 class _Group(TyperGroup):
@@ -55,6 +58,12 @@ class _Group(TyperGroup):
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(EXIT_INTERRUPTED) from None
+        except (
+            OSError
+        ) as error:  # what no module foresaw: a path too long, a folder that may not be entered, a full disk
+            where = f"{error.filename}: " if error.filename else ""
+            _tell(f"error: {where}{error.strerror or error}")
+            raise typer.Exit(4 if error.errno in _DISK_TROUBLE else 2) from None
 
 
 def _raise_interrupt(number: int, frame: Any) -> None:
@@ -157,7 +166,7 @@ def quantize(
     begin = time.monotonic()
     made = _plan(source, recipe, container, allow_unknown)
     for note in made.notes:
-        typer.echo(f"note: {note}", err=True)
+        _tell(f"note: {note}")
     with _Progress(made) as progress:
         report = pipeline.quantize(made, out, device=device, resume=resume, progress=progress.advance)
     facts = {**report.as_json(), "out": str(out), "elapsed_s": round(time.monotonic() - begin, 3)}
@@ -239,7 +248,7 @@ def _evaluate(
         typer.echo(f"note: too few tokens for one sequence of {tokens}: {', '.join(loaded.left_out)}", err=True)
 
     def progress(layer: int, layers: int) -> None:
-        typer.echo(f"[{layer + 1}/{layers}] layer {layer}", err=True)
+        _tell(f"[{layer + 1}/{layers}] layer {layer}")
 
     try:
         decode = load_tokenizer(reference).decode
@@ -343,13 +352,21 @@ class _Progress:
             elapsed = time.monotonic() - self.begin
             rate = written / elapsed if elapsed else 0
             left = (self.total - written) / rate if rate else 0
-            typer.echo(
+            _tell(
                 f"[{self.finished}/{self.units}] {unit.name}: {size(written)} of {size(self.total)}, "
-                f"{size(int(rate))}/s, {left:.0f} s left",
-                err=True,
+                f"{size(int(rate))}/s, {left:.0f} s left"
             )
+
+
+def _tell(line: str) -> None:
+    """A line on stderr; a reader who has left is no reason to stop."""
+    with contextlib.suppress(OSError):
+        typer.echo(line, err=True)
 
 
 def main() -> None:
     """The console script."""
-    app()
+    try:
+        app()
+    except KeyboardInterrupt:  # before the verb had begun, or a second time while the first was being told
+        sys.exit(EXIT_INTERRUPTED)

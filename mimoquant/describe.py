@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from mimoquant.model.layout import ModelLayout
-from mimoquant.plan import CHUNK_BYTES, Dequantize, Experts, Plan, Shapes, ranges, unready
+from mimoquant.plan import Dequantize, Experts, Plan, Shapes, ranges, unready
 from mimoquant.report import SCHEMA_VERSION, size
 
 
@@ -86,7 +86,7 @@ def layout_text(facts: dict[str, Any]) -> str:
 
 
 def plan_facts(plan: Plan) -> dict[str, Any]:
-    """`plan`. Host memory is what a data-free run on the CPU holds: chunks being read, computed and written."""
+    """`plan`."""
     formats: dict[str, list[int]] = {}
     for layer, fmt in sorted(plan.formats.items()):
         formats.setdefault(fmt.label, []).append(layer)
@@ -105,9 +105,10 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         "output_tensor_bytes": plan.tensor_bytes,
         "output_tensors": sum(len(unit.entries) for unit in plan.units),
         "output_bytes_by_role": planned_sizes(plan),
-        "host_memory_bytes": 250 * 2**20 + 8 * CHUNK_BYTES,
+        "host_memory_bytes": plan.host_memory_bytes,
         "shards": [{"unit": unit.name, "file": unit.file, "size_bytes": unit.size_bytes} for unit in plan.units],
         "side_files": plan.side_files,
+        "side_bytes": plan.side_bytes,
         "notes": plan.notes,
     }
 
@@ -125,7 +126,8 @@ def plan_text(facts: dict[str, Any]) -> str:
             f"container  {facts['container']}",
             f"size       {size(before)} -> {size(after)} ({after / before:.1%}), {after} bytes in "
             f"{len(facts['shards'])} shards, the largest {size(largest['size_bytes'])} ({largest['unit']})",
-            f"memory     about {size(facts['host_memory_bytes'])} of host memory",
+            f"memory     at most about {size(facts['host_memory_bytes'])} of host memory",
+            f"beside     {len(facts['side_files'])} other files are copied, {size(facts['side_bytes'])}",
             "",
             *table(
                 ("weights", "output"),

@@ -59,7 +59,7 @@ class WriteBehind:
     as are all that wait when the block itself fails.
     """
 
-    def __init__(self, limit_bytes: int = 192 * 2**20) -> None:
+    def __init__(self, limit_bytes: int) -> None:
         self._limit = limit_bytes
         self._calls: collections.deque[tuple[Callable[..., Any], tuple[Any, ...], int]] = collections.deque()
         self._waiting_bytes = 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +32,7 @@ from mimoquant.errors import CheckpointError, RecipeError, StoppedError, UsageEr
 from mimoquant.layer_weights import dequantize, not_finite, read_experts, read_matrix, split_qkv
 from mimoquant.model.layout import PROJECTIONS
 from mimoquant.overlap import WriteBehind, read_ahead
-from mimoquant.plan import Copy, Dequantize, Experts, Plan, Shapes, Step, Unit, unready
+from mimoquant.plan import WRITE_QUEUE_BYTES, Copy, Dequantize, Experts, Plan, Shapes, Step, Unit, unready
 from mimoquant.quant.stack import Engine, NonFiniteError, Stack
 from mimoquant.report import QuantizeReport, model_card
 
@@ -65,10 +66,8 @@ def quantize(
         UsageError: `out` exists, lies in the source, an unfinished run is there; disk too small.
         RecipeError: the recipe's method is not there. CheckpointError: bad data. StoppedError: disk trouble, resumable.
     """
-    out = Path(out)
-    _preflight(plan, out)
-    identity = {"plan": plan.fingerprint(), "version": mimoquant.__version__}
-    with contextlib.closing(make_engine(device)) as engine, RunFolder(out, identity, resume=resume) as run:
+    out = _preflight(plan, out)
+    with contextlib.closing(make_engine(device)) as engine, RunFolder(out, plan.identity(), resume=resume) as run:
         _check_disk(plan, run)
         try:
             _write_units(plan, run, engine, progress or (lambda unit, done, finished: None))
@@ -79,27 +78,34 @@ def quantize(
             raise
 
 
-def _preflight(plan: Plan, out: Path) -> None:
+def _preflight(plan: Plan, out: Path | str) -> Path:
+    """Refuse what can be refused before anything is written; returns the absolute `out`."""
     blocker = unready(plan.recipe)
     if blocker:
         raise RecipeError(
             f"recipe {plan.recipe.name}: {blocker}", hint="use a recipe whose name ends in -rtn or -mse in this version"
         )
-    source = plan.layout.index.folder.resolve()
-    if out.resolve().is_relative_to(source):
+    target, source = Path(os.path.abspath(out)), plan.layout.index.folder.resolve()
+    if not target.name or target == Path.cwd() or not str(out):
+        raise UsageError(f"--out {str(out)!r}: is not a new folder", hint="name a folder that does not exist yet")
+    try:
+        inside = target.resolve().is_relative_to(source)
+    except (OSError, RuntimeError) as error:  # a loop of links, a name too long
+        raise UsageError(f"{out}: is not a usable path ({getattr(error, 'strerror', None) or error})") from error
+    if inside:
         raise UsageError(f"{out}: lies inside the source {source}", hint="the source is never written to")
+    return target
 
 
 def _check_disk(plan: Plan, run: RunFolder) -> None:
     done = sum(line.size_bytes for line in run.finished.values())
-    needed, free = plan.shard_bytes - done + DISK_SLACK, free_bytes(run.partial)
+    needed, free = plan.shard_bytes + plan.side_bytes - done + DISK_SLACK, free_bytes(run.partial)
     if needed > free:
-        if not run.finished:
-            run.discard()
-        raise StoppedError(
-            f"{run.out}: needs {needed / 1e9:.2f} GB but {free / 1e9:.2f} GB are free",
-            hint="make room or choose another --out",
-        )
+        sentence = f"{run.out}: needs {needed / 1e9:.2f} GB but {free / 1e9:.2f} GB are free"
+        if run.finished:
+            raise StoppedError(sentence, hint="make room, then run the same command again with --resume")
+        run.discard()
+        raise UsageError(sentence, hint="make room or choose another --out")
 
 
 def _write_units(plan: Plan, run: RunFolder, engine: Engine, progress: Progress) -> None:
@@ -108,7 +114,7 @@ def _write_units(plan: Plan, run: RunFolder, engine: Engine, progress: Progress)
         if unit.name in run.finished:
             progress(unit, unit.size_bytes, True)
     writer: ShardWriter | None = None
-    with CheckpointReader(plan.layout.index) as reader, WriteBehind() as behind:
+    with CheckpointReader(plan.layout.index) as reader, WriteBehind(WRITE_QUEUE_BYTES) as behind:
         steps = read_ahead(_load(plan, todo, reader))
         try:
             for loaded in steps:
@@ -165,6 +171,8 @@ def _compute(plan: Plan, loaded: Loaded, engine: Engine) -> Produced:
     """The output tensors (or parts of them) of one step, in file order."""
     step, data = loaded.step, loaded.data
     if isinstance(step, Copy):
+        if loaded.unit.name not in ("towers", "unknown"):
+            _refuse_non_finite(step, data)
         yield data
     elif isinstance(step, Shapes):
         for entry, shape in zip(step.entries, step.shapes, strict=True):
@@ -178,6 +186,16 @@ def _compute(plan: Plan, loaded: Loaded, engine: Engine) -> Produced:
         yield from _kept_experts(plan, step, data, engine)
     else:
         yield from _quantized_experts(plan, step, data, engine)
+
+
+def _refuse_non_finite(step: Copy, data: tuple[str, Array]) -> None:
+    """NaN and Inf have all exponent bits set (E4M3, which has no Inf: all bits but the sign)."""
+    name, block = data
+    dtype = next(entry.dtype for entry in step.entries if entry.name == name)
+    kind, mask = {"BF16": (np.uint16, 0x7F80), "F32": (np.uint32, 0x7F800000), "F8_E4M3": (np.uint8, 0x7F)}[dtype]
+    bits = block.view(kind)
+    if ((bits & kind(mask)) == mask).any():
+        raise not_finite(name)
 
 
 def _quantized_experts(plan: Plan, step: Experts, stacks: dict[str, Stack], engine: Engine) -> Produced:
@@ -210,10 +228,18 @@ def _kept_experts(plan: Plan, step: Experts, stacks: dict[str, Stack], engine: E
 
 def _finish(plan: Plan, run: RunFolder) -> QuantizeReport:
     """Everything beside the shards, then the folder gets its name."""
+    copy_side_files(plan.layout.index.folder, run.partial, plan.side_files)
+    for name, data in written_texts(plan, run.finished).items():
+        write_file_durably(run.path(name), data)
+    run.publish([unit.name for unit in plan.units])
+    return QuantizeReport.of(plan, run.finished)
+
+
+def written_texts(plan: Plan, finished: dict[str, JournalLine]) -> dict[str, bytes]:
+    """The small files of an output, by name: they follow from the plan and the shards' hashes."""
     weight_map = {entry.name: unit.file for unit in plan.units for entry in unit.entries}
     index = {"metadata": plan.index_metadata, "weight_map": dict(sorted(weight_map.items()))}
-    report = QuantizeReport.of(plan, run.finished)
-    copy_side_files(plan.layout.index.folder, run.partial, plan.side_files)
+    report = QuantizeReport.of(plan, finished)
     texts = {
         INDEX_NAME: json.dumps(index, indent=2),
         CONFIG_NAME: json.dumps(plan.config, indent=2, ensure_ascii=False),
@@ -221,10 +247,7 @@ def _finish(plan: Plan, run: RunFolder) -> QuantizeReport:
         "report.json": json.dumps(report.as_json(), indent=2),
         "README.md": model_card(plan, report),
     }
-    for name, text in texts.items():
-        write_file_durably(run.path(name), (text.rstrip("\n") + "\n").encode())
-    run.publish([unit.name for unit in plan.units])
-    return report
+    return {name: (text.rstrip("\n") + "\n").encode() for name, text in texts.items()}
 
 
 def resolved_recipe(plan: Plan) -> str:

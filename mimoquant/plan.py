@@ -28,6 +28,7 @@ from mimoquant.quant.formats import Format
 from mimoquant.recipe import Recipe
 
 CHUNK_BYTES = 96 * 2**20  # source bytes of the experts that are in memory together
+WRITE_QUEUE_BYTES = 192 * 2**20  # results that may wait for the disk
 READY_METHODS = ("rtn",)
 READY_SEARCHES = ("absmax", "mse")
 
@@ -101,7 +102,7 @@ class Plan:
     formats: dict[int, Format]
     carve_outs: dict[int, str]
     units: list[Unit]
-    side_files: list[str]
+    side_files: dict[str, int]  # relative path → bytes, copied
     notes: list[str]
     config: dict[str, Any]
     index_metadata: dict[str, Any] = field(default_factory=dict)
@@ -118,12 +119,33 @@ class Plan:
     def source_bytes(self) -> int:
         return self.layout.index.size_bytes
 
-    def fingerprint(self) -> str:
-        """Changes when anything about the output could: recipe, source headers, layout of the files, version."""
-        facts = [mimoquant.__version__, self.layout.index.headers_fingerprint(), self.container,
-                 json.dumps(self.recipe.resolved(self.container), sort_keys=True, default=str),
-                 *(f"{unit.file} {unit.size_bytes}" for unit in self.units)]  # fmt: skip
-        return hashlib.sha256("\n".join(facts).encode()).hexdigest()
+    @property
+    def side_bytes(self) -> int:
+        return sum(self.side_files.values())
+
+    @property
+    def host_memory_bytes(self) -> int:
+        """What a data-free run may hold: three steps read ahead, two computed, the write queue, the interpreter."""
+        steps = [step for unit in self.units for step in unit.steps if not isinstance(step, Copy)]
+        source = max(self._source_bytes(step) for step in steps)
+        output = max(sum(entry.size_bytes for entry in step.entries) for step in steps)
+        return 220 * 2**20 + 3 * source + 2 * output + WRITE_QUEUE_BYTES
+
+    def _source_bytes(self, step: Step) -> int:
+        if isinstance(step, Experts):
+            one = sum(self.layout.expert(step.layer, step.begin, projection).size_bytes for projection in PROJECTIONS)
+            return one * (step.end - step.begin)
+        return step.weight.size_bytes if isinstance(step, Dequantize) else 0
+
+    def identity(self) -> dict[str, str]:
+        """What a resumed run must share with the one that began: anything here changes the output."""
+        recipe = json.dumps(self.recipe.resolved(self.container), sort_keys=True, default=str)
+        return {
+            "version": mimoquant.__version__,
+            "source headers": self.layout.index.headers_fingerprint(),
+            "container": self.container,
+            "recipe": hashlib.sha256(recipe.encode()).hexdigest(),
+        }
 
 
 def make_plan(
@@ -142,7 +164,7 @@ def make_plan(
         UsageError, CheckpointError: the source; RecipeError: the recipe does not fit this source.
     """
     index = open_index(source)
-    config = read_json_object(resolve_inside(index.folder, CONFIG_NAME), max_bytes=50_000_000)
+    config = read_config(index)
     layout = read_layout(index, config, allow_unknown=allow_unknown)
     formats, carve_outs = _resolve_layers(layout, recipe)
     _check_shapes(layout, recipe, formats)

@@ -47,7 +47,7 @@ _WEIGHT_DEFAULTS: dict[str, tuple[Any, ...]] = {
     "block_structure": (None,),
     "observer_kwargs": (None, {}),
     "zp_dtype": (None, "torch.int8"),
-    "scale_dtype": (None, "torch.uint8", "torch.float8_e4m3fn", "torch.bfloat16"),
+    "scale_dtype": (None, "torch.uint8", "torch.float8_e4m3fn"),
 }
 
 
@@ -138,7 +138,8 @@ def load_recipe(name_or_file: str) -> Recipe:
                 hint=f"shipped are {', '.join(shipped_recipes())}; a file is given by its path, ending in .yaml",
             )
     if not path.is_file():
-        raise RecipeError(f"{path}: there is no such recipe file")
+        problem = "is a folder, not a recipe file" if path.is_dir() else "there is no such recipe file"
+        raise RecipeError(f"{path}: {problem}")
     if path.stat().st_size > MAX_RECIPE_BYTES:
         raise RecipeError(f"{path}: {path.stat().st_size} bytes, more than the {MAX_RECIPE_BYTES} a recipe may have")
     try:
@@ -271,7 +272,8 @@ class _Parser:
                 self.fail(f"scheme {scheme!r} is not supported", f"supported are {', '.join(_PRESETS)}")
             targets = self.strings(settings.get("targets"), "targets") or ("Linear",)
             return (Group("group_0", targets, _PRESETS[scheme]),), set()
-        groups, searches = [], set()
+        groups: list[Group] = []
+        searches: set[str | None] = set()
         for name, group in self.mapping(config_groups, "config_groups").items():
             group = self.mapping(group, f"group {name}")
             self.known(group, {"targets", "weights", "input_activations", "output_activations", "format"}, name)
@@ -280,14 +282,16 @@ class _Parser:
                     self.fail(f"{name} quantizes {side}, which is not supported", "weights only: leave it out or null")
             weights = self.mapping(group.get("weights"), f"{name}.weights")
             groups.append(Group(str(name), self.strings(group.get("targets"), "targets"), self.format(weights, name)))
-            if weights.get("observer") is not None:
-                if not isinstance(weights["observer"], str) or weights["observer"] not in _OBSERVERS:
-                    self.fail(f"{name} has the observer {weights['observer']!r}, which is not supported",
-                              f"supported are {', '.join(_OBSERVERS)}")  # fmt: skip
-                searches.add(_OBSERVERS[weights["observer"]])
+            observer = weights.get("observer")
+            if observer is not None and (not isinstance(observer, str) or observer not in _OBSERVERS):
+                self.fail(f"{name} has the observer {observer!r}, which is not supported",
+                          f"supported are {', '.join(_OBSERVERS)}")  # fmt: skip
+            searches.add(None if observer is None else _OBSERVERS[observer])
         if not groups:
             self.fail("config_groups is empty")
-        return tuple(groups), searches
+        if len(searches) > 1:
+            self.fail("its groups have different observers", "one scale_search goes for all: mimoquant.scale_search")
+        return tuple(groups), {search for search in searches if search is not None}
 
     def format(self, weights: dict[str, Any], where: str) -> Format:
         self.known(weights, {"num_bits", "type", "symmetric", "strategy", "group_size", "observer", *_WEIGHT_DEFAULTS},
@@ -308,7 +312,12 @@ class _Parser:
             self.fail(f"{where} has group size {size}; {kind} weights take {', '.join(map(str, sizes))}")
         if not isinstance(symmetric, bool) or (name != "int4" and not symmetric):
             self.fail(f"{where} has symmetric: {symmetric!r}; only int4 may be asymmetric")
-        return Format(name, size, symmetric)
+        fmt = Format(name, size, symmetric)
+        stored = format_weights(fmt)
+        for key in ("scale_dtype", "zp_dtype"):
+            if weights.get(key) not in (None, stored[key]):
+                self.fail(f"{where}.weights.{key} is {weights[key]!r}, {fmt.label} stores {stored[key]!r}")
+        return fmt
 
     def block(self, recipe: Recipe, block: dict[Any, Any]) -> Recipe:
         """Apply the `mimoquant:` block."""

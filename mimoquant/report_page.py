@@ -32,10 +32,9 @@ HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}  # Unicode categories that a
 
 CSS = """
 :root{color-scheme:light dark;--page:#f6f7f8;--card:#fff;--ink:#1b1f24;--soft:#57606a;--line:#d5dae0;--bar:#2563b8;
---other:#b3500b;--good:#176639;--bad:#b3261e;--mark:#ffe08a}
+--other:#b3500b;--good:#176639;--bad:#b3261e;--mark:#ffe08a}*{box-sizing:border-box;margin:0}
 @media screen and (prefers-color-scheme:dark){:root{--page:#121518;--card:#1b1f23;--ink:#e8eaed;--soft:#a9b1bb;
 --line:#3b424a;--bar:#7fb0ff;--other:#f2a560;--good:#74d29c;--bad:#ff8f86;--mark:#6a5200}}
-*{box-sizing:border-box;margin:0}
 body{margin:0 auto;padding:1rem;max-width:84rem;background:var(--page);color:var(--ink);overflow-wrap:anywhere;
 font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif}h1{font-size:1.25rem;margin-bottom:1rem}
 h2{font-size:1rem}small,dt,th,.note{color:var(--soft);font-size:.85rem}p,summary{margin:.2rem 0}
@@ -61,7 +60,7 @@ pre,.text{font:13px/1.5 ui-monospace,"DejaVu Sans Mono",Menlo,Consolas,monospace
 pre{white-space:pre}pre,.numbers{overflow-x:auto}ol{padding:0}li{display:flex;gap:.75rem;justify-content:space-between}
 li>span,.number{white-space:nowrap}.actual>bdi{font-weight:700;text-decoration:underline}
 mark{background:var(--mark);color:inherit;font-weight:700;border-radius:3px;padding:0 2px;outline:1px solid var(--soft)}
-@media(max-width:599px){.worst tr,.worst td{display:block}.worst td+td{border:0}.numbers :nth-child(4){display:none}}
+@media(max-width:599px){.worst tr,.worst td{display:block}.worst td+td{border:0}.numbers tr>:nth-child(4){display:none}}
 @media(min-width:600px){.figures{grid-template-columns:repeat(4,1fr)}.top{width:24%}}@media(min-width:800px){
 .cards,.stack{grid-template-columns:repeat(2,minmax(0,1fr))}.wide,.stack{grid-column:1/-1}}@media(min-width:1250px){
 .cards{grid-template-columns:repeat(3,minmax(0,1fr))}.stack{grid-column:auto;grid-template-columns:minmax(0,1fr)}
@@ -134,9 +133,9 @@ def comparisons(facts: Facts) -> list[tuple[str, str]]:
     """(name, sentence): what to hold J against."""
     floor, baseline, said = facts["noise_floor"], facts["baseline"], "not measured"
     if floor:
-        largest = max(floor["batch"], floor["relative_noise"])
+        mean, largest = facts["j"]["mean"], max(floor["batch"], floor["relative_noise"])
         said = f"{number(floor['batch'])} (other batch shape), {number(floor['relative_noise'])} (2⁻⁹ relative noise)"
-        said += f"; J is {number(facts['j']['mean'] / largest, 3)} times the larger" if largest > 0 else ""
+        said += f"; J is {number(mean / largest, 3)} times the larger" if largest > 0 and mean > 0 else ""
     out = [("noise floor", said)]
     if baseline:
         told = "better" if baseline["high"] < 0 else "worse" if baseline["low"] > 0 else "not told apart"
@@ -188,7 +187,7 @@ def eval_text(facts: Facts) -> str:
         names = [visible(d["domain"])[:NAME_CHARS] for d in facts["by_domain"]]
         cells = [(number(d["j"]), interval(d), percent(d["top1"]), str(d["tokens"])) for d in facts["by_domain"]]
         lines += ["", *table(head, [(name, *row) for name, row in zip(names, cells, strict=True)])]
-    worst = sorted(facts["layers"], key=lambda v: -drawable(v["relative_error"]))[:5]
+    worst = sorted(facts["layers"], key=lambda v: (math.isfinite(v["relative_error"]), -v["relative_error"]))[:5]
     if worst:
         kinds = [(str(v["layer"]), v["kind"], "quantized" if v["quantized"] else "kept") for v in worst]
         errors = [(percent(v["routing_overlap"]), number(v["relative_error"])) for v in worst]
@@ -270,9 +269,11 @@ def bars(items: Sequence[Bar], height: int, y: Scale) -> list[str]:
         x, width = across(left), across(right - left)
         hit = tag("rect", x=x, width=width, y=0.0, height=float(height), class_="hit")
         drawn = tag("rect", x=x, width=width, y=height - tall, height=tall, class_=style) if tall else ""
+        if value is not None and not math.isfinite(value):
+            drawn = write((left + right) / 2, height - 6, number(value), "middle name")
         out.append(tag("g", tag("title", escaped(title)), hit, drawn))
-    if not any(drawable(item[2]) for item in items):
-        out.append(write(0.5, height * 0.4, "every value is 0", "middle name"))
+    if all(item[2] == 0 for item in items):
+        out.append(write(0.5, height * 0.4, "nothing above 0", "middle name"))
     return out
 
 
@@ -287,10 +288,11 @@ def rows_plot(rows: Sequence[Row], x: Scale, label: str, kind: str = "rows", lim
         marks += [write(0, y - 11, name, "name", 5), write(1, y - 11, number(value), "name end", -5)]
         if not x.log:
             marks.append(tag("rect", x="0%", width=across(at), y=y - 5, height=10, class_="pale"))
-        if low is not None and high is not None:
+        if low is not None and high is not None and math.isfinite(high - low):
             marks.append(line(x.at(low), y, x.at(high), y, "range"))
             marks += [line(x.at(end), y - 5, x.at(end), y + 5, "range") for end in (low, high)]
-        marks.append(tag("circle", cx=across(at), cy=y, r=5, class_="dot" if drawable(value) else "hollow"))
+        if value is not None and math.isfinite(value):
+            marks.append(tag("circle", cx=across(at), cy=y, r=5, class_="dot" if value else "hollow"))
         out.append(tag("g", tag("title", escaped(title)), *marks))
     return plot(len(rows) * step, out, label, x.axis("nats per token" + (", log" if x.log else "")), kind=kind)
 
@@ -329,10 +331,10 @@ def histogram_card(facts: Facts) -> str:
     for i, share in shares.items():
         title = f"{number(edges[i])} to {number(edges[i + 1])}: {counts[i]} tokens, {percent(share)}"
         items.append((x.at(edges[i]), x.at(edges[i + 1]), 100 * share, title, "bar"))
-    across_x, label = x.axis("J of a token, nats, log"), "histogram of J per token"
+    across_x, label = x.axis("J of a token, nats, log; outer bins open"), "histogram of J per token"
     chart = plot(180, bars(items, 180, y), label, across_x, y.axis("% of tokens"), "histogram")
     outside = facts["tokens"] - sum(counts)
-    rest = note(f"{outside} tokens lie outside the histogram, as a J of 0 does") if outside > 0 else ""
+    rest = note(f"{outside} tokens are not in the histogram") if outside > 0 else ""
     return card("J per token", chart, rows_plot(rows, x, "quantiles of J per token", "aligned"), rest)
 
 
@@ -381,7 +383,7 @@ def layers_card(facts: Facts) -> str:
         items.append((middle - half, middle + half, v["relative_error"], title, style))
         if v["kind"] == "global":
             below.append(tag("circle", cx=across(middle), cy=205, r=3, class_="below"))
-        if overlap is not None:
+        if overlap is not None and math.isfinite(overlap):
             dot = tag("circle", cx=across(middle), cy=90 * (1 - share.at(overlap)), r=3.5, class_="dot")
             dots.append(tag("g", tag("title", escaped(title)), dot))
     marks, y_axis = [*bars(items, 200, y), *below], y.axis("relative error of hidden states")
@@ -397,14 +399,14 @@ def top5(row: Facts, side: str) -> str:
     lines = []
     for token, probability in row[f"{side}_top5"]:
         sign = tag("bdi", html.escape(token_sign(token)), class_="text")
-        style = "actual" if token == row["token"] else "other"
-        lines.append(tag("li", sign, tag("span", number(probability, 3)), class_=style))
+        same = token == row["token"] and "\ufffd" not in token  # pieces of a character all look like that
+        lines.append(tag("li", sign, tag("span", number(probability, 3)), class_="actual" if same else "other"))
     return tag("td", tag("small", side), tag("ol", *lines), class_="top")
 
 
 def worst_card(facts: Facts) -> str:
     rows = []
-    for row in facts["worst_tokens"]:
+    for row in (row for row in facts["worst_tokens"] if row["j"] != 0):
         context = visible(row["context"])
         before = html.escape("…" + context[-CONTEXT_CHARS:] if len(context) > CONTEXT_CHARS else context)
         where = f"{row['domain']}, sequence {row['sequence']}, position {row['position']}"
@@ -412,11 +414,7 @@ def worst_card(facts: Facts) -> str:
         cells = [tag("td", f"J {number(row['j'])}", class_="number"), tag("td", said, note(where))]
         rows.append(tag("tr", *cells, top5(row, "reference"), top5(row, "candidate")))
     hint = "Marked: the token that followed. Beside it, what both models expected; what did follow is underlined."
-    return (
-        card(f"The {len(rows)} worst tokens", note(hint), tag("table", *rows, class_="worst"), kind="wide")
-        if rows
-        else ""
-    )
+    return card("Worst tokens", note(hint), tag("table", *rows, class_="worst"), kind="wide") if rows else ""
 
 
 def about_card(facts: Facts) -> str:

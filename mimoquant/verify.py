@@ -19,8 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mimoquant.checkpoint.hf_files import CONFIG_NAME
-from mimoquant.checkpoint.index import CheckpointIndex, open_index, read_json_object
+from mimoquant.checkpoint.index import CheckpointIndex, open_index
 from mimoquant.checkpoint.journal import JOURNAL_NAME, file_sha256, read_journal
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.checkpoint.writer import Entry
@@ -28,6 +27,7 @@ from mimoquant.container import expert_tensors
 from mimoquant.errors import CheckpointError, MimoquantError, UsageError
 from mimoquant.layer_weights import dequantize, read_experts, read_matrix, split_qkv
 from mimoquant.model.layout import PROJECTIONS
+from mimoquant.pipeline import written_texts
 from mimoquant.plan import Copy, Dequantize, Experts, Plan, Shapes, Unit, make_plan
 from mimoquant.quant.engine_cpu import CpuEngine
 from mimoquant.quant.stack import Audit, Stack
@@ -102,7 +102,7 @@ def _check_files(out: Path, plan: Plan, report: VerifyReport) -> None:
     """Shards against plan and journal, config.json, nothing missing, nothing extra."""
     try:
         journal = {line.file: line for line in read_journal(out / JOURNAL_NAME)}
-    except CheckpointError as error:
+    except (CheckpointError, OSError) as error:
         report.problem(str(error))
         journal = {}
     planned = {unit.file: unit for unit in plan.units}
@@ -120,17 +120,21 @@ def _check_files(out: Path, plan: Plan, report: VerifyReport) -> None:
         elif (sha256 := file_sha256(out / file)) != line.sha256:
             report.problem(f"{file}: sha256 is {sha256[:12]}..., the journal has {line.sha256[:12]}...")
         report.checked["files"] += 1
-    for name in plan.side_files:
-        if not (out / name).is_file():
+    texts = written_texts(plan, {line.unit: line for line in journal.values()}) if len(journal) == len(planned) else {}
+    for name in [*plan.side_files, *texts]:
+        path = out / name
+        if not path.is_file():
             report.problem(f"{name}: is missing")
-        elif file_sha256(out / name) != file_sha256(plan.layout.index.folder / name):
+        elif name in plan.side_files and file_sha256(path) != file_sha256(plan.layout.index.folder / name):
             report.problem(f"{name}: differs from the source's")
+        elif name in texts and path.read_bytes() != texts[name]:
+            report.problem(f"{name}: is not what the recipe makes of this source")
         report.checked["files"] += 1
-    try:
-        if read_json_object(out / CONFIG_NAME) != plan.config:
-            report.problem(f"{CONFIG_NAME}: is not what the recipe makes of the source's")
-    except CheckpointError as error:
-        report.problem(str(error))
+    expected = {*planned, *plan.side_files, *texts, JOURNAL_NAME}
+    for path in sorted(out.rglob("*")) if texts else []:
+        name = path.relative_to(out).as_posix()
+        if name not in expected and name not in (*present, "report.html") and not path.is_dir():
+            report.problem(f"{name}: is an extra file")
 
 
 def _check_headers(index: CheckpointIndex, plan: Plan, report: VerifyReport) -> None:
@@ -216,7 +220,8 @@ class _Values:
         stacks = read_experts(self.ours, self.plan.layout, step.layer, step.begin, step.end)
         stored = self._stored_parts(step, stacks)
         for projection in PROJECTIONS:
-            audits = self.engine.audit(stacks[projection], step.fmt, stored[projection])
+            search = self.plan.recipe.scale_search
+            audits = self.engine.audit(stacks[projection], step.fmt, search, stored[projection])
             for position, audit in enumerate(audits):
                 name = self.plan.layout.expert(step.layer, step.begin + position, projection).name
                 self._judge(name, audit)
@@ -246,7 +251,9 @@ class _Values:
         report.checked["quantized tensors"] += 1
         self.total = self.total.merge(audit)
         report.mean_relative_error = self.total.relative_error
-        if audit.outside:
+        if not audit.scales_ok:
+            report.problem(f"{name}: has scales that are not finite or not positive")
+        elif audit.outside:
             report.problem(
                 f"{name}: {audit.outside} values lie outside the rounding interval of their code, "
                 f"the worst at {audit.worst:.3g} half steps"

@@ -79,7 +79,9 @@ def main() -> None:
     print(
         "\nrelMSE: squared error of the experts' weights over their squared size. half steps:\n"
         "the largest rounding error in half grid steps (1 is nearest rounding). proven: tensors held\n"
-        "against the source; those that are not experts' have its very value."
+        "against the source; those that are not experts' have its very value. int4 and NVFP4 are no\n"
+        "smaller here because experts are only 41 % of this checkpoint (97 % of the real ones), and\n"
+        "FP8 weights beside them become bf16 in that container."
     )
     if keep:
         console.print(f"outputs: {keep}")

@@ -137,3 +137,18 @@ def test_the_written_recipe_loads_in_llmcompressor(tmp_path: Path) -> None:
         fmt = next(iter(plan.formats.values()))
         assert (scheme.weights.num_bits, scheme.weights.group_size) == (4, fmt.group_size)
         assert np.all([target in scheme.targets for target in [EXPERTS]])
+
+
+def test_eval_kl_reads_the_peers_output(source: Path, tmp_path: Path) -> None:
+    """Whatever its sharding and ignore list. Equal weights (MXFP4) give an equal J, few other codes a near one."""
+    from mimoquant.calibration.tokens import load_tokens
+    from mimoquant.evaluation.evaluate import eval_kl
+
+    ids = tmp_path / "ids.npy"
+    np.save(ids, np.random.default_rng(0).integers(0, 1024, (4, 48)))
+    tokens = load_tokens([str(ids)], source, sequences=None, tokens=48, vocab=1024)
+    for scheme, tolerance in (("MXFP4A16", 0.0), ("W4A16", 0.1)):
+        both(source, scheme, tmp_path / scheme)
+        ours, peer = (eval_kl(source, tmp_path / scheme / side, tokens, noise_floor=False)["j"]["mean"]
+                      for side in ("ours", "peer"))  # fmt: skip
+        assert 0 < peer == pytest.approx(ours, rel=tolerance)

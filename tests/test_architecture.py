@@ -39,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "plan": {"errors", "checkpoint", "container", "model", "quant.formats", "recipe"},
     "pipeline": {"errors", "checkpoint", "container", "devices", "layer_weights", "model", "overlap", "plan",
                  "quant.stack", "report"},
-    "verify": {"errors", "checkpoint", "container", "layer_weights", "model", "plan", "quant", "recipe"},
+    "verify": {"errors", "checkpoint", "container", "layer_weights", "model", "pipeline", "plan", "quant", "recipe"},
     "evaluation": {"errors", "calibration", "checkpoint", "model", "model_weights", "plan"},
     "synth_files": {"checkpoint", "model"},
     "synth_weights": {"errors", "checkpoint", "layer_weights", "model"},

@@ -322,3 +322,40 @@ def test_progress_is_one_line_a_unit_off_a_terminal(tmp_path: Path) -> None:
 
 def test_version() -> None:
     assert call("--version").stdout == f"mimoquant {mimoquant.__version__}\n"
+
+
+@pytest.mark.parametrize("out", [".", "/", "", "x" * 300, "loop/out"])
+def test_an_out_that_cannot_be_is_refused(out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    result = call("quantize", MICRO, "-r", "mxfp4-rtn", "--out", out, "--device", "cpu")
+    assert result.exit_code == 2 and result.stderr.startswith("error: "), result.output
+    assert "Traceback" not in result.output and [path.name for path in tmp_path.iterdir()] == ["loop"]
+
+
+def test_paths_too_long_and_a_full_stdout_end_in_a_sentence() -> None:
+    for arguments in (("inspect", "x" * 5000), ("plan", MICRO, "-r", "x" * 5000 + "/r.yaml")):
+        result = call(*arguments)
+        assert result.exit_code == 2 and "too long" in result.stderr, result.output
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "mimoquant", "inspect", str(MICRO)]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 4 and "No space left" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_source_that_contradicts_itself_about_its_ranks(copy: Path) -> None:
+    edit_json(copy / INDEX_NAME, lambda index: index["metadata"].update(tp_size=1))
+    result = call("plan", copy, "-r", "mxfp4-rtn")
+    assert result.exit_code == 3 and "tp_size 1" in result.stderr and "over 2" in result.stderr
+
+
+def test_readers_that_leave_do_not_stop_a_run(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = (
+        f"{sys.executable} -m mimoquant quantize {MICRO} -r mxfp4-rtn -o {out} --device cpu 2>&1 >/dev/null | head -1"
+    )
+    subprocess.run(["bash", "-c", command], check=True, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 30
+    while not out.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert out.is_dir()

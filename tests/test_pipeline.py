@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ import mimoquant
 from mimoquant import pipeline
 from mimoquant.checkpoint.index import open_index
 from mimoquant.checkpoint.reader import CheckpointReader
-from mimoquant.errors import RecipeError, StoppedError, UsageError
+from mimoquant.errors import CheckpointError, RecipeError, UsageError
 from mimoquant.plan import Plan, make_plan
 from mimoquant.quant.engine_torch import TorchEngine
 from mimoquant.recipe import load_recipe, parse_recipe, shipped_recipes
@@ -72,7 +74,7 @@ def test_the_written_recipe_repeats_the_run_byte_for_byte(tmp_path: Path) -> Non
 def test_chunking_does_not_change_the_output(tmp_path: Path) -> None:
     run("int4-g32-mse", tmp_path / "whole")
     plan = make_plan(MICRO, load_recipe("int4-g32-mse"), chunk_bytes=1)
-    assert plan.fingerprint() == make_plan(MICRO, load_recipe("int4-g32-mse")).fingerprint()
+    assert plan.identity() == make_plan(MICRO, load_recipe("int4-g32-mse")).identity()
     pipeline.quantize(plan, tmp_path / "single", device="cpu")
     assert contents(tmp_path / "whole") == contents(tmp_path / "single")
 
@@ -163,7 +165,7 @@ def test_a_resume_under_another_recipe_is_refused(tmp_path: Path) -> None:
         run("int4-g128-mse", tmp_path / "out", progress=stop)
     with pytest.raises(UsageError, match="unfinished run"):
         run("int4-g128-mse", tmp_path / "out")
-    with pytest.raises(UsageError, match="cannot be resumed, plan was"):
+    with pytest.raises(UsageError, match="cannot be resumed, recipe was"):
         run("int4-g128-rtn", tmp_path / "out", resume=True)
 
 
@@ -218,7 +220,7 @@ def test_the_source_is_never_touched(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_noticed_before_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "free_bytes", lambda folder: 10**6)
-    with pytest.raises(StoppedError, match=r"needs .* but 0\.00 GB are free"):
+    with pytest.raises(UsageError, match=r"needs .* but 0\.00 GB are free"):
         run("int4-g128-rtn", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -243,3 +245,70 @@ def test_each_source_byte_is_read_once(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(pipeline, "CheckpointReader", Counting)
     plan = run("mxfp4-rtn", tmp_path / "out")
     assert [reader.bytes_read for reader in readers] == [plan.source_bytes]
+
+
+def test_a_folder_that_is_not_ours_is_never_adopted_or_removed(tmp_path: Path) -> None:
+    foreign = tmp_path / "out.partial"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("mine")
+    for resume in (False, True):
+        with pytest.raises(UsageError, match="not an unfinished run of ours"):
+            run("mxfp4-rtn", tmp_path / "out", resume=resume)
+    (tmp_path / "link.partial").symlink_to(MICRO)
+    before = sorted(MICRO.iterdir())
+    with pytest.raises(UsageError, match="in the way"):
+        run("mxfp4-rtn", tmp_path / "link", resume=True)
+    assert (foreign / "thesis.txt").read_text() == "mine" and sorted(MICRO.iterdir()) == before
+
+
+@pytest.mark.parametrize("make", ["link", "fifo", "closed"])
+def test_side_files_are_looked_at_before_anything_is_done(make: str, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(MICRO, tmp_path / "source"))
+    if make == "link":
+        (tmp_path / "secret").write_text("x")
+        (source / "extra.json").symlink_to(tmp_path / "secret")
+    elif make == "fifo":
+        os.mkfifo(source / "extra.json")
+    else:
+        (source / "sub").mkdir(mode=0o000)
+        if os.access(source / "sub", os.R_OK):
+            pytest.skip("root may enter any folder")
+    with pytest.raises(CheckpointError, match=r"extra\.json|sub"):
+        make_plan(source, load_recipe("mxfp4-rtn"))
+
+
+def test_side_files_count_in_the_plan(tmp_path: Path) -> None:
+    source = Path(shutil.copytree(MICRO, tmp_path / "source"))
+    (source / "dflash").mkdir()
+    (source / "dflash" / "model.safetensors").write_bytes(bytes(123_456))
+    plan = make_plan(source, load_recipe("mxfp4-rtn"))
+    assert plan.side_files["dflash/model.safetensors"] == 123_456
+    assert plan.side_bytes == 123_456 + make_plan(MICRO, load_recipe("mxfp4-rtn")).side_bytes
+    pipeline.quantize(plan, tmp_path / "out", device="cpu")
+    assert (tmp_path / "out" / "dflash" / "model.safetensors").stat().st_size == 123_456
+    assert verify(tmp_path / "out", source).ok
+
+
+def test_a_nan_in_a_copied_weight_stops_the_run(tmp_path: Path) -> None:
+    source = Path(shutil.copytree(MICRO, tmp_path / "source"))
+    info = open_index(source).tensors["model.norm.weight"]
+    raw = bytearray((source / info.file).read_bytes())
+    raw[info.offset : info.offset + 2] = b"\xc0\x7f"
+    (source / info.file).write_bytes(raw)
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight: holds NaN or Inf"):
+        pipeline.quantize(make_plan(source, load_recipe("mxfp4-rtn")), tmp_path / "out", device="cpu")
+
+
+def test_kernels_compile_where_nothing_can_be_cached(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mimoquant.quant import cpu_kernels
+
+    calls = []
+
+    def njit(**options: object) -> Callable[[object], object]:
+        calls.append(options)
+        if options.get("cache"):
+            raise RuntimeError("no locator available")
+        return lambda function: function
+
+    monkeypatch.setattr(cpu_kernels, "njit", njit)
+    assert cpu_kernels._compiled()(len) is len and [call.get("cache") for call in calls] == [True, None]

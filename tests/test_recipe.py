@@ -449,3 +449,20 @@ def test_resolved_recipes_load_in_llm_compressor(name: str, tmp_path: Path) -> N
     assert list(scheme.targets) == list(group.targets)
     assert (scheme.weights.num_bits, scheme.weights.group_size) == (4, group.fmt.group_size)
     assert list(carrier.ignore) == list(load_recipe(name).ignore)
+
+
+def test_groups_that_disagree_about_their_observer_are_refused() -> None:
+    group = "{{targets: ['re:.*layers.{}.mlp.experts.*'], weights: {{num_bits: 4, type: int, group_size: 32{}}}}}"
+    for second in (", observer: minmax", ""):
+        groups = f"{{a: {group.format(1, ', observer: mse')}, b: {group.format(2, second)}}}"
+        text = f"default_stage: {{default_modifiers: {{QuantizationModifier: {{config_groups: {groups}}}}}}}"
+        with pytest.raises(RecipeError, match="different observers"):
+            parse_recipe(text, "test")
+
+
+def test_a_scale_dtype_that_is_not_the_formats_is_refused() -> None:
+    weights = "{num_bits: 4, type: int, group_size: 32, scale_dtype: torch.uint8}"
+    groups = f"{{a: {{targets: ['re:.*experts.*'], weights: {weights}}}}}"
+    text = f"default_stage: {{default_modifiers: {{QuantizationModifier: {{config_groups: {groups}}}}}}}"
+    with pytest.raises(RecipeError, match=r"scale_dtype is 'torch\.uint8', int4 g32 stores None"):
+        parse_recipe(text, "test")

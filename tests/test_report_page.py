@@ -67,10 +67,11 @@ def missing() -> Facts:
 def itself() -> Facts:
     """A model compared with itself: one layer, one domain, one bucket, and everything exactly 0."""
     facts = facts_of(1) | dict.fromkeys(("kl_forward", "kl_reverse", "symmetric_sum"), 0.0)
-    facts |= {"max_kl": None, "passed": None, "baseline": None, "worst_tokens": [], "nonfinite_share": 0.0}
+    facts |= {"max_kl": None, "passed": None, "baseline": None}
     facts["j"] = dict.fromkeys(facts["j"], 0.0)
     facts["noise_floor"] = {"batch": 0.0, "relative_noise": 0.0}
     facts["histogram"]["counts"] = [0, 0, 0, 0]
+    facts["worst_tokens"][0]["j"] = 0.0
     facts["by_domain"] = [facts["by_domain"][0] | {"j": 0.0, "low": 0.0, "high": 0.0}]
     facts["by_position"] = [{"begin": 0, "end": 256, "tokens": 1000, "j": 0.0}]
     facts["by_confidence"] = [{"low": 0.0, "high": 1.0, "tokens": 1000, "j": 0.0}]
@@ -236,7 +237,8 @@ def test_the_verdict(change: Facts, word: str, tone: str, said: str) -> None:
 def test_a_model_compared_with_itself() -> None:
     page, text = eval_page(itself()), eval_text(itself())
     assert text.startswith("IDENTICAL    J 0 nats per token")
-    assert page.count("every value is 0") == 4  # histogram, position, confidence, layers
+    assert "Worst tokens" not in page
+    assert page.count("nothing above 0") == 4  # histogram, position, confidence, layers
     assert page.count('class="hollow"') == 3 + 6 + 1  # candidate and two noises, quantiles, one domain
     assert 'class="dot"' in page  # the routing overlap, which is 1
     for word in ("nan", "inf"):
@@ -245,14 +247,17 @@ def test_a_model_compared_with_itself() -> None:
 
 def test_a_nan_is_said_aloud() -> None:
     assert "NOT FINITE" in eval_page(broken())
+    assert Reader(eval_page(broken())).text("text").split().count("nan") == 1 + 6 + 1  # candidate, quantiles, a layer
     assert eval_text(broken()).startswith("NOT FINITE   J nan")
+    assert 'class="hollow"' not in eval_page(broken())  # which would say 0
     assert "25.00 % of the rows are not finite" in eval_text(broken())
+    assert re.search(r"relative error\n3 .* nan\n7 ", eval_text(broken()))  # NaN is the worst of all
 
 
 def test_missing_parts_leave_no_trace() -> None:
     page, text = eval_page(missing()), eval_text(missing())
     assert "not measured" in text and "none given" in text
-    for absent in ("Error by layer", "worst token", "dashed line", "Baseline", "None"):
+    for absent in ("Error by layer", "Worst token", "dashed line", "Baseline", "None"):
         assert absent not in page
     for absent in ("worst layers", "domain ", "baseline", "host memory", "None"):
         assert absent not in text
@@ -277,6 +282,12 @@ def test_the_worst_tokens_show_their_context_and_both_opinions() -> None:
     assert sum(found.get("class") == "actual" for _, found in reader.elements) == 2
     assert "␣]" in reader.text("bdi")
     assert "code, sequence 3, position 17" in reader.text("p")
+
+
+def test_a_piece_of_a_character_is_not_taken_for_another() -> None:
+    facts = facts_of()
+    facts["worst_tokens"][0] |= {"token": "\ufffd", "reference_top5": [["\ufffd", 0.5], ["\ufffd", 0.25]]}
+    assert "actual" not in [found.get("class") for _, found in Reader(eval_page(facts)).elements]
 
 
 def test_layers_differ_in_more_than_colour() -> None:

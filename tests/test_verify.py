@@ -195,3 +195,43 @@ def test_changed_source_values_are_seen(outputs: dict[str, Path], tmp_path: Path
     edit(other, "model.layers.1.mlp.gate.weight", lambda raw: raw.__setitem__(0, raw[0] ^ 1))
     report = verify(outputs["int4-g128-mse"], other)
     assert report.problems == ["model.layers.1.mlp.gate.weight: its bytes are not the source's"]
+
+
+def test_an_expert_that_is_clipped_away(outputs: dict[str, Path], tmp_path: Path) -> None:
+    """Every code at the end of the grid, every scale tiny: nearest rounding of a kind, and worthless."""
+    folder = Path(shutil.copytree(outputs["mxfp4-mse"], tmp_path / "out"))
+
+    def saturate(raw: np.ndarray) -> None:
+        raw[:] = (raw & 0x88) | 0x77
+
+    edit(folder, f"{EXPERT}.weight", saturate)
+    edit(folder, f"{EXPERT}.weight_scale", lambda raw: raw.fill(1))
+    mend_journal(folder)
+    assert f"{EXPERT}.weight: " in problems(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("recipe.yaml", "scale_search: mse", "scale_search: absmax"),
+        ("report.json", '"method": "rtn"', '"method": "gptq"'),
+        ("README.md", "Only the routed experts", "All weights"),
+        (INDEX_NAME, '"total_size": ', '"total_size": 1'),
+    ],
+)
+def test_an_edited_text_file(damaged: Path, file: str, old: str, new: str) -> None:
+    text = (damaged / file).read_text()
+    assert old in text
+    (damaged / file).write_text(text.replace(old, new))
+    found = problems(damaged)
+    assert "is not what the recipe makes of this source" in found
+
+
+def test_files_that_nobody_planned(damaged: Path) -> None:
+    (damaged / "modeling_evil.py").write_text("import os")
+    (damaged / "sub").mkdir()
+    (damaged / "sub" / "a.bin").write_bytes(b"x")
+    (damaged / "report.json").unlink()
+    found = problems(damaged)
+    assert "modeling_evil.py: is an extra file" in found and "sub/a.bin: is an extra file" in found
+    assert "report.json: is missing" in found

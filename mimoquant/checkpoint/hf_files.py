@@ -8,21 +8,30 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from mimoquant.checkpoint.index import INDEX_NAME, resolve_inside
 from mimoquant.checkpoint.writer import fsync_folder
-from mimoquant.errors import StoppedError
+from mimoquant.errors import CheckpointError, StoppedError
 
 CONFIG_NAME = "config.json"
 _WRITTEN_ANEW = {CONFIG_NAME, INDEX_NAME, "README.md", "recipe.yaml", "report.json", "report.html", "journal.jsonl"}
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".onnx", ".h5", ".msgpack")
 
 
-def side_files(folder: Path) -> list[str]:
-    """Relative paths of the files to carry over, sorted. Hidden files and top-level weights are not among them."""
+def side_files(folder: Path) -> dict[str, int]:
+    """Relative path → bytes of the files to carry over, sorted. Hidden files and top-level weights are not among them.
+
+    Raises CheckpointError for one that cannot be read, leads out of the folder or is no regular file: before anything
+    is done, rather than after hours.
+    """
+
+    def fail(error: OSError) -> None:
+        raise CheckpointError(f"{error.filename}: cannot be read ({error.strerror})") from error
+
     names: list[str] = []
-    for root, folders, files in os.walk(folder):
+    for root, folders, files in os.walk(folder, onerror=fail):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         relative = Path(root).relative_to(folder)
         for file in files:
@@ -31,10 +40,16 @@ def side_files(folder: Path) -> list[str]:
             if relative == Path() and file.endswith(_WEIGHT_SUFFIXES):
                 continue
             names.append((relative / file).as_posix())
-    return sorted(names)
+    sizes: dict[str, int] = {}
+    for name in sorted(names):
+        path = resolve_inside(folder, name)
+        if not os.access(path, os.R_OK):
+            raise CheckpointError(f"{path}: cannot be read (Permission denied)")
+        sizes[name] = path.stat().st_size
+    return sizes
 
 
-def copy_side_files(source: Path, target: Path, names: list[str]) -> None:
+def copy_side_files(source: Path, target: Path, names: Iterable[str]) -> None:
     """Copy `names` (from `side_files`) byte for byte; links out of the source folder are refused."""
     for name in names:
         origin, destination = resolve_inside(source, name), target / name

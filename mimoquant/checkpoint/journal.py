@@ -67,6 +67,7 @@ class RunFolder:
         self._resume = resume
         self._lock = -1
         self._journal = -1
+        self._ours = False  # whether this process made the folder
         self.finished: dict[str, JournalLine] = {}
 
     def __enter__(self) -> RunFolder:
@@ -76,7 +77,9 @@ class RunFolder:
             self._open()
         except OSError as error:
             self._close()
-            raise StoppedError(f"{self.partial}: cannot be written ({error.strerror})") from error
+            raise UsageError(
+                f"{self.partial}: cannot be written ({error.strerror})", hint="choose another --out"
+            ) from error
         except BaseException:
             self._close()
             raise
@@ -90,9 +93,11 @@ class RunFolder:
 
     def record(self, line: JournalLine) -> None:
         """Append one durable line; the shard it names must be durable already."""
-        fsync_folder(self.partial)
         try:
-            os.write(self._journal, json.dumps(asdict(line)).encode() + b"\n")
+            fsync_folder(self.partial)
+            view = memoryview(json.dumps(asdict(line)).encode() + b"\n")
+            while view:
+                view = view[os.write(self._journal, view) :]
             os.fsync(self._journal)
         except OSError as error:
             raise StoppedError(
@@ -105,22 +110,26 @@ class RunFolder:
         """Rewrite the journal in plan order and rename the folder to its final name."""
         lines = "".join(json.dumps(asdict(self.finished[unit])) + "\n" for unit in order)
         write_file_durably(self.partial / JOURNAL_NAME, lines.encode())
-        self.path(RUN_NAME).unlink()
-        fsync_folder(self.partial)
-        os.rename(self.partial, self.out)
-        fsync_folder(self.out.parent)
+        try:
+            self.path(RUN_NAME).unlink()
+            fsync_folder(self.partial)
+            os.rename(self.partial, self.out)
+            fsync_folder(self.out.parent)
+        except OSError as error:
+            raise StoppedError(
+                f"{self.out}: the finished {self.partial.name} cannot get its name ({error.strerror})",
+                hint="everything is written: rename the folder yourself",
+            ) from error
 
     def discard(self) -> None:
-        """Remove the folder: the run ended before anything in it was worth keeping."""
-        shutil.rmtree(self.partial, ignore_errors=True)
+        """Remove the folder if this run made it: it ended before anything in it was worth keeping."""
+        if self._ours:
+            shutil.rmtree(self.partial, ignore_errors=True)
 
     def _open(self) -> None:
-        fresh = not self.partial.exists()
-        if not fresh and not self._resume:
-            raise UsageError(
-                f"{self.partial}: an unfinished run is there",
-                hint="continue it with --resume, or remove that folder to start again",
-            )
+        if self.partial.is_symlink() or (self.partial.exists() and not self.partial.is_dir()):
+            raise UsageError(f"{self.partial}: is in the way and no folder of ours", hint="move it away")
+        self._ours = not self.partial.exists()
         self.partial.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(self.partial, os.O_RDONLY)
         try:
@@ -128,11 +137,18 @@ class RunFolder:
         except BlockingIOError as error:
             raise UsageError(f"{self.partial}: another run is writing there", hint="wait for it, or stop it") from error
         run_path = self.path(RUN_NAME)
-        if run_path.exists():
+        if self._ours:
+            write_file_durably(run_path, json.dumps(self._identity, indent=2).encode())
+        elif not run_path.is_file():
+            raise UsageError(f"{self.partial}: is in the way and not an unfinished run of ours", hint="move it away")
+        elif not self._resume:
+            raise UsageError(
+                f"{self.partial}: an unfinished run is there",
+                hint="continue it with --resume, or remove that folder to start again",
+            )
+        else:
             self._check_identity(run_path)
             self._keep_finished()
-        else:
-            write_file_durably(run_path, json.dumps(self._identity, indent=2).encode())
         self._journal = os.open(self.path(JOURNAL_NAME), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
 
     def _check_identity(self, path: Path) -> None:
@@ -145,7 +161,7 @@ class RunFolder:
         for key, now in self._identity.items():
             if before.get(key) != now:
                 raise UsageError(
-                    f"{self.partial}: cannot be resumed, {key} was {before.get(key)} and is now {now}",
+                    f"{self.partial}: cannot be resumed, {key} was {str(before.get(key))[:16]}, is now {str(now)[:16]}",
                     hint="resume with what the run began with, or remove the folder and start again",
                 )
 

@@ -223,6 +223,12 @@ def read_layout(
     """
     where = str(index.folder)
     geometry = read_geometry(config, f"{where}/config.json", packed=packed)
+    ranks = index.metadata.get("tp_size")
+    if geometry.fused_qkv and ranks is not None and ranks != geometry.qkv_chunks:
+        raise CheckpointError(
+            f"{where}: the index says the fused qkv is interleaved over tp_size {ranks!r}, "
+            f"config.json's num_key_value_heads over {geometry.qkv_chunks}"
+        )
     left = dict(index.tensors)
     claim = _Claims(left, geometry, where)
     take_expert = claim.take_packed if packed else claim.take

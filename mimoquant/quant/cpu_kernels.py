@@ -30,12 +30,20 @@ NO8, NO16, NO_SCALES = np.empty((0, 0), np.uint8), np.empty((0, 0), np.uint16), 
 NO_ROWS = np.empty(0, np.int64)
 
 
-def _jit(function: Any) -> Any:
-    return njit(nogil=True, cache=True, error_model="numpy")(function)
+def _compiled(**options: Any) -> Any:
+    """njit without Python's checks on division, and with a cache on disk where there is a place for one."""
+
+    def decorate(function: Any) -> Any:
+        try:
+            return njit(nogil=True, cache=True, error_model="numpy", **options)(function)
+        except RuntimeError:  # neither the package's folder nor the home can be written: compile in every process
+            return njit(nogil=True, error_model="numpy", **options)(function)
+
+    return decorate
 
 
-def _inline(function: Any) -> Any:
-    return njit(nogil=True, cache=True, error_model="numpy", inline="always")(function)
+_jit = _compiled()
+_inline = _compiled(inline="always")
 
 
 @_inline
@@ -314,10 +322,11 @@ def dequantize_rows(fp8, scales, scale_row, begin, end, out):  # type: ignore[no
 
 
 @_jit
-def audit_rows(fp8, bf16, scales, scale_row, begin, end, codes, group_scale, zero, table):  # type: ignore[no-untyped-def]
+def audit_rows(fp8, bf16, scales, scale_row, begin, end, codes, group_scale, zero, table, overshoot):  # type: ignore[no-untyped-def]
     """Hold codes against their source: is every source value in the rounding interval of its code?
 
-    `table` float32 [3, 16]: grid value, lower and upper end of each code's interval, in units of the scale.
+    `table` float32 [3, 16]: grid value, lower and upper end of each code's interval, in units of the scale; beyond the
+    ends of the grid a value may lie `overshoot` scales away, which is what the search can clip.
     Returns (largest distance in half steps, values outside, sum of squared errors, sum of squared weights).
     """
     width = codes.shape[1] * 2
@@ -331,10 +340,12 @@ def audit_rows(fp8, bf16, scales, scale_row, begin, end, codes, group_scale, zer
             scale, offset = group_scale[row, i // size], zero[row, i // size]
             difference = values[i] - (table[0, code] - offset) * scale
             room = (table[2, code] if difference > 0 else table[1, code]) - table[0, code]
-            distance = 0.0 if math.isinf(room) else abs(difference) / (abs(room) * scale)
+            room = overshoot if math.isinf(room) else abs(room)
+            distance = abs(difference) / (room * scale)
+            clipped = room == overshoot
             if not (distance <= 1.00002 and scale > F32(0) and math.isfinite(scale)):
                 outside += 1
-            worst = distance if distance > worst else worst
+            worst = distance if distance > worst and not (clipped and distance <= 1.0) else worst
             error2 += float(difference) * float(difference)
             weight2 += float(values[i]) * float(values[i])
     return worst, outside, error2, weight2

@@ -19,6 +19,16 @@ from mimoquant.quant.formats import E2M1_VALUES, INT4_MULTIPLIERS, NVFP4_MULTIPL
 from mimoquant.quant.stack import Audit, NonFiniteError, Stack
 
 Array = npt.NDArray[Any]
+# How far beyond the end of the grid, in scales, a value can lie when the scale is one that the search may choose: the
+# range over the smallest scale, less the grid's end. int4: range 7.5 (15 asymmetric, where the zero point's rounding
+# adds a half), smallest multiplier .45; mxfp4: mantissa below 1.75, or an exponent one lower; nvfp4: multiplier .6, and
+# an E4M3 subnormal may be a third below what was wanted.
+_OVERSHOOT = {
+    ("int4", "absmax"): 0.54, ("int4", "mse"): 9.8,
+    ("mxfp4", "absmax"): 1.001, ("mxfp4", "mse"): 10.001,
+    ("nvfp4", "absmax"): 3.001, ("nvfp4", "mse"): 9.001,
+}  # fmt: skip
+_ASYMMETRIC_OVERSHOOT = {"absmax": 0.6, "mse": 19.0}
 
 
 class CpuEngine:
@@ -62,21 +72,23 @@ class CpuEngine:
                 parts["zero_point"] = _pack_zero_points(parts["zero_point"])
         return results
 
-    def audit(self, stack: Stack, fmt: Format, parts: dict[str, Array]) -> list[Audit]:
+    def audit(self, stack: Stack, fmt: Format, search: str, parts: dict[str, Array]) -> list[Audit]:
         """Hold stored parts (as `encode` returns them) against the source, expert by expert."""
         scale, table = _effective_scale(fmt, parts), _code_table(fmt)
+        clip = _OVERSHOOT[fmt.name, search] if fmt.symmetric else _ASYMMETRIC_OVERSHOOT[search]
         zero = np.zeros(scale.shape, np.float32)
         if not fmt.symmetric:
             zero = _unpack_zero_points(parts["zero_point"]).astype(np.float32)
         experts, rows, _ = stack.values.shape
         tasks = [
-            (e, self._pool.submit(_audit_rows, stack, e, begin, end, parts["codes"][e], scale[e], zero[e], table))
+            (e, self._pool.submit(_audit_rows, stack, e, begin, end, parts["codes"][e], scale[e], zero[e], table, clip))
             for e, begin, end in self._slabs(experts, rows)
         ]
         audits = [Audit(0.0, 0, 0.0, 0.0)] * experts
         for expert, task in tasks:
             audits[expert] = audits[expert].merge(Audit(*task.result()))
-        return audits
+        positive = [bool((np.isfinite(one) & (one > 0)).all()) for one in scale]
+        return [audit._replace(scales_ok=ok) for audit, ok in zip(audits, positive, strict=True)]
 
     def dequantize(self, values: Array, block_scales: Array, scale_row: Array) -> Array:
         """One FP8 matrix [O, I] as bf16 bits. Raises NonFiniteError."""
@@ -123,7 +135,10 @@ def _source(stack: Stack, expert: int) -> tuple[Array, Array, Array, Array]:
     return values, kernels.NO16, stack.scales[expert], np.arange(values.shape[0]) // 128
 
 
-def _audit_rows(stack: Stack, expert: int, begin: int, end: int, *stored: Array) -> tuple[float, int, float, float]:
+def _audit_rows(
+    stack: Stack, expert: int, begin: int, end: int, codes: Array, scale: Array, zero: Array, table: Array, clip: float
+) -> tuple[float, int, float, float]:
+    stored = (codes, scale, zero, table, np.float32(clip))
     worst, outside, error2, weight2 = kernels.audit_rows(*_source(stack, expert), begin, end, *stored)
     return float(worst), int(outside), float(error2), float(weight2)
 

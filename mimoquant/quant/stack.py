@@ -25,6 +25,7 @@ class Audit(NamedTuple):
     outside: int
     error2: float
     weight2: float
+    scales_ok: bool = True  # finite and positive, all of them
 
     def merge(self, other: Audit) -> Audit:
         return Audit(
