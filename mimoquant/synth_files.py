@@ -7,10 +7,8 @@ Source: the published indexes of V2-Flash, V2.5 and V2.5-Pro.
 
 from __future__ import annotations
 
-import json
 import math
 import re
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mimoquant.checkpoint.index import DTYPE_BYTES
-from mimoquant.checkpoint.writer import Entry
+from mimoquant.checkpoint.writer import Entry, shard_header
 from mimoquant.model.layout import Geometry
 
 _EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate|up|down)_proj\.(\w+)$")
@@ -68,7 +66,10 @@ PLACEMENTS = {"flash": _place_flash, "v2.5": _place_v25, "pro": _place_pro}
 
 
 class ShardFiles:
-    """All shards of a checkpoint, laid out at once and then filled in any order."""
+    """All shards of a checkpoint, laid out at once and then filled in any order.
+
+    `metadata`: whether headers carry `format: pt`; the published V2.5 and Pro files have no metadata.
+    """
 
     def __init__(self, folder: Path, entries: list[Entry], place: Placement, metadata: bool) -> None:
         self.weight_map = {entry.name: place(entry.name) for entry in entries}
@@ -80,7 +81,7 @@ class ShardFiles:
             shards.setdefault(self.weight_map[entry.name], []).append(entry)
         for file, members in shards.items():
             members.sort(key=lambda entry: (-DTYPE_BYTES[entry.dtype], entry.name))  # as the safetensors library does
-            header = _header(members, metadata)
+            header = shard_header(members, metadata=metadata)
             offset = len(header)
             for entry in members:
                 self._ranges[entry.name] = folder / file, offset, entry.size_bytes
@@ -106,16 +107,3 @@ class ShardFiles:
         if layout != "flash":
             metadata = {"save_format": "fp8", **metadata, "tp_size": tp_size}
         return {"metadata": metadata, "weight_map": dict(sorted(self.weight_map.items()))}
-
-
-def _header(entries: list[Entry], metadata: bool) -> bytes:
-    """A safetensors header. The published V2.5 and Pro files have no metadata in theirs."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}} if metadata else {}
-    begin = 0
-    for entry in entries:
-        end = begin + entry.size_bytes
-        header[entry.name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": (begin, end)}
-        begin = end
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
-    return struct.pack("<Q", len(raw)) + raw

@@ -16,6 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
+
 
 def measure(command: list[str]) -> tuple[float, float, str]:
     """(seconds, peak resident bytes, stdout) of one mimoquant process."""
@@ -62,6 +64,14 @@ def memory(gigabytes: float, folder: Path | None) -> None:
                   f"(limit 1.2 GB + one layer = {(1.2e9 + layer) / 1e9:.2f} GB)")  # fmt: skip
             seconds, peak, _ = measure(["verify", f"{work}/{recipe}", "--source", f"{work}/source"])
             print(f"verify   {recipe}: {seconds:.1f} s, peak RSS {peak / 1e9:.2f} GB", flush=True)
+        ids = Path(work) / "ids.npy"
+        np.save(ids, np.random.default_rng(0).integers(0, sizes.vocab, (16, 256)))
+        seconds, peak, _ = measure(["eval-kl", f"{work}/source", f"{work}/mxfp4-rtn", "--data", str(ids), "--tokens",
+                                    "256",
+                                    "--device", "cpu"])  # fmt: skip
+        hidden = 4 * ids.stat().st_size // 8 * sizes.hidden * 4
+        print(f"eval-kl  mxfp4-rtn, 16 x 256 tokens: {seconds:.1f} s, peak RSS {peak / 1e9:.2f} GB (limit 1.5 GB + two "
+              f"layers + hidden states = {(1.5e9 + 2 * layer + hidden) / 1e9:.2f} GB)")  # fmt: skip
 
 
 def main() -> None:

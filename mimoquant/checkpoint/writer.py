@@ -38,12 +38,14 @@ class Entry:
         return DTYPE_BYTES[self.dtype] * math.prod(self.shape)
 
 
-def shard_header(entries: list[Entry]) -> bytes:
+def shard_header(entries: list[Entry], *, metadata: bool = True) -> bytes:
     """Length prefix and JSON header of a shard with these entries in this order, padded to 8 bytes.
+
+    `metadata`: with the key `format: pt`, which some readers ask for.
 
     Raises ValueError where a tensor would start at an address its dtype cannot be read from.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}} if metadata else {}
     position = 0
     for entry in entries:
         if position % DTYPE_BYTES[entry.dtype]:
