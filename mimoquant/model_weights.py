@@ -95,27 +95,36 @@ class CheckpointWeights:
 
     def _stack(self, number: int, begin: int, end: int, projection: str) -> torch.Tensor:
         weights = [self.layout.expert(number, expert, projection) for expert in range(begin, end)]
-        if weights[0].packed:
-            values = torch.cat([self._unpack(weight)[None] for weight in weights])
-        else:
-            values = self._engine.bf16(read_stack(self.reader, weights))
+        values = self._unpack(weights) if weights[0].packed else self._engine.bf16(read_stack(self.reader, weights))
         return values.to(self.dtype)
 
-    def _unpack(self, weight: Weight) -> torch.Tensor:
-        """One 4-bit expert's matrix, bf16."""
-        fmt, parts = packed_format(weight), {"codes": self._raw(weight.info, torch.uint8).flatten()}
-        kinds = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I32": torch.int32,
-                 "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn}  # fmt: skip
-        for info in weight.packed:
-            part = info.name.rpartition(".weight_")[2]
+    def _unpack(self, weights: list[Weight]) -> torch.Tensor:
+        """4-bit experts of one projection, decoded together: bf16 [e, O, I]."""
+        fmt = packed_format(weights[0])
+        if any(packed_format(weight) != fmt for weight in weights):
+            raise CheckpointError(f"{weights[0].name}: its neighbours have another format; a layer's experts share one")
+        parts = {"codes": self._parts([weight.info for weight in weights], torch.uint8)}
+        parts["codes"] = parts["codes"].reshape(len(weights), weights[0].info.shape[0], -1)
+        for place, info in enumerate(weights[0].packed):
+            part = _part(info)
             if part != "shape":
-                parts[part] = self._raw(info, kinds[info.dtype])[None]
-        parts["codes"] = parts["codes"].reshape(1, weight.info.shape[0], -1)
-        return decode(parts, fmt)[0].to(torch.bfloat16)
+                parts[part] = self._parts([weight.packed[place] for weight in weights], _TORCH[info.dtype])
+        return decode(parts, fmt).to(torch.bfloat16)
 
-    def _raw(self, info: TensorInfo, dtype: torch.dtype) -> torch.Tensor:
-        values = torch.from_numpy(self.reader.read(info.name)).view(dtype)
-        return values.reshape(info.shape if dtype != torch.uint8 else (info.shape[0], -1)).to(self.device)
+    def _parts(self, infos: list[TensorInfo], dtype: torch.dtype) -> torch.Tensor:
+        """The same part of several experts, stacked; uint8 as bytes [e, n], others [e, *shape]."""
+        raw = np.stack([self.reader.read(info.name) for info in infos])
+        values = torch.from_numpy(raw).to(self.device).view(dtype)
+        return values.reshape(len(infos), *infos[0].shape) if dtype == _TORCH[infos[0].dtype] else values
+
+
+_TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I32": torch.int32, "U8": torch.uint8,
+          "F8_E4M3": torch.float8_e4m3fn}  # fmt: skip
+
+
+def _part(info: TensorInfo) -> str:
+    """`...gate_proj.weight_global_scale` → `global_scale`."""
+    return info.name.rpartition(".weight_")[2]
 
 
 def packed_format(weight: Weight) -> Format:
@@ -123,7 +132,7 @@ def packed_format(weight: Weight) -> Format:
 
     Raises CheckpointError for a combination of dtypes that is none of ours.
     """
-    infos = {info.name.rpartition(".weight_")[2]: info for info in weight.packed}
+    infos = {_part(info): info for info in weight.packed}
     scale, rows = infos["scale"], weight.info.shape[0]
     group = weight.info.size_bytes * 2 // rows * rows // (scale.size_bytes // DTYPE_BYTES[scale.dtype])
     try:
