@@ -123,7 +123,7 @@ def dequantized(reference: Tensors, module: str) -> torch.Tensor:
 
 
 def test_nvfp4_differs_from_the_peers_in_the_known_ways_only(source: Path, tmp_path: Path) -> None:
-    """Its global scale is a bf16 number, and gate and up have one each, which engines do not support; ours is shared."""
+    """Its global scale is a bf16 number, and gate and up have one each, where engines use one; ours is shared."""
     ours, peer = both(source, "NVFP4A16", tmp_path)
     assert ours.keys() == peer.keys()
     modules = [name.removesuffix(".weight_packed") for name in ours if name.endswith(".weight_packed")]
