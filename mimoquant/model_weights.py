@@ -25,8 +25,11 @@ from mimoquant.model.decoder_layer import (
 )
 from mimoquant.model.layout import PROJECTIONS, ModelLayout, Weight
 from mimoquant.model.qkv import deinterleave_rows
+from mimoquant.overlap import read_ahead
 from mimoquant.quant.engine_torch import TorchEngine, decode
 from mimoquant.quant.formats import Format
+
+CHUNK_ELEMENTS = 64 * 2**20  # weights of the experts that are decoded together
 
 
 class CheckpointWeights:
@@ -83,11 +86,14 @@ class CheckpointWeights:
             q, k, v, self.tensor(f"{prefix}o_proj.weight"), sink, shape.heads, shape.kv_heads, sliding
         )
 
-    def expert_chunks(self, number: int, chunk_bytes: int = 64 * 2**20) -> Iterator[ExpertChunk]:
-        """A layer's experts, as many at a time as have `chunk_bytes` elements."""
+    def expert_chunks(self, number: int) -> Iterator[ExpertChunk]:
+        """A layer's experts in chunks; the next one is read and decoded while the caller computes with this one."""
+        yield from read_ahead(self._chunks(number), depth=1)
+
+    def _chunks(self, number: int) -> Iterator[ExpertChunk]:
         geometry = self.layout.geometry
         elements = 3 * geometry.hidden * geometry.expert_intermediate
-        step = max(1, chunk_bytes // elements)
+        step = max(1, CHUNK_ELEMENTS // elements)
         for begin in range(0, geometry.experts, step):
             end = min(begin + step, geometry.experts)
             gate, up, down = (self._stack(number, begin, end, projection) for projection in PROJECTIONS)

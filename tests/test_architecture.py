@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "container": {"quant.formats"},
     "recipe": {"errors", "container", "quant.formats"},
     "devices": {"errors", "quant"},
-    "model_weights": {"errors", "checkpoint", "layer_weights", "model", "quant"},
+    "model_weights": {"errors", "checkpoint", "layer_weights", "model", "overlap", "quant"},
     "layer_weights": {"errors", "checkpoint.reader", "model", "quant.stack"},
     # what joins all of them
     "plan": {"errors", "checkpoint", "container", "model", "quant.formats", "recipe"},
