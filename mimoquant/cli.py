@@ -184,7 +184,7 @@ def verify(
     from mimoquant.errors import CheckpointError
     from mimoquant.verify import verify as run
 
-    report = run(out, source)
+    report = run(out, source, progress=_Lines())
     _print(report.as_json() | {"out": str(out)}, describe.verify_text, as_json)
     if not report.ok:
         raise CheckpointError(f"{out}: is not what its recipe says, {len(report.problems)} problems were found")
@@ -245,17 +245,15 @@ def _evaluate(
     vocab = open_layout(reference).geometry.vocab
     loaded = load_tokens(data, reference, sequences=sequences, tokens=tokens, vocab=vocab)
     if loaded.left_out:
-        typer.echo(f"note: too few tokens for one sequence of {tokens}: {', '.join(loaded.left_out)}", err=True)
+        _tell(f"note: too few tokens for one sequence of {tokens}: {', '.join(loaded.left_out)}")
 
-    def progress(layer: int, layers: int) -> None:
-        _tell(f"[{layer + 1}/{layers}] layer {layer}")
-
+    lines = _Lines()
     try:
         decode = load_tokenizer(reference).decode
     except CheckpointError:  # data that came as ids needs no tokenizer; the worst tokens are shown as ids then
         decode = None
     return run(reference, candidate, loaded, baseline=baseline, device=place, noise_floor=noise_floor, decode=decode,
-               progress=progress)  # fmt: skip
+               progress=lambda layer, layers: lines(f"layer {layer}", layer + 1, layers))  # fmt: skip
 
 
 def _write_page(path: Path, page: str) -> None:
@@ -356,6 +354,19 @@ class _Progress:
                 f"[{self.finished}/{self.units}] {unit.name}: {size(written)} of {size(self.total)}, "
                 f"{size(int(rate))}/s, {left:.0f} s left"
             )
+
+
+class _Lines:
+    """stderr: a line for each step of work that comes in parts, with the time left of its kind."""
+
+    def __init__(self) -> None:
+        self.begin = time.monotonic()
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        elapsed = time.monotonic() - self.begin
+        _tell(f"[{done}/{total}] {name}, {elapsed / done * (total - done):.0f} s left")
+        if done == total:
+            self.begin = time.monotonic()
 
 
 def _tell(line: str) -> None:

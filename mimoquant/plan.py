@@ -129,7 +129,7 @@ class Plan:
         steps = [step for unit in self.units for step in unit.steps if not isinstance(step, Copy)]
         source = max(self._source_bytes(step) for step in steps)
         output = max(sum(entry.size_bytes for entry in step.entries) for step in steps)
-        return 220 * 2**20 + 3 * source + 2 * output + WRITE_QUEUE_BYTES
+        return 320 * 2**20 + 3 * source + 2 * output + WRITE_QUEUE_BYTES
 
     def _source_bytes(self, step: Step) -> int:
         if isinstance(step, Experts):

@@ -60,9 +60,13 @@ class VerifyReport:
         return {"schema_version": SCHEMA_VERSION, **asdict(self), "checked": dict(self.checked)}
 
 
-def verify(out: Path | str, source: Path | str, *, progress: Callable[[Unit], None] | None = None) -> VerifyReport:
+def verify(
+    out: Path | str, source: Path | str, *, progress: Callable[[str, int, int], None] | None = None
+) -> VerifyReport:
     """Check a written checkpoint against its source; both are only read.
 
+    Args:
+        progress: called with (what is done, how many are done, how many there are), files first, then their values.
     Raises UsageError where `out` is no output of this program, CheckpointError where the source itself is bad.
     """
     out, report = Path(out), VerifyReport()
@@ -77,7 +81,8 @@ def verify(out: Path | str, source: Path | str, *, progress: Callable[[Unit], No
             f"here they have {now[:12]}...",
             hint="give the very files that quantize read",
         )
-    _check_files(out, plan, report)
+    tell = progress or (lambda name, done, total: None)
+    _check_files(out, plan, report, tell)
     try:
         index = open_index(out)
     except MimoquantError as error:
@@ -88,17 +93,16 @@ def verify(out: Path | str, source: Path | str, *, progress: Callable[[Unit], No
     try:
         with CheckpointReader(plan.layout.index) as ours, CheckpointReader(index) as theirs:
             check = _Values(plan, ours, theirs, engine, report)
-            for unit in plan.units:
+            for number, unit in enumerate(plan.units, start=1):
                 check.unit(unit)
-                if progress:
-                    progress(unit)
+                tell(f"values of {unit.name}", number, len(plan.units))
             report.bytes_checked = theirs.bytes_read
     finally:
         engine.close()
     return report
 
 
-def _check_files(out: Path, plan: Plan, report: VerifyReport) -> None:
+def _check_files(out: Path, plan: Plan, report: VerifyReport, tell: Callable[[str, int, int], None]) -> None:
     """Shards against plan and journal, config.json, nothing missing, nothing extra."""
     try:
         journal = {line.file: line for line in read_journal(out / JOURNAL_NAME)}
@@ -109,7 +113,7 @@ def _check_files(out: Path, plan: Plan, report: VerifyReport) -> None:
     present = {path.name for path in out.iterdir() if path.suffix == ".safetensors"}
     for file in sorted(present - planned.keys()):
         report.problem(f"{file}: is an extra weights file")
-    for file, unit in planned.items():
+    for number, (file, unit) in enumerate(planned.items(), start=1):
         line = journal.get(file)
         if file not in present:
             report.problem(f"{file}: is missing")
@@ -120,6 +124,7 @@ def _check_files(out: Path, plan: Plan, report: VerifyReport) -> None:
         elif (sha256 := file_sha256(out / file)) != line.sha256:
             report.problem(f"{file}: sha256 is {sha256[:12]}..., the journal has {line.sha256[:12]}...")
         report.checked["files"] += 1
+        tell(f"hash of {file}", number, len(planned))
     texts = written_texts(plan, {line.unit: line for line in journal.values()}) if len(journal) == len(planned) else {}
     for name in [*plan.side_files, *texts]:
         path = out / name
