@@ -22,6 +22,7 @@ from mimoquant.report import size
 
 Facts = dict[str, Any]
 Axis = tuple[str, list[tuple[float, str]]]  # title; (place in 0..1, label) of each tick
+_SMALLEST = 1e-30  # what is below has no place of its own on an axis
 Bar = tuple[float, float, float | None, str, str]  # left and right in 0..1, value, tooltip, style
 Row = tuple[str, float | None, float | None, float | None, str]  # name, value, interval, tooltip
 
@@ -206,11 +207,12 @@ class Scale:
 
     @classmethod
     def linear(cls, values: Iterable[float | None]) -> Scale:
-        return cls(0.0, 1.05 * max(map(drawable, values), default=0.0) or 1.0)
+        top = max(map(drawable, values), default=0.0)
+        return cls(0.0, 1.05 * top if top > _SMALLEST else 1.0)
 
     @classmethod
     def decades(cls, values: Iterable[float | None]) -> Scale:
-        powers = [math.log10(v) for v in map(drawable, values) if v > 1e-30] or [-6.0]
+        powers = [math.log10(v) for v in map(drawable, values) if v > _SMALLEST] or [-6.0]
         low = math.floor(min(powers) + 1e-9)
         return cls(10.0**low, 10.0 ** max(math.ceil(max(powers) - 1e-9), low + 1), True)
 

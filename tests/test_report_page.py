@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mimoquant.report_page import Scale, eval_page, eval_text, number, percent, visible
@@ -326,6 +326,8 @@ values = st.lists(st.floats(0, 1e12) | st.none() | st.just(math.nan) | st.just(m
 
 
 @given(values, st.booleans())
+@example([5e-324], False)
+@example([1e-300, 1e-31], True)
 def test_scales_hold_their_values_and_have_a_few_ticks(values: list[float | None], log: bool) -> None:
     scale = Scale.decades(values) if log else Scale.linear(values)
     finite = sorted(v for v in values if v is not None and math.isfinite(v))
