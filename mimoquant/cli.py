@@ -58,9 +58,8 @@ class _Group(TyperGroup):
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(EXIT_INTERRUPTED) from None
-        except (
-            OSError
-        ) as error:  # what no module foresaw: a path too long, a folder that may not be entered, a full disk
+        except OSError as error:
+            # what no module foresaw: a path too long, a folder that may not be entered, a full disk under stdout
             where = f"{error.filename}: " if error.filename else ""
             _tell(f"error: {where}{error.strerror or error}")
             raise typer.Exit(4 if error.errno in _DISK_TROUBLE else 2) from None

@@ -5,13 +5,12 @@ Key idea: text is made from the JSON facts, so the two cannot disagree.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
 from mimoquant.model.layout import ModelLayout
-from mimoquant.plan import Dequantize, Experts, Plan, Shapes, ranges, unready
+from mimoquant.plan import Experts, Plan, Shapes, ranges, unready
 from mimoquant.report import SCHEMA_VERSION, size
 
 
@@ -87,9 +86,6 @@ def layout_text(facts: dict[str, Any]) -> str:
 
 def plan_facts(plan: Plan) -> dict[str, Any]:
     """`plan`."""
-    formats: dict[str, list[int]] = {}
-    for layer, fmt in sorted(plan.formats.items()):
-        formats.setdefault(fmt.label, []).append(layer)
     return {
         "schema_version": SCHEMA_VERSION,
         "source": str(plan.layout.index.folder),
@@ -98,7 +94,7 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         "scale_search": plan.recipe.scale_search,
         "runnable": unready(plan.recipe) is None,
         "container": plan.container,
-        "formats": formats,
+        "formats": plan.layers_by_format,
         "carve_outs": {str(layer): kind for layer, kind in sorted(plan.carve_outs.items())},
         "source_bytes": plan.source_bytes,
         "output_bytes": plan.shard_bytes,
@@ -200,17 +196,10 @@ def role_sizes(layout: ModelLayout) -> dict[str, Counter[str]]:
 def planned_sizes(plan: Plan) -> dict[str, int]:
     """Output bytes by kind of weight."""
     sizes: Counter[str] = Counter()
-    roles = {w.name.removesuffix("weight"): w.role for weights in plan.layout.units.values() for w in weights}
     for unit in plan.units:
         for step in unit.steps:
-            size = sum(entry.size_bytes for entry in step.entries)
-            if isinstance(step, Experts | Shapes):
-                sizes["routed experts"] += size
-            elif isinstance(step, Dequantize):
-                sizes[_kind(unit.name, step.weight.role)] += size
-            else:
-                stem = re.sub(r"weight(_scale_inv)?$", "", step.sources[0])
-                sizes[_kind(unit.name, roles.get(stem, "router_bias"))] += size
+            kind = "routed experts" if isinstance(step, Experts | Shapes) else _kind(unit.name, step.weight.role)
+            sizes[kind] += sum(entry.size_bytes for entry in step.entries)
     return dict(sizes)
 
 

@@ -22,14 +22,14 @@ import yaml
 
 import mimoquant
 from mimoquant.checkpoint.hf_files import CONFIG_NAME, copy_side_files
-from mimoquant.checkpoint.index import INDEX_NAME, TensorInfo
+from mimoquant.checkpoint.index import INDEX_NAME
 from mimoquant.checkpoint.journal import JournalLine, RunFolder, free_bytes
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.checkpoint.writer import ShardWriter, write_file_durably
 from mimoquant.container import expert_tensors
 from mimoquant.devices import make_engine
 from mimoquant.errors import CheckpointError, RecipeError, StoppedError, UsageError
-from mimoquant.layer_weights import dequantize, not_finite, read_experts, read_matrix, split_qkv
+from mimoquant.layer_weights import dequantize, not_finite, output_tensors, read_experts, read_matrix
 from mimoquant.model.layout import PROJECTIONS
 from mimoquant.overlap import WriteBehind, read_ahead
 from mimoquant.plan import WRITE_QUEUE_BYTES, Copy, Dequantize, Experts, Plan, Shapes, Step, Unit, unready
@@ -142,7 +142,6 @@ def _complete(unit: Unit, writer: ShardWriter, run: RunFolder, progress: Progres
 
 def _load(plan: Plan, units: list[Unit], reader: CheckpointReader) -> Iterator[Loaded]:
     """Every step's source bytes, in order. Runs in the read-ahead thread."""
-    tensors = plan.layout.index.tensors
     for unit in units:
         for number, step in enumerate(unit.steps, start=1):
             last = number == len(unit.steps)
@@ -151,20 +150,18 @@ def _load(plan: Plan, units: list[Unit], reader: CheckpointReader) -> Iterator[L
             elif isinstance(step, Dequantize):
                 yield Loaded(unit, step, read_matrix(reader, step.weight), last)
             elif isinstance(step, Copy):
-                yield from _load_copy(unit, step, reader, [tensors[name] for name in step.sources], last)
+                yield from _load_copy(unit, step, reader, last)
             else:
                 yield Loaded(unit, step, None, last)
 
 
-def _load_copy(
-    unit: Unit, step: Copy, reader: CheckpointReader, infos: list[TensorInfo], last: bool
-) -> Iterator[Loaded]:
-    for info, entry in zip(infos, step.entries, strict=True):
-        for start in range(0, max(info.size_bytes, 1), COPY_BLOCK):
-            block = np.empty(min(COPY_BLOCK, info.size_bytes - start), np.uint8)
-            reader.read_range(info, start, block)
-            at_end = info is infos[-1] and start + len(block) >= info.size_bytes
-            yield Loaded(unit, step, (entry.name, block), last and at_end)
+def _load_copy(unit: Unit, step: Copy, reader: CheckpointReader, last: bool) -> Iterator[Loaded]:
+    """A tensor in blocks, so that a large one does not have to fit; an empty one is one empty block."""
+    size = step.info.size_bytes
+    for start in range(0, max(size, 1), COPY_BLOCK):
+        block = np.empty(min(COPY_BLOCK, size - start), np.uint8)
+        reader.read_range(step.info, start, block)
+        yield Loaded(unit, step, block, last and start + len(block) >= size)
 
 
 def _compute(plan: Plan, loaded: Loaded, engine: Engine) -> Produced:
@@ -173,14 +170,13 @@ def _compute(plan: Plan, loaded: Loaded, engine: Engine) -> Produced:
     if isinstance(step, Copy):
         if loaded.unit.name not in ("towers", "unknown"):
             _refuse_non_finite(step, data)
-        yield data
+        yield step.info.name, data
     elif isinstance(step, Shapes):
         for entry, shape in zip(step.entries, step.shapes, strict=True):
             yield entry.name, np.array(shape, np.int64)
     elif isinstance(step, Dequantize):
-        matrix = dequantize(data, step.weight, plan.layout.geometry, engine)
         split = len(step.entries) > 1
-        tensors = split_qkv(matrix, plan.layout.geometry, sliding=step.sliding) if split else (matrix,)
+        tensors = output_tensors(data, step.weight, plan.layout.geometry, engine, split=split, sliding=step.sliding)
         yield from zip((entry.name for entry in step.entries), tensors, strict=True)
     elif step.fmt is None:
         yield from _kept_experts(plan, step, data, engine)
@@ -188,14 +184,14 @@ def _compute(plan: Plan, loaded: Loaded, engine: Engine) -> Produced:
         yield from _quantized_experts(plan, step, data, engine)
 
 
-def _refuse_non_finite(step: Copy, data: tuple[str, Array]) -> None:
+def _refuse_non_finite(step: Copy, block: Array) -> None:
     """NaN and Inf have all exponent bits set (E4M3, which has no Inf: all bits but the sign)."""
-    name, block = data
-    dtype = next(entry.dtype for entry in step.entries if entry.name == name)
-    kind, mask = {"BF16": (np.uint16, 0x7F80), "F32": (np.uint32, 0x7F800000), "F8_E4M3": (np.uint8, 0x7F)}[dtype]
-    bits = block.view(kind)
-    if ((bits & kind(mask)) == mask).any():
-        raise not_finite(name)
+    masks: dict[str, tuple[Any, int]] = {
+        "BF16": (np.uint16, 0x7F80), "F32": (np.uint32, 0x7F800000), "F8_E4M3": (np.uint8, 0x7F)
+    }  # fmt: skip
+    kind, mask = masks[step.info.dtype]
+    if ((block.view(kind) & kind(mask)) == mask).any():
+        raise not_finite(step.info.name)
 
 
 def _quantized_experts(plan: Plan, step: Experts, stacks: dict[str, Stack], engine: Engine) -> Produced:

@@ -19,7 +19,14 @@ from typing import Any
 
 import mimoquant
 from mimoquant.checkpoint.hf_files import CONFIG_NAME, side_files
-from mimoquant.checkpoint.index import DTYPE_BYTES, CheckpointIndex, open_index, read_json_object, resolve_inside
+from mimoquant.checkpoint.index import (
+    DTYPE_BYTES,
+    CheckpointIndex,
+    TensorInfo,
+    open_index,
+    read_json_object,
+    resolve_inside,
+)
 from mimoquant.checkpoint.writer import Entry, shard_header
 from mimoquant.container import COMPRESSED_TENSORS, NATIVE, expert_tensors, output_config, shape_tensor
 from mimoquant.errors import CheckpointError, RecipeError
@@ -35,9 +42,10 @@ READY_SEARCHES = ("absmax", "mse")
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """Source tensors whose bytes go out unchanged; `entries` may rename them."""
+    """A tensor whose bytes go out unchanged: the values of `weight`, or its FP8 scales."""
 
-    sources: tuple[str, ...]
+    weight: Weight
+    info: TensorInfo
     entries: tuple[Entry, ...]
 
 
@@ -118,6 +126,14 @@ class Plan:
     @property
     def source_bytes(self) -> int:
         return self.layout.index.size_bytes
+
+    @property
+    def layers_by_format(self) -> dict[str, list[int]]:
+        """Format label → the MoE layers that get it."""
+        layers: dict[str, list[int]] = {}
+        for layer, fmt in sorted(self.formats.items()):
+            layers.setdefault(fmt.label, []).append(layer)
+        return layers
 
     @property
     def side_bytes(self) -> int:
@@ -342,8 +358,7 @@ class _Builder:
             return [Dequantize(weight, entries, sliding)]
         if self.container == COMPRESSED_TENSORS and weight.scale is not None:
             return [Dequantize(weight, (Entry(weight.name, "BF16", weight.info.shape),))]
-        infos = [weight.info, weight.scale] if weight.scale else [weight.info]
-        return [Copy((i.name,), (Entry(i.name, i.dtype, i.shape),)) for i in infos]
+        return [Copy(weight, info, (Entry(info.name, info.dtype, info.shape),)) for info in weight.infos]
 
     def _expert_steps(self, layer: int) -> Iterable[Step]:
         experts, fmt = self.layout.geometry.experts, self.formats.get(layer)

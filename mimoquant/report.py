@@ -33,14 +33,11 @@ class QuantizeReport:
 
     @classmethod
     def of(cls, plan: Plan, finished: dict[str, JournalLine]) -> QuantizeReport:
-        formats: dict[str, list[int]] = {}
-        for layer, fmt in sorted(plan.formats.items()):
-            formats.setdefault(fmt.label, []).append(layer)
         return cls(
             container=plan.container,
             method=plan.recipe.method,
             scale_search=plan.recipe.scale_search,
-            formats=formats,
+            formats=plan.layers_by_format,
             carve_outs={str(layer): kind for layer, kind in sorted(plan.carve_outs.items())},
             source_bytes=plan.source_bytes,
             output_bytes=plan.shard_bytes,

@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mimoquant.checkpoint.index import CheckpointIndex, open_index
+from mimoquant.checkpoint.index import CheckpointIndex, TensorInfo, open_index
 from mimoquant.checkpoint.journal import JOURNAL_NAME, file_sha256, read_journal
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.checkpoint.writer import Entry
 from mimoquant.container import expert_tensors
 from mimoquant.errors import CheckpointError, MimoquantError, UsageError
-from mimoquant.layer_weights import dequantize, read_experts, read_matrix, split_qkv
+from mimoquant.layer_weights import dequantize, output_tensors, read_experts, read_matrix
 from mimoquant.model.layout import PROJECTIONS
 from mimoquant.pipeline import written_texts
 from mimoquant.plan import Copy, Dequantize, Experts, Plan, Shapes, Unit, make_plan
@@ -172,8 +172,7 @@ class _Values:
             if not all(self._readable(entry) for entry in step.entries):
                 continue  # reported with the headers
             if isinstance(step, Copy):
-                for name, entry in zip(step.sources, step.entries, strict=True):
-                    self._copied(name, entry)
+                self._copied(step.info)
             elif isinstance(step, Experts) and step.fmt is not None:
                 self._quantized(step)
             else:
@@ -189,15 +188,15 @@ class _Values:
     def _read(self, name: str) -> Array:
         return self.theirs.read(name)
 
-    def _copied(self, name: str, entry: Entry) -> None:
-        ours, theirs = self.plan.layout.index.tensors[name], self.theirs.index.tensors[entry.name]
+    def _copied(self, ours: TensorInfo) -> None:
+        theirs = self.theirs.index.tensors[ours.name]
         for start in range(0, ours.size_bytes, _BLOCK):
             length = min(_BLOCK, ours.size_bytes - start)
             left, right = np.empty(length, np.uint8), np.empty(length, np.uint8)
             self.ours.read_range(ours, start, left)
             self.theirs.read_range(theirs, start, right)
             if not np.array_equal(left, right):
-                self.report.problem(f"{entry.name}: its bytes are not the source's")
+                self.report.problem(f"{ours.name}: its bytes are not the source's")
                 break
         self.report.checked["copied tensors"] += 1
 
@@ -206,8 +205,8 @@ class _Values:
         if isinstance(step, Shapes):
             yield from (np.array(shape, np.int64) for shape in step.shapes)
         elif isinstance(step, Dequantize):
-            matrix = dequantize(read_matrix(self.ours, step.weight), step.weight, geometry, self.engine)
-            tensors = split_qkv(matrix, geometry, sliding=step.sliding) if len(step.entries) > 1 else (matrix,)
+            stack, split = read_matrix(self.ours, step.weight), len(step.entries) > 1
+            tensors = output_tensors(stack, step.weight, geometry, self.engine, split=split, sliding=step.sliding)
             yield from (np.ascontiguousarray(tensor) for tensor in tensors)
         elif isinstance(step, Experts):
             for expert in range(step.begin, step.end):
