@@ -30,14 +30,13 @@ def read_stack(reader: CheckpointReader, weights: list[Weight]) -> Stack:
     if any((weight.scale is not None) != fp8 for weight in weights):
         raise CheckpointError(f"{weights[0].name}: its neighbours have another dtype; a layer's experts must share one")
     values = np.empty((len(weights), *weights[0].info.shape), np.uint8 if fp8 else np.uint16)
-    for weight, target in zip(weights, values, strict=True):
-        reader.read_into(weight.info, target.reshape(-1).view(np.uint8))
+    reader.read_many((w.info, target.reshape(-1).view(np.uint8)) for w, target in zip(weights, values, strict=True))
     if weights[0].scale is None:
         return Stack(values, None)
     scales = np.empty((len(weights), *weights[0].scale.shape), np.float32)
-    for weight, target in zip(weights, scales, strict=True):
-        assert weight.scale is not None
-        reader.read_into(weight.scale, target.reshape(-1).view(np.uint8))
+    reader.read_many(
+        (w.scale, target.reshape(-1).view(np.uint8)) for w, target in zip(weights, scales, strict=True) if w.scale
+    )
     return Stack(values, scales)
 
 

@@ -25,21 +25,21 @@ from mimoquant.model.decoder_layer import (
 )
 from mimoquant.model.layout import PROJECTIONS, ModelLayout, Weight
 from mimoquant.model.qkv import deinterleave_rows
-from mimoquant.overlap import read_ahead
 from mimoquant.quant.engine_torch import TorchEngine, decode
 from mimoquant.quant.formats import Format
 
-CHUNK_ELEMENTS = 64 * 2**20  # weights of the experts that are decoded together
+CHUNK_ELEMENTS = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}  # weights of the experts that are decoded together
 
 
 class CheckpointWeights:
     """A checkpoint, published or quantized, as weights to compute with: a `layer_stream.WeightSource`.
 
-    Values are what an engine computes with: FP8 and 4-bit weights rounded to bf16 once, then in `dtype`.
+    Values are what an engine computes with, in bf16: FP8 and 4-bit weights are rounded to it once. The router and what
+    is stored in float32 are float32.
     """
 
-    def __init__(self, reader: CheckpointReader, layout: ModelLayout, device: torch.device, dtype: torch.dtype) -> None:
-        self.reader, self.layout, self.device, self.dtype = reader, layout, device, dtype
+    def __init__(self, reader: CheckpointReader, layout: ModelLayout, device: torch.device) -> None:
+        self.reader, self.layout, self.device = reader, layout, device
         self.config = read_forward_config(layout.config, f"{layout.index.folder}/config.json")
         self.layers = layout.geometry.layers
         self._units = {weight.name: weight for weights in layout.units.values() for weight in weights}
@@ -54,7 +54,7 @@ class CheckpointWeights:
             stack = read_matrix(self.reader, weight) if len(weight.info.shape) == 2 else None
             bits = dequantize(stack, weight, self.layout.geometry, self._engine) if stack else self.reader.read(name)
             values = torch.from_numpy(np.ascontiguousarray(bits).reshape(-1).view(np.uint8)).view(torch.bfloat16)
-        return values.reshape(weight.info.shape).to(self.device, dtype or self.dtype)
+        return values.reshape(weight.info.shape).to(self.device, dtype)
 
     def layer(self, number: int) -> LayerWeights:
         """Everything of a layer but its experts."""
@@ -87,13 +87,12 @@ class CheckpointWeights:
         )
 
     def expert_chunks(self, number: int) -> Iterator[ExpertChunk]:
-        """A layer's experts in chunks; the next one is read and decoded while the caller computes with this one."""
-        yield from read_ahead(self._chunks(number), depth=1)
-
-    def _chunks(self, number: int) -> Iterator[ExpertChunk]:
+        """A layer's experts, in chunks; none where its MLP is dense."""
         geometry = self.layout.geometry
+        if not geometry.moe[number]:
+            return
         elements = 3 * geometry.hidden * geometry.expert_intermediate
-        step = max(1, CHUNK_ELEMENTS // elements)
+        step = max(1, CHUNK_ELEMENTS[self.device.type] // elements)
         for begin in range(0, geometry.experts, step):
             end = min(begin + step, geometry.experts)
             gate, up, down = (self._stack(number, begin, end, projection) for projection in PROJECTIONS)
@@ -101,8 +100,7 @@ class CheckpointWeights:
 
     def _stack(self, number: int, begin: int, end: int, projection: str) -> torch.Tensor:
         weights = [self.layout.expert(number, expert, projection) for expert in range(begin, end)]
-        values = self._unpack(weights) if weights[0].packed else self._engine.bf16(read_stack(self.reader, weights))
-        return values.to(self.dtype)
+        return self._unpack(weights) if weights[0].packed else self._engine.bf16(read_stack(self.reader, weights))
 
     def _unpack(self, weights: list[Weight]) -> torch.Tensor:
         """4-bit experts of one projection, decoded together: bf16 [e, O, I]."""
@@ -119,7 +117,8 @@ class CheckpointWeights:
 
     def _parts(self, infos: list[TensorInfo], dtype: torch.dtype) -> torch.Tensor:
         """The same part of several experts, stacked; uint8 as bytes [e, n], others [e, *shape]."""
-        raw = np.stack([self.reader.read(info.name) for info in infos])
+        raw = np.empty((len(infos), infos[0].size_bytes), np.uint8)
+        self.reader.read_many(zip(infos, raw, strict=True))
         values = torch.from_numpy(raw).to(self.device).view(dtype)
         return values.reshape(len(infos), *infos[0].shape) if dtype == _TORCH[infos[0].dtype] else values
 

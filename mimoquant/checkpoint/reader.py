@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 
 import numpy as np
@@ -27,6 +29,7 @@ class CheckpointReader:
         self.bytes_read = 0
         self._descriptors: dict[str, int] = {}
         self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="read")
 
     def __enter__(self) -> CheckpointReader:
         return self
@@ -35,6 +38,7 @@ class CheckpointReader:
         self.close()
 
     def close(self) -> None:
+        self._pool.shutdown()
         with self._lock:
             for descriptor in self._descriptors.values():
                 os.close(descriptor)
@@ -50,6 +54,10 @@ class CheckpointReader:
     def read_into(self, info: TensorInfo, out: Bytes) -> None:
         """Fill `out` (flat uint8, `info.size_bytes` long) with the tensor's bytes."""
         self.read_range(info, 0, out)
+
+    def read_many(self, wanted: Iterable[tuple[TensorInfo, Bytes]]) -> None:
+        """Fill many arrays, several at once: one thread copies from the page cache slower than memory could take it."""
+        list(self._pool.map(lambda pair: self.read_into(*pair), wanted))
 
     def read_range(self, info: TensorInfo, start: int, out: Bytes) -> None:
         """Fill `out` with the tensor's bytes from `start` on."""

@@ -24,7 +24,7 @@ from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.errors import CheckpointError
 from mimoquant.evaluation.divergence import TokenScores, head_divergence
 from mimoquant.evaluation.summary import paired_difference, summarize
-from mimoquant.model.decoder_layer import rms_norm
+from mimoquant.model.decoder_layer import linear, rms_norm
 from mimoquant.model.layer_stream import Stream, walk
 from mimoquant.model.layout import ModelLayout, read_layout
 from mimoquant.model_weights import CheckpointWeights
@@ -92,7 +92,7 @@ def compare(
     place, ids = torch.device(device), torch.from_numpy(tokens.ids)
     readers = [CheckpointReader(layout.index) for layout in (reference, *candidates)]
     try:
-        weights = [CheckpointWeights(reader, layout, place, torch.float32)
+        weights = [CheckpointWeights(reader, layout, place)
                    for reader, layout in zip(readers, (reference, *candidates), strict=True)]  # fmt: skip
         batch = max(1, BATCH_TOKENS // ids.shape[1])
         jobs = [[(ids, batch)] for _ in weights]
@@ -130,9 +130,9 @@ def _same_model(reference: ModelLayout, candidate: ModelLayout) -> None:
 
 def _streams(source: CheckpointWeights, jobs: list[tuple[Tensor, int]]) -> list[Stream]:
     """One stream of embedded tokens for each (ids, sequences a batch); the embedding is read once."""
-    embedding = source.tensor("model.embed_tokens.weight", torch.bfloat16)
+    embedding = source.tensor("model.embed_tokens.weight")
     return [
-        Stream(source, [embedding[part.to(source.device)].to(source.dtype) for part in torch.split(ids, batch)])
+        Stream(source, [embedding[part.to(source.device)].to(torch.float32) for part in torch.split(ids, batch)])
         for ids, batch in jobs
     ]
 
@@ -159,7 +159,7 @@ def _score(
     streams: list[Stream], weights: list[CheckpointWeights], comparisons: list[Comparison], ids: Tensor
 ) -> dict[str, float] | None:
     """Fill in the comparisons' scores; returns the noise floor, if streams for it are there."""
-    heads = [source.tensor("lm_head.weight", torch.bfloat16) for source in weights]
+    heads = [source.tensor("lm_head.weight") for source in weights]
     norms = {id(source): source.tensor("model.norm.weight") for source in weights}
     finals = [_final(stream, norms[id(stream.source)]) for stream in streams]
     labels = ids[:, 1:].flatten().to(finals[0].device)
@@ -181,7 +181,7 @@ def _worst(
     rows = torch.from_numpy(order.copy())
     tops = []
     for hidden, head in ((reference, reference_head), (candidate, candidate_head)):
-        probabilities = (hidden[rows] @ head.to(hidden.dtype).T).softmax(-1)
+        probabilities = linear(hidden[rows], head).softmax(-1)
         values, ids = probabilities.topk(min(5, len(head)), dim=-1)
         tops.append([list(zip(i, v, strict=True)) for i, v in zip(ids.tolist(), values.tolist(), strict=True)])
     return [WorstToken(int(index), float(scores.j[index]), *pair)

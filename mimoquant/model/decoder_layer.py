@@ -2,7 +2,8 @@
 
 Key idea: plain tensor algebra without modules or caches, so that two sets of weights can be run side by side and a
 layer's weights dropped right after. Attention goes over the queries in chunks, so a long sequence never holds a whole
-score matrix; experts run as a few stacked products over token groups of similar size, never one by one.
+score matrix; experts run as a few stacked products over token groups of similar size, never one by one. Weights stay
+in bfloat16, which loses nothing; all arithmetic is float32.
 
 Shapes: B sequences, T tokens, H hidden, N heads, K key-value heads, D head_dim, V v_head_dim, E experts, I inner width.
 Left out: key-value caches, dropout, attention biases, expert groups (the family has one group).
@@ -11,6 +12,7 @@ Reference: transformers 5.17 `mimo_v2_flash` (tests hold the two equal), the pub
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +23,7 @@ from torch import Tensor
 from mimoquant.errors import CheckpointError
 
 _QUERY_CHUNK_BYTES = 256 * 2**20  # of attention scores that are held at once
+_GROUP_ROWS = 2**16  # of tokens that go through a group of experts at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,9 +145,9 @@ def attention(hidden_BTH: Tensor, weights: AttentionWeights, config: ForwardConf
     """Causal attention with partial rotary embedding, optional window and sinks; [B, T, H]."""
     batch, tokens, _ = hidden_BTH.shape
     groups = weights.heads // weights.kv_heads
-    query = F.linear(hidden_BTH, weights.q).view(batch, tokens, weights.heads, -1)
-    key = F.linear(hidden_BTH, weights.k).view(batch, tokens, weights.kv_heads, -1)
-    value = F.linear(hidden_BTH, weights.v).view(batch, tokens, weights.kv_heads, -1) * config.value_scale
+    query = linear(hidden_BTH, weights.q).view(batch, tokens, weights.heads, -1)
+    key = linear(hidden_BTH, weights.k).view(batch, tokens, weights.kv_heads, -1)
+    value = linear(hidden_BTH, weights.v).view(batch, tokens, weights.kv_heads, -1) * config.value_scale
     theta = config.sliding_rope_theta if weights.sliding else config.rope_theta
     cos, sin = rotary_table(tokens, int(query.shape[-1] * config.partial_rotary_factor), theta, hidden_BTH)
     scale = query.shape[-1] ** -0.5
@@ -159,7 +162,7 @@ def attention(hidden_BTH: Tensor, weights: AttentionWeights, config: ForwardConf
         part = _attend(query[..., begin:end, :], key[..., first:end, :], value[..., first:end, :], weights.sink,
                        begin - first, window, scale)  # fmt: skip
         out[:, begin:end] = part.permute(0, 3, 1, 2, 4).flatten(2, 3)
-    return F.linear(out.flatten(2), weights.o)
+    return linear(out.flatten(2), weights.o)
 
 
 def _attend(
@@ -203,7 +206,8 @@ def rotate(heads_BTND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def dense_mlp(hidden: Tensor, weights: DenseWeights) -> Tensor:
     """SwiGLU."""
-    return F.linear(F.silu(F.linear(hidden, weights.gate)) * F.linear(hidden, weights.up), weights.down)
+    parts = float32_parts(hidden, weights.gate)
+    return linear(F.silu(product(parts, weights.gate)) * product(parts, weights.up), weights.down)
 
 
 def route(tokens: Tensor, router: Router, top_k: int) -> Routing:
@@ -214,35 +218,123 @@ def route(tokens: Tensor, router: Router, top_k: int) -> Routing:
     return Routing(experts, chosen / (chosen.sum(-1, keepdim=True) + 1e-20))
 
 
-def add_experts(out: Tensor, tokens: Tensor, routing: Routing, chunk: ExpertChunk) -> None:
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Experts with a similar number of tokens: `rows` and `gains` [m, c] are padded, with gain 0, to a common c."""
+
+    experts: list[int]
+    counts: list[int]
+    rows: Tensor
+    gains: Tensor
+
+    @property
+    def used(self) -> Tensor:
+        """[m, c] bool, False where padded."""
+        counts = torch.tensor(self.counts, device=self.rows.device)
+        return torch.arange(self.rows.shape[1], device=self.rows.device)[None, :] < counts[:, None]
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatch:
+    """The (token, expert) pairs of some tokens sorted by expert: pairs begins[e] to begins[e+1] are those of expert e.
+
+    rows [pairs] (int64, which token) and gains [pairs] are on the device, `begins` is not: nothing waits for the device
+    after this has been made.
+    """
+
+    rows: Tensor
+    gains: Tensor
+    begins: list[int]
+
+    @staticmethod
+    def of(routing: Routing, experts: int) -> Dispatch:
+        flat = routing.experts.flatten()
+        order = torch.argsort(flat, stable=True)
+        ends = torch.cumsum(torch.bincount(flat, minlength=experts), 0).tolist()
+        return Dispatch(order // routing.experts.shape[1], routing.weights.flatten()[order], [0, *ends])
+
+    def groups(self, begin: int, end: int) -> Iterator[Group]:
+        """Experts begin..end that have tokens, as groups whose padding is at most an eighth."""
+        alike: dict[int, list[int]] = {}
+        for expert in range(begin, end):
+            count = self.begins[expert + 1] - self.begins[expert]
+            if count:
+                alike.setdefault(_capacity(count), []).append(expert)
+        for capacity, members in alike.items():
+            step = max(1, _GROUP_ROWS // capacity)
+            for first in range(0, len(members), step):
+                yield self._group(members[first : first + step], capacity)
+
+    def _group(self, members: list[int], capacity: int) -> Group:
+        device = self.rows.device
+        counts = [self.begins[expert + 1] - self.begins[expert] for expert in members]
+        starts = torch.tensor([self.begins[expert] for expert in members], device=device)[:, None]
+        slot = torch.arange(capacity, device=device)[None, :]
+        place = (starts + slot).clamp(max=len(self.rows) - 1)
+        used = slot < torch.tensor(counts, device=device)[:, None]
+        return Group(members, counts, self.rows[place], self.gains[place] * used)
+
+
+def _capacity(count: int) -> int:
+    """`count` rounded up to four significant bits, at least 8."""
+    step = max(8, 1 << max(0, count.bit_length() - 4))
+    return -(-count // step) * step
+
+
+def add_experts(out: Tensor, tokens: Tensor, dispatch: Dispatch, chunk: ExpertChunk) -> None:
     """Add to `out` (float32 [B*T, H]) what the chunk's experts make of the tokens that are routed to them.
 
-    Tokens are sorted by expert. Experts with a similar number of tokens form one stacked product, padded to the next
-    power of two: at most a score of products whatever the number of experts.
+    Experts with a similar number of tokens form one stacked product. Their results are added expert by expert: a token
+    occurs once in each, so the order of the sum is fixed on every device.
     """
-    size = len(chunk.gate)
-    flat = routing.experts.flatten() - chunk.begin
-    flat = torch.where((flat < 0) | (flat >= size), size, flat)  # the others sort behind
-    order = torch.argsort(flat, stable=True)
-    counts = torch.bincount(flat, minlength=size + 1)[:size]
-    starts = torch.cumsum(counts, 0) - counts
-    gains, sources = routing.weights.flatten()[order], order // routing.experts.shape[1]
-    capacities = torch.where(counts > 0, 2 ** torch.ceil(torch.log2(counts.clamp(min=1).float())).long(), 0)
-    for capacity in torch.unique(capacities).tolist():
-        if capacity == 0:
-            continue
-        members = torch.nonzero(capacities == capacity).flatten()
-        slot = torch.arange(capacity, device=tokens.device)[None, :]
-        used = slot < counts[members, None]
-        place = (starts[members, None] + slot).clamp(max=len(order) - 1)
-        rows = sources[place]
-        inner = tokens[rows]
-        inner = F.silu(inner @ _pick(chunk.gate, members)) * (inner @ _pick(chunk.up, members))
-        result = (inner @ _pick(chunk.down, members)).to(torch.float32) * (gains[place] * used)[..., None]
-        out.index_add_(0, rows.flatten(), result.flatten(0, 1))
+    for group in dispatch.groups(chunk.begin, chunk.begin + len(chunk.gate)):
+        gate, up, down = (_pick(weight, group, chunk.begin) for weight in (chunk.gate, chunk.up, chunk.down))
+        parts = float32_parts(tokens[group.rows], gate)
+        inner = F.silu(product(parts, gate)) * product(parts, up)
+        result = product(float32_parts(inner, down), down).to(torch.float32) * group.gains[..., None]
+        for slot, count in enumerate(group.counts):
+            out.index_add_(0, group.rows[slot, :count], result[slot, :count])
 
 
-def _pick(weight_EOI: Tensor, members: Tensor) -> Tensor:
-    """The members' matrices, transposed for a product from the left; no copy where all experts are asked for."""
-    chosen = weight_EOI if len(members) == len(weight_EOI) else weight_EOI[members]
-    return chosen.transpose(1, 2)
+def _pick(weight_EOI: Tensor, group: Group, begin: int) -> Tensor:
+    """The group's matrices; no copy where all experts of the chunk are asked for."""
+    if len(group.experts) == len(weight_EOI):
+        return weight_EOI
+    return weight_EOI[torch.tensor(group.experts, device=weight_EOI.device) - begin]
+
+
+def linear(rows: Tensor, weight: Tensor) -> Tensor:
+    """rows [..., I] times weight [O, I] transposed, in the rows' dtype: see `product`."""
+    return product(float32_parts(rows, weight), weight)
+
+
+def float32_parts(rows: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    """float32 rows as three bfloat16 parts that sum to them exactly, where `product` has a use for that."""
+    if not (rows.is_cuda and rows.dtype == torch.float32 and weight.dtype == torch.bfloat16):
+        return (rows,)
+    high = rows.to(torch.bfloat16)
+    rest = rows - high
+    middle = rest.to(torch.bfloat16)
+    return high, middle, (rest - middle).to(torch.bfloat16)
+
+
+def product(parts: tuple[Tensor, ...], weight: Tensor) -> Tensor:
+    """The sum of `parts` [..., I] (see `float32_parts`) times weight [O, I] transposed, or stacked, [m, c, I] and
+    [m, O, I]; float32 arithmetic.
+
+    Weights are bfloat16 by nature. On CUDA three products of bfloat16 parts, exact and summed in float32, are four
+    times as fast as one product in float32 and no less exact.
+    """
+    if len(parts) == 1:
+        return parts[0] @ weight.to(parts[0].dtype).transpose(-1, -2)
+    turned = weight.transpose(-1, -2)
+    if weight.ndim == 3:
+        out = torch.bmm(parts[2], turned, out_dtype=torch.float32)
+        for part in (parts[1], parts[0]):
+            out = torch.baddbmm(out, part, turned, out_dtype=torch.float32)
+        return out
+    flat = [part.reshape(-1, part.shape[-1]) for part in parts]
+    out = torch.mm(flat[2], turned, out_dtype=torch.float32)
+    for part in (flat[1], flat[0]):
+        out = torch.addmm(out, part, turned, out_dtype=torch.float32)
+    return out.view(*parts[0].shape[:-1], -1)

@@ -1,31 +1,40 @@
 """The walker: hidden states go through a model layer by layer, for several sets of weights at once.
 
 Key idea: a `Stream` is a batch of hidden states with the weights it goes through. All streams take the same layer
-together, and experts come in chunks, so at any time one layer's dense weights and one chunk of experts per weight set
-are in memory, and every weight is read once however many streams use it. Calibration, evaluation and sensitivity are
-all walks; they differ in their streams and in what they do after each layer.
+together, and experts come in chunks, so at any time one layer's dense weights and a few chunks of experts are in
+memory, and every weight is read once however many streams use it. A thread reads and decodes the next weights, of
+whichever layer and source, while the streams compute. Calibration, evaluation and sensitivity are all walks; they
+differ in their streams and in what they do after each layer.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from mimoquant.model.decoder_layer import (
     DenseWeights,
+    Dispatch,
     ExpertChunk,
     ForwardConfig,
     LayerWeights,
+    Router,
     Routing,
     add_experts,
     attention_block,
     dense_mlp,
     route,
 )
+from mimoquant.overlap import read_ahead
+
+Weights = LayerWeights | ExpertChunk
+BLOCK_TOKENS = 2**17  # that go through the experts together
 
 
 class WeightSource(Protocol):
@@ -33,6 +42,7 @@ class WeightSource(Protocol):
 
     config: ForwardConfig
     layers: int
+    device: torch.device
 
     def layer(self, number: int) -> LayerWeights: ...
 
@@ -53,41 +63,133 @@ class Stream:
     routing: list[Routing] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Consecutive batches' tokens [n, H] on their way through the experts, whose sum is `out` (float32 [n, H])."""
+
+    tokens: Tensor
+    out: Tensor
+    dispatch: Dispatch
+
+
 def walk(streams: Sequence[Stream], after_layer: Callable[[int], None] | None = None) -> None:
     """Push all streams through all layers, in place. `after_layer` sees the streams after each layer."""
     sources = list({id(stream.source): stream.source for stream in streams}.values())
-    for number in range(sources[0].layers):
-        for source in sources:
-            _one_layer(number, source, [stream for stream in streams if stream.source is source])
-        if after_layer is not None:
-            after_layer(number)
+    with contextlib.closing(read_ahead(_weights(sources), depth=1)) as ahead:  # type: ignore[type-var]
+        feed = map(_claimed, ahead)
+        for number in range(sources[0].layers):
+            for source in sources:
+                _one_layer(number, source, [stream for stream in streams if stream.source is source], feed)
+            if after_layer is not None:
+                after_layer(number)
+
+
+def _weights(sources: Sequence[WeightSource]) -> Iterator[Weights]:
+    """All weights in the order of their use. On CUDA they are made on a stream of their own, beside the products."""
+    device = sources[0].device
+    side = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(side):  # does nothing for None
+        for number, source in itertools.product(range(sources[0].layers), sources):
+            yield _finished(source.layer(number), side)
+            for chunk in source.expert_chunks(number):
+                yield _finished(chunk, side)
+
+
+def _finished(item: Weights, side: Any) -> Weights:
+    if side is not None:
+        side.synchronize()
+    return item
+
+
+def _claimed(item: Weights) -> Weights:
+    """Tell CUDA's allocator that weights made on the side stream are in use on this one."""
+    for tensor in _tensors(item):
+        if tensor.is_cuda:
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))
+    return item
+
+
+def _tensors(item: Any) -> Iterator[Tensor]:
+    if isinstance(item, Tensor):
+        yield item
+    elif is_dataclass(item):
+        for part in fields(item):
+            yield from _tensors(getattr(item, part.name))
 
 
 @torch.no_grad()
-def _one_layer(number: int, source: WeightSource, streams: list[Stream]) -> None:
-    weights, config = source.layer(number), source.config
-    pending: list[tuple[Tensor, Tensor, Routing]] = []  # float32 sum, tokens, routing of every batch, in order
-    for stream in streams:
-        stream.routing = []
-        for i, hidden in enumerate(stream.batches):
-            hidden, normed = attention_block(hidden, weights, config)
-            if isinstance(weights.mlp, DenseWeights):
-                stream.batches[i] = hidden + dense_mlp(normed, weights.mlp)
-                continue
-            tokens = normed.flatten(0, 1)
-            stream.routing.append(route(tokens, weights.mlp, config.top_k))
-            stream.batches[i] = hidden
-            pending.append((torch.zeros_like(tokens, dtype=torch.float32), tokens, stream.routing[-1]))
-    if pending:
-        for chunk in source.expert_chunks(number):
-            for out, tokens, routing in pending:
-                add_experts(out, tokens, routing, chunk)
-        results = iter(pending)
+def _one_layer(number: int, source: WeightSource, streams: list[Stream], feed: Iterator[Weights]) -> None:
+    weights = next(feed)
+    assert isinstance(weights, LayerWeights)
+    if isinstance(weights.mlp, DenseWeights):
         for stream in streams:
-            stream.batches = [hidden + next(results)[0].view_as(hidden).to(hidden.dtype) for hidden in stream.batches]
+            stream.routing = []
+            for i, hidden in enumerate(stream.batches):
+                hidden, normed = attention_block(hidden, weights, source.config)
+                stream.batches[i] = hidden + dense_mlp(normed, weights.mlp)
+    else:
+        blocks = [attend_and_route(stream, weights) for stream in streams]
+        for chunk in layer_chunks(feed, len(weights.mlp.weight)):
+            for block in itertools.chain(*blocks):
+                add_experts(block.out, block.tokens, block.dispatch, chunk)
+        for stream, mine in zip(streams, blocks, strict=True):
+            add_blocks(stream, mine)
     for stream in streams:
         if stream.noise:
             stream.batches = [_noisy(hidden, stream, number, i) for i, hidden in enumerate(stream.batches)]
+
+
+def layer_chunks(feed: Iterator[Weights], experts: int) -> Iterator[ExpertChunk]:
+    """The next chunks of the feed, up to the layer's last expert."""
+    done = 0
+    while done < experts:
+        chunk = next(feed)
+        assert isinstance(chunk, ExpertChunk)
+        done = chunk.begin + len(chunk.gate)
+        yield chunk
+
+
+def attend_and_route(stream: Stream, weights: LayerWeights) -> list[Block]:
+    """Push a stream through attention, in place; what its experts will see comes back in blocks of whole batches."""
+    assert isinstance(weights.mlp, Router)
+    config, experts = stream.source.config, len(weights.mlp.weight)
+    stream.routing, blocks = [], []
+    for members in _grouped(stream.batches):
+        size = sum(stream.batches[i].shape[:2].numel() for i in members)
+        tokens, done = stream.batches[members[0]].new_empty(size, stream.batches[0].shape[-1]), 0
+        for i in members:
+            stream.batches[i], normed = attention_block(stream.batches[i], weights, config)
+            rows = normed.flatten(0, 1)
+            tokens[done : done + len(rows)] = rows
+            done += len(rows)
+        routing = route(tokens, weights.mlp, config.top_k)
+        stream.routing.append(routing)
+        blocks.append(Block(tokens, torch.zeros_like(tokens, dtype=torch.float32), Dispatch.of(routing, experts)))
+    return blocks
+
+
+def _grouped(batches: list[Tensor]) -> Iterator[list[int]]:
+    """Indices of consecutive batches that make up at most BLOCK_TOKENS together."""
+    members: list[int] = []
+    size = 0
+    for i, batch in enumerate(batches):
+        count = batch.shape[:2].numel()
+        if members and size + count > BLOCK_TOKENS:
+            yield members
+            members, size = [], 0
+        members.append(i)
+        size += count
+    yield members
+
+
+def add_blocks(stream: Stream, blocks: list[Block]) -> None:
+    """Add what the experts made of the blocks to the stream's hidden states."""
+    results = torch.cat([block.out for block in blocks]) if len(blocks) > 1 else blocks[0].out
+    done = 0
+    for i, hidden in enumerate(stream.batches):
+        count = hidden.shape[:2].numel()
+        stream.batches[i] = hidden + results[done : done + count].view_as(hidden).to(hidden.dtype)
+        done += count
 
 
 def _noisy(hidden: Tensor, stream: Stream, number: int, batch: int) -> Tensor:

@@ -17,7 +17,7 @@ from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.errors import CheckpointError
 from mimoquant.evaluation import evaluate
 from mimoquant.evaluation.evaluate import eval_kl, open_layout
-from mimoquant.model.decoder_layer import rms_norm
+from mimoquant.model.decoder_layer import linear, rms_norm
 from mimoquant.model.layer_stream import Stream, walk
 from mimoquant.model_weights import CheckpointWeights
 from mimoquant.plan import make_plan
@@ -42,11 +42,11 @@ def random_tokens(sequences: int, length: int, vocab: int = 1024, seed: int = 0)
 def our_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
     layout = open_layout(folder)
     with CheckpointReader(layout.index) as reader:
-        weights = CheckpointWeights(reader, layout, torch.device("cpu"), torch.float32)
-        stream = Stream(weights, [weights.tensor("model.embed_tokens.weight")[ids]])
+        weights = CheckpointWeights(reader, layout, torch.device("cpu"))
+        stream = Stream(weights, [weights.tensor("model.embed_tokens.weight", torch.float32)[ids]])
         walk([stream])
         final = rms_norm(stream.batches[0], weights.tensor("model.norm.weight"), weights.config.eps)
-        return final @ weights.tensor("lm_head.weight").T
+        return linear(final, weights.tensor("lm_head.weight"))
 
 
 def bf16_twin(folder: Path, twin: Path) -> Path:
@@ -56,7 +56,7 @@ def bf16_twin(folder: Path, twin: Path) -> Path:
     layout = open_layout(folder)
     tensors: dict[str, torch.Tensor] = {}
     with CheckpointReader(layout.index) as reader:
-        weights = CheckpointWeights(reader, layout, torch.device("cpu"), torch.bfloat16)
+        weights = CheckpointWeights(reader, layout, torch.device("cpu"))
         for held in layout.units.values():
             for weight in held:
                 wide = torch.float32 if weight.info.dtype == "F32" else None
@@ -102,8 +102,8 @@ def test_the_forward_equals_transformers(flash: Path, tokens: int, tmp_path: Pat
     assert (our_logits(flash, ids) - theirs).abs().max() < 1e-3
     layout = open_layout(flash)
     with CheckpointReader(layout.index) as reader:
-        weights = CheckpointWeights(reader, layout, torch.device("cpu"), torch.float32)
-        stream = Stream(weights, [weights.tensor("model.embed_tokens.weight")[ids]])
+        weights = CheckpointWeights(reader, layout, torch.device("cpu"))
+        stream = Stream(weights, [weights.tensor("model.embed_tokens.weight", torch.float32)[ids]])
         ours: list[torch.Tensor] = []
         walk([stream], lambda number: ours.extend(routing.experts for routing in stream.routing))
     assert len(ours) == len(chosen) == 5
@@ -126,7 +126,7 @@ def test_fused_and_split_attention_are_the_same_weights(tmp_path: Path) -> None:
     source, out = open_layout(MICRO), open_layout(tmp_path / "out")
     assert source.geometry.fused_qkv and not out.geometry.fused_qkv
     with CheckpointReader(source.index) as first, CheckpointReader(out.index) as second:
-        weights = [CheckpointWeights(reader, layout, torch.device("cpu"), torch.float32)
+        weights = [CheckpointWeights(reader, layout, torch.device("cpu"))
                    for reader, layout in ((first, source), (second, out))]  # fmt: skip
         for number in range(source.geometry.layers):
             ours, theirs = (one.layer(number).attention for one in weights)
@@ -176,7 +176,7 @@ def test_the_experts_that_are_evaluated_are_those_on_disk(tmp_path: Path) -> Non
     layout = open_layout(tmp_path / "out")
     weight = layout.expert(2, 5, "up")
     with CheckpointReader(layout.index) as reader:
-        weights = CheckpointWeights(reader, layout, torch.device("cpu"), torch.float32)
+        weights = CheckpointWeights(reader, layout, torch.device("cpu"))
         seen = next(iter(weights.expert_chunks(2))).up[5]
         parts = {
             "codes": torch.from_numpy(reader.read(weight.info.name)).view(1, *weight.info.shape),
