@@ -162,6 +162,7 @@ def read_geometry(config: dict[str, Any], where: str, *, packed: bool = False) -
         known = _KNOWN_QUANTIZATION
         if packed and quantization.get("quant_method") == "compressed-tensors":
             known = {}
+            _check_transforms(quantization.get("transform_config"), where)
         elif packed:
             known = known | {"store_dtype": (*known["store_dtype"], "mxfp4")}
         elif quantization.get("quant_method") == "compressed-tensors" or quantization.get("store_dtype") == "mxfp4":
@@ -258,6 +259,11 @@ def read_layout(
             f"{where}: {len(unknown)} tensors have no known role, first {unknown[0]} {list(left[unknown[0]].shape)}",
             hint="--allow-unknown copies them as they are",
         )
+    strange = [name for name in unknown if ".mlp.experts." in name and ".input_" not in name]
+    if packed and strange:  # as `weight_g_idx`: columns in another order
+        raise CheckpointError(
+            f"{where}: {strange[0]} belongs to an expert, and what it means for its weight is unknown"
+        )
     units["unknown"] = [Weight(name, "unknown", left[name]) for name in unknown]
     units = {name: weights for name, weights in units.items() if weights}
     return ModelLayout(index, config, geometry, units, mtp_layers, experts, unknown)
@@ -320,6 +326,9 @@ class _Claims:
     def take(self, name: str, role: str, dtypes: tuple[str, ...], shape: tuple[int, ...]) -> Weight:
         info = self.left.pop(name, None)
         if info is None:
+            codes = name + "_packed"
+            if role != "expert" and codes in self.left:
+                raise CheckpointError(f"{self.where}: {codes}: is quantized, which only routed experts may be")
             raise CheckpointError(
                 f"{self.where}: {name} is missing, which config.json calls for",
                 hint="the download is incomplete, or config.json belongs to another checkpoint",
@@ -341,6 +350,12 @@ class _Claims:
         codes = self.left.get(f"{module}.weight_packed") or (plain if plain and plain.dtype == "U8" else None)
         if codes is None:
             if plain and plain.dtype == "F8_E4M3" and scale:  # a carve-out: FP8 under compressed-tensors' name
+                blocks = tuple(math.ceil(size / FP8_BLOCK) for size in shape)
+                if (plain.shape, scale.dtype, scale.shape) != (shape, "F32", blocks):
+                    raise CheckpointError(
+                        f"{self.where}: {name} is F8_E4M3{list(plain.shape)} with scales {scale.dtype}"
+                        f"{list(scale.shape)}, known is F8_E4M3{list(shape)} with F32{list(blocks)}"
+                    )
                 del self.left[name], self.left[scale.name]
                 return Weight(name, role, plain, scale)
             return self.take(name, role, dtypes, shape)
@@ -387,6 +402,20 @@ def _check_values(config: dict[str, Any], known: dict[str, tuple[Any, ...]], whe
         if not any(value == good and isinstance(value, bool) == isinstance(good, bool) for good in values):
             expected = " or ".join("absent" if good is None else repr(good) for good in values)
             raise CheckpointError(f"{where}: {prefix}{key} is {value!r}, known is {expected}")
+
+
+def _check_transforms(transforms: Any, where: str) -> None:
+    """Rotations inside the weights are what they are; one that an engine applies to activations must not be missed."""
+    if isinstance(transforms, list):
+        for item in transforms:
+            _check_transforms(item, where)
+    if isinstance(transforms, dict):
+        location = transforms.get("location", "weight_")
+        if not str(location).startswith("weight_"):
+            raise CheckpointError(
+                f"{where}: transform_config rotates activations (location {location!r}), not known here"
+            )
+        _check_transforms(list(transforms.values()), where)
 
 
 def _pattern(
