@@ -138,13 +138,17 @@ def packed_format(weight: Weight) -> Format:
     Raises CheckpointError for a combination of dtypes that is none of ours.
     """
     infos = {_part(info): info for info in weight.packed}
-    scale, rows = infos["scale"], weight.info.shape[0]
+    scale, rows, zero = infos["scale"], weight.info.shape[0], infos.get("zero_point")
+    if scale.dtype == "F8_E4M3" and "global_scale" not in infos:
+        raise CheckpointError(f"{weight.info.name}: NVFP4 scales need a weight_global_scale, which is missing")
+    if zero is not None and zero.dtype != "I32":
+        raise CheckpointError(f"{zero.name}: is {zero.dtype}; packed zero points are I32")
     group = weight.info.size_bytes * 2 // rows * rows // (scale.size_bytes // DTYPE_BYTES[scale.dtype])
     try:
         if scale.dtype == "U8":
             return Format("mxfp4", group)
         if scale.dtype == "F8_E4M3":
             return Format("nvfp4", group)
-        return Format("int4", group, symmetric="zero_point" not in infos)
+        return Format("int4", group, symmetric=zero is None)
     except ValueError as error:
         raise CheckpointError(f"{weight.info.name}: {error} (scale {scale.dtype}{list(scale.shape)})") from error

@@ -63,6 +63,11 @@ class CheckpointReader:
         """Fill `out` with the tensor's bytes from `start` on."""
         descriptor = self._descriptor(info.file)
         view, done = out.data, 0
+        if start + len(view) > info.size_bytes:
+            raise CheckpointError(
+                f"{self.index.folder / info.file}: {info.name} has {info.size_bytes} bytes, "
+                f"{start + len(view)} were asked for"
+            )
         try:
             while done < len(view):
                 count = os.preadv(descriptor, [view[done:]], info.offset + start + done)

@@ -303,3 +303,74 @@ def test_a_source_that_is_quantized_already_is_refused(quantization: dict[str, A
     with pytest.raises(CheckpointError, match="quantized already"):
         read_geometry(config, "config.json")
     assert read_geometry(config, "config.json", packed=True).experts == 8
+
+
+def beside_gate(
+    suffix: str, dtype: str, *shape: int, gate: str | None = None, name: str = GATE
+) -> Callable[[Any], None]:
+    """Puts `<module>.suffix` into a checkpoint; `gate` changes the weight's dtype as well."""
+
+    def edit(checkpoint: Any) -> None:
+        plain, rng = checkpoint.tensors[GATE], np.random.default_rng(0)
+        if gate is not None:
+            checkpoint.tensors[GATE] = type(plain).random(gate, plain.shape, rng)
+        data = bytes(math.prod(shape) * {"BF16": 2, "I32": 4, "F32": 4, "U8": 1}[dtype])
+        checkpoint.tensors[name.removesuffix("weight") + suffix] = type(plain)(dtype, shape, data)
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [("BF16", (1, 1)), ("BF16", (128, 1)), ("U8", (128, 4)), ("F32", (128, 1))],
+    ids=["FP8_BLOCK", "FP8_DYNAMIC", "MXFP8", "F32 by channel"],
+)
+def test_fp8_experts_of_another_kind_are_refused(
+    tiny_checkpoint: Callable[..., Path], dtype: str, shape: tuple[int, ...]
+) -> None:
+    """The peer's FP8 schemes share the names of ours; read as F32 blocks they would give other values."""
+    folder = tiny_checkpoint(edit=beside_gate("weight_scale", dtype, *shape, gate="F8_E4M3"))
+    with pytest.raises(CheckpointError, match=f"{GATE} is F8_E4M3.*with scales {dtype}.*F32"):
+        layout_of(folder, allow_unknown=True, packed=True)
+
+
+def test_fp8_experts_of_a_carve_out_are_read(tiny_checkpoint: Callable[..., Path]) -> None:
+    folder = tiny_checkpoint(edit=beside_gate("weight_scale", "F32", 1, 1, gate="F8_E4M3"))
+    scale = layout_of(folder, packed=True).expert(1, 2, "gate").scale
+    assert scale is not None and scale.shape == (1, 1)
+
+
+@pytest.mark.parametrize("suffix", ["weight_g_idx", "weight_scale_2", "bias"])
+def test_an_unknown_part_of_an_expert_is_never_passed_over(tiny_checkpoint: Callable[..., Path], suffix: str) -> None:
+    with pytest.raises(CheckpointError, match=f"gate_proj.{suffix} belongs to an expert"):
+        layout_of(tiny_checkpoint(edit=beside_gate(suffix, "I32", 128)), allow_unknown=True, packed=True)
+
+
+def test_scales_of_activations_are_no_part_of_a_weight(tiny_checkpoint: Callable[..., Path]) -> None:
+    folder = tiny_checkpoint(edit=beside_gate("input_global_scale", "F32", 1))
+    assert len(layout_of(folder, allow_unknown=True, packed=True).unknown) == 1
+
+
+def test_quantized_attention_is_named_as_such(tiny_checkpoint: Callable[..., Path]) -> None:
+    name = "model.layers.1.self_attn.o_proj.weight"
+
+    def edit(checkpoint: Any) -> None:
+        beside_gate("weight_packed", "I32", 128, 8, name=name)(checkpoint)
+        del checkpoint.tensors[name]
+
+    with pytest.raises(CheckpointError, match=f"{name}_packed: is quantized, which only routed experts may be"):
+        layout_of(tiny_checkpoint(edit=edit), allow_unknown=True, packed=True)
+
+
+@pytest.mark.parametrize("location", ["input", "output", "weight_input"])
+def test_rotations_of_activations_are_refused(tiny_config: Config, location: str) -> None:
+    """The peer's QuIP leaves half of each rotation to the engine; weights alone are then another model."""
+    transforms = {
+        "config_groups": {"v": {"type": "hadamard", "apply": [{"targets": ["Linear"], "location": location}]}}
+    }
+    config = tiny_config(quantization_config={"quant_method": "compressed-tensors", "transform_config": transforms})
+    if location.startswith("weight_"):
+        assert read_geometry(config, "F/config.json", packed=True).experts == 4
+        return
+    with pytest.raises(CheckpointError, match=f"rotates activations \\(location '{location}'\\)"):
+        read_geometry(config, "F/config.json", packed=True)
