@@ -6,7 +6,6 @@ sentence, a hint and an exit code in one place. Nothing heavy is imported before
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import gc
 import json
@@ -25,11 +24,11 @@ from typer.core import TyperGroup
 
 import mimoquant
 from mimoquant.errors import MimoquantError
+from mimoquant.progress import Lines, Progress, tell
 
 if TYPE_CHECKING:
-    from rich.progress import Progress as Bar
-
-    from mimoquant.plan import Plan, Unit
+    from mimoquant.calibration.tokens import TokenSet
+    from mimoquant.plan import Plan
 
 EXIT_INTERRUPTED = 130
 _DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
@@ -61,7 +60,7 @@ class _Group(TyperGroup):
         except OSError as error:
             # what no module foresaw: a path too long, a folder that may not be entered, a full disk under stdout
             where = f"{error.filename}: " if error.filename else ""
-            _tell(f"error: {where}{error.strerror or error}")
+            tell(f"error: {where}{error.strerror or error}")
             raise typer.Exit(4 if error.errno in _DISK_TROUBLE else 2) from None
 
 
@@ -165,8 +164,8 @@ def quantize(
     begin = time.monotonic()
     made = _plan(source, recipe, container, allow_unknown)
     for note in made.notes:
-        _tell(f"note: {note}")
-    with _Progress(made) as progress:
+        tell(f"note: {note}")
+    with Progress(made) as progress:
         report = pipeline.quantize(made, out, device=device, resume=resume, progress=progress.advance)
     facts = {**report.as_json(), "out": str(out), "elapsed_s": round(time.monotonic() - begin, 3)}
     _print(facts, describe.quantize_text, as_json)
@@ -183,7 +182,7 @@ def verify(
     from mimoquant.errors import CheckpointError
     from mimoquant.verify import verify as run
 
-    report = run(out, source, progress=_Lines())
+    report = run(out, source, progress=Lines())
     _print(report.as_json() | {"out": str(out)}, describe.verify_text, as_json)
     if not report.ok:
         raise CheckpointError(f"{out}: is not what its recipe says, {len(report.problems)} problems were found")
@@ -192,7 +191,14 @@ def verify(
 @app.command("eval-kl")
 def eval_kl(
     reference: Annotated[Path, typer.Argument(help="The published checkpoint.", metavar="REFERENCE")],
-    candidate: Annotated[Path, typer.Argument(help="The quantized one, by any tool.", metavar="CANDIDATE")],
+    candidate: Annotated[
+        Path | None, typer.Argument(help="The quantized one, by any tool; or give --server.", metavar="CANDIDATE")
+    ] = None,
+    server: Annotated[
+        str | None, typer.Option(help="Score this vLLM or SGLang server instead; J is a lower bound.", metavar="URL")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="The server's name for it, if it serves several.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Ids a position; by default 256 or what is allowed.")] = None,
     data: Annotated[
         list[str] | None,
         typer.Option(help="A shipped set, or .jsonl, .txt, .npy, dataset folder; repeatable.", metavar="SET|FILE"),
@@ -206,53 +212,109 @@ def eval_kl(
     html: Annotated[Path | None, typer.Option(help="Write the report page here.", metavar="FILE")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure symmetric KL of a checkpoint against its bf16 reference: full vocabulary, held-out tokens."""
-    from mimoquant import report_page
+    """Measure symmetric KL of a checkpoint (or a server) against its bf16 reference, on held-out tokens."""
+    from mimoquant import report_page, server_text
     from mimoquant.errors import QualityError
 
     begin = time.monotonic()
-    facts = _evaluate(reference, candidate, data or ["heldout-v1"], sequences, tokens, baseline, noise_floor, device)
+    _check_candidate(candidate, server, {"--model": model, "--top-k": top_k}, {"--baseline": baseline, "--html": html})
+    where = (reference, data or ["heldout-v1"], sequences, tokens)
+    if candidate is not None:
+        facts = _evaluate(*where, candidate, baseline, noise_floor, device)
+    else:
+        facts = _evaluate_server(*where, str(server), model, top_k, device)
+    if facts.get("activations_quantized"):
+        tell(f"note: {candidate}: its config quantizes activations too; J is of its weights alone")
     facts["max_kl"], j = max_kl, facts["j"]["mean"]
     facts["passed"] = None if max_kl is None else j <= max_kl
     facts["elapsed_s"] = round(time.monotonic() - begin, 3)
     facts["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if html is not None:
         _write_page(html, report_page.eval_page(facts))
-    _print(facts, report_page.eval_text, as_json)
+    _print(facts, report_page.eval_text if candidate is not None else server_text.server_text, as_json)
     if max_kl is not None and j > max_kl:
-        raise QualityError(f"{candidate}: J is {j:.5f} nats a token, {j - max_kl:.5f} above the gate of {max_kl}")
+        least = "at least " if facts.get("server", {}).get("is_lower_bound") else ""
+        over = f"{least}{j:.5f} nats a token, {j - max_kl:.5f} above the gate of {max_kl}"
+        raise QualityError(f"{facts['candidate']}: J is {over}")
+
+
+def _check_candidate(
+    candidate: Path | None, server: str | None, of_server: dict[str, Any], of_candidate: dict[str, Any]
+) -> None:
+    from mimoquant.errors import UsageError
+
+    if candidate is None and server is None:
+        raise UsageError(
+            "there is nothing to compare the reference with", hint="give a CANDIDATE folder, or --server URL"
+        )
+    if candidate is not None and server is not None:
+        raise UsageError(f"{candidate} and --server {server}: only one of them can be the candidate")
+    for option, value in (of_candidate if candidate is None else of_server).items():
+        if value is not None:
+            raise UsageError(f"{option} cannot go with {'--server' if candidate is None else 'a CANDIDATE folder'}")
+
+
+def _load_tokens(reference: Path, data: list[str], sequences: int | None, tokens: int, vocab: int) -> TokenSet:
+    from mimoquant.calibration.tokens import load_tokens
+
+    loaded = load_tokens(data, reference, sequences=sequences, tokens=tokens, vocab=vocab)
+    if loaded.left_out:
+        tell(f"note: too few tokens for one sequence of {tokens}: {', '.join(loaded.left_out)}")
+    return loaded
 
 
 def _evaluate(
     reference: Path,
-    candidate: Path,
     data: list[str],
     sequences: int | None,
     tokens: int,
+    candidate: Path,
     baseline: Path | None,
     noise_floor: bool,
     device: str,
 ) -> dict[str, Any]:
     from mimoquant.calibration.tokenizer import load_tokenizer
-    from mimoquant.calibration.tokens import load_tokens
     from mimoquant.devices import resolve_device
     from mimoquant.errors import CheckpointError
     from mimoquant.evaluation.evaluate import eval_kl as run
     from mimoquant.evaluation.evaluate import open_layout
 
     place = resolve_device(device)
-    vocab = open_layout(reference).geometry.vocab
-    loaded = load_tokens(data, reference, sequences=sequences, tokens=tokens, vocab=vocab)
-    if loaded.left_out:
-        _tell(f"note: too few tokens for one sequence of {tokens}: {', '.join(loaded.left_out)}")
-
-    lines = _Lines()
+    loaded = _load_tokens(reference, data, sequences, tokens, open_layout(reference).geometry.vocab)
+    lines = Lines()
     try:
         decode = load_tokenizer(reference).decode
     except CheckpointError:  # data that came as ids needs no tokenizer; the worst tokens are shown as ids then
         decode = None
     return run(reference, candidate, loaded, baseline=baseline, device=place, noise_floor=noise_floor, decode=decode,
                progress=lambda layer, layers: lines(f"layer {layer}", layer + 1, layers))  # fmt: skip
+
+
+def _evaluate_server(
+    reference: Path,
+    data: list[str],
+    sequences: int | None,
+    tokens: int,
+    url: str,
+    model: str | None,
+    top_k: int | None,
+    device: str,
+) -> dict[str, Any]:
+    from mimoquant.devices import resolve_device
+    from mimoquant.evaluation.evaluate import open_layout
+    from mimoquant.evaluation.served import eval_server
+    from mimoquant.evaluation.server import connect
+
+    place, vocab = resolve_device(device), open_layout(reference).geometry.vocab
+    server = connect(
+        url, model, top_k=top_k, tokens=tokens, vocab=vocab
+    )  # before the data: a typing error is told soon
+    if top_k is None:
+        tell(f"note: {server.engine} is asked for {server.top_k} ids a position")
+    loaded, lines = _load_tokens(reference, data, sequences, tokens, vocab), Lines()
+    return eval_server(reference, server, loaded, device=place,
+                       progress=lambda layer, layers: lines(f"layer {layer}", layer + 1, layers),
+                       asked=lambda done, all_: lines(f"sequence {done}", done, all_))  # fmt: skip
 
 
 def _write_page(path: Path, page: str) -> None:
@@ -306,72 +368,6 @@ def _plan(source: Path, recipe: str, container: Container | None, allow_unknown:
 
 def _print(facts: dict[str, Any], to_text: Any, as_json: bool) -> None:
     typer.echo(json.dumps(facts, indent=2) if as_json else to_text(facts))
-
-
-class _Progress:
-    """stderr: one bar with rate and time left on a terminal, one line a finished unit elsewhere."""
-
-    def __init__(self, made: Plan) -> None:
-        self.units, self.total = len(made.units), made.shard_bytes
-        self.finished = 0
-        self.done: dict[str, int] = {}
-        self.begin = time.monotonic()
-        self.kept = 0  # bytes that an earlier run had written
-        self.bar: Bar | None = None
-
-    def __enter__(self) -> _Progress:
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-            from rich.progress import Progress as Bar
-
-            columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
-                       TimeRemainingColumn())  # fmt: skip
-            self.bar = Bar(*columns, console=Console(stderr=True))
-            self.bar.start()
-            self.task = self.bar.add_task("quantizing", total=self.total)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self.bar:
-            self.bar.stop()
-
-    def advance(self, unit: Unit, size_bytes: int, finished: bool) -> None:
-        """Called by the run; `size_bytes` of the unit are written."""
-        from mimoquant.report import size
-
-        self.done[unit.name] = size_bytes
-        written = sum(self.done.values())
-        self.finished += finished
-        if self.bar:
-            self.bar.update(self.task, completed=written, description=unit.name)
-        elif finished:
-            elapsed = time.monotonic() - self.begin
-            rate = written / elapsed if elapsed else 0
-            left = (self.total - written) / rate if rate else 0
-            _tell(
-                f"[{self.finished}/{self.units}] {unit.name}: {size(written)} of {size(self.total)}, "
-                f"{size(int(rate))}/s, {left:.0f} s left"
-            )
-
-
-class _Lines:
-    """stderr: a line for each step of work that comes in parts, with the time left of its kind."""
-
-    def __init__(self) -> None:
-        self.begin = time.monotonic()
-
-    def __call__(self, name: str, done: int, total: int) -> None:
-        elapsed = time.monotonic() - self.begin
-        _tell(f"[{done}/{total}] {name}, {elapsed / done * (total - done):.0f} s left")
-        if done == total:
-            self.begin = time.monotonic()
-
-
-def _tell(line: str) -> None:
-    """A line on stderr; a reader who has left is no reason to stop."""
-    with contextlib.suppress(OSError):
-        typer.echo(line, err=True)
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     # siblings that do not know each other
     "errors": set(),
     "overlap": set(),
+    "progress": {"report"},
     "checkpoint": {"errors"},
     "quant": set(),
     "model": {"errors", "checkpoint.index", "overlap"},
@@ -48,11 +49,11 @@ ALLOWED: dict[str, set[str]] = {
     "describe": {"model", "plan", "report"},
     # the edge, which nothing imports
     "cli": {"errors", "calibration", "checkpoint", "describe", "devices", "evaluation", "model", "pipeline", "plan",
-            "recipe", "report", "report_page", "server_text", "synth", "verify"},
+            "progress", "recipe", "report", "report_page", "server_text", "synth", "verify"},
     "__main__": {"cli"},
 }  # fmt: skip
 # for annotations only, under `if TYPE_CHECKING:`; nothing is loaded
-ALLOWED_FOR_TYPES: dict[str, set[str]] = {"report": {"plan"}}
+ALLOWED_FOR_TYPES: dict[str, set[str]] = {"progress": {"plan"}, "report": {"plan"}}
 
 
 def modules() -> dict[str, Path]:

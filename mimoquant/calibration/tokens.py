@@ -26,12 +26,14 @@ from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
+import yaml
 
 from mimoquant.calibration.tokenizer import Tokenizer, go_offline, load_tokenizer, one_line
 from mimoquant.errors import CheckpointError, UsageError
 
 Ids = npt.NDArray[np.int64]
 KEYS = ("input_ids", "messages", "text")  # the first that a record has is used
+HASH_DIGITS = 16
 _SUFFIXES = (".jsonl", ".jsonl.xz", ".txt", ".txt.xz", ".npy")
 _KINDS = "a shipped set, a .jsonl or .txt file (also .xz), a .npy array of ids, or a data set folder saved by datasets"
 
@@ -47,6 +49,42 @@ class TokenSet:
     sequence_hashes: tuple[str, ...]  # sha256 of each sequence's ids
     origins: tuple[str, ...]  # the files that were read with their sha256, and how text became ids
     left_out: tuple[str, ...] = ()  # domains with fewer tokens than one sequence takes
+
+
+@dataclass(frozen=True)
+class CalibrationRecord:
+    """What a checkpoint was calibrated on, as its recipe.yaml keeps it under `mimoquant: provenance: calibration`."""
+
+    name: str
+    tokens_sha256: str
+    origins: tuple[str, ...]
+    sequences: tuple[str, ...]  # the first HASH_DIGITS digits of each sequence's hash
+
+    @staticmethod
+    def of(tokens: TokenSet) -> CalibrationRecord:
+        short = tuple(digest[:HASH_DIGITS] for digest in tokens.sequence_hashes)
+        return CalibrationRecord(tokens.name, tokens.sha256, tokens.origins, short)
+
+    @staticmethod
+    def read(recipe: Path) -> CalibrationRecord | None:
+        """None where the recipe, by this program or another, tells of no calibration."""
+        try:
+            held = yaml.safe_load(recipe.read_text(encoding="utf-8"))["mimoquant"]["provenance"]["calibration"]
+            return CalibrationRecord(str(held["name"]), str(held["tokens_sha256"]), tuple(held["origins"]),
+                                     tuple(held["sequences"]))  # fmt: skip
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError, KeyError, TypeError):
+            return None
+
+    def as_plain(self) -> dict[str, Any]:
+        return {"name": self.name, "tokens_sha256": self.tokens_sha256, "origins": list(self.origins),
+                "sequences": list(self.sequences)}  # fmt: skip
+
+    def shared_with(self, tokens: TokenSet) -> tuple[int, list[str]]:
+        """How many sequences of `tokens` are among these, and the files that both were read from."""
+        ours = set(self.sequences)
+        both = set(self.origins) & set(tokens.origins)
+        files = sorted(origin.partition(" sha256:")[0] for origin in both if " sha256:" in origin)
+        return sum(digest[:HASH_DIGITS] in ours for digest in tokens.sequence_hashes), files
 
 
 def load_tokens(

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mimoquant.calibration.tokens import TokenSet
+from mimoquant.calibration.tokens import CalibrationRecord, TokenSet
 from mimoquant.checkpoint.index import open_index
 from mimoquant.checkpoint.reader import CheckpointReader
-from mimoquant.errors import CheckpointError
+from mimoquant.errors import CheckpointError, UsageError
 from mimoquant.evaluation.divergence import TokenScores, head_divergence
 from mimoquant.evaluation.summary import paired_difference, summarize
 from mimoquant.model.decoder_layer import linear, rms_norm
@@ -98,7 +98,7 @@ def compare(
         jobs = [[(ids, batch)] for _ in weights]
         if noise_floor:
             jobs[0] += [(ids[:FLOOR_SEQUENCES], 1), (ids[:FLOOR_SEQUENCES], batch)]
-        first, *others = [_streams(source, job) for source, job in zip(weights, jobs, strict=True)]
+        first, *others = [streams_of(source, job) for source, job in zip(weights, jobs, strict=True)]
         streams = [first[0], *(stream for (stream,) in others), *first[1:]]
         if noise_floor:
             streams[-1].noise = NOISE
@@ -128,7 +128,7 @@ def _same_model(reference: ModelLayout, candidate: ModelLayout) -> None:
             )
 
 
-def _streams(source: CheckpointWeights, jobs: list[tuple[Tensor, int]]) -> list[Stream]:
+def streams_of(source: CheckpointWeights, jobs: list[tuple[Tensor, int]]) -> list[Stream]:
     """One stream of embedded tokens for each (ids, sequences a batch); the embedding is read once."""
     embedding = source.tensor("model.embed_tokens.weight")
     return [
@@ -161,7 +161,7 @@ def _score(
     """Fill in the comparisons' scores; returns the noise floor, if streams for it are there."""
     heads = [source.tensor("lm_head.weight") for source in weights]
     norms = {id(source): source.tensor("model.norm.weight") for source in weights}
-    finals = [_final(stream, norms[id(stream.source)]) for stream in streams]
+    finals = [final_hidden(stream, norms[id(stream.source)]) for stream in streams]
     labels = ids[:, 1:].flatten().to(finals[0].device)
     for number, comparison in enumerate(comparisons, start=1):
         comparison.scores = head_divergence(finals[0], finals[number], heads[0], heads[number], labels)
@@ -188,7 +188,7 @@ def _worst(
             for index, pair in zip(order, zip(*tops, strict=True), strict=True)]  # fmt: skip
 
 
-def _final(stream: Stream, norm: Tensor) -> Tensor:
+def final_hidden(stream: Stream, norm: Tensor) -> Tensor:
     """Normed hidden states of the scored positions (all but each sequence's last), [sequences * (T - 1), H]."""
     return torch.cat(
         [rms_norm(hidden, norm, stream.source.config.eps)[:, :-1].flatten(0, 1) for hidden in stream.batches]
@@ -211,10 +211,14 @@ def eval_kl(
     Args:
         decode: token ids → text, for the worst tokens' contexts; without it they are shown as ids.
         progress: called with (layer just passed, layers).
-    Raises CheckpointError: a checkpoint is bad, or the two are not the same model.
+    Raises CheckpointError: a checkpoint is bad, or the two are not the same model. UsageError: `tokens` are among those
+    that a candidate was calibrated on.
     """
     first = open_layout(Path(reference))
-    others = [open_layout(Path(folder)) for folder in (candidate, baseline) if folder is not None]
+    folders = [Path(folder) for folder in (candidate, baseline) if folder is not None]
+    others = [open_layout(folder) for folder in folders]
+    for folder in folders:
+        refuse_shared_data(folder, tokens)
     comparisons, floor = compare(
         first, others, tokens, device=device, noise_floor=noise_floor,
         progress=(lambda number: progress(number, first.geometry.layers)) if progress else None,
@@ -226,6 +230,7 @@ def eval_kl(
         "reference": str(reference),
         "candidate": str(candidate),
         "recipe": _recipe_name(Path(candidate)),
+        "activations_quantized": _quantizes_activations(others[0]),
         "data": {"name": tokens.name, "sha256": tokens.sha256, "origins": list(tokens.origins)},
         **summarize(scores, tokens),
         "layers": [asdict(trace) for trace in comparisons[0].layers],
@@ -246,21 +251,51 @@ def _recipe_name(candidate: Path) -> str | None:
     return str(path) if path.is_file() else None
 
 
+def _quantizes_activations(layout: ModelLayout) -> bool:
+    """Whether the candidate's config has activations quantized too, which a J of the weights says nothing about."""
+    groups = (layout.config.get("quantization_config") or {}).get("config_groups")
+    held = groups.values() if isinstance(groups, dict) else ()
+    return any(isinstance(group, dict) and bool(group.get("input_activations")) for group in held)
+
+
+def refuse_shared_data(candidate: Path, tokens: TokenSet) -> None:
+    """Raise UsageError where the candidate was calibrated on a sequence, or from a file, that `tokens` has too.
+
+    The recipe beside the candidate says what that was (`calibration.tokens.CalibrationRecord`). One by another tool
+    says nothing, and nothing is refused then.
+    """
+    path = candidate / "recipe.yaml"
+    record = CalibrationRecord.read(path) if path.is_file() else None
+    if record is None:
+        return
+    sequences, files = record.shared_with(tokens)
+    if sequences or files:
+        what = f"{sequences} of {len(tokens.ids)} sequences" if sequences else f"the file {files[0]}"
+        raise UsageError(
+            f"--data {tokens.name}: shares {what} with what {candidate} was calibrated on ({record.name})",
+            hint="a model looks better on what it was calibrated on; give held-out data, such as heldout-v1",
+        )
+
+
 def _worst_facts(worst: WorstToken, tokens: TokenSet, decode: Callable[[list[int]], str] | None) -> dict[str, Any]:
     text = decode or (lambda ids: " ".join(str(i) for i in ids))
     sequence, position = divmod(worst.index, tokens.ids.shape[1] - 1)
     ids = tokens.ids[sequence].tolist()
 
+    def one(token: int) -> str:
+        shown = text([token])
+        return f"<{token}>" if "\ufffd" in shown else shown  # a part of a character has no text
+
     def named(top: list[tuple[int, float]]) -> list[list[Any]]:
-        return [[text([token]), probability] for token, probability in top]
+        return [[one(token), probability] for token, probability in top]
 
     return {
         "sequence": sequence,
         "position": position,
         "domain": tokens.domains[sequence],
         "j": worst.j,
-        "context": text(ids[max(0, position - 23) : position + 1]),
-        "token": text([ids[position + 1]]),
+        "context": text(ids[max(0, position - 23) : position + 1]).strip("\ufffd"),
+        "token": one(ids[position + 1]),
         "reference_top5": named(worst.reference_top),
         "candidate_top5": named(worst.candidate_top),
     }

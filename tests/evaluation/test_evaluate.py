@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 import mimoquant
 from mimoquant import pipeline
-from mimoquant.calibration.tokens import TokenSet
+from mimoquant.calibration.tokens import CalibrationRecord, TokenSet, load_tokens
 from mimoquant.checkpoint.index import open_index
 from mimoquant.checkpoint.reader import CheckpointReader
-from mimoquant.errors import CheckpointError
+from mimoquant.errors import CheckpointError, UsageError
 from mimoquant.evaluation import evaluate
-from mimoquant.evaluation.evaluate import eval_kl, open_layout
+from mimoquant.evaluation.evaluate import eval_kl, open_layout, refuse_shared_data
 from mimoquant.model.decoder_layer import linear, rms_norm
 from mimoquant.model.layer_stream import Stream, walk
 from mimoquant.model_weights import CheckpointWeights
@@ -241,3 +243,25 @@ def test_the_published_figures_on_the_shared_trained_model(shared: Path, tmp_pat
     facts = eval_kl(source, tmp_path / "out", token_set(ids), noise_floor=False)
     assert facts["tokens"] == 48 * 511
     assert facts["j"]["mean"] == pytest.approx(0.0204, abs=0.0008)
+
+
+@pytest.mark.parametrize("kind", ["sequence", "file"])
+def test_data_that_the_candidate_was_calibrated_on_is_refused(kind: str, tmp_path: Path) -> None:
+    pipeline.quantize(make_plan(MICRO, load_recipe("int4-g128-rtn")), tmp_path / "out", device="cpu")
+    tokens = load_tokens(["heldout-v1"], MICRO, sequences=8, tokens=16, vocab=1024)
+    used = tokens if kind == "file" else replace(tokens, origins=(), sequence_hashes=tokens.sequence_hashes[5:6])
+    other = replace(tokens, sequence_hashes=("0" * 64,) * 8) if kind == "file" else tokens
+    recipe = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
+    refuse_shared_data(tmp_path / "out", tokens)
+    recipe["mimoquant"]["provenance"]["calibration"] = CalibrationRecord.of(used).as_plain()
+    (tmp_path / "out" / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(UsageError, match="1 of 8 sequences" if kind == "sequence" else "the file heldout-v1/"):
+        eval_kl(MICRO, tmp_path / "out", other)
+    unlike = replace(other, sequence_hashes=("0" * 64,) * 8, origins=())
+    refuse_shared_data(tmp_path / "out", unlike)
+
+
+@pytest.mark.parametrize("damage", ["", "{", "mimoquant: 3", "mimoquant: {provenance: {calibration: [1]}}", "\x00"])
+def test_a_recipe_of_another_tool_refuses_nothing(damage: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(damage)
+    refuse_shared_data(tmp_path, random_tokens(2, 8))

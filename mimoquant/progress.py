@@ -1,0 +1,79 @@
+"""Progress on stderr: one bar with rate and time left on a terminal, one line a finished step elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+
+    from mimoquant.plan import Plan, Unit
+
+
+class Progress:
+    """stderr: one bar with rate and time left on a terminal, one line a finished unit elsewhere."""
+
+    def __init__(self, made: Plan) -> None:
+        self.units, self.total = len(made.units), made.shard_bytes
+        self.finished = 0
+        self.done: dict[str, int] = {}
+        self.begin = time.monotonic()
+        self.kept = 0  # bytes that an earlier run had written
+        self.bar: Bar | None = None
+
+    def __enter__(self) -> Progress:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+            from rich.progress import Progress as Bar
+
+            columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
+                       TimeRemainingColumn())  # fmt: skip
+            self.bar = Bar(*columns, console=Console(stderr=True))
+            self.bar.start()
+            self.task = self.bar.add_task("quantizing", total=self.total)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def advance(self, unit: Unit, size_bytes: int, finished: bool) -> None:
+        """Called by the run; `size_bytes` of the unit are written."""
+        from mimoquant.report import size
+
+        self.done[unit.name] = size_bytes
+        written = sum(self.done.values())
+        self.finished += finished
+        if self.bar:
+            self.bar.update(self.task, completed=written, description=unit.name)
+        elif finished:
+            elapsed = time.monotonic() - self.begin
+            rate = written / elapsed if elapsed else 0
+            left = (self.total - written) / rate if rate else 0
+            tell(
+                f"[{self.finished}/{self.units}] {unit.name}: {size(written)} of {size(self.total)}, "
+                f"{size(int(rate))}/s, {left:.0f} s left"
+            )
+
+
+class Lines:
+    """stderr: a line for each step of work that comes in parts, with the time left of its kind."""
+
+    def __init__(self) -> None:
+        self.begin = time.monotonic()
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        elapsed = time.monotonic() - self.begin
+        tell(f"[{done}/{total}] {name}, {elapsed / done * (total - done):.0f} s left")
+        if done == total:
+            self.begin = time.monotonic()
+
+
+def tell(line: str) -> None:
+    """A line on stderr; a reader who has left is no reason to stop."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
