@@ -144,7 +144,7 @@ def plan(
     """Show what quantize would do and how large the result is, to the byte. Reads headers only."""
     from mimoquant import describe
 
-    _print(describe.plan_facts(_plan(source, recipe, container, allow_unknown)), describe.plan_text, as_json)
+    _print(describe.plan_facts(_plan(source, recipe, container, allow_unknown, {})), describe.plan_text, as_json)
 
 
 @app.command()
@@ -154,6 +154,11 @@ def quantize(
     out: Annotated[Path, typer.Option("--out", "-o", help="Where to write; must not exist.", metavar="DIR")],
     device: Annotated[str, typer.Option(help="auto, cpu or cuda; the bytes are the same.")] = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+    data: Annotated[
+        list[str] | None, typer.Option(help="What to calibrate on, instead of the recipe's.", metavar="SET|FILE")
+    ] = None,
+    sequences: Annotated[int | None, typer.Option(min=1, help="Of calibration tokens, at most.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=2, help="Of each sequence.")] = None,
     container: ContainerOption = None,
     as_json: JsonOption = False,
     allow_unknown: UnknownOption = False,
@@ -162,7 +167,8 @@ def quantize(
     from mimoquant import describe, pipeline
 
     begin = time.monotonic()
-    made = _plan(source, recipe, container, allow_unknown)
+    changed = {"data": tuple(data) if data else None, "sequences": sequences, "tokens": tokens}
+    made = _plan(source, recipe, container, allow_unknown, {k: v for k, v in changed.items() if v is not None})
     for note in made.notes:
         tell(f"note: {note}")
     with Progress(made) as progress:
@@ -358,12 +364,15 @@ def synth(
     _print({"schema_version": 1, "out": str(out), **asdict(report)}, describe.synth_text, as_json)
 
 
-def _plan(source: Path, recipe: str, container: Container | None, allow_unknown: bool) -> Plan:
+def _plan(
+    source: Path, recipe: str, container: Container | None, allow_unknown: bool, calibration: dict[str, Any]
+) -> Plan:
     from mimoquant.plan import make_plan
     from mimoquant.recipe import load_recipe
 
     chosen = container.value if container else None
-    return make_plan(source, load_recipe(recipe), container=chosen, allow_unknown=allow_unknown)
+    loaded = load_recipe(recipe).calibrated_on(calibration)
+    return make_plan(source, loaded, container=chosen, allow_unknown=allow_unknown)
 
 
 def _print(facts: dict[str, Any], to_text: Any, as_json: bool) -> None:

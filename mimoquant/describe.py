@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from mimoquant.model.layout import ModelLayout
-from mimoquant.plan import Experts, Plan, Shapes, ranges, unready
+from mimoquant.plan import Experts, Plan, Shapes, ranges
 from mimoquant.report import SCHEMA_VERSION, size
 
 
@@ -92,7 +92,6 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         "recipe": plan.recipe.name,
         "method": plan.recipe.method,
         "scale_search": plan.recipe.scale_search,
-        "runnable": unready(plan.recipe) is None,
         "container": plan.container,
         "formats": plan.layers_by_format,
         "carve_outs": {str(layer): kind for layer, kind in sorted(plan.carve_outs.items())},

@@ -6,15 +6,18 @@ scale row an FP8 row has, and how a fused qkv becomes q, k and v.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from mimoquant.checkpoint.reader import CheckpointReader
+from mimoquant.container import expert_tensors
 from mimoquant.errors import CheckpointError
 from mimoquant.model.layout import FP8_BLOCK, PROJECTIONS, Geometry, ModelLayout, Weight
 from mimoquant.model.qkv import deinterleave_rows, scale_row_of
+from mimoquant.quant.formats import Format
 from mimoquant.quant.stack import Engine, NonFiniteError, Stack
 
 Array = npt.NDArray[Any]
@@ -38,6 +41,27 @@ def read_stack(reader: CheckpointReader, weights: list[Weight]) -> Stack:
         (w.scale, target.reshape(-1).view(np.uint8)) for w, target in zip(weights, scales, strict=True) if w.scale
     )
     return Stack(values, scales)
+
+
+def read_parts(
+    reader: CheckpointReader, names: Iterable[str], experts: int, fmt: Format, container: str, geometry: Geometry
+) -> dict[str, dict[str, Array]]:
+    """Quantized experts as they are stored: projection → part → [experts, ...], as an engine takes them.
+
+    Args:
+        names: the tensors of the experts, in the order in which they are written.
+    """
+    ordered, parts = iter(names), {p: {} for p in PROJECTIONS}  # type: ignore[var-annotated]
+    kinds = {"BF16": np.uint16, "F32": np.float32}
+    for _ in range(experts):
+        for projection in PROJECTIONS:
+            shape = geometry.expert_shape(projection)
+            layout = fmt.parts(*shape)
+            for tensor in expert_tensors(container, fmt, *shape):
+                dtype = np.int32 if tensor.part == "zero_point" else kinds.get(layout[tensor.part][0], np.uint8)
+                values = reader.read(next(ordered)).view(dtype).reshape(layout[tensor.part][1])
+                parts[projection].setdefault(tensor.part, []).append(values)
+    return {p: {part: np.stack(arrays) for part, arrays in held.items()} for p, held in parts.items()}
 
 
 def read_matrix(reader: CheckpointReader, weight: Weight) -> Stack:

@@ -98,6 +98,10 @@ class CheckpointWeights:
             gate, up, down = (self._stack(number, begin, end, projection) for projection in PROJECTIONS)
             yield ExpertChunk(begin, gate, up, down)
 
+    def expert(self, number: int, expert: int, projection: str) -> torch.Tensor:
+        """One expert's matrix [O, I]."""
+        return self._stack(number, expert, expert + 1, projection)[0]
+
     def _stack(self, number: int, begin: int, end: int, projection: str) -> torch.Tensor:
         weights = [self.layout.expert(number, expert, projection) for expert in range(begin, end)]
         return self._unpack(weights) if weights[0].packed else self._engine.bf16(read_stack(self.reader, weights))

@@ -14,27 +14,31 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import yaml
 
 import mimoquant
+from mimoquant.calibration.tokens import CalibrationRecord, TokenSet, load_tokens
 from mimoquant.checkpoint.hf_files import CONFIG_NAME, copy_side_files
-from mimoquant.checkpoint.index import INDEX_NAME
+from mimoquant.checkpoint.index import INDEX_NAME, open_shard
 from mimoquant.checkpoint.journal import JournalLine, RunFolder, free_bytes
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.checkpoint.writer import ShardWriter, write_file_durably
 from mimoquant.container import expert_tensors
 from mimoquant.devices import make_engine
-from mimoquant.errors import CheckpointError, RecipeError, StoppedError, UsageError
+from mimoquant.errors import CheckpointError, StoppedError, UsageError
 from mimoquant.layer_weights import dequantize, not_finite, output_tensors, read_experts, read_matrix
 from mimoquant.model.layout import PROJECTIONS
 from mimoquant.overlap import WriteBehind, read_ahead
-from mimoquant.plan import WRITE_QUEUE_BYTES, Copy, Dequantize, Experts, Plan, Shapes, Step, Unit, unready
+from mimoquant.plan import WRITE_QUEUE_BYTES, Copy, Dequantize, Experts, Plan, Shapes, Step, Unit
 from mimoquant.quant.stack import Engine, NonFiniteError, Stack
-from mimoquant.report import QuantizeReport, model_card
+from mimoquant.report import QuantizeReport, fallbacks, model_card
+
+if TYPE_CHECKING:
+    from mimoquant.calibrated import Calibrator
 
 Array = npt.NDArray[Any]
 Produced = Iterator[tuple[str, Array]]
@@ -64,14 +68,16 @@ def quantize(
         resume: continue what a killed run left in `out`.partial.
     Raises:
         UsageError: `out` exists, lies in the source, an unfinished run is there; disk too small.
-        RecipeError: the recipe's method is not there. CheckpointError: bad data. StoppedError: disk trouble, resumable.
+        CheckpointError: bad data. QualityError: too many starved experts. StoppedError: disk trouble, resumable.
     """
     out = _preflight(plan, out)
-    with contextlib.closing(make_engine(device)) as engine, RunFolder(out, plan.identity(), resume=resume) as run:
+    tokens = _calibration_tokens(plan)
+    identity = plan.identity() | ({"calibration tokens": tokens.sha256} if tokens else {})
+    with contextlib.closing(make_engine(device)) as engine, RunFolder(out, identity, resume=resume) as run:
         _check_disk(plan, run)
         try:
-            _write_units(plan, run, engine, progress or (lambda unit, done, finished: None))
-            return _finish(plan, run)
+            _write_units(plan, run, engine, tokens, progress or (lambda unit, done, finished: None))
+            return _finish(plan, run, tokens)
         except CheckpointError:
             if not run.finished:  # nothing that a resume could use
                 run.discard()
@@ -80,11 +86,6 @@ def quantize(
 
 def _preflight(plan: Plan, out: Path | str) -> Path:
     """Refuse what can be refused before anything is written; returns the absolute `out`."""
-    blocker = unready(plan.recipe)
-    if blocker:
-        raise RecipeError(
-            f"recipe {plan.recipe.name}: {blocker}", hint="use a recipe whose name ends in -rtn or -mse in this version"
-        )
     target, source = Path(os.path.abspath(out)), plan.layout.index.folder.resolve()
     if not target.name or target == Path.cwd() or not str(out):
         raise UsageError(f"--out {str(out)!r}: is not a new folder", hint="name a folder that does not exist yet")
@@ -95,6 +96,15 @@ def _preflight(plan: Plan, out: Path | str) -> Path:
     if inside:
         raise UsageError(f"{out}: lies inside the source {source}", hint="the source is never written to")
     return target
+
+
+def _calibration_tokens(plan: Plan) -> TokenSet | None:
+    """What the recipe calibrates on; None for a recipe that needs none. The tokenizer is the source's own."""
+    wanted, layout = plan.recipe.calibration, plan.layout
+    if wanted is None:
+        return None
+    return load_tokens(wanted.data, layout.index.folder, sequences=wanted.sequences, tokens=wanted.tokens,
+                       vocab=layout.geometry.vocab)  # fmt: skip
 
 
 def _check_disk(plan: Plan, run: RunFolder) -> None:
@@ -108,35 +118,74 @@ def _check_disk(plan: Plan, run: RunFolder) -> None:
         raise UsageError(sentence, hint="make room or choose another --out")
 
 
-def _write_units(plan: Plan, run: RunFolder, engine: Engine, progress: Progress) -> None:
+def _write_units(plan: Plan, run: RunFolder, engine: Engine, tokens: TokenSet | None, progress: Progress) -> None:
     todo = [unit for unit in plan.units if unit.name not in run.finished]
     for unit in plan.units:
         if unit.name in run.finished:
             progress(unit, unit.size_bytes, True)
     writer: ShardWriter | None = None
     with CheckpointReader(plan.layout.index) as reader, WriteBehind(WRITE_QUEUE_BYTES) as behind:
+        walk = _Walk(plan, run, reader, tokens, engine.name) if tokens else None
         steps = read_ahead(_load(plan, todo, reader))
         try:
             for loaded in steps:
                 if writer is None:
                     writer = ShardWriter(run.path(loaded.unit.file), loaded.unit.entries)
-                for name, array in _compute(plan, loaded, engine):
+                    if walk:
+                        walk.enter(loaded.unit)
+                for name, array in _compute(plan, loaded, engine, walk.calibrator if walk else None):
                     array = np.ascontiguousarray(array)
                     behind.submit(array.nbytes, writer.write, name, array)
                 progress(loaded.unit, writer.size_bytes, False)
                 if loaded.last:
-                    behind.submit(0, partial(_complete, loaded.unit, writer, run, progress))
+                    facts = walk.leave(loaded.unit) if walk else None
+                    behind.submit(0, partial(_complete, loaded.unit, writer, run, progress, facts))
                     writer = None
         finally:
             steps.close()  # type: ignore[attr-defined]
 
 
-def _complete(unit: Unit, writer: ShardWriter, run: RunFolder, progress: Progress) -> None:
+class _Walk:
+    """Keeps the calibration tokens beside the units: a layer's are there when its shard begins, also after a resume."""
+
+    def __init__(self, plan: Plan, run: RunFolder, reader: CheckpointReader, tokens: TokenSet, device: str) -> None:
+        from mimoquant.calibrated import Calibrator  # torch is loaded only where it is needed
+
+        self.plan, self.run = plan, run
+        self.calibrator = Calibrator(plan, reader, tokens, device)
+        self.at = 0  # the next layer to walk
+
+    def enter(self, unit: Unit) -> None:
+        layer = layer_of(unit)
+        if layer is None:
+            return
+        while self.at < layer:  # finished by an earlier run
+            earlier = next(other for other in self.plan.units if layer_of(other) == self.at)
+            with CheckpointReader(open_shard(self.run.path(earlier.file))) as written:
+                self.calibrator.replay(self.at, written)
+            self.at += 1
+        self.calibrator.begin(layer)
+
+    def leave(self, unit: Unit) -> dict[str, Any] | None:
+        if layer_of(unit) is None:
+            return None
+        self.at += 1
+        return self.calibrator.end()
+
+
+def layer_of(unit: Unit) -> int | None:
+    """The decoder layer that a unit is, if it is one."""
+    return int(unit.name.removeprefix("layer ")) if unit.name.startswith("layer ") else None
+
+
+def _complete(
+    unit: Unit, writer: ShardWriter, run: RunFolder, progress: Progress, facts: dict[str, Any] | None
+) -> None:
     """The shard is written: make it durable, then say so in the journal."""
     sha256 = writer.close()
     if writer.size_bytes != unit.size_bytes:
         raise AssertionError(f"{unit.file}: wrote {writer.size_bytes} bytes, planned {unit.size_bytes}")
-    run.record(JournalLine(unit.name, unit.file, unit.size_bytes, sha256))
+    run.record(JournalLine(unit.name, unit.file, unit.size_bytes, sha256, facts))
     progress(unit, unit.size_bytes, True)
 
 
@@ -164,13 +213,13 @@ def _load_copy(unit: Unit, step: Copy, reader: CheckpointReader, last: bool) -> 
         yield Loaded(unit, step, block, last and start + len(block) >= size)
 
 
-def _compute(plan: Plan, loaded: Loaded, engine: Engine) -> Produced:
+def _compute(plan: Plan, loaded: Loaded, engine: Engine, calibrator: Calibrator | None) -> Produced:
     """The output tensors (or parts of them) of one step, in file order."""
     step, data = loaded.step, loaded.data
     if isinstance(step, Copy):
         if loaded.unit.name not in ("towers", "unknown"):
             _refuse_non_finite(step, data)
-        yield step.info.name, data
+        yield step.info.name, data if calibrator is None else calibrator.folded(step.info.name, data)
     elif isinstance(step, Shapes):
         for entry, shape in zip(step.entries, step.shapes, strict=True):
             yield entry.name, np.array(shape, np.int64)
@@ -179,9 +228,11 @@ def _compute(plan: Plan, loaded: Loaded, engine: Engine) -> Produced:
         tensors = output_tensors(data, step.weight, plan.layout.geometry, engine, split=split, sliding=step.sliding)
         yield from zip((entry.name for entry in step.entries), tensors, strict=True)
     elif step.fmt is None:
+        if calibrator is not None:
+            calibrator.keep(step, data)
         yield from _kept_experts(plan, step, data, engine)
     else:
-        yield from _quantized_experts(plan, step, data, engine)
+        yield from _quantized_experts(plan, step, data, engine, calibrator)
 
 
 def _refuse_non_finite(step: Copy, block: Array) -> None:
@@ -194,10 +245,15 @@ def _refuse_non_finite(step: Copy, block: Array) -> None:
         raise not_finite(step.info.name)
 
 
-def _quantized_experts(plan: Plan, step: Experts, stacks: dict[str, Stack], engine: Engine) -> Produced:
+def _quantized_experts(
+    plan: Plan, step: Experts, stacks: dict[str, Stack], engine: Engine, calibrator: Calibrator | None
+) -> Produced:
     assert step.fmt is not None
     try:
-        parts = engine.encode(stacks, step.fmt, plan.recipe.scale_search)
+        if calibrator is None:
+            parts = engine.encode(stacks, step.fmt, plan.recipe.scale_search)
+        else:
+            parts = calibrator.encode(step, stacks)
     except NonFiniteError as error:
         raise not_finite(plan.layout.expert(step.layer, step.begin + error.expert, error.projection).name) from error
     stored = {p: expert_tensors(plan.container, step.fmt, *stacks[p].values.shape[1:]) for p in PROJECTIONS}
@@ -222,31 +278,32 @@ def _kept_experts(plan: Plan, step: Experts, stacks: dict[str, Stack], engine: E
                 yield next(names).name, dequantize(stack, weight, plan.layout.geometry, engine)
 
 
-def _finish(plan: Plan, run: RunFolder) -> QuantizeReport:
+def _finish(plan: Plan, run: RunFolder, tokens: TokenSet | None) -> QuantizeReport:
     """Everything beside the shards, then the folder gets its name."""
     copy_side_files(plan.layout.index.folder, run.partial, plan.side_files)
-    for name, data in written_texts(plan, run.finished).items():
+    record = CalibrationRecord.of(tokens).as_plain() if tokens else None
+    for name, data in written_texts(plan, run.finished, record).items():
         write_file_durably(run.path(name), data)
     run.publish([unit.name for unit in plan.units])
     return QuantizeReport.of(plan, run.finished)
 
 
-def written_texts(plan: Plan, finished: dict[str, JournalLine]) -> dict[str, bytes]:
-    """The small files of an output, by name: they follow from the plan and the shards' hashes."""
+def written_texts(plan: Plan, finished: dict[str, JournalLine], calibration: dict[str, Any] | None) -> dict[str, bytes]:
+    """The small files of an output, by name: they follow from the plan, the journal and what was calibrated on."""
     weight_map = {entry.name: unit.file for unit in plan.units for entry in unit.entries}
     index = {"metadata": plan.index_metadata, "weight_map": dict(sorted(weight_map.items()))}
     report = QuantizeReport.of(plan, finished)
     texts = {
         INDEX_NAME: json.dumps(index, indent=2),
         CONFIG_NAME: json.dumps(plan.config, indent=2, ensure_ascii=False),
-        "recipe.yaml": resolved_recipe(plan),
+        "recipe.yaml": resolved_recipe(plan, finished, calibration),
         "report.json": json.dumps(report.as_json(), indent=2),
         "README.md": model_card(plan, report),
     }
     return {name: (text.rstrip("\n") + "\n").encode() for name, text in texts.items()}
 
 
-def resolved_recipe(plan: Plan) -> str:
+def resolved_recipe(plan: Plan, finished: dict[str, JournalLine], calibration: dict[str, Any] | None) -> str:
     """`OUT/recipe.yaml`: every default written out, and where the source came from. Reading it back repeats the run."""
     document = plan.recipe.resolved(plan.container)
     document["mimoquant"]["provenance"] = {
@@ -255,6 +312,8 @@ def resolved_recipe(plan: Plan) -> str:
         "source_headers_sha256": plan.layout.index.headers_fingerprint(),
         "quantized_layers": len(plan.formats),
         "routed_experts": plan.layout.geometry.experts,
-        "fallbacks": 0,
+        "fallbacks": fallbacks(finished) or 0,
     }
+    if calibration is not None:
+        document["mimoquant"]["provenance"]["calibration"] = calibration
     return yaml.safe_dump(document, sort_keys=False, default_flow_style=None, width=110)

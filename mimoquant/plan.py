@@ -36,8 +36,6 @@ from mimoquant.recipe import Recipe
 
 CHUNK_BYTES = 96 * 2**20  # source bytes of the experts that are in memory together
 WRITE_QUEUE_BYTES = 192 * 2**20  # results that may wait for the disk
-READY_METHODS = ("rtn",)
-READY_SEARCHES = ("absmax", "mse")
 
 
 @dataclass(frozen=True, slots=True)
@@ -416,19 +414,10 @@ def _notes(layout: ModelLayout, recipe: Recipe, container: str, carve_outs: dict
         notes.append("the source has no MTP layers: speculative decoding by MTP will not be possible")
     if layout.unknown:
         notes.append(f"{len(layout.unknown)} unknown tensors are copied as they are, first {layout.unknown[0]}")
-    blocker = unready(recipe)
-    if blocker:
-        notes.append(blocker)
+    if recipe.calibration is not None:
+        held = recipe.calibration
+        notes.append(f"calibrates on {', '.join(held.data)}: {held.sequences} sequences of {held.tokens} tokens")
     return notes
-
-
-def unready(recipe: Recipe) -> str | None:
-    """Why this version cannot run the recipe's method, or None."""
-    if recipe.method not in READY_METHODS:
-        return f"the method {recipe.method} is not there yet: plan works, quantize refuses"
-    if recipe.scale_search not in READY_SEARCHES:
-        return f"scale_search {recipe.scale_search} is not there yet: plan works, quantize refuses"
-    return None
 
 
 def ranges(numbers: Iterable[int]) -> str:

@@ -20,6 +20,16 @@ import yaml
 from mimoquant.container import CONTAINERS, format_weights
 from mimoquant.errors import RecipeError
 from mimoquant.quant.formats import GROUP_SIZES, SEARCHES, Format
+from mimoquant.quant.method import Method
+from mimoquant.recipe_calibration import (
+    DAMP,
+    MODIFIER_DEFAULTS,
+    Awq,
+    Calibration,
+    check_settings,
+    match_name,
+    parse_calibration,
+)
 
 VERSION = 1
 MAX_RECIPE_BYTES = 1_000_000
@@ -38,9 +48,11 @@ _QUANTIZATION_KEYS = {"targets", "ignore", "scheme", "config_groups", "kv_cache_
 _MODIFIER_KEYS = {
     "QuantizationModifier": _QUANTIZATION_KEYS,
     "GPTQModifier": _QUANTIZATION_KEYS | {"block_size", "dampening_frac", "actorder", "offload_hessians"},
-    "AWQModifier": _QUANTIZATION_KEYS | {"mappings", "offload_device", "duo_scaling", "n_grid", "fold"},
+    "AWQModifier": _QUANTIZATION_KEYS | {"mappings", "offload_device", "duo_scaling", "n_grid"},
 }
-_BLOCK_KEYS = {"version", "scale_search", "container", "calibration", "carve_outs", "provenance"}
+_BLOCK_KEYS = {"version", "scale_search", "container", "calibration", "carve_outs", "provenance", "fold", "refine",
+               "signed_scales"}  # fmt: skip
+_FOLDS = ("pow2", "none")
 _WEIGHT_DEFAULTS: dict[str, tuple[Any, ...]] = {
     "dynamic": (False,),
     "actorder": (None, "static", "weight"),
@@ -71,7 +83,10 @@ class Recipe:
     scale_search: str
     container: str | None = None
     carve_outs: dict[int, str] = field(default_factory=dict)
-    calibration: dict[str, Any] | None = None
+    calibration: Calibration | None = None
+    fold: str = "pow2"  # what AWQ may scale channels by
+    refine: int = 2  # rounds after GPTQ
+    signed_scales: bool = True  # calibrated symmetric int4 may have negative scales
     extra: dict[str, dict[str, Any]] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)  # of the run that wrote this recipe, if one did
 
@@ -84,6 +99,36 @@ class Recipe:
             names = " and ".join(group.name for group in claims)
             raise RecipeError(f"recipe {self.name}: {module} is claimed by the groups {names}")
         return claims[0] if claims else None
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether a run needs tokens."""
+        return self.method != "rtn" or self.scale_search == "gram"
+
+    def calibrated_on(self, changes: dict[str, Any]) -> Recipe:
+        """The recipe with other calibration settings. Raises RecipeError where it calibrates on nothing."""
+        if not changes:
+            return self
+        if self.calibration is None:
+            raise RecipeError(f"recipe {self.name}: needs no tokens, --{next(iter(changes))} cannot go with it")
+        return replace(self, calibration=replace(self.calibration, **changes))
+
+    def expert_method(self) -> Method:
+        damp = float(self.extra.get("GPTQModifier", {}).get("dampening_frac", DAMP))
+        return Method(self.scale_search, "gptq" in self.method, damp, self.refine, self.signed_scales)
+
+    @property
+    def awq(self) -> Awq:
+        return Awq.of(self.extra.get("AWQModifier", {}))
+
+    @property
+    def folds_down(self) -> bool:
+        """Whether up and down of an expert are scaled against each other."""
+        return "awq" in self.method and self.fold != "none" and self.awq.down
+
+    def folds_norm(self, layer: int) -> bool:
+        """Whether the norm of a layer is scaled against its router and experts: only where a mapping asks for it."""
+        return "awq" in self.method and self.fold != "none" and self.awq.names_norm(layer)
 
     def ignores(self, module: str) -> bool:
         return any(match_name(module, pattern) for pattern in self.ignore)
@@ -101,16 +146,15 @@ class Recipe:
         modifiers[key] = quantization | self.extra.get(key, {})
         block: dict[str, Any] = {"version": VERSION, "scale_search": self.scale_search, "container": container}
         if self.calibration is not None:
-            block["calibration"] = self.calibration
+            block["calibration"] = self.calibration.as_plain()
+        if "awq" in self.method:
+            block["fold"] = self.fold
+        if "gptq" in self.method:
+            block["refine"] = self.refine
+        if self.calibrated:
+            block["signed_scales"] = self.signed_scales
         block["carve_outs"] = dict(sorted(self.carve_outs.items()))
         return {"default_stage": {"default_modifiers": modifiers}, "mimoquant": block}
-
-
-def match_name(name: str, pattern: str) -> bool:
-    """compressed-tensors' rule: `re:` matches from the start (not to the end), anything else is the whole name."""
-    if pattern.startswith("re:"):
-        return re.match(pattern[3:], name) is not None
-    return name == pattern
 
 
 def recipes_folder() -> Path:
@@ -253,6 +297,10 @@ class _Parser:
         methods = [METHODS[key] for key in ("AWQModifier", "GPTQModifier") if key in modifiers]
         extra = {key: {k: v for k, v in settings.items() if k not in _QUANTIZATION_KEYS}
                  for key, settings in modifiers.items()}  # fmt: skip
+        check_settings(extra, self.fail)
+        for key, defaults in MODIFIER_DEFAULTS.items():
+            if key in extra:
+                extra[key] = defaults | {k: v for k, v in extra[key].items() if k != "actorder"}
         return Recipe(
             name=self.name,
             method="+".join(methods) or "rtn",
@@ -324,7 +372,8 @@ class _Parser:
         self.known(block, _BLOCK_KEYS, "mimoquant")
         if block.get("version", VERSION) != VERSION:
             self.fail(f"mimoquant.version is {block['version']!r}; this program reads {VERSION}")
-        search = block.get("scale_search", recipe.scale_search)
+        default = "gram" if recipe.method != "rtn" and recipe.scale_search == "absmax" else recipe.scale_search
+        search = block.get("scale_search", default)
         if search not in (*SEARCHES, "gram"):
             self.fail(f"scale_search {search!r} is unknown", f"known are {', '.join(SEARCHES)}, gram")
         container = block.get("container")
@@ -334,14 +383,23 @@ class _Parser:
         for layer, kind in carve_outs.items():
             if type(layer) is not int or layer < 0 or kind not in CARVE_OUTS:
                 self.fail(f"carve_outs has {layer!r}: {kind!r}; expected a layer number and bf16 or fp8")
-        calibration = block.get("calibration")
-        if calibration is not None:
-            self.known(self.mapping(calibration, "calibration"), {"set", "sequences", "tokens"}, "calibration")
-        return replace(
+        fold, refine, signed = block.get("fold", "pow2"), block.get("refine", 2), block.get("signed_scales", True)
+        if fold not in _FOLDS:
+            why = "scales that are no powers of two change the router" if fold == "exact-real" else "unknown"
+            self.fail(f"fold {fold!r} is not supported ({why})", f"known are {', '.join(_FOLDS)}")
+        if type(refine) is not int or not 0 <= refine <= 100:
+            self.fail(f"refine is {refine!r}, expected a number of rounds")
+        if not isinstance(signed, bool):
+            self.fail(f"signed_scales is {signed!r}, expected true or false")
+        held = parse_calibration(block.get("calibration"), self.fail)
+        recipe = replace(
             recipe,
             scale_search=search,
             container=container,
             carve_outs=dict(carve_outs),
-            calibration=calibration,
+            fold=fold,
+            refine=refine,
+            signed_scales=signed,
             provenance=self.mapping(block.get("provenance") or {}, "provenance"),
         )
+        return replace(recipe, calibration=(held or Calibration()) if recipe.calibrated else None)

@@ -23,19 +23,19 @@ from mimoquant.checkpoint.index import CheckpointIndex, TensorInfo, open_index
 from mimoquant.checkpoint.journal import JOURNAL_NAME, file_sha256, read_journal
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.checkpoint.writer import Entry
-from mimoquant.container import expert_tensors
 from mimoquant.errors import CheckpointError, MimoquantError, UsageError
-from mimoquant.layer_weights import dequantize, output_tensors, read_experts, read_matrix
-from mimoquant.model.layout import PROJECTIONS
-from mimoquant.pipeline import written_texts
+from mimoquant.layer_weights import dequantize, output_tensors, read_experts, read_matrix, read_parts
+from mimoquant.model.layout import PROJECTIONS, norm_name, router_name
+from mimoquant.pipeline import layer_of, written_texts
 from mimoquant.plan import Copy, Dequantize, Experts, Plan, Shapes, Unit, make_plan
 from mimoquant.quant.engine_cpu import CpuEngine
-from mimoquant.quant.stack import Audit, Stack
+from mimoquant.quant.stack import Audit
 from mimoquant.recipe import load_recipe
 
 Array = npt.NDArray[Any]
 SCHEMA_VERSION = 1
 _BLOCK = 32 * 2**20
+RELATIVE_ERROR_LIMIT = 0.1  # squared, of calibrated weights, which need not be the nearest; 4 bits have .005 to .02
 
 
 @dataclass
@@ -125,7 +125,8 @@ def _check_files(out: Path, plan: Plan, report: VerifyReport, tell: Callable[[st
             report.problem(f"{file}: sha256 is {sha256[:12]}..., the journal has {line.sha256[:12]}...")
         report.checked["files"] += 1
         tell(f"hash of {file}", number, len(planned))
-    texts = written_texts(plan, {line.unit: line for line in journal.values()}) if len(journal) == len(planned) else {}
+    lines, record = {line.unit: line for line in journal.values()}, plan.recipe.provenance.get("calibration")
+    texts = written_texts(plan, lines, record) if len(journal) == len(planned) else {}
     for name in [*plan.side_files, *texts]:
         path = out / name
         if not path.is_file():
@@ -166,13 +167,17 @@ class _Values:
     ) -> None:
         self.plan, self.ours, self.theirs, self.engine, self.report = plan, ours, theirs, engine, report
         self.total = Audit(0.0, 0, 0.0, 0.0)
+        self.fold: Array | None = None
 
     def unit(self, unit: Unit) -> None:
+        layer = layer_of(unit)
+        self.fold = self._norm_fold(layer) if layer is not None and layer in self.plan.formats else None
         for step in unit.steps:
             if not all(self._readable(entry) for entry in step.entries):
                 continue  # reported with the headers
             if isinstance(step, Copy):
-                self._copied(step.info)
+                if layer is None or not self._folded(layer, step.info):
+                    self._copied(step.info)
             elif isinstance(step, Experts) and step.fmt is not None:
                 self._quantized(step)
             else:
@@ -187,6 +192,30 @@ class _Values:
 
     def _read(self, name: str) -> Array:
         return self.theirs.read(name)
+
+    def _norm_fold(self, layer: int) -> Array | None:
+        """The powers of two that AWQ moved out of the layer's norm, where the recipe lets it."""
+        if not self.plan.recipe.folds_norm(layer):
+            return None
+        from mimoquant.verify_calibrated import norm_exponents
+
+        name = norm_name(layer)
+        found = norm_exponents(self.ours.read(name), self._read(name))
+        if found is None:
+            self.report.problem(f"{name}: is not the source's, nor that by powers of two")
+        return found
+
+    def _folded(self, layer: int, info: TensorInfo) -> bool:
+        """Whether a copied tensor is the norm or router of a folded layer; then it is checked here."""
+        if self.fold is None or info.name not in (norm_name(layer), router_name(layer)):
+            return False
+        from mimoquant.verify_calibrated import is_scaled
+
+        self.report.checked["folded tensors"] += 1
+        router = info.name == router_name(layer)
+        if router and not is_scaled(self.ours.read(info.name), self._read(info.name), info.dtype, self.fold):
+            self.report.problem(f"{info.name}: does not make up for the norm's powers of two")
+        return True
 
     def _copied(self, ours: TensorInfo) -> None:
         theirs = self.theirs.index.tensors[ours.name]
@@ -222,11 +251,18 @@ class _Values:
     def _quantized(self, step: Experts) -> None:
         assert step.fmt is not None
         stacks = read_experts(self.ours, self.plan.layout, step.layer, step.begin, step.end)
-        stored = self._stored_parts(step, stacks)
-        for projection in PROJECTIONS:
+        names = (entry.name for entry in step.entries)
+        geometry, container = self.plan.layout.geometry, self.plan.container
+        stored = read_parts(self.theirs, names, step.end - step.begin, step.fmt, container, geometry)
+        if self.plan.recipe.calibrated:
+            from mimoquant.verify_calibrated import audits
+
+            judged = audits(stored, stacks, step.fmt, self.plan.recipe, self.fold)
+        else:
             search = self.plan.recipe.scale_search
-            audits = self.engine.audit(stacks[projection], step.fmt, search, stored[projection])
-            for position, audit in enumerate(audits):
+            judged = {p: self.engine.audit(stacks[p], step.fmt, search, stored[p]) for p in PROJECTIONS}
+        for projection in PROJECTIONS:
+            for position, audit in enumerate(judged[projection]):
                 name = self.plan.layout.expert(step.layer, step.begin + position, projection).name
                 self._judge(name, audit)
         if step.fmt.name == "nvfp4":
@@ -235,21 +271,6 @@ class _Values:
                 name = self.plan.layout.expert(step.layer, step.begin + number, "gate").name
                 self.report.problem(f"{name}: gate and up have different global scales, engines use one")
 
-    def _stored_parts(self, step: Experts, stacks: dict[str, Stack]) -> dict[str, dict[str, Array]]:
-        """What the output holds for these experts, stacked as the engine takes it."""
-        assert step.fmt is not None
-        names, parts = iter(step.entries), {projection: {} for projection in PROJECTIONS}  # type: ignore[var-annotated]
-        kinds = {"BF16": np.uint16, "F32": np.float32}
-        for _ in range(step.begin, step.end):
-            for projection in PROJECTIONS:
-                shape = stacks[projection].values.shape[1:]
-                layout = step.fmt.parts(*shape)
-                for tensor in expert_tensors(self.plan.container, step.fmt, *shape):
-                    dtype = np.int32 if tensor.part == "zero_point" else kinds.get(layout[tensor.part][0], np.uint8)
-                    values = self._read(next(names).name).view(dtype).reshape(layout[tensor.part][1])
-                    parts[projection].setdefault(tensor.part, []).append(values)
-        return {p: {part: np.stack(arrays) for part, arrays in held.items()} for p, held in parts.items()}
-
     def _judge(self, name: str, audit: Audit) -> None:
         report = self.report
         report.checked["quantized tensors"] += 1
@@ -257,6 +278,11 @@ class _Values:
         report.mean_relative_error = self.total.relative_error
         if not audit.scales_ok:
             report.problem(f"{name}: has scales that are not finite or not positive")
+        elif self.plan.recipe.calibrated and not audit.relative_error <= RELATIVE_ERROR_LIMIT:
+            report.problem(
+                f"{name}: its values are far from the source's, relMSE {audit.relative_error:.3g} "
+                f"against at most {RELATIVE_ERROR_LIMIT}"
+            )
         elif audit.outside:
             report.problem(
                 f"{name}: {audit.outside} values lie outside the rounding interval of their code, "

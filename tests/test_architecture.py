@@ -30,18 +30,23 @@ ALLOWED: dict[str, set[str]] = {
     "report": {"checkpoint.journal"},
     "report_page": {"describe", "report"},
     "server_text": {"describe", "report_page"},
-    "calibration": {"errors"},
+    "calibration": {"errors", "model.decoder_layer"},
     # what joins two of them
     "container": {"quant.formats"},
-    "recipe": {"errors", "container", "quant.formats"},
+    "recipe": {"errors", "container", "quant.formats", "quant.method", "recipe_calibration"},
+    "recipe_calibration": set(),
     "devices": {"errors", "quant"},
     "model_weights": {"errors", "checkpoint", "layer_weights", "model", "quant"},
-    "layer_weights": {"errors", "checkpoint.reader", "model", "quant.stack"},
+    "layer_weights": {"errors", "checkpoint.reader", "container", "model", "quant.formats", "quant.stack"},
     # what joins all of them
     "plan": {"errors", "checkpoint", "container", "model", "quant.formats", "recipe"},
-    "pipeline": {"errors", "checkpoint", "container", "devices", "layer_weights", "model", "overlap", "plan",
-                 "quant.stack", "report"},
-    "verify": {"errors", "checkpoint", "container", "layer_weights", "model", "pipeline", "plan", "quant", "recipe"},
+    "calibrated": {"errors", "calibration", "checkpoint.reader", "layer_weights", "model", "model_weights", "plan",
+                   "quant"},
+    "pipeline": {"errors", "calibrated", "calibration.tokens", "checkpoint", "container", "devices", "layer_weights",
+                 "model", "overlap", "plan", "quant.stack", "recipe", "report"},
+    "verify": {"errors", "checkpoint", "layer_weights", "model", "pipeline", "plan", "quant", "recipe",
+               "verify_calibrated"},
+    "verify_calibrated": {"calibrated", "quant", "recipe"},
     "evaluation": {"errors", "calibration", "checkpoint", "model", "model_weights", "plan"},
     "synth_files": {"checkpoint", "model"},
     "synth_weights": {"errors", "checkpoint", "layer_weights", "model"},
@@ -134,7 +139,9 @@ def test_the_table_itself_keeps_the_rules() -> None:
     known_between_siblings = {
         f"{a} → {target}" for a in siblings for target in ALLOWED[a] if target.split(".")[0] in siblings - {a}
     }
-    assert known_between_siblings == {"model → checkpoint.index", "report → checkpoint.journal"}
+    assert known_between_siblings == {
+        "calibration → model.decoder_layer", "model → checkpoint.index", "report → checkpoint.journal"
+    }  # fmt: skip
     assert ALLOWED["quant"] == ALLOWED["errors"] == set()
     assert [source for source, targets in ALLOWED.items() if "cli" in targets] == ["__main__"]
 

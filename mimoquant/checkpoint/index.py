@@ -96,6 +96,12 @@ def open_index(folder: Path | str) -> CheckpointIndex:
     return CheckpointIndex(folder, tensors, sizes, hashes, metadata)
 
 
+def open_shard(path: Path) -> CheckpointIndex:
+    """One shard as an index of its own. Raises CheckpointError where it is not well formed."""
+    infos, size, sha256 = read_shard_header(path, path.name)
+    return CheckpointIndex(path.parent, {info.name: info for info in infos}, {path.name: size}, {path.name: sha256}, {})
+
+
 def read_shard_header(path: Path, file: str) -> tuple[list[TensorInfo], int, str]:
     """Parse and check one shard's header; returns its tensors, the file's size and the header's sha256."""
     try:

@@ -29,12 +29,16 @@ RUN_NAME = "run.json"
 
 @dataclass(frozen=True, slots=True)
 class JournalLine:
-    """One finished shard."""
+    """One finished shard. `facts`: what a calibrated run tells of the layer."""
 
     unit: str
     file: str
     size_bytes: int
     sha256: str
+    facts: dict[str, Any] | None = None
+
+    def as_plain(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 def read_journal(path: Path) -> list[JournalLine]:
@@ -49,7 +53,8 @@ def read_journal(path: Path) -> list[JournalLine]:
         try:
             fields = json.loads(part)
             line = JournalLine(**fields)
-            if [type(value) for value in asdict(line).values()] != [str, str, int, str]:
+            kinds = [type(value) for value in asdict(line).values()]
+            if kinds[:-1] != [str, str, int, str] or not isinstance(line.facts, dict | None):
                 raise TypeError
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"{path}: line {number} is damaged") from error
@@ -95,7 +100,7 @@ class RunFolder:
         """Append one durable line; the shard it names must be durable already."""
         try:
             fsync_folder(self.partial)
-            view = memoryview(json.dumps(asdict(line)).encode() + b"\n")
+            view = memoryview(json.dumps(line.as_plain()).encode() + b"\n")
             while view:
                 view = view[os.write(self._journal, view) :]
             os.fsync(self._journal)
@@ -108,7 +113,7 @@ class RunFolder:
 
     def publish(self, order: list[str]) -> None:
         """Rewrite the journal in plan order and rename the folder to its final name."""
-        lines = "".join(json.dumps(asdict(self.finished[unit])) + "\n" for unit in order)
+        lines = "".join(json.dumps(self.finished[unit].as_plain()) + "\n" for unit in order)
         write_file_durably(self.partial / JOURNAL_NAME, lines.encode())
         try:
             self.path(RUN_NAME).unlink()
@@ -171,7 +176,7 @@ class RunFolder:
             path = self.path(line.file)
             if path.is_file() and path.stat().st_size == line.size_bytes and file_sha256(path) == line.sha256:
                 self.finished[line.unit] = line
-        kept = "".join(json.dumps(asdict(line)) + "\n" for line in self.finished.values())
+        kept = "".join(json.dumps(line.as_plain()) + "\n" for line in self.finished.values())
         write_file_durably(self.path(JOURNAL_NAME), kept.encode())
 
     def _close(self) -> None:

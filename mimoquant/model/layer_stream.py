@@ -62,6 +62,13 @@ class Stream:
     seed: int = 0
     routing: list[Routing] = field(default_factory=list)
 
+    def put(self, batch: int, hidden: Tensor) -> None:
+        """Replace a batch where it lives: on the device, or on the host."""
+        if self.batches[batch].device == hidden.device:
+            self.batches[batch] = hidden
+        else:
+            self.batches[batch].copy_(hidden)
+
 
 @dataclass(frozen=True, slots=True)
 class Block:
@@ -123,10 +130,7 @@ def _one_layer(number: int, source: WeightSource, streams: list[Stream], feed: I
     assert isinstance(weights, LayerWeights)
     if isinstance(weights.mlp, DenseWeights):
         for stream in streams:
-            stream.routing = []
-            for i, hidden in enumerate(stream.batches):
-                hidden, normed = attention_block(hidden, weights, source.config)
-                stream.batches[i] = hidden + dense_mlp(normed, weights.mlp)
+            dense_layer(stream, weights)
     else:
         blocks = [attend_and_route(stream, weights) for stream in streams]
         for chunk in layer_chunks(feed, len(weights.mlp.weight)):
@@ -139,6 +143,15 @@ def _one_layer(number: int, source: WeightSource, streams: list[Stream], feed: I
             stream.batches = [_noisy(hidden, stream, number, i) for i, hidden in enumerate(stream.batches)]
 
 
+def dense_layer(stream: Stream, weights: LayerWeights) -> None:
+    """Push a stream through a layer without experts, in place."""
+    assert isinstance(weights.mlp, DenseWeights)
+    stream.routing = []
+    for i, hidden in enumerate(stream.batches):
+        hidden, normed = attention_block(hidden.to(stream.source.device), weights, stream.source.config)
+        stream.put(i, hidden + dense_mlp(normed, weights.mlp))
+
+
 def layer_chunks(feed: Iterator[Weights], experts: int) -> Iterator[ExpertChunk]:
     """The next chunks of the feed, up to the layer's last expert."""
     done = 0
@@ -149,21 +162,25 @@ def layer_chunks(feed: Iterator[Weights], experts: int) -> Iterator[ExpertChunk]
         yield chunk
 
 
-def attend_and_route(stream: Stream, weights: LayerWeights) -> list[Block]:
-    """Push a stream through attention, in place; what its experts will see comes back in blocks of whole batches."""
+def attend_and_route(stream: Stream, weights: LayerWeights, dtype: torch.dtype = torch.float32) -> list[Block]:
+    """Push a stream through attention, in place; what its experts will see comes back in blocks of whole batches.
+
+    Hidden states may live on the host, blocks are on the source's device. Routing is by float32 states; the blocks'
+    tokens are kept in `dtype`.
+    """
     assert isinstance(weights.mlp, Router)
-    config, experts = stream.source.config, len(weights.mlp.weight)
+    config, device, experts = stream.source.config, stream.source.device, len(weights.mlp.weight)
     stream.routing, blocks = [], []
     for members in _grouped(stream.batches):
-        size = sum(stream.batches[i].shape[:2].numel() for i in members)
-        tokens, done = stream.batches[members[0]].new_empty(size, stream.batches[0].shape[-1]), 0
+        rows, chosen = [], []
         for i in members:
-            stream.batches[i], normed = attention_block(stream.batches[i], weights, config)
-            rows = normed.flatten(0, 1)
-            tokens[done : done + len(rows)] = rows
-            done += len(rows)
-        routing = route(tokens, weights.mlp, config.top_k)
+            hidden, normed = attention_block(stream.batches[i].to(device), weights, config)
+            stream.put(i, hidden)
+            chosen.append(route(normed.flatten(0, 1), weights.mlp, config.top_k))
+            rows.append(normed.flatten(0, 1).to(dtype))
+        routing = Routing(torch.cat([r.experts for r in chosen]), torch.cat([r.weights for r in chosen]))
         stream.routing.append(routing)
+        tokens = torch.cat(rows)
         blocks.append(Block(tokens, torch.zeros_like(tokens, dtype=torch.float32), Dispatch.of(routing, experts)))
     return blocks
 
@@ -184,12 +201,14 @@ def _grouped(batches: list[Tensor]) -> Iterator[list[int]]:
 
 def add_blocks(stream: Stream, blocks: list[Block]) -> None:
     """Add what the experts made of the blocks to the stream's hidden states."""
-    results = torch.cat([block.out for block in blocks]) if len(blocks) > 1 else blocks[0].out
-    done = 0
-    for i, hidden in enumerate(stream.batches):
-        count = hidden.shape[:2].numel()
-        stream.batches[i] = hidden + results[done : done + count].view_as(hidden).to(hidden.dtype)
-        done += count
+    batch = 0
+    for block in blocks:
+        done = 0
+        while done < len(block.out):
+            hidden = stream.batches[batch].to(block.out.device)
+            count = hidden.shape[:2].numel()
+            stream.put(batch, hidden + block.out[done : done + count].view_as(hidden).to(hidden.dtype))
+            batch, done = batch + 1, done + count
 
 
 def _noisy(hidden: Tensor, stream: Stream, number: int, batch: int) -> Tensor:

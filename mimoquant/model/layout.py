@@ -429,3 +429,12 @@ def _pattern(
         length = len(value) if isinstance(value, list) else "no list"
         raise CheckpointError(f"{where}: {key} must be {layers} zeros and ones, one a layer (found {length})")
     return tuple(bool(item) for item in value)
+
+
+def norm_name(layer: int) -> str:
+    """The norm that a layer's router and experts see."""
+    return f"model.layers.{layer}.post_attention_layernorm.weight"
+
+
+def router_name(layer: int) -> str:
+    return f"model.layers.{layer}.mlp.gate.weight"

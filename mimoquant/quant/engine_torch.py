@@ -7,6 +7,7 @@ the bit. Shapes: E experts, O out_features, I in_features, G groups of a row, S 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy.typing as npt
@@ -58,9 +59,21 @@ def nvfp4_global_scale(amax_E: Tensor, search: str) -> Tensor:
 
 
 def encode(
-    weight_EOI: Tensor, fmt: Format, search: str = "absmax", global_scale_E: Tensor | None = None
+    weight_EOI: Tensor,
+    fmt: Format,
+    search: str = "absmax",
+    global_scale_E: Tensor | None = None,
+    importance_EI: Tensor | None = None,
+    *,
+    signed: bool = False,
+    every: int = 1,
 ) -> dict[str, Tensor]:
-    """Quantize a stack of bf16 weights [E, O, I] to the parts of `fmt` (see `Format.parts`), each with leading E.
+    """Quantize a stack of bf16 or float32 weights [E, O, I] to the parts of `fmt` (see `Format.parts`), with leading E.
+
+    Args:
+        importance_EI: weight of each column's squared error in the search; the Gram diagonal, for search "gram".
+        signed: int4 only, the search also tries negative scales, which put -8 on the side with the larger weights.
+        every: the search tries one in so many of its multipliers.
 
     Scales come as bf16 (int4), uint8 E8M0 (mxfp4) or float8_e4m3fn (nvfp4). Non-finite weights are the caller's to
     refuse (`amax`). Raises ValueError for a shape the format cannot hold.
@@ -70,13 +83,17 @@ def encode(
     if problem:
         raise ValueError(problem)
     grouped = weight_EOI.to(torch.float32).reshape(experts, out_features, -1, fmt.group_size)
+    weigh = None if importance_EI is None else importance_EI.reshape(experts, 1, -1, fmt.group_size)
     if fmt.name == "int4":
-        codes, parts = _encode_int4(grouped, fmt, search)
+        signs = (1.0, -1.0) if signed else (1.0,)
+        tried = [sign * c for sign in signs for c in INT4_MULTIPLIERS][1::every]
+        codes, parts = _encode_int4(grouped, fmt, () if search == "absmax" else tried, weigh)
     elif fmt.name == "mxfp4":
-        codes, parts = _encode_mxfp4(grouped, search)
+        codes, parts = _encode_mxfp4(grouped, search, weigh)
     else:
         assert global_scale_E is not None
-        codes, parts = _encode_nvfp4(grouped, search, global_scale_E)
+        tried = [] if search == "absmax" else list(NVFP4_MULTIPLIERS[1::every])
+        codes, parts = _encode_nvfp4(grouped, tried, global_scale_E, weigh)
     return {"codes": pack_nibbles(codes.reshape(experts, out_features, in_features)), **parts}
 
 
@@ -92,7 +109,7 @@ def decode(parts: dict[str, Tensor], fmt: Format) -> Tensor:
         values = level * parts["scale"].to(torch.float32)[..., None]
     else:
         table = torch.tensor(E2M1_VALUES + tuple(-value for value in E2M1_VALUES), device=codes.device)
-        scale = _exp2(parts["scale"]) if fmt.name == "mxfp4" else parts["scale"].to(torch.float32)
+        scale = exp2(parts["scale"]) if fmt.name == "mxfp4" else parts["scale"].to(torch.float32)
         if fmt.name == "nvfp4":
             scale = scale / parts["global_scale"].reshape(-1, 1, 1)
         values = table[codes.long()] * scale[..., None]
@@ -147,7 +164,7 @@ def _int4_scale(spread: Tensor, levels: float) -> Tensor:
 
 
 def _int4_candidate(grouped: Tensor, low: Tensor, high: Tensor, c: float, symmetric: bool) -> tuple[Tensor, ...]:
-    """scale, zero point and levels (float, -8..7) for the range shrunk by `c`."""
+    """scale, zero point and levels (float, -8..7) for the range shrunk by |c|; the scale has the sign of `c`."""
     multiplier = _divisor(c, low)
     if symmetric:
         scale = _int4_scale(torch.maximum(-low, high) * multiplier, 7.5)
@@ -159,13 +176,15 @@ def _int4_candidate(grouped: Tensor, low: Tensor, high: Tensor, c: float, symmet
     return scale, zero, level
 
 
-def _encode_int4(grouped: Tensor, fmt: Format, search: str) -> tuple[Tensor, dict[str, Tensor]]:
+def _encode_int4(
+    grouped: Tensor, fmt: Format, multipliers: Sequence[float], weigh: Tensor | None
+) -> tuple[Tensor, dict[str, Tensor]]:
     low, high = grouped.amin(-1).clamp(max=0.0), grouped.amax(-1).clamp(min=0.0)
     best = _int4_candidate(grouped, low, high, 1.0, fmt.symmetric)
-    best_error = _int4_error(grouped, *best)
-    for c in INT4_MULTIPLIERS[1:] if search == "mse" else ():
+    best_error = _int4_error(grouped, best, weigh)
+    for c in multipliers:
         candidate = _int4_candidate(grouped, low, high, c, fmt.symmetric)
-        error = _int4_error(grouped, *candidate)
+        error = _int4_error(grouped, candidate, weigh)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best = tuple(
@@ -179,26 +198,31 @@ def _encode_int4(grouped: Tensor, fmt: Format, search: str) -> tuple[Tensor, dic
     return (level + 8.0).to(torch.uint8), parts
 
 
-def _int4_error(grouped: Tensor, scale: Tensor, zero: Tensor, level: Tensor) -> Tensor:
-    difference = (level - zero[..., None]) * scale[..., None] - grouped
-    return _halving_sum(difference * difference)
+def _int4_error(grouped: Tensor, candidate: tuple[Tensor, ...], weigh: Tensor | None) -> Tensor:
+    scale, zero, level = candidate
+    return _squared((level - zero[..., None]) * scale[..., None] - grouped, weigh)
 
 
-def _round_e2m1(magnitude: Tensor) -> Tensor:
+def _squared(difference: Tensor, weigh: Tensor | None) -> Tensor:
+    squares = difference * difference
+    return _halving_sum(squares if weigh is None else squares * weigh)
+
+
+def round_e2m1(magnitude: Tensor) -> Tensor:
     """Nearest of {0 .. 6}, ties to the even code; `magnitude` >= 0."""
     y = magnitude.clamp(max=6.0)
     fine, middle, coarse = (y * 2.0).round() * 0.5, y.round(), (y * 0.5).round() * 2.0
     return torch.where(y < 2.0, fine, torch.where(y < 4.0, middle, coarse))
 
 
-def _e2m1_codes(grouped: Tensor, rounded: Tensor) -> Tensor:
+def e2m1_codes(grouped: Tensor, rounded: Tensor) -> Tensor:
     """4-bit codes from the weights (a negative one that rounds to zero keeps its sign) and their rounded magnitudes."""
     small = (rounded * 2.0).to(torch.uint8)  # 0..4 are the codes of 0, .5, 1, 1.5, 2
     code = torch.where(rounded < 2.5, small, torch.where(rounded < 3.5, 5, torch.where(rounded < 5.0, 6, 7)))
     return (code + (grouped < 0) * 8).to(torch.uint8)
 
 
-def _exp2(biased: Tensor) -> Tensor:
+def exp2(biased: Tensor) -> Tensor:
     """2^(biased - 127) in float32 for uint8 exponents 0..254 (0 is the subnormal 2^-127)."""
     bits = biased.to(torch.int32) << 23
     return torch.where(bits == 0, 1 << 22, bits).view(torch.float32)
@@ -212,28 +236,27 @@ def _mxfp4_exponents(amax_EOG: Tensor) -> tuple[Tensor, Tensor]:
 
 def _mxfp4_candidate(grouped: Tensor, biased: Tensor) -> tuple[Tensor, Tensor]:
     biased = biased.clamp(0, 254)
-    scale = _exp2(biased)[..., None]
-    return biased, _round_e2m1(grouped.abs() / scale)
+    scale = exp2(biased)[..., None]
+    return biased, round_e2m1(grouped.abs() / scale)
 
 
-def _fp4_error(grouped: Tensor, rounded: Tensor, scale: Tensor) -> Tensor:
-    difference = rounded * scale[..., None] - grouped.abs()
-    return _halving_sum(difference * difference)
+def _fp4_error(grouped: Tensor, rounded: Tensor, scale: Tensor, weigh: Tensor | None) -> Tensor:
+    return _squared(rounded * scale[..., None] - grouped.abs(), weigh)
 
 
-def _encode_mxfp4(grouped: Tensor, search: str) -> tuple[Tensor, dict[str, Tensor]]:
+def _encode_mxfp4(grouped: Tensor, search: str, weigh: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
     plain, floored = _mxfp4_exponents(grouped.abs().amax(-1))
     biased, rounded = _mxfp4_candidate(grouped, plain)
-    if search == "mse":
-        best_error = _fp4_error(grouped, rounded, _exp2(biased))
+    if search != "absmax":
+        best_error = _fp4_error(grouped, rounded, exp2(biased), weigh)
         for offset in MXFP4_OFFSETS:
             other, other_rounded = _mxfp4_candidate(grouped, floored + offset)
-            error = _fp4_error(grouped, other_rounded, _exp2(other))
+            error = _fp4_error(grouped, other_rounded, exp2(other), weigh)
             better = error < best_error
             best_error = torch.where(better, error, best_error)
             biased = torch.where(better, other, biased)
             rounded = torch.where(better[..., None], other_rounded, rounded)
-    return _e2m1_codes(grouped, rounded), {"scale": biased.to(torch.uint8)}
+    return e2m1_codes(grouped, rounded), {"scale": biased.to(torch.uint8)}
 
 
 def _nvfp4_candidate(
@@ -243,25 +266,27 @@ def _nvfp4_candidate(
     stored = wanted.clamp(max=448.0).to(torch.float8_e4m3fn).to(torch.float32)
     stored = torch.where(stored == 0, _divisor(zero_scale, stored), stored)
     effective = stored / global_scale
-    return stored, effective, _round_e2m1(grouped.abs() / effective[..., None])
+    return stored, effective, round_e2m1(grouped.abs() / effective[..., None])
 
 
-def _encode_nvfp4(grouped: Tensor, search: str, global_scale_E: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def _encode_nvfp4(
+    grouped: Tensor, multipliers: Sequence[float], global_scale_E: Tensor, weigh: Tensor | None
+) -> tuple[Tensor, dict[str, Tensor]]:
     global_scale = global_scale_E.to(torch.float32).reshape(-1, 1, 1)
     base = grouped.abs().amax(-1) / _divisor(6.0, grouped) * global_scale
     stored, effective, rounded = _nvfp4_candidate(grouped, base, global_scale, NVFP4_ZERO_SCALE)
-    best_error = _fp4_error(grouped, rounded, effective)
-    for c in NVFP4_MULTIPLIERS[1:] if search == "mse" else ():
+    best_error = _fp4_error(grouped, rounded, effective, weigh)
+    for c in multipliers:
         other, other_effective, other_rounded = _nvfp4_candidate(
             grouped, base * _divisor(c, base), global_scale, NVFP4_SMALLEST_SCALE
         )
-        error = _fp4_error(grouped, other_rounded, other_effective)
+        error = _fp4_error(grouped, other_rounded, other_effective, weigh)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         stored = torch.where(better, other, stored)
         rounded = torch.where(better[..., None], other_rounded, rounded)
     parts = {"scale": stored.to(torch.float8_e4m3fn), "global_scale": global_scale_E.to(torch.float32).reshape(-1, 1)}
-    return _e2m1_codes(grouped, rounded), parts
+    return e2m1_codes(grouped, rounded), parts
 
 
 class TorchEngine:
@@ -290,7 +315,7 @@ class TorchEngine:
             bad = torch.nonzero(~torch.isfinite(parts["scale"].to(torch.float32)))  # an asymmetric range can overflow
             if len(bad):
                 raise NonFiniteError(projection, int(bad[0, 0]))
-            results[projection] = {part: _numpy(values) for part, values in parts.items()}
+            results[projection] = {part: to_numpy(values) for part, values in parts.items()}
         return results
 
     def dequantize(self, values: Array, block_scales: Array, scale_row: Array) -> Array:
@@ -300,7 +325,7 @@ class TorchEngine:
         out = dequantize_fp8(fp8.view(torch.float8_e4m3fn), scales, rows)
         if not bool(torch.isfinite(out).all()):
             raise NonFiniteError("", 0)
-        return _numpy(out)
+        return to_numpy(out)
 
     def bf16(self, stack: Stack) -> Tensor:
         """A stack's values [E, O, I] in bf16, on the device."""
@@ -310,7 +335,7 @@ class TorchEngine:
         return dequantize_fp8(values.view(torch.float8_e4m3fn), torch.from_numpy(stack.scales).to(self.device))
 
 
-def _numpy(values: Tensor) -> Array:
+def to_numpy(values: Tensor) -> Array:
     """Any tensor as numpy, dtypes that numpy lacks as their bits."""
     values = values.contiguous().cpu()
     bits = {torch.bfloat16: torch.uint16, torch.float8_e4m3fn: torch.uint8}.get(values.dtype)

@@ -39,7 +39,7 @@ MXFP4_ROUND_UP = 0x200000
 
 # The global scale maps the largest |weight| to e2m1's 6 times this E4M3 value. Plain: all of E4M3's range, as
 # compressed-tensors. Search: 256 leaves room for block scales up to 1.75x, or multipliers above 1 would saturate.
-NVFP4_RANGE = {"absmax": 448.0, "mse": 256.0}
+NVFP4_RANGE = {"absmax": 448.0, "mse": 256.0, "gram": 256.0}
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,382 @@
+"""The calibrated run, layer by layer: tokens → statistics → codes, and the tokens go on through what was written.
+
+Key idea: one stream of hidden states walks through the model while it is quantized. A layer's attention routes the
+tokens; its experts come in the same chunks in which they are written, and of each chunk the statistics are taken, the
+codes chosen and the output computed before the next one is touched: never all Gram matrices at once, no weight read
+twice. Hidden states rest on the host; one layer's tokens are on the device.
+
+A sixteenth of the sequences is held out. They choose how far thin statistics are shrunk, and tell whether the loss that
+was minimised predicts the loss on tokens that nobody minimised.
+
+Left out: the layers' order is the model's; no second pass. Shapes: E experts of a chunk, H hidden, I inner width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from mimoquant.calibration import statistics
+from mimoquant.calibration.tokens import TokenSet
+from mimoquant.checkpoint.reader import CheckpointReader
+from mimoquant.errors import CheckpointError, QualityError
+from mimoquant.layer_weights import read_parts
+from mimoquant.model.decoder_layer import DenseWeights, ExpertChunk, LayerWeights, add_experts
+from mimoquant.model.layer_stream import Block, Stream, add_blocks, attend_and_route, dense_layer
+from mimoquant.model.layout import PROJECTIONS, norm_name, router_name
+from mimoquant.model_weights import CheckpointWeights
+from mimoquant.plan import Experts, Plan
+from mimoquant.quant.awq import best_fold, power, scaled_gram
+from mimoquant.quant.engine_torch import TorchEngine, amax, decode, encode, nvfp4_global_scale, to_numpy
+from mimoquant.quant.expert_methods import Encoded, encode_with, energy, loss
+from mimoquant.quant.formats import Format
+from mimoquant.quant.method import Method
+from mimoquant.quant.stack import NonFiniteError, Stack
+
+Array = npt.NDArray[Any]
+Parts = dict[str, dict[str, Array]]  # projection → part → [E, ...]
+
+HELD_OUT = 16  # one sequence in so many
+SAMPLE_EXPERTS = 16  # of a layer, that choose the shrinkage
+SAMPLE_TOKENS = 4096  # at most, that are forced through each expert: what down_proj's statistics are shrunk toward
+SAMPLE_PER_COLUMN = 8  # of them, for each column of down_proj
+SHRINKAGES = (0.0, 1.0, 4.0)  # times the width, that are tried
+COARSE = 5  # one in so many scale multipliers is tried while a fold or a shrinkage is chosen
+BATCH_TOKENS = 8192
+
+
+@dataclass
+class LayerFacts:
+    """What is told of a layer: one value an expert in the lists. relMSE = tr(D H Dᵀ) / tr(W H Wᵀ), all projections."""
+
+    layer: int
+    tokens: list[int] = field(default_factory=list)
+    effective: list[float] = field(default_factory=list)
+    shrunk: list[float] = field(default_factory=list)  # lambda
+    relmse_plain: list[float] = field(default_factory=list)  # of absmax rounding
+    relmse: list[float] = field(default_factory=list)
+    shrinkage: float = 0.0  # n0 over the width
+    held_out: dict[str, float] = field(default_factory=dict)
+    damped: int = 0
+    rounded: int = 0
+    folded_channels: int = 0
+
+    def as_plain(self) -> dict[str, Any]:
+        lists = {name: [_short(v) for v in getattr(self, name)]
+                 for name in ("tokens", "effective", "shrunk", "relmse_plain", "relmse")}  # fmt: skip
+        return lists | {
+            "shrinkage": self.shrinkage,
+            "held_out": {name: _short(value) for name, value in self.held_out.items()},
+            "damped": self.damped,
+            "rounded": self.rounded,
+            "folded_channels": self.folded_channels,
+        }
+
+
+def _short(value: float) -> float:
+    return value if isinstance(value, int) else float(f"{value:.4g}")
+
+
+class Calibrator:
+    """Walks the calibration tokens through a plan's layers. Layers go in order, all of them: `begin`, then `encode`
+    or `keep` for every chunk of experts, then `end`; or `replay`, for a layer that is written already."""
+
+    def __init__(self, plan: Plan, reader: CheckpointReader, tokens: TokenSet, device: str) -> None:
+        assert plan.recipe.calibration is not None
+        self.plan, self.settings, self.device = plan, plan.recipe.calibration, torch.device(device)
+        self.weights, self.engine = CheckpointWeights(reader, plan.layout, self.device), TorchEngine(device)
+        self.method = plan.recipe.expert_method()
+        held = torch.arange(len(tokens.ids)) % HELD_OUT == HELD_OUT - 1
+        ids = torch.from_numpy(tokens.ids)
+        embedding = self.weights.tensor("model.embed_tokens.weight")
+        self.streams = [self._stream(ids[part], embedding) for part in (~held, held) if bool(part.any())]
+        self.blocks: list[list[Block]] = []
+        self.facts = LayerFacts(-1)
+        self.norm_fold: Tensor | None = None
+
+    def _stream(self, ids: Tensor, embedding: Tensor) -> Stream:
+        batch = max(1, BATCH_TOKENS // ids.shape[1])
+        batches = [embedding[part.to(self.device)].float().cpu() for part in torch.split(ids, batch)]
+        if self.device.type == "cuda":
+            batches = [hidden.pin_memory() for hidden in batches]
+        return Stream(self.weights, batches)
+
+    @torch.no_grad()
+    def begin(self, layer: int, written: CheckpointReader | None = None) -> None:
+        """Attention and routing of a layer; a dense layer is passed whole. `written`: its shard, if it exists."""
+        weights = self.weights.layer(layer)
+        self.facts, self.blocks, self.norm_fold = LayerFacts(layer), [], None
+        if isinstance(weights.mlp, DenseWeights):
+            for stream in self.streams:
+                dense_layer(stream, weights)
+            return
+        self.blocks = [attend_and_route(stream, weights, torch.bfloat16) for stream in self.streams]
+        self._pool(weights)
+        self._refuse_starved(layer)
+        if layer in self.plan.formats and self.plan.recipe.folds_norm(layer):
+            self._apply_norm_fold(self._fold_of(layer) if written is None else self._written_fold(layer, written))
+
+    def _pool(self, weights: LayerWeights) -> None:
+        """What the whole layer's tokens say: the Gram matrix experts are shrunk toward, and a sample of the tokens."""
+        train = self.blocks[0]
+        count = sum(len(block.tokens) for block in train)
+        self.pooled = torch.stack([statistics.gram(block.tokens) for block in train]).sum(0) / count
+        wanted = min(SAMPLE_TOKENS, SAMPLE_PER_COLUMN * self.plan.layout.geometry.expert_intermediate)
+        step = -(-count // wanted)
+        self.sample = torch.cat([block.tokens[::step] for block in train])
+        self.shrinkage = self.settings.shrinkage
+        experts, dispatches = self.plan.layout.geometry.experts, [block.dispatch for block in train]
+        self.facts.tokens = statistics.counts(dispatches, 0, experts)
+        self.facts.effective = statistics.effective_counts(dispatches, 0, experts)
+
+    @torch.no_grad()
+    def encode(self, step: Experts, stacks: dict[str, Stack]) -> Parts:
+        """Choose the codes of a chunk, and let its tokens through.
+
+        Raises NonFiniteError for weights that are NaN or Inf, CheckpointError where statistics are.
+        """
+        assert step.fmt is not None
+        weights = self._weights(stacks)
+        original = ExpertChunk(step.begin, *(weights[p] for p in PROJECTIONS))
+        if self.norm_fold is not None:
+            factor = power(self.norm_fold)
+            weights |= {p: (weights[p] * factor).to(torch.bfloat16) for p in ("gate", "up")}
+        inputs = self._input_grams(step.begin, step.end)
+        if self.shrinkage is None:
+            self.shrinkage = self._choose_shrinkage(weights, step.begin, inputs, step.fmt)
+        n0, count = self.shrinkage * len(self.pooled), self.facts.tokens[step.begin : step.end]
+        if self.plan.recipe.folds_down:
+            weights |= self._folded_down(weights, step, count)
+        gram = _finite(statistics.shrink(inputs, count, self.pooled, n0), step.layer)
+        both = self._encode_both(weights, gram, step.fmt)
+        gate, up = both.values.chunk(2, dim=1)
+        chunk = ExpertChunk(step.begin, gate.contiguous(), up.contiguous(), weights["down"])
+        inner = self._inner_grams(chunk, step.end, count)
+        scale = nvfp4_global_scale(amax(weights["down"]), self.method.search)
+        down = encode_with(weights["down"], inner, step.fmt, self.method, scale)
+        self._tell(weights, gram, inner, both, down, step.fmt, count, n0)
+        quantized = ExpertChunk(step.begin, chunk.gate, chunk.up, down.values)
+        self._pass(quantized if self.settings.propagate == "quantized" else self._folded(original))
+        return _by_projection(both.parts, down.parts)
+
+    @torch.no_grad()
+    def keep(self, step: Experts, stacks: dict[str, Stack]) -> None:
+        """Let the tokens through a chunk that is not quantized."""
+        weights = self._weights(stacks)
+        self._pass(ExpertChunk(step.begin, *(weights[p] for p in PROJECTIONS)))
+
+    @torch.no_grad()
+    def replay(self, layer: int, written: CheckpointReader) -> None:
+        """Walk a layer whose shard an earlier run has written."""
+        self.begin(layer, written)
+        unit = next(unit for unit in self.plan.units if unit.name == f"layer {layer}")
+        fmt = self.plan.formats.get(layer)
+        if fmt is None or self.settings.propagate == "original":
+            for chunk in self.weights.expert_chunks(layer):
+                self._pass(self._folded(chunk))
+        for step in unit.steps:
+            if isinstance(step, Experts) and fmt is not None and self.settings.propagate == "quantized":
+                self._pass(self._written_chunk(step, fmt, written))
+        self.end()
+
+    @torch.no_grad()
+    def end(self) -> dict[str, Any] | None:
+        """Add what the experts made; returns the layer's facts, if it was quantized."""
+        for stream, blocks in zip(self.streams, self.blocks, strict=False):
+            add_blocks(stream, blocks)
+        self.blocks = []
+        return self.facts.as_plain() if self.facts.relmse else None
+
+    # --- the steps of `encode` ----------------------------------------------------------------------------------------
+
+    def _weights(self, stacks: dict[str, Stack]) -> dict[str, Tensor]:
+        weights = {projection: self.engine.bf16(stack) for projection, stack in stacks.items()}
+        for projection, weight in weights.items():
+            bad = torch.nonzero(~torch.isfinite(amax(weight)))
+            if len(bad):
+                raise NonFiniteError(projection, int(bad[0, 0]))
+        return weights
+
+    def _pairs(self, held: bool = False) -> list[tuple[Tensor, Any]]:
+        return [(block.tokens, block.dispatch) for block in self.blocks[int(held)]]
+
+    def _input_grams(self, begin: int, end: int, *, held: bool = False) -> Tensor:
+        return statistics.expert_grams(self._pairs(held), begin, end, len(self.pooled))
+
+    def _inner_grams(self, chunk: ExpertChunk, end: int, count: list[int]) -> Tensor:
+        width = chunk.gate.shape[1]
+        sums = statistics.expert_grams(self._pairs(), chunk.begin, end, width, statistics.intermediate_of(chunk))
+        forced = statistics.forced_grams(self.sample, chunk.gate, chunk.up)
+        assert self.shrinkage is not None
+        return _finite(statistics.shrink(sums, count, forced, self.shrinkage * width), self.facts.layer)
+
+    def _encode_both(self, weights: dict[str, Tensor], gram: Tensor, fmt: Format, *, quick: bool = False) -> Encoded:
+        """gate and up as one stack of rows: they share the Gram matrix, and in NVFP4 the global scale."""
+        both = torch.cat([weights["gate"], weights["up"]], dim=1)
+        method = replace(self.method, refine=0, every=COARSE)
+        scale = nvfp4_global_scale(amax(both), self.method.search)
+        return encode_with(both, gram, fmt, method if quick else self.method, scale)
+
+    def _choose_shrinkage(self, weights: dict[str, Tensor], begin: int, inputs: Tensor, fmt: Format) -> float:
+        """The shrinkage with the least loss on held-out tokens, over the first experts of the layer."""
+        if len(self.blocks) < 2:
+            return 1.0
+        few = slice(0, SAMPLE_EXPERTS)
+        some = {projection: weight[few] for projection, weight in weights.items()}
+        both = torch.cat([some["gate"], some["up"]], dim=1)
+        held = self._input_grams(begin, begin + len(both), held=True)
+        count = self.facts.tokens[begin : begin + len(both)]
+        measured: dict[float, float] = {}
+        for factor in SHRINKAGES:
+            gram = statistics.shrink(inputs[few], count, self.pooled, factor * len(self.pooled))
+            values = self._encode_both(some, gram, fmt, quick=True).values
+            measured[factor] = float(loss(both, values, held).sum() / energy(both, held).sum().clamp(min=1e-30))
+            predicted = float(loss(both, values, gram).sum() / energy(both, gram).sum().clamp(min=1e-30))
+            self.facts.held_out |= {f"predicted_{factor:g}": predicted, f"measured_{factor:g}": measured[factor]}
+        return min(measured, key=lambda factor: measured[factor])
+
+    def _refuse_starved(self, layer: int) -> None:
+        limit, width = self.settings.max_starved_experts, len(self.pooled)
+        hungry = starved(self.facts.tokens, width)
+        if limit is not None and layer in self.plan.formats and hungry > limit:
+            raise QualityError(
+                f"layer {layer}: {hungry} experts saw fewer than {width // 2} tokens, max_starved_experts is {limit}",
+                hint="calibrate with more tokens, or raise the limit: thin statistics are shrunk, not trusted",
+            )
+
+    def _fold_of(self, layer: int) -> Tensor:
+        """Powers of two between the norm and its router and experts, chosen on a sample of the layer's experts."""
+        fmt, layout = self.plan.formats[layer], self.plan.layout
+        step = max(1, layout.geometry.experts // SAMPLE_EXPERTS)
+        sample = range(0, layout.geometry.experts, step)
+        weights = [torch.cat([self.weights.expert(layer, e, p) for p in ("gate", "up")]) for e in sample]
+        grams = torch.cat([self._input_grams(e, e + 1) for e in sample])
+        count = [self.facts.tokens[e] for e in sample]
+        gram = _finite(statistics.shrink(grams, count, self.pooled, float(len(self.pooled))), layer)
+        recipe = self.plan.recipe
+        return best_fold(torch.stack(weights), gram, self._loss_of(fmt), n_grid=recipe.awq.n_grid, duo=recipe.awq.duo,
+                         shared=True)  # fmt: skip
+
+    def _written_fold(self, layer: int, written: CheckpointReader) -> Tensor:
+        """The exponents that an earlier run chose: source norm over written norm."""
+        name = norm_name(layer)
+        stored = torch.from_numpy(written.read(name)).view(torch.bfloat16).to(self.device, torch.float32)
+        source = self.weights.tensor(name, torch.float32)
+        ratio = torch.where(source == 0, 1.0, source / torch.where(stored == 0, 1.0, stored))
+        return torch.log2(ratio).round().to(torch.int32)
+
+    def folded(self, name: str, block: Array) -> Array:
+        """A copied tensor as it goes out: the norm and the router of a folded layer change by powers of two."""
+        if self.norm_fold is None or name not in (norm_name(self.facts.layer), router_name(self.facts.layer)):
+            return block
+        fold = -self.norm_fold if name == norm_name(self.facts.layer) else self.norm_fold
+        dtype = {"BF16": torch.bfloat16, "F32": torch.float32}[self.plan.layout.index.tensors[name].dtype]
+        values = torch.from_numpy(block).view(dtype).view(-1, len(fold))
+        return to_numpy((values * power(fold).cpu()).to(dtype)).reshape(-1).view(np.uint8)
+
+    def _apply_norm_fold(self, fold: Tensor) -> None:
+        if not bool(fold.any()):
+            return
+        self.norm_fold, self.facts.folded_channels = fold, int((fold != 0).sum())
+        shrunk = power(-fold).to(torch.bfloat16)
+        for blocks in self.blocks:
+            for block in blocks:
+                block.tokens.mul_(shrunk)
+        self.pooled, self.sample = scaled_gram(self.pooled, fold), self.sample * shrunk
+
+    def _folded_down(self, weights: dict[str, Tensor], step: Experts, count: list[int]) -> dict[str, Tensor]:
+        """up and down with each intermediate channel scaled by a power of two, up down and down up."""
+        assert step.fmt is not None
+        chunk = ExpertChunk(step.begin, weights["gate"], weights["up"], weights["down"])
+        gram = self._inner_grams(chunk, step.end, count)
+        recipe = self.plan.recipe
+        fold = best_fold(weights["down"], gram, self._loss_of(step.fmt), n_grid=recipe.awq.n_grid, duo=recipe.awq.duo,
+                         shared=False)  # fmt: skip
+        self.facts.folded_channels += int((fold != 0).sum())
+        return {"up": (weights["up"] * power(-fold)[:, :, None]).to(torch.bfloat16),
+                "down": (weights["down"] * power(fold)[:, None, :]).to(torch.bfloat16)}  # fmt: skip
+
+    def _loss_of(self, fmt: Format) -> Any:
+        def loss_of(weight: Tensor, gram: Tensor) -> Tensor:
+            plain = Method(self.method.search, signed=self.method.signed, every=COARSE)
+            scale = nvfp4_global_scale(amax(weight), self.method.search)
+            return loss(weight, encode_with(weight, gram, fmt, plain, scale).values, gram)
+
+        return loss_of
+
+    def _folded(self, chunk: ExpertChunk) -> ExpertChunk:
+        """The original weights as they must be where the norm is folded."""
+        if self.norm_fold is None:
+            return chunk
+        factor = power(self.norm_fold)
+        gate, up = ((weight * factor).to(torch.bfloat16) for weight in (chunk.gate, chunk.up))
+        return ExpertChunk(chunk.begin, gate, up, chunk.down)
+
+    def _pass(self, chunk: ExpertChunk) -> None:
+        for blocks in self.blocks:
+            for block in blocks:
+                add_experts(block.out, block.tokens, block.dispatch, chunk)
+
+    def _tell(
+        self, weights: dict[str, Tensor], gram: Tensor, inner: Tensor, both: Encoded, down: Encoded, fmt: Format,
+        count: list[int], n0: float,
+    ) -> None:  # fmt: skip
+        first = torch.cat([weights["gate"], weights["up"]], dim=1)
+        total = energy(first, gram) + energy(weights["down"], inner)
+        mine = loss(first, both.values, gram) + loss(weights["down"], down.values, inner)
+        plain = _plain_loss(first, gram, fmt) + _plain_loss(weights["down"], inner, fmt)
+        self.facts.relmse += (mine / total.clamp(min=1e-30)).tolist()
+        self.facts.relmse_plain += (plain / total.clamp(min=1e-30)).tolist()
+        self.facts.shrunk += statistics.shares(count, n0)
+        self.facts.shrinkage = self.shrinkage or 0.0
+        self.facts.damped += both.damped + down.damped
+        self.facts.rounded += both.rounded + down.rounded
+
+    def _written_chunk(self, step: Experts, fmt: Format, written: CheckpointReader) -> ExpertChunk:
+        names = (entry.name for entry in step.entries)
+        geometry, container = self.plan.layout.geometry, self.plan.container
+        held = read_parts(written, names, step.end - step.begin, fmt, container, geometry)
+        values = [decode(stored_parts(held[p], fmt, self.device), fmt).to(torch.bfloat16) for p in PROJECTIONS]
+        return ExpertChunk(step.begin, *values)
+
+
+def _plain_loss(weight: Tensor, gram: Tensor, fmt: Format) -> Tensor:
+    parts = encode(weight, fmt, "absmax", nvfp4_global_scale(amax(weight), "absmax"))
+    return loss(weight, decode(parts, fmt).to(torch.bfloat16), gram)
+
+
+def _finite(gram: Tensor, layer: int) -> Tensor:
+    if not bool(torch.isfinite(gram).all()):
+        raise CheckpointError(
+            f"layer {layer}: the calibration tokens' statistics are not finite",
+            hint="the hidden states overflow: is this data for this model?",
+        )
+    return gram
+
+
+def _by_projection(both: dict[str, Tensor], down: dict[str, Tensor]) -> Parts:
+    """The parts of stacked gate and up, split by rows; a global scale is shared."""
+    halves: dict[str, dict[str, Tensor]] = {"gate": {}, "up": {}}
+    for name, values in both.items():
+        pair = (values, values) if name == "global_scale" else values.chunk(2, dim=1)
+        halves["gate"][name], halves["up"][name] = pair
+    return {p: {name: to_numpy(values) for name, values in parts.items()}
+            for p, parts in (*halves.items(), ("down", down))}  # fmt: skip
+
+
+def stored_parts(parts: dict[str, Array], fmt: Format, device: torch.device) -> dict[str, Tensor]:
+    """What numpy read from disk, as `decode` takes it."""
+    held = {name: torch.from_numpy(values).to(device) for name, values in parts.items()}
+    if fmt.name != "mxfp4":
+        held["scale"] = held["scale"].view(torch.bfloat16 if fmt.name == "int4" else torch.float8_e4m3fn)
+    return held
+
+
+def starved(counts: list[int], width: int) -> int:
+    """Experts with fewer tokens than half the width of what they see: their own statistics mislead more than help."""
+    return sum(count < width / 2 for count in counts)

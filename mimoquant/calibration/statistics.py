@@ -1,0 +1,110 @@
+"""What calibration tokens say about a chunk of experts: Gram matrices, coverage, and what to do where it is thin.
+
+Key idea: each token counts for the experts it is routed to, and for no other. An expert that saw few tokens has a Gram
+matrix that would mislead GPTQ worse than none at all (worst near as many tokens as columns), so it is shrunk toward the
+layer's pooled one,
+
+    H = (1 - lambda) H_e + lambda H_pool tr(H_e) / tr(H_pool),    lambda = n0 / (n_e + n0),
+
+where an expert without tokens gets the pooled one. What is pooled for down_proj cannot be another expert's input: it is
+the expert's own intermediate on tokens of the whole layer, routed there or not.
+
+Rows are rounded to bfloat16, so their products are exact and only sums are float32, on every device.
+Shapes: E experts of a chunk, K width of the Gram matrix, n tokens. References: Frantar et al., GPTQ, arXiv 2210.17323;
+shrinkage toward a target as in Ledoit and Wolf, 2004.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mimoquant.model.decoder_layer import Dispatch, ExpertChunk, float32_parts, product
+
+Rows = Callable[[Tensor, list[int]], Tensor]  # tokens [m, c, H] of the experts named → what a projection sees [m, c, K]
+
+
+def gram(rows: Tensor) -> Tensor:
+    """Sum of outer products, [..., K, K] float32, of rows [..., n, K]."""
+    rough = rows.to(torch.bfloat16)
+    if rough.is_cuda:
+        stacked = rough.reshape(-1, *rough.shape[-2:])
+        out = torch.bmm(stacked.transpose(1, 2), stacked, out_dtype=torch.float32)
+        return out.view(*rough.shape[:-2], *out.shape[1:])
+    wide = rough.to(torch.float32)
+    return wide.transpose(-1, -2) @ wide
+
+
+def expert_grams(
+    blocks: Sequence[tuple[Tensor, Dispatch]], begin: int, end: int, width: int, rows_of: Rows | None = None
+) -> Tensor:
+    """[E, K, K] sums over the tokens [n, H] that each block dispatches to experts begin..end."""
+    out = torch.zeros(end - begin, width, width, device=blocks[0][0].device)
+    for tokens, dispatch in blocks:
+        for group in dispatch.groups(begin, end):
+            rows = tokens[group.rows]
+            if rows_of is not None:
+                rows = rows_of(rows, group.experts)
+            rows = torch.where(group.used[..., None], rows, 0)
+            places = torch.tensor(group.experts, device=out.device) - begin
+            out[places] += gram(rows)
+    return out
+
+
+def counts(dispatches: Sequence[Dispatch], begin: int, end: int) -> list[int]:
+    """Tokens of each expert."""
+    return [sum(d.begins[expert + 1] - d.begins[expert] for d in dispatches) for expert in range(begin, end)]
+
+
+def effective_counts(dispatches: Sequence[Dispatch], begin: int, end: int) -> list[float]:
+    """(sum g)² / sum g² of each expert's routing weights g: how many equally weighted tokens it saw."""
+    totals = []
+    for expert in range(begin, end):
+        gains = torch.cat([d.gains[d.begins[expert] : d.begins[expert + 1]] for d in dispatches])
+        totals.append(torch.stack((gains.sum() ** 2, gains.square().sum())))
+    first, second = torch.stack(totals).T
+    return [float(value) for value in first / second.clamp(min=1e-30)]
+
+
+def shares(count_E: Sequence[int], n0: float) -> list[float]:
+    """The lambdas."""
+    return [1.0 if count == 0 else n0 / (count + n0) for count in count_E]
+
+
+def shrink(gram_EKK: Tensor, count_E: Sequence[int], pooled: Tensor, n0: float) -> Tensor:
+    """Mean Gram matrices, each shrunk toward `pooled` ([K, K] or one an expert), at its own trace."""
+    count = torch.tensor(count_E, dtype=torch.float32, device=gram_EKK.device)
+    own = gram_EKK / count.clamp(min=1)[:, None, None]
+    target = pooled.expand_as(own)
+    scale = _trace(own) / _trace(target).clamp(min=1e-30)
+    scale = torch.where(count > 0, scale, 1.0)
+    share = torch.tensor(shares(count_E, n0), device=gram_EKK.device)
+    return (1 - share)[:, None, None] * own + (share * scale)[:, None, None] * target
+
+
+def _trace(matrices: Tensor) -> Tensor:
+    return torch.diagonal(matrices, dim1=-2, dim2=-1).sum(-1)
+
+
+def intermediate(rows: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    """What down_proj sees, float32 [..., n, I], of rows [..., n, H]."""
+    parts = float32_parts(rows, gate)
+    return F.silu(product(parts, gate)) * product(parts, up)
+
+
+def intermediate_of(chunk: ExpertChunk) -> Rows:
+    """`intermediate` of a chunk's experts, for `expert_grams`."""
+
+    def rows_of(rows: Tensor, experts: list[int]) -> Tensor:
+        places = torch.tensor(experts, device=rows.device) - chunk.begin
+        return intermediate(rows, chunk.gate[places], chunk.up[places])
+
+    return rows_of
+
+
+def forced_grams(sample: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    """Mean Gram matrices [E, I, I] of each expert's intermediate on the same tokens `sample` [n, H]."""
+    return torch.stack([gram(intermediate(sample, g, u)) for g, u in zip(gate, up, strict=True)]) / len(sample)

@@ -1,0 +1,73 @@
+"""Rounding to a grid whose scales are given: what every method that chooses codes does in the end.
+
+Key idea: parts of a format (scale, zero point, global scale) become one float32 scale and zero a group, and then int4
+and the FP4 formats differ in one line each way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from mimoquant.quant.engine_torch import e2m1_codes, exp2, round_e2m1, unpack_zero_points
+from mimoquant.quant.formats import E2M1_VALUES, Format
+
+
+@cache
+def _e2m1(device: torch.device) -> Tensor:
+    """The values of the 16 codes; kept, since making them anew for every column would wait for the device each time."""
+    return torch.tensor(E2M1_VALUES + tuple(-value for value in E2M1_VALUES), device=device)
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """scale and zero, float32, of the same shape; zero is None but for asymmetric int4. Usually [E, O, G]."""
+
+    scale: Tensor
+    zero: Tensor | None
+
+    @staticmethod
+    def of(parts: dict[str, Tensor], fmt: Format) -> Grid:
+        """The grid that the stored parts mean."""
+        if fmt.name == "mxfp4":
+            return Grid(exp2(parts["scale"]), None)
+        scale = parts["scale"].to(torch.float32)
+        if fmt.name == "nvfp4":
+            scale = scale / parts["global_scale"].reshape(-1, 1, 1)
+        zero = None if fmt.symmetric else unpack_zero_points(parts["zero_point"]).to(torch.float32)
+        return Grid(scale, zero)
+
+    def columns(self, group_EI: Tensor) -> Grid:
+        """The grid of each column, [E, I, O], where `group_EI` says which group it belongs to."""
+
+        def spread(values: Tensor) -> Tensor:
+            return values.transpose(1, 2).gather(1, group_EI[:, :, None].expand(-1, -1, values.shape[1]))
+
+        return Grid(spread(self.scale), None if self.zero is None else spread(self.zero))
+
+    def at(self, column: int) -> Grid:
+        """One column's grid, [E, O], of what `columns` gave."""
+        return Grid(self.scale[:, column], None if self.zero is None else self.zero[:, column])
+
+    def wide(self, fmt: Format) -> Grid:
+        """The grid of every weight, [E, O, I]."""
+        size = fmt.group_size
+        return Grid(self.scale.repeat_interleave(size, -1),
+                    None if self.zero is None else self.zero.repeat_interleave(size, -1))  # fmt: skip
+
+    def encode(self, values: Tensor, fmt: Format) -> Tensor:
+        """The nearest codes, uint8 0..15."""
+        if fmt.name != "int4":
+            return e2m1_codes(values, round_e2m1((values / self.scale).abs()))
+        level = values / self.scale if self.zero is None else values / self.scale + self.zero
+        return (level.clamp(-8.0, 7.0).round() + 8.0).to(torch.uint8)
+
+    def decode(self, codes: Tensor, fmt: Format) -> Tensor:
+        """The values of codes, float32."""
+        if fmt.name != "int4":
+            return _e2m1(codes.device)[codes.int()] * self.scale
+        level = codes.to(torch.float32) - 8.0
+        return (level if self.zero is None else level - self.zero) * self.scale

@@ -1,0 +1,167 @@
+"""The parts of a recipe that only calibrated runs have: the tokens, GPTQ's and AWQ's own settings.
+
+Key idea: as in `recipe`, what is unknown or would be dropped is refused by name; and so is what goes wrong on this
+family, such as scaling a norm without its router.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, NoReturn, Protocol
+
+DAMP = 0.05  # of the mean Gram diagonal; llm-compressor issue 2922 found it best for FP4, its own default is .01
+AWQ_GRID = 20
+MODIFIER_DEFAULTS: dict[str, dict[str, Any]] = {
+    "GPTQModifier": {"dampening_frac": DAMP, "actorder": "static"},
+    "AWQModifier": {"n_grid": AWQ_GRID, "duo_scaling": True},
+}
+_CALIBRATION_KEYS = ("set", "data", "sequences", "tokens", "propagate", "shrinkage", "max_starved_experts")
+
+
+class Fail(Protocol):
+    """Raises RecipeError with the recipe's name before the problem."""
+
+    def __call__(self, problem: str, hint: str | None = None) -> NoReturn: ...
+
+
+def match_name(name: str, pattern: str) -> bool:
+    """compressed-tensors' rule: `re:` matches from the start (not to the end), anything else is the whole name."""
+    if pattern.startswith("re:"):
+        return re.match(pattern[3:], name) is not None
+    return name == pattern
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a calibrated run sees and does with it. `data`: shipped sets, files or folders (see `calibration.tokens`).
+
+    shrinkage: how far thin statistics are shrunk, n0 over the width; None lets held-out tokens choose, layer by layer.
+    max_starved_experts: more experts than this, in a layer, with fewer tokens than half the width are an error.
+    """
+
+    data: tuple[str, ...] = ("mixed-v1",)
+    sequences: int = 512
+    tokens: int = 2048
+    propagate: str = "quantized"
+    shrinkage: float | None = None
+    max_starved_experts: int | None = None
+
+    def as_plain(self) -> dict[str, Any]:
+        held = {"set": self.data[0]} if len(self.data) == 1 else {"data": list(self.data)}
+        return held | {"sequences": self.sequences, "tokens": self.tokens, "propagate": self.propagate,
+                       "shrinkage": "auto" if self.shrinkage is None else self.shrinkage,
+                       "max_starved_experts": self.max_starved_experts}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Awq:
+    """AWQModifier's settings. `down`: up_proj is scaled against down_proj; `norms`: patterns of the norms that are."""
+
+    n_grid: int
+    duo: bool
+    down: bool
+    norms: tuple[str, ...]
+
+    @staticmethod
+    def of(settings: dict[str, Any]) -> Awq:
+        smoothed = [mapping["smooth_layer"] for mapping in settings.get("mappings") or []]
+        ups = [pattern for pattern in smoothed if match_name(_MODULES["up"], pattern)]
+        norms = tuple(pattern for pattern in smoothed if pattern not in ups)
+        return Awq(int(settings.get("n_grid", AWQ_GRID)), bool(settings.get("duo_scaling", True)),
+                   bool(ups) or not smoothed, norms)  # fmt: skip
+
+    def names_norm(self, layer: int) -> bool:
+        return any(match_name(_norm(layer), pattern) for pattern in self.norms)
+
+
+_MODULES = {"router": "model.layers.1.mlp.gate", "gate": "model.layers.1.mlp.experts.0.gate_proj",
+            "up": "model.layers.1.mlp.experts.0.up_proj", "down": "model.layers.1.mlp.experts.0.down_proj"}  # fmt: skip
+
+
+def _norm(layer: int) -> str:
+    return f"model.layers.{layer}.post_attention_layernorm"
+
+
+def parse_calibration(block: Any, fail: Fail) -> Calibration | None:
+    """The `calibration:` block."""
+    if block is None:
+        return None
+    if not isinstance(block, dict):
+        fail(f"calibration must be a mapping, found {type(block).__name__}")
+    unknown = [key for key in block if key not in _CALIBRATION_KEYS]
+    if unknown:
+        fail(f"unknown key {unknown[0]!r} in calibration", f"known are {', '.join(sorted(_CALIBRATION_KEYS))}")
+    default = Calibration()
+    sizes = {key: block.get(key, getattr(default, key)) for key in ("sequences", "tokens")}
+    for key, value in sizes.items():
+        if type(value) is not int or value < 1:
+            fail(f"calibration.{key} is {value!r}, expected a positive number")
+    propagate, shrinkage = block.get("propagate", "quantized"), block.get("shrinkage", "auto")
+    if propagate not in ("quantized", "original"):
+        fail(f"calibration.propagate is {propagate!r}", "known are quantized, original")
+    if shrinkage == "auto":
+        shrinkage = None
+    elif isinstance(shrinkage, bool) or not isinstance(shrinkage, int | float) or not 0 <= shrinkage < 1e6:
+        fail(f"calibration.shrinkage is {shrinkage!r}, expected auto or a number")
+    starved = block.get("max_starved_experts")
+    if starved is not None and (type(starved) is not int or starved < 0):
+        fail(f"calibration.max_starved_experts is {starved!r}, expected a number of experts")
+    return Calibration(_data(block, fail) or default.data, sizes["sequences"], sizes["tokens"], propagate, shrinkage,
+                       starved)  # fmt: skip
+
+
+def _data(block: dict[Any, Any], fail: Fail) -> tuple[str, ...]:
+    if "set" in block and "data" in block:
+        fail("calibration has both set and data")
+    held = block.get("set", block.get("data"))
+    items = [held] if isinstance(held, str) else [] if held is None else held
+    if not isinstance(items, list) or not all(isinstance(item, str) and item for item in items):
+        fail("calibration.data must be a list of shipped sets, files or folders")
+    return tuple(items)
+
+
+def check_settings(extra: dict[str, dict[str, Any]], fail: Fail) -> None:
+    """Refuse settings of the calibrated modifiers that would be dropped or that go wrong on this family."""
+    gptq, awq = extra.get("GPTQModifier", {}), extra.get("AWQModifier", {})
+    damp = gptq.get("dampening_frac", DAMP)
+    if isinstance(damp, bool) or not isinstance(damp, int | float) or not 0 < damp <= 1:
+        fail(f"dampening_frac is {damp!r}, expected a number above 0 and at most 1")
+    if gptq.get("actorder", "static") not in ("static", None, "weight"):
+        fail(f"actorder {gptq['actorder']!r} is not supported",
+                  "columns are ordered by activation without an index in the file: static")  # fmt: skip
+    if gptq.get("block_size", 128) != 128:
+        fail(f"block_size is {gptq['block_size']!r}; columns go in blocks of 128")
+    grid = awq.get("n_grid", AWQ_GRID)
+    if type(grid) is not int or not 1 <= grid <= 100:
+        fail(f"n_grid is {grid!r}, expected a number from 1 to 100")
+    if not isinstance(awq.get("duo_scaling", True), bool):
+        fail(f"duo_scaling {awq['duo_scaling']!r} is not supported", "true or false")
+    for number, mapping in enumerate(awq.get("mappings") or []):
+        _check_mapping(mapping, number, fail)
+
+
+def _check_mapping(mapping: Any, number: int, fail: Fail) -> None:
+    """Two kinds exist here: up_proj → down_proj, and the norm → router, gate_proj and up_proj, all three of them."""
+    smooth = mapping.get("smooth_layer") if isinstance(mapping, dict) else None
+    balanced = mapping.get("balance_layers") if isinstance(mapping, dict) else None
+    if (
+        not isinstance(smooth, str)
+        or not isinstance(balanced, list)
+        or set(mapping) - {"smooth_layer", "balance_layers"}
+    ):
+        fail(f"mapping {number} is not smooth_layer (a pattern) and balance_layers (a list of patterns)")
+    for pattern in (smooth, *balanced):
+        try:
+            re.compile(str(pattern).removeprefix("re:"))
+        except re.error as error:
+            fail(f"mapping {number} has the broken pattern {pattern!r} ({error})")
+    found = {kind for kind, name in _MODULES.items() if any(match_name(name, str(p)) for p in balanced)}
+    norms = any(match_name(_norm(layer), smooth) for layer in range(512))
+    if norms and "router" not in found:
+        fail(f"mapping {number} scales post_attention_layernorm and leaves the router (mlp.gate) as it is",
+             r"the router would see other inputs and choose other experts: add 're:.*mlp\.gate$'")  # fmt: skip
+    up = match_name(_MODULES["up"], smooth)
+    if not ((norms and not up and found == {"router", "gate", "up"}) or (up and not norms and found == {"down"})):
+        fail(f"mapping {number} ({smooth}) is not supported",
+             "known are up_proj to down_proj, post_attention_layernorm to mlp.gate, gate_proj and up_proj")  # fmt: skip

@@ -1,0 +1,349 @@
+"""Calibrated runs, end to end on the embedded checkpoint: quality, coverage, folds, resume, refusals, proof."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import mimoquant
+from mimoquant import calibrated, pipeline
+from mimoquant.calibration import statistics
+from mimoquant.calibration.tokens import TokenSet, load_tokens
+from mimoquant.checkpoint.index import open_index
+from mimoquant.checkpoint.journal import RunFolder, read_journal
+from mimoquant.checkpoint.reader import CheckpointReader
+from mimoquant.errors import QualityError, RecipeError, UsageError
+from mimoquant.evaluation.evaluate import eval_kl, open_layout
+from mimoquant.model.decoder_layer import Dispatch, ExpertChunk, Router, Routing, route
+from mimoquant.model.layout import norm_name, router_name
+from mimoquant.plan import Plan, make_plan
+from mimoquant.quant.expert_methods import encode_with, loss
+from mimoquant.quant.formats import Format
+from mimoquant.quant.method import Method
+from mimoquant.recipe import Recipe, load_recipe, parse_recipe
+from mimoquant.verify import verify
+
+MICRO = mimoquant.micro_checkpoint()
+TARGETS = r"targets: ['re:.*mlp\.experts\.\d+\.(gate|up|down)_proj$']"
+NORM = r"""{smooth_layer: 're:.*layers\.[1-9]\.post_attention_layernorm$', balance_layers: ['re:.*mlp\.gate$',
+ 're:.*mlp\.experts\.\d+\.gate_proj$', 're:.*mlp\.experts\.\d+\.up_proj$']}"""
+DOWN = r"{smooth_layer: 're:.*experts\.\d+\.up_proj$', balance_layers: ['re:.*experts\.\d+\.down_proj$']}"
+AWQ = f"""
+default_stage: {{default_modifiers: {{AWQModifier: {{mappings: [{NORM}, {DOWN}], duo_scaling: false, n_grid: 4}},
+  QuantizationModifier: {{scheme: W4A16, {TARGETS}}}}}}}
+mimoquant: {{carve_outs: {{3: bf16}}}}
+"""
+GRAM = f"default_stage: {{default_modifiers: {{QuantizationModifier: {{scheme: MXFP4A16, {TARGETS}}}}}}}\n" + (
+    "mimoquant: {scale_search: gram}"
+)
+FEW = {"sequences": 32, "tokens": 64}
+
+
+def run(recipe: Recipe, out: Path, **settings: object) -> Plan:
+    plan = make_plan(MICRO, recipe.calibrated_on(FEW | settings))
+    pipeline.quantize(plan, out, device="cpu")
+    return plan
+
+
+def held_out(sequences: int = 56, tokens: int = 64) -> TokenSet:
+    return load_tokens(["heldout-v1"], MICRO, sequences=sequences, tokens=tokens, vocab=1024)
+
+
+def j_of(out: Path) -> float:
+    return float(eval_kl(MICRO, out, held_out(), noise_floor=False)["j"]["mean"])
+
+
+@pytest.fixture(scope="module")
+def gptq(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("gptq") / "out"
+    run(load_recipe("gptq-int4-g128"), out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def folded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """AWQ with a planted channel: a norm gain 64 times as large, and weights that make up for it."""
+    out = tmp_path_factory.mktemp("awq") / "out"
+    run(parse_recipe(AWQ, "awq"), out)
+    return out
+
+
+@pytest.mark.parametrize("name", ["gptq-int4-g128", "gptq-mxfp4", "gptq-nvfp4"])
+def test_gptq_has_less_divergence_than_plain_rounding(name: str, gptq: Path, tmp_path: Path) -> None:
+    fmt = name.removeprefix("gptq-")
+    out = gptq if name == "gptq-int4-g128" else tmp_path / "gptq"
+    if out != gptq:
+        run(load_recipe(name), out, sequences=64, tokens=128)
+    plain = load_recipe({"nvfp4": "nvfp4-mse"}.get(fmt, f"{fmt}-rtn"))
+    pipeline.quantize(make_plan(MICRO, plain), tmp_path / "plain", device="cpu")
+    assert j_of(out) < {"int4-g128": 0.8, "mxfp4": 0.9, "nvfp4": 0.97}[fmt] * j_of(tmp_path / "plain")
+
+
+def test_the_output_is_proven_and_tells_its_coverage(gptq: Path) -> None:
+    report = verify(gptq, MICRO)
+    assert report.ok, report.problems
+    told = json.loads((gptq / "report.json").read_text())
+    assert told["method"] == "gptq" and told["fallbacks"] == {
+        "experts_without_tokens": 0, "gptq_damped_more": 0, "gptq_rounded_plainly": 0
+    }  # fmt: skip
+    layers = told["calibration"]
+    geometry = open_layout(MICRO).geometry
+    assert list(layers) == [f"layer {layer}" for layer in geometry.moe_layers]
+    for facts in layers.values():
+        assert sum(facts["tokens"]) == 30 * 64 * geometry.top_k  # two of 32 sequences are held out
+        assert all(0 < e <= t for e, t in zip(facts["effective"], facts["tokens"], strict=True))
+        assert np.mean(facts["relmse"]) < 0.8 * np.mean(facts["relmse_plain"])
+        held = facts["held_out"]
+        assert facts["shrinkage"] == min((0.0, 1.0, 4.0), key=lambda n0: held[f"measured_{n0:g}"])
+
+
+def test_the_written_recipe_repeats_the_run(gptq: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(str(gptq / "recipe.yaml"))
+    assert recipe.calibration is not None and recipe.calibration.data == ("mixed-v1",) and recipe.refine == 2
+    pipeline.quantize(make_plan(MICRO, recipe), tmp_path / "again", device="cpu")
+    names = sorted(path.name for path in gptq.iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "again").iterdir())
+    for name in names:
+        assert (gptq / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
+
+
+def test_evaluating_on_the_calibration_data_is_refused(gptq: Path) -> None:
+    tokens = load_tokens(["mixed-v1"], MICRO, sequences=4, tokens=32, vocab=1024)
+    with pytest.raises(UsageError, match="calibrated on"):
+        eval_kl(MICRO, gptq, tokens)
+
+
+class _StopError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("finished", [1, 3, 4])
+@pytest.mark.parametrize("kind", ["gptq", "awq"])
+def test_a_resumed_run_writes_the_same_bytes(
+    kind: str, finished: int, gptq: Path, folded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, recipe = (gptq, load_recipe("gptq-int4-g128")) if kind == "gptq" else (folded, parse_recipe(AWQ, "awq"))
+    record = RunFolder.record
+
+    def stop(self: RunFolder, line: object) -> None:
+        record(self, line)  # type: ignore[arg-type]
+        if len(self.finished) == finished:
+            raise _StopError
+
+    monkeypatch.setattr(RunFolder, "record", stop)
+    with pytest.raises(_StopError):
+        run(recipe, tmp_path / "out")
+    monkeypatch.undo()
+    plan = make_plan(MICRO, recipe.calibrated_on(FEW))
+    with pytest.raises(UsageError, match="cannot be resumed, recipe was"):
+        pipeline.quantize(make_plan(MICRO, recipe.calibrated_on(FEW | {"sequences": 16})), tmp_path / "out",
+                          device="cpu", resume=True)  # fmt: skip
+    pipeline.quantize(plan, tmp_path / "out", device="cpu", resume=True)
+    assert (tmp_path / "out" / "journal.jsonl").read_bytes() == (whole / "journal.jsonl").read_bytes()
+    assert (tmp_path / "out" / "report.json").read_bytes() == (whole / "report.json").read_bytes()
+
+
+def test_awq_is_not_worse_than_plain_rounding_and_is_proven(folded: Path, tmp_path: Path) -> None:
+    pipeline.quantize(make_plan(MICRO, load_recipe("int4-g128-rtn")), tmp_path / "plain", device="cpu")
+    assert j_of(folded) < 0.95 * j_of(tmp_path / "plain")
+    report = verify(folded, MICRO)
+    assert report.ok, report.problems
+    told = json.loads((folded / "report.json").read_text())
+    assert "layer 3" not in told["calibration"] and told["carve_outs"] == {"3": "bf16"}
+
+
+def test_a_folded_norm_leaves_router_logits_to_the_bit(tmp_path: Path) -> None:
+    """A norm fold is forced by a candidate that always wins; the router must see the same products."""
+    source = open_layout(MICRO)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibrated.Calibrator, "_fold_of", lambda self, layer: torch.arange(256, dtype=torch.int32) % 2)
+        run(parse_recipe(AWQ, "awq"), tmp_path / "out")
+    report = verify(tmp_path / "out", MICRO)
+    assert report.ok, report.problems
+    assert report.checked["folded tensors"] == 2 * 3
+    out = open_layout(tmp_path / "out")
+    hidden = torch.randn(512, 256, generator=torch.Generator().manual_seed(0))
+    chosen = []
+    for layout in (source, out):
+        with CheckpointReader(layout.index) as reader:
+            gain = torch.from_numpy(reader.read(norm_name(2))).view(torch.bfloat16).float()
+            kind = {"BF16": torch.bfloat16, "F32": torch.float32}[layout.index.tensors[router_name(2)].dtype]
+            weight = torch.from_numpy(reader.read(router_name(2))).view(kind).view(-1, 256).float()
+            chosen.append(route(hidden * gain, Router(weight, torch.zeros(len(weight))), 2))
+    assert torch.equal(chosen[0].experts, chosen[1].experts) and torch.equal(chosen[0].weights, chosen[1].weights)
+    assert j_of(tmp_path / "out") < 0.2  # the fold is a bad one, but the function is the same
+
+
+@pytest.mark.parametrize("damage", ["router", "norm", "codes", "scale"])
+def test_damage_to_a_calibrated_output_is_found(damage: str, folded: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for path in folded.iterdir():
+        (out / path.name).write_bytes(path.read_bytes())
+    name = {"router": router_name(2), "norm": norm_name(2),
+            "codes": "model.layers.2.mlp.experts.1.up_proj.weight_packed",
+            "scale": "model.layers.2.mlp.experts.1.down_proj.weight_scale"}[damage]  # fmt: skip
+    info = open_index(out).tensors[name]
+    raw = bytearray((out / info.file).read_bytes())
+    if damage == "codes":  # rows shifted by one
+        row = info.size_bytes // info.shape[0]
+        block = raw[info.offset : info.offset + info.size_bytes]
+        raw[info.offset : info.offset + info.size_bytes] = block[row:] + block[:row]
+    elif damage == "scale":
+        raw[info.offset : info.offset + 2] = b"\x00\x00"
+    else:
+        raw[info.offset] ^= 1
+    (out / info.file).write_bytes(raw)
+    report = verify(out, MICRO)
+    assert any(name.removesuffix("_packed").removesuffix("_scale") in problem for problem in report.problems)
+
+
+def test_search_alone_by_the_gram_diagonal_is_nearest_rounding(tmp_path: Path) -> None:
+    run(parse_recipe(GRAM, "gram"), tmp_path / "out")
+    report = verify(tmp_path / "out", MICRO)
+    assert report.ok, report.problems
+
+
+def test_too_many_starved_experts_are_an_error(tmp_path: Path) -> None:
+    recipe = load_recipe("gptq-int4-g128").calibrated_on({"max_starved_experts": 0})
+    with pytest.raises(QualityError, match=r"layer 1: \d+ experts saw fewer than 128 tokens, max_starved_experts is 0"):
+        run(recipe, tmp_path / "out", sequences=4)
+
+
+def test_a_recipe_that_needs_no_tokens_refuses_them() -> None:
+    with pytest.raises(RecipeError, match="needs no tokens"):
+        load_recipe("int4-g128-rtn").calibrated_on({"sequences": 3})
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (AWQ.replace(r"'re:.*mlp\.gate$',", ""), "leaves the router"),
+        (AWQ.replace("carve_outs: {3: bf16}", "fold: exact-real"), "no powers of two"),
+        (AWQ.replace("n_grid: 4", "n_grid: 0"), "n_grid is 0"),
+        (GRAM.replace("scale_search: gram", "scale_search: gram, refine: -1"), "refine is -1"),
+        (
+            GRAM.replace("scale_search: gram", "scale_search: gram, calibration: {set: a, data: [b]}"),
+            "both set and data",
+        ),
+        (GRAM.replace("scale_search: gram", "scale_search: gram, calibration: {tokens: x}"), "calibration.tokens"),
+        (GRAM.replace("scale_search: gram", "scale_search: gram, calibration: {shrinkage: -1}"), "shrinkage"),
+        (GRAM.replace("scale_search: gram", "scale_search: gram, calibration: {propagate: none}"), "propagate"),
+        (GRAM.replace("QuantizationModifier: {", "GPTQModifier: {dampening_frac: 0, "), "dampening_frac is 0"),
+        (GRAM.replace("QuantizationModifier: {", "GPTQModifier: {actorder: group, "), "actorder 'group'"),
+        (GRAM.replace("QuantizationModifier: {", "GPTQModifier: {block_size: 64, "), "block_size is 64"),
+    ],
+)
+def test_settings_that_would_be_dropped_or_go_wrong_are_refused(text: str, said: str) -> None:
+    with pytest.raises(RecipeError, match=said.replace("(", r"\(")):
+        parse_recipe(text, "r")
+
+
+# --- statistics -------------------------------------------------------------------------------------------------------
+
+
+def routed(tokens: int, experts: int, top_k: int, seed: int = 0) -> Routing:
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(tokens, experts, generator=generator)
+    chosen = scores.topk(top_k, -1)
+    return Routing(chosen.indices, chosen.values / chosen.values.sum(-1, keepdim=True))
+
+
+def test_gram_matrices_are_those_of_the_routed_tokens() -> None:
+    tokens, routing = torch.randn(300, 32).to(torch.bfloat16), routed(300, 6, 2)
+    dispatch = Dispatch.of(routing, 6)
+    got = statistics.expert_grams([(tokens, dispatch)], 1, 5, 32)
+    for expert in range(1, 5):
+        mine = tokens[(routing.experts == expert).any(-1)].double()
+        assert torch.allclose(got[expert - 1].double(), mine.T @ mine, rtol=1e-5, atol=1e-3)
+    assert statistics.counts([dispatch], 0, 6) == [(routing.experts == e).sum().item() for e in range(6)]
+    gains = routing.weights[routing.experts == 2].double()
+    expected = float(gains.sum() ** 2 / gains.square().sum())
+    assert statistics.effective_counts([dispatch], 2, 3)[0] == pytest.approx(expected, rel=1e-4)
+
+
+def test_an_experts_intermediate_is_that_of_its_weights() -> None:
+    tokens, routing = torch.randn(200, 16).to(torch.bfloat16), routed(200, 4, 2)
+    gate, up = (torch.randn(4, 8, 16).to(torch.bfloat16) for _ in range(2))
+    chunk = ExpertChunk(0, gate, up, torch.zeros(4, 16, 8))
+    got = statistics.expert_grams([(tokens, Dispatch.of(routing, 4))], 0, 4, 8, statistics.intermediate_of(chunk))
+    for expert in range(4):
+        mine = tokens[(routing.experts == expert).any(-1)].float()
+        inner = torch.nn.functional.silu(mine @ gate[expert].float().T) * (mine @ up[expert].float().T)
+        inner = inner.to(torch.bfloat16).double()
+        assert torch.allclose(got[expert].double(), inner.T @ inner, rtol=1e-4, atol=1e-2)
+
+
+def test_shrinkage_keeps_the_trace_and_gives_the_pooled_matrix_to_an_expert_without_tokens() -> None:
+    rows = torch.randn(3, 50, 8)
+    sums = statistics.gram(rows)
+    pooled = sums.sum(0) / 150
+    sums[2] = 0
+    shrunk = statistics.shrink(sums, [50, 50, 0], pooled, 16.0)
+    traces = torch.diagonal(shrunk, dim1=-2, dim2=-1).sum(-1)
+    assert torch.allclose(traces[:2], torch.diagonal(sums[:2] / 50, dim1=-2, dim2=-1).sum(-1), rtol=1e-5)
+    assert torch.allclose(shrunk[2], pooled, rtol=1e-5)
+    assert statistics.shares([50, 0], 16.0) == [16 / 66, 1.0]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_with_half_as_many_tokens_as_columns_shrinkage_beats_all_else_on_other_tokens(seed: int) -> None:
+    """Experts share most of their inputs' covariance, as in the facts' model: 60 % shared, 40 % their own."""
+    width, experts, fmt = 256, 8, Format("int4", 128)
+    generator = torch.Generator().manual_seed(seed)
+
+    def root() -> torch.Tensor:
+        scale = torch.rand(width, generator=generator).mul(4).exp()
+        basis = torch.linalg.qr(torch.randn(width, width, generator=generator))[0]
+        return basis * (scale / scale.mean()).sqrt()
+
+    shared, own = root(), [root() for _ in range(experts)]
+
+    def draw(count: int) -> torch.Tensor:
+        return torch.stack([
+            torch.randn(count, width, generator=generator) @ shared.T * 0.6**0.5
+            + torch.randn(count, width, generator=generator) @ mine.T * 0.4**0.5 for mine in own
+        ])  # fmt: skip
+
+    weight = torch.randn(experts, 64, width, generator=generator).to(torch.bfloat16)
+    count = width // 2
+    seen, other = statistics.gram(draw(count)), statistics.gram(draw(8192)) / 8192
+    counts, pooled = [count] * experts, seen.mean(0) / count
+
+    def held_out_loss(n0: float, method: Method) -> float:
+        gram = statistics.shrink(seen, counts, pooled, n0)
+        return float(loss(weight, encode_with(weight, gram, fmt, method, None).values, other).sum())
+
+    full = Method("gram", gptq=True)
+    shrunk, plain = held_out_loss(4.0 * width, full), held_out_loss(0.0, full)
+    search, rounding = held_out_loss(0.0, Method("gram")), held_out_loss(0.0, Method("absmax"))
+    assert shrunk < min(0.7 * plain, 0.98 * search, 0.8 * rounding)
+
+
+def test_a_held_out_sixteenth_is_not_in_the_statistics(tmp_path: Path) -> None:
+    plan = make_plan(MICRO, load_recipe("gptq-int4-g128").calibrated_on(FEW))
+    tokens = load_tokens(["mixed-v1"], MICRO, sequences=32, tokens=64, vocab=1024)
+    changed = tokens.ids.copy()
+    changed[15::16] = 7  # only held-out sequences
+    with CheckpointReader(plan.layout.index) as reader:
+        one = calibrated.Calibrator(plan, reader, tokens, "cpu")
+        two = calibrated.Calibrator(plan, reader, replace(tokens, ids=changed), "cpu")
+        for walker in (one, two):
+            walker.begin(0)
+            walker.end()
+            walker.begin(1)
+    assert torch.equal(one.pooled, two.pooled) and one.facts.tokens == two.facts.tokens
+    assert not torch.equal(one.blocks[1][0].tokens, two.blocks[1][0].tokens)
+
+
+def test_the_journal_carries_the_facts_of_each_layer(gptq: Path) -> None:
+    lines = {line.unit: line for line in read_journal(gptq / "journal.jsonl")}
+    assert lines["layer 0"].facts is None and lines["layer 1"].facts is not None
+    record = yaml.safe_load((gptq / "recipe.yaml").read_text())["mimoquant"]["provenance"]["calibration"]
+    assert record["name"] == "mixed-v1" and len(record["sequences"]) == 32
