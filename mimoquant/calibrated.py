@@ -56,6 +56,7 @@ class LayerFacts:
 
     layer: int
     tokens: list[int] = field(default_factory=list)
+    starved: int = 0  # experts: see `starved` below
     effective: list[float] = field(default_factory=list)
     shrunk: list[float] = field(default_factory=list)  # lambda
     relmse_plain: list[float] = field(default_factory=list)  # of absmax rounding
@@ -70,6 +71,7 @@ class LayerFacts:
         lists = {name: [_short(v) for v in getattr(self, name)]
                  for name in ("tokens", "effective", "shrunk", "relmse_plain", "relmse")}  # fmt: skip
         return lists | {
+            "starved": self.starved,
             "shrinkage": self.shrinkage,
             "held_out": {name: _short(value) for name, value in self.held_out.items()},
             "damped": self.damped,
@@ -132,6 +134,7 @@ class Calibrator:
         self.shrinkage = self.settings.shrinkage
         experts, dispatches = self.plan.layout.geometry.experts, [block.dispatch for block in train]
         self.facts.tokens = statistics.counts(dispatches, 0, experts)
+        self.facts.starved = starved(self.facts.tokens, len(self.pooled))
         self.facts.effective = statistics.effective_counts(dispatches, 0, experts)
 
     @torch.no_grad()

@@ -152,7 +152,7 @@ def quantize(
     source: Annotated[Path, typer.Argument(help="The checkpoint to quantize.", metavar="SOURCE")],
     recipe: RecipeOption,
     out: Annotated[Path, typer.Option("--out", "-o", help="Where to write; must not exist.", metavar="DIR")],
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda; the bytes are the same.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda; the same bytes without calibration.")] = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     data: Annotated[
         list[str] | None, typer.Option(help="What to calibrate on, instead of the recipe's.", metavar="SET|FILE")
@@ -160,21 +160,57 @@ def quantize(
     sequences: Annotated[int | None, typer.Option(min=1, help="Of calibration tokens, at most.")] = None,
     tokens: Annotated[int | None, typer.Option(min=2, help="Of each sequence.")] = None,
     container: ContainerOption = None,
+    html: Annotated[Path | None, typer.Option(help="Write what calibration reached here.", metavar="FILE")] = None,
     as_json: JsonOption = False,
     allow_unknown: UnknownOption = False,
 ) -> None:
     """Write the 4-bit checkpoint. The folder appears only when it is complete; an interrupted run can be resumed."""
-    from mimoquant import describe, pipeline
+    from mimoquant import coverage_page, describe, pipeline
+    from mimoquant.devices import resolve_device
 
     begin = time.monotonic()
     changed = {"data": tuple(data) if data else None, "sequences": sequences, "tokens": tokens}
-    made = _plan(source, recipe, container, allow_unknown, {k: v for k, v in changed.items() if v is not None})
+    device = resolve_device(device)
+    made = _plan(source, recipe, container, allow_unknown, {k: v for k, v in changed.items() if v is not None}, device)
+    if html is not None:
+        _check_page(html, made, out)
     for note in made.notes:
         tell(f"note: {note}")
     with Progress(made) as progress:
         report = pipeline.quantize(made, out, device=device, resume=resume, progress=progress.advance)
     facts = {**report.as_json(), "out": str(out), "elapsed_s": round(time.monotonic() - begin, 3)}
+    if html is not None:
+        _write_page(html, coverage_page.coverage_page(facts))
     _print(facts, describe.quantize_text, as_json)
+
+
+def _check_page(path: Path, made: Plan, out: Path) -> None:
+    """Refuse before a long run what would only fail after it."""
+    from mimoquant.errors import UsageError
+
+    if not made.recipe.calibrated:
+        raise UsageError(
+            f"--html {path}: recipe {made.recipe.name} does not calibrate, there is nothing to show",
+            hint="leave --html out, or choose a recipe that calibrates, such as gptq-int4-g128",
+        )
+    _check_writable(path, (made.layout.index.folder, out, Path(f"{out}.partial")))
+
+
+def _check_writable(path: Path, checkpoints: tuple[Path, ...]) -> None:
+    """Try to write a page, and leave no trace of it."""
+    from mimoquant.errors import UsageError
+
+    try:
+        target = path.resolve()
+        for folder in checkpoints:
+            if target.is_relative_to(folder.resolve()):
+                raise UsageError(f"--html {path}: lies in {folder}, which holds a checkpoint and nothing else")
+        existed = path.exists()
+        path.open("ab").close()
+        if not existed:
+            path.unlink()
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
+        raise UsageError(f"--html {path}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
 
 
 @app.command()
@@ -224,6 +260,8 @@ def eval_kl(
 
     begin = time.monotonic()
     _check_candidate(candidate, server, {"--model": model, "--top-k": top_k}, {"--baseline": baseline, "--html": html})
+    if html is not None:
+        _check_writable(html, tuple(folder for folder in (reference, candidate, baseline) if folder is not None))
     where = (reference, data or ["heldout-v1"], sequences, tokens)
     if candidate is not None:
         facts = _evaluate(*where, candidate, baseline, noise_floor, device)
@@ -365,14 +403,21 @@ def synth(
 
 
 def _plan(
-    source: Path, recipe: str, container: Container | None, allow_unknown: bool, calibration: dict[str, Any]
+    source: Path,
+    recipe: str,
+    container: Container | None,
+    allow_unknown: bool,
+    calibration: dict[str, Any],
+    device: str = "cpu",
 ) -> Plan:
-    from mimoquant.plan import make_plan
+    from mimoquant.plan import CHUNK_BYTES, CUDA_CHUNK_BYTES, make_plan
     from mimoquant.recipe import load_recipe
 
     chosen = container.value if container else None
     loaded = load_recipe(recipe).calibrated_on(calibration)
-    return make_plan(source, loaded, container=chosen, allow_unknown=allow_unknown)
+    large = loaded.calibrated and device.startswith("cuda")
+    return make_plan(source, loaded, container=chosen, allow_unknown=allow_unknown,
+                     chunk_bytes=CUDA_CHUNK_BYTES if large else CHUNK_BYTES)  # fmt: skip
 
 
 def _print(facts: dict[str, Any], to_text: Any, as_json: bool) -> None:

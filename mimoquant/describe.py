@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+
 from mimoquant.model.layout import ModelLayout
 from mimoquant.plan import Experts, Plan, Shapes, ranges
 from mimoquant.report import SCHEMA_VERSION, size
@@ -140,9 +142,49 @@ def quantize_text(facts: dict[str, Any]) -> str:
         [
             f"wrote      {facts['out']}: {len(facts['shards'])} shards, {size(after)} ({after / before:.1%} of source)",
             f"experts    {formats} ({facts['method']}, scales by {facts['scale_search']}), {facts['container']}",
+            *([f"coverage   {coverage_text(facts['calibration'])}"] if facts["calibration"] else []),
             f"time       {seconds:.1f} s, {size(int(before / max(seconds, 1e-3)))}/s of source",
         ]
     )
+
+
+def coverage_text(layers: dict[str, dict[str, Any]]) -> str:
+    """What the calibration tokens reached and gained, in one line."""
+    c = coverage(layers.values())
+    least, low, median = map(token_count, c["tokens"])
+    weakest, strongest = c["lambda"]
+    return (
+        f"tokens per expert {least} min, {low} p5, {median} median; {c['starved']} of {c['experts']} starved, "
+        f"{c['without_tokens']} without; lambda {weakest:.3g} to {strongest:.3g}; "
+        f"relMSE {c['relmse_plain'][0]:.3g} -> {c['relmse'][0]:.3g}"
+    )
+
+
+def coverage(layers: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """`calibrated.LayerFacts` of one or more layers as figures over all their experts.
+
+    tokens and effective: minimum, 5th percentile, median. lambda: least and most. relmse and relmse_plain: mean, worst.
+    """
+    layers = list(layers)
+    every = {
+        name: [value for facts in layers for value in facts[name]]
+        for name in ("tokens", "effective", "shrunk", "relmse_plain", "relmse")
+    }
+    figures: dict[str, Any] = {name: sum(facts[name] for facts in layers) for name in ("starved", "damped", "rounded")}
+    for name in ("tokens", "effective"):
+        figures[name] = [float(value) for value in np.quantile(every[name], (0.0, 0.05, 0.5))]
+    for name in ("relmse_plain", "relmse"):
+        figures[name] = [float(np.mean(every[name])), float(np.max(every[name]))]
+    return figures | {
+        "experts": len(every["tokens"]),
+        "without_tokens": every["tokens"].count(0),
+        "lambda": [min(every["shrunk"]), max(every["shrunk"])],
+    }
+
+
+def token_count(value: float) -> str:
+    """A number of tokens; between two of them, with a decimal."""
+    return f"{value:.1f}".removesuffix(".0")
 
 
 def verify_text(facts: dict[str, Any], limit: int = 20) -> str:

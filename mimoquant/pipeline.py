@@ -2,7 +2,8 @@
 
 Key idea: the plan has decided everything, so this is a loop with a reader one chunk ahead and a writer behind. A unit
 is a shard; it is fsynced, then journaled, so a killed run goes on where it was. What comes out depends on the plan
-alone: not on the device, the number of threads, or how often the run was interrupted.
+alone: not on how often the run was interrupted, nor, without calibration, on the device or the number of threads. A
+calibrated run takes its tokens along (`_Walk`), layer by layer.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from mimoquant.checkpoint.journal import JournalLine, RunFolder, free_bytes
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.checkpoint.writer import ShardWriter, write_file_durably
 from mimoquant.container import expert_tensors
-from mimoquant.devices import make_engine
+from mimoquant.devices import make_engine, resolve_device
 from mimoquant.errors import CheckpointError, StoppedError, UsageError
 from mimoquant.layer_weights import dequantize, not_finite, output_tensors, read_experts, read_matrix
 from mimoquant.model.layout import PROJECTIONS
@@ -64,7 +65,8 @@ def quantize(
     """Execute a plan into the folder `out`, which appears only when it is complete.
 
     Args:
-        device: "cpu", "cuda", or "auto" (cuda where there is one). The bytes are the same.
+        device: "cpu", "cuda", or "auto" (cuda where there is one). The bytes are the same, unless the recipe
+            calibrates: then they are the same on the same kind of device.
         resume: continue what a killed run left in `out`.partial.
     Raises:
         UsageError: `out` exists, lies in the source, an unfinished run is there; disk too small.
@@ -72,7 +74,10 @@ def quantize(
     """
     out = _preflight(plan, out)
     tokens = _calibration_tokens(plan)
-    identity = plan.identity() | ({"calibration tokens": tokens.sha256} if tokens else {})
+    device = resolve_device(device)
+    identity = plan.identity()
+    if tokens:  # sums of float32 differ between kinds of device, and GPTQ makes much of little
+        identity |= {"calibration tokens": tokens.sha256, "kind of device": device.partition(":")[0]}
     with contextlib.closing(make_engine(device)) as engine, RunFolder(out, identity, resume=resume) as run:
         _check_disk(plan, run)
         try:

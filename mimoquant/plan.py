@@ -35,6 +35,7 @@ from mimoquant.quant.formats import Format
 from mimoquant.recipe import Recipe
 
 CHUNK_BYTES = 96 * 2**20  # source bytes of the experts that are in memory together
+CUDA_CHUNK_BYTES = 768 * 2**20  # the same, where a GPU calibrates: it wants some thirty experts at once
 WRITE_QUEUE_BYTES = 192 * 2**20  # results that may wait for the disk
 
 

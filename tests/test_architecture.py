@@ -30,6 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "report": {"checkpoint.journal"},
     "report_page": {"describe", "report"},
     "server_text": {"describe", "report_page"},
+    "coverage_page": {"describe", "report_page"},
     "calibration": {"errors", "model.decoder_layer"},
     # what joins two of them
     "container": {"quant.formats"},
@@ -53,8 +54,8 @@ ALLOWED: dict[str, set[str]] = {
     "synth": {"errors", "checkpoint", "layer_weights", "model", "synth_files", "synth_weights"},
     "describe": {"model", "plan", "report"},
     # the edge, which nothing imports
-    "cli": {"errors", "calibration", "checkpoint", "describe", "devices", "evaluation", "model", "pipeline", "plan",
-            "progress", "recipe", "report", "report_page", "server_text", "synth", "verify"},
+    "cli": {"errors", "calibration", "checkpoint", "coverage_page", "describe", "devices", "evaluation", "model",
+            "pipeline", "plan", "progress", "recipe", "report", "report_page", "server_text", "synth", "verify"},
     "__main__": {"cli"},
 }  # fmt: skip
 # for annotations only, under `if TYPE_CHECKING:`; nothing is loaded
