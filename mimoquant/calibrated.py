@@ -25,8 +25,8 @@ from mimoquant.calibration import statistics
 from mimoquant.calibration.tokens import TokenSet
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.errors import CheckpointError, QualityError
-from mimoquant.layer_weights import read_parts
-from mimoquant.model.decoder_layer import DenseWeights, ExpertChunk, LayerWeights, add_experts
+from mimoquant.layer_weights import read_experts, read_parts
+from mimoquant.model.decoder_layer import DenseWeights, ExpertChunk, add_experts
 from mimoquant.model.layer_stream import Block, Stream, add_blocks, attend_and_route, dense_layer
 from mimoquant.model.layout import PROJECTIONS, norm_name, router_name
 from mimoquant.model_weights import CheckpointWeights
@@ -118,12 +118,12 @@ class Calibrator:
                 dense_layer(stream, weights)
             return
         self.blocks = [attend_and_route(stream, weights, torch.bfloat16) for stream in self.streams]
-        self._pool(weights)
+        self._pool()
         self._refuse_starved(layer)
         if layer in self.plan.formats and self.plan.recipe.folds_norm(layer):
             self._apply_norm_fold(self._fold_of(layer) if written is None else self._written_fold(layer, written))
 
-    def _pool(self, weights: LayerWeights) -> None:
+    def _pool(self) -> None:
         """What the whole layer's tokens say: the Gram matrix experts are shrunk toward, and a sample of the tokens."""
         train = self.blocks[0]
         count = sum(len(block.tokens) for block in train)
@@ -179,12 +179,16 @@ class Calibrator:
         self.begin(layer, written)
         unit = next(unit for unit in self.plan.units if unit.name == f"layer {layer}")
         fmt = self.plan.formats.get(layer)
-        if fmt is None or self.settings.propagate == "original":
-            for chunk in self.weights.expert_chunks(layer):
-                self._pass(self._folded(chunk))
-        for step in unit.steps:
-            if isinstance(step, Experts) and fmt is not None and self.settings.propagate == "quantized":
+        for step in unit.steps:  # in the chunks of the first run: they set the order in which experts are summed
+            if not isinstance(step, Experts):
+                continue
+            if fmt is not None and self.settings.propagate == "quantized":
                 self._pass(self._written_chunk(step, fmt, written))
+            else:
+                weights = self._weights(
+                    read_experts(self.weights.reader, self.plan.layout, layer, step.begin, step.end)
+                )
+                self._pass(self._folded(ExpertChunk(step.begin, *(weights[p] for p in PROJECTIONS))))
         self.end()
 
     @torch.no_grad()

@@ -22,7 +22,7 @@ from mimoquant.errors import QualityError, RecipeError, UsageError
 from mimoquant.evaluation.evaluate import eval_kl, open_layout
 from mimoquant.model.decoder_layer import Dispatch, ExpertChunk, Router, Routing, route
 from mimoquant.model.layout import norm_name, router_name
-from mimoquant.plan import Plan, make_plan
+from mimoquant.plan import CHUNK_BYTES, Plan, make_plan
 from mimoquant.quant.expert_methods import encode_with, loss
 from mimoquant.quant.formats import Format
 from mimoquant.quant.method import Method
@@ -39,14 +39,15 @@ default_stage: {{default_modifiers: {{AWQModifier: {{mappings: [{NORM}, {DOWN}],
   QuantizationModifier: {{scheme: W4A16, {TARGETS}}}}}}}
 mimoquant: {{carve_outs: {{3: bf16}}}}
 """
+ORIGINAL = "calibration: {propagate: original, shrinkage: 1}"
 GRAM = f"default_stage: {{default_modifiers: {{QuantizationModifier: {{scheme: MXFP4A16, {TARGETS}}}}}}}\n" + (
     "mimoquant: {scale_search: gram}"
 )
 FEW = {"sequences": 32, "tokens": 64}
 
 
-def run(recipe: Recipe, out: Path, **settings: object) -> Plan:
-    plan = make_plan(MICRO, recipe.calibrated_on(FEW | settings))
+def run(recipe: Recipe, out: Path, chunk_bytes: int = CHUNK_BYTES, **settings: object) -> Plan:
+    plan = make_plan(MICRO, recipe.calibrated_on(FEW | settings), chunk_bytes=chunk_bytes)
     pipeline.quantize(plan, out, device="cpu")
     return plan
 
@@ -123,12 +124,15 @@ class _StopError(Exception):
     pass
 
 
-@pytest.mark.parametrize("finished", [1, 3, 4])
-@pytest.mark.parametrize("kind", ["gptq", "awq"])
+@pytest.mark.parametrize(("kind", "finished"), [("gptq", 1), ("gptq", 4), ("awq", 3), ("awq", 5), ("small chunks", 5)])
 def test_a_resumed_run_writes_the_same_bytes(
     kind: str, finished: int, gptq: Path, folded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, recipe = (gptq, load_recipe("gptq-int4-g128")) if kind == "gptq" else (folded, parse_recipe(AWQ, "awq"))
+    chunk = 2**18 if kind == "small chunks" else CHUNK_BYTES  # two or three experts
+    if kind == "small chunks":
+        whole, recipe = tmp_path / "whole", parse_recipe(AWQ.replace("carve_outs", f"{ORIGINAL}, carve_outs"), "awq")
+        run(recipe, whole, chunk)
     record = RunFolder.record
 
     def stop(self: RunFolder, line: object) -> None:
@@ -138,9 +142,9 @@ def test_a_resumed_run_writes_the_same_bytes(
 
     monkeypatch.setattr(RunFolder, "record", stop)
     with pytest.raises(_StopError):
-        run(recipe, tmp_path / "out")
+        run(recipe, tmp_path / "out", chunk)
     monkeypatch.undo()
-    plan = make_plan(MICRO, recipe.calibrated_on(FEW))
+    plan = make_plan(MICRO, recipe.calibrated_on(FEW), chunk_bytes=chunk)
     with pytest.raises(UsageError, match="cannot be resumed, recipe was"):
         pipeline.quantize(make_plan(MICRO, recipe.calibrated_on(FEW | {"sequences": 16})), tmp_path / "out",
                           device="cpu", resume=True)  # fmt: skip
@@ -208,6 +212,20 @@ def test_search_alone_by_the_gram_diagonal_is_nearest_rounding(tmp_path: Path) -
     run(parse_recipe(GRAM, "gram"), tmp_path / "out")
     report = verify(tmp_path / "out", MICRO)
     assert report.ok, report.problems
+
+
+@pytest.mark.parametrize("kind", ["asymmetric", "original", "down only"])
+def test_the_other_ways_are_proven_too(kind: str, tmp_path: Path) -> None:
+    asymmetric = f"default_stage: {{default_modifiers: {{GPTQModifier: {{scheme: W4A16_ASYM, {TARGETS}}}}}}}"
+    recipe = {
+        "asymmetric": parse_recipe(asymmetric, "asym"),
+        "original": load_recipe("gptq-int4-g32").calibrated_on({"propagate": "original", "shrinkage": 1.0}),
+        "down only": parse_recipe(AWQ.replace(f"mappings: [{NORM}, {DOWN}], ", ""), "awq"),
+    }[kind]
+    run(recipe, tmp_path / "out")
+    report = verify(tmp_path / "out", MICRO)
+    assert report.ok, report.problems
+    assert j_of(tmp_path / "out") < {"asymmetric": 0.035, "original": 0.03, "down only": 0.045}[kind]
 
 
 def test_too_many_starved_experts_are_an_error(tmp_path: Path) -> None:
