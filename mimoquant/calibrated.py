@@ -42,7 +42,7 @@ Array = npt.NDArray[Any]
 Parts = dict[str, dict[str, Array]]  # projection → part → [E, ...]
 
 HELD_OUT = 16  # one sequence in so many
-SAMPLE_EXPERTS = 16  # of a layer, that choose the shrinkage
+SAMPLE_EXPERTS = 16  # at most, of a layer's first chunk, that choose the shrinkage
 SAMPLE_TOKENS = 4096  # at most, that are forced through each expert: what down_proj's statistics are shrunk toward
 SAMPLE_PER_COLUMN = 8  # of them, for each column of down_proj
 SHRINKAGES = (0.0, 1.0, 4.0)  # times the width, that are tried
@@ -238,6 +238,8 @@ class Calibrator:
         both = torch.cat([some["gate"], some["up"]], dim=1)
         held = self._input_grams(begin, begin + len(both), held=True)
         count = self.facts.tokens[begin : begin + len(both)]
+        if not bool(energy(both, held).any()):  # no held-out token came by
+            return 1.0
         measured: dict[float, float] = {}
         for factor in SHRINKAGES:
             gram = statistics.shrink(inputs[few], count, self.pooled, factor * len(self.pooled))
@@ -253,7 +255,7 @@ class Calibrator:
         if limit is not None and layer in self.plan.formats and hungry > limit:
             raise QualityError(
                 f"layer {layer}: {hungry} experts saw fewer than {width // 2} tokens, max_starved_experts is {limit}",
-                hint="calibrate with more tokens, or raise the limit: thin statistics are shrunk, not trusted",
+                hint="calibrate with more tokens, or raise the limit and go on with --resume",
             )
 
     def _fold_of(self, layer: int) -> Tensor:

@@ -77,7 +77,9 @@ def quantize(
     device = resolve_device(device)
     identity = plan.identity()
     if tokens:  # sums of float32 differ between kinds of device, and GPTQ makes much of little
-        identity |= {"calibration tokens": tokens.sha256, "kind of device": device.partition(":")[0]}
+        chunks = sum(isinstance(step, Experts) for unit in plan.units for step in unit.steps)
+        identity |= {"calibration tokens": tokens.sha256, "kind of device": device.partition(":")[0],
+                     "chunks of experts": str(chunks)}  # fmt: skip
     with contextlib.closing(make_engine(device)) as engine, RunFolder(out, identity, resume=resume) as run:
         _check_disk(plan, run)
         try:

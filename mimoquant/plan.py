@@ -154,7 +154,9 @@ class Plan:
 
     def identity(self) -> dict[str, str]:
         """What a resumed run must share with the one that began: anything here changes the output."""
-        recipe = json.dumps(self.recipe.resolved(self.container), sort_keys=True, default=str)
+        resolved = self.recipe.resolved(self.container)
+        resolved["mimoquant"].get("calibration", {}).pop("max_starved_experts", None)  # stops a run, changes no byte
+        recipe = json.dumps(resolved, sort_keys=True, default=str)
         return {
             "version": mimoquant.__version__,
             "source headers": self.layout.index.headers_fingerprint(),

@@ -402,4 +402,9 @@ class _Parser:
             signed_scales=signed,
             provenance=self.mapping(block.get("provenance") or {}, "provenance"),
         )
+        unused = {"calibration": not recipe.calibrated, "signed_scales": not recipe.calibrated,
+                  "fold": "awq" not in recipe.method, "refine": "gptq" not in recipe.method}  # fmt: skip
+        for key in unused:
+            if unused[key] and block.get(key) is not None:
+                self.fail(f"mimoquant.{key} has no meaning for the method {recipe.method} by {recipe.scale_search}")
         return replace(recipe, calibration=(held or Calibration()) if recipe.calibrated else None)

@@ -95,8 +95,8 @@ def parse_calibration(block: Any, fail: Fail) -> Calibration | None:
     default = Calibration()
     sizes = {key: block.get(key, getattr(default, key)) for key in ("sequences", "tokens")}
     for key, value in sizes.items():
-        if type(value) is not int or value < 1:
-            fail(f"calibration.{key} is {value!r}, expected a positive number")
+        if type(value) is not int or value < (2 if key == "tokens" else 1):
+            fail(f"calibration.{key} is {value!r}, expected at least {2 if key == 'tokens' else 1}")
     propagate, shrinkage = block.get("propagate", "quantized"), block.get("shrinkage", "auto")
     if propagate not in ("quantized", "original"):
         fail(f"calibration.propagate is {propagate!r}", "known are quantized, original")
@@ -116,7 +116,12 @@ def _data(block: dict[Any, Any], fail: Fail) -> tuple[str, ...]:
         fail("calibration has both set and data")
     held = block.get("set", block.get("data"))
     items = [held] if isinstance(held, str) else [] if held is None else held
-    if not isinstance(items, list) or not all(isinstance(item, str) and item for item in items):
+    named = "set" in block or "data" in block
+    if (
+        not isinstance(items, list)
+        or not all(isinstance(item, str) and item for item in items)
+        or (named and not items)
+    ):
         fail("calibration.data must be a list of shipped sets, files or folders")
     return tuple(items)
 
@@ -127,7 +132,7 @@ def check_settings(extra: dict[str, dict[str, Any]], fail: Fail) -> None:
     damp = gptq.get("dampening_frac", DAMP)
     if isinstance(damp, bool) or not isinstance(damp, int | float) or not 0 < damp <= 1:
         fail(f"dampening_frac is {damp!r}, expected a number above 0 and at most 1")
-    if gptq.get("actorder", "static") not in ("static", None, "weight"):
+    if gptq.get("actorder", "static") not in ("static", "weight"):
         fail(f"actorder {gptq['actorder']!r} is not supported",
                   "columns are ordered by activation without an index in the file: static")  # fmt: skip
     if gptq.get("block_size", 128) != 128:
@@ -156,12 +161,21 @@ def _check_mapping(mapping: Any, number: int, fail: Fail) -> None:
             re.compile(str(pattern).removeprefix("re:"))
         except re.error as error:
             fail(f"mapping {number} has the broken pattern {pattern!r} ({error})")
-    found = {kind for kind, name in _MODULES.items() if any(match_name(name, str(p)) for p in balanced)}
-    norms = any(match_name(_norm(layer), smooth) for layer in range(512))
-    if norms and "router" not in found:
+    layers = [layer for layer in range(128) if match_name(_norm(layer), smooth)]
+    if layers and all(_found(layer, balanced) == {"router", "gate", "up"} for layer in layers):
+        return
+    if layers and any("router" not in _found(layer, balanced) for layer in layers):
         fail(f"mapping {number} scales post_attention_layernorm and leaves the router (mlp.gate) as it is",
              r"the router would see other inputs and choose other experts: add 're:.*mlp\.gate$'")  # fmt: skip
-    up = match_name(_MODULES["up"], smooth)
-    if not ((norms and not up and found == {"router", "gate", "up"}) or (up and not norms and found == {"down"})):
+    ups = [(layer, expert) for layer in (1, 2, 30, 69) for expert in (0, 1, 17, 255)]
+    named = [match_name(f"model.layers.{n}.mlp.experts.{e}.up_proj", smooth) for n, e in ups]
+    if layers or not all(named) or any(_found(layer, balanced) != {"down"} for layer, _ in ups):
         fail(f"mapping {number} ({smooth}) is not supported",
-             "known are up_proj to down_proj, post_attention_layernorm to mlp.gate, gate_proj and up_proj")  # fmt: skip
+             "known are up_proj to down_proj, of all layers and experts, and post_attention_layernorm to mlp.gate, "
+             "gate_proj and up_proj of the same layers")  # fmt: skip
+
+
+def _found(layer: int, patterns: list[Any]) -> set[str]:
+    """The kinds of module of a layer that the patterns name."""
+    names = {kind: name.replace("layers.1.", f"layers.{layer}.") for kind, name in _MODULES.items()}
+    return {kind for kind, name in names.items() if any(match_name(name, str(pattern)) for pattern in patterns)}

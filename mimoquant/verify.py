@@ -277,12 +277,14 @@ class _Values:
         self.total = self.total.merge(audit)
         report.mean_relative_error = self.total.relative_error
         if not audit.scales_ok:
-            report.problem(f"{name}: has scales that are not finite or not positive")
+            report.problem(f"{name}: has scales that are zero, not finite, or negative where they may not be")
         elif self.plan.recipe.calibrated and not audit.relative_error <= RELATIVE_ERROR_LIMIT:
             report.problem(
                 f"{name}: its values are far from the source's, relMSE {audit.relative_error:.3g} "
                 f"against at most {RELATIVE_ERROR_LIMIT}"
             )
+        elif audit.outside and self.plan.recipe.calibrated:
+            report.problem(f"{name}: {audit.outside} codes are not the nearest on their scale")
         elif audit.outside:
             report.problem(
                 f"{name}: {audit.outside} values lie outside the rounding interval of their code, "

@@ -36,18 +36,22 @@ def audits(
         factor = power(torch.from_numpy(fold))
         source |= {p: source[p] * factor for p in ("gate", "up")}
     if recipe.folds_down:
-        rows = decode(parts["up"], fmt).square().sum(-1) / source["up"].square().sum(-1).clamp(min=1e-30)
-        exponent = (torch.log2(rows.clamp(min=1e-30)) / 2).round().clamp(-126, 126).to(torch.int32)
+        stored2, source2 = decode(parts["up"], fmt).square().sum(-1), source["up"].square().sum(-1)
+        ratio = torch.where((stored2 > 0) & (source2 > 0), stored2 / source2.clamp(min=1e-30), 1.0)
+        exponent = (torch.log2(ratio) / 2).round().clamp(-126, 126).to(torch.int32)
         source["up"] = source["up"] * power(exponent)[:, :, None]
         source["down"] = source["down"] * power(-exponent)[:, None, :]
-    return {p: _audits(source[p], parts[p], fmt, nearest=recipe.method in ("rtn", "awq")) for p in source}
+    nearest, signed = recipe.method in ("rtn", "awq"), recipe.signed_scales and fmt.name == "int4" and fmt.symmetric
+    return {p: _audits(source[p], parts[p], fmt, nearest=nearest, signed=signed) for p in source}
 
 
-def _audits(source: torch.Tensor, parts: dict[str, torch.Tensor], fmt: Format, *, nearest: bool) -> list[Audit]:
+def _audits(
+    source: torch.Tensor, parts: dict[str, torch.Tensor], fmt: Format, *, nearest: bool, signed: bool
+) -> list[Audit]:
     grid = Grid.of(parts, fmt)
     error2 = (decode(parts, fmt) - source).square().sum((1, 2), dtype=torch.float64)
     weight2 = source.square().sum((1, 2), dtype=torch.float64)
-    good = (torch.isfinite(grid.scale) & (grid.scale != 0)).flatten(1).all(1)
+    good = (torch.isfinite(grid.scale) & ((grid.scale != 0) if signed else (grid.scale > 0))).flatten(1).all(1)
     outside = torch.zeros(len(source), dtype=torch.int64)
     if nearest:
         codes, wanted = unpack_nibbles(parts["codes"]), grid.wide(fmt).encode(source.to(torch.bfloat16).float(), fmt)

@@ -228,6 +228,25 @@ def test_the_other_ways_are_proven_too(kind: str, tmp_path: Path) -> None:
     assert j_of(tmp_path / "out") < {"asymmetric": 0.035, "original": 0.03, "down only": 0.045}[kind]
 
 
+def test_channels_that_nobody_uses_are_left_alone(tmp_path: Path) -> None:
+    """A norm gain of zero and a row of zeros: no exponent could be read off them."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for path in MICRO.iterdir():
+        (source / path.name).write_bytes(path.read_bytes())
+    index = open_index(source)
+    for name, place in ((norm_name(2), 7 * 2), ("model.layers.2.mlp.experts.3.up_proj.weight", 5 * 256)):
+        info = index.tensors[name]
+        raw = bytearray((source / info.file).read_bytes())
+        size = 2 if name == norm_name(2) else 256
+        raw[info.offset + place : info.offset + place + size] = bytes(size)
+        (source / info.file).write_bytes(raw)
+    recipe = parse_recipe(AWQ, "awq").calibrated_on(FEW)
+    pipeline.quantize(make_plan(source, recipe), tmp_path / "out", device="cpu")
+    report = verify(tmp_path / "out", source)
+    assert report.ok, report.problems
+
+
 def test_too_many_starved_experts_are_an_error(tmp_path: Path) -> None:
     recipe = load_recipe("gptq-int4-g128").calibrated_on({"max_starved_experts": 0})
     with pytest.raises(QualityError, match=r"layer 1: \d+ experts saw fewer than 128 tokens, max_starved_experts is 0"):
@@ -246,6 +265,16 @@ def test_a_recipe_that_needs_no_tokens_refuses_them() -> None:
         (AWQ.replace("carve_outs: {3: bf16}", "fold: exact-real"), "no powers of two"),
         (AWQ.replace("n_grid: 4", "n_grid: 0"), "n_grid is 0"),
         (GRAM.replace("scale_search: gram", "scale_search: gram, refine: -1"), "refine is -1"),
+        (GRAM.replace("scale_search: gram", "scale_search: gram, refine: 3"), "refine has no meaning"),
+        (GRAM.replace("scale_search: gram", "scale_search: mse, calibration: {}"), "calibration has no meaning"),
+        (GRAM.replace("scale_search: gram", "scale_search: gram, calibration: {data: []}"), "must be a list"),
+        (
+            AWQ.replace(
+                r"experts\.\d+\.up_proj$', balance_layers: ['re:.*experts",
+                r"layers\.1\..*up_proj$', balance_layers: ['re:.*experts",
+            ),
+            "is not supported",
+        ),
         (
             GRAM.replace("scale_search: gram", "scale_search: gram, calibration: {set: a, data: [b]}"),
             "both set and data",
@@ -255,6 +284,7 @@ def test_a_recipe_that_needs_no_tokens_refuses_them() -> None:
         (GRAM.replace("scale_search: gram", "scale_search: gram, calibration: {propagate: none}"), "propagate"),
         (GRAM.replace("QuantizationModifier: {", "GPTQModifier: {dampening_frac: 0, "), "dampening_frac is 0"),
         (GRAM.replace("QuantizationModifier: {", "GPTQModifier: {actorder: group, "), "actorder 'group'"),
+        (GRAM.replace("QuantizationModifier: {", "GPTQModifier: {actorder: null, "), "actorder None"),
         (GRAM.replace("QuantizationModifier: {", "GPTQModifier: {block_size: 64, "), "block_size is 64"),
     ],
 )

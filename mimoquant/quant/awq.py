@@ -30,12 +30,17 @@ def candidates(gram_diagonal: Tensor, weight_mean: Tensor | None, n_grid: int) -
     """
     spread = torch.log2(gram_diagonal.clamp(min=1e-30)) / 2
     weight = None if weight_mean is None else torch.log2(weight_mean.clamp(min=1e-30))
+    live = gram_diagonal > 1e-12 * gram_diagonal.amax(-1, keepdim=True)  # a channel that nobody uses is left alone
+    if weight_mean is not None:
+        live = live & (weight_mean > 0)
     yield torch.zeros_like(gram_diagonal, dtype=torch.int32)
     for step in range(1, n_grid + 1):
         alpha = step / n_grid
         exponent = alpha * spread if weight is None else alpha * spread - (1 - alpha) * weight
-        middle = (exponent.amax(-1, keepdim=True) + exponent.amin(-1, keepdim=True)) / 2
-        yield (exponent - middle).round().clamp(-LIMIT, LIMIT).to(torch.int32)
+        high = exponent.masked_fill(~live, -float("inf")).amax(-1, keepdim=True)
+        low = exponent.masked_fill(~live, float("inf")).amin(-1, keepdim=True)
+        k = (exponent - (high + low) / 2).round().clamp(-LIMIT, LIMIT)
+        yield torch.where(live, k, 0.0).to(torch.int32)
 
 
 def scaled_gram(gram_EII: Tensor, k: Tensor) -> Tensor:
