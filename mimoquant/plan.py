@@ -140,11 +140,24 @@ class Plan:
 
     @property
     def host_memory_bytes(self) -> int:
-        """What a data-free run may hold: three steps read ahead, two computed, the write queue, the interpreter."""
+        """What a run may hold: three steps read ahead, two computed, the write queue, the interpreter.
+
+        A calibrated one also holds torch, the tokens (as states, as experts see them, as experts leave them), and a
+        chunk's Gram matrices and weights in float32 some times over; on a GPU most of that is its memory.
+        """
         steps = [step for unit in self.units for step in unit.steps if not isinstance(step, Copy)]
         source = max(self._source_bytes(step) for step in steps)
         output = max(sum(entry.size_bytes for entry in step.entries) for step in steps)
-        return 320 * 2**20 + 3 * source + 2 * output + WRITE_QUEUE_BYTES
+        return 320 * 2**20 + 3 * source + 2 * output + WRITE_QUEUE_BYTES + self._calibration_bytes()
+
+    def _calibration_bytes(self) -> int:
+        held, geometry = self.recipe.calibration, self.layout.geometry
+        if held is None:
+            return 0
+        width, inner = geometry.hidden, geometry.expert_intermediate
+        experts = max(step.end - step.begin for unit in self.units for step in unit.steps if isinstance(step, Experts))
+        chunk = experts * 4 * (6 * width * width + 10 * 2 * inner * width)
+        return 400 * 2**20 + held.sequences * held.tokens * width * (4 + 2 + 4) + chunk
 
     def _source_bytes(self, step: Step) -> int:
         if isinstance(step, Experts):
