@@ -13,6 +13,7 @@ Left out: the layers' order is the model's; no second pass. Shapes: E experts of
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,12 +28,12 @@ from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.errors import CheckpointError, QualityError
 from mimoquant.layer_weights import read_experts, read_parts
 from mimoquant.model.decoder_layer import DenseWeights, ExpertChunk, add_experts
-from mimoquant.model.layer_stream import Block, Stream, add_blocks, attend_and_route, dense_layer
+from mimoquant.model.layer_stream import Block, Stream, add_blocks, attend_and_route, batch_sequences, dense_layer
 from mimoquant.model.layout import PROJECTIONS, norm_name, router_name
 from mimoquant.model_weights import CheckpointWeights
-from mimoquant.plan import Experts, Plan
-from mimoquant.quant.awq import best_fold, power, scaled_gram
-from mimoquant.quant.engine_torch import TorchEngine, amax, decode, encode, nvfp4_global_scale, to_numpy
+from mimoquant.plan import Experts, Plan, Unit
+from mimoquant.quant.awq import best_fold, exponents, power, scaled, scaled_gram
+from mimoquant.quant.engine_torch import TorchEngine, amax, decode, encode, nvfp4_global_scale, stored_parts, to_numpy
 from mimoquant.quant.expert_methods import Encoded, encode_with, energy, loss
 from mimoquant.quant.formats import Format
 from mimoquant.quant.method import Method
@@ -47,7 +48,6 @@ SAMPLE_TOKENS = 4096  # at most, that are forced through each expert: what down_
 SAMPLE_PER_COLUMN = 8  # of them, for each column of down_proj
 SHRINKAGES = (0.0, 1.0, 4.0)  # times the width, that are tried
 COARSE = 5  # one in so many scale multipliers is tried while a fold or a shrinkage is chosen
-BATCH_TOKENS = 8192
 
 
 @dataclass
@@ -102,8 +102,8 @@ class Calibrator:
         self.norm_fold: Tensor | None = None
 
     def _stream(self, ids: Tensor, embedding: Tensor) -> Stream:
-        batch = max(1, BATCH_TOKENS // ids.shape[1])
-        batches = [embedding[part.to(self.device)].float().cpu() for part in torch.split(ids, batch)]
+        parts = torch.split(ids, batch_sequences(ids.shape[1]))
+        batches = [embedding[part.to(self.device)].float().cpu() for part in parts]
         if self.device.type == "cuda":
             batches = [hidden.pin_memory() for hidden in batches]
         return Stream(self.weights, batches)
@@ -143,41 +143,34 @@ class Calibrator:
 
         Raises NonFiniteError for weights that are NaN or Inf, CheckpointError where statistics are.
         """
-        assert step.fmt is not None
-        weights = self._weights(stacks)
-        original = ExpertChunk(step.begin, *(weights[p] for p in PROJECTIONS))
-        if self.norm_fold is not None:
-            factor = power(self.norm_fold)
-            weights |= {p: (weights[p] * factor).to(torch.bfloat16) for p in ("gate", "up")}
-        inputs = self._input_grams(step.begin, step.end)
+        fmt, begin = step.fmt, step.begin
+        assert fmt is not None
+        original = self._chunk(begin, stacks)
+        inputs = self._input_grams(begin, step.end)
         if self.shrinkage is None:
-            self.shrinkage = self._choose_shrinkage(weights, step.begin, inputs, step.fmt)
-        n0, count = self.shrinkage * len(self.pooled), self.facts.tokens[step.begin : step.end]
-        if self.plan.recipe.folds_down:
-            weights |= self._folded_down(weights, step, count)
+            self.shrinkage = self._choose_shrinkage(original, inputs, fmt)
+        n0, count = self.shrinkage * len(self.pooled), self.facts.tokens[begin : step.end]
+        chunk = self._folded_down(original, fmt, count) if self.plan.recipe.folds_down else original
         gram = _finite(statistics.shrink(inputs, count, self.pooled, n0), step.layer)
-        both = self._encode_both(weights, gram, step.fmt)
+        rows = _gate_and_up(chunk)
+        both = _encode(rows, gram, fmt, self.method)
         gate, up = both.values.chunk(2, dim=1)
-        chunk = ExpertChunk(step.begin, gate.contiguous(), up.contiguous(), weights["down"])
-        inner = self._inner_grams(chunk, step.end, count)
-        scale = nvfp4_global_scale(amax(weights["down"]), self.method.search)
-        down = encode_with(weights["down"], inner, step.fmt, self.method, scale)
-        self._tell(weights, gram, inner, both, down, step.fmt, count, n0)
-        quantized = ExpertChunk(step.begin, chunk.gate, chunk.up, down.values)
-        self._pass(quantized if self.settings.propagate == "quantized" else self._folded(original))
+        half = ExpertChunk(begin, gate.contiguous(), up.contiguous(), chunk.down)
+        inner = self._inner_grams(half, count)
+        down = _encode(chunk.down, inner, fmt, self.method)
+        self._tell([(rows, gram, both), (chunk.down, inner, down)], fmt, count, n0)
+        self._pass(replace(half, down=down.values) if self.settings.propagate == "quantized" else original)
         return _by_projection(both.parts, down.parts)
 
     @torch.no_grad()
     def keep(self, step: Experts, stacks: dict[str, Stack]) -> None:
-        """Let the tokens through a chunk that is not quantized."""
-        weights = self._weights(stacks)
-        self._pass(ExpertChunk(step.begin, *(weights[p] for p in PROJECTIONS)))
+        """Let the tokens through a chunk as the source has it."""
+        self._pass(self._chunk(step.begin, stacks))
 
     @torch.no_grad()
-    def replay(self, layer: int, written: CheckpointReader) -> None:
-        """Walk a layer whose shard an earlier run has written."""
+    def replay(self, layer: int, unit: Unit, written: CheckpointReader) -> None:
+        """Walk a layer whose shard `unit` an earlier run has written."""
         self.begin(layer, written)
-        unit = next(unit for unit in self.plan.units if unit.name == f"layer {layer}")
         fmt = self.plan.formats.get(layer)
         for step in unit.steps:  # in the chunks of the first run: they set the order in which experts are summed
             if not isinstance(step, Experts):
@@ -185,10 +178,7 @@ class Calibrator:
             if fmt is not None and self.settings.propagate == "quantized":
                 self._pass(self._written_chunk(step, fmt, written))
             else:
-                weights = self._weights(
-                    read_experts(self.weights.reader, self.plan.layout, layer, step.begin, step.end)
-                )
-                self._pass(self._folded(ExpertChunk(step.begin, *(weights[p] for p in PROJECTIONS))))
+                self.keep(step, read_experts(self.weights.reader, self.plan.layout, layer, step.begin, step.end))
         self.end()
 
     @torch.no_grad()
@@ -201,13 +191,16 @@ class Calibrator:
 
     # --- the steps of `encode` ----------------------------------------------------------------------------------------
 
-    def _weights(self, stacks: dict[str, Stack]) -> dict[str, Tensor]:
+    def _chunk(self, begin: int, stacks: dict[str, Stack]) -> ExpertChunk:
+        """The source's weights, gate and up as they must be where the norm is folded. Raises NonFiniteError."""
         weights = {projection: self.engine.bf16(stack) for projection, stack in stacks.items()}
         for projection, weight in weights.items():
             bad = torch.nonzero(~torch.isfinite(amax(weight)))
             if len(bad):
                 raise NonFiniteError(projection, int(bad[0, 0]))
-        return weights
+        if self.norm_fold is not None:
+            weights |= {p: scaled(weights[p], self.norm_fold) for p in ("gate", "up")}
+        return ExpertChunk(begin, *(weights[p] for p in PROJECTIONS))
 
     def _pairs(self, held: bool = False) -> list[tuple[Tensor, Any]]:
         return [(block.tokens, block.dispatch) for block in self.blocks[int(held)]]
@@ -215,43 +208,36 @@ class Calibrator:
     def _input_grams(self, begin: int, end: int, *, held: bool = False) -> Tensor:
         return statistics.expert_grams(self._pairs(held), begin, end, len(self.pooled))
 
-    def _inner_grams(self, chunk: ExpertChunk, end: int, count: list[int]) -> Tensor:
-        width = chunk.gate.shape[1]
-        sums = statistics.expert_grams(self._pairs(), chunk.begin, end, width, statistics.intermediate_of(chunk))
+    def _inner_grams(self, chunk: ExpertChunk, count: list[int]) -> Tensor:
+        experts, width = chunk.gate.shape[:2]
+        rows_of, end = statistics.intermediate_of(chunk), chunk.begin + experts
+        sums = statistics.expert_grams(self._pairs(), chunk.begin, end, width, rows_of)
         forced = statistics.forced_grams(self.sample, chunk.gate, chunk.up)
         assert self.shrinkage is not None
         return _finite(statistics.shrink(sums, count, forced, self.shrinkage * width), self.facts.layer)
 
-    def _encode_both(self, weights: dict[str, Tensor], gram: Tensor, fmt: Format, *, quick: bool = False) -> Encoded:
-        """gate and up as one stack of rows: they share the Gram matrix, and in NVFP4 the global scale."""
-        both = torch.cat([weights["gate"], weights["up"]], dim=1)
-        method = replace(self.method, refine=0, every=COARSE)
-        scale = nvfp4_global_scale(amax(both), self.method.search)
-        return encode_with(both, gram, fmt, method if quick else self.method, scale)
-
-    def _choose_shrinkage(self, weights: dict[str, Tensor], begin: int, inputs: Tensor, fmt: Format) -> float:
+    def _choose_shrinkage(self, chunk: ExpertChunk, inputs: Tensor, fmt: Format) -> float:
         """The shrinkage with the least loss on held-out tokens, over the first experts of the layer."""
         if len(self.blocks) < 2:
             return 1.0
-        few = slice(0, SAMPLE_EXPERTS)
-        some = {projection: weight[few] for projection, weight in weights.items()}
-        both = torch.cat([some["gate"], some["up"]], dim=1)
-        held = self._input_grams(begin, begin + len(both), held=True)
-        count = self.facts.tokens[begin : begin + len(both)]
-        if not bool(energy(both, held).any()):  # no held-out token came by
+        rows = _gate_and_up(chunk)[:SAMPLE_EXPERTS]
+        begin, end = chunk.begin, chunk.begin + len(rows)
+        held, count = self._input_grams(begin, end, held=True), self.facts.tokens[begin:end]
+        whole = energy(rows, held)
+        if not bool(whole.any()):  # no held-out token came by
             return 1.0
+        quick = replace(self.method, refine=0, every=COARSE)
         measured: dict[float, float] = {}
         for factor in SHRINKAGES:
-            gram = statistics.shrink(inputs[few], count, self.pooled, factor * len(self.pooled))
-            values = self._encode_both(some, gram, fmt, quick=True).values
-            measured[factor] = float(loss(both, values, held).sum() / energy(both, held).sum().clamp(min=1e-30))
-            predicted = float(loss(both, values, gram).sum() / energy(both, gram).sum().clamp(min=1e-30))
+            gram = statistics.shrink(inputs[: len(rows)], count, self.pooled, factor * len(self.pooled))
+            values = _encode(rows, gram, fmt, quick).values
+            measured[factor] = float(loss(rows, values, held).sum() / whole.sum().clamp(min=1e-30))
+            predicted = float(loss(rows, values, gram).sum() / energy(rows, gram).sum().clamp(min=1e-30))
             self.facts.held_out |= {f"predicted_{factor:g}": predicted, f"measured_{factor:g}": measured[factor]}
         return min(measured, key=lambda factor: measured[factor])
 
     def _refuse_starved(self, layer: int) -> None:
-        limit, width = self.settings.max_starved_experts, len(self.pooled)
-        hungry = starved(self.facts.tokens, width)
+        limit, width, hungry = self.settings.max_starved_experts, len(self.pooled), self.facts.starved
         if limit is not None and layer in self.plan.formats and hungry > limit:
             raise QualityError(
                 f"layer {layer}: {hungry} experts saw fewer than {width // 2} tokens, max_starved_experts is {limit}",
@@ -274,10 +260,8 @@ class Calibrator:
     def _written_fold(self, layer: int, written: CheckpointReader) -> Tensor:
         """The exponents that an earlier run chose: source norm over written norm."""
         name = norm_name(layer)
-        stored = torch.from_numpy(written.read(name)).view(torch.bfloat16).to(self.device, torch.float32)
-        source = self.weights.tensor(name, torch.float32)
-        ratio = torch.where(source == 0, 1.0, source / torch.where(stored == 0, 1.0, stored))
-        return torch.log2(ratio).round().to(torch.int32)
+        stored = torch.from_numpy(written.read(name)).view(torch.bfloat16).to(self.device)
+        return -exponents(self.weights.tensor(name), stored)
 
     def folded(self, name: str, block: Array) -> Array:
         """A copied tensor as it goes out: the norm and the router of a folded layer change by powers of two."""
@@ -286,7 +270,7 @@ class Calibrator:
         fold = -self.norm_fold if name == norm_name(self.facts.layer) else self.norm_fold
         dtype = {"BF16": torch.bfloat16, "F32": torch.float32}[self.plan.layout.index.tensors[name].dtype]
         values = torch.from_numpy(block).view(dtype).view(-1, len(fold))
-        return to_numpy((values * power(fold).cpu()).to(dtype)).reshape(-1).view(np.uint8)
+        return to_numpy(scaled(values, fold.cpu())).reshape(-1).view(np.uint8)
 
     def _apply_norm_fold(self, fold: Tensor) -> None:
         if not bool(fold.any()):
@@ -298,53 +282,34 @@ class Calibrator:
                 block.tokens.mul_(shrunk)
         self.pooled, self.sample = scaled_gram(self.pooled, fold), self.sample * shrunk
 
-    def _folded_down(self, weights: dict[str, Tensor], step: Experts, count: list[int]) -> dict[str, Tensor]:
+    def _folded_down(self, chunk: ExpertChunk, fmt: Format, count: list[int]) -> ExpertChunk:
         """up and down with each intermediate channel scaled by a power of two, up down and down up."""
-        assert step.fmt is not None
-        chunk = ExpertChunk(step.begin, weights["gate"], weights["up"], weights["down"])
-        gram = self._inner_grams(chunk, step.end, count)
         recipe = self.plan.recipe
-        fold = best_fold(weights["down"], gram, self._loss_of(step.fmt), n_grid=recipe.awq.n_grid, duo=recipe.awq.duo,
-                         shared=False)  # fmt: skip
+        fold = best_fold(chunk.down, self._inner_grams(chunk, count), self._loss_of(fmt), n_grid=recipe.awq.n_grid,
+                         duo=recipe.awq.duo, shared=False)  # fmt: skip
         self.facts.folded_channels += int((fold != 0).sum())
-        return {"up": (weights["up"] * power(-fold)[:, :, None]).to(torch.bfloat16),
-                "down": (weights["down"] * power(fold)[:, None, :]).to(torch.bfloat16)}  # fmt: skip
+        return replace(chunk, up=scaled(chunk.up, -fold[:, :, None]), down=scaled(chunk.down, fold[:, None, :]))
 
-    def _loss_of(self, fmt: Format) -> Any:
-        def loss_of(weight: Tensor, gram: Tensor) -> Tensor:
-            plain = Method(self.method.search, signed=self.method.signed, every=COARSE)
-            scale = nvfp4_global_scale(amax(weight), self.method.search)
-            return loss(weight, encode_with(weight, gram, fmt, plain, scale).values, gram)
-
-        return loss_of
-
-    def _folded(self, chunk: ExpertChunk) -> ExpertChunk:
-        """The original weights as they must be where the norm is folded."""
-        if self.norm_fold is None:
-            return chunk
-        factor = power(self.norm_fold)
-        gate, up = ((weight * factor).to(torch.bfloat16) for weight in (chunk.gate, chunk.up))
-        return ExpertChunk(chunk.begin, gate, up, chunk.down)
+    def _loss_of(self, fmt: Format) -> Callable[[Tensor, Tensor], Tensor]:
+        plain = Method(self.method.search, signed=self.method.signed, every=COARSE)
+        return lambda weight, gram: loss(weight, _encode(weight, gram, fmt, plain).values, gram)
 
     def _pass(self, chunk: ExpertChunk) -> None:
         for blocks in self.blocks:
             for block in blocks:
                 add_experts(block.out, block.tokens, block.dispatch, chunk)
 
-    def _tell(
-        self, weights: dict[str, Tensor], gram: Tensor, inner: Tensor, both: Encoded, down: Encoded, fmt: Format,
-        count: list[int], n0: float,
-    ) -> None:  # fmt: skip
-        first = torch.cat([weights["gate"], weights["up"]], dim=1)
-        total = energy(first, gram) + energy(weights["down"], inner)
-        mine = loss(first, both.values, gram) + loss(weights["down"], down.values, inner)
-        plain = _plain_loss(first, gram, fmt) + _plain_loss(weights["down"], inner, fmt)
-        self.facts.relmse += (mine / total.clamp(min=1e-30)).tolist()
-        self.facts.relmse_plain += (plain / total.clamp(min=1e-30)).tolist()
+    def _tell(self, made: list[tuple[Tensor, Tensor, Encoded]], fmt: Format, count: list[int], n0: float) -> None:
+        """Facts of a chunk. `made`: weights, their Gram matrices, and what became of them."""
+        total = torch.stack([energy(weight, gram) for weight, gram, _ in made]).sum(0).clamp(min=1e-30)
+        mine = torch.stack([loss(weight, encoded.values, gram) for weight, gram, encoded in made]).sum(0)
+        plain = torch.stack([_plain_loss(weight, gram, fmt) for weight, gram, _ in made]).sum(0)
+        self.facts.relmse += (mine / total).tolist()
+        self.facts.relmse_plain += (plain / total).tolist()
         self.facts.shrunk += statistics.shares(count, n0)
         self.facts.shrinkage = self.shrinkage or 0.0
-        self.facts.damped += both.damped + down.damped
-        self.facts.rounded += both.rounded + down.rounded
+        self.facts.damped += sum(encoded.damped for _, _, encoded in made)
+        self.facts.rounded += sum(encoded.rounded for _, _, encoded in made)
 
     def _written_chunk(self, step: Experts, fmt: Format, written: CheckpointReader) -> ExpertChunk:
         names = (entry.name for entry in step.entries)
@@ -352,6 +317,15 @@ class Calibrator:
         held = read_parts(written, names, step.end - step.begin, fmt, container, geometry)
         values = [decode(stored_parts(held[p], fmt, self.device), fmt).to(torch.bfloat16) for p in PROJECTIONS]
         return ExpertChunk(step.begin, *values)
+
+
+def _gate_and_up(chunk: ExpertChunk) -> Tensor:
+    """One stack of rows: they share the Gram matrix, and in NVFP4 the global scale."""
+    return torch.cat([chunk.gate, chunk.up], dim=1)
+
+
+def _encode(weight: Tensor, gram: Tensor, fmt: Format, method: Method) -> Encoded:
+    return encode_with(weight, gram, fmt, method, nvfp4_global_scale(amax(weight), method.search))
 
 
 def _plain_loss(weight: Tensor, gram: Tensor, fmt: Format) -> Tensor:
@@ -376,14 +350,6 @@ def _by_projection(both: dict[str, Tensor], down: dict[str, Tensor]) -> Parts:
         halves["gate"][name], halves["up"][name] = pair
     return {p: {name: to_numpy(values) for name, values in parts.items()}
             for p, parts in (*halves.items(), ("down", down))}  # fmt: skip
-
-
-def stored_parts(parts: dict[str, Array], fmt: Format, device: torch.device) -> dict[str, Tensor]:
-    """What numpy read from disk, as `decode` takes it."""
-    held = {name: torch.from_numpy(values).to(device) for name, values in parts.items()}
-    if fmt.name != "mxfp4":
-        held["scale"] = held["scale"].view(torch.bfloat16 if fmt.name == "int4" else torch.float8_e4m3fn)
-    return held
 
 
 def starved(counts: list[int], width: int) -> int:

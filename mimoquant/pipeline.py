@@ -169,7 +169,7 @@ class _Walk:
         while self.at < layer:  # finished by an earlier run
             earlier = next(other for other in self.plan.units if layer_of(other) == self.at)
             with CheckpointReader(open_shard(self.run.path(earlier.file))) as written:
-                self.calibrator.replay(self.at, written)
+                self.calibrator.replay(self.at, earlier, written)
             self.at += 1
         self.calibrator.begin(layer)
 

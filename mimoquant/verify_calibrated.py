@@ -10,13 +10,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
 
-from mimoquant.calibrated import stored_parts
-from mimoquant.quant.awq import power
-from mimoquant.quant.engine_torch import TorchEngine, decode, unpack_nibbles
+from mimoquant.quant.awq import exponents, scaled
+from mimoquant.quant.engine_torch import TorchEngine, decode, stored_parts, unpack_nibbles
 from mimoquant.quant.formats import Format
 from mimoquant.quant.grid import Grid
 from mimoquant.quant.stack import Audit, Stack
@@ -33,14 +31,13 @@ def audits(
     source = {p: engine.bf16(stack).to(torch.float32) for p, stack in stacks.items()}
     parts = {p: stored_parts(held, fmt, cpu) for p, held in stored.items()}
     if fold is not None:
-        factor = power(torch.from_numpy(fold))
-        source |= {p: source[p] * factor for p in ("gate", "up")}
+        source |= {p: scaled(source[p], torch.from_numpy(fold)) for p in ("gate", "up")}
     if recipe.folds_down:
         stored2, source2 = decode(parts["up"], fmt).square().sum(-1), source["up"].square().sum(-1)
         ratio = torch.where((stored2 > 0) & (source2 > 0), stored2 / source2.clamp(min=1e-30), 1.0)
         exponent = (torch.log2(ratio) / 2).round().clamp(-126, 126).to(torch.int32)
-        source["up"] = source["up"] * power(exponent)[:, :, None]
-        source["down"] = source["down"] * power(-exponent)[:, None, :]
+        source["up"] = scaled(source["up"], exponent[:, :, None])
+        source["down"] = scaled(source["down"], -exponent[:, None, :])
     nearest, signed = recipe.method in ("rtn", "awq"), recipe.signed_scales and fmt.name == "int4" and fmt.symmetric
     return {p: _audits(source[p], parts[p], fmt, nearest=nearest, signed=signed) for p in source}
 
@@ -63,13 +60,12 @@ def _audits(
 def norm_exponents(source: Array, stored: Array) -> Array | None:
     """Exponents k with stored = source / 2^k, int32, of bf16 bits; None where no powers of two do that exactly."""
     ours, theirs = (torch.from_numpy(bits).view(torch.bfloat16).to(torch.float32) for bits in (source, stored))
-    ratio = torch.where(ours == 0, 1.0, ours / torch.where(theirs == 0, 1.0, theirs))
-    k = torch.log2(ratio).round().to(torch.int32)
-    return k.numpy() if torch.equal(theirs * power(k), ours) else None
+    k = -exponents(ours, theirs)
+    return k.numpy() if torch.equal(scaled(theirs, k), ours) else None
 
 
 def is_scaled(source: Array, stored: Array, dtype: str, k: Array) -> bool:
     """Whether a router's `stored` bytes are `source` times 2^k by column, exactly."""
     kind = {"BF16": torch.bfloat16, "F32": torch.float32}[dtype]
     ours, theirs = (torch.from_numpy(raw).view(kind).view(-1, len(k)) for raw in (source, stored))
-    return torch.equal((ours * power(torch.from_numpy(k))).to(kind), theirs) and bool(np.isfinite(theirs.float()).all())
+    return torch.equal(scaled(ours, torch.from_numpy(k)), theirs) and bool(torch.isfinite(theirs).all())

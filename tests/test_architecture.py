@@ -47,7 +47,7 @@ ALLOWED: dict[str, set[str]] = {
                  "model", "overlap", "plan", "quant.stack", "recipe", "report"},
     "verify": {"errors", "checkpoint", "layer_weights", "model", "pipeline", "plan", "quant", "recipe",
                "verify_calibrated"},
-    "verify_calibrated": {"calibrated", "quant", "recipe"},
+    "verify_calibrated": {"quant", "recipe"},
     "evaluation": {"errors", "calibration", "checkpoint", "model", "model_weights", "plan"},
     "synth_files": {"checkpoint", "model"},
     "synth_weights": {"errors", "checkpoint", "layer_weights", "model"},

@@ -25,7 +25,7 @@ from mimoquant.errors import CheckpointError, UsageError
 from mimoquant.evaluation.divergence import TokenScores, head_divergence
 from mimoquant.evaluation.summary import paired_difference, summarize
 from mimoquant.model.decoder_layer import linear, rms_norm
-from mimoquant.model.layer_stream import Stream, walk
+from mimoquant.model.layer_stream import Stream, batch_sequences, walk
 from mimoquant.model.layout import ModelLayout, read_layout
 from mimoquant.model_weights import CheckpointWeights
 from mimoquant.plan import read_config
@@ -33,7 +33,6 @@ from mimoquant.plan import read_config
 SCHEMA_VERSION = 1
 NOISE = 2.0**-9
 FLOOR_SEQUENCES = 16  # how many sequences the noise floor is measured on
-BATCH_TOKENS = 8192
 WORST = 20
 
 
@@ -94,7 +93,7 @@ def compare(
     try:
         weights = [CheckpointWeights(reader, layout, place)
                    for reader, layout in zip(readers, (reference, *candidates), strict=True)]  # fmt: skip
-        batch = max(1, BATCH_TOKENS // ids.shape[1])
+        batch = batch_sequences(ids.shape[1])
         jobs = [[(ids, batch)] for _ in weights]
         if noise_floor:
             jobs[0] += [(ids[:FLOOR_SEQUENCES], 1), (ids[:FLOOR_SEQUENCES], batch)]

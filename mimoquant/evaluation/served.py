@@ -28,7 +28,7 @@ from mimoquant.evaluation.divergence import (
 )
 from mimoquant.evaluation.server import MODES, Answer, Server
 from mimoquant.evaluation.summary import summarize
-from mimoquant.model.layer_stream import walk
+from mimoquant.model.layer_stream import batch_sequences, walk
 from mimoquant.model.layout import ModelLayout
 from mimoquant.model_weights import CheckpointWeights
 
@@ -44,8 +44,7 @@ def reference_top(
     ids = torch.from_numpy(tokens.ids)
     with CheckpointReader(reference.index) as reader:
         weights = CheckpointWeights(reader, reference, torch.device(device))
-        batch = max(1, evaluate.BATCH_TOKENS // ids.shape[1])
-        streams = evaluate.streams_of(weights, [(ids, batch)])
+        streams = evaluate.streams_of(weights, [(ids, batch_sequences(ids.shape[1]))])
         walk(streams, progress)
         final = evaluate.final_hidden(streams[0], weights.tensor("model.norm.weight"))
         head = weights.tensor("lm_head.weight")

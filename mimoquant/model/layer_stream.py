@@ -34,6 +34,7 @@ from mimoquant.model.decoder_layer import (
 from mimoquant.overlap import read_ahead
 
 Weights = LayerWeights | ExpertChunk
+BATCH_TOKENS = 2**13  # that go through attention together
 BLOCK_TOKENS = 2**17  # that go through the experts together
 
 
@@ -77,6 +78,11 @@ class Block:
     tokens: Tensor
     out: Tensor
     dispatch: Dispatch
+
+
+def batch_sequences(tokens: int) -> int:
+    """How many sequences of `tokens` tokens make up a batch."""
+    return max(1, BATCH_TOKENS // tokens)
 
 
 def walk(streams: Sequence[Stream], after_layer: Callable[[int], None] | None = None) -> None:

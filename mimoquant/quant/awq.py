@@ -54,6 +54,18 @@ def power(k: Tensor) -> Tensor:
     return torch.ldexp(torch.ones_like(k, dtype=torch.float32), k)
 
 
+def scaled(values: Tensor, k: Tensor) -> Tensor:
+    """`values` times 2^k (which broadcasts), in their own dtype: exact, but for what under- or overflows."""
+    return (values * power(k)).to(values.dtype)
+
+
+def exponents(source: Tensor, result: Tensor) -> Tensor:
+    """The inverse of `scaled`: k, int32, of each element; 0 where either is 0. Not exact unless they are powers."""
+    both = (source != 0) & (result != 0)
+    ratio = torch.where(both, result.to(torch.float32) / torch.where(both, source, 1.0).to(torch.float32), 1.0)
+    return torch.log2(ratio).round().to(torch.int32)
+
+
 def best_fold(
     weight_EOI: Tensor,
     gram_EII: Tensor,

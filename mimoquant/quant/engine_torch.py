@@ -335,6 +335,14 @@ class TorchEngine:
         return dequantize_fp8(values.view(torch.float8_e4m3fn), torch.from_numpy(stack.scales).to(self.device))
 
 
+def stored_parts(parts: dict[str, Array], fmt: Format, device: torch.device) -> dict[str, Tensor]:
+    """What numpy read from disk, as `decode` takes it: the inverse of `to_numpy`."""
+    held = {name: torch.from_numpy(values).to(device) for name, values in parts.items()}
+    if fmt.name != "mxfp4":
+        held["scale"] = held["scale"].view(torch.bfloat16 if fmt.name == "int4" else torch.float8_e4m3fn)
+    return held
+
+
 def to_numpy(values: Tensor) -> Array:
     """Any tensor as numpy, dtypes that numpy lacks as their bits."""
     values = values.contiguous().cpu()
