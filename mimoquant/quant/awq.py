@@ -88,8 +88,7 @@ def best_fold(
     best: Tensor | None = None
     least: Tensor | None = None
     for k in candidates(diagonal, mean, n_grid):
-        scaled = weight_EOI.to(torch.float32) * power(k)[..., None, :]
-        loss = loss_of(scaled, scaled_gram(gram_EII, k))
+        loss = loss_of(scaled(weight_EOI, k[..., None, :]), scaled_gram(gram_EII, k))
         loss = loss.sum() if shared else loss
         if best is None or least is None:
             best, least = k, loss

@@ -27,10 +27,10 @@ _ZERO_INT4, _ZERO_NVFP4 = F32(INT4_ZERO_SCALE), F32(NVFP4_ZERO_SCALE)
 _SMALLEST_NVFP4 = F32(NVFP4_SMALLEST_SCALE)
 FP8_UNIT = F32(2.0**120)
 NO8, NO16, NO_SCALES = np.empty((0, 0), np.uint8), np.empty((0, 0), np.uint16), np.empty((0, 0), np.float32)
-NO_ROWS = np.empty(0, np.int64)
+NO_ROWS, NO_IMPORTANCE = np.empty(0, np.int64), np.empty(0, np.float32)
 
 
-def _compiled(**options: Any) -> Any:
+def compiled(**options: Any) -> Any:
     """njit without Python's checks on division, and with a cache on disk where there is a place for one."""
 
     def decorate(function: Any) -> Any:
@@ -42,8 +42,8 @@ def _compiled(**options: Any) -> Any:
     return decorate
 
 
-_jit = _compiled()
-_inline = _compiled(inline="always")
+_jit = compiled()
+_inline = compiled(inline="always")
 
 
 @_inline
@@ -121,7 +121,7 @@ def _int4_scale(spread, levels):  # type: ignore[no-untyped-def]
 
 
 @_inline
-def _round_level(x):  # type: ignore[no-untyped-def]
+def round_level(x):  # type: ignore[no-untyped-def]
     x = x if x > F32(-8) else F32(-8)
     x = x if x < F32(7) else F32(7)
     return (x + _MAGIC) - _MAGIC
@@ -129,30 +129,38 @@ def _round_level(x):  # type: ignore[no-untyped-def]
 
 @_inline
 def _int4_range(low, high, c, symmetric):  # type: ignore[no-untyped-def]
-    """Scale and zero point for the group's range shrunk by `c`."""
+    """Scale and zero point for the group's range shrunk by |c|; a symmetric scale has the sign of `c`."""
     if symmetric:
         largest = -low if -low > high else high
         return _int4_scale(largest * c, F32(7.5)), F32(0)
     scale = _int4_scale((high - low) * c, F32(15))
-    return scale, _round_level(F32(-8) - (low * c) / scale)
+    return scale, round_level(F32(-8) - (low * c) / scale)
 
 
 @_jit
-def _int4_error(group, scale, zero, error):  # type: ignore[no-untyped-def]
+def _weighted_sum(error, weigh):  # type: ignore[no-untyped-def]
+    """`weigh`: importance of each column, or nothing."""
+    for i in range(weigh.shape[0]):
+        error[i] = error[i] * weigh[i]
+    return _halving_sum(error, error.shape[0])
+
+
+@_jit
+def _int4_error(group, scale, zero, weigh, error):  # type: ignore[no-untyped-def]
     for i in range(group.shape[0]):
-        difference = (_round_level(group[i] / scale + zero) - zero) * scale - group[i]
+        difference = (round_level(group[i] / scale + zero) - zero) * scale - group[i]
         error[i] = difference * difference
-    return _halving_sum(error, group.shape[0])
+    return _weighted_sum(error, weigh)
 
 
 @_jit
 def _int4_codes(group, scale, zero, codes):  # type: ignore[no-untyped-def]
     for i in range(group.shape[0]):
-        codes[i] = np.uint8(I32(_round_level(group[i] / scale + zero)) + I32(8))
+        codes[i] = np.uint8(I32(round_level(group[i] / scale + zero)) + I32(8))
 
 
 @_jit
-def encode_int4(fp8, bf16, scales, scale_row, begin, end, size, symmetric, multipliers, packed, scale_out, zero_out):  # type: ignore[no-untyped-def]
+def encode_int4(fp8, bf16, scales, scale_row, begin, end, size, symmetric, multipliers, importance, packed, scale_out, zero_out):  # type: ignore[no-untyped-def]
     """Rows begin..end to int4. scale_out: bf16 bits [O, G]; zero_out: int8 [O, G]. Returns rows that are not finite."""
     width = packed.shape[1] * 2
     values, codes, error = np.empty(width, F32), np.empty(width, np.uint8), np.empty(size, F32)
@@ -160,17 +168,17 @@ def encode_int4(fp8, bf16, scales, scale_row, begin, end, size, symmetric, multi
     for row in range(begin, end):
         bad += _load_row(row, fp8, bf16, scales, scale_row, values, bits)
         for g in range(width // size):
-            group = values[g * size : (g + 1) * size]
+            group, weigh = values[g * size : (g + 1) * size], importance[g * size : (g + 1) * size]
             low, high = F32(0), F32(0)
             for i in range(size):
                 low = group[i] if group[i] < low else low
                 high = group[i] if group[i] > high else high
             scale, zero = _int4_range(low, high, F32(1), symmetric)
             if multipliers.shape[0] > 1:
-                best = _int4_error(group, scale, zero, error)
+                best = _int4_error(group, scale, zero, weigh, error)
                 for k in range(1, multipliers.shape[0]):
                     other, other_zero = _int4_range(low, high, multipliers[k], symmetric)
-                    other_error = _int4_error(group, other, other_zero, error)
+                    other_error = _int4_error(group, other, other_zero, weigh, error)
                     if other_error < best:
                         best, scale, zero = other_error, other, other_zero
             _int4_codes(group, scale, zero, codes[g * size : (g + 1) * size])
@@ -182,7 +190,7 @@ def encode_int4(fp8, bf16, scales, scale_row, begin, end, size, symmetric, multi
 
 
 @_inline
-def _round_e2m1(y):  # type: ignore[no-untyped-def]
+def round_e2m1(y):  # type: ignore[no-untyped-def]
     """Steps of .5 below 2, 1 below 4, 2 up to 6: a magic number of that many units rounds to that step."""
     y = y if y < F32(6) else F32(6)
     magic = _MAGIC_HALF if y < F32(2) else (_MAGIC if y < F32(4) else _MAGIC_TWO)
@@ -190,25 +198,25 @@ def _round_e2m1(y):  # type: ignore[no-untyped-def]
 
 
 @_inline
-def _e2m1_code(rounded):  # type: ignore[no-untyped-def]
+def e2m1_code(rounded):  # type: ignore[no-untyped-def]
     twice = I32(rounded * F32(2))
     return twice if twice < I32(5) else (I32(5) if twice < I32(7) else (I32(6) if twice < I32(10) else I32(7)))
 
 
 @_jit
-def _fp4_error(group, scale, error):  # type: ignore[no-untyped-def]
+def _fp4_error(group, scale, weigh, error):  # type: ignore[no-untyped-def]
     for i in range(group.shape[0]):
         magnitude = abs(group[i])
-        difference = _round_e2m1(magnitude / scale) * scale - magnitude
+        difference = round_e2m1(magnitude / scale) * scale - magnitude
         error[i] = difference * difference
-    return _halving_sum(error, group.shape[0])
+    return _weighted_sum(error, weigh)
 
 
 @_jit
 def _fp4_codes(group, scale, codes):  # type: ignore[no-untyped-def]
     for i in range(group.shape[0]):
         sign = I32(8) if group[i] < F32(0) else I32(0)
-        codes[i] = np.uint8(_e2m1_code(_round_e2m1(abs(group[i]) / scale)) | sign)
+        codes[i] = np.uint8(e2m1_code(round_e2m1(abs(group[i]) / scale)) | sign)
 
 
 @_inline
@@ -222,7 +230,7 @@ def _clamp_exponent(biased):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def encode_mxfp4(fp8, bf16, scales, scale_row, begin, end, search, packed, scale_out):  # type: ignore[no-untyped-def]
+def encode_mxfp4(fp8, bf16, scales, scale_row, begin, end, search, importance, packed, scale_out):  # type: ignore[no-untyped-def]
     """Rows begin..end to mxfp4. scale_out: E8M0 bytes [O, I/32]. Returns the number of rows that are not finite."""
     width = packed.shape[1] * 2
     values, codes, error = np.empty(width, F32), np.empty(width, np.uint8), np.empty(32, F32)
@@ -231,13 +239,14 @@ def encode_mxfp4(fp8, bf16, scales, scale_row, begin, end, search, packed, scale
         bad += _load_row(row, fp8, bf16, scales, scale_row, values, bits)
         for g in range(width // 32):
             group, group_bits = values[g * 32 : g * 32 + 32], bits[g * 32 : g * 32 + 32]
+            weigh = importance[g * 32 : g * 32 + 32]
             largest = _amax_bits(group_bits)
             biased = _clamp_exponent(np.int64((largest + _ROUND_UP) >> U32(23)) - 2)
             if search:
-                best = _fp4_error(group, _exp2(biased), error)
+                best = _fp4_error(group, _exp2(biased), weigh, error)
                 for offset in range(-1, 2):
                     other = _clamp_exponent(np.int64(largest >> U32(23)) - 2 + offset)
-                    other_error = _fp4_error(group, _exp2(other), error)
+                    other_error = _fp4_error(group, _exp2(other), weigh, error)
                     if other_error < best:
                         best, biased = other_error, other
             _fp4_codes(group, _exp2(biased), codes[g * 32 : g * 32 + 32])
@@ -270,7 +279,7 @@ def _nvfp4_scale(wanted, global_scale, zero_scale):  # type: ignore[no-untyped-d
 
 
 @_jit
-def encode_nvfp4(fp8, bf16, scales, scale_row, begin, end, multipliers, global_scale, packed, scale_out):  # type: ignore[no-untyped-def]
+def encode_nvfp4(fp8, bf16, scales, scale_row, begin, end, multipliers, global_scale, importance, packed, scale_out):  # type: ignore[no-untyped-def]
     """Rows begin..end to nvfp4. scale_out: E4M3 bytes [O, I/16]. Returns the number of rows that are not finite."""
     width = packed.shape[1] * 2
     values, codes, error = np.empty(width, F32), np.empty(width, np.uint8), np.empty(16, F32)
@@ -279,15 +288,16 @@ def encode_nvfp4(fp8, bf16, scales, scale_row, begin, end, multipliers, global_s
         bad += _load_row(row, fp8, bf16, scales, scale_row, values, bits)
         for g in range(width // 16):
             group, group_bits = values[g * 16 : g * 16 + 16], bits[g * 16 : g * 16 + 16]
+            weigh = importance[g * 16 : g * 16 + 16]
             base = U32(_amax_bits(group_bits)).view(F32) / F32(6) * global_scale
             byte, scale = _nvfp4_scale(base, global_scale, _ZERO_NVFP4)
             if multipliers.shape[0] > 1:
-                best, tried, plain = _fp4_error(group, scale, error), byte, byte
+                best, tried, plain = _fp4_error(group, scale, weigh, error), byte, byte
                 for k in range(1, multipliers.shape[0]):
                     other, other_scale = _nvfp4_scale(base * multipliers[k], global_scale, _SMALLEST_NVFP4)
                     if other in (tried, plain):  # many multipliers round to one E4M3 byte
                         continue
-                    tried, other_error = other, _fp4_error(group, other_scale, error)
+                    tried, other_error = other, _fp4_error(group, other_scale, weigh, error)
                     if other_error < best:
                         best, byte, scale = other_error, other, other_scale
             _fp4_codes(group, scale, codes[g * 16 : g * 16 + 16])

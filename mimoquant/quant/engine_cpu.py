@@ -7,15 +7,15 @@ kernels release the interpreter lock. Torch is not needed.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from mimoquant.quant import cpu_kernels as kernels
-from mimoquant.quant.formats import E2M1_VALUES, INT4_MULTIPLIERS, NVFP4_MULTIPLIERS, NVFP4_RANGE, Format
+from mimoquant.quant.formats import E2M1_VALUES, NVFP4_RANGE, Format, multipliers
 from mimoquant.quant.stack import Audit, NonFiniteError, Stack
 
 Array = npt.NDArray[Any]
@@ -53,24 +53,31 @@ class CpuEngine:
         Returns projection → part → array with leading E. Raises NonFiniteError naming projection and expert.
         """
         global_scales = self._global_scales(stacks, search) if fmt.name == "nvfp4" else {}
-        results, tasks = {}, []
-        for projection, stack in stacks.items():
-            experts, rows, width = stack.values.shape
-            parts = _empty_parts(fmt, experts, rows, width)
-            if fmt.name == "nvfp4":
-                parts["global_scale"] = global_scales[projection].reshape(experts, 1)
-            results[projection] = parts
-            for expert, begin, end in self._slabs(experts, rows):
-                tasks.append(
-                    (projection, expert, self._pool.submit(_encode_rows, stack, fmt, search, parts, expert, begin, end))
-                )
-        for projection, expert, task in tasks:
-            if task.result():
-                raise NonFiniteError(projection, expert)
-        if not fmt.symmetric:
-            for parts in results.values():
-                parts["zero_point"] = _pack_zero_points(parts["zero_point"])
-        return results
+        tried = multipliers(fmt.name, search)
+        begun = {p: self._begin(stack, fmt, tried, global_scales.get(p), None) for p, stack in stacks.items()}
+        return {projection: _finish(projection, fmt, *work) for projection, work in begun.items()}
+
+    def encode_weighted(
+        self, stack: Stack, fmt: Format, tried: Sequence[float], global_scale_E: Array | None, importance_EI: Array | None
+    ) -> dict[str, Array]:
+        """One stack, each column's squared error weighted by its importance (float32) in the search over `tried`."""
+        return _finish("", fmt, *self._begin(stack, fmt, tried, global_scale_E, importance_EI))
+
+    def _begin(
+        self, stack: Stack, fmt: Format, tried: Sequence[float], global_scale_E: Array | None, importance: Array | None
+    ) -> tuple[dict[str, Array], list[tuple[int, Future[int]]]]:
+        """The parts of a stack, and the tasks (with their expert) that are filling them."""
+        experts, rows, width = stack.values.shape
+        parts = _empty_parts(fmt, experts, rows, width)
+        if global_scale_E is not None:
+            parts["global_scale"] = global_scale_E.reshape(experts, 1)
+        search = np.array(tried, np.float32)
+        tasks = []
+        for expert, begin, end in self._slabs(experts, rows):
+            weigh = kernels.NO_IMPORTANCE if importance is None else importance[expert]
+            task = self._pool.submit(_encode_rows, stack, fmt, search, weigh, parts, expert, begin, end)
+            tasks.append((expert, task))
+        return parts, tasks
 
     def audit(self, stack: Stack, fmt: Format, search: str, parts: dict[str, Array]) -> list[Audit]:
         """Hold stored parts (as `encode` returns them) against the source, expert by expert."""
@@ -190,23 +197,28 @@ def _empty_parts(fmt: Format, experts: int, rows: int, width: int) -> dict[str, 
     return parts
 
 
+def _finish(
+    projection: str, fmt: Format, parts: dict[str, Array], tasks: list[tuple[int, Future[int]]]
+) -> dict[str, Array]:
+    for expert, task in tasks:
+        if task.result():
+            raise NonFiniteError(projection, expert)
+    zero = parts.pop("zero_point", None)
+    return parts if fmt.symmetric or zero is None else parts | {"zero_point": _pack_zero_points(zero)}
+
+
 def _encode_rows(
-    stack: Stack, fmt: Format, search: str, parts: dict[str, Array], expert: int, begin: int, end: int
+    stack: Stack, fmt: Format, tried: Array, weigh: Array, parts: dict[str, Array], expert: int, begin: int, end: int
 ) -> int:
     source, codes, scale = _source(stack, expert), parts["codes"][expert], parts["scale"][expert]
     if fmt.name == "int4":
         zero = parts["zero_point"][expert]
-        return int(kernels.encode_int4(*source, begin, end, fmt.group_size, fmt.symmetric, _multipliers(fmt, search),
-                               codes, scale, zero))  # fmt: skip
+        return int(kernels.encode_int4(*source, begin, end, fmt.group_size, fmt.symmetric, tried, weigh,
+                                       codes, scale, zero))  # fmt: skip
     if fmt.name == "mxfp4":
-        return int(kernels.encode_mxfp4(*source, begin, end, search == "mse", codes, scale))
+        return int(kernels.encode_mxfp4(*source, begin, end, len(tried) > 1, weigh, codes, scale))
     global_scale = np.float32(parts["global_scale"][expert, 0])
-    return int(kernels.encode_nvfp4(*source, begin, end, _multipliers(fmt, search), global_scale, codes, scale))
-
-
-def _multipliers(fmt: Format, search: str) -> Array:
-    every = INT4_MULTIPLIERS if fmt.name == "int4" else NVFP4_MULTIPLIERS
-    return np.array(every if search == "mse" else every[:1], np.float32)
+    return int(kernels.encode_nvfp4(*source, begin, end, tried, global_scale, weigh, codes, scale))
 
 
 def _nvfp4_global_scale(amax: Array, search: str) -> Array:

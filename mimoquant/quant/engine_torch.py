@@ -16,15 +16,14 @@ from torch import Tensor
 
 from mimoquant.quant.formats import (
     E2M1_VALUES,
-    INT4_MULTIPLIERS,
     INT4_ZERO_SCALE,
     MXFP4_OFFSETS,
     MXFP4_ROUND_UP,
-    NVFP4_MULTIPLIERS,
     NVFP4_RANGE,
     NVFP4_SMALLEST_SCALE,
     NVFP4_ZERO_SCALE,
     Format,
+    multipliers,
 )
 from mimoquant.quant.stack import NonFiniteError, Stack
 
@@ -72,8 +71,7 @@ def encode(
 
     Args:
         importance_EI: weight of each column's squared error in the search; the Gram diagonal, for search "gram".
-        signed: int4 only, the search also tries negative scales, which put -8 on the side with the larger weights.
-        every: the search tries one in so many of its multipliers.
+        signed, every: see `formats.multipliers`.
 
     Scales come as bf16 (int4), uint8 E8M0 (mxfp4) or float8_e4m3fn (nvfp4). Non-finite weights are the caller's to
     refuse (`amax`). Raises ValueError for a shape the format cannot hold.
@@ -84,15 +82,13 @@ def encode(
         raise ValueError(problem)
     grouped = weight_EOI.to(torch.float32).reshape(experts, out_features, -1, fmt.group_size)
     weigh = None if importance_EI is None else importance_EI.reshape(experts, 1, -1, fmt.group_size)
+    tried = multipliers(fmt.name, search, signed=signed and fmt.symmetric, every=every)[1:]
     if fmt.name == "int4":
-        signs = (1.0, -1.0) if signed else (1.0,)
-        tried = [sign * c for sign in signs for c in INT4_MULTIPLIERS][1::every]
-        codes, parts = _encode_int4(grouped, fmt, () if search == "absmax" else tried, weigh)
+        codes, parts = _encode_int4(grouped, fmt, tried, weigh)
     elif fmt.name == "mxfp4":
         codes, parts = _encode_mxfp4(grouped, search, weigh)
     else:
         assert global_scale_E is not None
-        tried = [] if search == "absmax" else list(NVFP4_MULTIPLIERS[1::every])
         codes, parts = _encode_nvfp4(grouped, tried, global_scale_E, weigh)
     return {"codes": pack_nibbles(codes.reshape(experts, out_features, in_features)), **parts}
 
@@ -177,12 +173,12 @@ def _int4_candidate(grouped: Tensor, low: Tensor, high: Tensor, c: float, symmet
 
 
 def _encode_int4(
-    grouped: Tensor, fmt: Format, multipliers: Sequence[float], weigh: Tensor | None
+    grouped: Tensor, fmt: Format, tried: Sequence[float], weigh: Tensor | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     low, high = grouped.amin(-1).clamp(max=0.0), grouped.amax(-1).clamp(min=0.0)
     best = _int4_candidate(grouped, low, high, 1.0, fmt.symmetric)
     best_error = _int4_error(grouped, best, weigh)
-    for c in multipliers:
+    for c in tried:
         candidate = _int4_candidate(grouped, low, high, c, fmt.symmetric)
         error = _int4_error(grouped, candidate, weigh)
         better = error < best_error
@@ -270,13 +266,13 @@ def _nvfp4_candidate(
 
 
 def _encode_nvfp4(
-    grouped: Tensor, multipliers: Sequence[float], global_scale_E: Tensor, weigh: Tensor | None
+    grouped: Tensor, tried: Sequence[float], global_scale_E: Tensor, weigh: Tensor | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     global_scale = global_scale_E.to(torch.float32).reshape(-1, 1, 1)
     base = grouped.abs().amax(-1) / _divisor(6.0, grouped) * global_scale
     stored, effective, rounded = _nvfp4_candidate(grouped, base, global_scale, NVFP4_ZERO_SCALE)
     best_error = _fp4_error(grouped, rounded, effective, weigh)
-    for c in multipliers:
+    for c in tried:
         other, other_effective, other_rounded = _nvfp4_candidate(
             grouped, base * _divisor(c, base), global_scale, NVFP4_SMALLEST_SCALE
         )

@@ -8,16 +8,19 @@ Shapes: E experts, O rows, I columns.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from mimoquant.quant.engine_torch import decode, encode, pack_nibbles
-from mimoquant.quant.formats import Format
+from mimoquant.quant.engine_cpu import CpuEngine
+from mimoquant.quant.engine_torch import decode, encode, pack_nibbles, stored_parts, to_numpy
+from mimoquant.quant.formats import Format, multipliers
 from mimoquant.quant.gptq import gptq
 from mimoquant.quant.grid import Grid
 from mimoquant.quant.method import Method
 from mimoquant.quant.refine import refine
+from mimoquant.quant.stack import Stack
 
 _UNUSED = 1e-6  # importance of an input that no token used, where 1 is the mean
 
@@ -35,12 +38,14 @@ class Encoded:
 def encode_with(
     weight_EOI: Tensor, gram_EII: Tensor, fmt: Format, method: Method, global_scale_E: Tensor | None
 ) -> Encoded:
-    """Quantize a stack (bf16 or float32) for inputs with the given Gram matrices (float32)."""
-    weight = weight_EOI.to(torch.float32)
+    """Quantize a stack (bf16) for inputs with the given Gram matrices (float32). Raises TypeError for other dtypes."""
+    if weight_EOI.dtype != torch.bfloat16:
+        raise TypeError(f"weights are bfloat16, these are {weight_EOI.dtype}")
     importance = _importance(gram_EII) if method.search == "gram" else None
-    parts = _searched(weight, fmt, method, global_scale_E, importance)
+    parts = _searched(weight_EOI, fmt, method, global_scale_E, importance)
     damped = rounded = 0
     if method.gptq:
+        weight = weight_EOI.to(torch.float32)
         result = gptq(weight, gram_EII, Grid.of(parts, fmt), fmt, method.damp)
         codes, damped, rounded = result.codes, result.damped, result.rounded
         if method.refine:
@@ -54,15 +59,21 @@ def encode_with(
 def _searched(
     weight: Tensor, fmt: Format, method: Method, global_scale: Tensor | None, importance: Tensor | None
 ) -> dict[str, Tensor]:
-    """`encode`, one expert after the other on a CPU, where a matrix stays in cache over the candidates."""
-    signed = method.signed and fmt.name == "int4" and fmt.symmetric
-    step = len(weight) if weight.is_cuda else 1
-    chunks = [
-        encode(weight[i : i + step], fmt, method.search, None if global_scale is None else global_scale[i : i + step],
-               None if importance is None else importance[i : i + step], signed=signed, every=method.every)
-        for i in range(0, len(weight), step)
-    ]  # fmt: skip
-    return {part: torch.cat([chunk[part] for chunk in chunks]) for part in chunks[0]}
+    """`engine_torch.encode`, on a CPU by the compiled engine, which gives the same bytes."""
+    signed = method.signed and fmt.symmetric
+    if weight.is_cuda:
+        return encode(weight, fmt, method.search, global_scale, importance, signed=signed, every=method.every)
+    tried = multipliers(fmt.name, method.search, signed=signed, every=method.every)
+    scale = None if global_scale is None or fmt.name != "nvfp4" else global_scale.numpy()
+    weigh = None if importance is None else importance.numpy()
+    stack = Stack(to_numpy(weight), None)
+    parts = _cpu_engine(torch.get_num_threads()).encode_weighted(stack, fmt, tried, scale, weigh)
+    return stored_parts(parts, fmt, weight.device)
+
+
+@cache
+def _cpu_engine(threads: int) -> CpuEngine:
+    return CpuEngine(threads)
 
 
 def _importance(gram_EII: Tensor) -> Tensor:

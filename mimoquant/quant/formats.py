@@ -42,6 +42,21 @@ MXFP4_ROUND_UP = 0x200000
 NVFP4_RANGE = {"absmax": 448.0, "mse": 256.0, "gram": 256.0}
 
 
+def multipliers(name: str, search: str, *, signed: bool = False, every: int = 1) -> tuple[float, ...]:
+    """What a search tries, the plain choice first, and nothing else for "absmax". mxfp4 has offsets of the exponent.
+
+    Args:
+        signed: int4 only, also the negatives, which put -8 on the side with the larger weights.
+        every: one in so many of what comes after the first.
+    """
+    if search == "absmax":
+        return (1.0,)
+    values = {"int4": INT4_MULTIPLIERS, "mxfp4": (1.0, *MXFP4_OFFSETS), "nvfp4": NVFP4_MULTIPLIERS}[name]
+    if signed and name == "int4":
+        values += tuple(-c for c in values)
+    return values[:1] + values[1::every]
+
+
 @dataclass(frozen=True, slots=True)
 class Format:
     """A 4-bit storage format. `group_size`: weights of a row that share a scale."""

@@ -18,7 +18,7 @@ from mimoquant.quant.formats import E2M1_VALUES, Format
 
 @cache
 def _e2m1(device: torch.device) -> Tensor:
-    """The values of the 16 codes; kept, since making them anew for every column would wait for the device each time."""
+    """The values of the 16 codes; kept, since making them anew every time would wait for the device each time."""
     return torch.tensor(E2M1_VALUES + tuple(-value for value in E2M1_VALUES), device=device)
 
 
@@ -48,8 +48,13 @@ class Grid:
 
         return Grid(spread(self.scale), None if self.zero is None else spread(self.zero))
 
+    def rows(self, groups: slice, size: int) -> Grid:
+        """The grid of each column of some groups, [E, B, O], of scales [E, G, O]."""
+        return Grid(self.scale[:, groups].repeat_interleave(size, 1),
+                    None if self.zero is None else self.zero[:, groups].repeat_interleave(size, 1))  # fmt: skip
+
     def at(self, column: int) -> Grid:
-        """One column's grid, [E, O], of what `columns` gave."""
+        """One column's grid, [E, O], of what `columns` or `rows` gave."""
         return Grid(self.scale[:, column], None if self.zero is None else self.zero[:, column])
 
     def wide(self, fmt: Format) -> Grid:
