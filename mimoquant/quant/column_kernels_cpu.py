@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mimoquant.quant.cpu_kernels import F32, I32, U32, compiled, e2m1_code, round_e2m1, round_level
+from mimoquant.quant.cpu_kernels import F32, I32, compiled, e2m1_code, round_e2m1, round_level
 from mimoquant.quant.formats import Format
 from mimoquant.quant.grid import Grid
 

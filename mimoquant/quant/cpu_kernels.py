@@ -160,7 +160,9 @@ def _int4_codes(group, scale, zero, codes):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def encode_int4(fp8, bf16, scales, scale_row, begin, end, size, symmetric, multipliers, importance, packed, scale_out, zero_out):  # type: ignore[no-untyped-def]
+def encode_int4(  # type: ignore[no-untyped-def]
+    fp8, bf16, scales, scale_row, begin, end, size, symmetric, multipliers, importance, packed, scale_out, zero_out
+):
     """Rows begin..end to int4. scale_out: bf16 bits [O, G]; zero_out: int8 [O, G]. Returns rows that are not finite."""
     width = packed.shape[1] * 2
     values, codes, error = np.empty(width, F32), np.empty(width, np.uint8), np.empty(size, F32)
@@ -279,7 +281,9 @@ def _nvfp4_scale(wanted, global_scale, zero_scale):  # type: ignore[no-untyped-d
 
 
 @_jit
-def encode_nvfp4(fp8, bf16, scales, scale_row, begin, end, multipliers, global_scale, importance, packed, scale_out):  # type: ignore[no-untyped-def]
+def encode_nvfp4(  # type: ignore[no-untyped-def]
+    fp8, bf16, scales, scale_row, begin, end, multipliers, global_scale, importance, packed, scale_out
+):
     """Rows begin..end to nvfp4. scale_out: E4M3 bytes [O, I/16]. Returns the number of rows that are not finite."""
     width = packed.shape[1] * 2
     values, codes, error = np.empty(width, F32), np.empty(width, np.uint8), np.empty(16, F32)

@@ -58,10 +58,10 @@ class CpuEngine:
         return {projection: _finish(projection, fmt, *work) for projection, work in begun.items()}
 
     def encode_weighted(
-        self, stack: Stack, fmt: Format, tried: Sequence[float], global_scale_E: Array | None, importance_EI: Array | None
+        self, stack: Stack, fmt: Format, tried: Sequence[float], global_scale_E: Array | None, weigh_EI: Array | None
     ) -> dict[str, Array]:
-        """One stack, each column's squared error weighted by its importance (float32) in the search over `tried`."""
-        return _finish("", fmt, *self._begin(stack, fmt, tried, global_scale_E, importance_EI))
+        """One stack, each column's squared error weighted by `weigh_EI` (float32) in the search over `tried`."""
+        return _finish("", fmt, *self._begin(stack, fmt, tried, global_scale_E, weigh_EI))
 
     def _begin(
         self, stack: Stack, fmt: Format, tried: Sequence[float], global_scale_E: Array | None, importance: Array | None

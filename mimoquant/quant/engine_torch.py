@@ -8,6 +8,7 @@ the bit. Shapes: E experts, O out_features, I in_features, G groups of a row, S 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy.typing as npt
@@ -285,6 +286,16 @@ def _encode_nvfp4(
     return e2m1_codes(grouped, rounded), parts
 
 
+@cache
+def cuda_kernels() -> Any:
+    """The module with `encode` and `dequantize` compiled for CUDA, or None where there is no Triton."""
+    try:
+        from mimoquant.quant import encode_kernels_cuda
+    except ImportError:
+        return None
+    return encode_kernels_cuda
+
+
 class TorchEngine:
     """The same work as `engine_cpu.CpuEngine` on a torch device; numpy arrays in and out."""
 
@@ -328,7 +339,12 @@ class TorchEngine:
         values = torch.from_numpy(stack.values).to(self.device)
         if stack.scales is None:
             return values.view(torch.bfloat16)
-        return dequantize_fp8(values.view(torch.float8_e4m3fn), torch.from_numpy(stack.scales).to(self.device))
+        scales = torch.from_numpy(stack.scales).to(self.device)
+        kernels = cuda_kernels() if values.is_cuda else None
+        if kernels is not None:
+            compiled: Tensor = kernels.dequantize(values, scales)
+            return compiled
+        return dequantize_fp8(values.view(torch.float8_e4m3fn), scales)
 
 
 def stored_parts(parts: dict[str, Array], fmt: Format, device: torch.device) -> dict[str, Tensor]:

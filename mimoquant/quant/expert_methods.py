@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mimoquant.quant.engine_cpu import CpuEngine
-from mimoquant.quant.engine_torch import decode, encode, pack_nibbles, stored_parts, to_numpy
+from mimoquant.quant.engine_torch import cuda_kernels, decode, encode, pack_nibbles, stored_parts, to_numpy
 from mimoquant.quant.formats import Format, multipliers
 from mimoquant.quant.gptq import gptq
 from mimoquant.quant.grid import Grid
@@ -59,11 +59,15 @@ def encode_with(
 def _searched(
     weight: Tensor, fmt: Format, method: Method, global_scale: Tensor | None, importance: Tensor | None
 ) -> dict[str, Tensor]:
-    """`engine_torch.encode`, on a CPU by the compiled engine, which gives the same bytes."""
+    """`engine_torch.encode`, compiled where there is a compiler for the device; the bytes are the same."""
     signed = method.signed and fmt.symmetric
-    if weight.is_cuda:
-        return encode(weight, fmt, method.search, global_scale, importance, signed=signed, every=method.every)
     tried = multipliers(fmt.name, method.search, signed=signed, every=method.every)
+    if weight.is_cuda:
+        kernels = cuda_kernels()
+        if kernels is None:
+            return encode(weight, fmt, method.search, global_scale, importance, signed=signed, every=method.every)
+        parts: dict[str, Tensor] = kernels.encode(weight, None, fmt, tried, global_scale, importance)[0]
+        return parts
     scale = None if global_scale is None or fmt.name != "nvfp4" else global_scale.numpy()
     weigh = None if importance is None else importance.numpy()
     stack = Stack(to_numpy(weight), None)
@@ -72,7 +76,9 @@ def _searched(
 
 
 @cache
-def _cpu_engine(threads: int) -> CpuEngine:
+def _cpu_engine(threads: int) -> Any:
+    from mimoquant.quant.engine_cpu import CpuEngine  # no compiler for CPUs is needed where a GPU does the work
+
     return CpuEngine(threads)
 
 

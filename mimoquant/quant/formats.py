@@ -47,11 +47,13 @@ def multipliers(name: str, search: str, *, signed: bool = False, every: int = 1)
 
     Args:
         signed: int4 only, also the negatives, which put -8 on the side with the larger weights.
-        every: one in so many of what comes after the first.
+        every: one in so many of what comes after the first; not of mxfp4's three.
     """
     if search == "absmax":
         return (1.0,)
-    values = {"int4": INT4_MULTIPLIERS, "mxfp4": (1.0, *MXFP4_OFFSETS), "nvfp4": NVFP4_MULTIPLIERS}[name]
+    if name == "mxfp4":
+        return (1.0, *MXFP4_OFFSETS)
+    values = INT4_MULTIPLIERS if name == "int4" else NVFP4_MULTIPLIERS
     if signed and name == "int4":
         values += tuple(-c for c in values)
     return values[:1] + values[1::every]

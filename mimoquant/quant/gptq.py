@@ -26,7 +26,8 @@ from mimoquant.quant.formats import Format
 from mimoquant.quant.grid import Grid
 from mimoquant.quant.products import halves, part, product, put, transposed, zeros
 
-BLOCK = 128  # columns that are rounded before what is left of them is pushed on in one product
+BLOCK = 128  # columns that are rounded before what is left of them is pushed onto the rest of their panel
+PANEL = 512  # columns that are pushed onto by all before them in one product
 _MORE_DAMP = (10.0, 100.0)  # times the dampening, for a matrix that has no Cholesky factor
 _LEAST_DAMP = 0.01  # what those multiply, if less was asked for
 
@@ -81,6 +82,11 @@ def _normal_factor(gram: Tensor) -> tuple[Tensor, Tensor]:
     return lower, (info == 0) & torch.isfinite(lower).all(-1).all(-1)
 
 
+def spans(begin: int, end: int, size: int) -> list[tuple[int, int]]:
+    """begin..end in pieces."""
+    return [(first, min(first + size, end)) for first in range(begin, end, size)]
+
+
 def gptq(weight_EOI: Tensor, gram_EII: Tensor, grid: Grid, fmt: Format, damp: float) -> GptqResult:
     """Codes of `weight_EOI` (float32) on `grid`, made for inputs with the Gram matrix `gram_EII` (float32)."""
     experts, rows, width = weight_EOI.shape
@@ -92,16 +98,18 @@ def gptq(weight_EOI: Tensor, gram_EII: Tensor, grid: Grid, fmt: Format, damp: fl
     weight = weight_EOI.transpose(1, 2).gather(1, order[:, :, None].expand(-1, -1, rows))
     group, left = order // fmt.group_size, zeros(experts, width, rows, weight)
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    for begin in range(0, width, BLOCK):
-        now = slice(begin, min(begin + BLOCK, width))
-        target = weight[:, now].clone()
-        if begin:
-            before = slice(0, begin)
-            target += product(transposed(part(push, before, now)), part(left, before, slice(None)))
-        codes[:, now], rest = round_columns(
-            target, weight[:, now].contiguous(), factor[:, now, now].contiguous(), grid.columns(group[:, now]), fmt
-        )
-        put(left, now, rest)
+    for first, end in spans(0, width, PANEL):
+        target, before = weight[:, first:end].clone(), slice(0, first)
+        if first:
+            target += product(transposed(part(push, before, slice(first, end))), part(left, before, slice(None)))
+        for now in (slice(*span) for span in spans(first, end, BLOCK)):
+            codes[:, now], rest = round_columns(
+                target[:, now.start - first : now.stop - first].contiguous(), weight[:, now].contiguous(),
+                factor[:, now, now].contiguous(), grid.columns(group[:, now]), fmt,
+            )  # fmt: skip
+            put(left, now, rest)
+            later = transposed(part(push, now, slice(now.stop, end)))
+            target[:, now.stop - first :] += product(later, part(left, now, slice(None)))
     back = torch.empty_like(codes).scatter_(1, order[:, :, None].expand_as(codes), codes)
     troubled = damped | rounded
     return GptqResult(back.transpose(1, 2).contiguous(), int(damped.sum()), int(rounded.sum()), troubled)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mimoquant.quant.columns import improve_columns
 from mimoquant.quant.formats import NVFP4_SMALLEST_SCALE, Format
-from mimoquant.quant.gptq import BLOCK
+from mimoquant.quant.gptq import BLOCK, PANEL, spans
 from mimoquant.quant.grid import Grid
 from mimoquant.quant.products import halves, part, product, put
 
@@ -34,23 +34,25 @@ def refine(
     cost, weight = halves(gram), weight_EOI.transpose(1, 2).contiguous()
     codes = codes.transpose(1, 2).contiguous()
     grid = Grid.of(parts, fmt)
-    scale, zero = (None if values is None else values.transpose(1, 2).contiguous() for values in (grid.scale, grid.zero))
-    assert scale is not None
+    scale = grid.scale.transpose(1, 2).contiguous()
+    zero = None if grid.zero is None else grid.zero.transpose(1, 2).contiguous()
     size, movable = fmt.group_size, fmt.name != "mxfp4" and fmt.symmetric
     left = halves(weight - Grid(scale, zero).rows(_ALL, size).decode(codes, fmt))
     for _ in range(rounds):
-        for begin in range(0, weight.shape[1], BLOCK):
-            now = slice(begin, min(begin + BLOCK, weight.shape[1]))
-            groups = slice(now.start // size, now.stop // size)
-            slope = product(part(cost, now, _ALL), left)  # minus half the loss's gradient
-            inside = gram[:, now, now].contiguous()
-            if movable:
-                _better_scales(slope, scale[:, groups], codes[:, now], inside, parts, fmt)
-            place, code = Grid(scale, zero).rows(groups, size), codes[:, now].contiguous()
-            values = place.decode(code, fmt)
-            improve_columns(slope, values, code, inside, place, fmt)
-            codes[:, now] = code
-            put(left, now, weight[:, now] - values)
+        for first, end in spans(0, weight.shape[1], PANEL):
+            panel = product(part(cost, slice(first, end), _ALL), left)  # minus half the loss's gradient
+            for now in (slice(*span) for span in spans(first, end, BLOCK)):
+                groups, inside = slice(now.start // size, now.stop // size), gram[:, now, now].contiguous()
+                slope, code = panel[:, now.start - first : now.stop - first].contiguous(), codes[:, now].contiguous()
+                old = Grid(scale, zero).rows(groups, size).decode(code, fmt)
+                if movable:
+                    _better_scales(slope, scale[:, groups], code, inside, parts, fmt)
+                place = Grid(scale, zero).rows(groups, size)
+                values = place.decode(code, fmt)
+                improve_columns(slope, values, code, inside, place, fmt)
+                codes[:, now] = code
+                put(left, now, weight[:, now] - values)
+                panel[:, now.stop - first :] += product(part(cost, slice(now.stop, end), now), halves(old - values))
     if movable:
         stored = scale if fmt.name == "int4" else scale * parts["global_scale"].reshape(-1, 1, 1)
         parts = parts | {"scale": stored.transpose(1, 2).contiguous().to(parts["scale"].dtype)}

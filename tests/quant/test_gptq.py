@@ -24,7 +24,7 @@ FORMATS = [
     Format("nvfp4", 16),
 ]
 every_format = pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.label)
-EXPERTS, ROWS, WIDTH = 3, 8, 256  # two blocks of columns
+EXPERTS, ROWS, WIDTH = 3, 8, 640  # two panels, five blocks of columns
 DAMP = 0.05
 NEAR = 1e-3  # of a grid step: float32 sums over a few hundred columns, in another order
 

@@ -30,7 +30,7 @@ STARTS = [
 every_start = pytest.mark.parametrize(("fmt", "how"), STARTS)
 movable_scales = pytest.mark.parametrize("fmt", MOVABLE, ids=lambda fmt: fmt.label)
 DAMP = 1e-3  # of the mean diagonal: the loss that refinement lowers has this much added
-EXPERTS, ROWS, WIDTH = 2, 8, 256
+EXPERTS, ROWS, WIDTH = 2, 8, 640  # two panels
 
 
 def weights(width: int = WIDTH, seed: int = 0) -> Tensor:

@@ -1,0 +1,322 @@
+"""`engine_torch.encode` as one Triton kernel: FP8 or bf16 weights → codes and scales, the search inside.
+
+Key idea: a group of weights stays in registers while every scale is tried on it, so that a weight is read once and
+written once, whatever the search. The sequence of float32 operations of every element is `engine_torch`'s: divisions as
+IEEE wants them, no fused multiply-add, sums by halving. The bytes are the same.
+
+A group of 64 or 128 is spread over L = 2 or 4 threads, weight s = L k + l in thread l, so that all but the last sums of
+halves stay within a thread. A division a weight would be most of the search: there a quotient comes from the scale's
+reciprocal and one correction, which is the rounded quotient but within 2^-47 of a tie (Markstein, 1990), where both
+neighbours cost the same; codes come from true divisions, and groups of extreme weights take those in the search too.
+
+Shapes: E experts, O out_features, I in_features, G groups of a row, S group size; N groups of a program, K = S / L
+weights of a thread; tiles are [K, N L].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mimoquant.quant.engine_torch import pack_zero_points
+from mimoquant.quant.formats import INT4_ZERO_SCALE, MXFP4_ROUND_UP, NVFP4_SMALLEST_SCALE, NVFP4_ZERO_SCALE, Format
+from mimoquant.quant.gpu_arithmetic import NO_FUSION, e2m1_code, round_bf16, round_e2m1, round_level
+
+_THREADS = 32  # of a program: a warp, which need not wait for others
+_LONGEST = 32  # weights that a thread holds
+_EXTREME = tl.constexpr(2.0**60)  # beyond it, or below its inverse, a reciprocal may over- or underflow
+_INT4, _MXFP4, _NVFP4 = (tl.constexpr(number) for number in range(3))
+_KINDS = {"int4": 0, "mxfp4": 1, "nvfp4": 2}
+_INT4_ZERO, _NVFP4_ZERO = tl.constexpr(INT4_ZERO_SCALE), tl.constexpr(NVFP4_ZERO_SCALE)
+_FP8_UNIT = tl.constexpr(2.0**120)
+_NVFP4_SMALLEST, _ROUND_UP = tl.constexpr(NVFP4_SMALLEST_SCALE), tl.constexpr(MXFP4_ROUND_UP)
+
+
+@triton.jit
+def _bits(x):  # type: ignore[no-untyped-def]
+    return x.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def _float(bits):  # type: ignore[no-untyped-def]
+    return bits.to(tl.uint32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _fold(x, SIZE: tl.constexpr, N: tl.constexpr):  # type: ignore[no-untyped-def]
+    """[SIZE, N] → the sum of its halves, [SIZE / 2, N]."""
+    low, high = tl.split(tl.permute(tl.reshape(x, (2, SIZE // 2, N)), (1, 2, 0)))
+    return low + high
+
+
+@triton.jit
+def _halving_sum(x, K: tl.constexpr, N: tl.constexpr, L: tl.constexpr):  # type: ignore[no-untyped-def]
+    """[K, N L] → the sums of groups by adding halves, in each of a group's threads: [N L]."""
+    if K >= 32:
+        x = _fold(x, 32, N * L)
+    x = _fold(x, 16, N * L)
+    x = _fold(x, 8, N * L)
+    x = _fold(x, 4, N * L)
+    x = tl.reshape(_fold(x, 2, N * L), (N * L,))
+    if L > 1:
+        if L == 4:
+            low, high = tl.split(tl.permute(tl.reshape(x, (N, 2, 2)), (0, 2, 1)))
+            x = low + high
+        low, high = tl.split(tl.reshape(x, (N, 2)))
+        x = _spread(low + high, N, L)
+    return x
+
+
+@triton.jit
+def _spread(x, N: tl.constexpr, L: tl.constexpr):  # type: ignore[no-untyped-def]
+    """[N] → [N L]: each group's value in each of its threads."""
+    return tl.reshape(tl.broadcast_to(x[:, None], (N, L)), (N * L,))
+
+
+@triton.jit
+def _int4_scale(spread, levels):  # type: ignore[no-untyped-def]
+    scale = _float(round_bf16(tl.div_rn(spread, tl.zeros_like(spread) + levels)))
+    return tl.where(scale == 0, _INT4_ZERO, scale)
+
+
+@triton.jit
+def _int4_range(low, high, c, SYMMETRIC: tl.constexpr):  # type: ignore[no-untyped-def]
+    if SYMMETRIC:
+        scale = _int4_scale(tl.maximum(-low, high) * c, 7.5)
+        return scale, tl.zeros_like(scale)
+    scale = _int4_scale((high - low) * c, 15.0)
+    return scale, round_level(-8.0 - tl.div_rn(low * c, scale))
+
+
+@triton.jit
+def _exp2(biased):  # type: ignore[no-untyped-def]
+    return _float(tl.where(biased == 0, 1 << 22, biased << 23))
+
+
+@triton.jit
+def _e4m3_byte(value):  # type: ignore[no-untyped-def]
+    """float32 >= 0 to the nearest E4M3, ties to even, int32."""
+    value = tl.where(value < 448.0, value, 448.0)
+    bits = _bits(value)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20).to(tl.int32) - (120 << 3)
+    small = ((value * 512.0 + 12582912.0) - 12582912.0).to(tl.int32)
+    return tl.where(value < 0.015625, small, normal)
+
+
+@triton.jit
+def _e4m3_value(byte):  # type: ignore[no-untyped-def]
+    return _float(byte << 20) * _FP8_UNIT
+
+
+@triton.jit
+def _nvfp4_scale(wanted, global_scale, zero_scale):  # type: ignore[no-untyped-def]
+    """The stored E4M3 byte and the scale that it makes."""
+    byte = _e4m3_byte(wanted)
+    byte = tl.where(byte == 0, _e4m3_byte(tl.zeros_like(wanted) + zero_scale), byte)
+    return byte, tl.div_rn(_e4m3_value(byte), global_scale)
+
+
+@triton.jit
+def _quotient(x, scale, wide, QUICK: tl.constexpr):  # type: ignore[no-untyped-def]
+    if QUICK:
+        inverse = tl.zeros_like(x) + tl.div_rn(tl.zeros_like(scale) + 1.0, scale)[None, :]
+        near = x * inverse
+        quotient = tl.fma(tl.fma(-near, wide, x), inverse, near)
+    else:
+        quotient = tl.div_rn(x, wide)
+    return quotient
+
+
+@triton.jit
+def _error(x, scale, zero, weigh, KIND: tl.constexpr, WEIGHTED: tl.constexpr, QUICK: tl.constexpr,
+           K: tl.constexpr, N: tl.constexpr, L: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+    wide = tl.zeros_like(x) + scale[None, :]
+    if KIND == _INT4:
+        offset = zero[None, :]
+        difference = (round_level(_quotient(x, scale, wide, QUICK) + offset) - offset) * wide - x
+    else:
+        magnitude = tl.abs(x)
+        difference = round_e2m1(_quotient(magnitude, scale, wide, QUICK)) * wide - magnitude
+    squares = difference * difference
+    if WEIGHTED:
+        squares = squares * weigh
+    return _halving_sum(squares, K, N, L)
+
+
+@triton.jit
+def _candidate(low, high, amax, global_scale, c, plain, KIND: tl.constexpr, SYMMETRIC: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(scale, zero point, what is stored of the scale) for what the search tries as `c`; `plain`: the first of all."""
+    if KIND == _INT4:
+        scale, zero = _int4_range(low, high, c, SYMMETRIC)
+        return scale, zero, (_bits(scale) >> 16).to(tl.int32)
+    if KIND == _MXFP4:
+        bits = _bits(amax)
+        biased = (tl.where(plain, bits + _ROUND_UP, bits) >> 23).to(tl.int32) - 2 + tl.where(plain, 0, c.to(tl.int32))
+        biased = tl.where(biased < 0, 0, tl.where(biased > 254, 254, biased))
+        return _exp2(biased), tl.zeros_like(amax), biased
+    base = tl.div_rn(amax, tl.zeros_like(amax) + 6.0) * global_scale
+    byte, scale = _nvfp4_scale(base * c, global_scale, tl.where(plain, _NVFP4_ZERO, _NVFP4_SMALLEST))
+    return scale, tl.zeros_like(amax), byte
+
+
+@triton.jit
+def _search(x, low, high, amax, global_scale, scale, zero, stored, weigh, tried, count,
+            KIND: tl.constexpr, SYMMETRIC: tl.constexpr, WEIGHTED: tl.constexpr, QUICK: tl.constexpr,
+            K: tl.constexpr, N: tl.constexpr, L: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+    """The best of all that is tried; a candidate must be strictly better."""
+    best = _error(x, scale, zero, weigh, KIND, WEIGHTED, QUICK, K, N, L)
+    for k in range(1, count):
+        c = tl.load(tried + k)
+        other, other_zero, other_stored = _candidate(low, high, amax, global_scale, c, c != c, KIND, SYMMETRIC)
+        error = _error(x, other, other_zero, weigh, KIND, WEIGHTED, QUICK, K, N, L)
+        better = error < best
+        best, scale = tl.where(better, error, best), tl.where(better, other, scale)
+        zero, stored = tl.where(better, other_zero, zero), tl.where(better, other_stored, stored)
+    return scale, zero, stored
+
+
+@triton.jit
+def _encode(values, block_scales, importance, global_scales, tried, steps, packed, scale_out, zero_out, bad,
+            rows, groups, scale_rows, scale_columns, count,
+            KIND: tl.constexpr, SYMMETRIC: tl.constexpr, FP8: tl.constexpr, WEIGHTED: tl.constexpr,
+            K: tl.constexpr, N: tl.constexpr, L: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+    expert = tl.program_id(1).to(tl.int64)
+    S: tl.constexpr = K * L
+    thread = tl.arange(0, N * L)
+    n = tl.program_id(0) * N + thread // L
+    there, row, g = n < rows * groups, n // groups, n % groups
+    # an index that the compiler cannot see through: else it would spread a thread's weights, for the sake of loads
+    s = tl.load(steps + tl.arange(0, K))[:, None] * L + (thread % L)[None, :]
+    at = (expert * rows * groups + n)[None, :] * S + s
+    held = tl.load(values + at, mask=there[None, :], other=0)
+    if FP8:
+        place = (expert * scale_rows + row // 128) * scale_columns + g * S // 128
+        unit = tl.load(block_scales + place, mask=there, other=1.0)
+        x = _float(((held.to(tl.uint32) & 0x7F) << 20) | ((held.to(tl.uint32) & 0x80) << 24)) * _FP8_UNIT
+        x = _float(round_bf16(x * unit[None, :]))
+        spoiled = (tl.max((held & 0x7F).to(tl.int32), axis=0) == 0x7F) | ~(tl.abs(unit) < float("inf"))
+    else:
+        x = _float(held.to(tl.uint32) << 16)
+        spoiled = tl.zeros_like(row) != 0
+    weigh = x
+    if WEIGHTED:
+        weigh = tl.load(importance + expert * groups * S + g[None, :] * S + s, mask=there[None, :], other=0.0)
+    low, high = tl.minimum(tl.min(x, axis=0), 0.0), tl.maximum(tl.max(x, axis=0), 0.0)
+    if L > 1:
+        low = _spread(tl.min(tl.reshape(low, (N, L)), axis=1), N, L)
+        high = _spread(tl.max(tl.reshape(high, (N, L)), axis=1), N, L)
+    amax = tl.maximum(-low, high)
+    global_scale = tl.zeros_like(amax) + 1.0
+    if KIND == _NVFP4:
+        global_scale = tl.zeros_like(amax) + tl.load(global_scales + expert)
+    c = tl.load(tried)
+    scale, zero, stored = _candidate(low, high, amax, global_scale, c, c == c, KIND, SYMMETRIC)
+    if count > 1:
+        tame = (amax == 0) | ((amax < _EXTREME) & (amax > 1 / _EXTREME)) | ~there
+        if tl.min(tame.to(tl.int32), axis=0) == 1:
+            scale, zero, stored = _search(x, low, high, amax, global_scale, scale, zero, stored, weigh, tried, count,
+                                          KIND, SYMMETRIC, WEIGHTED, True, K, N, L)  # fmt: skip
+        else:
+            scale, zero, stored = _search(x, low, high, amax, global_scale, scale, zero, stored, weigh, tried, count,
+                                          KIND, SYMMETRIC, WEIGHTED, False, K, N, L)  # fmt: skip
+    wide = tl.zeros_like(x) + scale[None, :]
+    if KIND == _INT4:
+        code = (round_level(tl.div_rn(x, wide) + zero[None, :]) + 8.0).to(tl.int32)
+    else:
+        code = e2m1_code(round_e2m1(tl.div_rn(tl.abs(x), wide))) | tl.where(x < 0, 8, 0)
+    if L == 1:
+        even, odd = tl.split(tl.permute(tl.reshape(code, (K // 2, 2, N)), (0, 2, 1)))
+    else:
+        even, odd = tl.split(tl.reshape(code, (K, N * L // 2, 2)))
+    # in memory order, so that stores are wide
+    pairs = tl.reshape((even | (odd << 4)).to(tl.uint8), (K if L > 1 else K // 2, N, (L + 1) // 2))
+    pairs = tl.reshape(tl.permute(pairs, (1, 0, 2)), (N, S // 2))
+    first = tl.program_id(0) * N + tl.arange(0, N)
+    out = (expert * rows * groups + first)[:, None] * (S // 2) + tl.arange(0, S // 2)[None, :]
+    tl.store(packed + out, pairs, mask=(first < rows * groups)[:, None])
+    there = there & (thread % L == 0)
+    group = expert * rows * groups + n
+    if KIND == _INT4:
+        tl.store(scale_out + group, stored.to(tl.uint16), mask=there)
+    else:
+        tl.store(scale_out + group, stored.to(tl.uint8), mask=there)
+    if not SYMMETRIC:
+        tl.store(zero_out + group, zero.to(tl.int8), mask=there)
+    spoiled = spoiled | ~(amax < float("inf")) | ~(tl.abs(scale) < float("inf"))
+    tl.atomic_add(bad + expert, tl.sum((spoiled & there).to(tl.int32), axis=0))
+
+
+def encode(
+    values: Tensor, block_scales: Tensor | None, fmt: Format, tried: Sequence[float], global_scale_E: Tensor | None,
+    importance_EI: Tensor | None,
+) -> tuple[dict[str, Tensor], Tensor]:  # fmt: skip
+    """Stored parts of a stack, as `engine_torch.encode` gives them, and int32 [E], how many groups are not finite.
+
+    Args:
+        values: [E, O, I] uint8 (FP8 bits) with `block_scales` float32 [E, R, C], or bfloat16 without.
+        tried: see `formats.multipliers`.
+    """
+    experts, rows, width = values.shape
+    groups, device = width // fmt.group_size, values.device
+    held = values if block_scales is not None else values.view(torch.uint16)
+    shape = (experts, rows, groups)
+    codes = torch.empty(experts, rows, width // 2, dtype=torch.uint8, device=device)
+    scale = torch.empty(shape, dtype=torch.uint16 if fmt.name == "int4" else torch.uint8, device=device)
+    zero = torch.empty(shape if not fmt.symmetric else (1,), dtype=torch.int8, device=device)
+    bad = torch.zeros(experts, dtype=torch.int32, device=device)
+    steps, unused = _steps(device), codes.view(-1)[:1]
+    blocks = (1, 1) if block_scales is None else block_scales.shape[1:]
+    lanes = -(-fmt.group_size // _LONGEST)
+    of_a_program = _THREADS // lanes
+    _encode[(triton.cdiv(rows * groups, of_a_program), experts)](
+        held.contiguous(), unused if block_scales is None else block_scales.contiguous(),
+        unused if importance_EI is None else importance_EI.contiguous(),
+        unused if global_scale_E is None else global_scale_E, torch.tensor(tried, dtype=torch.float32, device=device),
+        steps, codes, scale, zero, bad, rows, groups, *blocks, len(tried),
+        KIND=_KINDS[fmt.name], SYMMETRIC=fmt.symmetric, FP8=block_scales is not None,
+        WEIGHTED=importance_EI is not None, K=fmt.group_size // lanes, N=of_a_program, L=lanes,
+        num_warps=_THREADS // 32, **NO_FUSION,
+    )  # fmt: skip
+    dtype = {"int4": torch.bfloat16, "mxfp4": torch.uint8, "nvfp4": torch.float8_e4m3fn}[fmt.name]
+    parts = {"codes": codes, "scale": scale.view(dtype)}
+    if not fmt.symmetric:
+        parts["zero_point"] = pack_zero_points(zero)
+    if fmt.name == "nvfp4":
+        assert global_scale_E is not None
+        parts["global_scale"] = global_scale_E.to(torch.float32).reshape(-1, 1)
+    return parts, bad
+
+
+@triton.jit
+def _dequantize(values, block_scales, out, size, rows, width, scale_rows, scale_columns, N: tl.constexpr):  # type: ignore[no-untyped-def]
+    at = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
+    there = at < size
+    held = tl.load(values + at, mask=there, other=0).to(tl.uint32)
+    expert, row, column = at // (rows * width), at // width % rows, at % width
+    place = (expert * scale_rows + row // 128) * scale_columns + column // 128
+    unit = tl.load(block_scales + place, mask=there, other=1.0)
+    x = _float(((held & 0x7F) << 20) | ((held & 0x80) << 24)) * _FP8_UNIT * unit
+    bits = tl.where((held & 0x7F) == 0x7F, 0x7FC00000, round_bf16(x))  # a NaN stays one
+    bits = tl.where(tl.abs(unit) < float("inf"), bits, 0x7FC00000)
+    tl.store(out + at, (bits >> 16).to(tl.uint16), mask=there)
+
+
+def dequantize(values: Tensor, block_scales: Tensor) -> Tensor:
+    """FP8 bits, uint8 [E, O, I], with scales of 128 x 128 blocks, float32 [E, R, C], as bfloat16; what is not finite
+    comes as NaN. The values are those of `engine_torch.dequantize_fp8`."""
+    out = torch.empty(values.shape, dtype=torch.uint16, device=values.device)
+    _dequantize[(triton.cdiv(values.numel(), 1024),)](
+        values.contiguous(), block_scales.contiguous(), out, values.numel(), *values.shape[1:],
+        *block_scales.shape[1:], N=1024, **NO_FUSION,
+    )  # fmt: skip
+    return out.view(torch.bfloat16)
+
+
+@cache
+def _steps(device: torch.device) -> Tensor:
+    return torch.arange(128, dtype=torch.int32, device=device)
