@@ -6,7 +6,7 @@ scale row an FP8 row has, and how a fused qkv becomes q, k and v.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -23,20 +23,27 @@ from mimoquant.quant.stack import Engine, NonFiniteError, Stack
 Array = npt.NDArray[Any]
 
 
-def read_experts(reader: CheckpointReader, layout: ModelLayout, layer: int, begin: int, end: int) -> dict[str, Stack]:
-    """Experts begin..end of a layer: projection → stack, bytes as stored."""
-    return {p: read_stack(reader, [layout.expert(layer, e, p) for e in range(begin, end)]) for p in PROJECTIONS}
+def read_experts(
+    reader: CheckpointReader,
+    layout: ModelLayout,
+    layer: int,
+    begin: int,
+    end: int,
+    empty: Callable[..., Array] = np.empty,
+) -> dict[str, Stack]:
+    """Experts begin..end of a layer: projection → stack, bytes as stored, in memory from `empty`."""
+    return {p: read_stack(reader, [layout.expert(layer, e, p) for e in range(begin, end)], empty) for p in PROJECTIONS}
 
 
-def read_stack(reader: CheckpointReader, weights: list[Weight]) -> Stack:
+def read_stack(reader: CheckpointReader, weights: list[Weight], empty: Callable[..., Array] = np.empty) -> Stack:
     fp8 = weights[0].scale is not None
     if any((weight.scale is not None) != fp8 for weight in weights):
         raise CheckpointError(f"{weights[0].name}: its neighbours have another dtype; a layer's experts must share one")
-    values = np.empty((len(weights), *weights[0].info.shape), np.uint8 if fp8 else np.uint16)
+    values = empty((len(weights), *weights[0].info.shape), np.uint8 if fp8 else np.uint16)
     reader.read_many((w.info, target.reshape(-1).view(np.uint8)) for w, target in zip(weights, values, strict=True))
     if weights[0].scale is None:
         return Stack(values, None)
-    scales = np.empty((len(weights), *weights[0].scale.shape), np.float32)
+    scales = empty((len(weights), *weights[0].scale.shape), np.float32)
     reader.read_many(
         (w.scale, target.reshape(-1).view(np.uint8)) for w, target in zip(weights, scales, strict=True) if w.scale
     )

@@ -133,7 +133,7 @@ def _write_units(plan: Plan, run: RunFolder, engine: Engine, tokens: TokenSet | 
     writer: ShardWriter | None = None
     with CheckpointReader(plan.layout.index) as reader, WriteBehind(WRITE_QUEUE_BYTES) as behind:
         walk = _Walk(plan, run, reader, tokens, engine.name) if tokens else None
-        steps = read_ahead(_load(plan, todo, reader))
+        steps = read_ahead(_load(plan, todo, reader, engine))
         try:
             for loaded in steps:
                 if writer is None:
@@ -196,13 +196,14 @@ def _complete(
     progress(unit, unit.size_bytes, True)
 
 
-def _load(plan: Plan, units: list[Unit], reader: CheckpointReader) -> Iterator[Loaded]:
+def _load(plan: Plan, units: list[Unit], reader: CheckpointReader, engine: Engine) -> Iterator[Loaded]:
     """Every step's source bytes, in order. Runs in the read-ahead thread."""
     for unit in units:
         for number, step in enumerate(unit.steps, start=1):
             last = number == len(unit.steps)
             if isinstance(step, Experts):
-                yield Loaded(unit, step, read_experts(reader, plan.layout, step.layer, step.begin, step.end), last)
+                stacks = read_experts(reader, plan.layout, step.layer, step.begin, step.end, engine.empty)
+                yield Loaded(unit, step, stacks, last)
             elif isinstance(step, Dequantize):
                 yield Loaded(unit, step, read_matrix(reader, step.weight), last)
             elif isinstance(step, Copy):

@@ -2,7 +2,7 @@
 
 Key idea: the plan fixes every entry before the first byte is computed, so the header is written first and tensors
 follow in header order. Memory stays at one tensor, the size is known to the byte, and the sha256 is of the bytes that
-were meant, not of what a disk gave back.
+were meant, not of what a disk gave back. Hashing takes as long as writing to a fast disk, so both happen at once.
 
 The header carries one metadata key (`format: pt`): anything else would make equal outputs differ.
 """
@@ -14,6 +14,7 @@ import json
 import math
 import os
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ import numpy.typing as npt
 
 from mimoquant.checkpoint.index import DTYPE_BYTES
 from mimoquant.errors import StoppedError
+
+_HASH_BESIDE = 2**18  # bytes from which hashing on another thread, while they are written, is worth the handing over
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,7 @@ class ShardWriter:
         self._next = 0  # the entry that is being written, and how much of it is still to come
         self._left = self._entries[0].size_bytes if self._entries else 0
         self._sha256 = hashlib.sha256()
+        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="hash")
         self.size_bytes = 0
         with _io(path):
             self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
@@ -96,16 +100,23 @@ class ShardWriter:
 
     def abandon(self) -> None:
         """Close without the promise that the file is whole."""
+        self._hasher.shutdown()
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
 
     def _put(self, data: bytes | memoryview) -> None:
         view, done = memoryview(data), 0
-        self._sha256.update(view)
-        with _io(self.path):
-            while done < len(view):
-                done += os.write(self._file, view[done:])
+        hashed = self._hasher.submit(self._sha256.update, view) if len(view) >= _HASH_BESIDE else None
+        try:
+            with _io(self.path):
+                while done < len(view):
+                    done += os.write(self._file, view[done:])
+        finally:
+            if hashed:
+                hashed.result()
+        if not hashed:
+            self._sha256.update(view)
         self.size_bytes += done
 
 

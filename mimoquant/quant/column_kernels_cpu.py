@@ -14,14 +14,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mimoquant.quant.cpu_kernels import F32, I32, compiled, e2m1_code, round_e2m1, round_level
-from mimoquant.quant.formats import Format
-from mimoquant.quant.grid import Grid
+from mimoquant.quant.columns import Columns
+from mimoquant.quant.cpu_kernels import (
+    F32,
+    I32,
+    U32,
+    compiled,
+    e2m1_code,
+    e4m3_byte,
+    e4m3_value,
+    round_bf16,
+    round_e2m1,
+    round_level,
+)
+from mimoquant.quant.formats import E2M1_VALUES, NVFP4_SMALLEST_SCALE
+from mimoquant.quant.products import Halves
 
 _SLAB = 128  # rows of a task: with a block of 128 columns, 64 KB an array
-_INF = F32(np.inf)
+_INF, _SMALLEST = F32(np.inf), F32(NVFP4_SMALLEST_SCALE)
+_E2M1 = np.array([*E2M1_VALUES, *(-value for value in E2M1_VALUES)], np.float32)
 _jit, _inline = compiled(), compiled(inline="always")
-_NO_ZERO = torch.empty(0, 0)
+_NOTHING = np.empty((0, 0), np.float32)
 
 
 @_inline
@@ -35,78 +48,139 @@ def _coded(x, scale, zero, is_int4):  # type: ignore[no-untyped-def]
     return np.uint8(e2m1_code(rounded) | sign), (-rounded if x < F32(0) else rounded) * scale
 
 
+@_inline
+def _decoded(code, scale, zero, is_int4):  # type: ignore[no-untyped-def]
+    """The value of a code."""
+    level = F32(I32(code) - I32(8)) - zero if is_int4 else _E2M1[code]
+    return level * scale
+
+
+@_inline
+def _storable(scale, divisor):  # type: ignore[no-untyped-def]
+    """The scale that comes out of the file if this one goes in; `divisor` 0: int4."""
+    if divisor == F32(0):
+        return U32(round_bf16(F32(scale).view(U32))).view(F32)
+    wanted = scale * divisor
+    return e4m3_value(e4m3_byte(wanted if wanted > _SMALLEST else _SMALLEST)) / divisor
+
+
 @_jit
-def _round_slab(target, weight, push, scale, zero, is_int4, begin, end, codes, left):  # type: ignore[no-untyped-def]
-    columns = weight.shape[0]
-    for i in range(columns):
-        x, w, s = target[i, begin:end], weight[i, begin:end], scale[i, begin:end]
-        code, rest = codes[i, begin:end], left[i, begin:end]
+def _push(rest, shares, first, later, sign):  # type: ignore[no-untyped-def]
+    """later[j] += sign * shares[j] * rest for the columns from `first` on."""
+    for j in range(first, later.shape[0]):
+        share, row = sign * shares[j], later[j]
+        for r in range(rest.shape[0]):
+            row[r] = row[r] + share * rest[r]
+
+
+@_jit
+def _round_slab(target, weight, push, scale, zero, group, is_int4, now, codes, left):  # type: ignore[no-untyped-def]
+    for i in range(target.shape[0]):
+        column = now + i
+        x, w, s, code, rest = target[i], weight[column], scale[group[column]], codes[column], left[column]
         if zero.shape[0]:
-            z = zero[i, begin:end]
-            for r in range(end - begin):
+            z = zero[group[column]]
+            for r in range(x.shape[0]):
                 code[r], value = _coded(x[r], s[r], z[r], is_int4)
                 rest[r] = w[r] - value
         else:
-            for r in range(end - begin):
+            for r in range(x.shape[0]):
                 code[r], value = _coded(x[r], s[r], F32(0), is_int4)
                 rest[r] = w[r] - value
-        for j in range(i + 1, columns):
-            share, later = push[i, j], target[j, begin:end]
-            for r in range(end - begin):
-                later[r] = later[r] + share * rest[r]
+        _push(rest, push[column, now:], i + 1, target, F32(1))
 
 
 @_jit
-def _improve_slab(slope, values, codes, gram, scale, zero, is_int4, begin, end, change):  # type: ignore[no-untyped-def]
-    columns = slope.shape[0]
-    for i in range(columns):
-        steep, old, s, code = slope[i, begin:end], values[i, begin:end], scale[i, begin:end], codes[i, begin:end]
-        curvature = gram[i, i]
-        for r in range(end - begin):
-            step = steep[r] / curvature
-            sound = abs(step) < _INF and curvature > F32(0)
-            x = old[r] + step if sound else old[r]
-            z = zero[i, begin + r] if zero.shape[0] else F32(0)
-            code[r], value = _coded(x, s[r], z, is_int4)
-            change[r] = value - old[r]
-            old[r] = value
-        for j in range(i + 1, columns):
-            share, later = gram[i, j], slope[j, begin:end]
-            for r in range(end - begin):
-                later[r] = later[r] - share * change[r]
+def _better_scale(slope, codes, gram, scale, divisor, is_int4, now, first, size, reach, unit, sums):  # type: ignore[no-untyped-def]
+    """See `columns._better_scale`. `first`: of the group, within the block; the last three are room to work in."""
+    rows = scale.shape[0]
+    reach[:] = F32(0)
+    for i in range(size):
+        for r in range(rows):
+            unit[i, r] = _decoded(codes[first + i, r], F32(1), F32(0), is_int4)
+        _push(unit[i], gram[now + first + i, now:], 0, reach, F32(1))
+    for i in range(size):
+        for r in range(rows):
+            sums[0, i, r] = reach[first + i, r] * unit[i, r]
+            sums[1, i, r] = slope[first + i, r] * unit[i, r]
+    half = size // 2
+    while half:
+        for i in range(half):
+            for r in range(rows):
+                sums[0, i, r] = sums[0, i, r] + sums[0, i + half, r]
+                sums[1, i, r] = sums[1, i, r] + sums[1, i + half, r]
+        half //= 2
+    for r in range(rows):
+        curvature, old = sums[0, 0, r], scale[r]
+        wanted = old + sums[1, 0, r] / curvature
+        new = _storable(wanted, divisor)
+        same = (wanted > F32(0)) == (old > F32(0)) and wanted != F32(0) and abs(wanted) < _INF
+        new = new if same and abs(new) < _INF and new != F32(0) and curvature > F32(0) else old
+        sums[0, 0, r], scale[r] = new - old, new
+    for k in range(slope.shape[0]):
+        for r in range(rows):
+            slope[k, r] = slope[k, r] - sums[0, 0, r] * reach[k, r]
 
 
-def round_columns(target: Tensor, weight: Tensor, push: Tensor, grid: Grid, fmt: Format) -> tuple[Tensor, Tensor]:
+@_jit
+def _improve_slab(slope, weight, codes, gram, scale, zero, divisor, is_int4, scales, now, size, left, change):  # type: ignore[no-untyped-def]
+    columns, rows = slope.shape
+    reach, unit = np.empty((columns, rows), F32), np.empty((size, rows), F32)
+    sums, step, before = np.empty((2, size, rows), F32), np.empty(rows, F32), np.empty(rows, F32)
+    for first in range(0, columns, size):
+        s, has_zero = scale[(now + first) // size], zero.shape[0] > 0
+        before[:] = s
+        if scales:
+            _better_scale(slope, codes[now : now + columns], gram, s, divisor, is_int4, now, first, size, reach, unit,
+                          sums)  # fmt: skip
+        for i in range(first, first + size):
+            column = now + i
+            code, w, steep, curvature = codes[column], weight[column], slope[i], gram[column, column]
+            for r in range(rows):
+                z = zero[column // size, r] if has_zero else F32(0)
+                old, start = _decoded(code[r], before[r], z, is_int4), _decoded(code[r], s[r], z, is_int4)
+                away = steep[r] / curvature
+                sound = abs(away) < _INF and curvature > F32(0)
+                code[r], value = _coded(start + away if sound else start, s[r], z, is_int4)
+                step[r], left[column, r], change[i, r] = value - start, w[r] - value, old - value
+            _push(step, gram[column, now:], i + 1, slope, F32(-1))
+
+
+def round_columns(stack: Columns, now: slice, target: Tensor, group_EI: Tensor) -> None:
     """See `columns.round_columns`."""
-    codes, left = torch.empty(weight.shape, dtype=torch.uint8), torch.empty(weight.shape)
-    arrays = [part.numpy() for part in (target, weight, push, grid.scale, _zero(grid), codes, left)]
+    is_int4 = stack.fmt.name == "int4"
 
-    def task(expert: int, begin: int, end: int) -> None:
-        t, w, p, s, z, c, rest = (part[expert] if len(part) else part for part in arrays)
-        _round_slab(t, w, p, s, z, fmt.name == "int4", begin, end, c, rest)
+    def task(e: int, rows: slice) -> None:
+        zero = _NOTHING if stack.zero is None else stack.zero[e].numpy()[:, rows]
+        _round_slab(
+            target[e].numpy()[:, rows], stack.weight[e].numpy()[:, rows], stack.matrix[e].numpy()[:, : now.stop],
+            stack.scale[e].numpy()[:, rows], zero, group_EI[e].numpy(), is_int4, now.start,
+            stack.codes[e].numpy()[:, rows], stack.left[0][e].numpy()[:, rows],
+        )  # fmt: skip
 
-    _over_slabs(task, weight)
-    return codes, left
+    _over_slabs(task, target)
 
 
-def improve_columns(slope: Tensor, values: Tensor, codes: Tensor, gram: Tensor, grid: Grid, fmt: Format) -> None:
+def improve_columns(stack: Columns, now: slice, slope: Tensor, scales: bool) -> Halves:
     """See `columns.improve_columns`."""
-    arrays = [part.numpy() for part in (slope, values, codes, gram, grid.scale, _zero(grid))]
+    change, is_int4 = torch.empty(slope.shape), stack.fmt.name == "int4"
 
-    def task(expert: int, begin: int, end: int) -> None:
-        parts = (part[expert] if len(part) else part for part in arrays)
-        _improve_slab(*parts, fmt.name == "int4", begin, end, np.empty(end - begin, F32))
+    def task(e: int, rows: slice) -> None:
+        zero = _NOTHING if stack.zero is None else stack.zero[e].numpy()[:, rows]
+        divisor = F32(0 if stack.divisor is None else float(stack.divisor[e]))
+        _improve_slab(
+            slope[e].numpy()[:, rows], stack.weight[e].numpy()[:, rows], stack.codes[e].numpy()[:, rows],
+            stack.matrix[e].numpy()[:, : now.stop], stack.scale[e].numpy()[:, rows], zero, divisor, is_int4, scales,
+            now.start, stack.fmt.group_size, stack.left[0][e].numpy()[:, rows], change[e].numpy()[:, rows],
+        )  # fmt: skip
 
     _over_slabs(task, slope)
+    return (change,)
 
 
-def _zero(grid: Grid) -> Tensor:
-    return _NO_ZERO if grid.zero is None else grid.zero
-
-
-def _over_slabs(task: Callable[[int, int, int], None], like_EBO: Tensor) -> None:
+def _over_slabs(task: Callable[[int, slice], None], like_EBO: Tensor) -> None:
     experts, _, rows = like_EBO.shape
-    slabs = [(e, begin, min(begin + _SLAB, rows)) for e in range(experts) for begin in range(0, rows, _SLAB)]
+    slabs = [(e, slice(begin, min(begin + _SLAB, rows))) for e in range(experts) for begin in range(0, rows, _SLAB)]
     for done in [_pool(torch.get_num_threads()).submit(task, *slab) for slab in slabs]:
         done.result()
 

@@ -5,50 +5,67 @@ column on little data. The loops stand here in plain torch, which says what they
 their place: `column_kernels_cpu` on a CPU, `column_kernels_cuda` on CUDA where Triton is. Columns come first in memory,
 so that every loop reads and writes whole rows of it. Products and sums are separate float32 operations everywhere.
 
-Shapes: E experts, B columns of a block, O rows of the weight.
+Shapes: E experts, I columns of the weight, O its rows, B columns of the block `now`, G groups, S columns of a group.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mimoquant.quant.formats import Format
+from mimoquant.quant.engine_torch import halving_sum
+from mimoquant.quant.formats import NVFP4_SMALLEST_SCALE, Format
 from mimoquant.quant.grid import Grid
+from mimoquant.quant.products import Halves, halves, put
 
 
-def round_columns(
-    target_EBO: Tensor, weight_EBO: Tensor, push_EBB: Tensor, grid: Grid, fmt: Format
-) -> tuple[Tensor, Tensor]:
-    """Round columns one after the other; what is left of each moves the targets of those to come.
+@dataclass(frozen=True)
+class Columns:
+    """A stack of weights on its way to codes, all of it contiguous.
+
+    weight: float32 [E, I, O]. matrix: float32 [E, I, I], what the loop pushes errors by. scale, zero: float32
+    [E, G, O]. codes: uint8 [E, I, O]. left: weight - value, as `products.halves` [E, I, O]. divisor: [E], nvfp4's
+    global scale.
+    """
+
+    weight: Tensor
+    matrix: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    codes: Tensor
+    left: Halves
+    fmt: Format
+    divisor: Tensor | None = None
+
+
+def round_columns(stack: Columns, now: slice, target_EBO: Tensor, group_EI: Tensor) -> None:
+    """Round columns one after the other to the codes nearest to their targets; what is left of each moves the targets
+    of those to come. Fills codes and left.
 
     Args:
         target_EBO: what the columns want to be; overwritten.
-        push_EBB: row i says how far what is left of column i moves each later column.
-        grid: of every column, [E, B, O].
-
-    Returns codes, uint8, and what is left, weight - value, float32; both [E, B, O].
+        group_EI: the group (int32) whose scale a column has. Row i of `stack.matrix` says how far what is left of
+            column i moves each later column.
     """
     kernels = _kernels(target_EBO.device.type)
-    run = kernels.round_columns if kernels else round_columns_plainly
-    codes, left = run(target_EBO, weight_EBO, push_EBB, grid, fmt)
-    return codes, left
+    (kernels.round_columns if kernels else round_columns_plainly)(stack, now, target_EBO, group_EI)
 
 
-def improve_columns(
-    slope_EBO: Tensor, values_EBO: Tensor, codes_EBO: Tensor, gram_EBB: Tensor, grid: Grid, fmt: Format
-) -> None:
-    """Give each column its best code, all other columns as they are. `values_EBO` and `codes_EBO` are overwritten.
+def improve_columns(stack: Columns, now: slice, slope_EBO: Tensor, *, scales: bool) -> Halves:
+    """Group after group: the best scale for its codes (if `scales`), then for each of its columns the best code.
+
+    Fills scale, codes and left. `stack.matrix` is the Gram matrix. Returns old - new values, [E, B, O].
 
     Args:
-        slope_EBO: (weight - values) times the Gram matrix, at these columns; overwritten.
+        slope_EBO: (weight - values) times the Gram matrix, minus half the loss's gradient; overwritten.
     """
     kernels = _kernels(slope_EBO.device.type)
-    run = kernels.improve_columns if kernels else improve_columns_plainly
-    run(slope_EBO, values_EBO, codes_EBO, gram_EBB, grid, fmt)
+    change: Halves = (kernels.improve_columns if kernels else improve_columns_plainly)(stack, now, slope_EBO, scales)
+    return change
 
 
 @cache
@@ -65,27 +82,67 @@ def _kernels(device: str) -> Any:
     return column_kernels_cuda
 
 
-def round_columns_plainly(
-    target: Tensor, weight: Tensor, push: Tensor, grid: Grid, fmt: Format
-) -> tuple[Tensor, Tensor]:
+def round_columns_plainly(stack: Columns, now: slice, target: Tensor, group_EI: Tensor) -> None:
     """See `round_columns`."""
-    codes, left = torch.empty_like(weight, dtype=torch.uint8), torch.empty_like(weight)
-    for i in range(weight.shape[1]):
-        place = grid.at(i)
-        codes[:, i] = place.encode(target[:, i], fmt)
-        left[:, i] = weight[:, i] - place.decode(codes[:, i], fmt)
-        target[:, i + 1 :] += push[:, i, i + 1 :, None] * left[:, i, None, :]
-    return codes, left
+    left = torch.empty_like(target)
+    every = torch.arange(len(target), device=target.device)
+    for i, column in enumerate(range(now.start, now.stop)):
+        group = group_EI[:, column].long()
+        place = Grid(stack.scale[every, group], None if stack.zero is None else stack.zero[every, group])
+        stack.codes[:, column] = place.encode(target[:, i], stack.fmt)
+        left[:, i] = stack.weight[:, column] - place.decode(stack.codes[:, column], stack.fmt)
+        target[:, i + 1 :] += stack.matrix[:, column, column + 1 : now.stop, None] * left[:, i, None, :]
+    put(stack.left, now, left)
 
 
-def improve_columns_plainly(
-    slope: Tensor, values: Tensor, codes: Tensor, gram: Tensor, grid: Grid, fmt: Format
-) -> None:
+def improve_columns_plainly(stack: Columns, now: slice, slope: Tensor, scales: bool) -> Halves:
     """See `improve_columns`."""
-    for i in range(slope.shape[1]):
-        place, old, curvature = grid.at(i), values[:, i].clone(), gram[:, i, i, None]
-        step = slope[:, i] / curvature
-        sound = torch.isfinite(step) & (curvature > 0)  # else all codes cost the same: keep this one
-        codes[:, i] = place.encode(torch.where(sound, old + step, old), fmt)
-        values[:, i] = place.decode(codes[:, i], fmt)
-        slope[:, i + 1 :] -= gram[:, i, i + 1 :, None] * (values[:, i] - old)[:, None, :]
+    size, fmt, change = stack.fmt.group_size, stack.fmt, torch.empty_like(slope)
+    left = torch.empty_like(slope)
+    for begin in range(now.start, now.stop, size):
+        group, first = begin // size, begin - now.start
+        zero = None if stack.zero is None else stack.zero[:, group]
+        before = Grid(stack.scale[:, group].clone(), zero)
+        if scales:
+            _better_scale(stack, now, slope, group)
+        place = Grid(stack.scale[:, group], zero)
+        for i, column in enumerate(range(begin, begin + size), start=first):
+            old, start = (grid.decode(stack.codes[:, column], fmt) for grid in (before, place))
+            curvature = stack.matrix[:, column, column, None]
+            step = slope[:, i] / curvature
+            sound = torch.isfinite(step) & (curvature > 0)  # else all codes cost the same: keep this one
+            stack.codes[:, column] = place.encode(torch.where(sound, start + step, start), fmt)
+            new = place.decode(stack.codes[:, column], fmt)
+            slope[:, i + 1 :] -= stack.matrix[:, column, column + 1 : now.stop, None] * (new - start)[:, None, :]
+            left[:, i], change[:, i] = stack.weight[:, column] - new, old - new
+    put(stack.left, now, left)
+    return halves(change)
+
+
+def _better_scale(stack: Columns, now: slice, slope: Tensor, group: int) -> None:
+    """The group's least-squares scale for its codes, as its format stores it; `slope` follows."""
+    size = stack.fmt.group_size
+    own = slice(group * size, (group + 1) * size)
+    inside = slice(own.start - now.start, own.stop - now.start)
+    unit = Grid(slope.new_ones(1, 1, 1), None).decode(stack.codes[:, own], stack.fmt)  # values at a scale of one
+    reach = torch.zeros_like(slope)
+    for i in range(size):
+        reach += stack.matrix[:, own.start + i, now, None] * unit[:, i, None, :]
+    curvature = halving_sum((reach[:, inside] * unit).transpose(1, 2))
+    old = stack.scale[:, group].clone()
+    wanted = old + halving_sum((slope[:, inside] * unit).transpose(1, 2)) / curvature
+    new = _storable(wanted, stack)
+    # never to zero or through it; and where the curvature is not positive, `wanted` means nothing
+    sound = ((wanted > 0) == (old > 0)) & (wanted != 0) & torch.isfinite(wanted)
+    sound &= torch.isfinite(new) & (new != 0) & (curvature > 0)
+    new = torch.where(sound, new, old)
+    slope -= (new - old)[:, None, :] * reach
+    stack.scale[:, group] = new
+
+
+def _storable(scale: Tensor, stack: Columns) -> Tensor:
+    """The scale [E, O] that comes out of the file if this one goes in."""
+    if stack.divisor is None:
+        return scale.to(torch.bfloat16).to(torch.float32)
+    divisor = stack.divisor.reshape(-1, 1)
+    return (scale * divisor).clamp(NVFP4_SMALLEST_SCALE, 448.0).to(torch.float8_e4m3fn).to(torch.float32) / divisor

@@ -47,7 +47,7 @@ _inline = compiled(inline="always")
 
 
 @_inline
-def _round_bf16(bits):  # type: ignore[no-untyped-def]
+def round_bf16(bits):  # type: ignore[no-untyped-def]
     return (bits + U32(0x7FFF) + ((bits >> U32(16)) & U32(1))) & U32(0xFFFF0000)
 
 
@@ -70,7 +70,7 @@ def _fp8_row(source, scales, values, bits):  # type: ignore[no-untyped-def]
         for i in range(part.shape[0]):
             part[i] = (part[i] * FP8_UNIT) * scale
     for i in range(width):
-        bits[i] = _round_bf16(bits[i])
+        bits[i] = round_bf16(bits[i])
     return bad
 
 
@@ -116,7 +116,7 @@ def _halving_sum(error, size):  # type: ignore[no-untyped-def]
 
 @_inline
 def _int4_scale(spread, levels):  # type: ignore[no-untyped-def]
-    scale = U32(_round_bf16(F32(spread / levels).view(U32))).view(F32)
+    scale = U32(round_bf16(F32(spread / levels).view(U32))).view(F32)
     return _ZERO_INT4 if scale == F32(0) else scale
 
 
@@ -258,7 +258,7 @@ def encode_mxfp4(fp8, bf16, scales, scale_row, begin, end, search, importance, p
 
 
 @_inline
-def _e4m3_byte(value):  # type: ignore[no-untyped-def]
+def e4m3_byte(value):  # type: ignore[no-untyped-def]
     """float32 0..448 to the nearest E4M3, ties to even."""
     value = value if value < F32(448) else F32(448)
     bits = F32(value).view(U32)
@@ -268,16 +268,16 @@ def _e4m3_byte(value):  # type: ignore[no-untyped-def]
 
 
 @_inline
-def _e4m3_value(byte):  # type: ignore[no-untyped-def]
+def e4m3_value(byte):  # type: ignore[no-untyped-def]
     return U32(U32(byte) << U32(20)).view(F32) * FP8_UNIT
 
 
 @_inline
 def _nvfp4_scale(wanted, global_scale, zero_scale):  # type: ignore[no-untyped-def]
     """The stored E4M3 byte and the scale that it makes."""
-    byte = _e4m3_byte(wanted)
-    byte = _e4m3_byte(zero_scale) if byte == U32(0) else byte
-    return byte, _e4m3_value(byte) / global_scale
+    byte = e4m3_byte(wanted)
+    byte = e4m3_byte(zero_scale) if byte == U32(0) else byte
+    return byte, e4m3_value(byte) / global_scale
 
 
 @_jit

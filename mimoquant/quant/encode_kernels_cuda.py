@@ -25,7 +25,19 @@ from torch import Tensor
 
 from mimoquant.quant.engine_torch import pack_zero_points
 from mimoquant.quant.formats import INT4_ZERO_SCALE, MXFP4_ROUND_UP, NVFP4_SMALLEST_SCALE, NVFP4_ZERO_SCALE, Format
-from mimoquant.quant.gpu_arithmetic import NO_FUSION, e2m1_code, round_bf16, round_e2m1, round_level
+from mimoquant.quant.gpu_arithmetic import (
+    FP8_UNIT,
+    NO_FUSION,
+    bits_of,
+    e2m1_code,
+    e4m3_byte,
+    e4m3_value,
+    fold,
+    from_bits,
+    round_bf16,
+    round_e2m1,
+    round_level,
+)
 
 _THREADS = 32  # of a program: a warp, which need not wait for others
 _LONGEST = 32  # weights that a thread holds
@@ -33,36 +45,18 @@ _EXTREME = tl.constexpr(2.0**60)  # beyond it, or below its inverse, a reciproca
 _INT4, _MXFP4, _NVFP4 = (tl.constexpr(number) for number in range(3))
 _KINDS = {"int4": 0, "mxfp4": 1, "nvfp4": 2}
 _INT4_ZERO, _NVFP4_ZERO = tl.constexpr(INT4_ZERO_SCALE), tl.constexpr(NVFP4_ZERO_SCALE)
-_FP8_UNIT = tl.constexpr(2.0**120)
 _NVFP4_SMALLEST, _ROUND_UP = tl.constexpr(NVFP4_SMALLEST_SCALE), tl.constexpr(MXFP4_ROUND_UP)
 
 
 @triton.jit
-def _bits(x):  # type: ignore[no-untyped-def]
-    return x.to(tl.uint32, bitcast=True)
-
-
-@triton.jit
-def _float(bits):  # type: ignore[no-untyped-def]
-    return bits.to(tl.uint32).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _fold(x, SIZE: tl.constexpr, N: tl.constexpr):  # type: ignore[no-untyped-def]
-    """[SIZE, N] → the sum of its halves, [SIZE / 2, N]."""
-    low, high = tl.split(tl.permute(tl.reshape(x, (2, SIZE // 2, N)), (1, 2, 0)))
-    return low + high
-
-
-@triton.jit
-def _halving_sum(x, K: tl.constexpr, N: tl.constexpr, L: tl.constexpr):  # type: ignore[no-untyped-def]
+def _halving_sum(x, K: tl.constexpr, N: tl.constexpr, L: tl.constexpr):
     """[K, N L] → the sums of groups by adding halves, in each of a group's threads: [N L]."""
     if K >= 32:
-        x = _fold(x, 32, N * L)
-    x = _fold(x, 16, N * L)
-    x = _fold(x, 8, N * L)
-    x = _fold(x, 4, N * L)
-    x = tl.reshape(_fold(x, 2, N * L), (N * L,))
+        x = fold(x, 32, N * L)
+    x = fold(x, 16, N * L)
+    x = fold(x, 8, N * L)
+    x = fold(x, 4, N * L)
+    x = tl.reshape(fold(x, 2, N * L), (N * L,))
     if L > 1:
         if L == 4:
             low, high = tl.split(tl.permute(tl.reshape(x, (N, 2, 2)), (0, 2, 1)))
@@ -73,19 +67,19 @@ def _halving_sum(x, K: tl.constexpr, N: tl.constexpr, L: tl.constexpr):  # type:
 
 
 @triton.jit
-def _spread(x, N: tl.constexpr, L: tl.constexpr):  # type: ignore[no-untyped-def]
+def _spread(x, N: tl.constexpr, L: tl.constexpr):
     """[N] → [N L]: each group's value in each of its threads."""
     return tl.reshape(tl.broadcast_to(x[:, None], (N, L)), (N * L,))
 
 
 @triton.jit
-def _int4_scale(spread, levels):  # type: ignore[no-untyped-def]
-    scale = _float(round_bf16(tl.div_rn(spread, tl.zeros_like(spread) + levels)))
+def _int4_scale(spread, levels):
+    scale = from_bits(round_bf16(tl.div_rn(spread, tl.zeros_like(spread) + levels)))
     return tl.where(scale == 0, _INT4_ZERO, scale)
 
 
 @triton.jit
-def _int4_range(low, high, c, SYMMETRIC: tl.constexpr):  # type: ignore[no-untyped-def]
+def _int4_range(low, high, c, SYMMETRIC: tl.constexpr):
     if SYMMETRIC:
         scale = _int4_scale(tl.maximum(-low, high) * c, 7.5)
         return scale, tl.zeros_like(scale)
@@ -94,35 +88,20 @@ def _int4_range(low, high, c, SYMMETRIC: tl.constexpr):  # type: ignore[no-untyp
 
 
 @triton.jit
-def _exp2(biased):  # type: ignore[no-untyped-def]
-    return _float(tl.where(biased == 0, 1 << 22, biased << 23))
+def _exp2(biased):
+    return from_bits(tl.where(biased == 0, 1 << 22, biased << 23))
 
 
 @triton.jit
-def _e4m3_byte(value):  # type: ignore[no-untyped-def]
-    """float32 >= 0 to the nearest E4M3, ties to even, int32."""
-    value = tl.where(value < 448.0, value, 448.0)
-    bits = _bits(value)
-    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20).to(tl.int32) - (120 << 3)
-    small = ((value * 512.0 + 12582912.0) - 12582912.0).to(tl.int32)
-    return tl.where(value < 0.015625, small, normal)
-
-
-@triton.jit
-def _e4m3_value(byte):  # type: ignore[no-untyped-def]
-    return _float(byte << 20) * _FP8_UNIT
-
-
-@triton.jit
-def _nvfp4_scale(wanted, global_scale, zero_scale):  # type: ignore[no-untyped-def]
+def _nvfp4_scale(wanted, global_scale, zero_scale):
     """The stored E4M3 byte and the scale that it makes."""
-    byte = _e4m3_byte(wanted)
-    byte = tl.where(byte == 0, _e4m3_byte(tl.zeros_like(wanted) + zero_scale), byte)
-    return byte, tl.div_rn(_e4m3_value(byte), global_scale)
+    byte = e4m3_byte(wanted)
+    byte = tl.where(byte == 0, e4m3_byte(tl.zeros_like(wanted) + zero_scale), byte)
+    return byte, tl.div_rn(e4m3_value(byte), global_scale)
 
 
 @triton.jit
-def _quotient(x, scale, wide, QUICK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _quotient(x, scale, wide, QUICK: tl.constexpr):
     if QUICK:
         inverse = tl.zeros_like(x) + tl.div_rn(tl.zeros_like(scale) + 1.0, scale)[None, :]
         near = x * inverse
@@ -134,7 +113,7 @@ def _quotient(x, scale, wide, QUICK: tl.constexpr):  # type: ignore[no-untyped-d
 
 @triton.jit
 def _error(x, scale, zero, weigh, KIND: tl.constexpr, WEIGHTED: tl.constexpr, QUICK: tl.constexpr,
-           K: tl.constexpr, N: tl.constexpr, L: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+           K: tl.constexpr, N: tl.constexpr, L: tl.constexpr):  # fmt: skip
     wide = tl.zeros_like(x) + scale[None, :]
     if KIND == _INT4:
         offset = zero[None, :]
@@ -149,13 +128,13 @@ def _error(x, scale, zero, weigh, KIND: tl.constexpr, WEIGHTED: tl.constexpr, QU
 
 
 @triton.jit
-def _candidate(low, high, amax, global_scale, c, plain, KIND: tl.constexpr, SYMMETRIC: tl.constexpr):  # type: ignore[no-untyped-def]
+def _candidate(low, high, amax, global_scale, c, plain, KIND: tl.constexpr, SYMMETRIC: tl.constexpr):
     """(scale, zero point, what is stored of the scale) for what the search tries as `c`; `plain`: the first of all."""
     if KIND == _INT4:
         scale, zero = _int4_range(low, high, c, SYMMETRIC)
-        return scale, zero, (_bits(scale) >> 16).to(tl.int32)
+        return scale, zero, (bits_of(scale) >> 16).to(tl.int32)
     if KIND == _MXFP4:
-        bits = _bits(amax)
+        bits = bits_of(amax)
         biased = (tl.where(plain, bits + _ROUND_UP, bits) >> 23).to(tl.int32) - 2 + tl.where(plain, 0, c.to(tl.int32))
         biased = tl.where(biased < 0, 0, tl.where(biased > 254, 254, biased))
         return _exp2(biased), tl.zeros_like(amax), biased
@@ -167,7 +146,7 @@ def _candidate(low, high, amax, global_scale, c, plain, KIND: tl.constexpr, SYMM
 @triton.jit
 def _search(x, low, high, amax, global_scale, scale, zero, stored, weigh, tried, count,
             KIND: tl.constexpr, SYMMETRIC: tl.constexpr, WEIGHTED: tl.constexpr, QUICK: tl.constexpr,
-            K: tl.constexpr, N: tl.constexpr, L: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+            K: tl.constexpr, N: tl.constexpr, L: tl.constexpr):  # fmt: skip
     """The best of all that is tried; a candidate must be strictly better."""
     best = _error(x, scale, zero, weigh, KIND, WEIGHTED, QUICK, K, N, L)
     for k in range(1, count):
@@ -184,7 +163,7 @@ def _search(x, low, high, amax, global_scale, scale, zero, stored, weigh, tried,
 def _encode(values, block_scales, importance, global_scales, tried, steps, packed, scale_out, zero_out, bad,
             rows, groups, scale_rows, scale_columns, count,
             KIND: tl.constexpr, SYMMETRIC: tl.constexpr, FP8: tl.constexpr, WEIGHTED: tl.constexpr,
-            K: tl.constexpr, N: tl.constexpr, L: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+            K: tl.constexpr, N: tl.constexpr, L: tl.constexpr):  # fmt: skip
     expert = tl.program_id(1).to(tl.int64)
     S: tl.constexpr = K * L
     thread = tl.arange(0, N * L)
@@ -197,11 +176,11 @@ def _encode(values, block_scales, importance, global_scales, tried, steps, packe
     if FP8:
         place = (expert * scale_rows + row // 128) * scale_columns + g * S // 128
         unit = tl.load(block_scales + place, mask=there, other=1.0)
-        x = _float(((held.to(tl.uint32) & 0x7F) << 20) | ((held.to(tl.uint32) & 0x80) << 24)) * _FP8_UNIT
-        x = _float(round_bf16(x * unit[None, :]))
+        x = from_bits(((held.to(tl.uint32) & 0x7F) << 20) | ((held.to(tl.uint32) & 0x80) << 24)) * FP8_UNIT
+        x = from_bits(round_bf16(x * unit[None, :]))
         spoiled = (tl.max((held & 0x7F).to(tl.int32), axis=0) == 0x7F) | ~(tl.abs(unit) < float("inf"))
     else:
-        x = _float(held.to(tl.uint32) << 16)
+        x = from_bits(held.to(tl.uint32) << 16)
         spoiled = tl.zeros_like(row) != 0
     weigh = x
     if WEIGHTED:
@@ -293,14 +272,14 @@ def encode(
 
 
 @triton.jit
-def _dequantize(values, block_scales, out, size, rows, width, scale_rows, scale_columns, N: tl.constexpr):  # type: ignore[no-untyped-def]
+def _dequantize(values, block_scales, out, size, rows, width, scale_rows, scale_columns, N: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
     there = at < size
     held = tl.load(values + at, mask=there, other=0).to(tl.uint32)
     expert, row, column = at // (rows * width), at // width % rows, at % width
     place = (expert * scale_rows + row // 128) * scale_columns + column // 128
     unit = tl.load(block_scales + place, mask=there, other=1.0)
-    x = _float(((held & 0x7F) << 20) | ((held & 0x80) << 24)) * _FP8_UNIT * unit
+    x = from_bits(((held & 0x7F) << 20) | ((held & 0x80) << 24)) * FP8_UNIT * unit
     bits = tl.where((held & 0x7F) == 0x7F, 0x7FC00000, round_bf16(x))  # a NaN stays one
     bits = tl.where(tl.abs(unit) < float("inf"), bits, 0x7FC00000)
     tl.store(out + at, (bits >> 16).to(tl.uint16), mask=there)

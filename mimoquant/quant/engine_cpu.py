@@ -47,6 +47,10 @@ class CpuEngine:
     def close(self) -> None:
         self._pool.shutdown()
 
+    def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+        """See `stack.Engine`."""
+        return np.empty(shape, dtype)
+
     def encode(self, stacks: dict[str, Stack], fmt: Format, search: str) -> dict[str, dict[str, Array]]:
         """Quantize the projections of some experts; gate and up share nvfp4's global scale.
 

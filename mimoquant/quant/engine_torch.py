@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
@@ -139,7 +140,7 @@ def unpack_zero_points(packed: Tensor) -> Tensor:
     return (nibbles - 8).to(torch.int8).flatten(1, 2)
 
 
-def _halving_sum(error: Tensor) -> Tensor:
+def halving_sum(error: Tensor) -> Tensor:
     """Sum over the last dimension (a power of two) by adding halves: the same order on every device."""
     while error.shape[-1] > 1:
         half = error.shape[-1] // 2
@@ -202,7 +203,7 @@ def _int4_error(grouped: Tensor, candidate: tuple[Tensor, ...], weigh: Tensor | 
 
 def _squared(difference: Tensor, weigh: Tensor | None) -> Tensor:
     squares = difference * difference
-    return _halving_sum(squares if weigh is None else squares * weigh)
+    return halving_sum(squares if weigh is None else squares * weigh)
 
 
 def round_e2m1(magnitude: Tensor) -> Tensor:
@@ -308,6 +309,9 @@ class TorchEngine:
 
     def encode(self, stacks: dict[str, Stack], fmt: Format, search: str) -> dict[str, dict[str, Array]]:
         """See `engine_cpu.CpuEngine.encode`."""
+        kernels = cuda_kernels() if self.device.type == "cuda" else None
+        if kernels is not None and fmt.name != "nvfp4":  # whose global scale needs all weights first
+            return {p: self._encode_bytes(kernels, p, stack, fmt, search) for p, stack in stacks.items()}
         weights = {projection: self.bf16(stack) for projection, stack in stacks.items()}
         largest = {projection: amax(weight) for projection, weight in weights.items()}
         for projection, values in largest.items():
@@ -318,12 +322,37 @@ class TorchEngine:
         results = {}
         for projection, weight in weights.items():
             scale = nvfp4_global_scale(shared if projection in ("gate", "up") else largest[projection], search)
-            parts = encode(weight, fmt, search, scale)
+            if kernels is None:
+                parts = encode(weight, fmt, search, scale)
+            else:
+                parts = kernels.encode(weight, None, fmt, multipliers(fmt.name, search), scale, None)[0]
             bad = torch.nonzero(~torch.isfinite(parts["scale"].to(torch.float32)))  # an asymmetric range can overflow
             if len(bad):
                 raise NonFiniteError(projection, int(bad[0, 0]))
             results[projection] = {part: to_numpy(values) for part, values in parts.items()}
         return results
+
+    def _encode_bytes(self, kernels: Any, projection: str, stack: Stack, fmt: Format, search: str) -> dict[str, Array]:
+        """One stack in one pass over its bytes as stored."""
+        values = self._there(stack.values)
+        if stack.scales is None:
+            values, scales = values.view(torch.bfloat16), None
+        else:
+            scales = self._there(stack.scales)
+        parts, bad = kernels.encode(values, scales, fmt, multipliers(fmt.name, search), None, None)
+        results = {part: to_numpy(held) for part, held in parts.items()}
+        spoiled = torch.nonzero(bad)
+        if len(spoiled):
+            raise NonFiniteError(projection, int(spoiled[0, 0]))
+        return results
+
+    def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+        """Pinned where that helps: copies to a GPU then run at the speed of the bus, beside other work."""
+        kind = {"uint8": torch.uint8, "uint16": torch.uint16, "float32": torch.float32}[np.dtype(dtype).name]
+        return torch.empty(shape, dtype=kind, pin_memory=self.device.type == "cuda").numpy()
+
+    def _there(self, values: Array) -> Tensor:
+        return torch.from_numpy(values).to(self.device, non_blocking=True)
 
     def dequantize(self, values: Array, block_scales: Array, scale_row: Array) -> Array:
         """See `engine_cpu.CpuEngine.dequantize`."""
@@ -336,10 +365,10 @@ class TorchEngine:
 
     def bf16(self, stack: Stack) -> Tensor:
         """A stack's values [E, O, I] in bf16, on the device."""
-        values = torch.from_numpy(stack.values).to(self.device)
+        values = self._there(stack.values)
         if stack.scales is None:
             return values.view(torch.bfloat16)
-        scales = torch.from_numpy(stack.scales).to(self.device)
+        scales = self._there(stack.scales)
         kernels = cuda_kernels() if values.is_cuda else None
         if kernels is not None:
             compiled: Tensor = kernels.dequantize(values, scales)
@@ -356,7 +385,9 @@ def stored_parts(parts: dict[str, Array], fmt: Format, device: torch.device) -> 
 
 
 def to_numpy(values: Tensor) -> Array:
-    """Any tensor as numpy, dtypes that numpy lacks as their bits."""
-    values = values.contiguous().cpu()
+    """Any tensor as numpy, dtypes that numpy lacks as their bits. What comes from a GPU is in pinned memory."""
+    values = values.contiguous()
+    if values.is_cuda:
+        values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values)
     bits = {torch.bfloat16: torch.uint16, torch.float8_e4m3fn: torch.uint8}.get(values.dtype)
     return (values.view(bits) if bits else values).numpy()

@@ -71,8 +71,8 @@ def _searched(
     scale = None if global_scale is None or fmt.name != "nvfp4" else global_scale.numpy()
     weigh = None if importance is None else importance.numpy()
     stack = Stack(to_numpy(weight), None)
-    parts = _cpu_engine(torch.get_num_threads()).encode_weighted(stack, fmt, tried, scale, weigh)
-    return stored_parts(parts, fmt, weight.device)
+    arrays = _cpu_engine(torch.get_num_threads()).encode_weighted(stack, fmt, tried, scale, weigh)
+    return stored_parts(arrays, fmt, weight.device)
 
 
 @cache

@@ -21,10 +21,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mimoquant.quant.columns import round_columns
+from mimoquant.quant.columns import Columns, round_columns
 from mimoquant.quant.formats import Format
 from mimoquant.quant.grid import Grid
-from mimoquant.quant.products import halves, part, product, put, transposed, zeros
+from mimoquant.quant.products import halves, part, product, transposed, zeros
 
 BLOCK = 128  # columns that are rounded before what is left of them is pushed onto the rest of their panel
 PANEL = 512  # columns that are pushed onto by all before them in one product
@@ -72,7 +72,7 @@ def push_factor(gram_EII: Tensor, damp: float) -> tuple[Tensor, Tensor, Tensor]:
                 break
         else:
             factor[expert], rounded[expert] = 0.0, True
-    return factor.flip(-2, -1).triu(1), damped & ~rounded, rounded
+    return factor.flip(-2, -1).triu_(1).contiguous(), damped & ~rounded, rounded
 
 
 def _normal_factor(gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,22 +94,20 @@ def gptq(weight_EOI: Tensor, gram_EII: Tensor, grid: Grid, fmt: Format, damp: fl
     ordered = gram_EII.gather(1, order[:, :, None].expand_as(gram_EII))
     ordered = ordered.gather(2, order[:, None, :].expand_as(gram_EII))
     factor, damped, rounded = push_factor(ordered, damp)
-    push = halves(factor)
-    weight = weight_EOI.transpose(1, 2).gather(1, order[:, :, None].expand(-1, -1, rows))
-    group, left = order // fmt.group_size, zeros(experts, width, rows, weight)
+    del ordered
+    push, every, group = halves(factor), slice(None), (order // fmt.group_size).to(torch.int32)
+    weight = weight_EOI.transpose(1, 2).gather(1, order[:, :, None].expand(-1, -1, rows)).contiguous()
+    turned = grid.turned()
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    stack = Columns(weight, factor, turned.scale, turned.zero, codes, zeros(experts, width, rows, weight), fmt)
     for first, end in spans(0, width, PANEL):
         target, before = weight[:, first:end].clone(), slice(0, first)
         if first:
-            target += product(transposed(part(push, before, slice(first, end))), part(left, before, slice(None)))
+            target += product(transposed(part(push, before, slice(first, end))), part(stack.left, before, every))
         for now in (slice(*span) for span in spans(first, end, BLOCK)):
-            codes[:, now], rest = round_columns(
-                target[:, now.start - first : now.stop - first].contiguous(), weight[:, now].contiguous(),
-                factor[:, now, now].contiguous(), grid.columns(group[:, now]), fmt,
-            )  # fmt: skip
-            put(left, now, rest)
+            round_columns(stack, now, target[:, now.start - first : now.stop - first], group)
             later = transposed(part(push, now, slice(now.stop, end)))
-            target[:, now.stop - first :] += product(later, part(left, now, slice(None)))
+            target[:, now.stop - first :] += product(later, part(stack.left, now, every))
     back = torch.empty_like(codes).scatter_(1, order[:, :, None].expand_as(codes), codes)
     troubled = damped | rounded
     return GptqResult(back.transpose(1, 2).contiguous(), int(damped.sum()), int(rounded.sum()), troubled)

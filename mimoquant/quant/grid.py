@@ -40,22 +40,10 @@ class Grid:
         zero = None if fmt.symmetric else unpack_zero_points(parts["zero_point"]).to(torch.float32)
         return Grid(scale, zero)
 
-    def columns(self, group_EI: Tensor) -> Grid:
-        """The grid of each column, [E, I, O], where `group_EI` says which group it belongs to."""
-
-        def spread(values: Tensor) -> Tensor:
-            return values.transpose(1, 2).gather(1, group_EI[:, :, None].expand(-1, -1, values.shape[1]))
-
-        return Grid(spread(self.scale), None if self.zero is None else spread(self.zero))
-
-    def rows(self, groups: slice, size: int) -> Grid:
-        """The grid of each column of some groups, [E, B, O], of scales [E, G, O]."""
-        return Grid(self.scale[:, groups].repeat_interleave(size, 1),
-                    None if self.zero is None else self.zero[:, groups].repeat_interleave(size, 1))  # fmt: skip
-
-    def at(self, column: int) -> Grid:
-        """One column's grid, [E, O], of what `columns` or `rows` gave."""
-        return Grid(self.scale[:, column], None if self.zero is None else self.zero[:, column])
+    def turned(self) -> Grid:
+        """[E, O, G] as [E, G, O]."""
+        return Grid(self.scale.transpose(1, 2).contiguous(),
+                    None if self.zero is None else self.zero.transpose(1, 2).contiguous())  # fmt: skip
 
     def wide(self, fmt: Format) -> Grid:
         """The grid of every weight, [E, O, I]."""

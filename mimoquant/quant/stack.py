@@ -54,6 +54,10 @@ class Engine(Protocol):
 
     name: str
 
+    def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        """Memory that the engine likes to take weights from."""
+        ...
+
     def encode(self, stacks: dict[str, Stack], fmt: Format, search: str) -> dict[str, dict[str, npt.NDArray[Any]]]: ...
 
     def dequantize(

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from mimoquant.quant import columns
+from mimoquant.quant.columns import Columns
 from mimoquant.quant.engine_cpu import CpuEngine
 from mimoquant.quant.engine_torch import amax, encode, nvfp4_global_scale, stored_parts, to_numpy
 from mimoquant.quant.formats import Format, multipliers
 from mimoquant.quant.grid import Grid
+from mimoquant.quant.products import halves
 from mimoquant.quant.stack import Stack
 
 FORMATS = [
@@ -38,37 +42,57 @@ def weights(experts: int, rows: int, width: int, device: str, seed: int = 0) -> 
     return weight.to(torch.bfloat16).to(device)
 
 
-def block(fmt: Format, size: tuple[int, int, int], device: str) -> tuple[Tensor, Tensor, Grid]:
-    """Weights [E, B, O] of the first columns, their Gram matrix [E, B, B] and grid."""
+def stack_of(fmt: Format, size: tuple[int, int, int], device: str, matrix: Tensor) -> Columns:
+    """Weights with searched scales, nothing rounded yet."""
     weight = weights(*size, device)
     parts = encode(weight, fmt, "mse", nvfp4_global_scale(amax(weight), "mse"), signed=fmt.symmetric)
-    grid, width = Grid.of(parts, fmt), 128
-    turned = Grid(grid.scale.transpose(1, 2), None if grid.zero is None else grid.zero.transpose(1, 2))
-    inputs = torch.randn(size[0], 300, width, generator=torch.Generator().manual_seed(1)).to(device)
+    grid, turned = Grid.of(parts, fmt).turned(), weight.float().transpose(1, 2).contiguous()
+    divisor = parts["global_scale"].flatten() if fmt.name == "nvfp4" else None
+    codes = torch.zeros(turned.shape, dtype=torch.uint8, device=device)
+    return Columns(turned, matrix, grid.scale, grid.zero, codes, halves(torch.zeros_like(turned)), fmt, divisor)
+
+
+def copy(stack: Columns) -> Columns:
+    left = tuple(half.clone() for half in stack.left)
+    return replace(stack, scale=stack.scale.clone(), codes=stack.codes.clone(), left=left)
+
+
+def gram_of(size: tuple[int, int, int], device: str) -> Tensor:
+    inputs = torch.randn(size[0], 300, size[2], generator=torch.Generator().manual_seed(1)).to(device)
     inputs[:, :, 5] = 0  # a column that no token used
-    groups = slice(0, width // fmt.group_size)
-    return weight.float().transpose(1, 2)[:, :width].contiguous(), inputs.mT @ inputs, turned.rows(groups, fmt.group_size)
+    return inputs.mT @ inputs
+
+
+def same(one: Columns, other: Columns) -> bool:
+    pairs = [(one.codes, other.codes), (one.scale, other.scale), *zip(one.left, other.left, strict=True)]
+    return all(torch.equal(*pair) for pair in pairs)
 
 
 @every_device
 @pytest.mark.parametrize("size", SIZES)
 @every_format
 def test_compiled_loops_give_the_bytes_of_the_plain_ones(fmt: Format, size: tuple[int, int, int], device: str) -> None:
-    weight, gram, grid = block(fmt, size, device)
-    push = (gram / 300).triu(1)
-    codes, left = columns.round_columns(weight.clone(), weight, push, grid, fmt)
-    plain_codes, plain_left = columns.round_columns_plainly(weight.clone(), weight, push, grid, fmt)
-    assert torch.equal(codes, plain_codes) and torch.equal(left, plain_left)
-    assert (codes != columns.round_columns(weight.clone(), weight, 0 * push, grid, fmt)[0]).any()
-    slope = (gram @ left).contiguous()
-    states = []
-    for improve in (columns.improve_columns, columns.improve_columns_plainly):
-        state = slope.clone(), weight - left, codes.clone()
-        improve(*state, gram, grid, fmt)
-        states.append(state)
-    for mine, plain in zip(*states, strict=True):
-        assert torch.equal(mine, plain)
-    assert (states[0][2] != codes).any()
+    """GPTQ's loop, then the refinement's on what it left, over the last block of the columns."""
+    gram, now = gram_of(size, device), slice(size[2] - 128, size[2])
+    start = stack_of(fmt, size, device, (gram / 300).triu(1).contiguous())
+    order = torch.stack([torch.randperm(size[2], generator=torch.Generator().manual_seed(e)) for e in range(size[0])])
+    groups = (order // fmt.group_size).to(torch.int32).to(device)
+    mine, plain, alone = copy(start), copy(start), replace(copy(start), matrix=0 * start.matrix)
+    for stack, loop in ((mine, columns.round_columns), (plain, columns.round_columns_plainly),
+                        (alone, columns.round_columns)):  # fmt: skip
+        loop(stack, now, stack.weight[:, now].clone(), groups)
+    assert same(mine, plain) and (mine.codes != alone.codes).any()
+
+    natural = torch.arange(size[2], dtype=torch.int32, device=device).expand(size[0], -1) // fmt.group_size
+    columns.round_columns(start, now, start.weight[:, now].clone(), natural.contiguous())
+    start = replace(start, matrix=gram)
+    slope = (gram[:, now, now] @ sum(half.float() for half in start.left)[:, now]).contiguous()
+    for scales in (False, True) if fmt.symmetric and fmt.name != "mxfp4" else (False,):
+        mine, plain = copy(start), copy(start)
+        change = columns.improve_columns(mine, now, slope.clone(), scales=scales)
+        expected = columns.improve_columns_plainly(plain, now, slope.clone(), scales)
+        assert same(mine, plain) and all(torch.equal(*pair) for pair in zip(change, expected, strict=True))
+        assert (mine.codes != start.codes).any() and bool((mine.scale != start.scale).any()) == scales
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])

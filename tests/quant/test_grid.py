@@ -65,18 +65,16 @@ def test_negative_scales_too(group_size: int) -> None:
 
 
 @every_format
-def test_one_column_at_a_time_in_any_order(fmt: Format) -> None:
+def test_turned_it_is_the_grid_of_each_group_s_columns(fmt: Format) -> None:
     weight = weights()
     parts = parts_of(weight, fmt, "absmax")
-    codes = unpack_nibbles(parts["codes"])
-    generator = torch.Generator().manual_seed(1)
-    order = torch.stack([torch.randperm(256, generator=generator) for _ in range(3)])
-    columns = Grid.of(parts, fmt).columns(order // fmt.group_size)
-    for i in range(256):
-        place, expert = columns.at(i), torch.arange(3)
+    codes, turned = unpack_nibbles(parts["codes"]), Grid.of(parts, fmt).turned()
+    for column in (0, 31, 100, 255):
+        group = column // fmt.group_size
+        place = Grid(turned.scale[:, group], None if turned.zero is None else turned.zero[:, group])
         assert place.scale.shape == (3, 16)
-        assert torch.equal(place.encode(weight[expert, :, order[:, i]].float(), fmt), codes[expert, :, order[:, i]])
-        assert torch.equal(place.decode(codes[expert, :, order[:, i]], fmt), decode(parts, fmt)[expert, :, order[:, i]])
+        assert torch.equal(place.encode(weight[:, :, column].float(), fmt), codes[:, :, column])
+        assert torch.equal(place.decode(codes[:, :, column], fmt), decode(parts, fmt)[:, :, column])
 
 
 @every_format

@@ -141,36 +141,36 @@ def storable_scales(old: Tensor, parts: dict[str, Tensor], fmt: Format) -> Tenso
 def brute_force(
     weight: Tensor, gram: Tensor, parts: dict[str, Tensor], codes: Tensor, fmt: Format
 ) -> tuple[Tensor, Tensor]:
-    """One round: each group's scale, then each column's code, is the one of all with the least loss.
+    """One round: of each group the scale, then each column's code, is the one of all with the least loss.
 
     Returns scales [E, O, G], float64, and values [E, O, I].
     """
     hessian, grid = damped(gram), Grid.of(parts, fmt)
     level = Grid(torch.ones_like(weight), None if grid.zero is None else grid.wide(fmt).zero).decode(codes, fmt)
     level, scale, zero, size = level.double(), grid.scale.double().clone(), grid.zero, fmt.group_size
+    values = level * scale.repeat_interleave(size, -1)
 
     def rows(values: Tensor) -> Tensor:
         difference = values - weight.double()
         return ((difference @ hessian) * difference).sum(-1)
 
-    if fmt in MOVABLE:
-        for group in range(scale.shape[-1]):
+    for group in range(scale.shape[-1]):
+        own = range(group * size, (group + 1) * size)
+        if fmt in MOVABLE:
             choices = storable_scales(grid.scale[:, :, group], parts, fmt)
-            values = (level * scale.repeat_interleave(size, -1)).repeat(len(choices), 1, 1, 1)
-            columns = slice(group * size, (group + 1) * size)
-            values[..., columns] = level[:, :, columns] * choices[..., None]
-            best = rows(values).argmin(0)
+            tried = values.repeat(len(choices), 1, 1, 1)
+            tried[..., own] = level[:, :, own] * choices[..., None]
+            best = rows(tried).argmin(0)
             scale[:, :, group] = choices.gather(0, best[None])[0]
-    values = level * scale.repeat_interleave(size, -1)
-    for column in range(weight.shape[-1]):
-        group = column // size
-        place = Grid(scale[:, :, group], None if zero is None else zero[:, :, group])
-        choices = torch.stack(
-            [place.decode(torch.full(weight.shape[:2], c, dtype=torch.uint8), fmt) for c in range(16)]
-        )
-        tried = values.repeat(16, 1, 1, 1)
-        tried[..., column] = choices
-        values[:, :, column] = choices.gather(0, rows(tried).argmin(0)[None])[0]
+            values[:, :, own] = level[:, :, own] * scale[:, :, group, None]
+        for column in own:
+            place = Grid(scale[:, :, group], None if zero is None else zero[:, :, group])
+            choices = torch.stack(
+                [place.decode(torch.full(weight.shape[:2], c, dtype=torch.uint8), fmt) for c in range(16)]
+            )
+            tried = values.repeat(16, 1, 1, 1)
+            tried[..., column] = choices
+            values[:, :, column] = choices.gather(0, rows(tried).argmin(0)[None])[0]
     return scale, values
 
 

@@ -1,0 +1,208 @@
+#!/usr/bin/env python
+"""Real-size layers on one GPU: calibrated GPTQ and AWQ, 1 M tokens, a Pro layer, and data-free runs beside a copy.
+
+Makes V2.5- and Pro-sized checkpoints (a dense and a few MoE layers; eight random experts, repeated) on a RAM disk, and
+runs `pipeline.quantize` on them. A layer's seconds are from the end of the layer before it to its own end, reading,
+writing and hashing included; where there is one MoE layer only, from the end of the dense one. The first row pays for
+compiling Triton's kernels, so it has a layer more, which is not counted.
+
+usage: scripts/bench_gpu.py [--work /dev/shm] [--device cuda] [--experts 256] [--only ROW...] [--out RESULT.md]
+ROW: gptq, awq, mxfp4, nvfp4, million, pro, datafree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mimoquant import pipeline, synth, synth_weights
+from mimoquant.plan import CUDA_CHUNK_BYTES, Plan, Unit, make_plan
+from mimoquant.recipe import load_recipe, parse_recipe
+
+EXPERTS = 8  # different ones
+SIZES = {
+    "V2.5": {"hidden": 4096, "heads": 64},
+    "Pro": {"hidden": 6144, "heads": 128},
+}
+TARGETS = r"targets: ['re:.*mlp\.experts\.\d+\.(gate|up|down)_proj$']"
+AWQ = rf"""
+default_stage:
+  default_modifiers:
+    AWQModifier:
+      mappings:
+        - smooth_layer: 're:.*layers\.[1-9]\.post_attention_layernorm$'
+          balance_layers: ['re:.*mlp\.gate$', 're:.*mlp\.experts\.\d+\.gate_proj$', 're:.*mlp\.experts\.\d+\.up_proj$']
+        - smooth_layer: 're:.*mlp\.experts\.\d+\.up_proj$'
+          balance_layers: ['re:.*mlp\.experts\.\d+\.down_proj$']
+      duo_scaling: true
+      n_grid: 20
+    QuantizationModifier: {{scheme: W4A16, {TARGETS}}}
+"""
+
+
+class FewExperts(synth_weights.RandomWeights):
+    """Experts are drawn once for all layers and all but the first eight; drawing takes far longer than quantizing."""
+
+    def read(self, name: str, shape: tuple[int, ...], dtype: str) -> Any:
+        head, found, tail = name.partition(".mlp.experts.")
+        if not found:
+            return super().read(name, shape, dtype)
+        number, _, projection = tail.partition(".")
+        return self._expert(int(number) % EXPERTS, projection, shape, dtype)
+
+    @functools.cache  # noqa: B019: lives as long as the script
+    def _expert(self, number: int, projection: str, shape: tuple[int, ...], dtype: str) -> Any:
+        return super().read(f"model.layers.1.mlp.experts.{number}.{projection}", shape, dtype)
+
+
+def make_source(folder: Path, model: str, layers: int, experts: int) -> Path:
+    sizes = synth.SynthSizes(
+        layers=layers + 1, experts=experts, top_k=8, expert_intermediate=2048, kv_heads=4, head_dim=192, v_head_dim=128,
+        window=128, mtp_layers=1, vocab=4096, **SIZES[model],
+    )  # fmt: skip
+    encoded: dict[int, Any] = {}
+    plain = synth.encode_fp8
+
+    def encode_once(weight: Any) -> Any:
+        if weight.shape not in ((2048, sizes.hidden), (sizes.hidden, 2048)):
+            return plain(weight)
+        if id(weight) not in encoded:
+            encoded[id(weight)] = (weight, plain(weight))  # the weight is kept, so that its id stays its own
+        return encoded[id(weight)][1]
+
+    synth.RandomWeights, synth.encode_fp8 = FewExperts, encode_once  # type: ignore[misc,assignment]
+    begin = time.perf_counter()
+    report = synth.synth(folder, "pro", sizes=sizes)
+    print(f"{model}: {report.size_bytes / 1e9:.1f} GB of source in {time.perf_counter() - begin:.0f} s", flush=True)
+    return folder
+
+
+@contextlib.contextmanager
+def output(work: Path) -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(dir=work))
+    try:
+        yield folder / "out"
+    finally:
+        shutil.rmtree(folder)
+
+
+def run(plan: Plan, work: Path, device: str) -> tuple[dict[int, float], float, float]:
+    """Seconds of each layer, seconds of all, peak GB on the device."""
+    ends: dict[str, float] = {}
+
+    def progress(unit: Unit, done: int, finished: bool) -> None:
+        if finished:
+            ends[unit.name] = time.perf_counter()
+
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    begin = time.perf_counter()
+    with output(work) as out:
+        pipeline.quantize(plan, out, device=device, progress=progress)
+        total = time.perf_counter() - begin
+    peak = torch.cuda.max_memory_allocated() / 1e9 if device.startswith("cuda") else float("nan")
+    layers = sorted(int(name.split()[1]) for name in ends if name.startswith("layer "))
+    seconds = {i: ends[f"layer {i}"] - ends[f"layer {i - 1}"] for i in layers if i}
+    return seconds, total, peak
+
+
+def calibrated(name: str, source: Path, recipe: Any, tokens: tuple[int, int], options: argparse.Namespace) -> str:
+    ids = np.random.default_rng(0).integers(0, 1000, tokens).astype(np.int32)
+    data = options.work / "ids.npy"
+    np.save(data, ids)
+    held = recipe.calibrated_on({"data": (str(data),), "sequences": tokens[0], "tokens": tokens[1]})
+    seconds, _, peak = run(make_plan(source, held, chunk_bytes=CUDA_CHUNK_BYTES), options.work, options.device)
+    last = max(seconds)
+    return f"| {name} | {ids.size:,} | {seconds[last]:.2f} | {peak:.1f} |"
+
+
+def copy_seconds(source: Path, written: int, work: Path) -> float:
+    """Read all of the source and write as many bytes as the output has, one block after the other."""
+    block, begin = bytearray(32 * 2**20), time.perf_counter()
+    for path in source.glob("*.safetensors"):
+        with path.open("rb", buffering=0) as handle:
+            while handle.readinto(block):
+                pass
+    with output(work) as out:
+        out.mkdir()
+        with (out / "copy").open("wb", buffering=0) as handle:
+            for first in range(0, written, len(block)):
+                handle.write(memoryview(block)[: min(len(block), written - first)])
+            os.fsync(handle.fileno())
+        return time.perf_counter() - begin
+
+
+def data_free(source: Path, options: argparse.Namespace) -> list[str]:
+    lines = []
+    read = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    for recipe in ("mxfp4-rtn", "mxfp4-mse", "int4-g128-rtn", "int4-g128-mse", "nvfp4-mse"):
+        plan = make_plan(source, load_recipe(recipe))
+        run(plan, options.work, options.device)  # compiles
+        _, seconds, peak = run(plan, options.work, options.device)
+        copy = min(copy_seconds(source, plan.shard_bytes, options.work) for _ in range(2))
+        lines.append(f"| {recipe} | {read / 1e9:.1f} + {plan.shard_bytes / 1e9:.1f} | {seconds:.2f} | {copy:.2f} "
+                     f"| {copy / seconds:.2f} | {peak:.1f} |")  # fmt: skip
+        print(lines[-1], flush=True)
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--work", type=Path, default=Path("/dev/shm"))
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--experts", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=2**20, help="of the row `million`")
+    parser.add_argument("--only", nargs="*", default=["gptq", "awq", "million", "pro", "datafree"])
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.work) as folder:
+        options.work = Path(folder)
+        lines = measure(options)
+    text = "\n".join(lines)
+    print(text)
+    if options.out:
+        options.out.write_text(text + "\n")
+
+
+def measure(options: argparse.Namespace) -> list[str]:
+    name = torch.cuda.get_device_name() if options.device.startswith("cuda") else "CPU"
+    lines = [f"{name}, torch {torch.__version__}, {os.cpu_count()} cores", "",
+             "| one layer | tokens | seconds | peak GB on the device |", "|---|---|---|---|"]  # fmt: skip
+    source = make_source(options.work / "v2.5", "V2.5", 2, options.experts)
+    few, many = (16, 512), (options.tokens // 512, 512)
+    rows = {
+        "gptq": ("V2.5 GPTQ int4 g128", load_recipe("gptq-int4-g128"), few),
+        "awq": ("V2.5 AWQ int4 g128", parse_recipe(AWQ, "awq"), few),
+        "mxfp4": ("V2.5 GPTQ MXFP4", load_recipe("gptq-mxfp4"), few),
+        "nvfp4": ("V2.5 GPTQ NVFP4", load_recipe("gptq-nvfp4"), few),
+        "million": ("V2.5 GPTQ int4 g128", load_recipe("gptq-int4-g128"), many),
+    }
+    for row in (row for row in rows if row in options.only):
+        lines.append(calibrated(rows[row][0], source, *rows[row][1:], options))
+        print(lines[-1], flush=True)
+    free = data_free(source, options) if "datafree" in options.only else []
+    shutil.rmtree(source)
+    if "pro" in options.only:
+        source = make_source(options.work / "pro", "Pro", 1, options.experts * 3 // 2)
+        lines.append(calibrated("Pro GPTQ int4 g128", source, load_recipe("gptq-int4-g128"), few, options))
+        print(lines[-1], flush=True)
+    if free:
+        lines += ["", "| data-free | GB read + written | seconds | copy | copy / run | peak GB on the device |",
+                  "|---|---|---|---|---|---|", *free]  # fmt: skip
+    return lines
+
+
+if __name__ == "__main__":
+    main()
