@@ -27,12 +27,20 @@ from mimoquant.calibration.tokens import TokenSet
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.errors import CheckpointError, QualityError
 from mimoquant.layer_weights import read_experts, read_parts
-from mimoquant.model.decoder_layer import DenseWeights, ExpertChunk, add_experts
-from mimoquant.model.layer_stream import Block, Stream, add_blocks, attend_and_route, batch_sequences, dense_layer
+from mimoquant.model.decoder_layer import DenseWeights, ExpertChunk, LayerWeights, Router, add_experts
+from mimoquant.model.layer_stream import (
+    Block,
+    Stream,
+    add_blocks,
+    attend_and_route,
+    batch_sequences,
+    dense_layer,
+    route_again,
+)
 from mimoquant.model.layout import PROJECTIONS, norm_name, router_name
 from mimoquant.model_weights import CheckpointWeights
 from mimoquant.plan import Experts, Plan, Unit
-from mimoquant.quant.awq import best_fold, exponents, power, scaled, scaled_gram
+from mimoquant.quant.awq import best_fold, divided_by, inverse, moved, scaled, settled
 from mimoquant.quant.engine_torch import TorchEngine, amax, decode, encode, nvfp4_global_scale, stored_parts, to_numpy
 from mimoquant.quant.expert_methods import Encoded, encode_with, energy, loss
 from mimoquant.quant.formats import Format
@@ -66,18 +74,26 @@ class LayerFacts:
     damped: int = 0
     rounded: int = 0
     folded_channels: int = 0
+    topk_changed: float | None = (
+        None  # share of the tokens that a folded router sends elsewhere; None: no norm is folded
+    )
 
     def as_plain(self) -> dict[str, Any]:
         lists = {name: [_short(v) for v in getattr(self, name)]
                  for name in ("tokens", "effective", "shrunk", "relmse_plain", "relmse")}  # fmt: skip
-        return lists | {
-            "starved": self.starved,
-            "shrinkage": self.shrinkage,
-            "held_out": {name: _short(value) for name, value in self.held_out.items()},
-            "damped": self.damped,
-            "rounded": self.rounded,
-            "folded_channels": self.folded_channels,
-        }
+        routed = {} if self.topk_changed is None else {"topk_changed": _short(self.topk_changed)}
+        return (
+            lists
+            | routed
+            | {
+                "starved": self.starved,
+                "shrinkage": self.shrinkage,
+                "held_out": {name: _short(value) for name, value in self.held_out.items()},
+                "damped": self.damped,
+                "rounded": self.rounded,
+                "folded_channels": self.folded_channels,
+            }
+        )
 
 
 def _short(value: float) -> float:
@@ -119,9 +135,10 @@ class Calibrator:
             return
         self.blocks = [attend_and_route(stream, weights, torch.bfloat16) for stream in self.streams]
         self._pool()
-        self._refuse_starved(layer)
         if layer in self.plan.formats and self.plan.recipe.folds_norm(layer):
-            self._apply_norm_fold(self._fold_of(layer) if written is None else self._written_fold(layer, written))
+            fold = self._fold_of(layer) if written is None else self._written_fold(layer, written)
+            self._apply_norm_fold(weights, fold)
+        self._refuse_starved(layer)
 
     def _pool(self) -> None:
         """What the whole layer's tokens say: the Gram matrix experts are shrunk toward, and a sample of the tokens."""
@@ -245,7 +262,7 @@ class Calibrator:
             )
 
     def _fold_of(self, layer: int) -> Tensor:
-        """Powers of two between the norm and its router and experts, chosen on a sample of the layer's experts."""
+        """The factors between the norm and its router and experts, chosen on a sample of the layer's experts."""
         fmt, layout = self.plan.formats[layer], self.plan.layout
         step = max(1, layout.geometry.experts // SAMPLE_EXPERTS)
         sample = range(0, layout.geometry.experts, step)
@@ -254,41 +271,51 @@ class Calibrator:
         count = [self.facts.tokens[e] for e in sample]
         gram = _finite(statistics.shrink(grams, count, self.pooled, float(len(self.pooled))), layer)
         recipe = self.plan.recipe
-        return best_fold(torch.stack(weights), gram, self._loss_of(fmt), n_grid=recipe.awq.n_grid, duo=recipe.awq.duo,
-                         shared=True)  # fmt: skip
+        fold = best_fold(torch.stack(weights), gram, self._loss_of(fmt), n_grid=recipe.awq.n_grid, duo=recipe.awq.duo,
+                         shared=True, real=recipe.real_fold)  # fmt: skip
+        return settled(fold, self.weights.tensor(norm_name(layer)))
 
     def _written_fold(self, layer: int, written: CheckpointReader) -> Tensor:
-        """The exponents that an earlier run chose: source norm over written norm."""
+        """The factors that an earlier run chose: source norm over written norm."""
         name = norm_name(layer)
-        stored = torch.from_numpy(written.read(name)).view(torch.bfloat16).to(self.device)
-        return -exponents(self.weights.tensor(name), stored)
+        source = self.weights.tensor(name)
+        stored = torch.from_numpy(written.read(name)).view(source.dtype).to(self.device)
+        return divided_by(source, stored, real=self.plan.recipe.real_fold)
 
     def folded(self, name: str, block: Array) -> Array:
-        """A copied tensor as it goes out: the norm and the router of a folded layer change by powers of two."""
+        """A copied tensor as it goes out: the norm of a folded layer is divided, its router multiplied."""
         if self.norm_fold is None or name not in (norm_name(self.facts.layer), router_name(self.facts.layer)):
             return block
-        fold = -self.norm_fold if name == norm_name(self.facts.layer) else self.norm_fold
+        fold = inverse(self.norm_fold) if name == norm_name(self.facts.layer) else self.norm_fold
         dtype = {"BF16": torch.bfloat16, "F32": torch.float32}[self.plan.layout.index.tensors[name].dtype]
         values = torch.from_numpy(block).view(dtype).view(-1, len(fold))
         return to_numpy(scaled(values, fold.cpu())).reshape(-1).view(np.uint8)
 
-    def _apply_norm_fold(self, fold: Tensor) -> None:
-        if not bool(fold.any()):
+    def _apply_norm_fold(self, weights: LayerWeights, fold: Tensor) -> None:
+        """Take the tokens through the norm and the router that are written; of powers of two, no token notices."""
+        assert isinstance(weights.mlp, Router)
+        self.facts.topk_changed = 0.0
+        if not bool(moved(fold).any()):
             return
-        self.norm_fold, self.facts.folded_channels = fold, int((fold != 0).sum())
-        shrunk = power(-fold).to(torch.bfloat16)
-        for blocks in self.blocks:
-            for block in blocks:
-                block.tokens.mul_(shrunk)
-        self.pooled, self.sample = scaled_gram(self.pooled, fold), self.sample * shrunk
+        self.norm_fold, self.facts.folded_channels = fold, int(moved(fold).sum())
+        router = scaled(self.weights.tensor(router_name(self.facts.layer)), fold)  # rounded to what it is stored in
+        written = replace(weights, post_norm=scaled(weights.post_norm, inverse(fold)),
+                          mlp=replace(weights.mlp, weight=router.to(torch.float32)))  # fmt: skip
+        before = [routing for stream in self.streams for routing in stream.routing]
+        self.blocks = []  # the device holds the tokens once
+        self.blocks = [route_again(stream, written, torch.bfloat16) for stream in self.streams]
+        after = [routing for stream in self.streams for routing in stream.routing]
+        self.facts.topk_changed = statistics.changed(before, after)
+        self._pool()
 
     def _folded_down(self, chunk: ExpertChunk, fmt: Format, count: list[int]) -> ExpertChunk:
-        """up and down with each intermediate channel scaled by a power of two, up down and down up."""
+        """up and down with each intermediate channel scaled, up down and down up."""
         recipe = self.plan.recipe
         fold = best_fold(chunk.down, self._inner_grams(chunk, count), self._loss_of(fmt), n_grid=recipe.awq.n_grid,
-                         duo=recipe.awq.duo, shared=False)  # fmt: skip
-        self.facts.folded_channels += int((fold != 0).sum())
-        return replace(chunk, up=scaled(chunk.up, -fold[:, :, None]), down=scaled(chunk.down, fold[:, None, :]))
+                         duo=recipe.awq.duo, shared=False, real=recipe.real_fold)  # fmt: skip
+        self.facts.folded_channels += int(moved(fold).sum())
+        up, down = scaled(chunk.up, inverse(fold)[:, :, None]), scaled(chunk.down, fold[:, None, :])
+        return replace(chunk, up=up, down=down)
 
     def _loss_of(self, fmt: Format) -> Callable[[Tensor, Tensor], Tensor]:
         plain = Method(self.method.search, signed=self.method.signed, every=COARSE)

@@ -38,6 +38,8 @@ GROUPS = (
     ("GPTQ fallbacks", ("damped", "rounded")),
 )
 
+FOLD_GROUP = ("top-k", ("changed",))  # where the norm of a layer was folded
+
 MAP_CSS = """
 .map,.layers{overflow-x:auto;margin:.6rem 0}.map>div{display:flex;width:max-content;min-width:100%}
 .map b{flex:none;position:sticky;left:0;width:2.2rem;padding-right:.4rem;background:var(--card);color:var(--soft);
@@ -76,7 +78,7 @@ def coverage_page(report: dict[str, Any]) -> str:
 
 
 def figures(layers: dict[str, Facts]) -> str:
-    """The run in eight numbers: name, value, remark."""
+    """The run in eight numbers, or nine where norms were folded: name, value, remark."""
     c = coverage(layers.values())
     least, low, median = map(token_count, c["tokens"])
     fallbacks = f"{c['damped']} damped more, {c['rounded']} rounded plainly"
@@ -90,6 +92,9 @@ def figures(layers: dict[str, Facts]) -> str:
         ("relMSE after", number(c["relmse"][0], 3), f"mean; worst {number(c['relmse'][1], 3)}"),
         ("GPTQ fallbacks", str(c["damped"] + c["rounded"]), fallbacks),
     ]
+    if c["topk_changed"]:
+        mean, worst = map(percent, c["topk_changed"])
+        rows.append(("Top-k changed", mean, f"of tokens, by folded norms; worst layer {worst}"))
     parts = [
         tag("div", tag("dt", escaped(name)), tag("dd", escaped(value), tag("small", escaped(remark))))
         for name, value, remark in rows
@@ -214,11 +219,13 @@ def _cell_css(layers: dict[str, Facts]) -> str:
 
 def layers_card(layers: dict[str, Facts]) -> str:
     """Every layer's figures as text."""
-    upper = [tag("th", escaped(name), colspan=str(len(below)), scope="colgroup") for name, below in GROUPS]
+    folds = any("topk_changed" in facts for facts in layers.values())
+    groups = (*GROUPS, FOLD_GROUP) if folds else GROUPS
+    upper = [tag("th", escaped(name), colspan=str(len(below)), scope="colgroup") for name, below in groups]
     lower = [tag("th", escaped(name), scope="col", class_="new" if k == 0 else "")
-             for _, below in GROUPS for k, name in enumerate(below)]  # fmt: skip
+             for _, below in groups for k, name in enumerate(below)]  # fmt: skip
     first = tag("th", "layer", scope="col", rowspan="2")
-    lines = [tag("tr", tag("th", escaped(name.removeprefix("layer ")), scope="row"), *_cells(facts))
+    lines = [tag("tr", tag("th", escaped(name.removeprefix("layer ")), scope="row"), *_cells(facts, folds=folds))
              for name, facts in layers.items()]  # fmt: skip
     numbers = tag("table", tag("thead", tag("tr", first, *upper), tag("tr", *lower)), tag("tbody", *lines))
     said = (
@@ -228,10 +235,12 @@ def layers_card(layers: dict[str, Facts]) -> str:
         "it; n/a where no shrinkage was chosen. Damped: statistics that needed more damping than the recipe's; "
         "rounded: that none could help, so the matrix was rounded plainly."
     )
+    if folds:
+        said += " Top-k changed: tokens that the folded norm and router send to another set of experts."
     return card("Layers", note(said), tag("div", numbers, class_="layers"), kind="wide")
 
 
-def _cells(facts: Facts) -> list[str]:
+def _cells(facts: Facts, *, folds: bool) -> list[str]:
     c, held, used = coverage([facts]), facts["held_out"], f"{facts['shrinkage']:g}"
     low, high = (number(value, 3) for value in c["lambda"])
     worst = max(range(len(facts["relmse"])), key=lambda expert: facts["relmse"][expert])
@@ -244,9 +253,10 @@ def _cells(facts: Facts) -> list[str]:
         [*(number(value) for value in c["relmse"]), str(worst)],
         [number(held.get(f"{kind}_{used}")) for kind in ("predicted", "measured")],
         [str(c["damped"]), str(c["rounded"])],
+        [percent(c["topk_changed"][0]) if c["topk_changed"] else "n/a"],
     )
     cells = []
-    for (name, _), values in zip(GROUPS, groups, strict=True):
+    for (name, _), values in zip((*GROUPS, FOLD_GROUP)[: len(GROUPS) + folds], groups, strict=False):
         alarming = name in ("experts", "GPTQ fallbacks")
         for k, value in enumerate(values):
             style = ["new"] * (k == 0) + ["bad"] * (alarming and value != "0")

@@ -153,10 +153,12 @@ def coverage_text(layers: dict[str, dict[str, Any]]) -> str:
     c = coverage(layers.values())
     least, low, median = map(token_count, c["tokens"])
     weakest, strongest = c["lambda"]
+    changed = c["topk_changed"][0] if c["topk_changed"] else 0.0
+    routed = f"; top-k changed for {100 * changed:.3g} % of tokens" if changed else ""
     return (
         f"tokens per expert {least} min, {low} p5, {median} median; {c['starved']} of {c['experts']} starved, "
         f"{c['without_tokens']} without; lambda {weakest:.3g} to {strongest:.3g}; "
-        f"relMSE {c['relmse_plain'][0]:.3g} -> {c['relmse'][0]:.3g}"
+        f"relMSE {c['relmse_plain'][0]:.3g} -> {c['relmse'][0]:.3g}{routed}"
     )
 
 
@@ -164,6 +166,7 @@ def coverage(layers: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """`calibrated.LayerFacts` of one or more layers as figures over all their experts.
 
     tokens and effective: minimum, 5th percentile, median. lambda: least and most. relmse and relmse_plain: mean, worst.
+    topk_changed: mean and worst of the layers whose norm was folded, None without such a layer.
     """
     layers = list(layers)
     every = {
@@ -175,7 +178,9 @@ def coverage(layers: Iterable[dict[str, Any]]) -> dict[str, Any]:
         figures[name] = [float(value) for value in np.quantile(every[name], (0.0, 0.05, 0.5))]
     for name in ("relmse_plain", "relmse"):
         figures[name] = [float(np.mean(every[name])), float(np.max(every[name]))]
+    changed = [facts["topk_changed"] for facts in layers if "topk_changed" in facts]
     return figures | {
+        "topk_changed": [float(np.mean(changed)), max(changed)] if changed else None,
         "experts": len(every["tokens"]),
         "without_tokens": every["tokens"].count(0),
         "lambda": [min(every["shrunk"]), max(every["shrunk"])],
@@ -196,6 +201,7 @@ def verify_text(facts: dict[str, Any], limit: int = 20) -> str:
         f"rounding   worst {facts['worst_rounding']:.4f} half steps ({facts['worst_rounding_tensor'] or 'none'})",
         f"error      relMSE {facts['mean_relative_error']:.3e} over all experts, worst "
         f"{facts['worst_relative_error']:.3e} ({facts['worst_relative_error_tensor'] or 'none'})",
+        *(f"unproven   {text}" for text in facts["unproven"]),
         *(f"problem    {problem}" for problem in problems[:limit]),
     ]
     if len(problems) > limit:

@@ -433,6 +433,8 @@ def _notes(layout: ModelLayout, recipe: Recipe, container: str, carve_outs: dict
     if recipe.calibration is not None:
         held = recipe.calibration
         notes.append(f"calibrates on {', '.join(held.data)}: {held.sequences} sequences of {held.tokens} tokens")
+    if recipe.real_fold and any(map(recipe.folds_norm, geometry.moe_layers)):
+        notes.append("fold exact-real rounds norms and routers anew, so a few tokens may go to other experts")
     return notes
 
 

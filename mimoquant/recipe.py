@@ -52,7 +52,7 @@ _MODIFIER_KEYS = {
 }
 _BLOCK_KEYS = {"version", "scale_search", "container", "calibration", "carve_outs", "provenance", "fold", "refine",
                "signed_scales"}  # fmt: skip
-_FOLDS = ("pow2", "none")
+_FOLDS = ("pow2", "exact-real", "none")
 _WEIGHT_DEFAULTS: dict[str, tuple[Any, ...]] = {
     "dynamic": (False,),
     "actorder": (None, "static", "weight"),
@@ -120,6 +120,11 @@ class Recipe:
     @property
     def awq(self) -> Awq:
         return Awq.of(self.extra.get("AWQModifier", {}))
+
+    @property
+    def real_fold(self) -> bool:
+        """Whether AWQ's factors are real numbers, which what is stored is rounded for, rather than powers of two."""
+        return self.fold == "exact-real"
 
     @property
     def folds_down(self) -> bool:
@@ -385,8 +390,7 @@ class _Parser:
                 self.fail(f"carve_outs has {layer!r}: {kind!r}; expected a layer number and bf16 or fp8")
         fold, refine, signed = block.get("fold", "pow2"), block.get("refine", 2), block.get("signed_scales", True)
         if fold not in _FOLDS:
-            why = "scales that are no powers of two change the router" if fold == "exact-real" else "unknown"
-            self.fail(f"fold {fold!r} is not supported ({why})", f"known are {', '.join(_FOLDS)}")
+            self.fail(f"fold {fold!r} is unknown", f"known are {', '.join(_FOLDS)}")
         if type(refine) is not int or not 0 <= refine <= 100:
             self.fail(f"refine is {refine!r}, expected a number of rounds")
         if not isinstance(signed, bool):

@@ -87,13 +87,15 @@ def model_card(plan: Plan, report: QuantizeReport) -> str:
     front += ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- mimoquant", "---"]
     formats = "; ".join(f"{label} in {len(layers)} layers" for label, layers in report.formats.items())
     kept = ", ".join(f"layer {layer} in {kind}" for layer, kind in report.carve_outs.items()) or "none"
+    real = plan.recipe.real_fold and any(map(plan.recipe.folds_norm, plan.formats))
+    folded = "their norms and routers are scaled against each other by real factors, and " if real else ""
     lines = [
         *front,
         "",
         f"# {release.split('/')[-1] if release else 'MiMo-V2 checkpoint'}, routed experts in 4 bits",
         "",
-        f"Written by mimoquant {_version()}. Only the routed experts were quantized; the value of every other weight "
-        "is the source's.",
+        f"Written by mimoquant {_version()}. Only the routed experts were quantized; {folded}the value of every other "
+        "weight is the source's.",
         "",
         f"- experts: {formats} ({report.method}, scales by {report.scale_search}), container {report.container}",
         f"- layers whose experts were kept: {kept}",

@@ -51,6 +51,7 @@ class VerifyReport:
     worst_relative_error: float = 0.0
     worst_relative_error_tensor: str | None = None
     mean_relative_error: float = 0.0
+    unproven: list[str] = field(default_factory=list)  # what the recipe asks for and files alone cannot prove
 
     def problem(self, text: str) -> None:
         self.ok = False
@@ -81,6 +82,10 @@ def verify(
             f"here they have {now[:12]}...",
             hint="give the very files that quantize read",
         )
+    if recipe.calibrated:
+        from mimoquant.verify_calibrated import unproven
+
+        report.unproven = unproven(recipe, plan.formats)
     tell = progress or (lambda name, done, total: None)
     _check_files(out, plan, report, tell)
     try:
@@ -194,27 +199,32 @@ class _Values:
         return self.theirs.read(name)
 
     def _norm_fold(self, layer: int) -> Array | None:
-        """The powers of two that AWQ moved out of the layer's norm, where the recipe lets it."""
+        """What AWQ divided the layer's norm by, where the recipe lets it."""
         if not self.plan.recipe.folds_norm(layer):
             return None
-        from mimoquant.verify_calibrated import norm_exponents
+        from mimoquant.verify_calibrated import norm_fold
 
-        name = norm_name(layer)
-        found = norm_exponents(self.ours.read(name), self._read(name))
+        name, real = norm_name(layer), self.plan.recipe.real_fold
+        found = norm_fold(self.ours.read(name), self._read(name), self.ours.index.tensors[name].dtype, real=real)
         if found is None:
-            self.report.problem(f"{name}: is not the source's, nor that by powers of two")
+            kind = "factors of at most 4096" if real else "powers of two"
+            self.report.problem(f"{name}: is not the source's, nor that by {kind}")
         return found
 
     def _folded(self, layer: int, info: TensorInfo) -> bool:
         """Whether a copied tensor is the norm or router of a folded layer; then it is checked here."""
         if self.fold is None or info.name not in (norm_name(layer), router_name(layer)):
             return False
-        from mimoquant.verify_calibrated import is_scaled
+        from mimoquant.verify_calibrated import misscaled
 
         self.report.checked["folded tensors"] += 1
-        router = info.name == router_name(layer)
-        if router and not is_scaled(self.ours.read(info.name), self._read(info.name), info.dtype, self.fold):
-            self.report.problem(f"{info.name}: does not make up for the norm's powers of two")
+        if info.name == router_name(layer):
+            columns = misscaled(self.ours.read(info.name), self._read(info.name), info.dtype, self.fold)
+            if columns:
+                self.report.problem(
+                    f"{info.name}: does not make up for what {norm_name(layer)} was divided by, "
+                    f"in {columns} of {len(self.fold)} columns"
+                )
         return True
 
     def _copied(self, ours: TensorInfo) -> None:
@@ -284,7 +294,8 @@ class _Values:
                 f"against at most {RELATIVE_ERROR_LIMIT}"
             )
         elif audit.outside and self.plan.recipe.calibrated:
-            report.problem(f"{name}: {audit.outside} codes are not the nearest on their scale")
+            least = "at least " if self.plan.recipe.real_fold else ""  # one a channel
+            report.problem(f"{name}: {least}{audit.outside} codes are not the nearest on their scale")
         elif audit.outside:
             report.problem(
                 f"{name}: {audit.outside} values lie outside the rounding interval of their code, "

@@ -2,70 +2,158 @@
 
 Key idea: GPTQ moves weights on purpose, so a code need not be the nearest to its source. What holds: scales are finite
 and not zero; the stored values are near the source's (relMSE of the weights themselves, which a swapped or shifted
-tensor would throw far off); under a search alone every code is the nearest on its scale. Powers of two that AWQ moved
-between channels are read off what is stored, never taken on trust: the norm's must be exact, and the router's too.
+tensor would throw far off); under a search alone every code is the nearest on its scale. Factors that AWQ moved between
+channels are read off what is stored, never taken on trust. Between norm, router and experts that is exact, for powers
+of two and for real factors: source norm over stored norm.
+
+Real factors between up_proj and down_proj are stored nowhere. Each code leaves a range to its channel's factor; codes
+are the nearest if, and as far as bf16 can tell only if, one factor lies in all ranges of up's row and down's column.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
-from mimoquant.quant.awq import exponents, scaled
+from mimoquant.quant.awq import LIMIT, divided_by, inverse, scaled
 from mimoquant.quant.engine_torch import TorchEngine, decode, stored_parts, unpack_nibbles
-from mimoquant.quant.formats import Format
+from mimoquant.quant.formats import E2M1_VALUES, Format
 from mimoquant.quant.grid import Grid
 from mimoquant.quant.stack import Audit, Stack
 from mimoquant.recipe import Recipe
 
 Array = npt.NDArray[Any]
+BF16_ROUNDING = 2.0**-8  # largest relative change; it has room for what float32 adds
 
 
 def audits(
     stored: dict[str, dict[str, Array]], stacks: dict[str, Stack], fmt: Format, recipe: Recipe, fold: Array | None
 ) -> dict[str, list[Audit]]:
-    """One audit an expert for each projection. `fold`: exponents of the layer's norm, if the recipe folds it."""
+    """One audit an expert for each projection. `fold`: what the layer's norm was divided by, if the recipe folds it."""
     engine, cpu = TorchEngine("cpu"), torch.device("cpu")
-    source = {p: engine.bf16(stack).to(torch.float32) for p, stack in stacks.items()}
-    parts = {p: stored_parts(held, fmt, cpu) for p, held in stored.items()}
+    weights = {p: engine.bf16(stack) for p, stack in stacks.items()}
     if fold is not None:
-        source |= {p: scaled(source[p], torch.from_numpy(fold)) for p in ("gate", "up")}
-    if recipe.folds_down:
-        stored2, source2 = decode(parts["up"], fmt).square().sum(-1), source["up"].square().sum(-1)
-        ratio = torch.where((stored2 > 0) & (source2 > 0), stored2 / source2.clamp(min=1e-30), 1.0)
-        exponent = (torch.log2(ratio) / 2).round().clamp(-126, 126).to(torch.int32)
-        source["up"] = scaled(source["up"], exponent[:, :, None])
-        source["down"] = scaled(source["down"], -exponent[:, None, :])
+        weights |= {p: scaled(weights[p], torch.from_numpy(fold)) for p in ("gate", "up")}
+    source = {p: weight.to(torch.float32) for p, weight in weights.items()}
+    parts = {p: stored_parts(held, fmt, cpu) for p, held in stored.items()}
     nearest, signed = recipe.method in ("rtn", "awq"), recipe.signed_scales and fmt.name == "int4" and fmt.symmetric
-    return {p: _audits(source[p], parts[p], fmt, nearest=nearest, signed=signed) for p in source}
+    unfit: dict[str, Tensor] = {}
+    if recipe.folds_down:
+        if recipe.real_fold and nearest:
+            unfit = _unfit(source, parts, fmt)
+        between = (_real_fold if recipe.real_fold else _pow2_fold)(decode(parts["up"], fmt), source["up"])
+        source["up"] = scaled(source["up"], inverse(between)[:, :, None])
+        source["down"] = scaled(source["down"], between[:, None, :])
+    return {p: _audits(source[p], parts[p], fmt, nearest=nearest, signed=signed, unfit=unfit.get(p)) for p in source}
+
+
+def _pow2_fold(stored_EOI: Tensor, source_EOI: Tensor) -> Tensor:
+    """Exponents [E, O] that up's rows were divided by, from the rows' sizes: 4 bits leave no doubt."""
+    stored2, source2 = stored_EOI.square().sum(-1), source_EOI.square().sum(-1)
+    ratio = torch.where((stored2 > 0) & (source2 > 0), stored2 / source2.clamp(min=1e-30), 1.0)
+    return -(torch.log2(ratio) / 2).round().clamp(-126, 126).to(torch.int32)
+
+
+def _real_fold(stored_EOI: Tensor, source_EOI: Tensor) -> Tensor:
+    """Factors [E, O] that up's rows were divided by, by least squares: near enough to tell a right row from a wrong."""
+    both, own = (stored_EOI * source_EOI).sum(-1), source_EOI.square().sum(-1)
+    return torch.where((both > 0) & (own > 0), own / both.clamp(min=1e-30), 1.0).clamp(2.0**-126, 2.0**126)
+
+
+def _unfit(source: dict[str, Tensor], parts: dict[str, dict[str, Tensor]], fmt: Format) -> dict[str, Tensor]:
+    """How many channels of each expert [E] no factor fits: up's rows by themselves, down's columns beside them."""
+    low, high = _factors(source["up"], parts["up"], fmt, -1)
+    fits = low <= high
+    down_low, down_high = _factors(source["down"], parts["down"], fmt, -2)
+    low, high = high.reciprocal() * (1 - 2**-20), low.reciprocal() * (1 + 2**-20)  # what is not in up is in down
+    both = torch.maximum(low, down_low) <= torch.minimum(high, down_high)
+    return {"up": (~fits).sum(1), "down": (~torch.where(fits, both, down_low <= down_high)).sum(1)}
+
+
+def _factors(source_EOI: Tensor, parts: dict[str, Tensor], fmt: Format, dim: int) -> tuple[Tensor, Tensor]:
+    """The least and largest positive factor with which all codes along `dim` are the nearest; least > largest: none.
+
+    A code is that of source times factor, rounded to bf16, so it leaves the factor a range one level wide, an eighth of
+    a large weight. The ranges of other weights lie elsewhere: of many, what they share is next to nothing.
+    """
+    grid, codes = Grid.of(parts, fmt).wide(fmt), unpack_nibbles(parts["codes"]).int()
+    ends = [edge[codes] if grid.zero is None else edge[codes] - grid.zero for edge in _edges(fmt)]
+    divisor = torch.where(source_EOI == 0, 1.0, source_EOI)
+    one, other = (end * grid.scale / divisor for end in ends)
+    low, high = torch.minimum(one, other) / (1 + BF16_ROUNDING), torch.maximum(one, other) / (1 - BF16_ROUNDING)
+    zero = (source_EOI == 0) & (low <= 0) & (high >= 0)  # stays zero whatever the factor
+    low, high = low.masked_fill(zero, 0.0), high.masked_fill(zero, torch.inf)
+    return low.amax(dim).clamp(min=0.0), high.amin(dim)
+
+
+def _edges(fmt: Format) -> tuple[Tensor, Tensor]:
+    """Where the rounding interval of each of the 16 codes ends, in levels: two tensors [16], in no order."""
+    if fmt.name == "int4":
+        level = torch.arange(-8.0, 8.0)
+        low, high = level - 0.5, level + 0.5
+        low[0], high[15] = -torch.inf, torch.inf
+        return low, high
+    value = torch.tensor(E2M1_VALUES)
+    middle = (value[1:] + value[:-1]) / 2
+    inner, outer = torch.cat((torch.zeros(1), middle)), torch.cat((middle, torch.tensor([torch.inf])))
+    return torch.cat((inner, -inner)), torch.cat((outer, -outer))
 
 
 def _audits(
-    source: torch.Tensor, parts: dict[str, torch.Tensor], fmt: Format, *, nearest: bool, signed: bool
+    source: Tensor, parts: dict[str, Tensor], fmt: Format, *, nearest: bool, signed: bool, unfit: Tensor | None
 ) -> list[Audit]:
+    """`unfit`: channels with a wrong code, where the source is known but for a factor a channel."""
     grid = Grid.of(parts, fmt)
     error2 = (decode(parts, fmt) - source).square().sum((1, 2), dtype=torch.float64)
     weight2 = source.square().sum((1, 2), dtype=torch.float64)
     good = (torch.isfinite(grid.scale) & ((grid.scale != 0) if signed else (grid.scale > 0))).flatten(1).all(1)
     outside = torch.zeros(len(source), dtype=torch.int64)
-    if nearest:
+    if unfit is not None:
+        outside = unfit
+    elif nearest:
         codes, wanted = unpack_nibbles(parts["codes"]), grid.wide(fmt).encode(source.to(torch.bfloat16).float(), fmt)
         outside = (codes != wanted).flatten(1).sum(1)
     return [Audit(0.0, *row) for row in zip(outside.tolist(), error2.tolist(), weight2.tolist(), good.tolist(),
                                             strict=True)]  # fmt: skip
 
 
-def norm_exponents(source: Array, stored: Array) -> Array | None:
-    """Exponents k with stored = source / 2^k, int32, of bf16 bits; None where no powers of two do that exactly."""
-    ours, theirs = (torch.from_numpy(bits).view(torch.bfloat16).to(torch.float32) for bits in (source, stored))
-    k = -exponents(ours, theirs)
-    return k.numpy() if torch.equal(scaled(theirs, k), ours) else None
+def norm_fold(source: Array, stored: Array, dtype: str, *, real: bool) -> Array | None:
+    """What the bytes of a norm were divided by: exponents, int32, or `real` factors, float32; None for anything else.
+
+    Powers of two must give the source back exactly; factors are positive and at most 2^12, but for the norm's rounding.
+    """
+    ours, theirs = (torch.from_numpy(raw).view(_DTYPES[dtype]) for raw in (source, stored))
+    fold = divided_by(ours, theirs, real=real)
+    if not real:
+        return fold.numpy() if torch.equal(scaled(theirs.float(), fold), ours.float()) else None
+    within = bool((torch.log2(fold).abs() <= LIMIT + BF16_ROUNDING * 2).all())  # false for NaN, of a negative factor
+    return fold.numpy() if within and torch.equal(scaled(ours, inverse(fold)), theirs) else None
 
 
-def is_scaled(source: Array, stored: Array, dtype: str, k: Array) -> bool:
-    """Whether a router's `stored` bytes are `source` times 2^k by column, exactly."""
-    kind = {"BF16": torch.bfloat16, "F32": torch.float32}[dtype]
-    ours, theirs = (torch.from_numpy(raw).view(kind).view(-1, len(k)) for raw in (source, stored))
-    return torch.equal(scaled(ours, torch.from_numpy(k)), theirs) and bool(torch.isfinite(theirs).all())
+_DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32}
+
+
+def misscaled(source: Array, stored: Array, dtype: str, fold: Array) -> int:
+    """Columns of a router's `stored` bytes that are not `source` times the fold's factors, rounded once."""
+    ours, theirs = (torch.from_numpy(raw).view(_DTYPES[dtype]).view(-1, len(fold)) for raw in (source, stored))
+    same = (scaled(ours, torch.from_numpy(fold)) == theirs) & torch.isfinite(theirs)
+    return int((~same.all(0)).sum())
+
+
+def unproven(recipe: Recipe, layers: Iterable[int]) -> list[str]:
+    """What no check of the files alone can prove, of what the recipe folds."""
+    if not recipe.real_fold:
+        return []
+    told, between = [], "the factors between up_proj and down_proj, which no tensor holds: "
+    if any(recipe.folds_norm(layer) for layer in layers):
+        told.append("the share of tokens whose top-k changed: norm and router make up for each other but for one "
+                    "rounding, and what that does to routing takes the tokens to measure")  # fmt: skip
+    if recipe.folds_down and recipe.method == "awq":
+        told.append(f"{between}each channel has one with which all its codes are the nearest, but for bf16's rounding")
+    elif recipe.folds_down:
+        told.append(f"{between}they are estimated, and with them both are near the source's")
+    return told

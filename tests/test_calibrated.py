@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,18 +11,22 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 import mimoquant
 from mimoquant import calibrated, pipeline
 from mimoquant.calibration import statistics
 from mimoquant.calibration.tokens import TokenSet, load_tokens
-from mimoquant.checkpoint.index import open_index
+from mimoquant.checkpoint.index import INDEX_NAME, open_index
 from mimoquant.checkpoint.journal import RunFolder, read_journal
 from mimoquant.checkpoint.reader import CheckpointReader
+from mimoquant.describe import verify_text
 from mimoquant.errors import QualityError, RecipeError, UsageError
 from mimoquant.evaluation.evaluate import eval_kl, open_layout
-from mimoquant.model.decoder_layer import Dispatch, ExpertChunk, Router, Routing, route
+from mimoquant.model.decoder_layer import Dispatch, ExpertChunk, Router, Routing, add_experts, attention_block, route
+from mimoquant.model.layer_stream import Stream, add_blocks, attend_and_route, dense_layer
 from mimoquant.model.layout import norm_name, router_name
+from mimoquant.model_weights import CheckpointWeights
 from mimoquant.plan import CHUNK_BYTES, Plan, make_plan
 from mimoquant.quant.expert_methods import encode_with, loss
 from mimoquant.quant.formats import Format
@@ -39,6 +44,7 @@ default_stage: {{default_modifiers: {{AWQModifier: {{mappings: [{NORM}, {DOWN}],
   QuantizationModifier: {{scheme: W4A16, {TARGETS}}}}}}}
 mimoquant: {{carve_outs: {{3: bf16}}}}
 """
+REAL = AWQ.replace("carve_outs", "fold: exact-real, carve_outs")
 ORIGINAL = "calibration: {propagate: original, shrinkage: 1}"
 GRAM = f"default_stage: {{default_modifiers: {{QuantizationModifier: {{scheme: MXFP4A16, {TARGETS}}}}}}}\n" + (
     "mimoquant: {scale_search: gram}"
@@ -46,8 +52,8 @@ GRAM = f"default_stage: {{default_modifiers: {{QuantizationModifier: {{scheme: M
 FEW = {"sequences": 32, "tokens": 64}
 
 
-def run(recipe: Recipe, out: Path, chunk_bytes: int = CHUNK_BYTES, **settings: object) -> Plan:
-    plan = make_plan(MICRO, recipe.calibrated_on(FEW | settings), chunk_bytes=chunk_bytes)
+def run(recipe: Recipe, out: Path, chunk_bytes: int = CHUNK_BYTES, source: Path = MICRO, **settings: object) -> Plan:
+    plan = make_plan(source, recipe.calibrated_on(FEW | settings), chunk_bytes=chunk_bytes)
     pipeline.quantize(plan, out, device="cpu")
     return plan
 
@@ -72,6 +78,31 @@ def folded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """AWQ with a planted channel: a norm gain 64 times as large, and weights that make up for it."""
     out = tmp_path_factory.mktemp("awq") / "out"
     run(parse_recipe(AWQ, "awq"), out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def bf16_router(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The micro checkpoint with routers in bf16, in which nothing but powers of two can be made up for exactly."""
+    source = tmp_path_factory.mktemp("bf16") / "source"
+    shutil.copytree(MICRO, source)
+    for path in source.glob("*.safetensors"):
+        tensors = load_file(path)
+        routers = {
+            name: values.to(torch.bfloat16) for name, values in tensors.items() if name.endswith("mlp.gate.weight")
+        }
+        if routers:
+            save_file(tensors | routers, path, {"format": "pt"})
+    index = json.loads((source / INDEX_NAME).read_text())
+    index["metadata"]["total_size"] = sum(info.size_bytes for info in open_index(source).tensors.values())
+    (source / INDEX_NAME).write_text(json.dumps(index))
+    return source
+
+
+@pytest.fixture(scope="module")
+def real(bf16_router: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("real") / "out"
+    run(parse_recipe(REAL, "awq"), out, source=bf16_router)
     return out
 
 
@@ -124,11 +155,21 @@ class _StopError(Exception):
     pass
 
 
-@pytest.mark.parametrize(("kind", "finished"), [("gptq", 1), ("gptq", 4), ("awq", 3), ("awq", 5), ("small chunks", 5)])
+@pytest.mark.parametrize(("kind", "finished"), [
+    ("gptq", 1), ("gptq", 4), ("awq", 3), ("awq", 5), ("small chunks", 5),
+    ("real", 3), ("real", 5), ("real original", 4),
+])  # fmt: skip
 def test_a_resumed_run_writes_the_same_bytes(
-    kind: str, finished: int, gptq: Path, folded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    kind: str, finished: int, gptq: Path, folded: Path, real: Path, bf16_router: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     whole, recipe = (gptq, load_recipe("gptq-int4-g128")) if kind == "gptq" else (folded, parse_recipe(AWQ, "awq"))
+    source = bf16_router if kind.startswith("real") else MICRO
+    if kind.startswith("real"):
+        whole, recipe = real, parse_recipe(REAL, "awq")
+    if kind == "real original":
+        whole, recipe = tmp_path / "whole", parse_recipe(REAL.replace("carve_outs", f"{ORIGINAL}, carve_outs"), "awq")
+        run(recipe, whole, source=source)
     chunk = 2**18 if kind == "small chunks" else CHUNK_BYTES  # two or three experts
     if kind == "small chunks":
         whole, recipe = tmp_path / "whole", parse_recipe(AWQ.replace("carve_outs", f"{ORIGINAL}, carve_outs"), "awq")
@@ -142,11 +183,11 @@ def test_a_resumed_run_writes_the_same_bytes(
 
     monkeypatch.setattr(RunFolder, "record", stop)
     with pytest.raises(_StopError):
-        run(recipe, tmp_path / "out", chunk)
+        run(recipe, tmp_path / "out", chunk, source)
     monkeypatch.undo()
-    plan = make_plan(MICRO, recipe.calibrated_on(FEW), chunk_bytes=chunk)
+    plan = make_plan(source, recipe.calibrated_on(FEW), chunk_bytes=chunk)
     with pytest.raises(UsageError, match="cannot be resumed, recipe was"):
-        pipeline.quantize(make_plan(MICRO, recipe.calibrated_on(FEW | {"sequences": 16})), tmp_path / "out",
+        pipeline.quantize(make_plan(source, recipe.calibrated_on(FEW | {"sequences": 16})), tmp_path / "out",
                           device="cpu", resume=True)  # fmt: skip
     pipeline.quantize(plan, tmp_path / "out", device="cpu", resume=True)
     assert (tmp_path / "out" / "journal.jsonl").read_bytes() == (whole / "journal.jsonl").read_bytes()
@@ -262,7 +303,7 @@ def test_a_recipe_that_needs_no_tokens_refuses_them() -> None:
     ("text", "said"),
     [
         (AWQ.replace(r"'re:.*mlp\.gate$',", ""), "leaves the router"),
-        (AWQ.replace("carve_outs: {3: bf16}", "fold: exact-real"), "no powers of two"),
+        (AWQ.replace("carve_outs: {3: bf16}", "fold: real"), "fold 'real' is unknown"),
         (AWQ.replace("n_grid: 4", "n_grid: 0"), "n_grid is 0"),
         (GRAM.replace("scale_search: gram", "scale_search: gram, refine: -1"), "refine is -1"),
         (GRAM.replace("scale_search: gram", "scale_search: gram, refine: 3"), "refine has no meaning"),
@@ -291,6 +332,141 @@ def test_a_recipe_that_needs_no_tokens_refuses_them() -> None:
 def test_settings_that_would_be_dropped_or_go_wrong_are_refused(text: str, said: str) -> None:
     with pytest.raises(RecipeError, match=said.replace("(", r"\(")):
         parse_recipe(text, "r")
+
+
+# --- folds by real factors --------------------------------------------------------------------------------------------
+
+
+def rerouted(source: Path, out: Path, layer: int) -> float:
+    """The share of calibration tokens, counted one by one, whose experts differ by source's and out's norm and router.
+
+    The tokens come through what was written.
+    """
+    tokens = load_tokens(["mixed-v1"], source, sequences=32, tokens=64, vocab=1024)
+    held = np.arange(32) % 16 == 15
+    differ = 0
+    with CheckpointReader(open_index(source)) as ours, CheckpointReader(open_index(out)) as theirs:
+        before = CheckpointWeights(ours, open_layout(source), torch.device("cpu"))
+        after = CheckpointWeights(theirs, open_layout(out), torch.device("cpu"))
+        for part in (~held, held):
+            ids = torch.from_numpy(tokens.ids[part])
+            stream = Stream(after, [after.tensor("model.embed_tokens.weight")[ids].float()])
+            dense_layer(stream, after.layer(0))
+            for number in range(1, layer):
+                blocks = attend_and_route(stream, after.layer(number), torch.bfloat16)
+                for chunk in after.expert_chunks(number):
+                    add_experts(blocks[0].out, blocks[0].tokens, blocks[0].dispatch, chunk)
+                add_blocks(stream, blocks)
+            chosen = []
+            for weights in (before.layer(layer), after.layer(layer)):
+                assert isinstance(weights.mlp, Router)
+                seen = attention_block(stream.batches[0], weights, after.config)[1].flatten(0, 1)
+                chosen.append([set(row) for row in route(seen, weights.mlp, 2).experts.tolist()])
+            differ += sum(one != other for one, other in zip(*chosen, strict=True))
+    return differ / tokens.ids.size
+
+
+def told_changed(out: Path) -> dict[int, float]:
+    layers = json.loads((out / "report.json").read_text())["calibration"]
+    return {int(name.split()[1]): facts["topk_changed"] for name, facts in layers.items()}
+
+
+def test_the_share_of_tokens_that_change_experts_is_the_true_one(bf16_router: Path, real: Path) -> None:
+    told = told_changed(real)
+    assert list(told) == [1, 2, 4] and 0 < max(told.values()) < 0.05
+    for layer, share in told.items():
+        assert share == float(f"{rerouted(bf16_router, real, layer):.4g}")
+
+
+def test_powers_of_two_change_no_tokens_experts(folded: Path, gptq: Path, bf16_router: Path, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibrated.Calibrator, "_fold_of", lambda self, layer: torch.arange(256, dtype=torch.int32) % 3)
+        run(parse_recipe(AWQ, "awq"), tmp_path / "out", source=bf16_router)
+    for source, out in ((MICRO, folded), (bf16_router, tmp_path / "out")):
+        assert set(told_changed(out).values()) == {0.0}
+        assert rerouted(source, out, 1) == rerouted(source, out, 4) == 0.0
+    assert "topk_changed" not in (gptq / "report.json").read_text()
+
+
+def test_a_float32_router_makes_up_for_real_factors(tmp_path: Path) -> None:
+    run(parse_recipe(REAL, "awq"), tmp_path / "out")
+    assert verify(tmp_path / "out", MICRO).ok
+    assert max(told_changed(tmp_path / "out").values()) < 0.001
+    assert j_of(tmp_path / "out") < 0.045
+
+
+@pytest.mark.parametrize("kind", ["awq", "gptq", "mxfp4", "asymmetric", "original"])
+def test_real_factors_are_proven_and_what_is_not_is_said(
+    kind: str, bf16_router: Path, real: Path, tmp_path: Path
+) -> None:
+    text = {
+        "gptq": REAL.replace("QuantizationModifier", "GPTQModifier"),
+        "mxfp4": REAL.replace("W4A16", "MXFP4A16"),
+        "asymmetric": REAL.replace("W4A16", "W4A16_ASYM"),
+        "original": REAL.replace("carve_outs", f"{ORIGINAL}, carve_outs"),
+    }.get(kind)
+    out = real if text is None else tmp_path / "out"
+    if text is not None:
+        run(parse_recipe(text, kind), out, source=bf16_router)
+    report = verify(out, bf16_router)
+    assert report.ok, report.problems
+    assert report.checked["folded tensors"] == 2 * 3
+    routing, factors = report.unproven
+    assert "top-k changed" in routing and ("estimated" in factors) == (kind == "gptq")
+    assert verify_text(report.as_json() | {"out": "o"}).count("unproven") == 2
+    assert "scaled against each other by real factors" in (out / "README.md").read_text()
+
+
+def test_what_is_exact_has_nothing_unproven(folded: Path) -> None:
+    assert verify(folded, MICRO).unproven == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ("router", "mlp.gate.weight: does not make up for what"),
+        ("norm", "mlp.gate.weight: does not make up for what"),
+        ("norm sign", "post_attention_layernorm.weight: is not the source's, nor that by factors"),
+        ("gate codes", "gate_proj.weight: at least 1 codes are not the nearest"),
+        ("up codes", "up_proj.weight: at least 1 codes are not the nearest"),
+        ("down codes", "down_proj.weight: at least 1 codes are not the nearest"),
+        ("up scales", "down_proj.weight: at least 1 codes are not the nearest"),
+    ],
+)
+def test_damage_to_an_output_with_real_factors_is_found(
+    damage: str, said: str, real: Path, bf16_router: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(real, out)
+    expert = f"model.layers.2.mlp.experts.1.{damage.split()[0]}_proj.weight_"
+    name = {"router": router_name(2), "norm": norm_name(2)}.get(damage.split()[0])
+    name = name or expert + ("scale" if "scales" in damage else "packed")
+    info = open_index(out).tensors[name]
+    raw = bytearray((out / info.file).read_bytes())
+    if damage == "up scales":  # a whole row 1/16 larger or so: codes are the nearest, but not with down's factor
+        row = info.size_bytes // info.shape[0]
+        for place in range(info.offset, info.offset + row, 2):
+            raw[place] ^= 0x08
+    elif damage.endswith("codes"):  # a level more or less
+        raw[info.offset + 3] ^= 1
+    else:
+        raw[info.offset + (1 if "sign" in damage else 0)] ^= 0x80 if "sign" in damage else 1
+    (out / info.file).write_bytes(raw)
+    problems = verify(out, bf16_router).problems
+    assert any(said in problem for problem in problems), problems
+
+
+def test_real_factors_that_leave_a_channel_alone(bf16_router: Path, tmp_path: Path) -> None:
+    """A norm gain of zero has no quotient: it stays, and so do its columns."""
+    source = tmp_path / "source"
+    shutil.copytree(bf16_router, source)
+    info = open_index(source).tensors[norm_name(2)]
+    raw = bytearray((source / info.file).read_bytes())
+    raw[info.offset + 14 : info.offset + 16] = bytes(2)
+    (source / info.file).write_bytes(raw)
+    run(parse_recipe(REAL, "awq"), tmp_path / "out", source=source)
+    report = verify(tmp_path / "out", source)
+    assert report.ok, report.problems
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------

@@ -75,6 +75,13 @@ CASES = {
     "extremes": report_of({"layer 1": layer_of([1, 10**9], relmse=[5e-324, 1.7e308], relmse_plain=[0.0, 1e300])}),
     "all equal": report_of({"layer 1": layer_of([500] * 4, relmse=[0.001] * 4)}),
     "uneven": report_of({"layer 1": layer_of([1, 2, 3]), "layer 2": layer_of([500])}),
+    "folded norms": report_of(
+        {
+            "layer 1": layer_of([300, 400], topk_changed=0.0034),
+            "layer 2": layer_of([300, 400]),
+            "layer 3": layer_of([300, 400], topk_changed=0.0),
+        }
+    ),
     "nothing": report_of(None),
     "hostile": some() | {"out": HOSTILE, "notes": [HOSTILE], "method": HOSTILE, "formats": {HOSTILE: [1]}},
 }
@@ -188,6 +195,17 @@ def test_the_table_equals_the_facts() -> None:
     ]  # fmt: skip
     assert second[:3] == ["3", "260", "260.4"] and second[6:9] == ["0", "0", "4"]
     assert second[-4:] == ["n/a", "n/a", "0", "0"]
+
+
+def test_what_folded_norms_do_to_routing_is_told_where_there_are_any() -> None:
+    reader = Reader(coverage_page(CASES["folded norms"]))
+    assert [row[-1] for row in reader.table[1:]] == ["changed", "0.34 %", "n/a", "0.00 %"]
+    assert "of tokens, by folded norms; worst layer 0.34 %" in reader.text
+    assert "Top-k" not in coverage_page(some()) and "top-k" not in coverage_page(some())
+    line = next(line for line in quantize_text(CASES["folded norms"]).splitlines() if line.startswith("coverage"))
+    assert line.endswith("; top-k changed for 0.17 % of tokens")
+    exact = report_of({"layer 1": layer_of([300, 400], topk_changed=0.0)})
+    assert "top-k" not in quantize_text(exact) and "0.00 %" in Reader(coverage_page(exact)).table[-1]
 
 
 def test_the_headline_is_over_all_experts() -> None:

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mimoquant.model.decoder_layer import Dispatch, ExpertChunk, float32_parts, product
+from mimoquant.model.decoder_layer import Dispatch, ExpertChunk, Routing, float32_parts, product
 
 Rows = Callable[[Tensor, list[int]], Tensor]  # tokens [m, c, H] of the experts named → what a projection sees [m, c, K]
 
@@ -67,6 +67,15 @@ def effective_counts(dispatches: Sequence[Dispatch], begin: int, end: int) -> li
         totals.append(torch.stack((gains.sum() ** 2, gains.square().sum())))
     first, second = torch.stack(totals).T
     return [float(value) for value in first / second.clamp(min=1e-30)]
+
+
+def changed(before: Sequence[Routing], after: Sequence[Routing]) -> float:
+    """The share of tokens whose set of experts differs; the order in it means nothing."""
+    differ = [
+        (old.experts.sort(-1).values != new.experts.sort(-1).values).any(-1)
+        for old, new in zip(before, after, strict=True)
+    ]
+    return sum(int(tokens.sum()) for tokens in differ) / sum(len(tokens) for tokens in differ)
 
 
 def shares(count_E: Sequence[int], n0: float) -> list[float]:

@@ -29,6 +29,7 @@ from mimoquant.model.decoder_layer import (
     add_experts,
     attention_block,
     dense_mlp,
+    rms_norm,
     route,
 )
 from mimoquant.overlap import read_ahead
@@ -174,20 +175,41 @@ def attend_and_route(stream: Stream, weights: LayerWeights, dtype: torch.dtype =
     Hidden states may live on the host, blocks are on the source's device. Routing is by float32 states; the blocks'
     tokens are kept in `dtype`.
     """
+
+    def attended(batch: int) -> Tensor:
+        hidden, normed = attention_block(stream.batches[batch].to(stream.source.device), weights, stream.source.config)
+        stream.put(batch, hidden)
+        return normed
+
+    return _routed(stream, weights, dtype, attended)
+
+
+def route_again(stream: Stream, weights: LayerWeights, dtype: torch.dtype = torch.float32) -> list[Block]:
+    """What `attend_and_route` gives with another norm and router, of a stream that is past attention already."""
+
+    def normed(batch: int) -> Tensor:
+        return rms_norm(stream.batches[batch].to(stream.source.device), weights.post_norm, stream.source.config.eps)
+
+    return _routed(stream, weights, dtype, normed)
+
+
+def _routed(
+    stream: Stream, weights: LayerWeights, dtype: torch.dtype, normed_of: Callable[[int], Tensor]
+) -> list[Block]:
+    """Blocks of what `normed_of` makes of each batch [B, T, H], routed."""
     assert isinstance(weights.mlp, Router)
-    config, device, experts = stream.source.config, stream.source.device, len(weights.mlp.weight)
     stream.routing, blocks = [], []
     for members in _grouped(stream.batches):
         rows, chosen = [], []
         for i in members:
-            hidden, normed = attention_block(stream.batches[i].to(device), weights, config)
-            stream.put(i, hidden)
-            chosen.append(route(normed.flatten(0, 1), weights.mlp, config.top_k))
-            rows.append(normed.flatten(0, 1).to(dtype))
+            normed = normed_of(i).flatten(0, 1)
+            chosen.append(route(normed, weights.mlp, stream.source.config.top_k))
+            rows.append(normed.to(dtype))
         routing = Routing(torch.cat([r.experts for r in chosen]), torch.cat([r.weights for r in chosen]))
         stream.routing.append(routing)
         tokens = torch.cat(rows)
-        blocks.append(Block(tokens, torch.zeros_like(tokens, dtype=torch.float32), Dispatch.of(routing, experts)))
+        dispatch = Dispatch.of(routing, len(weights.mlp.weight))
+        blocks.append(Block(tokens, torch.zeros_like(tokens, dtype=torch.float32), dispatch))
     return blocks
 
 

@@ -6,7 +6,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from mimoquant.quant.awq import best_fold, candidates, power, scaled_gram
+from mimoquant.model.decoder_layer import Dispatch, ExpertChunk, Router, add_experts, rms_norm, route
+from mimoquant.quant.awq import (
+    LIMIT,
+    best_fold,
+    candidates,
+    divided_by,
+    factors,
+    inverse,
+    moved,
+    power,
+    scaled,
+    scaled_gram,
+    settled,
+)
 from mimoquant.quant.engine_torch import decode, encode
 from mimoquant.quant.expert_methods import loss
 from mimoquant.quant.formats import Format
@@ -75,3 +88,84 @@ def test_powers_of_two_are_exact_and_bounded() -> None:
         assert k.abs().max() <= 12
         values = torch.randn(4).to(torch.bfloat16)
         assert torch.equal((values * power(k[0])).to(torch.bfloat16).float() * power(-k[0]), values.float())
+
+
+# --- real factors -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.label)
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_real_factors_lower_the_loss_of_planted_channels_as_powers_of_two_do(
+    fmt: Format, shared: bool, seed: int
+) -> None:
+    weight, inputs = planted(seed)
+    gram = inputs.float().transpose(1, 2) @ inputs.float()
+
+    def after(real: bool) -> float:
+        fold = best_fold(weight, gram, by_gram(fmt), n_grid=8, duo=False, shared=shared, real=real)  # type: ignore[arg-type]
+        assert fold.dtype == (torch.float32 if real else torch.int32)
+        folded = scaled(weight, fold[..., None, :])
+        return float(loss(folded, rounded(folded, fmt), scaled_gram(gram, fold)).sum())
+
+    none = float(loss(weight, rounded(weight, fmt), gram).sum())
+    assert after(real=True) < 0.95 * none
+    assert after(real=True) < 1.03 * after(real=False)
+
+
+@pytest.mark.parametrize("duo", [False, True])
+def test_real_candidates_are_those_of_powers_of_two_before_they_are_rounded(duo: bool) -> None:
+    weight, inputs = planted()
+    diagonal = inputs.float().square().sum(1)
+    diagonal[0, 3], diagonal[1, :2] = 0.0, torch.tensor([1e-3, 1e30])
+    mean = weight.abs().float().mean(1) if duo else None
+    pairs = list(zip(candidates(diagonal, mean, 5), candidates(diagonal, mean, 5, real=True), strict=True))
+    assert not moved(pairs[0][0]).any() and not moved(pairs[0][1]).any()
+    for k, s in pairs:
+        assert s.dtype == torch.float32 and s[0, 3] == 1
+        assert (torch.log2(s) - k).abs().max() < 0.5001 and torch.log2(s).abs().max() <= LIMIT
+    assert any((torch.log2(s) - k).abs().max() > 0.3 for k, s in pairs)
+
+
+def test_a_settled_factor_is_that_of_the_norm_that_is_stored() -> None:
+    """Over all bf16 gains: the rounded quotient is stored, and dividing again or reading back changes nothing."""
+    norm = torch.arange(2**16).to(torch.uint16).view(torch.bfloat16)
+    norm = norm[torch.isfinite(norm) & (norm.float().abs() > 1e-30) & (norm.float().abs() < 1e30) | (norm == 0)]
+    wanted = torch.exp2(torch.rand(len(norm), generator=torch.Generator().manual_seed(0)) * 2 * LIMIT - LIMIT)
+    fold = settled(wanted, norm)
+    stored = scaled(norm, inverse(fold))
+    assert torch.equal(stored, scaled(norm, inverse(wanted)))
+    assert torch.equal(divided_by(norm, stored, real=True), fold) and torch.equal(settled(fold, norm), fold)
+    assert torch.allclose(stored.float() * fold, norm.float(), rtol=2e-7, atol=0)
+    assert (fold / wanted - 1).abs()[norm != 0].max() <= 2**-8 and (fold[norm == 0] == 1).all()
+    k = torch.log2(wanted).round().to(torch.int32)
+    assert settled(k, norm) is k
+    assert torch.equal(divided_by(norm, scaled(norm, -k), real=False), torch.where(norm == 0, 0, k))
+
+
+def test_a_layer_folded_by_real_factors_is_the_same_function() -> None:
+    """Norm, router, gate and up by one fold, up and down by another: float32 before any 4-bit rounding."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    hidden, norm = normal(256, 64), normal(64).exp().to(torch.bfloat16)
+    router, bias, experts = normal(8, 64) / 8, normal(8) / 10, 8
+    gate, up, down = normal(8, 32, 64) / 8, normal(8, 32, 64) / 8, normal(8, 64, 32) / 8
+    outside = settled((2 * normal(64)).exp(), norm)
+    inside = (2 * normal(8, 32)).exp()
+
+    def layer(norm: Tensor, router: Tensor, chunk: ExpertChunk) -> tuple[Tensor, Tensor]:
+        tokens = rms_norm(hidden, norm, 1e-6)
+        routing = route(tokens, Router(router, bias), 2)
+        out = torch.zeros_like(tokens)
+        add_experts(out, tokens, Dispatch.of(routing, experts), chunk)
+        return routing.experts, out
+
+    chosen, expected = layer(norm, router, ExpertChunk(0, gate, up, down))
+    folded = ExpertChunk(0, scaled(gate, outside), scaled(scaled(up, outside), inverse(inside)[:, :, None]),
+                         scaled(down, inside[:, None, :]))  # fmt: skip
+    again, out = layer(scaled(norm, inverse(outside)), scaled(router, outside), folded)
+    assert (factors(outside) - 1).abs().max() > 10 and torch.equal(chosen, again)
+    assert torch.allclose(out, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
