@@ -26,3 +26,20 @@ class Engine(StrEnum):
     VLLM = "vllm"
     SGLANG = "sglang"
     TRANSFORMERS = "transformers"
+
+
+class Server(StrEnum):
+    """`launch --engine`: those that have a server."""
+
+    VLLM = "vllm"
+    SGLANG = "sglang"
+
+
+class Gpu(StrEnum):
+    """`launch --gpu`."""
+
+    A100 = "a100"
+    H100 = "h100"
+    H200 = "h200"
+    B200 = "b200"
+    GB10 = "gb10"

@@ -22,7 +22,7 @@ import typer
 from typer.core import TyperGroup
 
 import mimoquant
-from mimoquant.choices import Container, Engine, Layout
+from mimoquant.choices import Container, Engine, Gpu, Layout, Server
 from mimoquant.errors import MimoquantError
 from mimoquant.page_files import check_page, check_writable, write_page
 from mimoquant.progress import Lines, Progress, tell
@@ -206,6 +206,26 @@ def verify(
     if engine is not None and not facts["engine"]["ok"]:
         failed = [problem for problem in facts["engine"]["problems"] if problem["verdict"] != "warning"]
         raise CheckpointError(f"{out}: {engine.value} would refuse or corrupt it, {len(failed)} problems were found")
+
+
+@app.command()
+def launch(
+    out: Annotated[Path, typer.Argument(help="What quantize wrote.", metavar="OUT")],
+    engine: Annotated[Server, typer.Option(help="The server.")],
+    gpu: Annotated[Gpu, typer.Option(help="The kind of GPU.")],
+    gpus: Annotated[int, typer.Option(min=1, help="How many, over all nodes.", metavar="N")],
+    mtp: Annotated[bool, typer.Option("--mtp", help="Speculate with the checkpoint's MTP layers.")] = False,
+    dflash: Annotated[Path | None, typer.Option(help="Speculate with this draft model.", metavar="DIR")] = None,
+    engine_version: VersionOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Print the command that serves a checkpoint: parallelism, back ends, context, parsers. Reads headers only."""
+    from mimoquant.serving.facts import read_served
+    from mimoquant.serving.launch import launch as make
+    from mimoquant.serving.launch import launch_text
+
+    made = make(read_served(out), engine.value, gpu.value, gpus, version=engine_version, mtp=mtp, dflash=dflash)
+    _print(made.as_json(), launch_text, as_json)
 
 
 @app.command("eval-kl")

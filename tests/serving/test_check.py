@@ -13,6 +13,7 @@ import pytest
 from headers import Header, at_scale, copied, output
 from typer.testing import CliRunner
 
+import mimoquant
 from mimoquant import pipeline
 from mimoquant.cli import app
 from mimoquant.errors import CheckpointError
@@ -322,8 +323,20 @@ def test_plan_warns(outputs: dict[str, Path]) -> None:
     assert [(engine["engine"], engine["problems"]) for engine in facts["engines"]] == [("vllm", []), ("sglang", [])]
 
 
+def test_launch_prints_a_command(outputs: dict[str, Path]) -> None:
+    text = call("launch", outputs["int4"], "--engine", "vllm", "--gpu", "h100", "--gpus", "2", "--mtp")
+    assert text.exit_code == 0 and f"vllm serve {outputs['int4']} \\" in text.stdout, text.output
+    facts = json.loads(call("launch", outputs["int4"], "--engine", "sglang", "--gpu", "a100", "--gpus", "1",
+                            "--json").stdout)  # fmt: skip
+    assert facts["schema_version"] == 1 and facts["command"][:3] == ["python3", "-m", "sglang.launch_server"]
+    refused = call("launch", outputs["flash"], "--engine", "vllm", "--gpu", "h100", "--gpus", "1")
+    assert refused.exit_code == 3 and "holds no 4-bit experts" in refused.stderr
+    wrong = call("launch", mimoquant.micro_checkpoint(), "--engine", "vllm", "--gpu", "h800", "--gpus", "1")
+    assert wrong.exit_code == 2
+
+
 def test_the_checks_load_nothing_heavy() -> None:
-    code = "import sys, mimoquant.serving.check; print(*sys.modules)"
+    code = "import sys, mimoquant.serving.launch; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     heavy = ("torch", "numba", "llvmlite", "transformers", "compressed_tensors", "safetensors")
     assert [name for name in heavy if name in loaded] == []
