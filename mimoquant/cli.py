@@ -15,7 +15,6 @@ import signal
 import sys
 import time
 from dataclasses import asdict
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,7 +22,9 @@ import typer
 from typer.core import TyperGroup
 
 import mimoquant
+from mimoquant.choices import Container, Engine, Gpu, Layout, Server
 from mimoquant.errors import MimoquantError
+from mimoquant.page_files import check_page, check_writable, write_page
 from mimoquant.progress import Lines, Progress, tell
 
 if TYPE_CHECKING:
@@ -80,24 +81,10 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON documen
 RecipeOption = Annotated[
     str, typer.Option("--recipe", "-r", help="A shipped recipe's name, or a recipe file.", metavar="NAME|FILE")
 ]
+VersionOption = Annotated[
+    str | None, typer.Option(help="Of the engine; by default the newest that is known here.", metavar="X")
+]
 UnknownOption = Annotated[bool, typer.Option("--allow-unknown", help="Copy tensors that have no known role.")]
-
-
-class Container(StrEnum):
-    """`--container`; None lets recipe, format and source decide."""
-
-    COMPRESSED_TENSORS = "compressed-tensors"
-    NATIVE = "native"
-
-
-class Layout(StrEnum):
-    """`synth --layout`: the published on-disk formats."""
-
-    FLASH = "flash"
-    V25 = "v2.5"
-    PRO = "pro"
-
-
 ContainerOption = Annotated[
     Container | None, typer.Option(help="How the experts are stored; by default what fits the format.")
 ]
@@ -173,61 +160,72 @@ def quantize(
     device = resolve_device(device)
     made = _plan(source, recipe, container, allow_unknown, {k: v for k, v in changed.items() if v is not None}, device)
     if html is not None:
-        _check_page(html, made, out)
+        check_page(html, made, out)
     for note in made.notes:
         tell(f"note: {note}")
     with Progress(made) as progress:
         report = pipeline.quantize(made, out, device=device, resume=resume, progress=progress.advance)
     facts = {**report.as_json(), "out": str(out), "elapsed_s": round(time.monotonic() - begin, 3)}
     if html is not None:
-        _write_page(html, coverage_page.coverage_page(facts))
+        write_page(html, coverage_page.coverage_page(facts))
     _print(facts, describe.quantize_text, as_json)
-
-
-def _check_page(path: Path, made: Plan, out: Path) -> None:
-    """Refuse before a long run what would only fail after it."""
-    from mimoquant.errors import UsageError
-
-    if not made.recipe.calibrated:
-        raise UsageError(
-            f"--html {path}: recipe {made.recipe.name} does not calibrate, there is nothing to show",
-            hint="leave --html out, or choose a recipe that calibrates, such as gptq-int4-g128",
-        )
-    _check_writable(path, (made.layout.index.folder, out, Path(f"{out}.partial")))
-
-
-def _check_writable(path: Path, checkpoints: tuple[Path, ...]) -> None:
-    """Try to write a page, and leave no trace of it."""
-    from mimoquant.errors import UsageError
-
-    try:
-        target = path.resolve()
-        for folder in checkpoints:
-            if target.is_relative_to(folder.resolve()):
-                raise UsageError(f"--html {path}: lies in {folder}, which holds a checkpoint and nothing else")
-        existed = path.exists()
-        path.open("ab").close()
-        if not existed:
-            path.unlink()
-    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
-        raise UsageError(f"--html {path}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
 
 
 @app.command()
 def verify(
     out: Annotated[Path, typer.Argument(help="What quantize wrote.", metavar="OUT")],
-    source: Annotated[Path, typer.Option("--source", help="The checkpoint it was made from.", metavar="SOURCE")],
+    source: Annotated[
+        Path | None, typer.Option("--source", help="The checkpoint it was made from.", metavar="SOURCE")
+    ] = None,
+    engine: Annotated[Engine | None, typer.Option(help="Fail on what this engine would refuse or corrupt.")] = None,
+    engine_version: VersionOption = None,
+    tp: Annotated[int | None, typer.Option(min=1, help="Tensor parallelism to check for.", metavar="N")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Prove a written checkpoint against its source: files, hashes, every tensor, every value."""
+    """Prove a checkpoint against its source, value by value; or, with --engine, against what an engine accepts."""
     from mimoquant import describe
-    from mimoquant.errors import CheckpointError
-    from mimoquant.verify import verify as run
+    from mimoquant.errors import CheckpointError, UsageError
 
-    report = run(out, source, progress=Lines())
-    _print(report.as_json() | {"out": str(out)}, describe.verify_text, as_json)
-    if not report.ok:
-        raise CheckpointError(f"{out}: is not what its recipe says, {len(report.problems)} problems were found")
+    if source is None and engine is None:
+        raise UsageError(f"there is nothing to hold {out} against", hint="give --source, --engine, or both")
+    if engine is None and (engine_version or tp):
+        raise UsageError("--engine-version and --tp are about an --engine", hint="name one, such as --engine vllm")
+    facts: dict[str, Any] = {"schema_version": 1, "out": str(out), "ok": True, "problems": []}
+    if source is not None:
+        from mimoquant.verify import verify as run
+
+        facts |= run(out, source, progress=Lines()).as_json()
+    if engine is not None and facts["ok"]:  # what a damaged file would do in an engine is nobody's question
+        from mimoquant.serving.check import engine_facts
+        from mimoquant.serving.facts import read_served
+
+        facts["engine"] = engine_facts(read_served(out), engine.value, engine_version, tp)
+    _print(facts, describe.verify_text, as_json)
+    if not facts["ok"]:
+        raise CheckpointError(f"{out}: is not what its recipe says, {len(facts['problems'])} problems were found")
+    if engine is not None and not facts["engine"]["ok"]:
+        failed = [problem for problem in facts["engine"]["problems"] if problem["verdict"] != "warning"]
+        raise CheckpointError(f"{out}: {engine.value} would refuse or corrupt it, {len(failed)} problems were found")
+
+
+@app.command()
+def launch(
+    out: Annotated[Path, typer.Argument(help="What quantize wrote.", metavar="OUT")],
+    engine: Annotated[Server, typer.Option(help="The server.")],
+    gpu: Annotated[Gpu, typer.Option(help="The kind of GPU.")],
+    gpus: Annotated[int, typer.Option(min=1, help="How many, over all nodes.", metavar="N")],
+    mtp: Annotated[bool, typer.Option("--mtp", help="Speculate with the checkpoint's MTP layers.")] = False,
+    dflash: Annotated[Path | None, typer.Option(help="Speculate with this draft model.", metavar="DIR")] = None,
+    engine_version: VersionOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Print the command that serves a checkpoint: parallelism, back ends, context, parsers. Reads headers only."""
+    from mimoquant.serving.facts import read_served
+    from mimoquant.serving.launch import launch as make
+    from mimoquant.serving.launch import launch_text
+
+    made = make(read_served(out), engine.value, gpu.value, gpus, version=engine_version, mtp=mtp, dflash=dflash)
+    _print(made.as_json(), launch_text, as_json)
 
 
 @app.command("eval-kl")
@@ -261,7 +259,7 @@ def eval_kl(
     begin = time.monotonic()
     _check_candidate(candidate, server, {"--model": model, "--top-k": top_k}, {"--baseline": baseline, "--html": html})
     if html is not None:
-        _check_writable(html, tuple(folder for folder in (reference, candidate, baseline) if folder is not None))
+        check_writable(html, tuple(folder for folder in (reference, candidate, baseline) if folder is not None))
     where = (reference, data or ["heldout-v1"], sequences, tokens)
     if candidate is not None:
         facts = _evaluate(*where, candidate, baseline, noise_floor, device)
@@ -274,7 +272,7 @@ def eval_kl(
     facts["elapsed_s"] = round(time.monotonic() - begin, 3)
     facts["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if html is not None:
-        _write_page(html, report_page.eval_page(facts))
+        write_page(html, report_page.eval_page(facts))
     _print(facts, report_page.eval_text if candidate is not None else server_text.server_text, as_json)
     if max_kl is not None and j > max_kl:
         least = "at least " if facts.get("server", {}).get("is_lower_bound") else ""
@@ -359,15 +357,6 @@ def _evaluate_server(
     return eval_server(reference, server, loaded, device=place,
                        progress=lambda layer, layers: lines(f"layer {layer}", layer + 1, layers),
                        asked=lambda done, all_: lines(f"sequence {done}", done, all_))  # fmt: skip
-
-
-def _write_page(path: Path, page: str) -> None:
-    from mimoquant.errors import UsageError
-
-    try:
-        path.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"--html {path}: cannot be written ({error.strerror})") from error
 
 
 @app.command()

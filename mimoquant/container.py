@@ -20,6 +20,9 @@ from mimoquant.quant.formats import Format
 COMPRESSED_TENSORS, NATIVE = "compressed-tensors", "native"
 CONTAINERS = (COMPRESSED_TENSORS, NATIVE)
 EXPERT_TARGET = r"re:.*mlp\.experts\.\d+\.(gate|up|down)_proj$"
+# Everything but the experts: SGLang 0.5.23 stops at a matrix that is in neither targets nor ignore. The name of a whole
+# layer of experts must not match either, engines look that up too.
+NOT_EXPERTS = r"re:^(?!.*\.mlp\.experts(\.|$)).*$"
 FORMAT_VERSION = "0.19.0"  # of compressed-tensors, whose layout this is
 
 _COMPRESSED_FORMAT = {"int4": "pack-quantized", "mxfp4": "mxfp4-pack-quantized", "nvfp4": "nvfp4-pack-quantized"}
@@ -95,7 +98,7 @@ def _compressed_tensors_config(formats: dict[int, Format], carve_outs: dict[int,
         "config_groups": groups,
         "format": kinds.pop() if len(kinds) == 1 else "mixed-precision",
         "global_compression_ratio": None,
-        "ignore": [_layers_target(bf16_layers)] if bf16_layers else [],
+        "ignore": [NOT_EXPERTS, *([_layers_target(bf16_layers)] if bf16_layers else [])],
         "kv_cache_scheme": None,
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",

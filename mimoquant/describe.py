@@ -14,6 +14,8 @@ import numpy as np
 from mimoquant.model.layout import ModelLayout
 from mimoquant.plan import Experts, Plan, Shapes, ranges
 from mimoquant.report import SCHEMA_VERSION, size
+from mimoquant.serving.check import engine_lines, planned_facts, planned_lines
+from mimoquant.serving.facts import planned
 
 
 def layout_facts(layout: ModelLayout) -> dict[str, Any]:
@@ -107,6 +109,7 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         "side_files": plan.side_files,
         "side_bytes": plan.side_bytes,
         "notes": plan.notes,
+        "engines": planned_facts(planned(plan)),
     }
 
 
@@ -131,6 +134,7 @@ def plan_text(facts: dict[str, Any]) -> str:
                 [(role, size(count)) for role, count in facts["output_bytes_by_role"].items()],
             ),
             *(["", *(f"note: {note}" for note in facts["notes"])] if facts["notes"] else []),
+            *planned_lines(facts["engines"]),
         ]
     )
 
@@ -193,6 +197,12 @@ def token_count(value: float) -> str:
 
 
 def verify_text(facts: dict[str, Any], limit: int = 20) -> str:
+    lines = _proof_lines(facts, limit) if "checked" in facts else []
+    return "\n".join([*lines, *(engine_lines(facts["engine"]) if "engine" in facts else [])])
+
+
+def _proof_lines(facts: dict[str, Any], limit: int) -> list[str]:
+    """What `verify --source` found."""
     problems = facts["problems"]
     checked = ", ".join(f"{count} {what}" for what, count in facts["checked"].items())
     lines = [
@@ -206,7 +216,7 @@ def verify_text(facts: dict[str, Any], limit: int = 20) -> str:
     ]
     if len(problems) > limit:
         lines.append(f"problem    ... and {len(problems) - limit} more (--json lists all)")
-    return "\n".join(lines)
+    return lines
 
 
 def synth_text(facts: dict[str, Any]) -> str:

@@ -52,14 +52,18 @@ ALLOWED: dict[str, set[str]] = {
     "synth_files": {"checkpoint", "model"},
     "synth_weights": {"errors", "checkpoint", "layer_weights", "model"},
     "synth": {"errors", "checkpoint", "layer_weights", "model", "synth_files", "synth_weights"},
-    "describe": {"model", "plan", "report"},
+    "serving": {"errors", "checkpoint.index", "container", "model.layout", "plan", "quant.formats", "report"},
+    "page_files": {"errors"},
+    "choices": set(),
+    "describe": {"model", "plan", "report", "serving"},
     # the edge, which nothing imports
-    "cli": {"errors", "calibration", "checkpoint", "coverage_page", "describe", "devices", "evaluation", "model",
-            "pipeline", "plan", "progress", "recipe", "report", "report_page", "server_text", "synth", "verify"},
+    "cli": {"errors", "calibration", "checkpoint", "choices", "coverage_page", "describe", "devices", "evaluation",
+            "model", "page_files", "pipeline", "plan", "progress", "recipe", "report", "report_page", "server_text",
+            "serving", "synth", "verify"},
     "__main__": {"cli"},
 }  # fmt: skip
 # for annotations only, under `if TYPE_CHECKING:`; nothing is loaded
-ALLOWED_FOR_TYPES: dict[str, set[str]] = {"progress": {"plan"}, "report": {"plan"}}
+ALLOWED_FOR_TYPES: dict[str, set[str]] = {"page_files": {"plan"}, "progress": {"plan"}, "report": {"plan"}}
 
 
 def modules() -> dict[str, Path]:

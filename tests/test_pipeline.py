@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -178,6 +179,17 @@ default_stage:
       scheme: W4A16
 mimoquant: {{carve_outs: {{2: {kind}}}}}
 """
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.experts", "language_model.model.layers.1.mlp.experts.0.up_proj"])
+def test_the_ignore_list_spares_the_experts(name: str) -> None:
+    """SGLang stops at a matrix in neither targets nor ignore; an ignored layer of experts would be taken for bf16."""
+    config = make_plan(MICRO, load_recipe("int4-g128-rtn")).config["quantization_config"]
+    (ignore,) = config["ignore"]
+    assert ignore.startswith("re:") and not re.match(ignore[3:], name)
+    for module in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj", "mlp.gate"):
+        assert re.match(ignore[3:], f"language_model.model.layers.0.{module}"), module
+    assert all(re.match(ignore[3:], other) for other in ("lm_head", "model.mtp.layers.0.eh_proj", "visual.merger.0"))
 
 
 @pytest.mark.parametrize("kind", ["bf16", "fp8"])

@@ -1,0 +1,43 @@
+"""Where an HTML page may be written, refused before a long run rather than after it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mimoquant.errors import UsageError
+
+if TYPE_CHECKING:
+    from mimoquant.plan import Plan
+
+
+def check_page(path: Path, made: Plan, out: Path) -> None:
+    """Refuse before a long run what would only fail after it."""
+    if not made.recipe.calibrated:
+        raise UsageError(
+            f"--html {path}: recipe {made.recipe.name} does not calibrate, there is nothing to show",
+            hint="leave --html out, or choose a recipe that calibrates, such as gptq-int4-g128",
+        )
+    check_writable(path, (made.layout.index.folder, out, Path(f"{out}.partial")))
+
+
+def check_writable(path: Path, checkpoints: tuple[Path, ...]) -> None:
+    """Try to write a page, and leave no trace of it."""
+    try:
+        target = path.resolve()
+        for folder in checkpoints:
+            if target.is_relative_to(folder.resolve()):
+                raise UsageError(f"--html {path}: lies in {folder}, which holds a checkpoint and nothing else")
+        existed = path.exists()
+        path.open("ab").close()
+        if not existed:
+            path.unlink()
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
+        raise UsageError(f"--html {path}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
+
+
+def write_page(path: Path, page: str) -> None:
+    try:
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--html {path}: cannot be written ({error.strerror})") from error

@@ -1,0 +1,250 @@
+"""What vLLM, SGLang and transformers accept of this family, as data.
+
+Key idea: every row says for which versions it holds, what happens, how that is known and where it is written. A row is
+`run` (tried with the engine, or with its own functions), `read` (in the source of the named version) or `unverified`
+(follows from what is known, tried by nobody here); whoever prints a row prints that with it. Version ranges begin where
+a row is first known to hold, not where it may first have held.
+
+Left out: what only values can show (swapped gate and up, reversed nibbles, unshared NVFP4 global scales: all load
+without a word, and `verify --source` proves them), AMD, TPU. Sources: vLLM 0.32 and 0.33, SGLang 0.5.23 and
+transformers 5.17 themselves; for older versions their pull requests and release notes.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from mimoquant.errors import UsageError
+
+VLLM, SGLANG, TRANSFORMERS = "vllm", "sglang", "transformers"
+RIGHT, REFUSED, CORRUPTED = "right", "refused", "corrupted"
+RUN, READ, UNVERIFIED = "run", "read", "unverified"
+
+Version = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """`read`: the newest version whose source these tables were taken from; the default of every check."""
+
+    label: str
+    read: str
+    mtp_layers: int  # of the checkpoint's, how many it runs
+    text_prefix: str  # what comes before `model.` where the checkpoint has towers
+    image: str
+    started: str  # its last line of start-up
+
+
+ENGINES = {
+    VLLM: Engine("vLLM", "0.33.0", 1, "language_model.", "vllm/vllm-openai:v{}", "Application startup complete."),
+    SGLANG: Engine("SGLang", "0.5.23", 3, "", "lmsysorg/sglang:v{}", "The server is fired up and ready to roll!"),
+    TRANSFORMERS: Engine("transformers", "5.17.0", 0, "", "", ""),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One fact: for `engine` from version `since` up to but not including `until`, `subject` has this `verdict`.
+
+    `what` completes the sentence "SUBJECT ..." and says what the engine does. `tp`: the attention TP that RIGHT is
+    bound to ("any", "divides the chunks", "is the chunks"); `otherwise` is the verdict at any other. `same_kv_heads`:
+    it also needs as many KV heads in sliding-window layers as there are chunks.
+    """
+
+    engine: str
+    subject: str
+    verdict: str
+    evidence: str
+    source: str
+    what: str = ""
+    since: Version = ()
+    until: Version | None = None
+    tp: str = "any"
+    otherwise: str = REFUSED
+    same_kv_heads: bool = False
+    hint: str | None = None
+
+
+# --- formats of the routed experts: "<container> <format>" ------------------------------------------------------------
+
+NATIVE_MXFP4, INT4, INT4_ASYMMETRIC = "native mxfp4", "compressed-tensors int4", "compressed-tensors int4 asymmetric"
+CT_MXFP4, CT_NVFP4, BF16, FP8 = "compressed-tensors mxfp4", "compressed-tensors nvfp4", "bf16", "fp8"
+MIXED = "mixed-precision with int4"
+
+FORMATS: tuple[Row, ...] = (
+    Row(VLLM, NATIVE_MXFP4, CORRUPTED, READ, "pull request #45200, in release 0.24.0", until=(0, 24),
+        what="is read as FP8: the key store_dtype is not known yet"),
+    Row(VLLM, NATIVE_MXFP4, RIGHT, READ, "fp8.py of 0.32, Fp8Config.store_dtype; release 0.24.0", since=(0, 24)),
+    Row(VLLM, INT4, RIGHT, RUN, "0.26 on an H100 (Marlin), 0.32 on a CPU", since=(0, 26)),
+    Row(VLLM, INT4_ASYMMETRIC, RIGHT, RUN, "0.32 on a CPU; compressed_tensors_moe_wna16.py of 0.32 takes zero points",
+        since=(0, 32)),
+    Row(VLLM, CT_MXFP4, RIGHT, RUN, "0.26 on an H100 (Marlin), 0.32 on a CPU", since=(0, 26)),
+    Row(VLLM, CT_NVFP4, RIGHT, RUN, "0.26 on an H100 (Marlin), 0.32 on a CPU", since=(0, 26)),
+    Row(VLLM, MIXED, RIGHT, READ, "compressed_tensors_moe.py of 0.32 takes the format of the group", since=(0, 32)),
+    Row(SGLANG, NATIVE_MXFP4, RIGHT, READ, "model_config.py and mimo_v2.py of 0.5.23", since=(0, 5, 23)),
+    Row(SGLANG, INT4, RIGHT, READ, "compressed_tensors.py of 0.5.23, get_moe_scheme", since=(0, 5, 23)),
+    Row(SGLANG, INT4_ASYMMETRIC, RIGHT, READ, "compressed_tensors.py of 0.5.23, get_moe_scheme", since=(0, 5, 23)),
+    Row(SGLANG, CT_MXFP4, REFUSED, READ, "mxfp4.py and mimo_v2.py of 0.5.23", since=(0, 5, 23),
+        what="makes it stop with KeyError: its MXFP4 experts are called w13_weight, the file has weight_packed",
+        hint="quantize with --container native"),
+    Row(SGLANG, CT_NVFP4, RIGHT, READ, "compressed_tensors.py of 0.5.23, CompressedTensorsW4A16Nvfp4MoE",
+        since=(0, 5, 23)),
+    Row(SGLANG, MIXED, REFUSED, READ, "compressed_tensors_wNa16_moe.py of 0.5.23", since=(0, 5, 23),
+        what="makes it stop: its int4 experts need pack-quantized as the format of the whole checkpoint",
+        hint="give all layers one format"),
+    Row(TRANSFORMERS, NATIVE_MXFP4, CORRUPTED, RUN, "5.17 on a CPU, loading info",
+        what="loads without the experts' scales: every weight_scale is reported as UNEXPECTED and dropped"),
+    Row(TRANSFORMERS, INT4, RIGHT, RUN, "5.17 with compressed-tensors 0.19: the logits of the bf16 twin, bit for bit"),
+    Row(TRANSFORMERS, INT4_ASYMMETRIC, REFUSED, RUN, "5.17: RuntimeError in the conversion of weights",
+        what="makes it stop: its conversion passes no weight_zero_point"),
+    Row(TRANSFORMERS, CT_MXFP4, RIGHT, RUN, "5.17 with compressed-tensors 0.19: exact"),
+    Row(TRANSFORMERS, CT_NVFP4, CORRUPTED, RUN, "5.17: KL 2.8 against the bf16 twin",
+        what="loads without the global scales: weight_global_scale is reported as UNEXPECTED and dropped"),
+    Row(TRANSFORMERS, MIXED, RIGHT, UNVERIFIED, "not tried"),
+)  # fmt: skip
+
+# --- a layer of experts that is kept: "<format of the rest>: <kind>", or "any: <kind>" --------------------------------
+
+CARVE_OUTS: tuple[Row, ...] = (
+    Row(VLLM, "any: bf16", RIGHT, READ, "compressed_tensors_moe.py and fp8.py of 0.32: an ignored layer is unquantized",
+        since=(0, 26)),
+    Row(VLLM, "any: fp8", RIGHT, READ, "compressed_tensors_moe_w8a8_fp8.py of 0.32 (block strategy)", since=(0, 32)),
+    Row(SGLANG, f"{CT_MXFP4}: bf16", CORRUPTED, READ, "compressed_tensors.py of 0.5.23, _is_mxfp4_moe",
+        what="is taken for MXFP4 like the rest: the format is looked up for the whole checkpoint",
+        hint="quantize without carve_outs for this engine"),
+    Row(SGLANG, f"{NATIVE_MXFP4}: bf16", RIGHT, UNVERIFIED, "fp8.py of 0.5.23 reads ignored_layers; not tried"),
+    Row(SGLANG, "any: bf16", RIGHT, READ, "compressed_tensors.py of 0.5.23: an ignored layer is unquantized",
+        since=(0, 5, 23)),
+    Row(SGLANG, "any: fp8", RIGHT, READ, "compressed_tensors_w8a8_fp8_moe.py of 0.5.23 (block strategy)",
+        since=(0, 5, 23)),
+    Row(TRANSFORMERS, "any: bf16", CORRUPTED, RUN, "5.17 on a CPU, loading info",
+        what="loads with random weights: its experts are MISSING, and what the files hold is UNEXPECTED",
+        hint="quantize without carve_outs for this engine"),
+    Row(TRANSFORMERS, "any: fp8", REFUSED, RUN, "5.17: RuntimeError in the conversion of weights",
+        what="makes it stop: the conversion finds no packed experts",
+        hint="quantize without carve_outs for this engine"),
+)  # fmt: skip
+
+# --- qkv on disk ------------------------------------------------------------------------------------------------------
+
+SPLIT, FUSED_FP8, FUSED_BF16 = "split q, k, v", "fused FP8 qkv", "fused bf16 qkv"
+DECLARED_SPLIT, RANKED_SPLIT = "attention_projection_layout 'split'", "split FP8 k with scale rows of its own per head"
+
+QKV: tuple[Row, ...] = (
+    Row(VLLM, SPLIT, RIGHT, RUN, "0.32 on a CPU: KL 0"),
+    Row(VLLM, RANKED_SPLIT, RIGHT, UNVERIFIED, "published commands for V2-Flash use attention TP 4", tp="is the chunks",
+        otherwise=CORRUPTED, what="is sharded as if its scale rows were 128 rows each"),
+    Row(VLLM, FUSED_FP8, RIGHT, READ, "issue #42803, pull request #45200", until=(0, 24), tp="is the chunks",
+        otherwise=CORRUPTED, what="is cut into equal parts, which puts rows of q where k and v belong"),
+    Row(VLLM, FUSED_FP8, RIGHT, READ, "pull request #45200, release 0.24.0", since=(0, 24), until=(0, 32),
+        tp="divides the chunks", same_kv_heads=True, what="is asserted to split over the KV heads"),
+    Row(VLLM, FUSED_FP8, RIGHT, READ, "mimo_v2.py of 0.32, _shard_fp8_qkv_proj (pull request #57508)", since=(0, 32)),
+    Row(VLLM, FUSED_BF16, CORRUPTED, RUN, "0.32 on a CPU: KL 2.75",
+        what="is read as [Q|K|V]: the rank-interleaved order is only undone for FP8 with weight_scale_inv",
+        hint="write split q_proj, k_proj, v_proj"),
+    Row(SGLANG, SPLIT, RIGHT, RUN, "the loader of 0.5.23 at TP 1, 2 and 4: difference 0.0"),
+    Row(SGLANG, DECLARED_SPLIT, REFUSED, UNVERIFIED, "a source older than 0.5.23, which raises for this value",
+        until=(0, 5, 23), what="may make it stop: expected 'fused_qkv' or unset"),
+    Row(SGLANG, RANKED_SPLIT, RIGHT, UNVERIFIED, "published commands for V2-Flash use attention TP 4",
+        tp="is the chunks", otherwise=CORRUPTED, what="is sharded as if its scale rows were 128 rows each"),
+    Row(SGLANG, FUSED_FP8, RIGHT, READ, "mimo_v2.py and model_hook.py of 0.5.23", tp="divides the chunks",
+        what="stops the start: MiMoV2 fused qkv_proj checkpoint is TP-interleaved"),
+    Row(SGLANG, FUSED_BF16, RIGHT, RUN, "the loader of 0.5.23: 33-38 % row error at TP 1 and 2 of 4",
+        tp="is the chunks", otherwise=CORRUPTED, what="is merged without undoing the rank-interleaved order"),
+    Row(TRANSFORMERS, SPLIT, RIGHT, RUN, "5.17 on a CPU"),
+    Row(TRANSFORMERS, RANKED_SPLIT, RIGHT, UNVERIFIED, "not tried"),
+    Row(TRANSFORMERS, FUSED_FP8, RIGHT, UNVERIFIED, "left to the checkpoint's remote code"),
+    Row(TRANSFORMERS, FUSED_BF16, RIGHT, UNVERIFIED, "left to the checkpoint's remote code"),
+)  # fmt: skip
+
+# --- GPUs -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """`memory_gib`: what a process can have of one GPU; `node`: GPUs of one host; `fraction`: of it, what to give."""
+
+    label: str
+    sm: int
+    memory_gib: int
+    node: int
+    fraction: float
+    vllm_attention: str  # what vLLM picks for heads of 192/128
+    sglang_attention: str
+    evidence: str
+
+
+GPUS = {
+    "a100": Gpu("A100 80 GB", 80, 79, 8, 0.90, "TRITON_ATTN_DIFFKV", "triton", UNVERIFIED),
+    "h100": Gpu("H100", 90, 79, 8, 0.90, "FLASH_ATTN_DIFFKV", "fa3", READ),
+    "h200": Gpu("H200", 90, 140, 8, 0.90, "FLASH_ATTN_DIFFKV", "fa3", READ),
+    "b200": Gpu("B200", 100, 178, 8, 0.90, "FLASH_ATTN_DIFFKV", "fa4", READ),
+    "gb10": Gpu("GB10 (DGX Spark)", 121, 119, 1, 0.86, "TRITON_ATTN_DIFFKV", "triton", UNVERIFIED),
+}
+
+# subject → (least SM, those tried or read); elsewhere the kernel choice is not verified
+MINIMUM_SM = {NATIVE_MXFP4: (80, (90, 100)), CT_MXFP4: (80, (90,)), CT_NVFP4: (80, (90,)), INT4: (80, (80, 90, 100)),
+              INT4_ASYMMETRIC: (80, ())}  # fmt: skip
+
+# (engine, subject, SM) → the back end the engine picks by itself
+MOE_BACKENDS = {
+    (VLLM, INT4, 80): "MARLIN", (VLLM, INT4, 90): "MARLIN", (VLLM, CT_MXFP4, 90): "MARLIN",
+    (VLLM, CT_NVFP4, 90): "MARLIN", (VLLM, NATIVE_MXFP4, 90): "MARLIN", (VLLM, NATIVE_MXFP4, 80): "MARLIN",
+    (VLLM, NATIVE_MXFP4, 100): "FLASHINFER_TRTLLM_MXFP4_MXFP8",
+    (SGLANG, NATIVE_MXFP4, 80): "marlin", (SGLANG, NATIVE_MXFP4, 90): "marlin",
+    (SGLANG, NATIVE_MXFP4, 100): "flashinfer_mxfp4", (SGLANG, NATIVE_MXFP4, 121): "marlin",
+    (SGLANG, INT4, 80): "CompressedTensorsWNA16MarlinMoEMethod",
+    (SGLANG, INT4, 90): "CompressedTensorsWNA16MarlinMoEMethod",
+    (SGLANG, INT4, 100): "CompressedTensorsWNA16TritonMoE",
+}  # fmt: skip
+VLLM_MOE_WORD = {NATIVE_MXFP4: "Mxfp4", CT_MXFP4: "Mxfp4", CT_NVFP4: "NvFp4", INT4: "WNA16", INT4_ASYMMETRIC: "WNA16"}
+
+# --- patches that the first public deployments carried ----------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """What a public deployment changed in vLLM, and from which version that is part of it (None: not known)."""
+
+    gpu: str
+    what: str
+    since: str | None
+    source: str
+
+
+PATCHES = (
+    Patch("a100", "Triton attention on SM80, and V padded from 128 to 192 for it: TRITON_ATTN_DIFFKV takes 192/128 as "
+          "they are", "0.24.0", "pull request #41797; the patch held it to be wrong on Ampere, not verified"),
+    Patch("a100", "fused qkv cut back into ranks: done by the loader, and not needed where q, k, v are split",
+          "0.32.0", "pull requests #45200 and #57508"),
+    Patch("a100", "LayerNorm in the vision merger", None, "covered by vLLM 0.33"),
+    Patch("gb10", "Triton attention for 192/128 on SM121: TRITON_ATTN_DIFFKV", "0.24.0", "pull request #41797"),
+    Patch("gb10", "FP8 KV cache in TRITON_ATTN_DIFFKV", "0.32.0", "triton_attn_diffkv.py of 0.32"),
+    Patch("gb10", "DFlash drafts for omni checkpoints (SupportsEagle3)", "0.32.0", "mimo_v2_omni.py of 0.32"),
+    Patch("gb10", "quantization metadata found under model.mtp for omni checkpoints", None,
+          "not needed where the config targets experts by regex"),
+)  # fmt: skip
+
+
+def parse_version(text: str) -> Version:
+    """'0.33.0', 'v0.33' or '0.5.23.post1' → numbers. Raises UsageError."""
+    found = re.match(r"v?(\d+(?:\.\d+)*)", text)
+    if not found:
+        raise UsageError(f"--engine-version {text}: is no version", hint="give numbers, such as 0.33.0")
+    return tuple(int(part) for part in found[1].split("."))
+
+
+def rows_for(table: tuple[Row, ...], engine: str, subject: str, version: Version) -> Row | None:
+    """The row that holds for this version, or None where nothing is known."""
+    for row in table:
+        held = row.since <= version and (row.until is None or version < row.until)
+        if held and (row.engine, row.subject) == (engine, subject):
+            return row
+    return None
+
+
+def known_since(engine: str, subject: str) -> Version:
+    """From which version on a subject is known to be right; () where it always was, or never is."""
+    rows = [row for row in (*FORMATS, *CARVE_OUTS, *QKV) if (row.engine, row.subject) == (engine, subject)]
+    return max((row.since for row in rows if row.verdict == RIGHT and row.until is None), default=())

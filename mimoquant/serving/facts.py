@@ -1,0 +1,204 @@
+"""What an engine cares about in a checkpoint: stored forms, what config.json declares, sizes. Headers only.
+
+Key idea: the same facts come from a written folder (its index) and from a plan (its entries), so what `plan` warns of
+is what `verify` would refuse.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from mimoquant.checkpoint.index import open_index
+from mimoquant.container import COMPRESSED_TENSORS, NATIVE, expert_tensors, shape_tensor
+from mimoquant.model.layout import (
+    FP8_BLOCK,
+    PROJECTIONS,
+    TOWER_PREFIXES,
+    Attention,
+    Geometry,
+    read_geometry,
+    read_layout,
+)
+from mimoquant.plan import Plan, read_config
+from mimoquant.quant.formats import Format
+from mimoquant.serving import contracts
+
+
+class Tensor(Protocol):
+    """A header's entry, read or planned."""
+
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def size_bytes(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """How one layer's experts lie on disk: a subject of `contracts.FORMATS`, or bf16 or fp8 if kept."""
+
+    subject: str
+    group_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Served:
+    """A checkpoint as engines see it. `experts`: MoE layer → stored forms found in it, one where it is sound."""
+
+    name: str
+    config: dict[str, Any]
+    geometry: Geometry
+    experts: dict[int, list[Stored]]
+    missing: list[str]  # parts of a quantized expert that its format calls for
+    linears: dict[str, str]  # module of every other matrix in decoder and MTP layers → dtype
+    qkv: str  # a subject of contracts.QKV
+    mtp_layers: int
+    towers: bool
+    bytes_by_kind: Counter[str] = field(default_factory=Counter)  # experts, towers, mtp, rest
+
+    @property
+    def container(self) -> str:
+        quantization = self.config.get("quantization_config") or {}
+        return COMPRESSED_TENSORS if quantization.get("quant_method") == COMPRESSED_TENSORS else NATIVE
+
+    @property
+    def subjects(self) -> list[str]:
+        """The formats that quantized layers have."""
+        found = {form.subject for forms in self.experts.values() for form in forms}
+        return sorted(found - {contracts.BF16, contracts.FP8})
+
+    @property
+    def kept(self) -> dict[int, str]:
+        """Layers whose experts are not in 4 bits."""
+        kinds = {layer: forms[0].subject for layer, forms in self.experts.items() if len(forms) == 1}
+        return {layer: kind for layer, kind in kinds.items() if kind in (contracts.BF16, contracts.FP8)}
+
+    @property
+    def declared_split(self) -> bool:
+        return self.config.get("attention_projection_layout") == "split"
+
+    @property
+    def max_context(self) -> int:
+        return int(self.config.get("max_position_embeddings") or 2**18)
+
+    def kv_bytes(self, tp: int, value_bytes: int = 2) -> tuple[int, int]:
+        """Bytes of KV cache a token takes on one GPU: in all global layers, in all sliding-window layers."""
+        sliding = sum(self.geometry.sliding)
+        layers = self.geometry.layers - sliding
+        return (
+            layers * _kv_bytes(self.geometry.global_attention, tp, value_bytes),
+            sliding * _kv_bytes(self.geometry.sliding_attention, tp, value_bytes),
+        )
+
+
+def _kv_bytes(attention: Attention, tp: int, value_bytes: int) -> int:
+    heads = max(1, attention.kv_heads // tp)  # where there are fewer than ranks, each rank has one
+    return heads * (attention.head_dim + attention.v_head_dim) * value_bytes
+
+
+def read_served(folder: Path | str) -> Served:
+    """Facts of a checkpoint folder.
+
+    Raises UsageError, CheckpointError: not a sound checkpoint of this family (as `inspect` does).
+    """
+    index = open_index(folder)
+    config = read_config(index)
+    read_layout(index, config, allow_unknown=True, packed=True)  # nothing is missing, nothing is misshapen
+    return served(config, index.tensors, str(folder))
+
+
+def planned(plan: Plan) -> Served:
+    """Facts of what a plan will write."""
+    entries = {entry.name: entry for unit in plan.units for entry in unit.entries}
+    return served(plan.config, entries, str(plan.layout.index.folder))
+
+
+def served(config: dict[str, Any], tensors: Mapping[str, Tensor], name: str) -> Served:
+    """Facts from config.json and headers."""
+    geometry = read_geometry(config, f"{name}/config.json", packed=True)
+    missing: list[str] = []
+    experts = {layer: _stored_forms(layer, geometry, tensors, missing) for layer in geometry.moe_layers}
+    linears = {
+        key.removesuffix(".weight"): tensor.dtype
+        for key, tensor in tensors.items()
+        if _is_linear(key) and ".mlp.experts." not in key
+    }
+    mtp = {key.split(".")[3] for key in tensors if key.startswith("model.mtp.layers.")}
+    sizes: Counter[str] = Counter()
+    for key, tensor in tensors.items():
+        sizes[_kind(key)] += tensor.size_bytes
+    return Served(name, config, geometry, experts, missing, linears, _qkv(geometry, tensors), len(mtp),
+                  any(key.startswith(TOWER_PREFIXES) for key in tensors), sizes)  # fmt: skip
+
+
+def _is_linear(key: str) -> bool:
+    return key.startswith(("model.layers.", "model.mtp.")) and key.endswith("_proj.weight")
+
+
+def _kind(key: str) -> str:
+    if ".mlp.experts." in key:
+        return "experts"
+    if key.startswith(TOWER_PREFIXES):
+        return "towers"
+    return "mtp" if key.startswith("model.mtp.") else "rest"
+
+
+def _qkv(geometry: Geometry, tensors: Mapping[str, Tensor]) -> str:
+    prefix = f"model.layers.{geometry.sliding.index(False) if False in geometry.sliding else 0}.self_attn."
+    if geometry.fused_qkv:
+        fp8 = tensors[f"{prefix}qkv_proj.weight"].dtype == "F8_E4M3"
+        return contracts.FUSED_FP8 if fp8 else contracts.FUSED_BF16
+    scale = tensors.get(f"{prefix}k_proj.weight_scale_inv")
+    rows = tensors[f"{prefix}k_proj.weight"].shape[0]
+    return contracts.RANKED_SPLIT if scale and scale.shape[0] != -(-rows // FP8_BLOCK) else contracts.SPLIT
+
+
+def _stored_forms(layer: int, geometry: Geometry, tensors: Mapping[str, Tensor], missing: list[str]) -> list[Stored]:
+    forms: dict[Stored, None] = {}
+    for expert in range(geometry.experts):
+        for projection in PROJECTIONS:
+            module = f"model.layers.{layer}.mlp.experts.{expert}.{projection}_proj"
+            form = _stored(module, geometry.expert_shape(projection)[1], tensors)
+            if form.subject in _FORMATS and form.group_size is None:
+                missing.append(f"{module}.weight_scale")
+                continue
+            forms.setdefault(form)
+            missing += [name for name in _parts(form, module, geometry.expert_shape(projection)) if name not in tensors]
+    return list(forms)
+
+
+def _stored(module: str, width: int, tensors: Mapping[str, Tensor]) -> Stored:
+    packed, weight = tensors.get(f"{module}.weight_packed"), tensors.get(f"{module}.weight")
+    scale = tensors.get(f"{module}.weight_scale")
+    group = width // scale.shape[1] if scale and len(scale.shape) == 2 and scale.shape[1] else None
+    if packed and packed.dtype == "I32":
+        asymmetric = f"{module}.weight_zero_point" in tensors
+        return Stored(contracts.INT4_ASYMMETRIC if asymmetric else contracts.INT4, group)
+    if packed:
+        return Stored(contracts.CT_MXFP4 if scale and scale.dtype == "U8" else contracts.CT_NVFP4, group)
+    if weight and weight.dtype == "U8":
+        return Stored(contracts.NATIVE_MXFP4, group)
+    return Stored(contracts.FP8 if weight and weight.dtype == "F8_E4M3" else contracts.BF16)
+
+
+_FORMATS = {contracts.INT4: "int4", contracts.INT4_ASYMMETRIC: "int4", contracts.CT_MXFP4: "mxfp4",
+            contracts.CT_NVFP4: "nvfp4", contracts.NATIVE_MXFP4: "mxfp4"}  # fmt: skip
+
+
+def _parts(form: Stored, module: str, shape: tuple[int, int]) -> list[str]:
+    """Every tensor that such an expert must have."""
+    if form.subject not in _FORMATS:
+        return []
+    try:
+        fmt = Format(_FORMATS[form.subject], form.group_size or 0, form.subject != contracts.INT4_ASYMMETRIC)
+    except ValueError:  # a group size that this program does not write; the check names it
+        return []
+    container = NATIVE if form.subject == contracts.NATIVE_MXFP4 else COMPRESSED_TENSORS
+    names = [f"{module}.{stored.suffix}" for stored in expert_tensors(container, fmt, *shape)]
+    return [*names, f"{module}.weight_shape"] if shape_tensor(container, fmt) else names

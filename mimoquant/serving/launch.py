@@ -1,0 +1,337 @@
+"""A checkpoint, an engine, GPUs → the command that serves it, as data and as text.
+
+Key idea: try the parallel layouts that the GPUs allow, take the first that the contracts have nothing against, and lay
+weights and KV cache out in what a GPU has. Nothing is guessed that the checkpoint says: chunks of the fused qkv, group
+sizes, MTP layers, towers, heads.
+
+Left out: pipeline parallelism, prefill-decode disaggregation, DeepEP. The memory estimate counts weights, one
+sequence's KV cache and a flat reserve, and was not measured.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mimoquant.errors import CheckpointError, UsageError
+from mimoquant.report import SCHEMA_VERSION, size
+from mimoquant.serving import contracts as c
+from mimoquant.serving.check import Problem, check
+from mimoquant.serving.facts import Served
+
+GIB = 2**30
+RESERVE_BYTES = 5 * GIB  # activations, CUDA graphs, communication buffers; an assumption
+PREFILL_TOKENS = 8192  # that a chunk of prefill adds to the window of sliding-window layers
+LEAST_CONTEXT = 8192
+SWA_RATIO = 0.1  # SGLang's --swa-full-tokens-ratio: KV tokens of sliding-window layers per token of global ones
+MTP_STEPS, DFLASH_TOKENS = 3, 8
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How GPUs share a model: `gpus` = attention_tp x dp; experts over all of them, whole (`ep`) or cut."""
+
+    gpus: int
+    attention_tp: int
+    dp: int
+    ep: bool
+
+    @property
+    def expert_tp(self) -> int:
+        return 1 if self.ep else self.gpus
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Everything that is printed. `evidence`: of the experts' format in this engine, see `contracts`."""
+
+    schema_version: int
+    checkpoint: str
+    engine: str
+    version: str
+    evidence: str
+    minimum_version: str
+    gpu: str
+    layout: Layout
+    image: str
+    environment: dict[str, str]
+    command: list[str]
+    moe_backend: str | None
+    attention_backend: str
+    context: int
+    weights_bytes: int
+    kv_bytes_per_token: int
+    expect: list[str]
+    notes: list[str]
+    patches: list[dict[str, str | None]]
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def launch(
+    checkpoint: Served,
+    engine: str,
+    gpu: str,
+    gpus: int,
+    *,
+    version: str | None = None,
+    mtp: bool = False,
+    dflash: Path | None = None,
+) -> Launch:
+    """Make the command.
+
+    Raises:
+        UsageError: options that cannot go together, or GPUs that the checkpoint does not fit on.
+        CheckpointError: the engine would refuse or corrupt it, however it is started.
+    """
+    if not checkpoint.subjects:
+        raise CheckpointError(f"{checkpoint.name}: holds no 4-bit experts", hint="launch is for what quantize writes")
+    _check_options(checkpoint, mtp, dflash)
+    maker = _Maker(checkpoint, engine, c.GPUS[gpu], gpus, version or c.ENGINES[engine].read)
+    layout, problems = maker.layout()
+    context, weights, kv = maker.context(layout)
+    return Launch(
+        SCHEMA_VERSION, checkpoint.name, engine, maker.version, maker.evidence(), maker.minimum_version(),
+        maker.gpu.label, layout,
+        c.ENGINES[engine].image.format(maker.version), dict(maker.environment()),
+        maker.command(layout, context, mtp, dflash), maker.moe_backend(), maker.attention(), context, weights, kv,
+        list(maker.expect()), [*(problem.text for problem in problems), *maker.notes(mtp, dflash)],
+        [{"what": p.what, "not_needed_from": p.since, "source": p.source} for p in maker.patches(gpu)],
+    )  # fmt: skip
+
+
+def _check_options(checkpoint: Served, mtp: bool, dflash: Path | None) -> None:
+    if mtp and dflash:
+        raise UsageError(f"--mtp cannot go with --dflash {dflash}", hint="one draft at a time: leave one of them out")
+    if mtp and not checkpoint.mtp_layers:
+        raise UsageError(f"--mtp: {checkpoint.name} has no MTP layers", hint="leave --mtp out")
+    if dflash and not (dflash / "config.json").is_file():
+        raise UsageError(f"--dflash {dflash}: has no config.json, so it is no draft model")
+
+
+class _Maker:
+    """One launch in the making."""
+
+    def __init__(self, checkpoint: Served, engine: str, gpu: c.Gpu, gpus: int, version: str) -> None:
+        self.checkpoint, self.engine, self.gpu, self.gpus, self.version = checkpoint, engine, gpu, gpus, version
+        self.subject = checkpoint.subjects[0]
+        self.nodes = -(-gpus // gpu.node)
+
+    def layout(self) -> tuple[Layout, list[Problem]]:
+        """The first layout without a failure: one attention group over all GPUs, then smaller ones."""
+        first: list[Problem] = []
+        for attention_tp in sorted((n for n in range(1, self.gpus + 1) if self.gpus % n == 0), reverse=True):
+            ep_first = self.engine == c.VLLM and attention_tp < self.gpus
+            for ep in (True, False) if ep_first else (False, True):
+                layout = Layout(self.gpus, attention_tp, self.gpus // attention_tp, ep)
+                if ep and (self.gpus == 1 or self.checkpoint.geometry.experts % self.gpus):
+                    continue
+                problems = self._problems(layout)
+                if not any(problem.fails or problem.other_tp for problem in problems):
+                    return layout, problems
+                first = first or problems
+        worst = next(problem for problem in first if problem.fails or problem.other_tp)
+        raise CheckpointError(f"{self.checkpoint.name}: {worst.text}", hint=worst.hint)
+
+    def _problems(self, layout: Layout) -> list[Problem]:
+        return check(self.checkpoint, self.engine, self.version, layout.attention_tp, layout.expert_tp)
+
+    # --- memory -------------------------------------------------------------------------------------------------------
+
+    def weights(self, layout: Layout) -> int:
+        """Bytes on one GPU: experts over all, towers whole, the rest over an attention group."""
+        sizes = self.checkpoint.bytes_by_kind
+        return sizes["experts"] // layout.gpus + sizes["towers"] + (sizes["rest"] + sizes["mtp"]) // layout.attention_tp
+
+    def context(self, layout: Layout) -> tuple[int, int, int]:
+        """(tokens of one sequence, weights and KV bytes a token on one GPU)."""
+        weights, usable = self.weights(layout), int(self.gpu.memory_gib * GIB * self.gpu.fraction)
+        whole, sliding = self.checkpoint.kv_bytes(layout.attention_tp, 1 if self.gpu.node == 1 else 2)
+        left = usable - weights - RESERVE_BYTES
+        if self.engine == c.SGLANG:
+            whole += int(sliding * SWA_RATIO)
+        else:
+            left -= sliding * (PREFILL_TOKENS + int(self.checkpoint.config.get("sliding_window_size") or 128))
+        context = min(self.checkpoint.max_context, max(0, left) // whole // 1024 * 1024)
+        least = min(LEAST_CONTEXT, self.checkpoint.max_context)
+        if context < least:
+            raise UsageError(
+                f"{self.checkpoint.name}: needs {size(weights + RESERVE_BYTES + whole * least)} on each of {self.gpus} "
+                f"{self.gpu.label}, {size(usable)} can be used (estimate)",
+                hint="use more GPUs, or GPUs with more memory",
+            )
+        return context, weights, whole
+
+    # --- what is said -------------------------------------------------------------------------------------------------
+
+    def evidence(self) -> str:
+        row = c.rows_for(c.FORMATS, self.engine, self.subject, c.parse_version(self.version))
+        return f"{row.evidence}: {row.source}" if row else c.UNVERIFIED
+
+    def minimum_version(self) -> str:
+        """The oldest version for which everything this checkpoint needs is known to be right."""
+        kinds = {f"any: {kind}" for kind in self.checkpoint.kept.values()}
+        wanted = {*self.checkpoint.subjects, self.checkpoint.qkv, *kinds}
+        since = max(c.known_since(self.engine, subject) for subject in wanted)
+        return ".".join(map(str, since)) or "not known"
+
+    def moe_backend(self) -> str | None:
+        return c.MOE_BACKENDS.get((self.engine, self.subject, self.gpu.sm))
+
+    def attention(self) -> str:
+        return self.gpu.vllm_attention if self.engine == c.VLLM else self.gpu.sglang_attention
+
+    def environment(self) -> Iterator[tuple[str, str]]:
+        if self.engine == c.VLLM and self.nodes > 1:
+            yield "VLLM_HOST_IP", "<IP of this node>"
+
+    def command(self, layout: Layout, context: int, mtp: bool, dflash: Path | None) -> list[str]:
+        make = self._vllm if self.engine == c.VLLM else self._sglang
+        return [word for words in make(layout, context, mtp, dflash) for word in words]
+
+    def _vllm(self, layout: Layout, context: int, mtp: bool, dflash: Path | None) -> Iterator[tuple[str, ...]]:
+        yield "vllm", "serve", self.checkpoint.name
+        yield ("--trust-remote-code",)
+        yield "--tensor-parallel-size", str(layout.attention_tp)
+        if layout.dp > 1:
+            yield "--data-parallel-size", str(layout.dp)
+        if layout.ep:
+            yield ("--enable-expert-parallel",)
+        if self.nodes > 1:
+            yield "--distributed-executor-backend", "ray"
+        yield "--max-model-len", str(context)
+        yield "--gpu-memory-utilization", f"{self.gpu.fraction:.2f}"
+        if self.gpu.vllm_attention != "FLASH_ATTN_DIFFKV":
+            yield "--attention-backend", self.gpu.vllm_attention
+        if self.gpu.node == 1:
+            yield "--kv-cache-dtype", "fp8_e4m3"
+            yield "--load-format", "instanttensor"
+        yield "--reasoning-parser", "mimo"
+        yield "--tool-call-parser", "mimo"
+        yield ("--enable-auto-tool-choice",)
+        if mtp:
+            yield "--speculative-config", json.dumps({"method": "mtp", "num_speculative_tokens": 2})
+        if dflash:
+            draft = {"method": "dflash", "model": str(dflash), "num_speculative_tokens": DFLASH_TOKENS - 1}
+            yield "--speculative-config", json.dumps(draft)
+
+    def _sglang(self, layout: Layout, context: int, mtp: bool, dflash: Path | None) -> Iterator[tuple[str, ...]]:
+        yield "python3", "-m", "sglang.launch_server", "--model-path", self.checkpoint.name
+        yield ("--trust-remote-code",)
+        yield "--tp", str(layout.gpus)
+        if layout.dp > 1:
+            if c.parse_version(self.version) >= (0, 5, 23):
+                yield "--attn-dp-size", str(layout.dp)
+            else:
+                yield "--dp", str(layout.dp), "--enable-dp-attention"
+            yield ("--enable-dp-lm-head",)
+            if self.checkpoint.towers:
+                yield ("--mm-enable-dp-encoder",)
+        if layout.ep:
+            yield "--ep", str(layout.gpus)
+        if self.nodes > 1:
+            yield "--nnodes", str(self.nodes), "--node-rank", "<rank>", "--dist-init-addr", "<head IP>:20000"
+        yield "--context-length", str(context)
+        yield "--mem-fraction-static", f"{self.gpu.fraction - 0.05:.2f}"
+        yield "--swa-full-tokens-ratio", str(SWA_RATIO)
+        yield "--attention-backend", self.gpu.sglang_attention
+        if self.checkpoint.towers and self.gpu.sglang_attention == "fa4":
+            yield "--mm-attention-backend", "fa4"
+        backend = self.moe_backend()
+        if backend and self.subject == c.NATIVE_MXFP4 and self.gpu.sm not in (90, 100):  # there it is the default
+            yield "--moe-runner-backend", backend
+        if self.gpu.node == 1:
+            yield "--kv-cache-dtype", "fp8_e4m3"
+        yield "--reasoning-parser", "mimo"
+        yield "--tool-call-parser", "mimo"
+        if mtp:
+            yield "--speculative-algorithm", "EAGLE"
+            yield "--speculative-num-steps", str(MTP_STEPS)
+            yield "--speculative-eagle-topk", "1"
+            yield "--speculative-num-draft-tokens", str(MTP_STEPS + 1)
+        if dflash:
+            yield "--speculative-algorithm", "DFLASH"
+            yield "--speculative-draft-model-path", str(dflash)
+            yield "--speculative-num-draft-tokens", str(DFLASH_TOKENS)
+
+    def expect(self) -> Iterator[str]:
+        """Lines of the log that say that the right code runs."""
+        backend = self.moe_backend()
+        if self.engine == c.VLLM:
+            architecture = self.checkpoint.config["architectures"][0]
+            omni = self.checkpoint.towers and architecture == "MiMoV2ForCausalLM"
+            yield f"Resolved architecture: {'MiMoV2OmniForCausalLM' if omni else architecture}"
+            yield f"Using {self.gpu.vllm_attention} for attention."
+            if backend:
+                yield f"Using '{backend}' {c.VLLM_MOE_WORD[self.subject]} MoE backend"
+        elif backend and self.subject == c.NATIVE_MXFP4 and self.gpu.sm in (90, 100):
+            yield f"MiMoV2 on SM{self.gpu.sm}: moe_runner_backend={backend}."
+        elif backend and self.subject != c.NATIVE_MXFP4:
+            yield f"Using {backend}"
+        yield c.ENGINES[self.engine].started
+
+    def notes(self, mtp: bool, dflash: Path | None) -> Iterator[str]:
+        """What a reader has to know, and what nobody has tried."""
+        label = f"{c.ENGINES[self.engine].label} {self.version}"
+        least, known = c.MINIMUM_SM.get(self.subject, (80, ()))
+        if self.gpu.sm not in known:
+            on = f"{self.gpu.label} (SM{self.gpu.sm}; least is SM{least})"
+            yield f"not verified: the kernels of {self.subject} on {on}"
+        if self.gpu.evidence == c.UNVERIFIED:
+            yield f"not verified: attention by {self.attention()} on {self.gpu.label}"
+        if self.gpu.node == 1:
+            yield "not verified: this image on Arm; FP8 KV cache and instanttensor are what is known from two Sparks"
+        yield "context is an estimate from sizes, not measured; sample at temperature 1.0, top_p 0.95"
+        if mtp and self.engine == c.VLLM:
+            yield f"{label} runs 1 of the {self.checkpoint.mtp_layers} MTP layers"
+        if dflash:
+            yield f"not verified: DFlash in {label} with this checkpoint"
+        if self.nodes > 1:
+            where = "on the head of one Ray cluster" if self.engine == c.VLLM else "on each node with its own <rank>"
+            yield f"{self.nodes} nodes: start it {where}"
+
+    def patches(self, gpu: str) -> list[c.Patch]:
+        return [patch for patch in c.PATCHES if patch.gpu == gpu and self.engine == c.VLLM]
+
+
+def launch_text(facts: dict[str, Any]) -> str:
+    """`Launch` as text; the command is on lines of its own, to be copied."""
+    layout = facts["layout"]
+    shared = f"attention TP {layout['attention_tp']}, data parallel {layout['dp']}, experts " + (
+        "whole on their GPU" if layout["ep"] else f"cut in {layout['gpus']}"
+    )
+    engine = f"{c.ENGINES[facts['engine']].label} {facts['version']}"
+    lines = [
+        f"{engine} on {layout['gpus']} x {facts['gpu']}: {shared}",
+        f"format     {facts['evidence']}",
+        f"image      {facts['image']} (tag not verified); least version {facts['minimum_version']}",
+        f"memory     {size(facts['weights_bytes'])} of weights and {facts['kv_bytes_per_token']} bytes of KV cache a "
+        f"token on each GPU: {facts['context']} tokens of context",
+        f"back ends  attention {facts['attention_backend']}, MoE {facts['moe_backend'] or 'chosen by the engine'}",
+        "",
+        *(f"export {name}={shlex.quote(value)}" for name, value in facts["environment"].items()),
+        *_command_lines(facts["command"]),
+        "",
+        *(f"expect     {line}" for line in facts["expect"]),
+        *(f"note: {note}" for note in facts["notes"]),
+    ]
+    for patch in facts["patches"]:
+        since = f"not needed from vLLM {patch['not_needed_from']} on" if patch["not_needed_from"] else "version unknown"
+        lines.append(f"patch once needed: {patch['what']}; {since} [{patch['source']}]")
+    return "\n".join(lines)
+
+
+def _command_lines(command: list[str]) -> list[str]:
+    """One option a line, its value beside it."""
+    lines: list[list[str]] = [[]]
+    for word in command:
+        if word.startswith("--") and lines[-1]:
+            lines.append([])
+        lines[-1].append(word if word.startswith("<") else shlex.quote(word))
+    joined = [" ".join(words) for words in lines]
+    return [("  " if i else "") + text + (" \\" if i < len(joined) - 1 else "") for i, text in enumerate(joined)]

@@ -1,0 +1,117 @@
+"""Headers of a whole output at true scale: names, dtypes, shapes, made from a published config; no file is written."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mimoquant.checkpoint.index import DTYPE_BYTES
+from mimoquant.container import NATIVE, expert_tensors, output_config, shape_tensor
+from mimoquant.model.layout import PROJECTIONS, Geometry, _layer_rows, _mtp_rows, read_geometry, scale_row_counts
+from mimoquant.quant.formats import Format
+from mimoquant.serving.facts import Served, served
+
+CONFIGS = Path(__file__).parent / "configs"
+VARIANTS = ("v2-flash", "v2.5", "v2.5-pro")
+FORMATS = {"native": Format("mxfp4", 32), "int4-g128": Format("int4", 128), "int4-g32": Format("int4", 32),
+           "int4-g32-asymmetric": Format("int4", 32, False), "mxfp4": Format("mxfp4", 32),
+           "nvfp4": Format("nvfp4", 16)}  # fmt: skip
+TOWER_BYTES = 1_977_000_000  # of V2.5, about
+
+
+@dataclass(frozen=True)
+class Header:
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        return DTYPE_BYTES[self.dtype] * math.prod(self.shape)
+
+
+def published_config(variant: str) -> dict[str, Any]:
+    """As published, without the towers' settings; the list of ignored layers is written out again."""
+    config: dict[str, Any] = json.loads((CONFIGS / f"{variant}.json").read_text())
+    modules = [*(f"layers.{layer}" for layer in range(config["num_hidden_layers"])), "decoder"]
+    config["quantization_config"]["ignored_layers"] = [f"model.{module}.self_attn.o_proj" for module in modules]
+    return config
+
+
+def output(
+    variant: str, form: str, carve_outs: dict[int, str] | None = None
+) -> tuple[dict[str, Any], dict[str, Header]]:
+    """config.json and headers of what `quantize` writes. `form`: a key of FORMATS."""
+    source, fmt, kept = published_config(variant), FORMATS[form], carve_outs or {}
+    container = NATIVE if form == "native" else "compressed-tensors"
+    moe = read_geometry(source, variant).moe_layers
+    config = output_config(source, container, {n: fmt for n in moe if n not in kept}, kept)
+    geometry = read_geometry(config, variant, packed=True)
+    tensors = {
+        "model.embed_tokens.weight": Header("BF16", (geometry.vocab, geometry.hidden)),
+        "lm_head.weight": Header("BF16", (geometry.vocab, geometry.hidden)),
+        "model.norm.weight": Header("BF16", (geometry.hidden,)),
+    }
+    for layer in range(geometry.layers):
+        for row in _layer_rows(geometry, layer):
+            add(tensors, geometry, container, *row)
+        if geometry.moe[layer]:
+            add_experts(tensors, geometry, container, fmt, layer, kept.get(layer))
+    for mtp in range(3):
+        for row in _mtp_rows(geometry, mtp):
+            add(tensors, geometry, container, *row)
+    if variant == "v2.5":
+        tensors["visual.blocks.0.attn.qkv.weight"] = Header("BF16", (TOWER_BYTES // 2, 1))
+    return config, tensors
+
+
+def add(
+    tensors: dict[str, Header],
+    geometry: Geometry,
+    container: str,
+    name: str,
+    role: str,
+    dtypes: tuple[str, ...],
+    shape: tuple[int, ...],
+) -> None:
+    fp8 = container == NATIVE and dtypes[0] == "F8_E4M3" and role not in ("o", "mtp_projection")
+    tensors[name] = Header("F8_E4M3" if fp8 else "F32" if "router" in role else "BF16", shape)
+    if fp8:
+        rows = scale_row_counts(geometry, role, shape[0])
+        ranked = role == "qkv" or (role == "k" and shape[0] == 768)  # the published V2-Flash: global k only
+        tensors[f"{name}_scale_inv"] = Header("F32", (rows[-1 if ranked else 0], math.ceil(shape[1] / 128)))
+
+
+def add_experts(
+    tensors: dict[str, Header], geometry: Geometry, container: str, fmt: Format, layer: int, kept: str | None
+) -> None:
+    for projection in PROJECTIONS:
+        shape = geometry.expert_shape(projection)
+        parts = {stored.suffix: Header(stored.dtype, stored.shape) for stored in expert_tensors(container, fmt, *shape)}
+        if shape_tensor(container, fmt):
+            parts["weight_shape"] = Header("I64", (2,))
+        if kept == "bf16":
+            parts = {"weight": Header("BF16", shape)}
+        elif kept == "fp8":
+            parts = {
+                "weight": Header("F8_E4M3", shape),
+                "weight_scale": Header("F32", (shape[0] // 128, shape[1] // 128)),
+            }
+        for expert in range(geometry.experts):
+            for suffix, header in parts.items():
+                tensors[f"model.layers.{layer}.mlp.experts.{expert}.{projection}_proj.{suffix}"] = header
+
+
+@functools.lru_cache
+def at_scale(variant: str, form: str, carve_outs: tuple[tuple[int, str], ...] = ()) -> Served:
+    """Facts of a whole output."""
+    config, tensors = output(variant, form, dict(carve_outs))
+    return served(config, tensors, "/models/OUT")
+
+
+def copied(config: dict[str, Any], tensors: dict[str, Header]) -> tuple[dict[str, Any], dict[str, Header]]:
+    return copy.deepcopy(config), dict(tensors)

@@ -1,0 +1,155 @@
+"""Commands for the three published models in every container, engine and GPU, as golden text; and what is refused.
+
+`MIMOQUANT_GOLDEN=write` writes the golden files anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from headers import VARIANTS, at_scale, published_config
+
+from mimoquant.choices import Engine, Gpu, Server
+from mimoquant.errors import CheckpointError, MimoquantError, UsageError
+from mimoquant.serving import contracts
+from mimoquant.serving.launch import Launch, launch, launch_text
+
+GOLDEN = Path(__file__).parent / "golden"
+GPUS = {"a100": 8, "h100": 8, "h200": 4, "b200": 4, "gb10": 2}
+CONTAINERS = ("native", "int4-g128", "mxfp4", "nvfp4")
+
+
+def held_to(path: Path, text: str) -> None:
+    if os.environ.get("MIMOQUANT_GOLDEN") == "write":
+        path.write_text(text)
+    assert path.read_text() == text
+
+
+def told(variant: str, form: str, engine: str, gpu: str, gpus: int) -> str:
+    try:
+        return launch_text(launch(at_scale(variant, form), engine, gpu, gpus, mtp=True).as_json())
+    except MimoquantError as error:
+        return "\n".join([f"error: {error}", *([f"hint: {error.hint}"] if error.hint else [])])
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+@pytest.mark.parametrize("form", CONTAINERS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_commands_are_the_golden_ones(variant: str, form: str, engine: str) -> None:
+    scale = 2 if variant == "v2.5-pro" else 1
+    sections = [f"=== {gpu} x {n * scale}\n{told(variant, form, engine, gpu, n * scale)}\n" for gpu, n in GPUS.items()]
+    held_to(GOLDEN / f"{variant}-{form}-{engine}.txt", "\n".join(sections))
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_json_is_the_golden_one(engine: str) -> None:
+    made = launch(at_scale("v2.5", "native"), engine, "h100", 8, mtp=True)
+    held_to(GOLDEN / f"v2.5-native-{engine}-h100.json", json.dumps(made.as_json(), indent=2) + "\n")
+
+
+def made(form: str = "int4-g128", engine: str = "vllm", gpu: str = "h100", gpus: int = 8, **options: object) -> Launch:
+    return launch(at_scale("v2.5", form), engine, gpu, gpus, **options)  # type: ignore[arg-type]
+
+
+def test_the_text_holds_the_command_word_for_word() -> None:
+    facts = made(mtp=True).as_json()
+    lines = launch_text(facts).splitlines()
+    begin = next(n for n, line in enumerate(lines) if line.startswith("vllm serve"))
+    command = lines[begin : lines.index("", begin)]
+    assert shlex.split(" ".join(line.removesuffix("\\") for line in command)) == facts["command"]
+
+
+def test_sglang_keeps_attention_tp_at_the_chunks() -> None:
+    """As its documentation does for V2.5 on eight GPUs: TP 8 with two groups of attention."""
+    fused = made("native", "sglang")
+    assert (fused.layout.attention_tp, fused.layout.dp) == (4, 2)
+    assert {"--attn-dp-size", "--enable-dp-lm-head", "--mm-enable-dp-encoder"} <= set(fused.command)
+    older = made("native", "sglang", version="0.5.20")
+    assert "--enable-dp-attention" in older.command and "--attn-dp-size" not in older.command
+    split = made("int4-g128", "sglang")
+    assert (split.layout.attention_tp, split.layout.dp) == (8, 1)
+
+
+def test_vllm_takes_v2_flash_native_at_tp_4_only() -> None:
+    layout = launch(at_scale("v2-flash", "native"), "vllm", "h100", 8).layout
+    assert (layout.attention_tp, layout.dp, layout.ep) == (4, 2, True)
+
+
+def test_groups_that_tensor_parallelism_would_cut_ask_for_expert_parallelism() -> None:
+    layout = launch(at_scale("v2.5", "int4-g128"), "vllm", "h100", 32).layout
+    assert layout.ep and layout.expert_tp == 1
+
+
+def test_speculation(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    command = made(dflash=tmp_path).command
+    draft = json.loads(command[command.index("--speculative-config") + 1])
+    assert draft == {"method": "dflash", "model": str(tmp_path), "num_speculative_tokens": 7}
+    command = made(engine="sglang", dflash=tmp_path).command
+    assert command[command.index("--speculative-algorithm") + 1] == "DFLASH"
+    assert command[command.index("--speculative-num-draft-tokens") + 1] == "8"
+    assert (
+        "--speculative-config" not in made().command and "--speculative-algorithm" not in made(engine="sglang").command
+    )
+
+
+def test_options_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UsageError, match="--mtp cannot go with --dflash"):
+        made(mtp=True, dflash=tmp_path)
+    with pytest.raises(UsageError, match=r"has no config\.json"):
+        made(dflash=tmp_path / "nowhere")
+    with pytest.raises(UsageError, match="has no MTP layers"):
+        launch(replace(at_scale("v2.5", "native"), mtp_layers=0), "vllm", "h100", 8, mtp=True)
+    with pytest.raises(UsageError, match=r"needs .* on each of 2 H100, .* can be used"):
+        made(gpus=2)
+    with pytest.raises(UsageError, match="is no version"):
+        made(version="newest")
+
+
+def test_what_an_engine_refuses_has_no_command() -> None:
+    with pytest.raises(CheckpointError, match="stop with KeyError"):
+        made("mxfp4", "sglang")
+    with pytest.raises(CheckpointError, match="store_dtype is not known"):
+        made("native", version="0.23")
+
+
+def test_kv_cache_is_counted_as_others_count_it() -> None:
+    """23040 bytes a token in the 9 global layers of V2.5: 5760 MiB at 262144 tokens, as llama.cpp reports."""
+    whole, sliding = at_scale("v2.5", "native").kv_bytes(1)
+    assert (whole * 262144, sliding) == (5760 * 2**20, 39 * 8 * (192 + 128) * 2)
+    assert at_scale("v2.5", "native").kv_bytes(8)[0] == 9 * 320 * 2  # 4 KV heads over 8 ranks: one each
+
+
+def test_the_choices_are_those_of_the_tables() -> None:
+    assert [gpu.value for gpu in Gpu] == list(contracts.GPUS)
+    assert [engine.value for engine in Engine] == list(contracts.ENGINES)
+    assert [server.value for server in Server] == [contracts.VLLM, contracts.SGLANG]
+    assert {gpu.sm for gpu in contracts.GPUS.values()} >= {sm for _, _, sm in contracts.MOE_BACKENDS}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_configs_are_the_published_ones(variant: str, shared: Path) -> None:
+    folder = {"v2-flash": "MiMo-V2-Flash/config.assembled.json", "v2.5": "MiMo-V2.5/config.json",
+              "v2.5-pro": "MiMo-V2.5-Pro/config.json"}[variant]  # fmt: skip
+    theirs, ours = json.loads((shared / "mimo" / folder).read_text()), published_config(variant)
+    left_out = {"_note", "audio_config", "vision_config", "processor_config", "quantization_config"}
+    assert {key: value for key, value in theirs.items() if key not in left_out} == {
+        key: value for key, value in ours.items() if key != "quantization_config"
+    }
+    if variant != "v2-flash":
+        assert sorted(theirs["quantization_config"].pop("ignored_layers")) == sorted(
+            ours["quantization_config"].pop("ignored_layers")
+        )
+        assert theirs["quantization_config"] == ours["quantization_config"]
+
+
+def test_sizes_are_those_of_the_plan() -> None:
+    """173031087136 bytes with headers is what `plan` says of V2.5 in native MXFP4; the towers here are rounded."""
+    total = sum(at_scale("v2.5", "native").bytes_by_kind.values())
+    assert abs(total - 173_031_087_136) / total < 2e-4
