@@ -1,4 +1,4 @@
-"""Two threads that keep disk and processor busy at once: one reads ahead, one writes behind.
+"""Threads that keep disk and processor busy at once: one reads ahead, others write behind.
 
 Key idea: bounded queues, so memory stays at a few chunks; an exception on either side surfaces on the other, and
 nobody waits for a thread that has died.
@@ -53,21 +53,28 @@ def read_ahead(items: Iterable[T], depth: int = 2) -> Iterator[T]:
 
 
 class WriteBehind:
-    """Runs submitted calls in order on one thread, while at most `limit_bytes` of their data wait.
+    """Runs submitted calls in order, on one thread a lane, while at most `limit_bytes` of their data wait.
 
-    The first exception is raised by the next `submit` or at the end of the `with` block; calls after it are dropped,
-    as are all that wait when the block itself fails.
+    Calls of different lanes run at the same time: a file is hashed by one thread at a time, several files are not. The
+    first exception is raised by the next `submit` or at the end of the `with` block; calls after it are dropped, as are
+    all that wait when the block itself fails.
     """
 
-    def __init__(self, limit_bytes: int) -> None:
+    def __init__(self, limit_bytes: int, lanes: int = 1) -> None:
         self._limit = limit_bytes
-        self._calls: collections.deque[tuple[Callable[..., Any], tuple[Any, ...], int]] = collections.deque()
+        self._calls: list[collections.deque[tuple[Callable[..., Any], tuple[Any, ...], int]]] = [
+            collections.deque() for _ in range(lanes)
+        ]
         self._waiting_bytes = 0
         self._closed = False
         self._error: BaseException | None = None
         self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._work, name="write-behind", daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=self._work, args=(calls,), name=f"write-behind-{lane}", daemon=True)
+            for lane, calls in enumerate(self._calls)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def __enter__(self) -> WriteBehind:
         return self
@@ -76,41 +83,45 @@ class WriteBehind:
         with self._changed:
             self._closed = True
             if error is not None:
-                self._calls.clear()
+                self._drop()
             self._changed.notify_all()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
         if error is None and self._error is not None:
             raise self._error
 
-    def submit(self, size_bytes: int, call: Callable[..., Any], *args: Any) -> None:
-        """Queue `call(*args)`, which holds `size_bytes` of data; waits while too much is queued."""
+    def submit(self, lane: int, size_bytes: int, call: Callable[..., Any], *args: Any) -> None:
+        """Queue `call(*args)`, which holds `size_bytes` of data, on a lane (modulo their number); waits while too much
+        is queued."""
         with self._changed:
-            while self._error is None and self._calls and self._waiting_bytes + size_bytes > self._limit:
+            while self._error is None and self._waiting_bytes and self._waiting_bytes + size_bytes > self._limit:
                 self._changed.wait()
             if self._error is not None:
                 raise self._error
-            self._calls.append((call, args, size_bytes))
+            self._calls[lane % len(self._calls)].append((call, args, size_bytes))
             self._waiting_bytes += size_bytes
             self._changed.notify_all()
 
-    def _work(self) -> None:
+    def _drop(self) -> None:
+        for calls in self._calls:
+            calls.clear()
+
+    def _work(self, calls: collections.deque[tuple[Callable[..., Any], tuple[Any, ...], int]]) -> None:
         while True:
             with self._changed:
-                while not self._calls and not self._closed:
+                while not calls and not self._closed and self._error is None:
                     self._changed.wait()
-                if not self._calls:
+                if not calls or self._error is not None:
                     return
-                call, args, size_bytes = self._calls[0]
+                call, args, size_bytes = calls[0]
             try:
                 call(*args)
             except BaseException as error:
-                self._error = error
+                with self._changed:
+                    self._error = self._error or error
+                    self._drop()
             with self._changed:
                 self._waiting_bytes -= size_bytes
-                if self._calls:  # not cleared meanwhile
-                    self._calls.popleft()
-                if self._error is not None:
-                    self._calls.clear()
+                if calls:  # not cleared meanwhile
+                    calls.popleft()
                 self._changed.notify_all()
-                if self._error is not None:
-                    return

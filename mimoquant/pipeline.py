@@ -37,6 +37,7 @@ from mimoquant.overlap import WriteBehind, read_ahead
 from mimoquant.plan import WRITE_QUEUE_BYTES, Copy, Dequantize, Experts, Plan, Shapes, Step, Unit
 from mimoquant.quant.stack import Engine, NonFiniteError, Stack
 from mimoquant.report import QuantizeReport, fallbacks, model_card
+from mimoquant.timeline import WAIT_READ, WAIT_WRITE, Timeline
 
 if TYPE_CHECKING:
     from mimoquant.calibrated import Calibrator
@@ -46,6 +47,7 @@ Produced = Iterator[tuple[str, Array]]
 Progress = Callable[[Unit, int, bool], None]  # unit, output bytes of it done, whether it is finished
 
 COPY_BLOCK = 32 * 2**20
+WRITE_LANES = 3  # shards that are written and hashed at once where a GPU fills them faster than one thread hashes
 DISK_SLACK = 64 * 2**20
 
 
@@ -60,14 +62,16 @@ class Loaded:
 
 
 def quantize(
-    plan: Plan, out: Path | str, *, device: str = "auto", resume: bool = False, progress: Progress | None = None
-) -> QuantizeReport:
+    plan: Plan, out: Path | str, *, device: str = "auto", resume: bool = False, progress: Progress | None = None,
+    timeline: Timeline | None = None,
+) -> QuantizeReport:  # fmt: skip
     """Execute a plan into the folder `out`, which appears only when it is complete.
 
     Args:
         device: "cpu", "cuda", or "auto" (cuda where there is one). The bytes are the same, unless the recipe
             calibrates: then they are the same on the same kind of device.
         resume: continue what a killed run left in `out`.partial.
+        timeline: is told what the run spends its time on.
     Raises:
         UsageError: `out` exists, lies in the source, an unfinished run is there; disk too small.
         CheckpointError: bad data. QualityError: too many starved experts. StoppedError: disk trouble, resumable.
@@ -83,7 +87,8 @@ def quantize(
     with contextlib.closing(make_engine(device)) as engine, RunFolder(out, identity, resume=resume) as run:
         _check_disk(plan, run)
         try:
-            _write_units(plan, run, engine, tokens, progress or (lambda unit, done, finished: None))
+            _write_units(plan, run, engine, tokens, progress or (lambda unit, done, finished: None),
+                         timeline or Timeline())  # fmt: skip
             return _finish(plan, run, tokens)
         except CheckpointError:
             if not run.finished:  # nothing that a resume could use
@@ -125,31 +130,51 @@ def _check_disk(plan: Plan, run: RunFolder) -> None:
         raise UsageError(sentence, hint="make room or choose another --out")
 
 
-def _write_units(plan: Plan, run: RunFolder, engine: Engine, tokens: TokenSet | None, progress: Progress) -> None:
+def _write_units(
+    plan: Plan, run: RunFolder, engine: Engine, tokens: TokenSet | None, progress: Progress, timeline: Timeline
+) -> None:
     todo = [unit for unit in plan.units if unit.name not in run.finished]
     for unit in plan.units:
         if unit.name in run.finished:
             progress(unit, unit.size_bytes, True)
     writer: ShardWriter | None = None
-    with CheckpointReader(plan.layout.index) as reader, WriteBehind(WRITE_QUEUE_BYTES) as behind:
+    lane, lanes, queue = 0, 1, WRITE_QUEUE_BYTES
+    if engine.name.startswith("cuda"):
+        lanes, queue = WRITE_LANES, 2 * max(unit.size_bytes for unit in plan.units)
+    with CheckpointReader(plan.layout.index) as reader, WriteBehind(queue, lanes) as behind:
         walk = _Walk(plan, run, reader, tokens, engine.name) if tokens else None
-        steps = read_ahead(_load(plan, todo, reader, engine))
+        steps = read_ahead(timeline.waited("read", _load(plan, todo, reader, engine)))
         try:
-            for loaded in steps:
+            for loaded in timeline.waited(WAIT_READ, steps):
                 if writer is None:
                     writer = ShardWriter(run.path(loaded.unit.file), loaded.unit.entries)
                     if walk:
-                        walk.enter(loaded.unit)
-                for name, array in _compute(plan, loaded, engine, walk.calibrator if walk else None):
+                        with timeline.span("attention and routing"):
+                            walk.enter(loaded.unit)
+                produced = _compute(plan, loaded, engine, walk.calibrator if walk else None)
+                for name, array in timeline.waited(_kind(loaded.step), produced):
                     array = np.ascontiguousarray(array)
-                    behind.submit(array.nbytes, writer.write, name, array)
+                    with timeline.span(WAIT_WRITE):
+                        behind.submit(lane, array.nbytes, _write, timeline, writer, name, array)
                 progress(loaded.unit, writer.size_bytes, False)
                 if loaded.last:
                     facts = walk.leave(loaded.unit) if walk else None
-                    behind.submit(0, partial(_complete, loaded.unit, writer, run, progress, facts))
-                    writer = None
+                    behind.submit(lane, 0, partial(_complete, loaded.unit, writer, run, progress, facts))
+                    writer, lane = None, lane + 1
         finally:
             steps.close()  # type: ignore[attr-defined]
+
+
+def _write(timeline: Timeline, writer: ShardWriter, name: str, array: Array) -> None:
+    with timeline.span("write and hash"):
+        writer.write(name, array)
+
+
+def _kind(step: Step) -> str:
+    """What a step is called in a timeline."""
+    if isinstance(step, Experts):
+        return "keep experts" if step.fmt is None else "quantize experts"
+    return "dequantize" if isinstance(step, Dequantize) else "copy"
 
 
 class _Walk:

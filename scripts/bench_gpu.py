@@ -29,6 +29,7 @@ import torch
 from mimoquant import pipeline, synth, synth_weights
 from mimoquant.plan import CUDA_CHUNK_BYTES, Plan, Unit, make_plan
 from mimoquant.recipe import load_recipe, parse_recipe
+from mimoquant.timeline import Timeline
 
 EXPERTS = 8  # different ones
 SIZES = {
@@ -55,13 +56,13 @@ class FewExperts(synth_weights.RandomWeights):
     """Experts are drawn once for all layers and all but the first eight; drawing takes far longer than quantizing."""
 
     def read(self, name: str, shape: tuple[int, ...], dtype: str) -> Any:
-        head, found, tail = name.partition(".mlp.experts.")
+        _, found, tail = name.partition(".mlp.experts.")
         if not found:
             return super().read(name, shape, dtype)
         number, _, projection = tail.partition(".")
         return self._expert(int(number) % EXPERTS, projection, shape, dtype)
 
-    @functools.cache  # noqa: B019: lives as long as the script
+    @functools.cache  # noqa: B019
     def _expert(self, number: int, projection: str, shape: tuple[int, ...], dtype: str) -> Any:
         return super().read(f"model.layers.1.mlp.experts.{number}.{projection}", shape, dtype)
 
@@ -110,8 +111,10 @@ def run(plan: Plan, work: Path, device: str) -> tuple[dict[int, float], float, f
         torch.cuda.reset_peak_memory_stats()
     begin = time.perf_counter()
     with output(work) as out:
-        pipeline.quantize(plan, out, device=device, progress=progress)
+        timeline = Timeline()
+        pipeline.quantize(plan, out, device=device, progress=progress, timeline=timeline)
         total = time.perf_counter() - begin
+    print(f"  {total:.1f} s:", ", ".join(f"{name} {s:.1f}" for name, s in timeline.seconds.items()), flush=True)
     peak = torch.cuda.max_memory_allocated() / 1e9 if device.startswith("cuda") else float("nan")
     layers = sorted(int(name.split()[1]) for name in ends if name.startswith("layer "))
     seconds = {i: ends[f"layer {i}"] - ends[f"layer {i - 1}"] for i in layers if i}

@@ -60,6 +60,7 @@ METHODS: dict[str, tuple[str, dict[str, Any], str]] = {
     "gram": ("QuantizationModifier", {"scale_search": "gram"}, "*"),
     "awq": ("QuantizationModifier", {}, "int4-g128"),
     "gptq-refine0": ("GPTQModifier", {"refine": 0}, "*"),
+    "gptq-refine1": ("GPTQModifier", {"refine": 1}, "*"),
     "gptq": ("GPTQModifier", {}, "*"),
     "gptq-unsigned": ("GPTQModifier", {"signed_scales": False}, "int4-*"),
 }

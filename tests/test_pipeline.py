@@ -314,4 +314,4 @@ def test_kernels_compile_where_nothing_can_be_cached(monkeypatch: pytest.MonkeyP
         return lambda function: function
 
     monkeypatch.setattr(cpu_kernels, "njit", njit)
-    assert cpu_kernels._compiled()(len) is len and [call.get("cache") for call in calls] == [True, None]
+    assert cpu_kernels.compiled()(len) is len and [call.get("cache") for call in calls] == [True, None]

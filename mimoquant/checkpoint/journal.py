@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,7 @@ class RunFolder:
         self._resume = resume
         self._lock = -1
         self._journal = -1
+        self._recording = threading.Lock()
         self._ours = False  # whether this process made the folder
         self.finished: dict[str, JournalLine] = {}
 
@@ -97,19 +99,20 @@ class RunFolder:
         return self.partial / file
 
     def record(self, line: JournalLine) -> None:
-        """Append one durable line; the shard it names must be durable already."""
-        try:
-            fsync_folder(self.partial)
-            view = memoryview(json.dumps(line.as_plain()).encode() + b"\n")
-            while view:
-                view = view[os.write(self._journal, view) :]
-            os.fsync(self._journal)
-        except OSError as error:
-            raise StoppedError(
-                f"{self.partial / JOURNAL_NAME}: cannot be written ({error.strerror})",
-                hint="make room, then run the same command again with --resume",
-            ) from error
-        self.finished[line.unit] = line
+        """Append one durable line; the shard it names must be durable already. Any thread may call it."""
+        with self._recording:
+            try:
+                fsync_folder(self.partial)
+                view = memoryview(json.dumps(line.as_plain()).encode() + b"\n")
+                while view:
+                    view = view[os.write(self._journal, view) :]
+                os.fsync(self._journal)
+            except OSError as error:
+                raise StoppedError(
+                    f"{self.partial / JOURNAL_NAME}: cannot be written ({error.strerror})",
+                    hint="make room, then run the same command again with --resume",
+                ) from error
+            self.finished[line.unit] = line
 
     def publish(self, order: list[str]) -> None:
         """Rewrite the journal in plan order and rename the folder to its final name."""

@@ -34,7 +34,7 @@ _SLAB = 128  # rows of a task: with a block of 128 columns, 64 KB an array
 _INF, _SMALLEST = F32(np.inf), F32(NVFP4_SMALLEST_SCALE)
 _E2M1 = np.array([*E2M1_VALUES, *(-value for value in E2M1_VALUES)], np.float32)
 _jit, _inline = compiled(), compiled(inline="always")
-_NOTHING = np.empty((0, 0), np.float32)
+_NOTHING, _NO_REACH = np.empty((0, 0), np.float32), np.empty((0, 0, 0), np.float32)
 
 
 @_inline
@@ -91,18 +91,14 @@ def _round_slab(target, weight, push, scale, zero, group, is_int4, now, codes, l
 
 
 @_jit
-def _better_scale(slope, codes, gram, scale, divisor, is_int4, now, first, size, reach, unit, sums):  # type: ignore[no-untyped-def]
-    """See `columns._better_scale`. `first`: of the group, within the block; the last three are room to work in."""
+def _better_scale(slope, codes, scale, divisor, is_int4, first, size, reach, sums):  # type: ignore[no-untyped-def]
+    """See `columns._better_scale`. `first`: of the group, within the block; `sums` is room to work in."""
     rows = scale.shape[0]
-    reach[:] = F32(0)
     for i in range(size):
         for r in range(rows):
-            unit[i, r] = _decoded(codes[first + i, r], F32(1), F32(0), is_int4)
-        _push(unit[i], gram[now + first + i, now:], 0, reach, F32(1))
-    for i in range(size):
-        for r in range(rows):
-            sums[0, i, r] = reach[first + i, r] * unit[i, r]
-            sums[1, i, r] = slope[first + i, r] * unit[i, r]
+            unit = _decoded(codes[first + i, r], F32(1), F32(0), is_int4)
+            sums[0, i, r] = reach[first + i, r] * unit
+            sums[1, i, r] = slope[first + i, r] * unit
     half = size // 2
     while half:
         for i in range(half):
@@ -123,16 +119,14 @@ def _better_scale(slope, codes, gram, scale, divisor, is_int4, now, first, size,
 
 
 @_jit
-def _improve_slab(slope, weight, codes, gram, scale, zero, divisor, is_int4, scales, now, size, left, change):  # type: ignore[no-untyped-def]
+def _improve_slab(slope, weight, codes, gram, scale, zero, divisor, is_int4, reach, now, size, left, change):  # type: ignore[no-untyped-def]
     columns, rows = slope.shape
-    reach, unit = np.empty((columns, rows), F32), np.empty((size, rows), F32)
     sums, step, before = np.empty((2, size, rows), F32), np.empty(rows, F32), np.empty(rows, F32)
     for first in range(0, columns, size):
         s, has_zero = scale[(now + first) // size], zero.shape[0] > 0
         before[:] = s
-        if scales:
-            _better_scale(slope, codes[now : now + columns], gram, s, divisor, is_int4, now, first, size, reach, unit,
-                          sums)  # fmt: skip
+        if reach.shape[0]:
+            _better_scale(slope, codes[now:], s, divisor, is_int4, first, size, reach[first // size], sums)
         for i in range(first, first + size):
             column = now + i
             code, w, steep, curvature = codes[column], weight[column], slope[i], gram[column, column]
@@ -161,16 +155,17 @@ def round_columns(stack: Columns, now: slice, target: Tensor, group_EI: Tensor) 
     _over_slabs(task, target)
 
 
-def improve_columns(stack: Columns, now: slice, slope: Tensor, scales: bool) -> Halves:
+def improve_columns(stack: Columns, now: slice, slope: Tensor, reach: Tensor | None) -> Halves:
     """See `columns.improve_columns`."""
     change, is_int4 = torch.empty(slope.shape), stack.fmt.name == "int4"
 
     def task(e: int, rows: slice) -> None:
         zero = _NOTHING if stack.zero is None else stack.zero[e].numpy()[:, rows]
+        far = _NO_REACH if reach is None else reach[e].numpy()[:, :, rows]
         divisor = F32(0 if stack.divisor is None else float(stack.divisor[e]))
         _improve_slab(
             slope[e].numpy()[:, rows], stack.weight[e].numpy()[:, rows], stack.codes[e].numpy()[:, rows],
-            stack.matrix[e].numpy()[:, : now.stop], stack.scale[e].numpy()[:, rows], zero, divisor, is_int4, scales,
+            stack.matrix[e].numpy()[:, : now.stop], stack.scale[e].numpy()[:, rows], zero, divisor, is_int4, far,
             now.start, stack.fmt.group_size, stack.left[0][e].numpy()[:, rows], change[e].numpy()[:, rows],
         )  # fmt: skip
 

@@ -27,10 +27,12 @@ from mimoquant.quant.gpu_arithmetic import (
     round_bf16,
     round_e2m1,
     round_level,
+    steps,
 )
 from mimoquant.quant.products import Halves
 
-_ROUND_ROWS, _IMPROVE_ROWS = 32, 16  # of a program, which is one warp
+_ROWS = 32  # of a program: one a thread, if the compiler cannot see that they lie next to each other
+_STRIP = 16  # columns that are at hand; every group size is a multiple
 _SMALLEST = tl.constexpr(NVFP4_SMALLEST_SCALE)
 
 
@@ -62,9 +64,9 @@ def _keep(rest, high, low, place, there):
 
 
 @triton.jit
-def _to_round(scale, weight, zero, push, group, expert, i, now, end, width, rows, groups, r, k,
+def _to_round(scale, weight, zero, group, expert, i, now, end, width, rows, groups, r,
               HAS_ZERO: tl.constexpr):  # fmt: skip
-    """Scale, value and zero point of column i of the block, and its share in each later column."""
+    """Scale, value and zero point of column i of the block."""
     column = tl.minimum(now + i, end - 1)
     there = r < rows
     g = tl.load(group + expert * width + column).to(tl.int64)
@@ -72,41 +74,68 @@ def _to_round(scale, weight, zero, push, group, expert, i, now, end, width, rows
     s = tl.load(scale + of_group, mask=there, other=1.0)
     w = tl.load(weight + (expert * width + column) * rows + r, mask=there, other=0.0)
     z = tl.load(zero + of_group, mask=there, other=0.0) if HAS_ZERO else tl.zeros_like(s)
-    share = tl.load(push + (expert * width + column) * width + now + k, mask=(k > i) & (now + k < end), other=0.0)
-    return s, w, z, share
+    return s, w, z
 
 
 @triton.jit
-def _round_columns(target, weight, push, scale, zero, group, codes, high, low, panel, now, end, width, rows, groups,
-                   IS_INT4: tl.constexpr, HAS_ZERO: tl.constexpr, BLOCK: tl.constexpr,
+def _shares(matrix, expert, i, now, end, width, k):
+    """How far column i of the block moves columns `k` of it: those after it."""
+    column = expert * width + now + i
+    return tl.load(matrix + column * width + now + k, mask=(k > i) & (now + k < end), other=0.0)
+
+
+@triton.jit
+def _strip(tile, b, BLOCK: tl.constexpr, W: tl.constexpr):
+    """Columns b W .. (b + 1) W of a tile [BLOCK / W, W, ROWS]: taking one column out costs a look at every register."""
+    return tl.sum(tl.where(tl.arange(0, BLOCK // W)[:, None, None] == b, tile, 0.0), axis=0)
+
+
+@triton.jit
+def _column(strip, j, W: tl.constexpr):
+    return tl.sum(tl.where(tl.arange(0, W)[:, None] == j, strip, 0.0), axis=0)
+
+
+@triton.jit
+def _moved(tile, strip, by, matrix, expert, b, j, now, end, width, BLOCK: tl.constexpr, W: tl.constexpr):
+    """The tile and its strip b after its column j has moved the later ones, `by` times their shares."""
+    share = _shares(matrix, expert, b * W + j, now, end, width, tl.arange(0, BLOCK))
+    near = _shares(matrix, expert, b * W + j, now, end, width, b * W + tl.arange(0, W))
+    tile = tile + tl.reshape(share, (BLOCK // W, W))[:, :, None] * by[None, None, :]
+    return tile, strip + near[:, None] * by[None, :]
+
+
+@triton.jit
+def _round_columns(target, weight, push, scale, zero, group, codes, high, low, steps, panel, now, end, width, rows,
+                   groups, IS_INT4: tl.constexpr, HAS_ZERO: tl.constexpr, BLOCK: tl.constexpr, W: tl.constexpr,
                    ROWS: tl.constexpr):  # fmt: skip
-    expert, r = tl.program_id(1).to(tl.int64), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    expert, r = tl.program_id(1).to(tl.int64), tl.program_id(0) * ROWS + tl.load(steps + tl.arange(0, ROWS))
     k, there = tl.arange(0, BLOCK), r < rows
     inside = (now + k < end)[:, None] & there[None, :]
     tile = tl.load(target + expert * panel + k[:, None] * rows + r[None, :], mask=inside, other=0.0)
-    s, w, z, share = _to_round(
-        scale, weight, zero, push, group, expert, 0, now, end, width, rows, groups, r, k, HAS_ZERO
-    )
-    for i in range(end - now):
-        later = _to_round(
-            scale, weight, zero, push, group, expert, i + 1, now, end, width, rows, groups, r, k, HAS_ZERO
-        )
-        code, value = _coded(tl.sum(tl.where(k[:, None] == i, tile, 0.0), axis=0), s, z, IS_INT4)
-        rest, place = w - value, (expert * width + now + i) * rows + r
-        tl.store(codes + place, code, mask=there)
-        _keep(rest, high, low, place, there)
-        tile = tile + share[:, None] * rest[None, :]
-        s, w, z, share = later
+    tile = tl.reshape(tile, (BLOCK // W, W, ROWS))
+    s, w, z = _to_round(scale, weight, zero, group, expert, 0, now, end, width, rows, groups, r, HAS_ZERO)
+    for b in range((end - now) // W):
+        strip = _strip(tile, b, BLOCK, W)
+        for j in range(W):
+            i = b * W + j
+            later = _to_round(scale, weight, zero, group, expert, i + 1, now, end, width, rows, groups, r, HAS_ZERO)
+            code, value = _coded(_column(strip, j, W), s, z, IS_INT4)
+            rest, place = w - value, (expert * width + now + i) * rows + r
+            tl.store(codes + place, code, mask=there)
+            _keep(rest, high, low, place, there)
+            tile, strip = _moved(tile, strip, rest, push, expert, b, j, now, end, width, BLOCK, W)
+            s, w, z = later
 
 
 @triton.jit
 def _halving_sum(x, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """[BLOCK, ROWS] → [ROWS]. Where all but one group is zero, the sum of that group by halving."""
+    """[BLOCK, ROWS] → [ROWS], adding halves."""
     if BLOCK >= 128:
         x = fold(x, 128, ROWS)
     if BLOCK >= 64:
         x = fold(x, 64, ROWS)
-    x = fold(x, 32, ROWS)
+    if BLOCK >= 32:
+        x = fold(x, 32, ROWS)
     x = fold(x, 16, ROWS)
     x = fold(x, 8, ROWS)
     x = fold(x, 4, ROWS)
@@ -114,92 +143,121 @@ def _halving_sum(x, BLOCK: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _better_scale(tile, codes, gram, old, divisor, expert, begin, first, now, end, width, rows, r, k,
-                  IS_INT4: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr,
-                  ROWS: tl.constexpr):  # fmt: skip
-    """See `columns._better_scale`: the new scale, and the slope that follows it."""
-    there = r < rows
-    reach = tl.zeros_like(tile)
-    for i in range(S):
-        column = expert * width + begin + i
-        unit = _level(tl.load(codes + column * rows + r, mask=there, other=0), IS_INT4)
-        share = tl.load(gram + column * width + now + k, mask=now + k < end, other=0.0)
-        reach = reach + share[:, None] * unit[None, :]
-    own = ((k >= first) & (k < first + S))[:, None]
-    place = (expert * width + now + k)[:, None] * rows + r[None, :]
-    units = _level(tl.load(codes + place, mask=own & there[None, :], other=0), IS_INT4)
-    curvature = _halving_sum(tl.where(own, reach * units, 0.0), BLOCK, ROWS)
-    wanted = old + tl.div_rn(_halving_sum(tl.where(own, tile * units, 0.0), BLOCK, ROWS), curvature)
+def _better_scale(slope, codes, scale, divisors, reaches, panel, now, first, columns, width, rows, groups,
+                  IS_INT4: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+    """See `columns._better_scale`. `first`: of the group, within the block."""
+    expert, r = tl.program_id(1).to(tl.int64), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    k, s, there = tl.arange(0, BLOCK), first + tl.arange(0, S), r < rows
+    reach = reaches + (expert * (columns // S) + first // S) * columns * rows
+    steep = slope + expert * panel
+    place = (expert * width + now + s)[:, None] * rows + r[None, :]
+    unit = _level(tl.load(codes + place, mask=there[None, :], other=0), IS_INT4)
+    at = s[:, None] * rows + r[None, :]
+    curvature = _halving_sum(tl.load(reach + at, mask=there[None, :], other=0.0) * unit, S, ROWS)
+    gain = _halving_sum(tl.load(steep + at, mask=there[None, :], other=0.0) * unit, S, ROWS)
+    of_group = (expert * groups + (now + first) // S) * rows + r
+    old = tl.load(scale + of_group, mask=there, other=1.0)
+    wanted = old + tl.div_rn(gain, curvature)
     if IS_INT4:
         new = from_bits(round_bf16(wanted))
     else:
+        divisor = tl.zeros_like(old) + tl.load(divisors + expert)
         new = wanted * divisor
         new = tl.div_rn(e4m3_value(e4m3_byte(tl.where(new > _SMALLEST, new, _SMALLEST))), divisor)
     sound = ((wanted > 0) == (old > 0)) & (wanted != 0) & (tl.abs(wanted) < float("inf"))
     sound = sound & (tl.abs(new) < float("inf")) & (new != 0) & (curvature > 0)
     new = tl.where(sound, new, old)
-    return new, tile - (new - old)[None, :] * reach
+    tl.store(scale + of_group, new, mask=there)
+    at, inside = k[:, None] * rows + r[None, :], (k < columns)[:, None] & there[None, :]
+    moved = (new - old)[None, :] * tl.load(reach + at, mask=inside, other=0.0)
+    tl.store(steep + at, tl.load(steep + at, mask=inside, other=0.0) - moved, mask=inside)
 
 
 @triton.jit
-def _to_improve(codes, weight, gram, expert, i, now, end, width, rows, r, k):
-    """Code, weight and curvature of column i of the block, and its share in each later column."""
+def _to_improve(codes, weight, gram, expert, i, now, end, width, rows, r):
+    """Code, weight and curvature of column i of the block."""
     column = expert * width + tl.minimum(now + i, end - 1)
     there = r < rows
     code = tl.load(codes + column * rows + r, mask=there, other=0)
     w = tl.load(weight + column * rows + r, mask=there, other=0.0)
     curvature = tl.load(gram + column * width + tl.minimum(now + i, end - 1))
-    share = tl.load(gram + column * width + now + k, mask=(k > i) & (now + k < end), other=0.0)
-    return code, w, tl.zeros_like(w) + curvature, share
+    return code, w, tl.zeros_like(w) + curvature
 
 
 @triton.jit
-def _improve_columns(slope, weight, gram, scale, zero, divisors, codes, high, low, change_high, change_low, panel, now,
-                     end, width, rows, groups, IS_INT4: tl.constexpr, HAS_ZERO: tl.constexpr, SCALES: tl.constexpr,
-                     S: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
-    expert, r = tl.program_id(1).to(tl.int64), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+def _improve_columns(slope, weight, gram, scale, before, zero, codes, high, low, change_high, change_low, steps, panel,
+                     now, begin, end, stop, width, rows, groups, IS_INT4: tl.constexpr, HAS_ZERO: tl.constexpr,
+                     GO_ON: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr, W: tl.constexpr,
+                     ROWS: tl.constexpr):  # fmt: skip
+    """Columns begin..end of the block now..stop, which is what they move; GO_ON: some of them are still to come.
+
+    `before`: the scales that codes had.
+    """
+    expert, r = tl.program_id(1).to(tl.int64), tl.program_id(0) * ROWS + tl.load(steps + tl.arange(0, ROWS))
     k, there = tl.arange(0, BLOCK), r < rows
-    inside = (now + k < end)[:, None] & there[None, :]
+    inside = (now + k < stop)[:, None] & there[None, :]
     tile = tl.load(slope + expert * panel + k[:, None] * rows + r[None, :], mask=inside, other=0.0)
-    code, w, curvature, share = _to_improve(codes, weight, gram, expert, 0, now, end, width, rows, r, k)
-    for first in range(0, end - now, S):
-        of_group = (expert * groups + (now + first) // S) * rows + r
-        before = tl.load(scale + of_group, mask=there, other=1.0)
-        s, z = before, tl.zeros_like(before)
-        if HAS_ZERO:
-            z = tl.load(zero + of_group, mask=there, other=0.0)
-        if SCALES:
-            divisor = tl.zeros_like(before) + (1.0 if IS_INT4 else tl.load(divisors + expert))
-            s, tile = _better_scale(tile, codes, gram, before, divisor, expert, now + first, first, now, end, width,
-                                    rows, r, k, IS_INT4, S, BLOCK, ROWS)  # fmt: skip
-            tl.store(scale + of_group, s, mask=there)
-        for i in range(first, first + S):
-            later = _to_improve(codes, weight, gram, expert, i + 1, now, end, width, rows, r, k)
+    tile = tl.reshape(tile, (BLOCK // W, W, ROWS))
+    code, w, curvature = _to_improve(codes, weight, gram, expert, begin - now, now, stop, width, rows, r)
+    for b in range((begin - now) // W, (end - now) // W):
+        strip = _strip(tile, b, BLOCK, W)
+        of_group = (expert * groups + (now + b * W) // S) * rows + r
+        s, was = tl.load(scale + of_group, mask=there, other=1.0), tl.load(before + of_group, mask=there, other=1.0)
+        z = tl.load(zero + of_group, mask=there, other=0.0) if HAS_ZERO else tl.zeros_like(s)
+        for j in range(W):
+            i = b * W + j
+            later = _to_improve(codes, weight, gram, expert, i + 1, now, stop, width, rows, r)
             level = _level(code, IS_INT4) - z if HAS_ZERO else _level(code, IS_INT4)
-            old, start = level * before, level * s
-            step = tl.div_rn(tl.sum(tl.where(k[:, None] == i, tile, 0.0), axis=0), curvature)
+            old, start = level * was, level * s
+            step = tl.div_rn(_column(strip, j, W), curvature)
             sound = (tl.abs(step) < float("inf")) & (curvature > 0)
             code, value = _coded(tl.where(sound, start + step, start), s, z, IS_INT4)
             place = (expert * width + now + i) * rows + r
             tl.store(codes + place, code, mask=there)
             _keep(w - value, high, low, place, there)
-            _keep(old - value, change_high, change_low, (expert * (end - now) + i) * rows + r, there)
-            tile = tile - share[:, None] * (value - start)[None, :]
-            code, w, curvature, share = later
+            _keep(old - value, change_high, change_low, (expert * (stop - now) + i) * rows + r, there)
+            tile, strip = _moved(tile, strip, start - value, gram, expert, b, j, now, stop, width, BLOCK, W)
+            code, w, curvature = later
+    if GO_ON:
+        r = tl.program_id(0) * ROWS + tl.load(steps + tl.arange(0, ROWS))  # anew: else addresses fill the registers
+        inside = (now + k < stop)[:, None] & (r < rows)[None, :]
+        tl.store(slope + expert * panel + k[:, None] * rows + r[None, :], tl.reshape(tile, (BLOCK, ROWS)), mask=inside)
 
 
 def round_columns(stack: Columns, now: slice, target: Tensor, group_EI: Tensor) -> None:
     """See `columns.round_columns`."""
-    arrays = (stack.weight, stack.matrix, stack.scale, _or(stack.zero, stack.scale), group_EI, stack.codes, *stack.left)
-    _launch(_round_columns, _ROUND_ROWS, stack, now, target, arrays)
+    arrays = (stack.weight, stack.matrix, stack.scale, _or(stack.zero, stack.scale), group_EI, stack.codes, *stack.left,
+              steps(target.device))  # fmt: skip
+    _check(stack, arrays, target)
+    _, width, rows = stack.weight.shape
+    _round_columns[_grid(stack)](
+        target, *arrays, target.stride(0), now.start, now.stop, width, rows, stack.scale.shape[1],
+        HAS_ZERO=stack.zero is not None, BLOCK=_block(now), W=_STRIP, **_options(stack),
+    )  # fmt: skip
 
 
-def improve_columns(stack: Columns, now: slice, slope: Tensor, scales: bool) -> Halves:
+def improve_columns(stack: Columns, now: slice, slope: Tensor, reach: Tensor | None) -> Halves:
     """See `columns.improve_columns`."""
+    _, width, rows = stack.weight.shape
     change = tuple(torch.empty(slope.shape, dtype=torch.bfloat16, device=slope.device) for _ in range(2))
-    arrays = (stack.weight, stack.matrix, stack.scale, _or(stack.zero, stack.scale), _or(stack.divisor, stack.scale),
-              stack.codes, *stack.left, *change)  # fmt: skip
-    _launch(_improve_columns, _IMPROVE_ROWS, stack, now, slope, arrays, SCALES=scales, S=stack.fmt.group_size)
+    before = stack.scale if reach is None else stack.scale.clone()
+    arrays = (stack.weight, stack.matrix, stack.scale, before, _or(stack.zero, before), stack.codes, *stack.left,
+              *change, steps(slope.device))  # fmt: skip
+    _check(stack, arrays, slope)
+    size, groups = stack.fmt.group_size, stack.scale.shape[1]
+    for begin in range(now.start, now.stop, now.stop - now.start if reach is None else size):
+        if reach is not None:
+            _better_scale[_grid(stack)](
+                slope, stack.codes, stack.scale, _or(stack.divisor, before), reach, slope.stride(0), now.start,
+                begin - now.start, now.stop - now.start, width, rows, groups, S=size, BLOCK=_block(now),
+                **_options(stack),
+            )  # fmt: skip
+        end = now.stop if reach is None else begin + size
+        _improve_columns[_grid(stack)](
+            slope, *arrays, slope.stride(0), now.start, begin, end, now.stop, width, rows, groups,
+            HAS_ZERO=stack.zero is not None, GO_ON=end < now.stop, S=size, BLOCK=_block(now), W=_STRIP,
+            **_options(stack),
+        )  # fmt: skip
     return change
 
 
@@ -207,15 +265,19 @@ def _or(array: Tensor | None, unused: Tensor) -> Tensor:
     return unused if array is None else array
 
 
-def _launch(
-    kernel: Any, tile: int, stack: Columns, now: slice, view: Tensor, arrays: tuple[Tensor, ...], **constants: Any
-) -> None:
+def _check(stack: Columns, arrays: tuple[Tensor, ...], view: Tensor) -> None:
     """`view`: [E, B, O] of a panel, whose columns lie next to each other."""
-    experts, width, rows = stack.weight.shape
-    if not all(array.is_contiguous() for array in arrays) or view.stride()[1:] != (rows, 1):
+    if not all(array.is_contiguous() for array in arrays) or view.stride()[1:] != (stack.weight.shape[2], 1):
         raise ValueError("a column kernel wants contiguous arrays")
-    kernel[(triton.cdiv(rows, tile), experts)](
-        view, *arrays, view.stride(0), now.start, now.stop, width, rows, stack.scale.shape[1],
-        IS_INT4=stack.fmt.name == "int4", HAS_ZERO=stack.zero is not None,
-        BLOCK=max(32, triton.next_power_of_2(now.stop - now.start)), ROWS=tile, num_warps=1, **constants, **NO_FUSION,
-    )  # fmt: skip
+
+
+def _grid(stack: Columns) -> tuple[int, int]:
+    return triton.cdiv(stack.weight.shape[2], _ROWS), len(stack.weight)
+
+
+def _block(now: slice) -> int:
+    return max(32, int(triton.next_power_of_2(now.stop - now.start)))
+
+
+def _options(stack: Columns) -> dict[str, Any]:
+    return {"IS_INT4": stack.fmt.name == "int4", "ROWS": _ROWS, "num_warps": 1, **NO_FUSION}

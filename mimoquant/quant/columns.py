@@ -55,16 +55,20 @@ def round_columns(stack: Columns, now: slice, target_EBO: Tensor, group_EI: Tens
     (kernels.round_columns if kernels else round_columns_plainly)(stack, now, target_EBO, group_EI)
 
 
-def improve_columns(stack: Columns, now: slice, slope_EBO: Tensor, *, scales: bool) -> Halves:
-    """Group after group: the best scale for its codes (if `scales`), then for each of its columns the best code.
+def improve_columns(stack: Columns, now: slice, slope_EBO: Tensor, reach_EGBO: Tensor | None) -> Halves:
+    """Group after group: the best scale for its codes (with `reach_EGBO`), then for each of its columns the best code.
 
     Fills scale, codes and left. `stack.matrix` is the Gram matrix. Returns old - new values, [E, B, O].
 
     Args:
         slope_EBO: (weight - values) times the Gram matrix, minus half the loss's gradient; overwritten.
+        reach_EGBO: the block's Gram matrix times each group's values at a scale of one: how fast the slope falls when
+            that group's scale grows.
     """
     kernels = _kernels(slope_EBO.device.type)
-    change: Halves = (kernels.improve_columns if kernels else improve_columns_plainly)(stack, now, slope_EBO, scales)
+    change: Halves = (kernels.improve_columns if kernels else improve_columns_plainly)(
+        stack, now, slope_EBO, reach_EGBO
+    )
     return change
 
 
@@ -82,6 +86,11 @@ def _kernels(device: str) -> Any:
     return column_kernels_cuda
 
 
+def units(codes: Tensor, fmt: Format) -> Tensor:
+    """The values of symmetric codes at a scale of one, float32."""
+    return Grid(torch.ones(1, device=codes.device), None).decode(codes, fmt)
+
+
 def round_columns_plainly(stack: Columns, now: slice, target: Tensor, group_EI: Tensor) -> None:
     """See `round_columns`."""
     left = torch.empty_like(target)
@@ -95,7 +104,7 @@ def round_columns_plainly(stack: Columns, now: slice, target: Tensor, group_EI: 
     put(stack.left, now, left)
 
 
-def improve_columns_plainly(stack: Columns, now: slice, slope: Tensor, scales: bool) -> Halves:
+def improve_columns_plainly(stack: Columns, now: slice, slope: Tensor, reach: Tensor | None) -> Halves:
     """See `improve_columns`."""
     size, fmt, change = stack.fmt.group_size, stack.fmt, torch.empty_like(slope)
     left = torch.empty_like(slope)
@@ -103,8 +112,8 @@ def improve_columns_plainly(stack: Columns, now: slice, slope: Tensor, scales: b
         group, first = begin // size, begin - now.start
         zero = None if stack.zero is None else stack.zero[:, group]
         before = Grid(stack.scale[:, group].clone(), zero)
-        if scales:
-            _better_scale(stack, now, slope, group)
+        if reach is not None:
+            _better_scale(stack, now, slope, group, reach[:, first // size])
         place = Grid(stack.scale[:, group], zero)
         for i, column in enumerate(range(begin, begin + size), start=first):
             old, start = (grid.decode(stack.codes[:, column], fmt) for grid in (before, place))
@@ -119,15 +128,12 @@ def improve_columns_plainly(stack: Columns, now: slice, slope: Tensor, scales: b
     return halves(change)
 
 
-def _better_scale(stack: Columns, now: slice, slope: Tensor, group: int) -> None:
+def _better_scale(stack: Columns, now: slice, slope: Tensor, group: int, reach: Tensor) -> None:
     """The group's least-squares scale for its codes, as its format stores it; `slope` follows."""
     size = stack.fmt.group_size
     own = slice(group * size, (group + 1) * size)
     inside = slice(own.start - now.start, own.stop - now.start)
-    unit = Grid(slope.new_ones(1, 1, 1), None).decode(stack.codes[:, own], stack.fmt)  # values at a scale of one
-    reach = torch.zeros_like(slope)
-    for i in range(size):
-        reach += stack.matrix[:, own.start + i, now, None] * unit[:, i, None, :]
+    unit = units(stack.codes[:, own], stack.fmt)
     curvature = halving_sum((reach[:, inside] * unit).transpose(1, 2))
     old = stack.scale[:, group].clone()
     wanted = old + halving_sum((slope[:, inside] * unit).transpose(1, 2)) / curvature

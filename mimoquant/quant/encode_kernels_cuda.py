@@ -16,7 +16,6 @@ weights of a thread; tiles are [K, N L].
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 import triton
@@ -37,6 +36,7 @@ from mimoquant.quant.gpu_arithmetic import (
     round_bf16,
     round_e2m1,
     round_level,
+    steps,
 )
 
 _THREADS = 32  # of a program: a warp, which need not wait for others
@@ -248,7 +248,7 @@ def encode(
     scale = torch.empty(shape, dtype=torch.uint16 if fmt.name == "int4" else torch.uint8, device=device)
     zero = torch.empty(shape if not fmt.symmetric else (1,), dtype=torch.int8, device=device)
     bad = torch.zeros(experts, dtype=torch.int32, device=device)
-    steps, unused = _steps(device), codes.view(-1)[:1]
+    unused = codes.view(-1)[:1]
     blocks = (1, 1) if block_scales is None else block_scales.shape[1:]
     lanes = -(-fmt.group_size // _LONGEST)
     of_a_program = _THREADS // lanes
@@ -256,7 +256,7 @@ def encode(
         held.contiguous(), unused if block_scales is None else block_scales.contiguous(),
         unused if importance_EI is None else importance_EI.contiguous(),
         unused if global_scale_E is None else global_scale_E, torch.tensor(tried, dtype=torch.float32, device=device),
-        steps, codes, scale, zero, bad, rows, groups, *blocks, len(tried),
+        steps(device), codes, scale, zero, bad, rows, groups, *blocks, len(tried),
         KIND=_KINDS[fmt.name], SYMMETRIC=fmt.symmetric, FP8=block_scales is not None,
         WEIGHTED=importance_EI is not None, K=fmt.group_size // lanes, N=of_a_program, L=lanes,
         num_warps=_THREADS // 32, **NO_FUSION,
@@ -294,8 +294,3 @@ def dequantize(values: Tensor, block_scales: Tensor) -> Tensor:
         *block_scales.shape[1:], N=1024, **NO_FUSION,
     )  # fmt: skip
     return out.view(torch.bfloat16)
-
-
-@cache
-def _steps(device: torch.device) -> Tensor:
-    return torch.arange(128, dtype=torch.int32, device=device)

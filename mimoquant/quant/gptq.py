@@ -29,6 +29,7 @@ from mimoquant.quant.products import halves, part, product, transposed, zeros
 BLOCK = 128  # columns that are rounded before what is left of them is pushed onto the rest of their panel
 PANEL = 512  # columns that are pushed onto by all before them in one product
 _MORE_DAMP = (10.0, 100.0)  # times the dampening, for a matrix that has no Cholesky factor
+_CUDA_PANEL = 512  # columns of a Cholesky factor that are made at once
 _LEAST_DAMP = 0.01  # what those multiply, if less was asked for
 
 
@@ -77,9 +78,31 @@ def push_factor(gram_EII: Tensor, damp: float) -> tuple[Tensor, Tensor, Tensor]:
 
 def _normal_factor(gram: Tensor) -> tuple[Tensor, Tensor]:
     """The Cholesky factor [E, I, I], each column over its diagonal element, and bool [E], whether there is one."""
-    lower, info = torch.linalg.cholesky_ex(gram)
+    lower, info = _cholesky(gram)
     lower /= torch.diagonal(lower, dim1=-2, dim2=-1)[:, None, :].clone()
     return lower, (info == 0) & torch.isfinite(lower).all(-1).all(-1)
+
+
+def _cholesky(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """`torch.linalg.cholesky_ex`; on CUDA panel by panel, since the library's batched one leaves most of a GPU idle."""
+    width = gram.shape[-1]
+    if not gram.is_cuda or width <= _CUDA_PANEL:
+        whole: tuple[Tensor, Tensor] = torch.linalg.cholesky_ex(gram)
+        return whole
+    lower, info = gram.clone(), torch.zeros(len(gram), dtype=torch.int32, device=gram.device)
+    for first, end in spans(0, width, _CUDA_PANEL):
+        own, rest = slice(first, end), slice(end, width)
+        lower[:, own, own], failed = torch.linalg.cholesky_ex(lower[:, own, own])
+        info = torch.where(info == 0, failed, info)
+        if end < width:
+            below = torch.linalg.solve_triangular(
+                lower[:, own, own], lower[:, rest, own].mT, upper=False
+            ).mT.contiguous()
+            lower[:, rest, own] = below
+            for begin, stop in spans(end, width, _CUDA_PANEL):  # the lower triangle is enough
+                part_of = below[:, begin - end : stop - end]
+                lower[:, begin:, begin:stop] -= below[:, begin - end :] @ part_of.mT
+    return lower.tril_(), info
 
 
 def spans(begin: int, end: int, size: int) -> list[tuple[int, int]]:

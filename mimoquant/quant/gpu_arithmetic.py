@@ -5,6 +5,9 @@ Adding 1.5 * 2^23 to |x| < 2^22 rounds it to a whole number, ties to even; half 
 
 from __future__ import annotations
 
+from functools import cache
+
+import torch
 import triton
 import triton.language as tl
 
@@ -81,3 +84,9 @@ def e4m3_byte(value):
 @triton.jit
 def e4m3_value(byte):
     return from_bits(byte << 20) * FP8_UNIT
+
+
+@cache
+def steps(device: torch.device) -> torch.Tensor:
+    """0, 1, 2 .. 127, int32: an index that the compiler cannot see through."""
+    return torch.arange(128, dtype=torch.int32, device=device)

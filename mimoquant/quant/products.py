@@ -22,13 +22,14 @@ def halves(matrix: Tensor) -> Halves:
 
 
 def product(left: Halves, right: Halves) -> Tensor:
-    """[E, m, k] @ [E, k, n] → float32 [E, m, n]."""
+    """[E, m, k] @ [E, k, n] → float32 [E, m, n]. A `right` that is exact in bfloat16 may come as one half."""
     if len(left) == 1:
         return left[0] @ right[0]
-    (left_high, left_low), (right_high, right_low) = left, right
-    out = torch.bmm(left_low, right_high, out_dtype=torch.float32)
-    out = torch.baddbmm(out, left_high, right_low, out_dtype=torch.float32)
-    return torch.baddbmm(out, left_high, right_high, out_dtype=torch.float32)
+    left_high, left_low = left
+    out = torch.bmm(left_low, right[0], out_dtype=torch.float32)
+    for half in right[:0:-1]:
+        torch.baddbmm(out, left_high, half, out_dtype=torch.float32, out=out)
+    return torch.baddbmm(out, left_high, right[0], out_dtype=torch.float32, out=out)
 
 
 def part(matrix: Halves, rows: slice, columns: slice) -> Halves:

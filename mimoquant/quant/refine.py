@@ -14,11 +14,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mimoquant.quant.columns import Columns, improve_columns
+from mimoquant.quant.columns import Columns, improve_columns, units
 from mimoquant.quant.formats import Format
 from mimoquant.quant.gptq import BLOCK, PANEL, spans
 from mimoquant.quant.grid import Grid
-from mimoquant.quant.products import halves, part, product
+from mimoquant.quant.products import Halves, halves, part, product
 
 _DAMP = 1e-3  # of the mean diagonal: keeps a column that no token used from moving
 
@@ -36,12 +36,21 @@ def refine(
         for first, end in spans(0, gram.shape[-1], PANEL):
             slope = product(part(cost, slice(first, end), every), stack.left)
             for now in (slice(*span) for span in spans(first, end, BLOCK)):
-                change = improve_columns(stack, now, slope[:, now.start - first : now.stop - first], scales=scales)
+                reach = _reach(stack, part(cost, now, now), now) if scales else None
+                change = improve_columns(stack, now, slope[:, now.start - first : now.stop - first], reach)
                 slope[:, now.stop - first :] += product(part(cost, slice(now.stop, end), now), change)
     if scales:
         stored = stack.scale if stack.divisor is None else stack.scale * stack.divisor.reshape(-1, 1, 1)
         parts = parts | {"scale": stored.transpose(1, 2).contiguous().to(parts["scale"].dtype)}
     return parts, stack.codes.transpose(1, 2).contiguous()
+
+
+def _reach(stack: Columns, cost: Halves, now: slice) -> Tensor:
+    """See `columns.improve_columns`: [E, G, B, O]. Levels are exact in bfloat16, so one half of them is enough."""
+    level, size = halves(units(stack.codes[:, now], stack.fmt)), stack.fmt.group_size
+    groups = [slice(begin, begin + size) for begin in range(0, now.stop - now.start, size)]
+    every = slice(None)
+    return torch.stack([product(part(cost, every, own), part(level[:1], own, every)) for own in groups], dim=1)
 
 
 def _stack(weight: Tensor, gram: Tensor, parts: dict[str, Tensor], codes: Tensor, fmt: Format) -> Columns:

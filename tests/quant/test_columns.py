@@ -63,6 +63,12 @@ def gram_of(size: tuple[int, int, int], device: str) -> Tensor:
     return inputs.mT @ inputs
 
 
+def reach_of(stack: Columns, gram: Tensor, now: slice) -> Tensor:
+    unit, size = columns.units(stack.codes[:, now], stack.fmt), stack.fmt.group_size
+    groups = [slice(begin, begin + size) for begin in range(0, now.stop - now.start, size)]
+    return torch.stack([gram[:, now, now][:, :, own] @ unit[:, own] for own in groups], dim=1)
+
+
 def same(one: Columns, other: Columns) -> bool:
     pairs = [(one.codes, other.codes), (one.scale, other.scale), *zip(one.left, other.left, strict=True)]
     return all(torch.equal(*pair) for pair in pairs)
@@ -88,9 +94,9 @@ def test_compiled_loops_give_the_bytes_of_the_plain_ones(fmt: Format, size: tupl
     start = replace(start, matrix=gram)
     slope = (gram[:, now, now] @ sum(half.float() for half in start.left)[:, now]).contiguous()
     for scales in (False, True) if fmt.symmetric and fmt.name != "mxfp4" else (False,):
-        mine, plain = copy(start), copy(start)
-        change = columns.improve_columns(mine, now, slope.clone(), scales=scales)
-        expected = columns.improve_columns_plainly(plain, now, slope.clone(), scales)
+        mine, plain, reach = copy(start), copy(start), reach_of(start, gram, now) if scales else None
+        change = columns.improve_columns(mine, now, slope.clone(), reach)
+        expected = columns.improve_columns_plainly(plain, now, slope.clone(), reach)
         assert same(mine, plain) and all(torch.equal(*pair) for pair in zip(change, expected, strict=True))
         assert (mine.codes != start.codes).any() and bool((mine.scale != start.scale).any()) == scales
 
