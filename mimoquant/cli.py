@@ -6,6 +6,7 @@ sentence, a hint and an exit code in one place. Nothing heavy is imported before
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import json
@@ -46,8 +47,9 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except MimoquantError as error:
-            typer.echo(f"error: {error}", err=True)
-            if error.hint:
+            if not error.told:
+                typer.echo(f"error: {error}", err=True)
+            if error.hint and not error.told:
                 typer.echo(f"hint: {error.hint}", err=True)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
@@ -154,17 +156,22 @@ def quantize(
     """Write the 4-bit checkpoint. The folder appears only when it is complete; an interrupted run can be resumed."""
     from mimoquant import coverage_page, describe, pipeline
     from mimoquant.devices import resolve_device
+    from mimoquant.team import Team
 
     begin = time.monotonic()
     changed = {"data": tuple(data) if data else None, "sequences": sequences, "tokens": tokens}
-    device = resolve_device(device)
-    made = _plan(source, recipe, container, allow_unknown, {k: v for k, v in changed.items() if v is not None}, device)
-    if html is not None:
-        check_page(html, made, out)
-    for note in made.notes:
-        tell(f"note: {note}")
-    with Progress(made) as progress:
-        report = pipeline.quantize(made, out, device=device, resume=resume, progress=progress.advance)
+    changed = {key: value for key, value in changed.items() if value is not None}
+    with Team.from_environment(resolve_device(device)) as team:
+        made = _plan(source, recipe, container, allow_unknown, changed, team.device)
+        if html is not None:
+            check_page(html, made, out)
+        with Progress(made, team.size) if team.leads else contextlib.nullcontext() as progress:
+            for note in made.notes if team.leads else ():
+                tell(f"note: {note}")
+            report = pipeline.quantize(made, out, resume=resume, team=team,
+                                       progress=progress.advance if progress else None)  # fmt: skip
+    if not team.leads:
+        return
     facts = {**report.as_json(), "out": str(out), "elapsed_s": round(time.monotonic() - begin, 3)}
     if html is not None:
         write_page(html, coverage_page.coverage_page(facts))
