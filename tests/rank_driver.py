@@ -37,7 +37,7 @@ def kill_at(count: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--kill-at", type=int)
     parser.add_argument("--kill-rank", default="1")
     options, rest = parser.parse_known_args()

@@ -48,7 +48,7 @@ def start(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def quantize(ranks: int, recipe: str, out: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    return start(ranks, *options, "quantize", str(MICRO), "--recipe", recipe, "--out", str(out), "--json")
+    return start(ranks, "quantize", str(MICRO), "--recipe", recipe, "--out", str(out), "--json", *options)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
