@@ -272,6 +272,8 @@ def eval_kl(
         facts = _evaluate(*where, candidate, baseline, noise_floor, device)
     else:
         facts = _evaluate_server(*where, str(server), model, top_k, device)
+    if facts is None:  # another rank tells
+        return
     if facts.get("activations_quantized"):
         tell(f"note: {candidate}: its config quantizes activations too; J is of its weights alone")
     facts["max_kl"], j = max_kl, facts["j"]["mean"]
@@ -303,11 +305,13 @@ def _check_candidate(
             raise UsageError(f"{option} cannot go with {'--server' if candidate is None else 'a CANDIDATE folder'}")
 
 
-def _load_tokens(reference: Path, data: list[str], sequences: int | None, tokens: int, vocab: int) -> TokenSet:
+def _load_tokens(
+    reference: Path, data: list[str], sequences: int | None, tokens: int, vocab: int, leads: bool = True
+) -> TokenSet:
     from mimoquant.calibration.tokens import load_tokens
 
     loaded = load_tokens(data, reference, sequences=sequences, tokens=tokens, vocab=vocab)
-    if loaded.left_out:
+    if loaded.left_out and leads:
         tell(f"note: too few tokens for one sequence of {tokens}: {', '.join(loaded.left_out)}")
     return loaded
 
@@ -321,22 +325,25 @@ def _evaluate(
     baseline: Path | None,
     noise_floor: bool,
     device: str,
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     from mimoquant.calibration.tokenizer import load_tokenizer
     from mimoquant.devices import resolve_device
     from mimoquant.errors import CheckpointError
     from mimoquant.evaluation.evaluate import eval_kl as run
     from mimoquant.evaluation.evaluate import open_layout
+    from mimoquant.team import Team
 
-    place = resolve_device(device)
-    loaded = _load_tokens(reference, data, sequences, tokens, open_layout(reference).geometry.vocab)
-    lines = Lines()
-    try:
-        decode = load_tokenizer(reference).decode
-    except CheckpointError:  # data that came as ids needs no tokenizer; the worst tokens are shown as ids then
-        decode = None
-    return run(reference, candidate, loaded, baseline=baseline, device=place, noise_floor=noise_floor, decode=decode,
-               progress=lambda layer, layers: lines(f"layer {layer}", layer + 1, layers))  # fmt: skip
+    place, lines = resolve_device(device), Lines()
+    with Team.from_environment(place) as team:
+        loaded = _load_tokens(reference, data, sequences, tokens, open_layout(reference).geometry.vocab, team.leads)
+        try:
+            decode = load_tokenizer(reference).decode
+        except CheckpointError:  # data that came as ids needs no tokenizer; the worst tokens are shown as ids then
+            decode = None
+        shown = (lambda layer, layers: lines(f"layer {layer}", layer + 1, layers)) if team.leads else None
+        facts = run(reference, candidate, loaded, baseline=baseline, device=place, noise_floor=noise_floor,
+                    decode=decode, progress=shown, team=team)  # fmt: skip
+    return facts if team.leads else None
 
 
 def _evaluate_server(

@@ -129,6 +129,19 @@ def test_a_refusal_is_one_sentence(gptq: Path) -> None:
     assert "mimoquant/pipeline.py" not in done.stderr  # no traceback of ours
 
 
+def test_an_evaluation_gives_the_numbers_of_one_process(gptq: Path) -> None:
+    told = []
+    for ranks in (1, 3):
+        done = start(ranks, "eval-kl", str(MICRO), str(gptq), "--sequences", "24", "--tokens", "64", "--device", "cpu",
+                     "--baseline", str(gptq), "--json")  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        told.append(json.loads(done.stdout))
+    for facts in told:
+        for key in ("elapsed_s", "peak_rss_bytes"):
+            facts.pop(key)
+    assert told[0] == told[1] and told[0]["j"]["mean"] > 0 and told[0]["noise_floor"]["relative_noise"] > 0
+
+
 # --- without torchrun -------------------------------------------------------------------------------------------------
 
 
