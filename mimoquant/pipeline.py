@@ -244,14 +244,12 @@ def _load_experts(
     plan: Plan, steps: tuple[Step, ...], reader: CheckpointReader, engine: Engine, rank: int
 ) -> dict[str, Stack] | None:
     """A chunk of experts: of a round that of this rank, if it has one there; kept experts go through all ranks."""
-    first = steps[0]
-    assert isinstance(first, Experts)
-    together = plan.recipe.calibration is not None and first.fmt is not None
-    step = steps[rank if rank < len(steps) else -1] if together else first
-    if together and rank >= len(steps):
+    experts = [step for step in steps if isinstance(step, Experts)]
+    in_rounds = plan.recipe.calibration is not None and experts[0].fmt is not None
+    mine = experts[rank : rank + 1] if in_rounds else experts
+    if not mine:
         return None
-    assert isinstance(step, Experts)
-    return read_experts(reader, plan.layout, step.layer, step.begin, step.end, engine.empty)
+    return read_experts(reader, plan.layout, mine[0].layer, mine[0].begin, mine[0].end, engine.empty)
 
 
 def _load_copy(task: Task, step: Copy, reader: CheckpointReader, last: bool) -> Iterator[Loaded]:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 TIMEOUT_S = 1800  # that a rank waits for another: the longest that one may work while others have nothing to do
 GRACE_S = 2.0  # that a rank whose connection broke waits for a sentence that says why
-RESUME = "run the same command again with --resume, with any number of processes"
+RESUME = "a quantize run goes on with --resume, under any number of processes"
 _BOARD = "end of the run"
 
 
@@ -43,7 +43,7 @@ class Team:
 
     @staticmethod
     def from_environment(device: str) -> Team:
-        """The team that torchrun started, or a team of one. `device`: "cpu" or "cuda"; this rank's is `team.device`.
+        """The team that torchrun started, or a team of one. `device`: "cpu" or "cuda"; `team.device` has a number.
 
         Raises UsageError where a node has more ranks than GPUs, StoppedError where the others cannot be reached.
         """
@@ -67,7 +67,7 @@ class Team:
 
         patience = timedelta(seconds=float(os.environ.get("MIMOQUANT_RANK_TIMEOUT_S", TIMEOUT_S)))
         backend = "gloo"
-        if self.device == "cuda":
+        if self.device.startswith("cuda"):
             local, gpus = int(os.environ.get("LOCAL_RANK", self.rank)), torch.cuda.device_count()
             if local >= gpus:
                 raise UsageError(f"rank {local} of this node has no GPU: there are {gpus}",

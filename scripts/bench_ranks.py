@@ -6,7 +6,8 @@ Uses the Python interface alone, so torch, numpy and pyyaml are enough on a mach
 usage: torchrun --nproc-per-node N scripts/bench_ranks.py --source DIR --recipe NAME|FILE --out DIR
        [--device cuda|cpu] [--sequences 16] [--tokens 512] [--data SET|FILE] [--chunk-mib M] [--resume]
 
-Without torchrun it is a run of one process. The sha256 must be the same for any number of ranks, for equal --chunk-mib.
+Without torchrun it is a run of one process. The sha256 must be the same for any number of ranks, for equal --chunk-mib
+and outputs in the same folder. Calibrates on random ids (`ids.npy` beside the output) unless --data names something.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import hashlib
 import time
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from mimoquant import pipeline
 from mimoquant.checkpoint.journal import file_sha256
@@ -32,12 +35,21 @@ def folder_sha256(folder: Path) -> str:
     return whole.hexdigest()
 
 
-def planned(options: argparse.Namespace, device: str) -> Plan:
+def random_ids(options: argparse.Namespace, team: Team) -> str:
+    """A file of ids that all ranks see."""
+    path = Path(options.out).absolute().parent / "ids.npy"
+    if team.leads:
+        np.save(path, np.random.default_rng(0).integers(0, 1000, (options.sequences, options.tokens)).astype(np.int32))
+    team.gather(None)
+    return str(path)
+
+
+def planned(options: argparse.Namespace, team: Team) -> Plan:
     recipe = load_recipe(options.recipe)
     if recipe.calibrated:
         given: dict[str, Any] = {"sequences": options.sequences, "tokens": options.tokens}
-        recipe = recipe.calibrated_on(given | ({"data": (options.data,)} if options.data else {}))
-    large = CUDA_CHUNK_BYTES if recipe.calibrated and device.startswith("cuda") else CHUNK_BYTES
+        recipe = recipe.calibrated_on(given | {"data": (options.data or random_ids(options, team),)})
+    large = CUDA_CHUNK_BYTES if recipe.calibrated and team.device.startswith("cuda") else CHUNK_BYTES
     return make_plan(options.source, recipe, chunk_bytes=options.chunk_mib * 2**20 if options.chunk_mib else large)
 
 
@@ -54,7 +66,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true")
     options = parser.parse_args()
     with Team.from_environment(options.device) as team:
-        plan, begin = planned(options, team.device), time.perf_counter()
+        plan, begin = planned(options, team), time.perf_counter()
 
         def progress(unit: Unit, done: int, finished: bool) -> None:
             if finished and team.leads:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 
 import mimoquant
+from mimoquant import pipeline
+from mimoquant.checkpoint.index import open_index
 from mimoquant.deal import deal
 from mimoquant.errors import CheckpointError, StoppedError
 from mimoquant.plan import make_plan
@@ -77,11 +80,11 @@ def gptq(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_data_free_runs_write_the_bytes_of_one_process(tmp_path: Path) -> None:
-    for ranks in (1, 3):
-        done = quantize(ranks, "int4-g128-rtn", tmp_path / str(ranks), "--device", "cpu")
-        assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout)["out"] == str(tmp_path / str(ranks))  # one rank prints
-    assert same(tmp_path / "1", tmp_path / "3")
+    pipeline.quantize(make_plan(MICRO, load_recipe("int4-g128-rtn")), tmp_path / "one", device="cpu")
+    done = quantize(3, "int4-g128-rtn", tmp_path / "three", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["out"] == str(tmp_path / "three")  # one rank prints
+    assert same(tmp_path / "one", tmp_path / "three")
 
 
 def test_calibrated_runs_write_the_bytes_of_one_process(gptq: Path, tmp_path: Path) -> None:
@@ -104,7 +107,7 @@ def test_a_killed_rank_ends_the_run_and_another_number_of_ranks_goes_on(gptq: Pa
     done = quantize(2, "gptq-int4-g128", tmp_path / "out", *SMALL, "--kill-at", "2")
     assert done.returncode != 0 and time.monotonic() - begin < 60
     assert not (tmp_path / "out").exists() and (tmp_path / "out.partial" / "journal-1.jsonl").is_file()
-    assert done.stderr.count("error: ") == 1 and "hint: run the same command again with --resume" in done.stderr
+    assert done.stderr.count("error: ") == 1 and "hint: a quantize run goes on with --resume" in done.stderr
     done = quantize(1, "gptq-int4-g128", tmp_path / "out", *SMALL, "--resume")
     assert done.returncode == 0, done.stderr
     assert same(gptq, tmp_path / "out")
@@ -122,6 +125,7 @@ def test_resuming_with_more_and_with_fewer_ranks(
     assert same(gptq, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_refusal_is_one_sentence(gptq: Path) -> None:
     done = quantize(2, "gptq-int4-g128", gptq, *SMALL)
     assert done.returncode != 0
@@ -129,9 +133,21 @@ def test_a_refusal_is_one_sentence(gptq: Path) -> None:
     assert "mimoquant/pipeline.py" not in done.stderr  # no traceback of ours
 
 
+def test_damage_that_one_rank_finds_is_one_sentence(tmp_path: Path) -> None:
+    source = shutil.copytree(MICRO, tmp_path / "source")
+    name = "model.layers.2.mlp.experts.3.up_proj.weight"
+    info = open_index(source).tensors[name]
+    raw = bytearray((source / info.file).read_bytes())
+    raw[info.offset] = 0x7F  # NaN
+    (source / info.file).write_bytes(raw)
+    done = start(2, "quantize", str(source), "--recipe", "gptq-int4-g128", "--out", str(tmp_path / "out"), *SMALL)
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1 and f"error: {name}: holds NaN" in done.stderr
+
+
 def test_an_evaluation_gives_the_numbers_of_one_process(gptq: Path) -> None:
     told = []
-    for ranks in (1, 3):
+    for ranks in (1, 2):
         done = start(ranks, "eval-kl", str(MICRO), str(gptq), "--sequences", "24", "--tokens", "64", "--device", "cpu",
                      "--baseline", str(gptq), "--json")  # fmt: skip
         assert done.returncode == 0, done.stderr

@@ -145,10 +145,7 @@ class RunFolder:
         self._ours = not self.partial.exists()
         self.partial.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(self.partial, os.O_RDONLY)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(f"{self.partial}: another run is writing there", hint="wait for it, or stop it") from error
+        self._claim(self._lock)
         run_path = self.path(RUN_NAME)
         if self._ours:
             write_file_durably(run_path, json.dumps(self._identity, indent=2).encode())
@@ -178,12 +175,22 @@ class RunFolder:
 
     def _open_journal(self) -> None:
         self._journal = os.open(self._journal_path(), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        self._claim(self._journal)
+
+    def _claim(self, descriptor: int) -> None:
+        """Lock a file until it is closed."""
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(f"{self.partial}: another run is writing there", hint="wait for it, or stop it") from error
 
     def _write_journal(self, lines: list[JournalLine]) -> None:
         """One journal in the place of all."""
         text = "".join(json.dumps(line.as_plain()) + "\n" for line in lines)
         write_file_durably(self.path(JOURNAL_NAME), text.encode())
         for path in self.partial.glob(RANK_JOURNALS):
+            with path.open("rb") as handle:
+                self._claim(handle.fileno())  # its rank may have outlived rank 0
             path.unlink()
 
     def _check_identity(self, path: Path) -> None:
