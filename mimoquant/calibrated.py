@@ -8,14 +8,18 @@ twice. Hidden states rest on the host; one layer's tokens are on the device.
 A sixteenth of the sequences is held out. They choose how far thin statistics are shrunk, and tell whether the loss that
 was minimised predicts the loss on tokens that nobody minimised.
 
+Several ranks walk together, layer by layer, each with its portions of the tokens (`portions`). Chunks come in rounds of
+as many as there are ranks: each rank chooses the codes of its own, then all have all codes, and pass their tokens on
+through the round's chunks in order. So sums are those of one process.
+
 Left out: the layers' order is the model's; no second pass. Shapes: E experts of a chunk, H hidden, I inner width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,29 +30,23 @@ from mimoquant.calibration import statistics
 from mimoquant.calibration.tokens import TokenSet
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.errors import CheckpointError, QualityError
-from mimoquant.layer_weights import read_experts, read_parts
-from mimoquant.model.decoder_layer import DenseWeights, ExpertChunk, LayerWeights, Router, add_experts
-from mimoquant.model.layer_stream import (
-    Block,
-    Stream,
-    add_blocks,
-    attend_and_route,
-    batch_sequences,
-    dense_layer,
-    route_again,
-)
+from mimoquant.layer_weights import not_finite, read_experts, read_parts
+from mimoquant.model.decoder_layer import DenseWeights, ExpertChunk, LayerWeights, Router
 from mimoquant.model.layout import PROJECTIONS, norm_name, router_name
 from mimoquant.model_weights import CheckpointWeights
 from mimoquant.plan import Experts, Plan, Unit
+from mimoquant.portions import Portions, Seen
 from mimoquant.quant.awq import best_fold, divided_by, inverse, moved, scaled, settled
 from mimoquant.quant.engine_torch import TorchEngine, amax, decode, nvfp4_global_scale, stored_parts, to_numpy
 from mimoquant.quant.expert_methods import Encoded, encode_with, energy, loss
 from mimoquant.quant.formats import Format
 from mimoquant.quant.method import Method
-from mimoquant.quant.stack import NonFiniteError, Stack
+from mimoquant.quant.stack import Stack
+from mimoquant.team import Team
 
 Array = npt.NDArray[Any]
 Parts = dict[str, dict[str, Array]]  # projection → part → [E, ...]
+T = TypeVar("T")
 
 HELD_OUT = 16  # one sequence in so many
 SAMPLE_EXPERTS = 16  # at most, of a layer's first chunk, that choose the shrinkage
@@ -101,89 +99,112 @@ def _short(value: float) -> float:
     return value if isinstance(value, int) else float(f"{value:.4g}")
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """What one rank made of its chunk of a round: stored parts by (projection, part), values as read, facts."""
+
+    parts: dict[str, Tensor]
+    chunk: ExpertChunk
+    facts: dict[str, Any]
+
+
 class Calibrator:
     """Walks the calibration tokens through a plan's layers. Layers go in order, all of them: `begin`, then `encode`
-    or `keep` for every chunk of experts, then `end`; or `replay`, for a layer that is written already."""
+    for every round of chunks or `keep` for every chunk, then `end`; or `replay`, for a layer that is written already.
+    Ranks of a team call the same, in the same order."""
 
-    def __init__(self, plan: Plan, reader: CheckpointReader, tokens: TokenSet, device: str) -> None:
+    def __init__(
+        self, plan: Plan, reader: CheckpointReader, tokens: TokenSet, device: str, team: Team | None = None
+    ) -> None:
         assert plan.recipe.calibration is not None
         self.plan, self.settings, self.device = plan, plan.recipe.calibration, torch.device(device)
         self.weights, self.engine = CheckpointWeights(reader, plan.layout, self.device), TorchEngine(device)
         self.method = plan.recipe.expert_method()
         held = torch.arange(len(tokens.ids)) % HELD_OUT == HELD_OUT - 1
         ids = torch.from_numpy(tokens.ids)
-        embedding = self.weights.tensor("model.embed_tokens.weight")
-        self.streams = [self._stream(ids[part], embedding) for part in (~held, held) if bool(part.any())]
-        self.blocks: list[list[Block]] = []
+        self.team = team or Team(device)
+        self.tokens = Portions(self.weights, [ids[part] for part in (~held, held) if bool(part.any())], self.team)
         self.facts = LayerFacts(-1)
         self.norm_fold: Tensor | None = None
-
-    def _stream(self, ids: Tensor, embedding: Tensor) -> Stream:
-        parts = torch.split(ids, batch_sequences(ids.shape[1]))
-        batches = [embedding[part.to(self.device)].float().cpu() for part in parts]
-        if self.device.type == "cuda":
-            batches = [hidden.pin_memory() for hidden in batches]
-        return Stream(self.weights, batches)
 
     @torch.no_grad()
     def begin(self, layer: int, written: CheckpointReader | None = None) -> None:
         """Attention and routing of a layer; a dense layer is passed whole. `written`: its shard, if it exists."""
         weights = self.weights.layer(layer)
-        self.facts, self.blocks, self.norm_fold = LayerFacts(layer), [], None
+        self.facts, self.norm_fold = LayerFacts(layer), None
         if isinstance(weights.mlp, DenseWeights):
-            for stream in self.streams:
-                dense_layer(stream, weights)
+            self.tokens.dense(weights)
             return
-        self.blocks = [attend_and_route(stream, weights, torch.bfloat16) for stream in self.streams]
+        self.tokens.attend(weights)
         self._pool()
         if layer in self.plan.formats and self.plan.recipe.folds_norm(layer):
-            fold = self._fold_of(layer) if written is None else self._written_fold(layer, written)
-            self._apply_norm_fold(weights, fold)
+            self._apply_norm_fold(weights, self._agreed_fold(layer, written))
         self._refuse_starved(layer)
 
     def _pool(self) -> None:
         """What the whole layer's tokens say: the Gram matrix experts are shrunk toward, and a sample of the tokens."""
-        train = self.blocks[0]
-        count = sum(len(block.tokens) for block in train)
-        self.pooled = torch.stack([statistics.gram(block.tokens) for block in train]).sum(0) / count
+        train = self.tokens.seen[0]
+        count = sum(len(tokens) for tokens, _ in train)
+        self.pooled = torch.stack([statistics.gram(tokens) for tokens, _ in train]).sum(0) / count
         wanted = min(SAMPLE_TOKENS, SAMPLE_PER_COLUMN * self.plan.layout.geometry.expert_intermediate)
         step = -(-count // wanted)
-        self.sample = torch.cat([block.tokens[::step] for block in train])
+        self.sample = torch.cat([tokens[::step] for tokens, _ in train])
         self.shrinkage = self.settings.shrinkage
-        experts, dispatches = self.plan.layout.geometry.experts, [block.dispatch for block in train]
+        experts, dispatches = self.plan.layout.geometry.experts, [dispatch for _, dispatch in train]
         self.facts.tokens = statistics.counts(dispatches, 0, experts)
         self.facts.starved = starved(self.facts.tokens, len(self.pooled))
         self.facts.effective = statistics.effective_counts(dispatches, 0, experts)
 
     @torch.no_grad()
-    def encode(self, step: Experts, stacks: dict[str, Stack]) -> Parts:
-        """Choose the codes of a chunk, and let its tokens through.
+    def encode(self, steps: Sequence[Experts], stacks: dict[str, Stack] | None, *, wanted: bool = True) -> list[Parts]:
+        """Choose the codes of a round of chunks, each rank those of one, and let the tokens through all of them.
 
-        Raises NonFiniteError for weights that are NaN or Inf, CheckpointError where statistics are.
+        Args:
+            stacks: of the chunk that has this rank's place in the round; None where it has none.
+            wanted: whether this rank writes the layer; the list is empty otherwise.
+        Raises CheckpointError for weights or statistics that are NaN or Inf.
         """
-        fmt, begin = step.fmt, step.begin
+        rank, fmt, out = self.team.rank, steps[0].fmt, []
         assert fmt is not None
-        original = self._chunk(begin, stacks)
-        inputs = self._input_grams(begin, step.end)
+        original = None if stacks is None else self._chunk(steps[rank], stacks)
+        inputs = None if original is None else self._input_grams(steps[rank].begin, steps[rank].end)
         if self.shrinkage is None:
-            self.shrinkage = self._choose_shrinkage(original, inputs, fmt)
-        n0, count = self.shrinkage * len(self.pooled), self.facts.tokens[begin : step.end]
-        chunk = self._folded_down(original, fmt, count) if self.plan.recipe.folds_down else original
-        gram = _finite(statistics.shrink(inputs, count, self.pooled, n0), step.layer)
+            self._agree_on_shrinkage(original, inputs, fmt)
+        own = None if original is None or inputs is None else self._choose(original, inputs, fmt)
+        for place, (step, facts) in enumerate(zip(steps, self.team.gather(own and own.facts), strict=False)):
+            mine = own if place == rank else None
+            parts = self.team.share(mine.parts if mine else None, place, str(self.device))
+            self._tell(facts)
+            if self.settings.propagate == "quantized":
+                self.tokens.through(mine.chunk if mine else _decoded(step.begin, _by_projection(parts), fmt))
+            else:
+                self.tokens.through(original if mine and original else self._source_chunk(step))
+            if wanted:
+                arrays = {name: to_numpy(values) for name, values in parts.items()}
+                out.append(_by_projection(arrays))
+        return out
+
+    def _choose(self, original: ExpertChunk, inputs: Tensor, fmt: Format) -> Chosen:
+        """Codes of one chunk. `inputs`: Gram sums of what its experts see."""
+        begin, end = original.begin, original.begin + len(original.gate)
+        assert self.shrinkage is not None
+        n0, count = self.shrinkage * len(self.pooled), self.facts.tokens[begin:end]
+        chunk, folded = self._folded_down(original, fmt, count) if self.plan.recipe.folds_down else (original, 0)
+        gram = _finite(statistics.shrink(inputs, count, self.pooled, n0), self.facts.layer)
         rows = _gate_and_up(chunk)
         both = _encode(rows, gram, fmt, self.method)
         gate, up = both.values.chunk(2, dim=1)
         half = ExpertChunk(begin, gate.contiguous(), up.contiguous(), chunk.down)
         inner = self._inner_grams(half, count)
         down = _encode(chunk.down, inner, fmt, self.method)
-        self._tell([(rows, gram, both), (chunk.down, inner, down)], fmt, count, n0)
-        self._pass(replace(half, down=down.values) if self.settings.propagate == "quantized" else original)
-        return _by_projection(both.parts, down.parts)
+        facts = _chunk_facts([(rows, gram, both), (chunk.down, inner, down)], fmt)
+        facts |= {"shrunk": statistics.shares(count, n0), "folded_channels": folded}
+        return Chosen(_named(both.parts, down.parts), replace(half, down=down.values), facts)
 
     @torch.no_grad()
     def keep(self, step: Experts, stacks: dict[str, Stack]) -> None:
         """Let the tokens through a chunk as the source has it."""
-        self._pass(self._chunk(step.begin, stacks))
+        self.tokens.through(self._chunk(step, stacks))
 
     @torch.no_grad()
     def replay(self, layer: int, unit: Unit, written: CheckpointReader) -> None:
@@ -194,49 +215,56 @@ class Calibrator:
             if not isinstance(step, Experts):
                 continue
             if fmt is not None and self.settings.propagate == "quantized":
-                self._pass(self._written_chunk(step, fmt, written))
+                self.tokens.through(self._written_chunk(step, fmt, written))
             else:
-                self.keep(step, read_experts(self.weights.reader, self.plan.layout, layer, step.begin, step.end))
+                self.tokens.through(self._source_chunk(step))
         self.end()
 
     @torch.no_grad()
     def end(self) -> dict[str, Any] | None:
         """Add what the experts made; returns the layer's facts, if it was quantized."""
-        for stream, blocks in zip(self.streams, self.blocks, strict=False):
-            add_blocks(stream, blocks)
-        self.blocks = []
+        self.tokens.add()
         return self.facts.as_plain() if self.facts.relmse else None
 
     # --- the steps of `encode` ----------------------------------------------------------------------------------------
 
-    def _chunk(self, begin: int, stacks: dict[str, Stack]) -> ExpertChunk:
-        """The source's weights, gate and up as they must be where the norm is folded. Raises NonFiniteError."""
+    def _chunk(self, step: Experts, stacks: dict[str, Stack]) -> ExpertChunk:
+        """The source's weights, gate and up as they must be where the norm is folded. Raises CheckpointError."""
         weights = {projection: self.engine.bf16(stack) for projection, stack in stacks.items()}
         for projection, weight in weights.items():
             bad = torch.nonzero(~torch.isfinite(amax(weight)))
             if len(bad):
-                raise NonFiniteError(projection, int(bad[0, 0]))
+                raise not_finite(self.plan.layout.expert(step.layer, step.begin + int(bad[0, 0]), projection).name)
         if self.norm_fold is not None:
             weights |= {p: scaled(weights[p], self.norm_fold) for p in ("gate", "up")}
-        return ExpertChunk(begin, *(weights[p] for p in PROJECTIONS))
+        return ExpertChunk(step.begin, *(weights[p] for p in PROJECTIONS))
 
-    def _pairs(self, held: bool = False) -> list[tuple[Tensor, Any]]:
-        return [(block.tokens, block.dispatch) for block in self.blocks[int(held)]]
+    def _source_chunk(self, step: Experts) -> ExpertChunk:
+        return self._chunk(step, read_experts(self.weights.reader, self.plan.layout, step.layer, step.begin, step.end))
+
+    def _seen(self, held: bool = False) -> Seen:
+        return self.tokens.seen[int(held)]
 
     def _input_grams(self, begin: int, end: int, *, held: bool = False) -> Tensor:
-        return statistics.expert_grams(self._pairs(held), begin, end, len(self.pooled))
+        return statistics.expert_grams(self._seen(held), begin, end, len(self.pooled))
 
     def _inner_grams(self, chunk: ExpertChunk, count: list[int]) -> Tensor:
         experts, width = chunk.gate.shape[:2]
         rows_of, end = statistics.intermediate_of(chunk), chunk.begin + experts
-        sums = statistics.expert_grams(self._pairs(), chunk.begin, end, width, rows_of)
+        sums = statistics.expert_grams(self._seen(), chunk.begin, end, width, rows_of)
         forced = statistics.forced_grams(self.sample, chunk.gate, chunk.up)
         assert self.shrinkage is not None
         return _finite(statistics.shrink(sums, count, forced, self.shrinkage * width), self.facts.layer)
 
+    def _agree_on_shrinkage(self, chunk: ExpertChunk | None, inputs: Tensor | None, fmt: Format) -> None:
+        """The rank that has the layer's first chunk chooses for all."""
+        first = self.team.rank == 0 and chunk is not None and inputs is not None
+        chosen = self._choose_shrinkage(chunk, inputs, fmt) if first and chunk and inputs is not None else None
+        self.shrinkage, self.facts.held_out = self.team.gather((chosen, self.facts.held_out))[0]
+
     def _choose_shrinkage(self, chunk: ExpertChunk, inputs: Tensor, fmt: Format) -> float:
         """The shrinkage with the least loss on held-out tokens, over the first experts of the layer."""
-        if len(self.blocks) < 2:
+        if len(self.tokens.seen) < 2:
             return 1.0
         rows = _gate_and_up(chunk)[:SAMPLE_EXPERTS]
         begin, end = chunk.begin, chunk.begin + len(rows)
@@ -261,6 +289,12 @@ class Calibrator:
                 f"layer {layer}: {hungry} experts saw fewer than {width // 2} tokens, max_starved_experts is {limit}",
                 hint="calibrate with more tokens, or raise the limit and go on with --resume",
             )
+
+    def _agreed_fold(self, layer: int, written: CheckpointReader | None) -> Tensor:
+        fold = None
+        if self.team.leads:  # for all
+            fold = {"fold": self._fold_of(layer) if written is None else self._written_fold(layer, written)}
+        return self.team.share(fold, 0, str(self.device))["fold"]
 
     def _fold_of(self, layer: int) -> Tensor:
         """The factors between the norm and its router and experts, chosen on a sample of the layer's experts."""
@@ -302,49 +336,39 @@ class Calibrator:
         router = scaled(self.weights.tensor(router_name(self.facts.layer)), fold)  # rounded to what it is stored in
         written = replace(weights, post_norm=scaled(weights.post_norm, inverse(fold)),
                           mlp=replace(weights.mlp, weight=router.to(torch.float32)))  # fmt: skip
-        before = [routing for stream in self.streams for routing in stream.routing]
-        self.blocks = []  # the device holds the tokens once
-        self.blocks = [route_again(stream, written, torch.bfloat16) for stream in self.streams]
-        after = [routing for stream in self.streams for routing in stream.routing]
-        self.facts.topk_changed = statistics.changed(before, after)
+        before = self.tokens.routing
+        self.tokens.route_again(written)
+        self.facts.topk_changed = statistics.changed(before, self.tokens.routing)
         self._pool()
 
-    def _folded_down(self, chunk: ExpertChunk, fmt: Format, count: list[int]) -> ExpertChunk:
-        """up and down with each intermediate channel scaled, up down and down up."""
+    def _folded_down(self, chunk: ExpertChunk, fmt: Format, count: list[int]) -> tuple[ExpertChunk, int]:
+        """up and down with each intermediate channel scaled, up down and down up; and how many are."""
         recipe = self.plan.recipe
         fold = best_fold(chunk.down, self._inner_grams(chunk, count), self._loss_of(fmt), n_grid=recipe.awq.n_grid,
                          duo=recipe.awq.duo, shared=False, real=recipe.real_fold)  # fmt: skip
-        self.facts.folded_channels += int(moved(fold).sum())
         up, down = scaled(chunk.up, inverse(fold)[:, :, None]), scaled(chunk.down, fold[:, None, :])
-        return replace(chunk, up=up, down=down)
+        return replace(chunk, up=up, down=down), int(moved(fold).sum())
 
     def _loss_of(self, fmt: Format) -> Callable[[Tensor, Tensor], Tensor]:
         plain = Method(self.method.search, signed=self.method.signed, every=COARSE)
         return lambda weight, gram: loss(weight, _encode(weight, gram, fmt, plain).values, gram)
 
-    def _pass(self, chunk: ExpertChunk) -> None:
-        for blocks in self.blocks:
-            for block in blocks:
-                add_experts(block.out, block.tokens, block.dispatch, chunk)
-
-    def _tell(self, made: list[tuple[Tensor, Tensor, Encoded]], fmt: Format, count: list[int], n0: float) -> None:
-        """Facts of a chunk. `made`: weights, their Gram matrices, and what became of them."""
-        told = [_losses(weight, encoded.values, gram, fmt) for weight, gram, encoded in made]
-        total, mine, plain = torch.stack(told).sum(0)
-        total = total.clamp(min=1e-30)
-        self.facts.relmse += (mine / total).tolist()
-        self.facts.relmse_plain += (plain / total).tolist()
-        self.facts.shrunk += statistics.shares(count, n0)
+    def _tell(self, facts: dict[str, Any]) -> None:
+        """Add what a rank says of its chunk to the layer's facts: lists grow, numbers add up."""
+        for name, value in facts.items():
+            setattr(self.facts, name, getattr(self.facts, name) + value)
         self.facts.shrinkage = self.shrinkage or 0.0
-        self.facts.damped += sum(encoded.damped for _, _, encoded in made)
-        self.facts.rounded += sum(encoded.rounded for _, _, encoded in made)
 
     def _written_chunk(self, step: Experts, fmt: Format, written: CheckpointReader) -> ExpertChunk:
         names = (entry.name for entry in step.entries)
         geometry, container = self.plan.layout.geometry, self.plan.container
         held = read_parts(written, names, step.end - step.begin, fmt, container, geometry)
-        values = [decode(stored_parts(held[p], fmt, self.device), fmt).to(torch.bfloat16) for p in PROJECTIONS]
-        return ExpertChunk(step.begin, *values)
+        return _decoded(step.begin, {p: stored_parts(held[p], fmt, self.device) for p in PROJECTIONS}, fmt)
+
+
+def _decoded(begin: int, parts: dict[str, dict[str, Tensor]], fmt: Format) -> ExpertChunk:
+    """Experts as an engine reads them."""
+    return ExpertChunk(begin, *(decode(parts[p], fmt).to(torch.bfloat16) for p in PROJECTIONS))
 
 
 def _gate_and_up(chunk: ExpertChunk) -> Tensor:
@@ -374,14 +398,35 @@ def _finite(gram: Tensor, layer: int) -> Tensor:
     return gram
 
 
-def _by_projection(both: dict[str, Tensor], down: dict[str, Tensor]) -> Parts:
-    """The parts of stacked gate and up, split by rows; a global scale is shared."""
-    halves: dict[str, dict[str, Tensor]] = {"gate": {}, "up": {}}
+def _chunk_facts(made: list[tuple[Tensor, Tensor, Encoded]], fmt: Format) -> dict[str, Any]:
+    """Facts of a chunk. `made`: weights, their Gram matrices, and what became of them."""
+    told = [_losses(weight, encoded.values, gram, fmt) for weight, gram, encoded in made]
+    total, mine, plain = torch.stack(told).sum(0)
+    total = total.clamp(min=1e-30)
+    return {
+        "relmse": (mine / total).tolist(),
+        "relmse_plain": (plain / total).tolist(),
+        "damped": sum(encoded.damped for _, _, encoded in made),
+        "rounded": sum(encoded.rounded for _, _, encoded in made),
+    }
+
+
+def _named(both: dict[str, Tensor], down: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Parts by `projection part`, those of stacked gate and up split by rows; a global scale is shared."""
+    out = {f"down {name}": values for name, values in down.items()}
     for name, values in both.items():
         pair = (values, values) if name == "global_scale" else values.chunk(2, dim=1)
-        halves["gate"][name], halves["up"][name] = pair
-    return {p: {name: to_numpy(values) for name, values in parts.items()}
-            for p, parts in (*halves.items(), ("down", down))}  # fmt: skip
+        out |= {f"{projection} {name}": half for projection, half in zip(("gate", "up"), pair, strict=True)}
+    return out
+
+
+def _by_projection(named: dict[str, T]) -> dict[str, dict[str, T]]:
+    """The inverse of the names that `_named` gives: projection → part."""
+    out: dict[str, dict[str, T]] = {projection: {} for projection in PROJECTIONS}
+    for name, values in named.items():
+        projection, _, part = name.partition(" ")
+        out[projection][part] = values
+    return out
 
 
 def starved(counts: list[int], width: int) -> int:

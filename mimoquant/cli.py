@@ -6,6 +6,7 @@ sentence, a hint and an exit code in one place. Nothing heavy is imported before
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import json
@@ -46,8 +47,9 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except MimoquantError as error:
-            typer.echo(f"error: {error}", err=True)
-            if error.hint:
+            if not error.told:
+                typer.echo(f"error: {error}", err=True)
+            if error.hint and not error.told:
                 typer.echo(f"hint: {error.hint}", err=True)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
@@ -154,17 +156,22 @@ def quantize(
     """Write the 4-bit checkpoint. The folder appears only when it is complete; an interrupted run can be resumed."""
     from mimoquant import coverage_page, describe, pipeline
     from mimoquant.devices import resolve_device
+    from mimoquant.team import Team
 
     begin = time.monotonic()
     changed = {"data": tuple(data) if data else None, "sequences": sequences, "tokens": tokens}
-    device = resolve_device(device)
-    made = _plan(source, recipe, container, allow_unknown, {k: v for k, v in changed.items() if v is not None}, device)
-    if html is not None:
-        check_page(html, made, out)
-    for note in made.notes:
-        tell(f"note: {note}")
-    with Progress(made) as progress:
-        report = pipeline.quantize(made, out, device=device, resume=resume, progress=progress.advance)
+    changed = {key: value for key, value in changed.items() if value is not None}
+    with Team.from_environment(resolve_device(device)) as team:
+        made = _plan(source, recipe, container, allow_unknown, changed, team.device)
+        if html is not None:
+            check_page(html, made, out)
+        with Progress(made, team.size) if team.leads else contextlib.nullcontext() as progress:
+            for note in made.notes if team.leads else ():
+                tell(f"note: {note}")
+            report = pipeline.quantize(made, out, resume=resume, team=team,
+                                       progress=progress.advance if progress else None)  # fmt: skip
+    if not team.leads:
+        return
     facts = {**report.as_json(), "out": str(out), "elapsed_s": round(time.monotonic() - begin, 3)}
     if html is not None:
         write_page(html, coverage_page.coverage_page(facts))
@@ -265,6 +272,8 @@ def eval_kl(
         facts = _evaluate(*where, candidate, baseline, noise_floor, device)
     else:
         facts = _evaluate_server(*where, str(server), model, top_k, device)
+    if facts is None:  # another rank tells
+        return
     if facts.get("activations_quantized"):
         tell(f"note: {candidate}: its config quantizes activations too; J is of its weights alone")
     facts["max_kl"], j = max_kl, facts["j"]["mean"]
@@ -296,11 +305,13 @@ def _check_candidate(
             raise UsageError(f"{option} cannot go with {'--server' if candidate is None else 'a CANDIDATE folder'}")
 
 
-def _load_tokens(reference: Path, data: list[str], sequences: int | None, tokens: int, vocab: int) -> TokenSet:
+def _load_tokens(
+    reference: Path, data: list[str], sequences: int | None, tokens: int, vocab: int, leads: bool = True
+) -> TokenSet:
     from mimoquant.calibration.tokens import load_tokens
 
     loaded = load_tokens(data, reference, sequences=sequences, tokens=tokens, vocab=vocab)
-    if loaded.left_out:
+    if loaded.left_out and leads:
         tell(f"note: too few tokens for one sequence of {tokens}: {', '.join(loaded.left_out)}")
     return loaded
 
@@ -314,22 +325,25 @@ def _evaluate(
     baseline: Path | None,
     noise_floor: bool,
     device: str,
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     from mimoquant.calibration.tokenizer import load_tokenizer
     from mimoquant.devices import resolve_device
     from mimoquant.errors import CheckpointError
     from mimoquant.evaluation.evaluate import eval_kl as run
     from mimoquant.evaluation.evaluate import open_layout
+    from mimoquant.team import Team
 
-    place = resolve_device(device)
-    loaded = _load_tokens(reference, data, sequences, tokens, open_layout(reference).geometry.vocab)
-    lines = Lines()
-    try:
-        decode = load_tokenizer(reference).decode
-    except CheckpointError:  # data that came as ids needs no tokenizer; the worst tokens are shown as ids then
-        decode = None
-    return run(reference, candidate, loaded, baseline=baseline, device=place, noise_floor=noise_floor, decode=decode,
-               progress=lambda layer, layers: lines(f"layer {layer}", layer + 1, layers))  # fmt: skip
+    place, lines = resolve_device(device), Lines()
+    with Team.from_environment(place) as team:
+        loaded = _load_tokens(reference, data, sequences, tokens, open_layout(reference).geometry.vocab, team.leads)
+        try:
+            decode = load_tokenizer(reference).decode
+        except CheckpointError:  # data that came as ids needs no tokenizer; the worst tokens are shown as ids then
+            decode = None
+        shown = (lambda layer, layers: lines(f"layer {layer}", layer + 1, layers)) if team.leads else None
+        facts = run(reference, candidate, loaded, baseline=baseline, device=place, noise_floor=noise_floor,
+                    decode=decode, progress=shown, team=team)  # fmt: skip
+    return facts if team.leads else None
 
 
 def _evaluate_server(

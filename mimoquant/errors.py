@@ -11,6 +11,7 @@ class MimoquantError(Exception):
     """A failure a user can cause. `exit_code` follows ARCHITECTURE.md; `hint` says what to do about it."""
 
     exit_code = 1
+    told = False  # another process of the run says it
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)

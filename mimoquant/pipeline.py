@@ -2,8 +2,8 @@
 
 Key idea: the plan has decided everything, so this is a loop with a reader one chunk ahead and a writer behind. A unit
 is a shard; it is fsynced, then journaled, so a killed run goes on where it was. What comes out depends on the plan
-alone: not on how often the run was interrupted, nor, without calibration, on the device or the number of threads. A
-calibrated run takes its tokens along (`_Walk`), layer by layer.
+alone: not on how often the run was interrupted or how many processes (`team`) share it, nor, without calibration, on
+the device or the number of threads. A calibrated run takes its tokens along (`_Walk`), layer by layer.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from mimoquant.checkpoint.journal import JournalLine, RunFolder, free_bytes
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.checkpoint.writer import ShardWriter, write_file_durably
 from mimoquant.container import expert_tensors
+from mimoquant.deal import Task, deal
 from mimoquant.devices import make_engine, resolve_device
 from mimoquant.errors import CheckpointError, StoppedError, UsageError
 from mimoquant.layer_weights import dequantize, not_finite, output_tensors, read_experts, read_matrix
@@ -37,6 +38,7 @@ from mimoquant.overlap import WriteBehind, read_ahead
 from mimoquant.plan import WRITE_QUEUE_BYTES, Copy, Dequantize, Experts, Plan, Shapes, Step, Unit
 from mimoquant.quant.stack import Engine, NonFiniteError, Stack
 from mimoquant.report import QuantizeReport, fallbacks, model_card
+from mimoquant.team import Team
 from mimoquant.timeline import WAIT_READ, WAIT_WRITE, Timeline
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 Produced = Iterator[tuple[str, Array]]
+Parts = dict[str, dict[str, Array]]  # projection → part → [E, ...]
 Progress = Callable[[Unit, int, bool], None]  # unit, output bytes of it done, whether it is finished
 
 COPY_BLOCK = 32 * 2**20
@@ -53,17 +56,18 @@ DISK_SLACK = 64 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A step with the source bytes it needs. A copy comes in blocks; `data` of the others is what was read."""
+    """Steps that are done together, one but for a round of experts, with the source bytes that they need of this rank.
+    A copy comes in blocks; `data` of the others is what was read."""
 
-    unit: Unit
-    step: Step
+    task: Task
+    steps: tuple[Step, ...]
     data: Any
     last: bool  # of its unit
 
 
 def quantize(
     plan: Plan, out: Path | str, *, device: str = "auto", resume: bool = False, progress: Progress | None = None,
-    timeline: Timeline | None = None,
+    timeline: Timeline | None = None, team: Team | None = None,
 ) -> QuantizeReport:  # fmt: skip
     """Execute a plan into the folder `out`, which appears only when it is complete.
 
@@ -72,28 +76,43 @@ def quantize(
             calibrates: then they are the same on the same kind of device.
         resume: continue what a killed run left in `out`.partial.
         timeline: is told what the run spends its time on.
+        team: the processes that share the run, all of which call this; `device` is then the team's.
     Raises:
         UsageError: `out` exists, lies in the source, an unfinished run is there; disk too small.
         CheckpointError: bad data. QualityError: too many starved experts. StoppedError: disk trouble, resumable.
     """
     out = _preflight(plan, out)
     tokens = _calibration_tokens(plan)
-    device = resolve_device(device)
+    team = team or Team(resolve_device(device))
+    device, progress = team.device, progress or (lambda unit, done, finished: None)
     identity = plan.identity()
     if tokens:  # sums of float32 differ between kinds of device, and GPTQ makes much of little
         chunks = sum(isinstance(step, Experts) for unit in plan.units for step in unit.steps)
         identity |= {"calibration tokens": tokens.sha256, "kind of device": device.partition(":")[0],
                      "chunks of experts": str(chunks)}  # fmt: skip
-    with contextlib.closing(make_engine(device)) as engine, RunFolder(out, identity, resume=resume) as run:
-        _check_disk(plan, run)
+    with contextlib.closing(make_engine(device)) as engine, _folder(plan, out, identity, resume, team) as run:
         try:
-            _write_units(plan, run, engine, tokens, progress or (lambda unit, done, finished: None),
-                         timeline or Timeline())  # fmt: skip
-            return _finish(plan, run, tokens)
+            _write_units(plan, run, engine, tokens, progress, timeline or Timeline(), team)
+            return _finish(plan, run, tokens, progress, team)
         except CheckpointError:
-            if not run.finished:  # nothing that a resume could use
+            if not run.finished and team.size == 1:  # nothing that a resume could use, and nobody who still writes
                 run.discard()
             raise
+
+
+@contextlib.contextmanager
+def _folder(plan: Plan, out: Path, identity: dict[str, str], resume: bool, team: Team) -> Iterator[RunFolder]:
+    """OUT.partial: rank 0 opens it, then the others join and learn what is finished."""
+    run = RunFolder(out, identity, resume=resume, rank=team.rank)
+    with contextlib.ExitStack() as stack:
+        if team.leads:
+            stack.enter_context(run)
+            _check_disk(plan, run)
+        kept = team.gather([line.as_plain() for line in run.finished.values()])[0]
+        if not team.leads:
+            stack.enter_context(run)
+            run.finished = {line["unit"]: JournalLine(**line) for line in kept}
+        yield run
 
 
 def _preflight(plan: Plan, out: Path | str) -> Path:
@@ -131,36 +150,43 @@ def _check_disk(plan: Plan, run: RunFolder) -> None:
 
 
 def _write_units(
-    plan: Plan, run: RunFolder, engine: Engine, tokens: TokenSet | None, progress: Progress, timeline: Timeline
-) -> None:
-    todo = [unit for unit in plan.units if unit.name not in run.finished]
+    plan: Plan, run: RunFolder, engine: Engine, tokens: TokenSet | None, progress: Progress, timeline: Timeline,
+    team: Team,
+) -> None:  # fmt: skip
+    tasks = deal(plan, run.finished.keys(), team.rank, team.size)
     for unit in plan.units:
         if unit.name in run.finished:
             progress(unit, unit.size_bytes, True)
-    writer: ShardWriter | None = None
-    lane, lanes, queue = 0, 1, WRITE_QUEUE_BYTES
+    task, writer, lane = None, None, 0
+    lanes, queue = 1, WRITE_QUEUE_BYTES
     if engine.name.startswith("cuda"):
         lanes, queue = WRITE_LANES, 2 * max(unit.size_bytes for unit in plan.units)
     with CheckpointReader(plan.layout.index) as reader, WriteBehind(queue, lanes) as behind:
-        walk = _Walk(plan, run, reader, tokens, engine.name) if tokens else None
-        steps = read_ahead(timeline.waited("read", _load(plan, todo, reader, engine)))
+        walk = _Walk(plan, run, reader, tokens, team) if tokens else None
+        steps = read_ahead(timeline.waited("read", _load(plan, tasks, reader, engine, team.rank)))
         try:
             for loaded in timeline.waited(WAIT_READ, steps):
-                if writer is None:
-                    writer = ShardWriter(run.path(loaded.unit.file), loaded.unit.entries)
+                unit = loaded.task.unit
+                if loaded.task is not task:
+                    task, lane = loaded.task, lane + 1
+                    writer = ShardWriter(run.path(unit.file), unit.entries) if task.writes else None
                     if walk:
                         with timeline.span("attention and routing"):
-                            walk.enter(loaded.unit)
+                            walk.enter(unit)
                 produced = _compute(plan, loaded, engine, walk.calibrator if walk else None)
-                for name, array in timeline.waited(_kind(loaded.step), produced):
+                for name, array in timeline.waited(_kind(loaded.steps), produced):
+                    assert writer is not None
                     array = np.ascontiguousarray(array)
                     with timeline.span(WAIT_WRITE):
                         behind.submit(lane, array.nbytes, _write, timeline, writer, name, array)
-                progress(loaded.unit, writer.size_bytes, False)
+                if writer:
+                    progress(unit, writer.size_bytes, False)
                 if loaded.last:
-                    facts = walk.leave(loaded.unit) if walk else None
-                    behind.submit(lane, 0, partial(_complete, loaded.unit, writer, run, progress, facts))
-                    writer, lane = None, lane + 1
+                    facts = walk.leave(unit) if walk else None
+                    if writer:
+                        behind.submit(lane, 0, partial(_complete, unit, writer, run, progress, facts))
+                    else:
+                        progress(unit, unit.size_bytes, True)
         finally:
             steps.close()  # type: ignore[attr-defined]
 
@@ -170,8 +196,9 @@ def _write(timeline: Timeline, writer: ShardWriter, name: str, array: Array) -> 
         writer.write(name, array)
 
 
-def _kind(step: Step) -> str:
-    """What a step is called in a timeline."""
+def _kind(steps: Sequence[Step]) -> str:
+    """What steps of one kind are called in a timeline."""
+    step = steps[0] if steps else None
     if isinstance(step, Experts):
         return "keep experts" if step.fmt is None else "quantize experts"
     return "dequantize" if isinstance(step, Dequantize) else "copy"
@@ -180,11 +207,11 @@ def _kind(step: Step) -> str:
 class _Walk:
     """Keeps the calibration tokens beside the units: a layer's are there when its shard begins, also after a resume."""
 
-    def __init__(self, plan: Plan, run: RunFolder, reader: CheckpointReader, tokens: TokenSet, device: str) -> None:
+    def __init__(self, plan: Plan, run: RunFolder, reader: CheckpointReader, tokens: TokenSet, team: Team) -> None:
         from mimoquant.calibrated import Calibrator  # torch is loaded only where it is needed
 
         self.plan, self.run = plan, run
-        self.calibrator = Calibrator(plan, reader, tokens, device)
+        self.calibrator = Calibrator(plan, reader, tokens, team.device, team)
         self.at = 0  # the next layer to walk
 
     def enter(self, unit: Unit) -> None:
@@ -221,36 +248,49 @@ def _complete(
     progress(unit, unit.size_bytes, True)
 
 
-def _load(plan: Plan, units: list[Unit], reader: CheckpointReader, engine: Engine) -> Iterator[Loaded]:
+def _load(plan: Plan, tasks: list[Task], reader: CheckpointReader, engine: Engine, rank: int) -> Iterator[Loaded]:
     """Every step's source bytes, in order. Runs in the read-ahead thread."""
-    for unit in units:
-        for number, step in enumerate(unit.steps, start=1):
-            last = number == len(unit.steps)
+    for task in tasks:
+        for number, steps in enumerate(task.groups, start=1):
+            last, step = number == len(task.groups), steps[0] if steps else None
             if isinstance(step, Experts):
-                stacks = read_experts(reader, plan.layout, step.layer, step.begin, step.end, engine.empty)
-                yield Loaded(unit, step, stacks, last)
+                yield Loaded(task, steps, _load_experts(plan, steps, reader, engine, rank), last)
             elif isinstance(step, Dequantize):
-                yield Loaded(unit, step, read_matrix(reader, step.weight), last)
+                yield Loaded(task, steps, read_matrix(reader, step.weight), last)
             elif isinstance(step, Copy):
-                yield from _load_copy(unit, step, reader, last)
+                yield from _load_copy(task, step, reader, last)
             else:
-                yield Loaded(unit, step, None, last)
+                yield Loaded(task, steps, None, last)
 
 
-def _load_copy(unit: Unit, step: Copy, reader: CheckpointReader, last: bool) -> Iterator[Loaded]:
+def _load_experts(
+    plan: Plan, steps: tuple[Step, ...], reader: CheckpointReader, engine: Engine, rank: int
+) -> dict[str, Stack] | None:
+    """A chunk of experts: of a round that of this rank, if it has one there; kept experts go through all ranks."""
+    experts = [step for step in steps if isinstance(step, Experts)]
+    in_rounds = plan.recipe.calibration is not None and experts[0].fmt is not None
+    mine = experts[rank : rank + 1] if in_rounds else experts
+    if not mine:
+        return None
+    return read_experts(reader, plan.layout, mine[0].layer, mine[0].begin, mine[0].end, engine.empty)
+
+
+def _load_copy(task: Task, step: Copy, reader: CheckpointReader, last: bool) -> Iterator[Loaded]:
     """A tensor in blocks, so that a large one does not have to fit; an empty one is one empty block."""
     size = step.info.size_bytes
     for start in range(0, max(size, 1), COPY_BLOCK):
         block = np.empty(min(COPY_BLOCK, size - start), np.uint8)
         reader.read_range(step.info, start, block)
-        yield Loaded(unit, step, block, last and start + len(block) >= size)
+        yield Loaded(task, (step,), block, last and start + len(block) >= size)
 
 
 def _compute(plan: Plan, loaded: Loaded, engine: Engine, calibrator: Calibrator | None) -> Produced:
-    """The output tensors (or parts of them) of one step, in file order."""
-    step, data = loaded.step, loaded.data
+    """The output tensors (or parts of them) of what was loaded, in file order; none where another rank writes them."""
+    if not loaded.steps:
+        return
+    step, data, writes = loaded.steps[0], loaded.data, loaded.task.writes
     if isinstance(step, Copy):
-        if loaded.unit.name not in ("towers", "unknown"):
+        if loaded.task.unit.name not in ("towers", "unknown"):
             _refuse_non_finite(step, data)
         yield step.info.name, data if calibrator is None else calibrator.folded(step.info.name, data)
     elif isinstance(step, Shapes):
@@ -263,9 +303,14 @@ def _compute(plan: Plan, loaded: Loaded, engine: Engine, calibrator: Calibrator 
     elif step.fmt is None:
         if calibrator is not None:
             calibrator.keep(step, data)
-        yield from _kept_experts(plan, step, data, engine)
+        if writes:
+            yield from _kept_experts(plan, step, data, engine)
+    elif calibrator is None:
+        yield from _stored(plan, step, _encoded(plan, step, data, engine))
     else:
-        yield from _quantized_experts(plan, step, data, engine, calibrator)
+        experts = [step for step in loaded.steps if isinstance(step, Experts)]
+        for step, parts in zip(experts, calibrator.encode(experts, data, wanted=writes), strict=False):
+            yield from _stored(plan, step, parts)
 
 
 def _refuse_non_finite(step: Copy, block: Array) -> None:
@@ -278,18 +323,19 @@ def _refuse_non_finite(step: Copy, block: Array) -> None:
         raise not_finite(step.info.name)
 
 
-def _quantized_experts(
-    plan: Plan, step: Experts, stacks: dict[str, Stack], engine: Engine, calibrator: Calibrator | None
-) -> Produced:
+def _encoded(plan: Plan, step: Experts, stacks: dict[str, Stack], engine: Engine) -> Parts:
     assert step.fmt is not None
     try:
-        if calibrator is None:
-            parts = engine.encode(stacks, step.fmt, plan.recipe.scale_search)
-        else:
-            parts = calibrator.encode(step, stacks)
+        return engine.encode(stacks, step.fmt, plan.recipe.scale_search)
     except NonFiniteError as error:
         raise not_finite(plan.layout.expert(step.layer, step.begin + error.expert, error.projection).name) from error
-    stored = {p: expert_tensors(plan.container, step.fmt, *stacks[p].values.shape[1:]) for p in PROJECTIONS}
+
+
+def _stored(plan: Plan, step: Experts, parts: Parts) -> Produced:
+    """A chunk's tensors, expert by expert."""
+    assert step.fmt is not None
+    geometry = plan.layout.geometry
+    stored = {p: expert_tensors(plan.container, step.fmt, *geometry.expert_shape(p)) for p in PROJECTIONS}
     names = iter(step.entries)
     for expert in range(step.end - step.begin):
         for projection in PROJECTIONS:
@@ -311,13 +357,24 @@ def _kept_experts(plan: Plan, step: Experts, stacks: dict[str, Stack], engine: E
                 yield next(names).name, dequantize(stack, weight, plan.layout.geometry, engine)
 
 
-def _finish(plan: Plan, run: RunFolder, tokens: TokenSet | None) -> QuantizeReport:
-    """Everything beside the shards, then the folder gets its name."""
-    copy_side_files(plan.layout.index.folder, run.partial, plan.side_files)
-    record = CalibrationRecord.of(tokens).as_plain() if tokens else None
-    for name, data in written_texts(plan, run.finished, record).items():
-        write_file_durably(run.path(name), data)
-    run.publish([unit.name for unit in plan.units])
+def _finish(plan: Plan, run: RunFolder, tokens: TokenSet | None, progress: Progress, team: Team) -> QuantizeReport:
+    """Everything beside the shards, then the folder gets its name; by rank 0, when all ranks have done their part."""
+    if not team.leads:
+        run.close()  # a file that is open cannot be removed from every network disk
+    mine = set(run.finished)
+    for lines in team.gather([line.as_plain() for line in run.finished.values()]):
+        run.finished |= {line["unit"]: JournalLine(**line) for line in lines}
+    if plan.recipe.calibration is None:  # with calibration, every rank has seen all units pass
+        for unit in plan.units:
+            if unit.name not in mine:
+                progress(unit, unit.size_bytes, True)
+    if team.leads:
+        copy_side_files(plan.layout.index.folder, run.partial, plan.side_files)
+        record = CalibrationRecord.of(tokens).as_plain() if tokens else None
+        for name, data in written_texts(plan, run.finished, record).items():
+            write_file_durably(run.path(name), data)
+        run.publish([unit.name for unit in plan.units])
+    team.gather(None)
     return QuantizeReport.of(plan, run.finished)
 
 

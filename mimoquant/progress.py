@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 class Progress:
     """stderr: one bar with rate and time left on a terminal, one line a finished unit elsewhere."""
 
-    def __init__(self, made: Plan) -> None:
+    def __init__(self, made: Plan, ranks: int = 1) -> None:
+        self.share = 1 if made.recipe.calibrated else ranks  # others write at the same time, and are seen at the end
         self.units, self.total = len(made.units), made.shard_bytes
         self.finished = 0
         self.done: dict[str, int] = {}
@@ -53,7 +54,7 @@ class Progress:
         elif finished:
             elapsed = time.monotonic() - self.begin
             rate = written / elapsed if elapsed else 0
-            left = (self.total - written) / rate if rate else 0
+            left = (self.total - written) / rate / self.share if rate else 0
             tell(
                 f"[{self.finished}/{self.units}] {unit.name}: {size(written)} of {size(self.total)}, "
                 f"{size(int(rate))}/s, {left:.0f} s left"

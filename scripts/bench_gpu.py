@@ -3,7 +3,7 @@
 
 Makes V2.5- and Pro-sized checkpoints (a dense and a few MoE layers; eight random experts, repeated) on a RAM disk, and
 runs `pipeline.quantize` on them. A layer's seconds are from the end of the layer before it to its own end, reading,
-writing and hashing included; where there is one MoE layer only, from the end of the dense one. The first row pays for
+writing and hashing included. The first row pays for
 compiling Triton's kernels, so it has a layer more, which is not counted.
 
 usage: scripts/bench_gpu.py [--work /dev/shm] [--device cuda] [--experts 256] [--only ROW...] [--out RESULT.md]
@@ -198,7 +198,7 @@ def measure(options: argparse.Namespace) -> list[str]:
     free = data_free(source, options) if "datafree" in options.only else []
     shutil.rmtree(source)
     if "pro" in options.only:
-        source = make_source(options.work / "pro", "Pro", 1, options.experts * 3 // 2)
+        source = make_source(options.work / "pro", "Pro", 2, options.experts * 3 // 2)
         lines.append(calibrated("Pro GPTQ int4 g128", source, load_recipe("gptq-int4-g128"), few, options))
         print(lines[-1], flush=True)
     if free:

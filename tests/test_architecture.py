@@ -23,6 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     # siblings that do not know each other
     "errors": set(),
     "overlap": set(),
+    "team": {"errors"},
     "progress": {"report"},
     "timeline": set(),
     "checkpoint": {"errors"},
@@ -42,14 +43,16 @@ ALLOWED: dict[str, set[str]] = {
     "layer_weights": {"errors", "checkpoint.reader", "container", "model", "quant.formats", "quant.stack"},
     # what joins all of them
     "plan": {"errors", "checkpoint", "container", "model", "quant.formats", "recipe"},
+    "deal": {"plan"},
+    "portions": {"model", "model_weights", "team"},
     "calibrated": {"errors", "calibration", "checkpoint.reader", "layer_weights", "model", "model_weights", "plan",
-                   "quant"},
-    "pipeline": {"errors", "calibrated", "calibration.tokens", "checkpoint", "container", "devices", "layer_weights",
-                 "model", "overlap", "plan", "quant.stack", "recipe", "report", "timeline"},
+                   "portions", "quant", "team"},
+    "pipeline": {"errors", "calibrated", "calibration.tokens", "checkpoint", "container", "deal", "devices",
+                 "layer_weights", "model", "overlap", "plan", "quant.stack", "recipe", "report", "team", "timeline"},
     "verify": {"errors", "checkpoint", "layer_weights", "model", "pipeline", "plan", "quant", "recipe",
                "verify_calibrated"},
     "verify_calibrated": {"quant", "recipe"},
-    "evaluation": {"errors", "calibration", "checkpoint", "model", "model_weights", "plan"},
+    "evaluation": {"errors", "calibration", "checkpoint", "model", "model_weights", "plan", "team"},
     "synth_files": {"checkpoint", "model"},
     "synth_weights": {"errors", "checkpoint", "layer_weights", "model"},
     "synth": {"errors", "checkpoint", "layer_weights", "model", "synth_files", "synth_weights"},
@@ -60,7 +63,7 @@ ALLOWED: dict[str, set[str]] = {
     # the edge, which nothing imports
     "cli": {"errors", "calibration", "checkpoint", "choices", "coverage_page", "describe", "devices", "evaluation",
             "model", "page_files", "pipeline", "plan", "progress", "recipe", "report", "report_page", "server_text",
-            "serving", "synth", "verify"},
+            "serving", "synth", "team", "verify"},
     "__main__": {"cli"},
 }  # fmt: skip
 # for annotations only, under `if TYPE_CHECKING:`; nothing is loaded

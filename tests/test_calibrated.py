@@ -563,7 +563,7 @@ def test_a_held_out_sixteenth_is_not_in_the_statistics(tmp_path: Path) -> None:
             walker.end()
             walker.begin(1)
     assert torch.equal(one.pooled, two.pooled) and one.facts.tokens == two.facts.tokens
-    assert not torch.equal(one.blocks[1][0].tokens, two.blocks[1][0].tokens)
+    assert not torch.equal(one.tokens.seen[1][0][0], two.tokens.seen[1][0][0])
 
 
 def test_the_journal_carries_the_facts_of_each_layer(gptq: Path) -> None:

@@ -6,6 +6,9 @@ a kill the journal tells exactly which shards can be kept. `run.json` says what 
 another recipe, source or version is refused by name. Lines hold no times, so equal outputs have equal journals.
 
 A second run into the same folder is refused by a file lock, which dies with its process.
+
+Several processes may share a run: rank 0 holds the lock, decides what can be kept and publishes; the others join it.
+Each appends to a journal of its own, because appends from several machines to one file on a network disk may be lost.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -25,6 +29,7 @@ from mimoquant.checkpoint.writer import fsync_folder, write_file_durably
 from mimoquant.errors import CheckpointError, StoppedError, UsageError
 
 JOURNAL_NAME = "journal.jsonl"
+RANK_JOURNALS = "journal-*.jsonl"  # of the ranks from 1 on
 RUN_NAME = "run.json"
 
 
@@ -64,13 +69,17 @@ def read_journal(path: Path) -> list[JournalLine]:
 
 
 class RunFolder:
-    """`OUT.partial/` while a run is under way. Use as a context manager: the lock is held inside."""
+    """`OUT.partial/` while a run is under way. Use as a context manager: the lock is held inside.
 
-    def __init__(self, out: Path, identity: dict[str, Any], *, resume: bool) -> None:
+    `rank`: of this process among those of the run. Others than 0 enter after it has.
+    """
+
+    def __init__(self, out: Path, identity: dict[str, Any], *, resume: bool, rank: int = 0) -> None:
         self.out = out
         self.partial = out.with_name(out.name + ".partial")
         self._identity = identity
         self._resume = resume
+        self._rank = rank
         self._lock = -1
         self._journal = -1
         self._recording = threading.Lock()
@@ -78,22 +87,22 @@ class RunFolder:
         self.finished: dict[str, JournalLine] = {}
 
     def __enter__(self) -> RunFolder:
-        if self.out.exists() or self.out.is_symlink():
+        if self._rank == 0 and (self.out.exists() or self.out.is_symlink()):
             raise UsageError(f"{self.out}: exists already", hint="choose another --out or remove it")
         try:
-            self._open()
+            self._open() if self._rank == 0 else self._follow()
         except OSError as error:
-            self._close()
+            self.close()
             raise UsageError(
                 f"{self.partial}: cannot be written ({error.strerror})", hint="choose another --out"
             ) from error
         except BaseException:
-            self._close()
+            self.close()
             raise
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, tb: Any) -> None:
-        self._close()
+        self.close()
 
     def path(self, file: str) -> Path:
         return self.partial / file
@@ -109,15 +118,14 @@ class RunFolder:
                 os.fsync(self._journal)
             except OSError as error:
                 raise StoppedError(
-                    f"{self.partial / JOURNAL_NAME}: cannot be written ({error.strerror})",
+                    f"{self._journal_path()}: cannot be written ({error.strerror})",
                     hint="make room, then run the same command again with --resume",
                 ) from error
             self.finished[line.unit] = line
 
     def publish(self, order: list[str]) -> None:
         """Rewrite the journal in plan order and rename the folder to its final name."""
-        lines = "".join(json.dumps(self.finished[unit].as_plain()) + "\n" for unit in order)
-        write_file_durably(self.partial / JOURNAL_NAME, lines.encode())
+        self._write_journal([self.finished[unit] for unit in order])
         try:
             self.path(RUN_NAME).unlink()
             fsync_folder(self.partial)
@@ -140,10 +148,7 @@ class RunFolder:
         self._ours = not self.partial.exists()
         self.partial.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(self.partial, os.O_RDONLY)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(f"{self.partial}: another run is writing there", hint="wait for it, or stop it") from error
+        self._claim(self._lock)
         run_path = self.path(RUN_NAME)
         if self._ours:
             write_file_durably(run_path, json.dumps(self._identity, indent=2).encode())
@@ -157,7 +162,39 @@ class RunFolder:
         else:
             self._check_identity(run_path)
             self._keep_finished()
-        self._journal = os.open(self.path(JOURNAL_NAME), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        self._open_journal()
+
+    def _follow(self) -> None:
+        """Take part in the run that rank 0 has opened."""
+        path = self.path(RUN_NAME)
+        if not path.is_file():
+            raise UsageError(f"{self.partial}: rank {self._rank} does not see the folder that rank 0 made",
+                             hint="several nodes need one folder that all of them see")  # fmt: skip
+        self._check_identity(path)
+        self._open_journal()
+
+    def _journal_path(self) -> Path:
+        return self.path(f"journal-{self._rank}.jsonl" if self._rank else JOURNAL_NAME)
+
+    def _open_journal(self) -> None:
+        self._journal = os.open(self._journal_path(), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        self._claim(self._journal)
+
+    def _claim(self, descriptor: int) -> None:
+        """Lock a file until it is closed."""
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(f"{self.partial}: another run is writing there", hint="wait for it, or stop it") from error
+
+    def _write_journal(self, lines: list[JournalLine]) -> None:
+        """One journal in the place of all."""
+        text = "".join(json.dumps(line.as_plain()) + "\n" for line in lines)
+        write_file_durably(self.path(JOURNAL_NAME), text.encode())
+        for path in self.partial.glob(RANK_JOURNALS):
+            with path.open("rb") as handle:
+                self._claim(handle.fileno())  # its rank may have outlived rank 0
+            path.unlink()
 
     def _check_identity(self, path: Path) -> None:
         try:
@@ -175,14 +212,15 @@ class RunFolder:
 
     def _keep_finished(self) -> None:
         """Keep journaled shards whose bytes still have their hash; forget (and so rewrite) the others."""
-        for line in read_journal(self.path(JOURNAL_NAME)):
+        journals = [self.path(JOURNAL_NAME), *sorted(self.partial.glob(RANK_JOURNALS))]
+        for line in itertools.chain(*map(read_journal, journals)):
             path = self.path(line.file)
             if path.is_file() and path.stat().st_size == line.size_bytes and file_sha256(path) == line.sha256:
                 self.finished[line.unit] = line
-        kept = "".join(json.dumps(line.as_plain()) + "\n" for line in self.finished.values())
-        write_file_durably(self.path(JOURNAL_NAME), kept.encode())
+        self._write_journal(list(self.finished.values()))
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Let go of the folder."""
         for descriptor in (self._journal, self._lock):
             if descriptor >= 0:
                 os.close(descriptor)

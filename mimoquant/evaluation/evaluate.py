@@ -4,13 +4,17 @@ Key idea: both checkpoints are walked side by side, one layer and one chunk of e
 The noise floor rides along: the reference once more in another batch shape, and once more with 2^-9 relative noise
 after every layer; a difference below it says nothing about quantization.
 
+Sequences go in portions that depend on the data alone (`layer_stream.portions`); several ranks take some each, walk by
+themselves, and put their scores together at the end, so the numbers are those of one process.
+
 Left out: sampling, caches; every position is scored by prefill. Definition of J: `divergence`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +29,15 @@ from mimoquant.errors import CheckpointError, UsageError
 from mimoquant.evaluation.divergence import TokenScores, head_divergence
 from mimoquant.evaluation.summary import paired_difference, summarize
 from mimoquant.model.decoder_layer import linear, rms_norm
-from mimoquant.model.layer_stream import Stream, batch_sequences, walk
+from mimoquant.model.layer_stream import Stream, portions, walk
 from mimoquant.model.layout import ModelLayout, read_layout
 from mimoquant.model_weights import CheckpointWeights
 from mimoquant.plan import read_config
+from mimoquant.team import Team
 
 SCHEMA_VERSION = 1
 NOISE = 2.0**-9
-FLOOR_SEQUENCES = 16  # how many sequences the noise floor is measured on
+FLOOR_SEQUENCES = 16  # how many sequences of the first portion the noise floor is measured on
 WORST = 20
 
 
@@ -66,6 +71,15 @@ class Comparison:
     worst: list[WorstToken] = field(default_factory=list)
 
 
+@dataclass
+class Part:
+    """The same of one portion. `traces`: of each layer (squared error, squared norm, sum of overlaps, blocks)."""
+
+    traces: list[tuple[float, float, float, int]] = field(default_factory=list)
+    scores: TokenScores | None = None
+    worst: list[WorstToken] = field(default_factory=list)
+
+
 def open_layout(folder: Path) -> ModelLayout:
     """A checkpoint in any form, published or quantized."""
     index = open_index(folder)
@@ -80,41 +94,81 @@ def compare(
     device: str = "cpu",
     noise_floor: bool = True,
     progress: Callable[[int], None] | None = None,
+    team: Team | None = None,
 ) -> tuple[list[Comparison], dict[str, float] | None]:
     """Walk reference and candidates over the same tokens.
 
-    Returns one comparison a candidate, and the noise floor: mean J of the reference against itself.
-    Raises CheckpointError where a candidate is another model than the reference.
+    Returns one comparison a candidate, and the noise floor: mean J of the reference against itself; the same on every
+    rank of `team`. Raises CheckpointError where a candidate is another model than the reference.
     """
     for candidate in candidates:
         _same_model(reference, candidate)
-    place, ids = torch.device(device), torch.from_numpy(tokens.ids)
+    team = team or Team(device)
+    place, ids = torch.device(team.device), torch.from_numpy(tokens.ids)
     readers = [CheckpointReader(layout.index) for layout in (reference, *candidates)]
     try:
         weights = [CheckpointWeights(reader, layout, place)
                    for reader, layout in zip(readers, (reference, *candidates), strict=True)]  # fmt: skip
-        batch = batch_sequences(ids.shape[1])
-        jobs = [[(ids, batch)] for _ in weights]
-        if noise_floor:
-            jobs[0] += [(ids[:FLOOR_SEQUENCES], 1), (ids[:FLOOR_SEQUENCES], batch)]
-        first, *others = [streams_of(source, job) for source, job in zip(weights, jobs, strict=True)]
-        streams = [first[0], *(stream for (stream,) in others), *first[1:]]
-        if noise_floor:
-            streams[-1].noise = NOISE
-        comparisons = [Comparison() for _ in candidates]
-
-        def after_layer(number: int) -> None:
-            for comparison, stream, layout in zip(comparisons, streams[1:], candidates, strict=False):
-                comparison.layers.append(_trace(number, streams[0], stream, layout))
-            if progress:
-                progress(number)
-
-        walk(streams, after_layer)
-        floor = _score(streams, weights, comparisons, ids)
-        return comparisons, floor
+        every = portions(ids)
+        mine = every[team.rank :: team.size]
+        floor = torch.cat(every[0])[:FLOOR_SEQUENCES] if noise_floor and team.leads else None
+        parts, means = _walk(weights, mine, floor, progress)
+        return _joined(candidates, team, parts, len(every)), team.gather(means)[0]
     finally:
         for reader in readers:
             reader.close()
+
+
+def _walk(
+    weights: list[CheckpointWeights],
+    mine: list[list[Tensor]],
+    floor: Tensor | None,
+    progress: Callable[[int], None] | None,
+) -> tuple[list[list[Part]], dict[str, float] | None]:
+    """Walk this rank's portions. Returns parts[candidate][portion], and the noise floor on the sequences `floor`."""
+    jobs = [list(mine) for _ in weights]
+    if floor is not None:
+        jobs[0] += [list(torch.split(floor, 1)), *portions(floor)[:1]]
+    held = [streams_of(source, job) for source, job in zip(weights, jobs, strict=True)]
+    extra = held[0][len(mine) :]
+    if extra:
+        extra[-1].noise = NOISE
+    streams = [of_source[: len(mine)] for of_source in held]
+    parts = [[Part() for _ in mine] for _ in weights[1:]]
+
+    def after_layer(number: int) -> None:
+        for of_candidate, theirs in zip(parts, streams[1:], strict=True):
+            for part, ours, stream in zip(of_candidate, streams[0], theirs, strict=True):
+                part.traces.append(_trace(ours, stream))
+        if progress:
+            progress(number)
+
+    if mine:
+        walk([stream for of_source in held for stream in of_source], after_layer)
+    return parts, _score(streams, extra, weights, parts, mine)
+
+
+def _joined(candidates: list[ModelLayout], team: Team, parts: list[list[Part]], count: int) -> list[Comparison]:
+    """All ranks' portions, in the order of the sequences, as one comparison a candidate."""
+    out = []
+    for layout, mine in zip(candidates, parts, strict=True):
+        told = team.gather([(part.traces, [asdict(worst) for worst in part.worst]) for part in mine])
+        all_scores, traces, worst, begin = [], [], [], 0
+        for number in range(count):
+            owner, place = number % team.size, number // team.size
+            scores = mine[place].scores if owner == team.rank else None
+            arrays = (
+                {f.name: torch.from_numpy(getattr(scores, f.name)) for f in fields(TokenScores)} if scores else None
+            )
+            shared = team.share(arrays, owner, "cpu")
+            all_scores.append(TokenScores(**{name: values.numpy() for name, values in shared.items()}))
+            traces.append(told[owner][place][0])
+            worst += [WorstToken(**{**facts, "index": facts["index"] + begin}) for facts in told[owner][place][1]]
+            begin += len(all_scores[-1].j)
+        worst.sort(key=lambda one: -one.j if math.isfinite(one.j) else 1.0)
+        layers = [_layer_trace(layout, number, of_layer) for number, of_layer in enumerate(zip(*traces, strict=True))]
+        out.append(Comparison(TokenScores.joined(all_scores), layers, worst[:WORST]))
+    return out
 
 
 def _same_model(reference: ModelLayout, candidate: ModelLayout) -> None:
@@ -127,50 +181,61 @@ def _same_model(reference: ModelLayout, candidate: ModelLayout) -> None:
             )
 
 
-def streams_of(source: CheckpointWeights, jobs: list[tuple[Tensor, int]]) -> list[Stream]:
-    """One stream of embedded tokens for each (ids, sequences a batch); the embedding is read once."""
+def streams_of(source: CheckpointWeights, jobs: Sequence[Sequence[Tensor]]) -> list[Stream]:
+    """One stream of embedded tokens for each list of batches of ids; the embedding is read once."""
     embedding = source.tensor("model.embed_tokens.weight")
-    return [
-        Stream(source, [embedding[part.to(source.device)].to(torch.float32) for part in torch.split(ids, batch)])
-        for ids, batch in jobs
-    ]
+    return [Stream(source, [embedding[ids.to(source.device)].to(torch.float32) for ids in job]) for job in jobs]
 
 
-def _trace(number: int, reference: Stream, candidate: Stream, layout: ModelLayout) -> LayerTrace:
+def _trace(reference: Stream, candidate: Stream) -> tuple[float, float, float, int]:
+    """See `Part`."""
     error2 = norm2 = 0.0
     for ours, theirs in zip(reference.batches, candidate.batches, strict=True):
         error2 += float((theirs - ours).square().sum(dtype=torch.float64))
         norm2 += float(ours.square().sum(dtype=torch.float64))
-    shared = [(a.experts[:, :, None] == b.experts[:, None, :]).any(-1).double().mean()
+    shared = [float((a.experts[:, :, None] == b.experts[:, None, :]).any(-1).double().sum())
               for a, b in zip(reference.routing, candidate.routing, strict=True)]  # fmt: skip
+    return error2, norm2, sum(shared), sum(routing.experts.numel() for routing in reference.routing)
+
+
+def _layer_trace(layout: ModelLayout, number: int, parts: Sequence[tuple[float, float, float, int]]) -> LayerTrace:
+    error2, norm2, shared, choices = (sum(values) for values in zip(*parts, strict=True))
     expert = layout.experts.get((number, 0, "gate"))
     return LayerTrace(
         layer=number,
         kind="sliding" if layout.geometry.sliding[number] else "global",
         quantized=bool(expert and expert.packed),
         relative_error=(error2 / norm2) ** 0.5 if norm2 else 0.0,
-        routing_overlap=float(torch.stack(shared).mean()) if shared else None,
+        routing_overlap=shared / choices if choices else None,
     )
 
 
 @torch.no_grad()
 def _score(
-    streams: list[Stream], weights: list[CheckpointWeights], comparisons: list[Comparison], ids: Tensor
+    streams: list[list[Stream]],
+    extra: list[Stream],
+    weights: list[CheckpointWeights],
+    parts: list[list[Part]],
+    mine: list[list[Tensor]],
 ) -> dict[str, float] | None:
-    """Fill in the comparisons' scores; returns the noise floor, if streams for it are there."""
+    """Fill in the parts' scores; returns the noise floor, if streams for it are there."""
     heads = [source.tensor("lm_head.weight") for source in weights]
-    norms = {id(source): source.tensor("model.norm.weight") for source in weights}
-    finals = [final_hidden(stream, norms[id(stream.source)]) for stream in streams]
-    labels = ids[:, 1:].flatten().to(finals[0].device)
-    for number, comparison in enumerate(comparisons, start=1):
-        comparison.scores = head_divergence(finals[0], finals[number], heads[0], heads[number], labels)
-        comparison.worst = _worst(comparison.scores, finals[0], finals[number], heads[0], heads[number])
-    floor = finals[1 + len(comparisons) :]
-    if not floor:
-        return None
-    few = len(floor[0])
-    means = [head_divergence(finals[0][:few], other, heads[0], heads[0], labels[:few]).j.mean() for other in floor]
-    return {"batch": float(means[0]), "relative_noise": float(means[1])}
+    norms = [source.tensor("model.norm.weight") for source in weights]
+    floor = None
+    for place, batches in enumerate(mine):
+        finals = [final_hidden(of_source[place], norm) for of_source, norm in zip(streams, norms, strict=True)]
+        labels = torch.cat(batches)[:, 1:].flatten().to(finals[0].device)
+        for of_candidate, final, head in zip(parts, finals[1:], heads[1:], strict=True):
+            scores = head_divergence(finals[0], final, heads[0], head, labels)
+            of_candidate[place].scores = scores
+            of_candidate[place].worst = _worst(scores, finals[0], final, heads[0], head)
+        if extra and place == 0:
+            others = [final_hidden(stream, norms[0]) for stream in extra]
+            few = len(others[0])
+            means = [float(head_divergence(finals[0][:few], other, heads[0], heads[0], labels[:few]).j.mean())
+                     for other in others]  # fmt: skip
+            floor = {"batch": means[0], "relative_noise": means[1]}
+    return floor
 
 
 def _worst(
@@ -204,12 +269,14 @@ def eval_kl(
     noise_floor: bool = True,
     decode: Callable[[list[int]], str] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    team: Team | None = None,
 ) -> dict[str, Any]:
     """The facts of one evaluation, as plain data (see `report_page`).
 
     Args:
         decode: token ids → text, for the worst tokens' contexts; without it they are shown as ids.
         progress: called with (layer just passed, layers).
+        team: the processes that share the evaluation, all of which call this; `device` is then the team's.
     Raises CheckpointError: a checkpoint is bad, or the two are not the same model. UsageError: `tokens` are among those
     that a candidate was calibrated on.
     """
@@ -220,7 +287,7 @@ def eval_kl(
         refuse_shared_data(folder, tokens)
     comparisons, floor = compare(
         first, others, tokens, device=device, noise_floor=noise_floor,
-        progress=(lambda number: progress(number, first.geometry.layers)) if progress else None,
+        progress=(lambda number: progress(number, first.geometry.layers)) if progress else None, team=team,
     )  # fmt: skip
     scores = comparisons[0].scores
     assert scores is not None

@@ -44,7 +44,7 @@ def reference_top(
     ids = torch.from_numpy(tokens.ids)
     with CheckpointReader(reference.index) as reader:
         weights = CheckpointWeights(reader, reference, torch.device(device))
-        streams = evaluate.streams_of(weights, [(ids, batch_sequences(ids.shape[1]))])
+        streams = evaluate.streams_of(weights, [torch.split(ids, batch_sequences(ids.shape[1]))])
         walk(streams, progress)
         final = evaluate.final_hidden(streams[0], weights.tensor("model.norm.weight"))
         head = weights.tensor("lm_head.weight")

@@ -37,6 +37,7 @@ from mimoquant.overlap import read_ahead
 Weights = LayerWeights | ExpertChunk
 BATCH_TOKENS = 2**13  # that go through attention together
 BLOCK_TOKENS = 2**17  # that go through the experts together
+PORTION_TOKENS = 2**15  # the same, where several processes may share the work: the least that one of them is dealt
 
 
 class WeightSource(Protocol):
@@ -84,6 +85,17 @@ class Block:
 def batch_sequences(tokens: int) -> int:
     """How many sequences of `tokens` tokens make up a batch."""
     return max(1, BATCH_TOKENS // tokens)
+
+
+def portions(ids: Tensor) -> list[list[Tensor]]:
+    """Sequences [S, T] as batches, in portions of whole batches.
+
+    Products of another number of rows may round otherwise, so portions depend on the data alone and always go through
+    the model on their own: then it does not matter which process takes which.
+    """
+    batches = torch.split(ids, batch_sequences(ids.shape[1]))
+    count = max(1, PORTION_TOKENS // batches[0].numel())
+    return [list(batches[first : first + count]) for first in range(0, len(batches), count)]
 
 
 def walk(streams: Sequence[Stream], after_layer: Callable[[int], None] | None = None) -> None:

@@ -149,7 +149,7 @@ def log_probabilities(folder: Path) -> Callable[[tuple[int, ...]], np.ndarray]:
         if tokens not in held:
             with CheckpointReader(layout.index) as reader, torch.no_grad():
                 weights = CheckpointWeights(reader, layout, torch.device("cpu"))
-                streams = evaluate.streams_of(weights, [(torch.tensor([[*tokens, 0]]), 1)])
+                streams = evaluate.streams_of(weights, [[torch.tensor([[*tokens, 0]])]])
                 walk(streams)
                 final = evaluate.final_hidden(streams[0], weights.tensor("model.norm.weight"))
                 logits = final @ weights.tensor("lm_head.weight").to(final.dtype).T

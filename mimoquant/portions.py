@@ -1,0 +1,164 @@
+"""The calibration tokens on their way through the model, in portions that are dealt out to the ranks.
+
+Key idea: a portion's hidden states rest with one rank, on its host, and there it goes through attention, router and
+experts. What experts see of all portions is then given to all ranks, so each of them has the layer's statistics from
+the same sums in the same order, whoever did which part. Portions, and the blocks that statistics are summed over,
+depend on the data alone, so the bytes that come out do not depend on the number of ranks.
+
+Memory on each rank's device: one layer's tokens, in bfloat16, and of its own portions also the experts' sum in float32.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mimoquant.model.decoder_layer import Dispatch, ExpertChunk, LayerWeights, Router, Routing, add_experts
+from mimoquant.model.layer_stream import (
+    BLOCK_TOKENS,
+    Block,
+    Stream,
+    add_blocks,
+    attend_and_route,
+    dense_layer,
+    portions,
+    route_again,
+)
+from mimoquant.model_weights import CheckpointWeights
+from mimoquant.team import Team
+
+Seen = list[tuple[Tensor, Dispatch]]  # blocks of tokens [n, H] bf16, and where they go
+
+
+@dataclass
+class Portion:
+    """`tokens` tokens, which belong to the rank `owner`. Its `stream` and, inside a MoE layer, `block` are there only;
+    `routing` is everywhere."""
+
+    owner: int
+    tokens: int
+    stream: Stream | None
+    block: Block | None = None
+    routing: Routing | None = None
+
+
+class Portions:
+    """Sets of sequences (those that train, those held out) that walk through a model's layers together."""
+
+    def __init__(self, weights: CheckpointWeights, sets: Sequence[Tensor], team: Team) -> None:
+        self.weights, self.team = weights, team
+        embedding, number = weights.tensor("model.embed_tokens.weight"), itertools.count()
+        self.sets = [[self._portion(part, embedding, next(number)) for part in portions(ids)] for ids in sets]
+        self.seen: list[Seen] = []  # of each set, in a MoE layer
+
+    def _portion(self, batches: list[Tensor], embedding: Tensor, number: int) -> Portion:
+        owner, stream, device = number % self.team.size, None, self.weights.device
+        if owner == self.team.rank:
+            hidden = [embedding[batch.to(device)].float().cpu() for batch in batches]
+            stream = Stream(self.weights, [h.pin_memory() for h in hidden] if device.type == "cuda" else hidden)
+        return Portion(owner, sum(batch.numel() for batch in batches), stream)
+
+    @property
+    def routing(self) -> list[Routing]:
+        """Where the tokens of all portions go."""
+        return [portion.routing for portion in itertools.chain(*self.sets) if portion.routing is not None]
+
+    def dense(self, weights: LayerWeights) -> None:
+        """Take all tokens through a layer without experts."""
+        self.clear()
+        for stream, _ in self._own():
+            dense_layer(stream, weights)
+
+    def attend(self, weights: LayerWeights) -> None:
+        """Take all tokens through a layer's attention and router."""
+        self._route(attend_and_route, weights)
+
+    def route_again(self, weights: LayerWeights) -> None:
+        """Take all tokens, past attention already, through another norm and router."""
+        self._route(route_again, weights)
+
+    def through(self, chunk: ExpertChunk) -> None:
+        """Take this rank's tokens through a chunk of experts. Chunks come in the same order on all ranks."""
+        for _, portion in self._own():
+            if portion.block is not None:
+                add_experts(portion.block.out, portion.block.tokens, portion.block.dispatch, chunk)
+
+    def add(self) -> None:
+        """Add what the experts made to the hidden states: the layer is passed."""
+        for stream, portion in self._own():
+            if portion.block is not None:
+                add_blocks(stream, [portion.block])
+        self.clear()
+
+    def clear(self) -> None:
+        """Let go of a layer's tokens."""
+        self.seen = []
+        for portion in itertools.chain(*self.sets):
+            portion.block = portion.routing = None
+
+    def _own(self) -> Iterator[tuple[Stream, Portion]]:
+        for portion in itertools.chain(*self.sets):
+            if portion.stream is not None:
+                yield portion.stream, portion
+
+    def _route(self, walk: Callable[..., list[Block]], weights: LayerWeights) -> None:
+        """`walk` all portions, each at its owner, then give all ranks what came out."""
+        self.clear()
+        groups = [list(_grouped(members)) for members in self.sets]
+        held = [[self._memory(group, weights) for group in of_set] for of_set in groups]
+        every = [pair for of_set, memory in zip(groups, held, strict=True)
+                 for group, block in zip(of_set, memory, strict=True) for pair in _rows(group, block)]  # fmt: skip
+        for portion, rows in every:
+            self._own_rows(portion, rows, walk, weights)
+        for portion, rows in every:
+            assert portion.routing is not None
+            for tensor in (rows, portion.routing.experts, portion.routing.weights):
+                self.team.broadcast(tensor, portion.owner)
+        assert isinstance(weights.mlp, Router)
+        experts = len(weights.mlp.weight)
+        self.seen = [[(block, _dispatch(group, experts)) for group, block in zip(of_set, memory, strict=True)]
+                     for of_set, memory in zip(groups, held, strict=True)]  # fmt: skip
+
+    def _memory(self, group: list[Portion], weights: LayerWeights) -> Tensor:
+        count = sum(portion.tokens for portion in group)
+        return torch.empty(count, len(weights.post_norm), dtype=torch.bfloat16, device=self.weights.device)
+
+    def _own_rows(
+        self, portion: Portion, rows: Tensor, walk: Callable[..., list[Block]], weights: LayerWeights
+    ) -> None:
+        """Walk a portion of ours and put its tokens into `rows`, which its block then looks at; or make room."""
+        if portion.stream is None:
+            shape = (portion.tokens, self.weights.config.top_k)
+            portion.routing = Routing(torch.empty(shape, dtype=torch.int64, device=rows.device),
+                                      torch.empty(shape, dtype=torch.float32, device=rows.device))  # fmt: skip
+            return
+        (block,) = walk(portion.stream, weights, torch.bfloat16)
+        portion.block = replace(block, tokens=rows.copy_(block.tokens))
+        (routing,) = portion.stream.routing
+        portion.routing = Routing(routing.experts.contiguous(), routing.weights.contiguous())
+
+
+def _grouped(members: list[Portion]) -> Iterator[list[Portion]]:
+    """Consecutive portions that make up at most BLOCK_TOKENS together."""
+    group: list[Portion] = []
+    for portion in members:
+        if group and sum(p.tokens for p in group) + portion.tokens > BLOCK_TOKENS:
+            yield group
+            group = []
+        group.append(portion)
+    yield group
+
+
+def _rows(group: list[Portion], block: Tensor) -> Iterator[tuple[Portion, Tensor]]:
+    """Each portion's rows of their common block."""
+    return zip(group, torch.split(block, [portion.tokens for portion in group]), strict=True)
+
+
+def _dispatch(group: list[Portion], experts: int) -> Dispatch:
+    routings = [portion.routing for portion in group if portion.routing is not None]
+    return Dispatch.of(Routing(torch.cat([r.experts for r in routings]), torch.cat([r.weights for r in routings])),
+                       experts)  # fmt: skip

@@ -1,0 +1,54 @@
+"""The command line with small portions and chunks, for `test_team`: the micro checkpoint is one portion otherwise.
+
+usage: python rank_driver.py [--kill-at COUNT] [--kill-rank RANK] VERB ...
+
+`--kill-at`: rank `--kill-rank` kills itself, as kill -9 would, in its COUNT-th journal line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+
+from mimoquant import plan, portions
+from mimoquant.checkpoint.journal import JournalLine, RunFolder
+from mimoquant.model import layer_stream
+
+
+def shrink_sizes() -> None:
+    layer_stream.BATCH_TOKENS, layer_stream.PORTION_TOKENS = 256, 512
+    portions.BLOCK_TOKENS = 1024
+    plan.CHUNK_BYTES = 2**18  # two or three experts of the micro checkpoint
+
+
+def kill_at(count: int) -> None:
+    record = RunFolder.record
+    done: list[str] = []
+
+    def stop(self: RunFolder, line: JournalLine) -> None:
+        record(self, line)
+        done.append(line.unit)
+        if len(done) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    RunFolder.record = stop  # type: ignore[method-assign]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--kill-at", type=int)
+    parser.add_argument("--kill-rank", default="1")
+    options, rest = parser.parse_known_args()
+    shrink_sizes()
+    if options.kill_at and os.environ.get("RANK", "0") == options.kill_rank:
+        kill_at(options.kill_at)
+    sys.argv = ["mimoquant", *rest]
+    from mimoquant.cli import main as run
+
+    run()
+
+
+if __name__ == "__main__":
+    main()
