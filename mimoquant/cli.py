@@ -25,7 +25,7 @@ from typer.core import TyperGroup
 import mimoquant
 from mimoquant.choices import Container, Engine, Gpu, Layout, Server
 from mimoquant.errors import MimoquantError
-from mimoquant.page_files import check_page, check_writable, write_page
+from mimoquant.page_files import check_page, check_profile, check_writable, write_page
 from mimoquant.progress import Lines, Progress, tell
 
 if TYPE_CHECKING:
@@ -150,6 +150,7 @@ def quantize(
     tokens: Annotated[int | None, typer.Option(min=2, help="Of each sequence.")] = None,
     container: ContainerOption = None,
     html: Annotated[Path | None, typer.Option(help="Write what calibration reached here.", metavar="FILE")] = None,
+    profile: Annotated[Path | None, typer.Option(help="Write a Chrome trace of the run here.", metavar="FILE")] = None,
     as_json: JsonOption = False,
     allow_unknown: UnknownOption = False,
 ) -> None:
@@ -157,6 +158,7 @@ def quantize(
     from mimoquant import coverage_page, describe, pipeline
     from mimoquant.devices import resolve_device
     from mimoquant.team import Team
+    from mimoquant.timeline import Timeline
 
     begin = time.monotonic()
     changed = {"data": tuple(data) if data else None, "sequences": sequences, "tokens": tokens}
@@ -165,14 +167,20 @@ def quantize(
         made = _plan(source, recipe, container, allow_unknown, changed, team.device)
         if html is not None:
             check_page(html, made, out)
+        if profile is not None:
+            check_profile(profile, made, out)
+        timeline = Timeline()
         with Progress(made, team.size) if team.leads else contextlib.nullcontext() as progress:
             for note in made.notes if team.leads else ():
                 tell(f"note: {note}")
-            report = pipeline.quantize(made, out, resume=resume, team=team,
+            report = pipeline.quantize(made, out, resume=resume, team=team, timeline=timeline,
                                        progress=progress.advance if progress else None)  # fmt: skip
     if not team.leads:
         return
-    facts = {**report.as_json(), "out": str(out), "elapsed_s": round(time.monotonic() - begin, 3)}
+    facts = {**report.as_json(), "out": str(out), "elapsed_s": round(time.monotonic() - begin, 3),
+             "bound_by": dict(zip(("what", "share"), timeline.bound, strict=True))}  # fmt: skip
+    if profile is not None:
+        write_page(profile, timeline.chrome_trace(), "--profile")
     if html is not None:
         write_page(html, coverage_page.coverage_page(facts))
     _print(facts, describe.quantize_text, as_json)

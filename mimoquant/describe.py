@@ -147,7 +147,8 @@ def quantize_text(facts: dict[str, Any]) -> str:
             f"wrote      {facts['out']}: {len(facts['shards'])} shards, {size(after)} ({after / before:.1%} of source)",
             f"experts    {formats} ({facts['method']}, scales by {facts['scale_search']}), {facts['container']}",
             *([f"coverage   {coverage_text(facts['calibration'])}"] if facts["calibration"] else []),
-            f"time       {seconds:.1f} s, {size(int(before / max(seconds, 1e-3)))}/s of source",
+            f"time       {seconds:.1f} s, {size(int(before / max(seconds, 1e-3)))}/s of source; bound by "
+            f"{facts['bound_by']['what']} ({facts['bound_by']['share']:.0%})",
         ]
     )
 

@@ -1,4 +1,4 @@
-"""Where an HTML page may be written, refused before a long run rather than after it."""
+"""Where a page or a profile may be written, refused before a long run rather than after it."""
 
 from __future__ import annotations
 
@@ -21,23 +21,28 @@ def check_page(path: Path, made: Plan, out: Path) -> None:
     check_writable(path, (made.layout.index.folder, out, Path(f"{out}.partial")))
 
 
-def check_writable(path: Path, checkpoints: tuple[Path, ...]) -> None:
-    """Try to write a page, and leave no trace of it."""
+def check_profile(path: Path, made: Plan, out: Path) -> None:
+    """The same for --profile."""
+    check_writable(path, (made.layout.index.folder, out, Path(f"{out}.partial")), "--profile")
+
+
+def check_writable(path: Path, checkpoints: tuple[Path, ...], option: str = "--html") -> None:
+    """Try to write a file, and leave no trace of it."""
     try:
         target = path.resolve()
         for folder in checkpoints:
             if target.is_relative_to(folder.resolve()):
-                raise UsageError(f"--html {path}: lies in {folder}, which holds a checkpoint and nothing else")
+                raise UsageError(f"{option} {path}: lies in {folder}, which holds a checkpoint and nothing else")
         existed = path.exists()
         path.open("ab").close()
         if not existed:
             path.unlink()
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
-        raise UsageError(f"--html {path}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
+        raise UsageError(f"{option} {path}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
 
 
-def write_page(path: Path, page: str) -> None:
+def write_page(path: Path, page: str, option: str = "--html") -> None:
     try:
         path.write_text(page, encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"--html {path}: cannot be written ({error.strerror})") from error
+        raise UsageError(f"{option} {path}: cannot be written ({error.strerror})") from error

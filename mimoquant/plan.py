@@ -35,7 +35,7 @@ from mimoquant.quant.formats import Format
 from mimoquant.recipe import Recipe
 
 CHUNK_BYTES = 96 * 2**20  # source bytes of the experts that are in memory together
-CUDA_CHUNK_BYTES = 768 * 2**20  # the same, where a GPU calibrates: it wants some thirty experts at once
+CUDA_CHUNK_BYTES = 800 * 2**20  # the same, where a GPU calibrates: some thirty experts, V2.5's in eight chunks
 WRITE_QUEUE_BYTES = 192 * 2**20  # results that may wait for the disk
 
 
@@ -383,7 +383,7 @@ class _Builder:
                 tuple(self.layout.geometry.expert_shape(p) for _, p in modules),
             )
         size = sum(self.layout.expert(layer, 0, p).size_bytes for p in PROJECTIONS)
-        chunk = max(1, self.chunk_bytes // size)
+        chunk = -(-experts // -(-experts // max(1, self.chunk_bytes // size)))  # as even as can be, for ranks
         for begin in range(0, experts, chunk):
             end = min(begin + chunk, experts)
             kept = self.carve_outs.get(layer)

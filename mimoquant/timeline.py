@@ -11,7 +11,6 @@ import json
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -60,8 +59,8 @@ class Timeline:
         name = max(shares, key=lambda kind: shares[kind])
         return name, shares[name] / total if total else 0.0
 
-    def save(self, path: Path) -> None:
-        """As a Chrome trace (chrome://tracing, Perfetto): one row a thread, microseconds."""
+    def chrome_trace(self) -> str:
+        """JSON for chrome://tracing or Perfetto: one row a thread, microseconds."""
         threads = {name: number for number, name in enumerate(dict.fromkeys(span[1] for span in self._spans))}
         events: list[dict[str, Any]] = [
             {"name": "thread_name", "ph": "M", "pid": 0, "tid": number, "args": {"name": name}}
@@ -70,4 +69,4 @@ class Timeline:
         for name, thread, begin, end in self._spans:
             start, length = (begin - self._begin) * 1e6, (end - begin) * 1e6
             events.append({"name": name, "ph": "X", "pid": 0, "tid": threads[thread], "ts": start, "dur": length})
-        path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+        return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"})

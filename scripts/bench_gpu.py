@@ -3,8 +3,7 @@
 
 Makes V2.5- and Pro-sized checkpoints (a dense and a few MoE layers; eight random experts, repeated) on a RAM disk, and
 runs `pipeline.quantize` on them. A layer's seconds are from the end of the layer before it to its own end, reading,
-writing and hashing included. The first row pays for
-compiling Triton's kernels, so it has a layer more, which is not counted.
+writing and hashing included; the first layer of a row, which pays for compiling Triton's kernels, is not counted.
 
 usage: scripts/bench_gpu.py [--work /dev/shm] [--device cuda] [--experts 256] [--only ROW...] [--out RESULT.md]
 ROW: gptq, awq, mxfp4, nvfp4, million, pro, datafree.
@@ -183,7 +182,8 @@ def measure(options: argparse.Namespace) -> list[str]:
     name = torch.cuda.get_device_name() if options.device.startswith("cuda") else "CPU"
     lines = [f"{name}, torch {torch.__version__}, {os.cpu_count()} cores", "",
              "| one layer | tokens | seconds | peak GB on the device |", "|---|---|---|---|"]  # fmt: skip
-    source = make_source(options.work / "v2.5", "V2.5", 2, options.experts)
+    wanted = set(options.only)
+    source = make_source(options.work / "v2.5", "V2.5", 2, options.experts) if wanted - {"pro"} else options.work
     few, many = (16, 512), (options.tokens // 512, 512)
     rows = {
         "gptq": ("V2.5 GPTQ int4 g128", load_recipe("gptq-int4-g128"), few),
@@ -196,7 +196,8 @@ def measure(options: argparse.Namespace) -> list[str]:
         lines.append(calibrated(rows[row][0], source, *rows[row][1:], options))
         print(lines[-1], flush=True)
     free = data_free(source, options) if "datafree" in options.only else []
-    shutil.rmtree(source)
+    if wanted - {"pro"}:
+        shutil.rmtree(source)
     if "pro" in options.only:
         source = make_source(options.work / "pro", "Pro", 2, options.experts * 3 // 2)
         lines.append(calibrated("Pro GPTQ int4 g128", source, load_recipe("gptq-int4-g128"), few, options))

@@ -63,7 +63,7 @@ ALLOWED: dict[str, set[str]] = {
     # the edge, which nothing imports
     "cli": {"errors", "calibration", "checkpoint", "choices", "coverage_page", "describe", "devices", "evaluation",
             "model", "page_files", "pipeline", "plan", "progress", "recipe", "report", "report_page", "server_text",
-            "serving", "synth", "team", "verify"},
+            "serving", "synth", "team", "verify", "timeline"},
     "__main__": {"cli"},
 }  # fmt: skip
 # for annotations only, under `if TYPE_CHECKING:`; nothing is loaded
