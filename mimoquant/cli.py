@@ -24,7 +24,7 @@ from typer.core import TyperGroup
 
 import mimoquant
 from mimoquant.choices import Container, Engine, Gpu, Layout, Server
-from mimoquant.errors import MimoquantError
+from mimoquant.errors import MimoquantError, is_out_of_memory
 from mimoquant.page_files import check_page, check_profile, check_writable, write_page
 from mimoquant.progress import Lines, Progress, tell
 
@@ -60,6 +60,13 @@ class _Group(TyperGroup):
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(EXIT_INTERRUPTED) from None
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            tell(f"error: out of memory ({str(error).partition(chr(10))[0]})")
+            if ctx.invoked_subcommand == "quantize":
+                tell("hint: go on with --resume where there is more; fewer --sequences need less, plan says how much")
+            raise typer.Exit(4) from None
         except OSError as error:
             # what no module foresaw: a path too long, a folder that may not be entered, a full disk under stdout
             where = f"{error.filename}: " if error.filename else ""

@@ -46,3 +46,9 @@ class QualityError(MimoquantError):
     """A quality gate failed: the output exists and is not what it claims."""
 
     exit_code = 5
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """numpy's and Python's, torch's for a GPU (by name: torch may not be loaded) and torch's for a CPU."""
+    named = type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error)
+    return isinstance(error, MemoryError) or named

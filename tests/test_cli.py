@@ -359,3 +359,29 @@ def test_readers_that_leave_do_not_stop_a_run(tmp_path: Path) -> None:
     while not out.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert out.is_dir()
+
+
+class OutOfMemoryError(RuntimeError):
+    """What torch calls a full GPU."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 7.00 GiB for an array"),
+        OutOfMemoryError("CUDA out of memory. Tried to allocate 7.00 GiB.\nmore"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 7 bytes."),
+    ],
+    ids=["numpy", "cuda", "cpu"],
+)
+def test_no_memory_is_one_sentence(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr("mimoquant.pipeline.quantize", fail)
+    source = str(mimoquant.micro_checkpoint())
+    result = CliRunner().invoke(app, ["quantize", source, "-r", "int4-g128-rtn", "--out", str(tmp_path / "out")])
+    assert result.exit_code == 4, result.output
+    first, hint = result.stderr.splitlines()[-2:]
+    assert first.startswith("error: out of memory (") and first.endswith(")") and "more" not in first
+    assert hint.startswith("hint: ") and "--resume" in hint

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -35,3 +37,19 @@ def test_a_run_fills_it(tmp_path: Path) -> None:
         assert event["dur"] >= 0 and event["ts"] >= 0 and event["tid"] in rows.values()
     work = [event for event in events if event["name"] == "write and hash"]
     assert {event["tid"] for event in work} == {rows["write-behind-0"]}
+
+
+def test_the_profile_is_refused_before_the_run_or_written_after_it(tmp_path: Path) -> None:
+    call = [sys.executable, "-m", "mimoquant", "quantize", str(mimoquant.micro_checkpoint()), "-r", "int4-g128-rtn"]
+    for place in (tmp_path / "none" / "trace.json", tmp_path / "out" / "trace.json"):
+        refused = subprocess.run([*call, "--out", str(tmp_path / "out"), "--profile", str(place)], capture_output=True,
+                                 text=True)  # fmt: skip
+        assert refused.returncode == 2 and refused.stderr.startswith("error: --profile "), refused.stderr
+        assert not (tmp_path / "out").exists()
+    trace = tmp_path / "trace.json"
+    done = subprocess.run([*call, "--out", str(tmp_path / "out"), "--profile", str(trace), "--json"],
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(trace.read_text())["traceEvents"]
+    bound = json.loads(done.stdout)["bound_by"]
+    assert bound["what"] in ("reading", "writing", "computing") and 0 < bound["share"] <= 1
