@@ -46,6 +46,7 @@ def report_of(layers: dict[str, dict[str, Any]] | None, **changes: Any) -> dict[
         "method": "gptq", "scale_search": "gram", "container": "compressed-tensors", "out": "/m/out",
         "formats": {"int4 g128": list(range(len(layers or {})))}, "notes": ["calibrates on mixed-v1"],
         "calibration": layers, "shards": [{}], "source_bytes": 2000, "output_bytes": 1000, "elapsed_s": 1.0,
+        "bound_by": {"what": "computing", "share": 0.9},
     } | changes  # fmt: skip
 
 
