@@ -224,10 +224,10 @@ def verify(
         facts["engine"] = engine_facts(read_served(out), engine.value, engine_version, tp)
     _print(facts, describe.verify_text, as_json)
     if not facts["ok"]:
-        raise CheckpointError(f"{out}: is not what its recipe says, {len(facts['problems'])} problems were found")
+        raise CheckpointError(f"{out}: is not what its recipe says (problems: {len(facts['problems'])})")
     if engine is not None and not facts["engine"]["ok"]:
         failed = [problem for problem in facts["engine"]["problems"] if problem["verdict"] != "warning"]
-        raise CheckpointError(f"{out}: {engine.value} would refuse or corrupt it, {len(failed)} problems were found")
+        raise CheckpointError(f"{out}: {engine.value} would refuse or corrupt it (problems: {len(failed)})")
 
 
 @app.command()

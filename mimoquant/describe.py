@@ -209,7 +209,11 @@ def _proof_lines(facts: dict[str, Any], limit: int) -> list[str]:
     lines = [
         f"{'ok' if facts['ok'] else 'FAILED'}         {facts['out']}",
         f"checked    {checked}; {size(facts['bytes_checked'])} read",
-        f"rounding   worst {facts['worst_rounding']:.4f} half steps ({facts['worst_rounding_tensor'] or 'none'})",
+        *(
+            [f"rounding   worst {facts['worst_rounding']:.4f} half steps ({facts['worst_rounding_tensor']})"]
+            if facts["worst_rounding_tensor"]
+            else []
+        ),
         f"error      relMSE {facts['mean_relative_error']:.3e} over all experts, worst "
         f"{facts['worst_relative_error']:.3e} ({facts['worst_relative_error_tensor'] or 'none'})",
         *(f"unproven   {text}" for text in facts["unproven"]),

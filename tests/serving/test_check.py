@@ -297,7 +297,7 @@ def test_verify_with_an_engine(outputs: dict[str, Path]) -> None:
     assert good.exit_code == 0 and good.stdout == "vLLM 0.33.0 at TP 2: nothing is known against it\n", good.output
     bad = call("verify", outputs["nvfp4"], "--engine", "transformers")
     assert bad.exit_code == 3 and "corrupted: layers 1-5: compressed-tensors nvfp4" in bad.stdout, bad.output
-    assert "transformers would refuse or corrupt it, 1 problems" in bad.stderr and "Traceback" not in bad.output
+    assert "transformers would refuse or corrupt it (problems: 1)" in bad.stderr and "Traceback" not in bad.output
     facts = json.loads(call("verify", outputs["int4"], "--engine", "sglang", "--tp", "8", "--json").stdout)["engine"]
     assert facts["ok"] is False and facts["problems"][0]["verdict"] == "refused"
 
