@@ -73,26 +73,20 @@ class LayerFacts:
     damped: int = 0
     rounded: int = 0
     folded_channels: int = 0
-    topk_changed: float | None = (
-        None  # share of the tokens that a folded router sends elsewhere; None: no norm is folded
-    )
+    topk_changed: float | None = None  # share of tokens a folded router sends elsewhere; None: no norm is folded
 
     def as_plain(self) -> dict[str, Any]:
         lists = {name: [_short(v) for v in getattr(self, name)]
                  for name in ("tokens", "effective", "shrunk", "relmse_plain", "relmse")}  # fmt: skip
         routed = {} if self.topk_changed is None else {"topk_changed": _short(self.topk_changed)}
-        return (
-            lists
-            | routed
-            | {
-                "starved": self.starved,
-                "shrinkage": self.shrinkage,
-                "held_out": {name: _short(value) for name, value in self.held_out.items()},
-                "damped": self.damped,
-                "rounded": self.rounded,
-                "folded_channels": self.folded_channels,
-            }
-        )
+        return lists | routed | {
+            "starved": self.starved,
+            "shrinkage": self.shrinkage,
+            "held_out": {name: _short(value) for name, value in self.held_out.items()},
+            "damped": self.damped,
+            "rounded": self.rounded,
+            "folded_channels": self.folded_channels,
+        }  # fmt: skip
 
 
 def _short(value: float) -> float:

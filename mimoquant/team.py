@@ -145,9 +145,7 @@ class Team:
         first = error is None or self._tell(error)
         import torch.distributed as dist
 
-        if (
-            error is None or self.device == "cpu"
-        ):  # NCCL would wait for a rank that is gone; the end of this one will do
+        if error is None or self.device == "cpu":  # NCCL would wait for a rank that is gone; the end here will do
             dist.destroy_process_group()
         if isinstance(error, KeyboardInterrupt):
             ended = StoppedError("the run was interrupted, or one of its processes died", hint=RESUME)

@@ -21,8 +21,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from bench_machine import versions
 
 FORMATS = {"mxfp4": ("mxfp4-rtn", "MXFP4A16"), "int4 g128": ("int4-g128-rtn", "W4A16")}
 BLOCK = 32 * 2**20
@@ -78,15 +79,7 @@ def machine() -> str:
     model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
                   if line.startswith("model name")), platform.processor())  # fmt: skip
     names = ("mimoquant", "numba", "numpy", "torch", "compressed-tensors", "llmcompressor")
-    versions = []
-    for name in names:
-        try:
-            versions.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            versions.append(f"{name} not installed")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    cores = len(os.sched_getaffinity(0))
-    return f"{model}, {cores} cores; Python {platform.python_version()}, {', '.join(versions)}; commit {commit}"
+    return f"{model}, {len(os.sched_getaffinity(0))} cores; {versions(names)}"
 
 
 def bench(source: Path, work: Path, label: str, repeats: int, peer_repeats: int) -> str:

@@ -29,19 +29,18 @@ import fnmatch
 import hashlib
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import yaml
+from bench_machine import versions
 
 Floats = npt.NDArray[np.float64]
 
@@ -303,16 +302,8 @@ def row(fmt: str, result: Result, best: Result | None, peers: list[Result]) -> s
 
 def machine() -> str:
     names = ("mimoquant", "numpy", "torch", "transformers", "compressed-tensors", "llmcompressor")
-    versions = []
-    for name in names:
-        try:
-            versions.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            versions.append(f"{name} not installed")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     settings = [f"{key}={value}" for key, value in os.environ.items() if key.startswith(("OMP_", "MALLOC_"))]
-    where = f"{len(os.sched_getaffinity(0))} cores, {' '.join(sorted(settings))}; Python {platform.python_version()}"
-    return f"{where}, {', '.join(versions)}; commit {commit}"
+    return f"{len(os.sched_getaffinity(0))} cores, {' '.join(sorted(settings))}; {versions(names)}"
 
 
 def main() -> None:

@@ -22,8 +22,8 @@ from mimoquant.quant.gpu_arithmetic import (
     e2m1_value,
     e4m3_byte,
     e4m3_value,
-    fold,
     from_bits,
+    halving_sum,
     round_bf16,
     round_e2m1,
     round_level,
@@ -128,21 +128,6 @@ def _round_columns(target, weight, push, scale, zero, group, codes, high, low, s
 
 
 @triton.jit
-def _halving_sum(x, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """[BLOCK, ROWS] → [ROWS], adding halves."""
-    if BLOCK >= 128:
-        x = fold(x, 128, ROWS)
-    if BLOCK >= 64:
-        x = fold(x, 64, ROWS)
-    if BLOCK >= 32:
-        x = fold(x, 32, ROWS)
-    x = fold(x, 16, ROWS)
-    x = fold(x, 8, ROWS)
-    x = fold(x, 4, ROWS)
-    return tl.reshape(fold(x, 2, ROWS), (ROWS,))
-
-
-@triton.jit
 def _better_scale(slope, codes, scale, divisors, reaches, panel, now, first, columns, width, rows, groups,
                   IS_INT4: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
     """See `columns._better_scale`. `first`: of the group, within the block."""
@@ -153,8 +138,8 @@ def _better_scale(slope, codes, scale, divisors, reaches, panel, now, first, col
     place = (expert * width + now + s)[:, None] * rows + r[None, :]
     unit = _level(tl.load(codes + place, mask=there[None, :], other=0), IS_INT4)
     at = s[:, None] * rows + r[None, :]
-    curvature = _halving_sum(tl.load(reach + at, mask=there[None, :], other=0.0) * unit, S, ROWS)
-    gain = _halving_sum(tl.load(steep + at, mask=there[None, :], other=0.0) * unit, S, ROWS)
+    curvature = halving_sum(tl.load(reach + at, mask=there[None, :], other=0.0) * unit, S, ROWS)
+    gain = halving_sum(tl.load(steep + at, mask=there[None, :], other=0.0) * unit, S, ROWS)
     of_group = (expert * groups + (now + first) // S) * rows + r
     old = tl.load(scale + of_group, mask=there, other=1.0)
     wanted = old + tl.div_rn(gain, curvature)

@@ -31,8 +31,8 @@ from mimoquant.quant.gpu_arithmetic import (
     e2m1_code,
     e4m3_byte,
     e4m3_value,
-    fold,
     from_bits,
+    halving_sum,
     round_bf16,
     round_e2m1,
     round_level,
@@ -49,14 +49,9 @@ _NVFP4_SMALLEST, _ROUND_UP = tl.constexpr(NVFP4_SMALLEST_SCALE), tl.constexpr(MX
 
 
 @triton.jit
-def _halving_sum(x, K: tl.constexpr, N: tl.constexpr, L: tl.constexpr):
+def _group_sum(x, K: tl.constexpr, N: tl.constexpr, L: tl.constexpr):
     """[K, N L] → the sums of groups by adding halves, in each of a group's threads: [N L]."""
-    if K >= 32:
-        x = fold(x, 32, N * L)
-    x = fold(x, 16, N * L)
-    x = fold(x, 8, N * L)
-    x = fold(x, 4, N * L)
-    x = tl.reshape(fold(x, 2, N * L), (N * L,))
+    x = halving_sum(x, K, N * L)
     if L > 1:
         if L == 4:
             low, high = tl.split(tl.permute(tl.reshape(x, (N, 2, 2)), (0, 2, 1)))
@@ -124,7 +119,7 @@ def _error(x, scale, zero, weigh, KIND: tl.constexpr, WEIGHTED: tl.constexpr, QU
     squares = difference * difference
     if WEIGHTED:
         squares = squares * weigh
-    return _halving_sum(squares, K, N, L)
+    return _group_sum(squares, K, N, L)
 
 
 @triton.jit

@@ -95,9 +95,8 @@ def _cholesky(gram: Tensor) -> tuple[Tensor, Tensor]:
         lower[:, own, own], failed = torch.linalg.cholesky_ex(lower[:, own, own])
         info = torch.where(info == 0, failed, info)
         if end < width:
-            below = torch.linalg.solve_triangular(
-                lower[:, own, own], lower[:, rest, own].mT, upper=False
-            ).mT.contiguous()
+            beside = lower[:, rest, own].mT
+            below = torch.linalg.solve_triangular(lower[:, own, own], beside, upper=False).mT.contiguous()
             lower[:, rest, own] = below
             for begin, stop in spans(end, width, _CUDA_PANEL):  # the lower triangle is enough
                 part_of = below[:, begin - end : stop - end]

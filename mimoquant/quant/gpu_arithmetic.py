@@ -33,6 +33,21 @@ def fold(x, SIZE: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
+def halving_sum(x, SIZE: tl.constexpr, N: tl.constexpr):
+    """[SIZE, N] → [N], adding halves: `engine_torch.halving_sum`. SIZE is a power of two from 16 to 128."""
+    if SIZE >= 128:
+        x = fold(x, 128, N)
+    if SIZE >= 64:
+        x = fold(x, 64, N)
+    if SIZE >= 32:
+        x = fold(x, 32, N)
+    x = fold(x, 16, N)
+    x = fold(x, 8, N)
+    x = fold(x, 4, N)
+    return tl.reshape(fold(x, 2, N), (N,))
+
+
+@triton.jit
 def round_level(x):
     """To a whole number in -8..7."""
     x = tl.where(x > -8.0, x, -8.0)

@@ -31,7 +31,7 @@ def refine(
     diagonal = torch.diagonal(gram, dim1=-2, dim2=-1)
     diagonal += _DAMP * diagonal.mean(-1, keepdim=True)
     cost, every, scales = halves(gram), slice(None), fmt.name != "mxfp4" and fmt.symmetric
-    stack = _stack(weight_EOI.transpose(1, 2).contiguous(), gram, parts, codes.transpose(1, 2).contiguous(), fmt)
+    stack = _stack(weight_EOI, gram, parts, codes, fmt)
     for _ in range(rounds):
         for first, end in spans(0, gram.shape[-1], PANEL):
             slope = product(part(cost, slice(first, end), every), stack.left)
@@ -53,12 +53,10 @@ def _reach(stack: Columns, cost: Halves, now: slice) -> Tensor:
     return torch.stack([product(part(cost, every, own), part(level[:1], own, every)) for own in groups], dim=1)
 
 
-def _stack(weight: Tensor, gram: Tensor, parts: dict[str, Tensor], codes: Tensor, fmt: Format) -> Columns:
-    grid = Grid.of(parts, fmt).turned()
-    size = fmt.group_size
-    wide = Grid(grid.scale.repeat_interleave(size, 1),
-                None if grid.zero is None else grid.zero.repeat_interleave(size, 1))  # fmt: skip
-    left, divisor = halves(weight - wide.decode(codes, fmt)), parts.get("global_scale")
-    return Columns(
-        weight, gram, grid.scale, grid.zero, codes, left, fmt, None if divisor is None else divisor.flatten()
-    )
+def _stack(weight_EOI: Tensor, gram: Tensor, parts: dict[str, Tensor], codes_EOI: Tensor, fmt: Format) -> Columns:
+    grid, divisor = Grid.of(parts, fmt), parts.get("global_scale")
+    left = weight_EOI - grid.wide(fmt).decode(codes_EOI, fmt)
+    weight, codes, left = (values.transpose(1, 2).contiguous() for values in (weight_EOI, codes_EOI, left))
+    turned = grid.turned()
+    return Columns(weight, gram, turned.scale, turned.zero, codes, halves(left), fmt,
+                   None if divisor is None else divisor.flatten())  # fmt: skip

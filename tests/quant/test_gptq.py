@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from stored_formats import every_format
 from torch import Tensor
 
 from mimoquant.quant.engine_torch import amax, encode, nvfp4_global_scale, unpack_nibbles, unpack_zero_points
@@ -16,14 +17,6 @@ from mimoquant.quant.formats import E2M1_VALUES, Format
 from mimoquant.quant.gptq import GptqResult, gptq, push_factor
 from mimoquant.quant.grid import Grid
 
-FORMATS = [
-    Format("int4", 32),
-    Format("int4", 128),
-    Format("int4", 64, symmetric=False),
-    Format("mxfp4", 32),
-    Format("nvfp4", 16),
-]
-every_format = pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.label)
 EXPERTS, ROWS, WIDTH = 3, 8, 640  # two panels, five blocks of columns
 DAMP = 0.05
 NEAR = 1e-3  # of a grid step: float32 sums over a few hundred columns, in another order

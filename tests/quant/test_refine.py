@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from stored_formats import FORMATS, every_format
 from torch import Tensor
 
 from mimoquant.quant.engine_torch import amax, encode, nvfp4_global_scale, unpack_nibbles
@@ -12,15 +13,7 @@ from mimoquant.quant.gptq import gptq
 from mimoquant.quant.grid import Grid
 from mimoquant.quant.refine import refine
 
-FORMATS = [
-    Format("int4", 32),
-    Format("int4", 128),
-    Format("int4", 64, symmetric=False),
-    Format("mxfp4", 32),
-    Format("nvfp4", 16),
-]
 MOVABLE = [fmt for fmt in FORMATS if fmt.name != "mxfp4" and fmt.symmetric]
-every_format = pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.label)
 STARTS = [
     (fmt, how)
     for fmt in FORMATS
