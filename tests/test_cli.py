@@ -73,7 +73,7 @@ def test_quantize_then_verify(tmp_path: Path) -> None:
     assert verified.exit_code == 0 and verified.stdout.startswith("ok")
     (out / "config.json").write_text("{}")
     failed = call("verify", out, "--source", MICRO)
-    assert failed.exit_code == 3 and "config.json: is not what" in failed.stdout and "1 problem" in failed.stderr
+    assert failed.exit_code == 3 and "config.json: is not what" in failed.stdout and "(problems: 1)" in failed.stderr
     assert json.loads(call("verify", out, "--source", MICRO, "--json").stdout)["ok"] is False
 
 
