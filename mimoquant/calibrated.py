@@ -160,7 +160,7 @@ class Calibrator:
         """
         rank, fmt, out = self.team.rank, steps[0].fmt, []
         assert fmt is not None
-        original = None if stacks is None else self._chunk(steps[rank], stacks)
+        original = None if stacks is None else self.chunk(steps[rank], stacks)
         inputs = None if original is None else self._input_grams(steps[rank].begin, steps[rank].end)
         if self.shrinkage is None:
             self._agree_on_shrinkage(original, inputs, fmt)
@@ -198,7 +198,7 @@ class Calibrator:
     @torch.no_grad()
     def keep(self, step: Experts, stacks: dict[str, Stack]) -> None:
         """Let the tokens through a chunk as the source has it."""
-        self.tokens.through(self._chunk(step, stacks))
+        self.tokens.through(self.chunk(step, stacks))
 
     @torch.no_grad()
     def replay(self, layer: int, unit: Unit, written: CheckpointReader) -> None:
@@ -222,7 +222,7 @@ class Calibrator:
 
     # --- the steps of `encode` ----------------------------------------------------------------------------------------
 
-    def _chunk(self, step: Experts, stacks: dict[str, Stack]) -> ExpertChunk:
+    def chunk(self, step: Experts, stacks: dict[str, Stack]) -> ExpertChunk:
         """The source's weights, gate and up as they must be where the norm is folded. Raises CheckpointError."""
         weights = {projection: self.engine.bf16(stack) for projection, stack in stacks.items()}
         for projection, weight in weights.items():
@@ -234,7 +234,7 @@ class Calibrator:
         return ExpertChunk(step.begin, *(weights[p] for p in PROJECTIONS))
 
     def _source_chunk(self, step: Experts) -> ExpertChunk:
-        return self._chunk(step, read_experts(self.weights.reader, self.plan.layout, step.layer, step.begin, step.end))
+        return self.chunk(step, read_experts(self.weights.reader, self.plan.layout, step.layer, step.begin, step.end))
 
     def _seen(self, held: bool = False) -> Seen:
         return self.tokens.seen[int(held)]

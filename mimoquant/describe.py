@@ -7,15 +7,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mimoquant.model.layout import ModelLayout
+from mimoquant.needs import Machine, largest_chunk, needs, refusal
 from mimoquant.plan import Experts, Plan, Shapes, ranges
 from mimoquant.report import SCHEMA_VERSION, size
 from mimoquant.serving.check import engine_lines, planned_facts, planned_lines
 from mimoquant.serving.facts import planned
+
+if TYPE_CHECKING:
+    from mimoquant.rehearsal import Estimate
 
 
 def layout_facts(layout: ModelLayout) -> dict[str, Any]:
@@ -88,8 +93,9 @@ def layout_text(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def plan_facts(plan: Plan) -> dict[str, Any]:
-    """`plan`."""
+def plan_facts(plan: Plan, device: str, has: Machine, took: Estimate | None = None) -> dict[str, Any]:
+    """`plan`. `took`: of a rehearsal, if there was one."""
+    wants, refused = needs(plan, device), refusal(plan, device, has)
     return {
         "schema_version": SCHEMA_VERSION,
         "source": str(plan.layout.index.folder),
@@ -104,11 +110,18 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         "output_tensor_bytes": plan.tensor_bytes,
         "output_tensors": sum(len(unit.entries) for unit in plan.units),
         "output_bytes_by_role": planned_sizes(plan),
-        "host_memory_bytes": plan.host_memory_bytes,
+        "device": device,
+        "host_memory_bytes": wants.host_bytes,
+        "gpu_memory_bytes": wants.gpu_bytes,
+        "machine": asdict(has),
+        "experts_at_once": largest_chunk(plan),
+        "estimate": None
+        if took is None
+        else asdict(took) | dict(zip(("bound_by", "total_s"), took.bound, strict=True)),
         "shards": [{"unit": unit.name, "file": unit.file, "size_bytes": unit.size_bytes} for unit in plan.units],
         "side_files": plan.side_files,
         "side_bytes": plan.side_bytes,
-        "notes": plan.notes,
+        "notes": [*plan.notes, *([f"quantize would refuse: {refused}; {refused.hint}"] if refused else [])],
         "engines": planned_facts(planned(plan)),
     }
 
@@ -126,7 +139,7 @@ def plan_text(facts: dict[str, Any]) -> str:
             f"container  {facts['container']}",
             f"size       {size(before)} -> {size(after)} ({after / before:.1%}), {after} bytes in "
             f"{len(facts['shards'])} shards, the largest {size(largest['size_bytes'])} ({largest['unit']})",
-            f"memory     at most about {size(facts['host_memory_bytes'])} of host memory",
+            *_demands(facts),
             f"beside     {len(facts['side_files'])} other files are copied, {size(facts['side_bytes'])}",
             "",
             *table(
@@ -137,6 +150,30 @@ def plan_text(facts: dict[str, Any]) -> str:
             *planned_lines(facts["engines"]),
         ]
     )
+
+
+def _demands(facts: dict[str, Any]) -> list[str]:
+    """Lines on memory and time."""
+    has, took = facts["machine"], facts["estimate"]
+    lines = [f"memory     at most about {size(facts['host_memory_bytes'])} of host memory "
+             f"(here {size(has['host_bytes'])}, free {size(has['host_free_bytes'])})"]  # fmt: skip
+    if facts["gpu_memory_bytes"]:
+        lines.append(f"GPU        at most about {size(facts['gpu_memory_bytes'])} of its memory (here "
+                     f"{size(has['gpu_bytes'])}), {facts['experts_at_once']} experts at once")  # fmt: skip
+    if took:
+        lines.append(f"time       about {duration(took['total_s'])}, bound by {took['bound_by']}: computing "
+                     f"{duration(took['computing_s'])}, reading {duration(took['reading_s'])} at "
+                     f"{size(int(took['read_bytes_per_s']))}/s, writing {duration(took['writing_s'])} at "
+                     f"{size(int(took['write_bytes_per_s']))}/s")  # fmt: skip
+    return lines
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people."""
+    for unit, length in (("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.1f} s"
 
 
 def quantize_text(facts: dict[str, Any]) -> str:

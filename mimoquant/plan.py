@@ -138,33 +138,6 @@ class Plan:
     def side_bytes(self) -> int:
         return sum(self.side_files.values())
 
-    @property
-    def host_memory_bytes(self) -> int:
-        """What a run may hold: three steps read ahead, two computed, the write queue, the interpreter.
-
-        A calibrated one also holds torch, the tokens (as states, as experts see them, as experts leave them), and a
-        chunk's Gram matrices and weights in float32 some times over; on a GPU most of that is its memory.
-        """
-        steps = [step for unit in self.units for step in unit.steps if not isinstance(step, Copy)]
-        source = max(self._source_bytes(step) for step in steps)
-        output = max(sum(entry.size_bytes for entry in step.entries) for step in steps)
-        return 320 * 2**20 + 3 * source + 2 * output + WRITE_QUEUE_BYTES + self._calibration_bytes()
-
-    def _calibration_bytes(self) -> int:
-        held, geometry = self.recipe.calibration, self.layout.geometry
-        if held is None:
-            return 0
-        width, inner = geometry.hidden, geometry.expert_intermediate
-        experts = max(step.end - step.begin for unit in self.units for step in unit.steps if isinstance(step, Experts))
-        chunk = experts * 4 * (6 * width * width + 10 * 2 * inner * width)
-        return 400 * 2**20 + held.sequences * held.tokens * width * (4 + 2 + 4) + chunk
-
-    def _source_bytes(self, step: Step) -> int:
-        if isinstance(step, Experts):
-            one = sum(self.layout.expert(step.layer, step.begin, projection).size_bytes for projection in PROJECTIONS)
-            return one * (step.end - step.begin)
-        return step.weight.size_bytes if isinstance(step, Dequantize) else 0
-
     def identity(self) -> dict[str, str]:
         """What a resumed run must share with the one that began: anything here changes the output."""
         resolved = self.recipe.resolved(self.container)

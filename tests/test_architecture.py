@@ -44,6 +44,9 @@ ALLOWED: dict[str, set[str]] = {
     # what joins all of them
     "plan": {"errors", "checkpoint", "container", "model", "quant.formats", "recipe"},
     "deal": {"plan"},
+    "needs": {"errors", "model.layout", "plan"},
+    "rehearsal": {"calibrated", "calibration", "checkpoint.reader", "devices", "layer_weights", "model.layout",
+                  "pipeline", "plan", "quant"},
     "portions": {"model", "model_weights", "team"},
     "calibrated": {"errors", "calibration", "checkpoint.reader", "layer_weights", "model", "model_weights", "plan",
                    "portions", "quant", "team"},

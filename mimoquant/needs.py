@@ -1,0 +1,165 @@
+"""What a run needs of a machine, what the machine has, and the refusal where the one is more than the other.
+
+Key idea: memory follows from the plan alone: how many chunks are in flight, how often a method holds a chunk in
+float32, what tokens weigh where they rest. The sums are upper bounds that a run comes near (scripts/RESULTS.md has
+what was measured). Where a GPU calibrates, experts go in the largest even chunks that fit there. A run is refused only
+for what cannot fit at all; what other programs occupy at the moment may be free tomorrow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mimoquant.errors import UsageError
+from mimoquant.model.layout import PROJECTIONS
+from mimoquant.plan import CHUNK_BYTES, CUDA_CHUNK_BYTES, WRITE_QUEUE_BYTES, Dequantize, Experts, Plan
+
+_INTERPRETER_BYTES, _TORCH_BYTES, _CUDA_BYTES = 320 * 2**20, 400 * 2**20, 2 * 2**30
+_GROUP_ROWS = 2**16  # of tokens that go through a group of experts at once (`decoder_layer`)
+_USABLE = 0.94  # of a GPU's memory: the rest is the driver's, or lies between allocations
+_CONTROL_GROUP = Path("/sys/fs/cgroup")
+# How many float32 matrices of the shape of the Gram matrix, and of gate and up together, a method holds an expert.
+_WITH_GPTQ, _SEARCH_ONLY = (5, 7), (3, 4)
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """Bytes at the peak of a run, of one process. `gpu_bytes` is 0 where no GPU computes."""
+
+    host_bytes: int
+    gpu_bytes: int
+
+
+def needs(plan: Plan, device: str = "cpu", ranks: int = 1) -> Needs:
+    """What a process of a run needs on a kind of device ("cpu" or "cuda"), if `ranks` share the run."""
+    cuda = device.startswith("cuda")
+    steps = [step for unit in plan.units for step in unit.steps if isinstance(step, Experts | Dequantize)]
+    source = max(_source_bytes(plan, step) for step in steps)
+    output = max(sum(entry.size_bytes for entry in step.entries) for step in steps)
+    queue = 2 * max(unit.size_bytes for unit in plan.units) if cuda else WRITE_QUEUE_BYTES
+    host = _INTERPRETER_BYTES + 3 * source + (1 + ranks) * output + queue + (_CUDA_BYTES if cuda else 0)
+    chunk = max(step.end - step.begin for step in steps if isinstance(step, Experts))
+    if plan.recipe.calibration is None:
+        return Needs(host, 6 * source if cuda else 0)
+    states, seen = _token_bytes(plan, ranks)
+    work = seen + max(_method_bytes(plan, chunk), _forward_bytes(plan, chunk))
+    if cuda:
+        return Needs(host + states, work + 2**30)
+    return Needs(host + _TORCH_BYTES + states + work, 0)
+
+
+def _source_bytes(plan: Plan, step: Experts | Dequantize) -> int:
+    if isinstance(step, Dequantize):
+        return step.weight.size_bytes
+    one = sum(plan.layout.expert(step.layer, step.begin, projection).size_bytes for projection in PROJECTIONS)
+    return one * (step.end - step.begin)
+
+
+def _tokens(plan: Plan) -> int:
+    held = plan.recipe.calibration
+    return held.sequences * held.tokens if held else 0
+
+
+def _token_bytes(plan: Plan, ranks: int) -> tuple[int, int]:
+    """Hidden states (float32) on the host, and beside the weights: what experts see (bfloat16, of all ranks) and what
+    they add (float32)."""
+    tokens, width = _tokens(plan), plan.layout.geometry.hidden
+    return 4 * tokens * width // ranks, 2 * tokens * width + 4 * tokens * width // ranks
+
+
+def _method_bytes(plan: Plan, experts: int) -> int:
+    width, inner = plan.layout.geometry.hidden, plan.layout.geometry.expert_intermediate
+    squares, matrices = _WITH_GPTQ if plan.recipe.expert_method().gptq else _SEARCH_ONLY
+    return experts * 4 * (squares * width**2 + matrices * 2 * inner * width)
+
+
+def _forward_bytes(plan: Plan, experts: int) -> int:
+    """A group of tokens on its way through the experts: in, twice inside, out, all float32 and some in parts."""
+    geometry = plan.layout.geometry
+    routed = _tokens(plan) * geometry.top_k * experts // geometry.experts
+    weights = experts * 3 * geometry.hidden * geometry.expert_intermediate * 2
+    return min(_GROUP_ROWS, 2 * routed) * 4 * (3 * geometry.hidden + 3 * geometry.expert_intermediate) + 2 * weights
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What there is at most (`host_bytes`, `gpu_bytes`), and how much of the host's memory is free at the moment."""
+
+    host_bytes: int
+    host_free_bytes: int
+    gpu_bytes: int = 0
+
+
+def machine(device: str, gpu_memory_bytes: int | None = None) -> Machine:
+    """This machine, as far as a process may use it. `gpu_memory_bytes`: what the user grants."""
+    host, free = _host_memory()
+    if not device.startswith("cuda"):
+        return Machine(host, free)
+    import torch
+
+    total = torch.cuda.get_device_properties(torch.device(device)).total_memory
+    return Machine(host, free, min(int(_USABLE * total), gpu_memory_bytes or total))
+
+
+def _host_memory() -> tuple[int, int]:
+    """Total and free bytes, of the machine or of the control group that this process is in, whichever is less."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    total, free = page * os.sysconf("SC_PHYS_PAGES"), page * os.sysconf("SC_AVPHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
+    old = "memory/memory."
+    for limit, used in (("memory.max", "memory.current"), (f"{old}limit_in_bytes", f"{old}usage_in_bytes")):
+        with contextlib.suppress(OSError, ValueError):  # no such file, or no limit ("max")
+            bound = int((_CONTROL_GROUP / limit).read_text())
+            if bound < total:
+                total = bound
+                free = min(free, bound - int((_CONTROL_GROUP / used).read_text()))
+    return total, max(free, 0)
+
+
+def fitting_plan(make: Callable[[int], Plan], device: str, has: Machine, ranks: int = 1) -> Plan:
+    """What `make` plans for chunks of so many source bytes; where a GPU calibrates, the largest chunks that fit it."""
+    plan = make(CHUNK_BYTES)
+    if plan.recipe.calibration is None or not device.startswith("cuda"):
+        return plan
+    size = CUDA_CHUNK_BYTES
+    plan = make(size)
+    while needs(plan, device, ranks).gpu_bytes > has.gpu_bytes and largest_chunk(plan) > 1:
+        size //= 2
+        plan = make(size)
+    return plan
+
+
+def largest_chunk(plan: Plan) -> int:
+    """Experts that are in memory together."""
+    return max(step.end - step.begin for unit in plan.units for step in unit.steps if isinstance(step, Experts))
+
+
+def refusal(plan: Plan, device: str, has: Machine, ranks: int = 1) -> UsageError | None:
+    """Why a plan cannot run on this machine, and what could; None where it can."""
+    wants = needs(plan, device, ranks)
+    pairs = {"memory": (wants.host_bytes, has.host_bytes), "GPU memory": (wants.gpu_bytes, has.gpu_bytes)}
+    for what, (wanted, there) in pairs.items():
+        if wanted > there:
+            sentence = f"needs about {wanted / 1e9:.2f} GB of {what}, here are {there / 1e9:.2f} GB"
+            hint = _what_would_fit(plan, device, ranks, has)
+            return UsageError(f"{plan.layout.index.folder}: {sentence}", hint=hint)
+    return None
+
+
+def _what_would_fit(plan: Plan, device: str, ranks: int, has: Machine) -> str:
+    """Fewer tokens, if there is a number of them that fits."""
+    held = plan.recipe.calibration
+    fewer = held.sequences // 2 if held else 0
+    while held and fewer:
+        other = replace(plan, recipe=replace(plan.recipe, calibration=replace(held, sequences=fewer)))
+        wants = needs(other, device, ranks)
+        if wants.host_bytes <= has.host_bytes and wants.gpu_bytes <= has.gpu_bytes:
+            return f"--sequences {fewer} would fit"
+        fewer //= 2
+    return "a machine with more memory would fit" + (", or a recipe that does not calibrate" if held else "")

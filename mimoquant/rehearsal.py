@@ -1,0 +1,219 @@
+"""How long a run will take: its own steps, done on one chunk of experts and timed.
+
+Key idea: no table of machines. A chunk is read (past the page cache), encoded, hashed and, where a folder is given,
+written; a calibrated recipe takes a few thousand random tokens through the first quantized layer. Reading, computing
+and writing overlap, so the slowest of the three is the run's time. What is timed apart is what grows with something:
+tokens in attention, rows in experts, experts, layers.
+
+Left out: the page cache (a source that is in it reads faster), other programs, how ranks wait for each other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+
+from mimoquant.checkpoint.reader import CheckpointReader
+from mimoquant.devices import make_engine
+from mimoquant.layer_weights import read_experts
+from mimoquant.model.layout import PROJECTIONS
+from mimoquant.pipeline import WRITE_LANES, Parts
+from mimoquant.plan import Experts, Plan
+from mimoquant.quant.stack import Engine, Stack
+
+if TYPE_CHECKING:
+    from mimoquant.calibrated import Calibrator
+
+T = TypeVar("T")
+
+TOKENS = {"cpu": 128, "cuda": 1024}  # of each sequence of a rehearsal
+_SMALL = 256  # side of the matrices that compilers are warmed up with
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Seconds that a run spends reading, computing and writing, all at once; and what the two rates were."""
+
+    reading_s: float
+    computing_s: float
+    writing_s: float
+    read_bytes_per_s: float
+    write_bytes_per_s: float  # of hashing alone, where no folder was given
+
+    @property
+    def bound(self) -> tuple[str, float]:
+        """What takes longest, and how long."""
+        times = {"reading": self.reading_s, "computing": self.computing_s, "writing": self.writing_s}
+        return max(times.items(), key=lambda item: item[1])
+
+
+def rehearse(plan: Plan, device: str, folder: Path | None = None, ranks: int = 1) -> Estimate:
+    """Time a plan's steps on "cpu" or "cuda". `folder`: where the output would go, for the speed of its disk.
+
+    Raises CheckpointError for a source that cannot be read.
+    """
+    step = next(step for unit in plan.units for step in unit.steps if isinstance(step, Experts) and step.fmt)
+    with CheckpointReader(plan.layout.index) as reader, contextlib.closing(make_engine(device)) as engine:
+        _forget(plan, step)
+        seconds, stacks = _timed(
+            lambda: read_experts(reader, plan.layout, step.layer, step.begin, step.end, engine.empty)
+        )
+        read_rate = reader.bytes_read / seconds
+        encoded, rate = _encode(engine, step, stacks, plan.recipe.scale_search)
+        write_rate = _write_rate(encoded, WRITE_LANES if device.startswith("cuda") else 1, folder)
+        if plan.recipe.calibration is None:
+            computing = _expert_bytes(plan) / rate
+        else:
+            computing = _calibrated_seconds(plan, reader, device, step, stacks)
+    return Estimate(
+        plan.source_bytes / read_rate, computing / ranks, plan.shard_bytes / write_rate, read_rate, write_rate
+    )
+
+
+def _timed(work: Callable[[], T]) -> tuple[float, T]:
+    begin = time.perf_counter()
+    out = work()
+    return time.perf_counter() - begin, out
+
+
+def _forget(plan: Plan, step: Experts) -> None:
+    """Ask the kernel to drop a chunk's pages, so that the disk is read and not the page cache."""
+    for expert in range(step.begin, step.end):
+        for projection in PROJECTIONS:
+            info = plan.layout.expert(step.layer, expert, projection).info
+            with (
+                contextlib.suppress(OSError, AttributeError),
+                (plan.layout.index.folder / info.file).open("rb") as handle,
+            ):
+                os.posix_fadvise(handle.fileno(), info.offset, info.size_bytes, os.POSIX_FADV_DONTNEED)
+
+
+def _expert_bytes(plan: Plan) -> int:
+    """Source bytes of the experts that are quantized."""
+    return sum(weight.size_bytes for (layer, _, _), weight in plan.layout.experts.items() if layer in plan.formats)
+
+
+def _encode(engine: Engine, step: Experts, stacks: dict[str, Stack], search: str) -> tuple[Parts, float]:
+    """A chunk's parts, without calibration, and the source bytes a second of the second time: the first compiles."""
+    assert step.fmt is not None
+    fmt, plain = step.fmt, "mse" if search == "gram" else search
+    engine.encode(stacks, fmt, plain)
+    seconds, parts = _timed(lambda: engine.encode(stacks, fmt, plain))
+    return parts, sum(stack.values.nbytes for stack in stacks.values()) / seconds
+
+
+def _write_rate(parts: Parts, lanes: int, folder: Path | None) -> float:
+    """Bytes a second that are hashed, on so many threads, and written at the same time."""
+    arrays = [array.tobytes() for of in parts.values() for array in of.values()]
+    size = sum(map(len, arrays))
+    digest = hashlib.sha256()
+    rate = lanes * size / _timed(lambda: deque(map(digest.update, arrays), maxlen=0))[0]
+    if folder is None:
+        return rate
+    with tempfile.TemporaryFile(dir=folder, buffering=0) as handle:
+        begin = time.perf_counter()
+        handle.writelines(arrays)
+        os.fsync(handle.fileno())
+        return min(rate, size / (time.perf_counter() - begin))
+
+
+def _calibrated_seconds(
+    plan: Plan, reader: CheckpointReader, device: str, step: Experts, stacks: dict[str, Stack]
+) -> float:
+    """Of one process: attention of all tokens, experts of all routed tokens, and the method on all experts."""
+    from mimoquant.calibrated import SAMPLE_EXPERTS
+
+    held, geometry = plan.recipe.calibration, plan.layout.geometry
+    assert held is not None
+    walk, rehearsed = _walk_to(plan, reader, device, step.layer)
+    few = replace(step, end=step.end if device.startswith("cuda") else step.begin + 1)
+    count = few.end - few.begin
+    attention, folding = _attention_seconds(walk, step.layer)
+    choice, method, rows = _expert_seconds(walk, few, {name: _first(stack, count) for name, stack in stacks.items()})
+    routed = max(1, sum(walk.facts.tokens[few.begin : few.end])) / sum(walk.facts.tokens)
+    scale = held.sequences * held.tokens / rehearsed
+    of_tokens = scale * (geometry.layers * attention + len(geometry.moe_layers) * rows / routed)
+    sample = min(SAMPLE_EXPERTS, step.end - step.begin)
+    of_layer = folding + (choice * sample + method * geometry.experts) / count
+    return of_tokens + len(plan.formats) * of_layer
+
+
+def _walk_to(plan: Plan, reader: CheckpointReader, device: str, layer: int) -> tuple[Calibrator, int]:
+    """Random tokens before a layer, and how many. What they are does not matter, so they pass no experts on the way."""
+    from mimoquant.calibrated import HELD_OUT, Calibrator
+    from mimoquant.calibration.tokens import TokenSet
+
+    held = plan.recipe.calibration
+    assert held is not None
+    length = min(held.tokens, TOKENS[device.partition(":")[0]])
+    ids = np.random.default_rng(0).integers(0, plan.layout.geometry.vocab, (HELD_OUT, length))
+    lenient = replace(plan, recipe=replace(plan.recipe, calibration=replace(held, max_starved_experts=None)))
+    walk = Calibrator(lenient, reader, TokenSet("random", ids, (), "", (), ()), device)
+    for earlier in range(layer):
+        walk.begin(earlier)
+        walk.end()
+    return walk, ids.size
+
+
+def _attention_seconds(walk: Calibrator, layer: int) -> tuple[float, float]:
+    """Of the tokens' attention and router, and of what else comes before a layer's experts (the choice of a fold)."""
+    weights = walk.weights.layer(layer)
+    attention = _seconds(walk, lambda: walk.tokens.attend(weights))
+    return attention, max(0.0, _seconds(walk, lambda: walk.begin(layer)) - attention)
+
+
+def _expert_seconds(walk: Calibrator, few: Experts, stacks: dict[str, Stack]) -> tuple[float, float, float]:
+    """Of choosing a layer's shrinkage, of the method, and of the tokens' way through these experts and statistics."""
+    from mimoquant.calibration.statistics import expert_grams, intermediate_of
+
+    geometry = walk.plan.layout.geometry
+    _warm_up(walk, few)
+    first = _seconds(walk, lambda: walk.encode([few], stacks))
+    again = _seconds(walk, lambda: walk.encode([few], stacks))  # the shrinkage is chosen once a layer
+    chunk, seen = walk.chunk(few, stacks), walk.tokens.seen[0]
+
+    def pass_on() -> None:
+        walk.tokens.through(chunk)
+        expert_grams(seen, few.begin, few.end, geometry.hidden)
+        expert_grams(seen, few.begin, few.end, geometry.expert_intermediate, intermediate_of(chunk))
+
+    rows = _seconds(walk, pass_on)
+    return max(0.0, first - again), max(0.0, again - rows), rows
+
+
+def _seconds(walk: Calibrator, work: Callable[[], object]) -> float:
+    """Until a GPU, too, has done it."""
+    begin = time.perf_counter()
+    work()
+    if walk.device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(walk.device)
+    return time.perf_counter() - begin
+
+
+def _first(stack: Stack, count: int) -> Stack:
+    return Stack(stack.values[:count], None if stack.scales is None else stack.scales[:count])
+
+
+def _warm_up(walk: Calibrator, step: Experts) -> None:
+    """Let compilers do their work on something small."""
+    import torch
+
+    from mimoquant.quant.engine_torch import amax, nvfp4_global_scale
+    from mimoquant.quant.expert_methods import encode_with
+
+    assert step.fmt is not None
+    weight = torch.linspace(-1, 1, _SMALL**2, device=walk.device).reshape(1, _SMALL, _SMALL).to(torch.bfloat16)
+    gram = torch.eye(_SMALL, device=walk.device)[None]
+    encode_with(weight, gram, step.fmt, walk.method, nvfp4_global_scale(amax(weight), walk.method.search))
