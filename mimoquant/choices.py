@@ -20,6 +20,21 @@ class Layout(StrEnum):
     PRO = "pro"
 
 
+class Qkv(StrEnum):
+    """`relayout --qkv`: how q, k and v lie on disk."""
+
+    SPLIT = "split"
+    CANONICAL = "canonical"
+    INTERLEAVED = "interleaved"
+
+
+class QkvDtype(StrEnum):
+    """`relayout --dtype`."""
+
+    SOURCE = "source"
+    BF16 = "bf16"
+
+
 class Engine(StrEnum):
     """`verify --engine`."""
 

@@ -23,13 +23,12 @@ import typer
 from typer.core import TyperGroup
 
 import mimoquant
-from mimoquant.choices import Container, Engine, Gpu, Layout, Server
+from mimoquant.choices import Container, Engine, Gpu, Layout, Qkv, QkvDtype, Server
 from mimoquant.errors import MimoquantError, is_out_of_memory
 from mimoquant.page_files import check_page, check_profile, check_writable, write_page
 from mimoquant.progress import Lines, Progress, tell
 
 if TYPE_CHECKING:
-    from mimoquant.calibration.tokens import TokenSet
     from mimoquant.plan import Plan
 
 EXIT_INTERRUPTED = 130
@@ -54,7 +53,7 @@ class _Group(TyperGroup):
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
-            if ctx.invoked_subcommand == "quantize":
+            if ctx.invoked_subcommand in ("quantize", "relayout"):
                 typer.echo("hint: run the same command again with --resume to go on where it stopped", err=True)
             raise typer.Exit(EXIT_INTERRUPTED) from None
         except BrokenPipeError:
@@ -194,8 +193,39 @@ def quantize(
 
 
 @app.command()
+def relayout(
+    source: Annotated[Path, typer.Argument(help="A checkpoint, published or written here.", metavar="SOURCE")],
+    qkv: Annotated[Qkv, typer.Option(help="How q, k and v shall lie on disk.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where to write; must not exist.", metavar="DIR")],
+    tp: Annotated[
+        int | None, typer.Option(min=1, help="Chunks of interleaved; by default the KV heads.", metavar="N")
+    ] = None,
+    dtype: Annotated[QkvDtype, typer.Option(help="bf16: of an FP8 qkv too.")] = QkvDtype.SOURCE,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+    as_json: JsonOption = False,
+    allow_unknown: UnknownOption = False,
+) -> None:
+    """Write q, k and v in another layout, exactly or not at all; every other tensor is copied byte for byte."""
+    from mimoquant import describe, pipeline
+    from mimoquant.relayout import make_relayout
+    from mimoquant.serving.check import planned_facts, planned_lines
+    from mimoquant.serving.facts import planned
+
+    begin = time.monotonic()
+    made = make_relayout(source, qkv.value, tp=tp, bf16=dtype is QkvDtype.BF16, allow_unknown=allow_unknown)
+    engines = planned_facts(planned(made))
+    with Progress(made) as progress:
+        for line in [*(f"note: {note}" for note in made.notes), *planned_lines(engines)]:
+            tell(line)
+        finished = pipeline.execute(made, out, device="cpu", resume=resume, progress=progress.advance)
+    facts = {**describe.relayout_facts(made, finished, engines), "out": str(out),
+             "elapsed_s": round(time.monotonic() - begin, 3)}  # fmt: skip
+    _print(facts, describe.relayout_text, as_json)
+
+
+@app.command()
 def verify(
-    out: Annotated[Path, typer.Argument(help="What quantize wrote.", metavar="OUT")],
+    out: Annotated[Path, typer.Argument(help="What quantize or relayout wrote.", metavar="OUT")],
     source: Annotated[
         Path | None, typer.Option("--source", help="The checkpoint it was made from.", metavar="SOURCE")
     ] = None,
@@ -275,18 +305,20 @@ def eval_kl(
     as_json: JsonOption = False,
 ) -> None:
     """Measure symmetric KL of a checkpoint (or a server) against its bf16 reference, on held-out tokens."""
-    from mimoquant import report_page, server_text
+    from mimoquant import cli_eval, report_page, server_text
     from mimoquant.errors import QualityError
 
     begin = time.monotonic()
-    _check_candidate(candidate, server, {"--model": model, "--top-k": top_k}, {"--baseline": baseline, "--html": html})
+    cli_eval.check_candidate(
+        candidate, server, {"--model": model, "--top-k": top_k}, {"--baseline": baseline, "--html": html}
+    )
     if html is not None:
         check_writable(html, tuple(folder for folder in (reference, candidate, baseline) if folder is not None))
     where = (reference, data or ["heldout-v1"], sequences, tokens)
     if candidate is not None:
-        facts = _evaluate(*where, candidate, baseline, noise_floor, device)
+        facts = cli_eval.evaluate(*where, candidate, baseline, noise_floor, device)
     else:
-        facts = _evaluate_server(*where, str(server), model, top_k, device)
+        facts = cli_eval.evaluate_server(*where, str(server), model, top_k, device)
     if facts is None:  # another rank tells
         return
     if facts.get("activations_quantized"):
@@ -302,90 +334,6 @@ def eval_kl(
         least = "at least " if facts.get("server", {}).get("is_lower_bound") else ""
         over = f"{least}{j:.5f} nats a token, {j - max_kl:.5f} above the gate of {max_kl}"
         raise QualityError(f"{facts['candidate']}: J is {over}")
-
-
-def _check_candidate(
-    candidate: Path | None, server: str | None, of_server: dict[str, Any], of_candidate: dict[str, Any]
-) -> None:
-    from mimoquant.errors import UsageError
-
-    if candidate is None and server is None:
-        raise UsageError(
-            "there is nothing to compare the reference with", hint="give a CANDIDATE folder, or --server URL"
-        )
-    if candidate is not None and server is not None:
-        raise UsageError(f"{candidate} and --server {server}: only one of them can be the candidate")
-    for option, value in (of_candidate if candidate is None else of_server).items():
-        if value is not None:
-            raise UsageError(f"{option} cannot go with {'--server' if candidate is None else 'a CANDIDATE folder'}")
-
-
-def _load_tokens(
-    reference: Path, data: list[str], sequences: int | None, tokens: int, vocab: int, leads: bool = True
-) -> TokenSet:
-    from mimoquant.calibration.tokens import load_tokens
-
-    loaded = load_tokens(data, reference, sequences=sequences, tokens=tokens, vocab=vocab)
-    if loaded.left_out and leads:
-        tell(f"note: too few tokens for one sequence of {tokens}: {', '.join(loaded.left_out)}")
-    return loaded
-
-
-def _evaluate(
-    reference: Path,
-    data: list[str],
-    sequences: int | None,
-    tokens: int,
-    candidate: Path,
-    baseline: Path | None,
-    noise_floor: bool,
-    device: str,
-) -> dict[str, Any] | None:
-    from mimoquant.calibration.tokenizer import load_tokenizer
-    from mimoquant.devices import resolve_device
-    from mimoquant.errors import CheckpointError
-    from mimoquant.evaluation.evaluate import eval_kl as run
-    from mimoquant.evaluation.evaluate import open_layout
-    from mimoquant.team import Team
-
-    place, lines = resolve_device(device), Lines()
-    with Team.from_environment(place) as team:
-        loaded = _load_tokens(reference, data, sequences, tokens, open_layout(reference).geometry.vocab, team.leads)
-        try:
-            decode = load_tokenizer(reference).decode
-        except CheckpointError:  # data that came as ids needs no tokenizer; the worst tokens are shown as ids then
-            decode = None
-        shown = (lambda layer, layers: lines(f"layer {layer}", layer + 1, layers)) if team.leads else None
-        facts = run(reference, candidate, loaded, baseline=baseline, device=place, noise_floor=noise_floor,
-                    decode=decode, progress=shown, team=team)  # fmt: skip
-    return facts if team.leads else None
-
-
-def _evaluate_server(
-    reference: Path,
-    data: list[str],
-    sequences: int | None,
-    tokens: int,
-    url: str,
-    model: str | None,
-    top_k: int | None,
-    device: str,
-) -> dict[str, Any]:
-    from mimoquant.devices import resolve_device
-    from mimoquant.evaluation.evaluate import open_layout
-    from mimoquant.evaluation.served import eval_server
-    from mimoquant.evaluation.server import connect
-
-    place, vocab = resolve_device(device), open_layout(reference).geometry.vocab
-    server = connect(
-        url, model, top_k=top_k, tokens=tokens, vocab=vocab
-    )  # before the data: a typing error is told soon
-    if top_k is None:
-        tell(f"note: {server.engine} is asked for {server.top_k} ids a position")
-    loaded, lines = _load_tokens(reference, data, sequences, tokens, vocab), Lines()
-    return eval_server(reference, server, loaded, device=place,
-                       progress=lambda layer, layers: lines(f"layer {layer}", layer + 1, layers),
-                       asked=lambda done, all_: lines(f"sequence {done}", done, all_))  # fmt: skip
 
 
 @app.command()

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mimoquant.model.layout import ModelLayout
+from mimoquant.checkpoint.journal import JournalLine
+from mimoquant.model.layout import Geometry, ModelLayout
 from mimoquant.needs import Machine, largest_chunk, needs, refusal
 from mimoquant.plan import Experts, Plan, Shapes, ranges
+from mimoquant.relayout import RelayoutPlan
 from mimoquant.report import SCHEMA_VERSION, size
 from mimoquant.serving.check import engine_lines, planned_facts, planned_lines
 from mimoquant.serving.facts import planned
@@ -48,13 +50,20 @@ def layout_facts(layout: ModelLayout) -> dict[str, Any]:
             kind: {"heads": a.heads, "kv_heads": a.kv_heads, "head_dim": a.head_dim, "v_head_dim": a.v_head_dim}
             for kind, a in attention.items()
         },
-        "qkv": f"fused, {geometry.qkv_chunks} interleaved ranks" if geometry.fused_qkv else "split",
+        "qkv": qkv_text(geometry),
         "mtp_layers": layout.mtp_layers,
         "bytes_by_role": {role: dict(sizes) for role, sizes in role_sizes(layout).items()},
         "layers_with_an_expert_in_two_files": split,
         "weights_parted_from_their_scale": parted,
         "unknown_tensors": layout.unknown,
     }
+
+
+def qkv_text(geometry: Geometry) -> str:
+    """How q, k and v lie on disk."""
+    if not geometry.fused_qkv:
+        return "split"
+    return "fused [Q|K|V]" if geometry.qkv_chunks == 1 else f"fused, {geometry.qkv_chunks} interleaved ranks"
 
 
 def _weights(layout: ModelLayout) -> str:
@@ -190,6 +199,43 @@ def quantize_text(facts: dict[str, Any]) -> str:
     )
 
 
+def relayout_facts(
+    plan: RelayoutPlan, finished: dict[str, JournalLine], engines: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """`relayout`. `engines`: what `planned_facts` says of it."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "source": str(plan.layout.index.folder),
+        "qkv": {"before": qkv_text(plan.layout.geometry), "after": qkv_text(plan.target)},
+        "dtypes": {"before": _dtypes(step.weight.info.dtype for step in plan.moved),
+                   "after": _dtypes(entry.dtype for step in plan.moved for entry in step.entries
+                                    if entry.name.endswith("weight"))},
+        "layers": len({step.weight.name for step in plan.moved}),
+        "source_bytes": plan.source_bytes,
+        "output_bytes": plan.shard_bytes,
+        "notes": plan.notes,
+        "shards": [finished[unit.name].as_plain() for unit in plan.units],
+        "engines": engines,
+    }  # fmt: skip
+
+
+def _dtypes(dtypes: Iterable[str]) -> str:
+    return ", ".join(sorted(set(dtypes)))
+
+
+def relayout_text(facts: dict[str, Any]) -> str:
+    qkv, dtypes, after = facts["qkv"], facts["dtypes"], facts["output_bytes"]
+    return "\n".join(
+        [
+            f"wrote      {facts['out']}: {len(facts['shards'])} shards, {size(after)} "
+            f"({after / facts['source_bytes']:.1%} of source)",
+            f"qkv        {qkv['before']}, {dtypes['before']} -> {qkv['after']}, {dtypes['after']} "
+            f"in {facts['layers']} layers",
+            f"time       {facts['elapsed_s']:.1f} s, {size(int(after / max(facts['elapsed_s'], 1e-3)))}/s",
+        ]
+    )
+
+
 def coverage_text(layers: dict[str, dict[str, Any]]) -> str:
     """What the calibration tokens reached and gained, in one line."""
     c = coverage(layers.values())
@@ -251,8 +297,14 @@ def _proof_lines(facts: dict[str, Any], limit: int) -> list[str]:
             if facts["worst_rounding_tensor"]
             else []
         ),
-        f"error      relMSE {facts['mean_relative_error']:.3e} over all experts, worst "
-        f"{facts['worst_relative_error']:.3e} ({facts['worst_relative_error_tensor'] or 'none'})",
+        *(
+            [
+                f"error      relMSE {facts['mean_relative_error']:.3e} over all experts, worst "
+                f"{facts['worst_relative_error']:.3e} ({facts['worst_relative_error_tensor'] or 'none'})"
+            ]
+            if facts["checked"].get("quantized tensors")
+            else []
+        ),
         *(f"unproven   {text}" for text in facts["unproven"]),
         *(f"problem    {problem}" for problem in problems[:limit]),
     ]

@@ -16,7 +16,7 @@ from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.container import expert_tensors
 from mimoquant.errors import CheckpointError
 from mimoquant.model.layout import FP8_BLOCK, PROJECTIONS, Geometry, ModelLayout, Weight
-from mimoquant.model.qkv import deinterleave_rows, scale_row_of
+from mimoquant.model.qkv import Indexes, deinterleave_rows, scale_row_of
 from mimoquant.quant.formats import Format
 from mimoquant.quant.stack import Engine, NonFiniteError, Stack
 
@@ -81,14 +81,19 @@ def dequantize(stack: Stack, weight: Weight, geometry: Geometry, engine: Engine)
     values: Array = stack.values[0]
     if stack.scales is None:
         return values
-    scales, rows = stack.scales[0], values.shape[0]
-    plain = -(-rows // FP8_BLOCK)
-    ranked = weight.role == "qkv" or (weight.role in ("q", "k", "v") and scales.shape[0] != plain)
-    scale_row = scale_row_of(rows, scales.shape[0], geometry.qkv_chunks, ranked=ranked)
+    scales = stack.scales[0]
+    scale_row = scale_rows(weight.role, values.shape[0], scales.shape[0], geometry)
     try:
         return engine.dequantize(values, scales, scale_row)
     except NonFiniteError as error:
         raise not_finite(weight.name) from error
+
+
+def scale_rows(role: str, rows: int, count: int, geometry: Geometry) -> Indexes:
+    """For each of a weight's `rows`, which of its `count` scale rows applies."""
+    plain = -(-rows // FP8_BLOCK)
+    ranked = role == "qkv" or (role in ("q", "k", "v") and count != plain)
+    return scale_row_of(rows, count, geometry.qkv_chunks, ranked=ranked)
 
 
 def split_qkv(fused: Array, geometry: Geometry, *, sliding: bool) -> tuple[Array, Array, Array]:

@@ -24,7 +24,7 @@ import yaml
 import mimoquant
 from mimoquant.calibration.tokens import CalibrationRecord, TokenSet, load_tokens
 from mimoquant.checkpoint.hf_files import CONFIG_NAME, copy_side_files
-from mimoquant.checkpoint.index import INDEX_NAME, open_shard
+from mimoquant.checkpoint.index import INDEX_NAME, TensorInfo, open_shard
 from mimoquant.checkpoint.journal import JournalLine, RunFolder, free_bytes
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.checkpoint.writer import ShardWriter, write_file_durably
@@ -37,6 +37,8 @@ from mimoquant.model.layout import PROJECTIONS
 from mimoquant.overlap import WriteBehind, read_ahead
 from mimoquant.plan import WRITE_QUEUE_BYTES, Copy, Dequantize, Experts, Plan, Shapes, Step, Unit
 from mimoquant.quant.stack import Engine, NonFiniteError, Stack
+from mimoquant.relayout import RelayoutPlan, relayout_texts
+from mimoquant.reorder import Reorder, block_values, read_blocks
 from mimoquant.report import QuantizeReport, fallbacks, model_card
 from mimoquant.team import Team
 from mimoquant.timeline import WAIT_READ, WAIT_WRITE, Timeline
@@ -69,7 +71,16 @@ def quantize(
     plan: Plan, out: Path | str, *, device: str = "auto", resume: bool = False, progress: Progress | None = None,
     timeline: Timeline | None = None, team: Team | None = None,
 ) -> QuantizeReport:  # fmt: skip
-    """Execute a plan into the folder `out`, which appears only when it is complete.
+    """Execute a plan into the folder `out`, which appears only when it is complete. Arguments: see `execute`."""
+    finished = execute(plan, out, device=device, resume=resume, progress=progress, timeline=timeline, team=team)
+    return QuantizeReport.of(plan, finished)
+
+
+def execute(
+    plan: Plan, out: Path | str, *, device: str = "auto", resume: bool = False, progress: Progress | None = None,
+    timeline: Timeline | None = None, team: Team | None = None,
+) -> dict[str, JournalLine]:  # fmt: skip
+    """Write what a plan says, a relayout's or a recipe's, into the folder `out`; returns the journal, unit by unit.
 
     Args:
         device: "cpu", "cuda", or "auto" (cuda where there is one). The bytes are the same, unless the recipe
@@ -201,6 +212,8 @@ def _kind(steps: Sequence[Step]) -> str:
     step = steps[0] if steps else None
     if isinstance(step, Experts):
         return "keep experts" if step.fmt is None else "quantize experts"
+    if isinstance(step, Reorder):
+        return "reorder"
     return "dequantize" if isinstance(step, Dequantize) else "copy"
 
 
@@ -259,6 +272,8 @@ def _load(plan: Plan, tasks: list[Task], reader: CheckpointReader, engine: Engin
                 yield Loaded(task, steps, read_matrix(reader, step.weight), last)
             elif isinstance(step, Copy):
                 yield from _load_copy(task, step, reader, last)
+            elif isinstance(step, Reorder):
+                yield from _load_reorder(task, step, reader, last)
             else:
                 yield Loaded(task, steps, None, last)
 
@@ -284,6 +299,13 @@ def _load_copy(task: Task, step: Copy, reader: CheckpointReader, last: bool) -> 
         yield Loaded(task, (step,), block, last and start + len(block) >= size)
 
 
+def _load_reorder(task: Task, step: Reorder, reader: CheckpointReader, last: bool) -> Iterator[Loaded]:
+    left = len(step.rows)
+    for block in read_blocks(reader, step):
+        left -= len(block.values)
+        yield Loaded(task, (step,), block, last and not left)
+
+
 def _compute(plan: Plan, loaded: Loaded, engine: Engine, calibrator: Calibrator | None) -> Produced:
     """The output tensors (or parts of them) of what was loaded, in file order; none where another rank writes them."""
     if not loaded.steps:
@@ -291,8 +313,12 @@ def _compute(plan: Plan, loaded: Loaded, engine: Engine, calibrator: Calibrator 
     step, data, writes = loaded.steps[0], loaded.data, loaded.task.writes
     if isinstance(step, Copy):
         if loaded.task.unit.name not in ("towers", "unknown"):
-            _refuse_non_finite(step, data)
+            _refuse_non_finite(step.info, data)
         yield step.info.name, data if calibrator is None else calibrator.folded(step.info.name, data)
+    elif isinstance(step, Reorder):
+        if data.scales is None:
+            _refuse_non_finite(step.infos[0], data.values)
+        yield data.entry.name, block_values(data, step.weight, engine)
     elif isinstance(step, Shapes):
         for entry, shape in zip(step.entries, step.shapes, strict=True):
             yield entry.name, np.array(shape, np.int64)
@@ -313,14 +339,16 @@ def _compute(plan: Plan, loaded: Loaded, engine: Engine, calibrator: Calibrator 
             yield from _stored(plan, step, parts)
 
 
-def _refuse_non_finite(step: Copy, block: Array) -> None:
-    """NaN and Inf have all exponent bits set (E4M3, which has no Inf: all bits but the sign)."""
+def _refuse_non_finite(info: TensorInfo, block: Array) -> None:
+    """NaN and Inf have all exponent bits set (E4M3, which has no Inf: all bits but the sign); codes have neither."""
     masks: dict[str, tuple[Any, int]] = {
         "BF16": (np.uint16, 0x7F80), "F32": (np.uint32, 0x7F800000), "F8_E4M3": (np.uint8, 0x7F)
     }  # fmt: skip
-    kind, mask = masks[step.info.dtype]
+    if info.dtype not in masks:
+        return
+    kind, mask = masks[info.dtype]
     if ((block.view(kind) & kind(mask)) == mask).any():
-        raise not_finite(step.info.name)
+        raise not_finite(info.name)
 
 
 def _encoded(plan: Plan, step: Experts, stacks: dict[str, Stack], engine: Engine) -> Parts:
@@ -357,7 +385,9 @@ def _kept_experts(plan: Plan, step: Experts, stacks: dict[str, Stack], engine: E
                 yield next(names).name, dequantize(stack, weight, plan.layout.geometry, engine)
 
 
-def _finish(plan: Plan, run: RunFolder, tokens: TokenSet | None, progress: Progress, team: Team) -> QuantizeReport:
+def _finish(
+    plan: Plan, run: RunFolder, tokens: TokenSet | None, progress: Progress, team: Team
+) -> dict[str, JournalLine]:
     """Everything beside the shards, then the folder gets its name; by rank 0, when all ranks have done their part."""
     if not team.leads:
         run.close()  # a file that is open cannot be removed from every network disk
@@ -375,21 +405,24 @@ def _finish(plan: Plan, run: RunFolder, tokens: TokenSet | None, progress: Progr
             write_file_durably(run.path(name), data)
         run.publish([unit.name for unit in plan.units])
     team.gather(None)
-    return QuantizeReport.of(plan, run.finished)
+    return run.finished
 
 
 def written_texts(plan: Plan, finished: dict[str, JournalLine], calibration: dict[str, Any] | None) -> dict[str, bytes]:
     """The small files of an output, by name: they follow from the plan, the journal and what was calibrated on."""
     weight_map = {entry.name: unit.file for unit in plan.units for entry in unit.entries}
     index = {"metadata": plan.index_metadata, "weight_map": dict(sorted(weight_map.items()))}
-    report = QuantizeReport.of(plan, finished)
     texts = {
         INDEX_NAME: json.dumps(index, indent=2),
         CONFIG_NAME: json.dumps(plan.config, indent=2, ensure_ascii=False),
-        "recipe.yaml": resolved_recipe(plan, finished, calibration),
-        "report.json": json.dumps(report.as_json(), indent=2),
-        "README.md": model_card(plan, report),
     }
+    if isinstance(plan, RelayoutPlan):
+        texts |= relayout_texts(plan)
+    else:
+        report = QuantizeReport.of(plan, finished)
+        texts["recipe.yaml"] = resolved_recipe(plan, finished, calibration)
+        texts["report.json"] = json.dumps(report.as_json(), indent=2)
+        texts["README.md"] = model_card(plan, report)
     return {name: (text.rstrip("\n") + "\n").encode() for name, text in texts.items()}
 
 

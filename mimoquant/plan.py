@@ -19,20 +19,14 @@ from typing import Any
 
 import mimoquant
 from mimoquant.checkpoint.hf_files import CONFIG_NAME, side_files
-from mimoquant.checkpoint.index import (
-    DTYPE_BYTES,
-    CheckpointIndex,
-    TensorInfo,
-    open_index,
-    read_json_object,
-    resolve_inside,
-)
-from mimoquant.checkpoint.writer import Entry, shard_header
+from mimoquant.checkpoint.index import CheckpointIndex, TensorInfo, open_index, read_json_object, resolve_inside
+from mimoquant.checkpoint.writer import Entry, file_order, shard_header
 from mimoquant.container import COMPRESSED_TENSORS, NATIVE, expert_tensors, output_config, shape_tensor
 from mimoquant.errors import CheckpointError, RecipeError
 from mimoquant.model.layout import PROJECTIONS, ModelLayout, Weight, read_layout
 from mimoquant.quant.formats import Format
 from mimoquant.recipe import Recipe
+from mimoquant.reorder import Reorder
 
 CHUNK_BYTES = 96 * 2**20  # source bytes of the experts that are in memory together
 CUDA_CHUNK_BYTES = 800 * 2**20  # the same, where a GPU calibrates: some thirty experts, V2.5's in eight chunks
@@ -77,7 +71,7 @@ class Experts:
     entries: tuple[Entry, ...]
 
 
-Step = Copy | Dequantize | Shapes | Experts
+Step = Copy | Dequantize | Reorder | Shapes | Experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,33 +286,32 @@ def _with_carve_outs(recipe: Recipe, carve_outs: dict[int, str]) -> Recipe:
     return replace(recipe, carve_outs=carve_outs, ignore=ignore)
 
 
+def lay_out(steps: dict[str, tuple[Step, ...]], source: Path) -> list[Unit]:
+    """Name of unit → steps, as shards. Raises CheckpointError where a tensor would not be aligned."""
+    units = []
+    for number, (name, made) in enumerate(steps.items(), start=1):
+        entries = [entry for step in made for entry in step.entries]
+        try:
+            header = shard_header(entries)
+        except ValueError as error:
+            raise CheckpointError(f"{source}: {error}; such shapes cannot be stored") from error
+        file = f"model-{number:05d}-of-{len(steps):05d}.safetensors"
+        units.append(Unit(name, file, made, len(header), sum(entry.size_bytes for entry in entries)))
+    return units
+
+
 class _Builder:
     """Lays the units out as shards, steps and entries."""
 
     def __init__(
-        self,
-        layout: ModelLayout,
-        container: str,
-        formats: dict[int, Format],
-        carve_outs: dict[int, str],
+        self, layout: ModelLayout, container: str, formats: dict[int, Format], carve_outs: dict[int, str],
         chunk_bytes: int,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.layout, self.container = layout, container
         self.formats, self.carve_outs, self.chunk_bytes = formats, carve_outs, chunk_bytes
 
     def units(self) -> list[Unit]:
-        names = list(self.layout.units)
-        units = []
-        for number, name in enumerate(names, start=1):
-            steps = tuple(self._steps(name))
-            file = f"model-{number:05d}-of-{len(names):05d}.safetensors"
-            entries = [entry for step in steps for entry in step.entries]
-            try:
-                header = shard_header(entries)
-            except ValueError as error:
-                raise CheckpointError(f"{self.layout.index.folder}: {error}; such shapes cannot be stored") from error
-            units.append(Unit(name, file, steps, len(header), sum(entry.size_bytes for entry in entries)))
-        return units
+        return lay_out({name: tuple(self._steps(name)) for name in self.layout.units}, self.layout.index.folder)
 
     def _steps(self, unit: str) -> Iterable[Step]:
         layer = int(unit.removeprefix("layer ")) if unit.startswith("layer ") else None
@@ -326,10 +319,7 @@ class _Builder:
             assert layer is not None
             yield from self._expert_steps(layer)
         rest = [self._rest(weight, layer) for weight in self.layout.units[unit]]
-        yield from sorted(
-            (step for steps in rest for step in steps),
-            key=lambda step: (-DTYPE_BYTES[step.entries[0].dtype], step.entries[0].name),
-        )
+        yield from sorted((step for steps in rest for step in steps), key=lambda step: file_order(step.entries[0]))
 
     def _rest(self, weight: Weight, layer: int | None) -> list[Step]:
         """The steps of one weight that is not an expert's."""

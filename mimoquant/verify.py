@@ -1,6 +1,7 @@
 """Proof that an output is what its recipe says: every file, every tensor, every value.
 
-Key idea: the plan is made anew from the source's headers and OUT/recipe.yaml, and OUT is held against it. Files: names,
+Key idea: the plan is made anew from the source's headers and OUT/recipe.yaml (of a relayout: relayout.json), and OUT is
+held against it. Files: names,
 sizes, sha256 of the journal. Headers: exactly the planned tensors. Values: copied bytes are equal, dequantized tensors
 are computed again from the source, and each quantized weight's source value lies in the rounding interval of its code.
 That interval is computed apart from the encoder, so an encoder's mistake shows.
@@ -31,6 +32,8 @@ from mimoquant.plan import Copy, Dequantize, Experts, Plan, Shapes, Unit, make_p
 from mimoquant.quant.engine_cpu import CpuEngine
 from mimoquant.quant.stack import Audit
 from mimoquant.recipe import load_recipe
+from mimoquant.relayout import RECORD_NAME, plan_again
+from mimoquant.reorder import Reorder, block_values, read_blocks
 
 Array = npt.NDArray[Any]
 SCHEMA_VERSION = 1
@@ -71,21 +74,11 @@ def verify(
     Raises UsageError where `out` is no output of this program, CheckpointError where the source itself is bad.
     """
     out, report = Path(out), VerifyReport()
-    if not (out / "recipe.yaml").is_file():
-        raise UsageError(f"{out}: has no recipe.yaml, so it is not a finished output of mimoquant quantize")
-    recipe = load_recipe(str(out / "recipe.yaml"))
-    plan = make_plan(source, recipe, allow_unknown=True)
-    before, now = recipe.provenance.get("source_headers_sha256"), plan.layout.index.headers_fingerprint()
-    if before != now:
-        raise CheckpointError(
-            f"{out}: was not made from {source}: the headers of its source had sha256 {str(before)[:12]}..., "
-            f"here they have {now[:12]}...",
-            hint="give the very files that quantize read",
-        )
-    if recipe.calibrated:
+    plan = plan_again(out, source) if (out / RECORD_NAME).is_file() else _planned_by_recipe(out, source)
+    if plan.recipe.calibrated:
         from mimoquant.verify_calibrated import unproven
 
-        report.unproven = unproven(recipe, plan.formats)
+        report.unproven = unproven(plan.recipe, plan.formats)
     tell = progress or (lambda name, done, total: None)
     _check_files(out, plan, report, tell)
     try:
@@ -105,6 +98,21 @@ def verify(
     finally:
         engine.close()
     return report
+
+
+def _planned_by_recipe(out: Path, source: Path | str) -> Plan:
+    if not (out / "recipe.yaml").is_file():
+        raise UsageError(f"{out}: has no recipe.yaml, so it is not a finished output of mimoquant quantize")
+    recipe = load_recipe(str(out / "recipe.yaml"))
+    plan = make_plan(source, recipe, allow_unknown=True)
+    before, now = recipe.provenance.get("source_headers_sha256"), plan.layout.index.headers_fingerprint()
+    if before != now:
+        raise CheckpointError(
+            f"{out}: was not made from {source}: the headers of its source had sha256 {str(before)[:12]}..., "
+            f"here they have {now[:12]}...",
+            hint="give the very files that quantize read",
+        )
+    return plan
 
 
 def _check_files(out: Path, plan: Plan, report: VerifyReport, tell: Callable[[str, int, int], None]) -> None:
@@ -183,6 +191,8 @@ class _Values:
             if isinstance(step, Copy):
                 if layer is None or not self._folded(layer, step.info):
                     self._copied(step.info)
+            elif isinstance(step, Reorder):
+                self._reordered(step)
             elif isinstance(step, Experts) and step.fmt is not None:
                 self._quantized(step)
             else:
@@ -238,6 +248,21 @@ class _Values:
                 self.report.problem(f"{ours.name}: its bytes are not the source's")
                 break
         self.report.checked["copied tensors"] += 1
+
+    def _reordered(self, step: Reorder) -> None:
+        """Every row where it belongs, block by block."""
+        done: Counter[str] = Counter()
+        wrong: dict[str, None] = {}
+        for block in read_blocks(self.ours, step):
+            expected = np.ascontiguousarray(block_values(block, step.weight, self.engine)).reshape(-1).view(np.uint8)
+            found, name = np.empty(expected.nbytes, np.uint8), block.entry.name
+            self.theirs.read_range(self.theirs.index.tensors[name], done[name], found)
+            done[name] += found.nbytes
+            if not np.array_equal(found, expected):
+                wrong[name] = None
+        for name in wrong:
+            self.report.problem(f"{name}: its rows are not the source's")
+        self.report.checked["reordered tensors"] += len(step.entries)
 
     def _recomputed(self, step: Dequantize | Experts | Shapes | Copy) -> Iterator[Array]:
         geometry = self.plan.layout.geometry

@@ -89,6 +89,7 @@ class Checkpoint:
     config: dict[str, Any]
     tensors: dict[str, TensorBytes]
     shard_of: Callable[[str], int] = field(default=lambda name: 1)
+    metadata: dict[str, Any] = field(default_factory=dict)  # of the index
 
     def save(self, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
@@ -98,7 +99,7 @@ class Checkpoint:
         for file, tensors in shards.items():
             save_tensors(folder / file, tensors)
         weight_map = {name: file for file, tensors in shards.items() for name in tensors}
-        index = {"metadata": {}, "weight_map": weight_map}
+        index = {"metadata": self.metadata, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
         (folder / "config.json").write_text(json.dumps(self.config), encoding="utf-8")
         return folder
@@ -193,7 +194,7 @@ def make_checkpoint(
             plain(f"{prefix}{norm}.weight", hidden)
         attention(prefix, sliding=True)
         mlp(f"{prefix}mlp.", config["intermediate_size"])
-    return Checkpoint(config, tensors)
+    return Checkpoint(config, tensors, metadata={"tp_size": ranks} if fused else {})
 
 
 @pytest.fixture

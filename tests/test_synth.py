@@ -126,6 +126,9 @@ def bf16_checkpoint(
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
+    if fused:
+        index = {"metadata": {"tp_size": 2}, "weight_map": dict.fromkeys(tensors, "model.safetensors")}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "tokenizer.json").write_text("{}")
     return tensors
 

@@ -16,7 +16,8 @@ from mimoquant.checkpoint.writer import fsync_folder
 from mimoquant.errors import CheckpointError, StoppedError
 
 CONFIG_NAME = "config.json"
-_WRITTEN_ANEW = {CONFIG_NAME, INDEX_NAME, "README.md", "recipe.yaml", "report.json", "report.html", "journal.jsonl"}
+_WRITTEN_ANEW = {CONFIG_NAME, INDEX_NAME, "README.md", "recipe.yaml", "report.json", "report.html", "journal.jsonl",
+                 "relayout.json"}  # fmt: skip
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".onnx", ".h5", ".msgpack")
 
 

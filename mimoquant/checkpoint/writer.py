@@ -41,6 +41,11 @@ class Entry:
         return DTYPE_BYTES[self.dtype] * math.prod(self.shape)
 
 
+def file_order(entry: Entry) -> tuple[int, str]:
+    """Sorts tensors by falling item size, so that each starts where its dtype can be read."""
+    return -DTYPE_BYTES[entry.dtype], entry.name
+
+
 def shard_header(entries: list[Entry], *, metadata: bool = True) -> bytes:
     """Length prefix and JSON header of a shard with these entries in this order, padded to 8 bytes.
 

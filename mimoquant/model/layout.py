@@ -17,6 +17,7 @@ from typing import Any
 
 from mimoquant.checkpoint.index import CheckpointIndex, TensorInfo
 from mimoquant.errors import CheckpointError
+from mimoquant.model.qkv import with_chunks
 
 ARCHITECTURES = {"mimo_v2_flash": "MiMoV2FlashForCausalLM", "mimo_v2": "MiMoV2ForCausalLM"}
 TOWER_PREFIXES = ("visual.", "audio_encoder.", "speech_embeddings.")
@@ -81,7 +82,7 @@ class Geometry:
     experts: int
     top_k: int
     vocab: int
-    qkv_chunks: int  # tensor-parallel ranks that a fused qkv is interleaved by
+    qkv_chunks: int  # tensor-parallel ranks that a fused qkv is interleaved by; 1: [Q|K|V]
     fused_qkv: bool
     sliding: tuple[bool, ...]
     moe: tuple[bool, ...]
@@ -146,6 +147,8 @@ class ModelLayout:
 def read_geometry(config: dict[str, Any], where: str, *, packed: bool = False) -> Geometry:
     """Check config.json against the known set and read the sizes. `packed`: experts may be in 4 bits already.
 
+    `qkv_chunks` is what published checkpoints have; `with_chunks` finds what the files have.
+
     Raises CheckpointError naming key, value and what is known.
     """
     model_type = config.get("model_type")
@@ -184,7 +187,7 @@ def read_geometry(config: dict[str, Any], where: str, *, packed: bool = False) -
     layers = size("num_hidden_layers")
     if layers > 4096:
         raise CheckpointError(f"{where}: num_hidden_layers is {layers}, more than any model of this family")
-    geometry = Geometry(
+    return Geometry(
         model_type=model_type,
         hidden=size("hidden_size"),
         layers=layers,
@@ -207,12 +210,6 @@ def read_geometry(config: dict[str, Any], where: str, *, packed: bool = False) -
         ),
         fp8=quantization is not None and quantization.get("quant_method") == "fp8",
     )  # fmt: skip
-    for attention in (geometry.global_attention, geometry.sliding_attention):
-        if geometry.fused_qkv and any(count % geometry.qkv_chunks for count in attention.rows):
-            raise CheckpointError(
-                f"{where}: the fused qkv's {attention.rows} rows do not split over {geometry.qkv_chunks} ranks"
-            )
-    return geometry
 
 
 def read_layout(
@@ -224,12 +221,7 @@ def read_layout(
     """
     where = str(index.folder)
     geometry = read_geometry(config, f"{where}/config.json", packed=packed)
-    ranks = index.metadata.get("tp_size")
-    if geometry.fused_qkv and ranks is not None and ranks != geometry.qkv_chunks:
-        raise CheckpointError(
-            f"{where}: the index says the fused qkv is interleaved over tp_size {ranks!r}, "
-            f"config.json's num_key_value_heads over {geometry.qkv_chunks}"
-        )
+    geometry = with_chunks(geometry, index.tensors, index.metadata, where)
     left = dict(index.tensors)
     claim = _Claims(left, geometry, where)
     take_expert = claim.take_packed if packed else claim.take

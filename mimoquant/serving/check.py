@@ -326,9 +326,11 @@ class _Check:
             return
         allowed = f"{'must be' if row.tp == 'is the chunks' else 'must divide'} {chunks}"
         if self.tp is None:
-            yield Problem(WARNING, f"self_attn: {subject} is in {chunks} chunks, attention TP {allowed} "
-                          f"({self.label})", row.source)  # fmt: skip
-        elif chunks % self.tp:
+            many = "1 chunk" if chunks == 1 else f"{chunks} chunks"
+            yield Problem(
+                WARNING, f"self_attn: {subject} is in {many}, attention TP {allowed} ({self.label})", row.source
+            )
+        elif self.checkpoint.geometry.global_attention.kv_heads % self.tp:  # what engines take for the chunks
             yield self._wrong_tp(row, chunks, allowed, c.REFUSED if self.engine == c.SGLANG else row.otherwise)
         elif row.tp == "is the chunks" and chunks != self.tp:
             yield self._wrong_tp(row, chunks, allowed, row.otherwise)
@@ -337,7 +339,8 @@ class _Check:
         text = f"self_attn: {row.subject} {row.what}: attention TP is {self.tp}, {allowed} ({self.label})"
         if row.evidence == c.UNVERIFIED:
             verdict, text = WARNING, f"{text}, not verified"
-        hint = f"use attention TP {chunks} and data parallelism for the rest"
+        other = f", or {row.hint}" if row.hint else ""
+        hint = f"use attention TP {chunks} and data parallelism for the rest{other}"
         return Problem(verdict, text, row.source, hint, other_tp=True)
 
     def _widths(self) -> Iterator[Problem]:

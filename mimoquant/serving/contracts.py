@@ -129,6 +129,7 @@ CARVE_OUTS: tuple[Row, ...] = (
 # --- qkv on disk ------------------------------------------------------------------------------------------------------
 
 SPLIT, FUSED_FP8, FUSED_BF16 = "split q, k, v", "fused FP8 qkv", "fused bf16 qkv"
+CANONICAL_BF16, OTHER_FP8 = "fused bf16 [Q|K|V]", "fused FP8 qkv that is not in num_key_value_heads chunks"
 DECLARED_SPLIT, RANKED_SPLIT = "attention_projection_layout 'split'", "split FP8 k with scale rows of its own per head"
 
 QKV: tuple[Row, ...] = (
@@ -142,7 +143,10 @@ QKV: tuple[Row, ...] = (
     Row(VLLM, FUSED_FP8, RIGHT, READ, "mimo_v2.py of 0.32, _shard_fp8_qkv_proj (pull request #57508)", since=(0, 32)),
     Row(VLLM, FUSED_BF16, CORRUPTED, RUN, "0.32 on a CPU: KL 2.75",
         what="is read as [Q|K|V]: the rank-interleaved order is only undone for FP8 with weight_scale_inv",
-        hint="write split q_proj, k_proj, v_proj"),
+        hint="write split q_proj, k_proj, v_proj: mimoquant relayout --qkv split"),
+    Row(VLLM, CANONICAL_BF16, RIGHT, RUN, "0.32 on a CPU: KL 0; its MTP block is right at TP 1 only (read)"),
+    Row(VLLM, OTHER_FP8, CORRUPTED, READ, "mimo_v2.py of 0.32, _shard_fp8_qkv_proj: ckpt_tp is num_key_value_heads",
+        what="is read as if it were", hint="mimoquant relayout --qkv split --dtype bf16"),
     Row(SGLANG, SPLIT, RIGHT, RUN, "the loader of 0.5.23 at TP 1, 2 and 4: difference 0.0"),
     Row(SGLANG, DECLARED_SPLIT, REFUSED, UNVERIFIED, "a source older than 0.5.23, which raises for this value",
         until=(0, 5, 23), what="may make it stop: expected 'fused_qkv' or unset"),
@@ -151,11 +155,19 @@ QKV: tuple[Row, ...] = (
     Row(SGLANG, FUSED_FP8, RIGHT, READ, "mimo_v2.py and model_hook.py of 0.5.23", tp="divides the chunks",
         what="stops the start: MiMoV2 fused qkv_proj checkpoint is TP-interleaved"),
     Row(SGLANG, FUSED_BF16, RIGHT, RUN, "the loader of 0.5.23: 33-38 % row error at TP 1 and 2 of 4",
-        tp="is the chunks", otherwise=CORRUPTED, what="is merged without undoing the rank-interleaved order"),
+        tp="is the chunks", otherwise=CORRUPTED, what="is merged without undoing the rank-interleaved order",
+        hint="mimoquant relayout --qkv split"),
+    Row(SGLANG, CANONICAL_BF16, RIGHT, RUN, "the loader of 0.5.23: right at TP 1, wrong rows at TP 2 and 4",
+        tp="is the chunks", otherwise=CORRUPTED, what="is cut into equal parts, which puts rows of q where k belongs",
+        hint="mimoquant relayout --qkv split"),
+    Row(SGLANG, OTHER_FP8, CORRUPTED, READ, "model_config.py of 0.5.23: the chunks are num_key_value_heads",
+        what="is read as if it were", hint="mimoquant relayout --qkv split --dtype bf16"),
     Row(TRANSFORMERS, SPLIT, RIGHT, RUN, "5.17 on a CPU"),
     Row(TRANSFORMERS, RANKED_SPLIT, RIGHT, UNVERIFIED, "not tried"),
     Row(TRANSFORMERS, FUSED_FP8, RIGHT, UNVERIFIED, "left to the checkpoint's remote code"),
     Row(TRANSFORMERS, FUSED_BF16, RIGHT, UNVERIFIED, "left to the checkpoint's remote code"),
+    Row(TRANSFORMERS, CANONICAL_BF16, RIGHT, UNVERIFIED, "left to the checkpoint's remote code"),
+    Row(TRANSFORMERS, OTHER_FP8, RIGHT, UNVERIFIED, "left to the checkpoint's remote code"),
 )  # fmt: skip
 
 # --- GPUs -------------------------------------------------------------------------------------------------------------

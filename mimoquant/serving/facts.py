@@ -23,6 +23,7 @@ from mimoquant.model.layout import (
     read_geometry,
     read_layout,
 )
+from mimoquant.model.qkv import with_chunks
 from mimoquant.plan import Plan, read_config
 from mimoquant.quant.formats import Format
 from mimoquant.serving import contracts
@@ -110,18 +111,18 @@ def read_served(folder: Path | str) -> Served:
     index = open_index(folder)
     config = read_config(index)
     read_layout(index, config, allow_unknown=True, packed=True)  # nothing is missing, nothing is misshapen
-    return served(config, index.tensors, str(folder))
+    return served(config, index.tensors, str(folder), index.metadata)
 
 
 def planned(plan: Plan) -> Served:
     """Facts of what a plan will write."""
     entries = {entry.name: entry for unit in plan.units for entry in unit.entries}
-    return served(plan.config, entries, str(plan.layout.index.folder))
+    return served(plan.config, entries, str(plan.layout.index.folder), plan.index_metadata)
 
 
-def served(config: dict[str, Any], tensors: Mapping[str, Tensor], name: str) -> Served:
-    """Facts from config.json and headers."""
-    geometry = read_geometry(config, f"{name}/config.json", packed=True)
+def served(config: dict[str, Any], tensors: Mapping[str, Tensor], name: str, metadata: dict[str, Any]) -> Served:
+    """Facts from config.json, headers and the index's metadata."""
+    geometry = with_chunks(read_geometry(config, f"{name}/config.json", packed=True), tensors, metadata, name)
     missing: list[str] = []
     experts = {layer: _stored_forms(layer, geometry, tensors, missing) for layer in geometry.moe_layers}
     linears = {
@@ -152,8 +153,10 @@ def _kind(key: str) -> str:
 def _qkv(geometry: Geometry, tensors: Mapping[str, Tensor]) -> str:
     prefix = f"model.layers.{geometry.sliding.index(False) if False in geometry.sliding else 0}.self_attn."
     if geometry.fused_qkv:
-        fp8 = tensors[f"{prefix}qkv_proj.weight"].dtype == "F8_E4M3"
-        return contracts.FUSED_FP8 if fp8 else contracts.FUSED_BF16
+        if tensors[f"{prefix}qkv_proj.weight"].dtype != "F8_E4M3":
+            return contracts.CANONICAL_BF16 if geometry.qkv_chunks == 1 else contracts.FUSED_BF16
+        published = geometry.qkv_chunks == geometry.global_attention.kv_heads
+        return contracts.FUSED_FP8 if published else contracts.OTHER_FP8
     scale = tensors.get(f"{prefix}k_proj.weight_scale_inv")
     rows = tensors[f"{prefix}k_proj.weight"].shape[0]
     return contracts.RANKED_SPLIT if scale and scale.shape[0] != -(-rows // FP8_BLOCK) else contracts.SPLIT

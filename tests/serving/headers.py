@@ -110,7 +110,7 @@ def add_experts(
 def at_scale(variant: str, form: str, carve_outs: tuple[tuple[int, str], ...] = ()) -> Served:
     """Facts of a whole output."""
     config, tensors = output(variant, form, dict(carve_outs))
-    return served(config, tensors, "/models/OUT")
+    return served(config, tensors, "/models/OUT", {})
 
 
 def copied(config: dict[str, Any], tensors: dict[str, Header]) -> tuple[dict[str, Any], dict[str, Header]]:

@@ -199,7 +199,7 @@ def test_a_planted_problem_is_told(
 ) -> None:
     config, tensors = copied(*output("v2.5", form))
     plant(config, tensors)
-    found = check(served(config, tensors, "OUT"), engine, version, tp)
+    found = check(served(config, tensors, "OUT", {"tp_size": 4}), engine, version, tp)
     assert any(problem.verdict == verdict and said in problem.text for problem in found), found
 
 
@@ -207,7 +207,7 @@ def test_the_anchored_pattern_fails_for_its_prefix_only() -> None:
     """Without towers there is no language_model. before the name, and the same pattern matches."""
     config, tensors = copied(*output("v2.5-pro", "int4-g128"))
     anchored(config, tensors)
-    assert check(served(config, tensors, "OUT"), "vllm", None, 8) == []
+    assert check(served(config, tensors, "OUT", {"tp_size": 4}), "vllm", None, 8) == []
 
 
 @pytest.mark.parametrize(("kind", "verdict"), [("bf16", "corrupted"), ("fp8", "refused")])
@@ -248,7 +248,7 @@ def test_keys_that_transformers_does_not_read(key: str, value: Any, said: str) -
         config[key] = value
     if key == "hybrid_layer_pattern":
         config[key] = [0, 1, 0, *config[key][3:-1], 0]
-    found = check(served(config, tensors, "OUT"), "transformers")
+    found = check(served(config, tensors, "OUT", {"tp_size": 4}), "transformers")
     assert any(problem.verdict == "corrupted" and said in problem.text for problem in found), found
 
 
@@ -256,7 +256,7 @@ def test_a_pattern_that_is_none_is_refused() -> None:
     config, tensors = copied(*output("v2.5", "int4-g128"))
     config["quantization_config"]["ignore"] = ["re:(["]
     with pytest.raises(CheckpointError, match=r"'re:\(\[' is no pattern"):
-        check(served(config, tensors, "OUT"), "vllm")
+        check(served(config, tensors, "OUT", {"tp_size": 4}), "vllm")
 
 
 def test_every_row_says_where_it_is_from() -> None:

@@ -1,0 +1,98 @@
+"""What `eval-kl` does with its options: a candidate folder or a running server, on the tokens that were asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mimoquant.progress import Lines, tell
+
+if TYPE_CHECKING:
+    from mimoquant.calibration.tokens import TokenSet
+
+
+def check_candidate(
+    candidate: Path | None, server: str | None, of_server: dict[str, Any], of_candidate: dict[str, Any]
+) -> None:
+    """Refuse options that contradict each other."""
+    from mimoquant.errors import UsageError
+
+    if candidate is None and server is None:
+        raise UsageError(
+            "there is nothing to compare the reference with", hint="give a CANDIDATE folder, or --server URL"
+        )
+    if candidate is not None and server is not None:
+        raise UsageError(f"{candidate} and --server {server}: only one of them can be the candidate")
+    for option, value in (of_candidate if candidate is None else of_server).items():
+        if value is not None:
+            raise UsageError(f"{option} cannot go with {'--server' if candidate is None else 'a CANDIDATE folder'}")
+
+
+def _load_tokens(
+    reference: Path, data: list[str], sequences: int | None, tokens: int, vocab: int, leads: bool = True
+) -> TokenSet:
+    from mimoquant.calibration.tokens import load_tokens
+
+    loaded = load_tokens(data, reference, sequences=sequences, tokens=tokens, vocab=vocab)
+    if loaded.left_out and leads:
+        tell(f"note: too few tokens for one sequence of {tokens}: {', '.join(loaded.left_out)}")
+    return loaded
+
+
+def evaluate(
+    reference: Path,
+    data: list[str],
+    sequences: int | None,
+    tokens: int,
+    candidate: Path,
+    baseline: Path | None,
+    noise_floor: bool,
+    device: str,
+) -> dict[str, Any] | None:
+    """Walk reference and candidate; None on a rank that does not tell."""
+    from mimoquant.calibration.tokenizer import load_tokenizer
+    from mimoquant.devices import resolve_device
+    from mimoquant.errors import CheckpointError
+    from mimoquant.evaluation.evaluate import eval_kl as run
+    from mimoquant.evaluation.evaluate import open_layout
+    from mimoquant.team import Team
+
+    place, lines = resolve_device(device), Lines()
+    with Team.from_environment(place) as team:
+        loaded = _load_tokens(reference, data, sequences, tokens, open_layout(reference).geometry.vocab, team.leads)
+        try:
+            decode = load_tokenizer(reference).decode
+        except CheckpointError:  # data that came as ids needs no tokenizer; the worst tokens are shown as ids then
+            decode = None
+        shown = (lambda layer, layers: lines(f"layer {layer}", layer + 1, layers)) if team.leads else None
+        facts = run(reference, candidate, loaded, baseline=baseline, device=place, noise_floor=noise_floor,
+                    decode=decode, progress=shown, team=team)  # fmt: skip
+    return facts if team.leads else None
+
+
+def evaluate_server(
+    reference: Path,
+    data: list[str],
+    sequences: int | None,
+    tokens: int,
+    url: str,
+    model: str | None,
+    top_k: int | None,
+    device: str,
+) -> dict[str, Any]:
+    """Walk the reference, and ask a server for what it makes of the same tokens."""
+    from mimoquant.devices import resolve_device
+    from mimoquant.evaluation.evaluate import open_layout
+    from mimoquant.evaluation.served import eval_server
+    from mimoquant.evaluation.server import connect
+
+    place, vocab = resolve_device(device), open_layout(reference).geometry.vocab
+    server = connect(
+        url, model, top_k=top_k, tokens=tokens, vocab=vocab
+    )  # before the data: a typing error is told soon
+    if top_k is None:
+        tell(f"note: {server.engine} is asked for {server.top_k} ids a position")
+    loaded, lines = _load_tokens(reference, data, sequences, tokens, vocab), Lines()
+    return eval_server(reference, server, loaded, device=place,
+                       progress=lambda layer, layers: lines(f"layer {layer}", layer + 1, layers),
+                       asked=lambda done, all_: lines(f"sequence {done}", done, all_))  # fmt: skip
