@@ -15,7 +15,7 @@ import resource
 import signal
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,6 +29,7 @@ from mimoquant.page_files import check_page, check_profile, check_writable, writ
 from mimoquant.progress import Lines, Progress, tell
 
 if TYPE_CHECKING:
+    from mimoquant.needs import Machine
     from mimoquant.plan import Plan
 
 EXIT_INTERRUPTED = 130
@@ -96,6 +97,15 @@ UnknownOption = Annotated[bool, typer.Option("--allow-unknown", help="Copy tenso
 ContainerOption = Annotated[
     Container | None, typer.Option(help="How the experts are stored; by default what fits the format.")
 ]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda; the same bytes without calibration.")]
+GpuMemoryOption = Annotated[
+    float | None, typer.Option(min=0.1, help="At most so much of it; smaller chunks follow.", metavar="GB")
+]
+DataOption = Annotated[
+    list[str] | None, typer.Option(help="What to calibrate on, instead of the recipe's.", metavar="SET|FILE")
+]
+SequencesOption = Annotated[int | None, typer.Option(min=1, help="Of calibration tokens, at most.")]
+TokensOption = Annotated[int | None, typer.Option(min=2, help="Of each sequence.")]
 
 
 def _version(wanted: bool) -> None:
@@ -132,14 +142,33 @@ def inspect(
 def plan(
     source: Annotated[Path, typer.Argument(help="The checkpoint to quantize.", metavar="SOURCE")],
     recipe: RecipeOption,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where quantize would write.", metavar="DIR")] = None,
+    device: DeviceOption = "auto",
+    gpu_memory: GpuMemoryOption = None,
+    data: DataOption = None,
+    sequences: SequencesOption = None,
+    tokens: TokensOption = None,
     container: ContainerOption = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Rehearse one chunk of experts to tell the time.")] = False,
     as_json: JsonOption = False,
     allow_unknown: UnknownOption = False,
 ) -> None:
-    """Show what quantize would do and how large the result is, to the byte. Reads headers only."""
+    """Show what quantize would do and need, and the result's size to the byte. Reads headers only, or with --measure
+    also some experts."""
     from mimoquant import describe
+    from mimoquant.devices import resolve_device
+    from mimoquant.needs import machine
 
-    _print(describe.plan_facts(_plan(source, recipe, container, allow_unknown, {})), describe.plan_text, as_json)
+    place = resolve_device(device)
+    has = machine(place, gpu_memory)
+    made = _plan(source, recipe, container, allow_unknown, _changes(data, sequences, tokens), place, has)
+    took = None
+    if measure:
+        from mimoquant.rehearsal import rehearse
+
+        tell("note: rehearsing the plan's steps on one chunk of experts")
+        took = rehearse(made, place, out)
+    _print(describe.plan_facts(made, place, has, took, out), describe.plan_text, as_json)
 
 
 @app.command()
@@ -147,13 +176,12 @@ def quantize(
     source: Annotated[Path, typer.Argument(help="The checkpoint to quantize.", metavar="SOURCE")],
     recipe: RecipeOption,
     out: Annotated[Path, typer.Option("--out", "-o", help="Where to write; must not exist.", metavar="DIR")],
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda; the same bytes without calibration.")] = "auto",
+    device: DeviceOption = "auto",
+    gpu_memory: GpuMemoryOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
-    data: Annotated[
-        list[str] | None, typer.Option(help="What to calibrate on, instead of the recipe's.", metavar="SET|FILE")
-    ] = None,
-    sequences: Annotated[int | None, typer.Option(min=1, help="Of calibration tokens, at most.")] = None,
-    tokens: Annotated[int | None, typer.Option(min=2, help="Of each sequence.")] = None,
+    data: DataOption = None,
+    sequences: SequencesOption = None,
+    tokens: TokensOption = None,
     container: ContainerOption = None,
     html: Annotated[Path | None, typer.Option(help="Write what calibration reached here.", metavar="FILE")] = None,
     profile: Annotated[Path | None, typer.Option(help="Write a Chrome trace of the run here.", metavar="FILE")] = None,
@@ -163,14 +191,19 @@ def quantize(
     """Write the 4-bit checkpoint. The folder appears only when it is complete; an interrupted run can be resumed."""
     from mimoquant import coverage_page, describe, pipeline
     from mimoquant.devices import resolve_device
+    from mimoquant.needs import machine, refusal
     from mimoquant.team import Team
     from mimoquant.timeline import Timeline
 
     begin = time.monotonic()
-    changed = {"data": tuple(data) if data else None, "sequences": sequences, "tokens": tokens}
-    changed = {key: value for key, value in changed.items() if value is not None}
     with Team.from_environment(resolve_device(device)) as team:
-        made = _plan(source, recipe, container, allow_unknown, changed, team.device)
+        has = machine(team.device, gpu_memory)
+        has = replace(has, gpu_bytes=min(team.gather(has.gpu_bytes)))  # chunks must be the same everywhere
+        changes = _changes(data, sequences, tokens)
+        made = _plan(source, recipe, container, allow_unknown, changes, team.device, has, team.size)
+        refused = refusal(made, team.device, has, team.size)
+        if refused:
+            raise refused
         if html is not None:
             check_page(html, made, out)
         if profile is not None:
@@ -368,22 +401,31 @@ def synth(
     _print({"schema_version": 1, "out": str(out), **asdict(report)}, describe.synth_text, as_json)
 
 
+def _changes(data: list[str] | None, sequences: int | None, tokens: int | None) -> dict[str, Any]:
+    """What the command line says of calibration, where the recipe says otherwise."""
+    given = {"data": tuple(data) if data else None, "sequences": sequences, "tokens": tokens}
+    return {key: value for key, value in given.items() if value is not None}
+
+
 def _plan(
     source: Path,
     recipe: str,
     container: Container | None,
     allow_unknown: bool,
     calibration: dict[str, Any],
-    device: str = "cpu",
+    device: str,
+    has: Machine,
+    ranks: int = 1,
 ) -> Plan:
-    from mimoquant.plan import CHUNK_BYTES, CUDA_CHUNK_BYTES, make_plan
+    from mimoquant.needs import fitting_plan
+    from mimoquant.plan import make_plan
     from mimoquant.recipe import load_recipe
 
-    chosen = container.value if container else None
-    loaded = load_recipe(recipe).calibrated_on(calibration)
-    large = loaded.calibrated and device.startswith("cuda")
-    return make_plan(source, loaded, container=chosen, allow_unknown=allow_unknown,
-                     chunk_bytes=CUDA_CHUNK_BYTES if large else CHUNK_BYTES)  # fmt: skip
+    chosen, loaded = container.value if container else None, load_recipe(recipe).calibrated_on(calibration)
+    return fitting_plan(
+        lambda size: make_plan(source, loaded, container=chosen, allow_unknown=allow_unknown, chunk_bytes=size),
+        device, has, ranks,
+    )  # fmt: skip
 
 
 def _print(facts: dict[str, Any], to_text: Any, as_json: bool) -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mimoquant.checkpoint.journal import JournalLine
+from mimoquant.checkpoint.journal import JournalLine, free_bytes
 from mimoquant.model.layout import Geometry, ModelLayout
 from mimoquant.needs import Machine, largest_chunk, needs, refusal
 from mimoquant.plan import Experts, Plan, Shapes, ranges
@@ -102,9 +103,15 @@ def layout_text(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def plan_facts(plan: Plan, device: str, has: Machine, took: Estimate | None = None) -> dict[str, Any]:
-    """`plan`. `took`: of a rehearsal, if there was one."""
+def plan_facts(
+    plan: Plan, device: str, has: Machine, took: Estimate | None = None, folder: Path | None = None
+) -> dict[str, Any]:
+    """`plan`. `took`: of a rehearsal, if there was one. `folder`: on whose disk the output would lie."""
     wants, refused = needs(plan, device), refusal(plan, device, has)
+    free = None if folder is None else free_bytes(folder)
+    notes = [*plan.notes, *([f"quantize would refuse: {refused}; {refused.hint}"] if refused else [])]
+    if free is not None and free < plan.shard_bytes + plan.side_bytes:
+        notes.append(f"{folder}: has room for {size(free)} only")
     return {
         "schema_version": SCHEMA_VERSION,
         "source": str(plan.layout.index.folder),
@@ -130,7 +137,8 @@ def plan_facts(plan: Plan, device: str, has: Machine, took: Estimate | None = No
         "shards": [{"unit": unit.name, "file": unit.file, "size_bytes": unit.size_bytes} for unit in plan.units],
         "side_files": plan.side_files,
         "side_bytes": plan.side_bytes,
-        "notes": [*plan.notes, *([f"quantize would refuse: {refused}; {refused.hint}"] if refused else [])],
+        "disk_free_bytes": free,
+        "notes": notes,
         "engines": planned_facts(planned(plan)),
     }
 
@@ -169,6 +177,9 @@ def _demands(facts: dict[str, Any]) -> list[str]:
     if facts["gpu_memory_bytes"]:
         lines.append(f"GPU        at most about {size(facts['gpu_memory_bytes'])} of its memory (here "
                      f"{size(has['gpu_bytes'])}), {facts['experts_at_once']} experts at once")  # fmt: skip
+    if facts["disk_free_bytes"] is not None:
+        lines.append(f"disk       {size(facts['output_bytes'] + facts['side_bytes'])}, free are "
+                     f"{size(facts['disk_free_bytes'])}")  # fmt: skip
     if took:
         lines.append(f"time       about {duration(took['total_s'])}, bound by {took['bound_by']}: computing "
                      f"{duration(took['computing_s'])}, reading {duration(took['reading_s'])} at "

@@ -94,15 +94,19 @@ class Machine:
     gpu_bytes: int = 0
 
 
-def machine(device: str, gpu_memory_bytes: int | None = None) -> Machine:
-    """This machine, as far as a process may use it. `gpu_memory_bytes`: what the user grants."""
+def machine(device: str, gpu_memory_gb: float | None = None) -> Machine:
+    """This machine, as far as a process may use it: of the host's memory, its share among those that torchrun starts.
+
+    Args:
+        gpu_memory_gb: what the user grants of a GPU's memory.
+    """
     host, free = _host_memory()
     if not device.startswith("cuda"):
         return Machine(host, free)
     import torch
 
     total = torch.cuda.get_device_properties(torch.device(device)).total_memory
-    return Machine(host, free, min(int(_USABLE * total), gpu_memory_bytes or total))
+    return Machine(host, free, min(int(_USABLE * total), int(gpu_memory_gb * 1e9) if gpu_memory_gb else total))
 
 
 def _host_memory() -> tuple[int, int]:
@@ -119,7 +123,8 @@ def _host_memory() -> tuple[int, int]:
             if bound < total:
                 total = bound
                 free = min(free, bound - int((_CONTROL_GROUP / used).read_text()))
-    return total, max(free, 0)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return total // processes, max(free, 0) // processes
 
 
 def fitting_plan(make: Callable[[int], Plan], device: str, has: Machine, ranks: int = 1) -> Plan:

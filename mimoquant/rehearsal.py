@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from mimoquant.checkpoint.journal import existing_parent
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.devices import make_engine
 from mimoquant.layer_weights import read_experts
@@ -58,7 +59,7 @@ class Estimate:
 
 
 def rehearse(plan: Plan, device: str, folder: Path | None = None, ranks: int = 1) -> Estimate:
-    """Time a plan's steps on "cpu" or "cuda". `folder`: where the output would go, for the speed of its disk.
+    """Time a plan's steps on "cpu" or "cuda". `folder`: where the output would go, which may not be there yet.
 
     Raises CheckpointError for a source that cannot be read.
     """
@@ -120,7 +121,7 @@ def _write_rate(parts: Parts, lanes: int, folder: Path | None) -> float:
     rate = lanes * size / _timed(lambda: deque(map(digest.update, arrays), maxlen=0))[0]
     if folder is None:
         return rate
-    with tempfile.TemporaryFile(dir=folder, buffering=0) as handle:
+    with tempfile.TemporaryFile(dir=existing_parent(folder), buffering=0) as handle:
         begin = time.perf_counter()
         handle.writelines(arrays)
         os.fsync(handle.fileno())

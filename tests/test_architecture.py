@@ -47,7 +47,7 @@ ALLOWED: dict[str, set[str]] = {
     "relayout": {"errors", "checkpoint", "container", "model", "plan", "recipe", "reorder"},
     "deal": {"plan"},
     "needs": {"errors", "model.layout", "plan"},
-    "rehearsal": {"calibrated", "calibration", "checkpoint.reader", "devices", "layer_weights", "model.layout",
+    "rehearsal": {"calibrated", "calibration", "checkpoint", "devices", "layer_weights", "model.layout",
                   "pipeline", "plan", "quant"},
     "portions": {"model", "model_weights", "team"},
     "calibrated": {"errors", "calibration", "checkpoint.reader", "layer_weights", "model", "model_weights", "plan",
@@ -66,12 +66,12 @@ ALLOWED: dict[str, set[str]] = {
                 "report"},
     "page_files": {"errors"},
     "choices": set(),
-    "describe": {"checkpoint.journal", "model", "plan", "relayout", "report", "serving"},
+    "describe": {"checkpoint.journal", "model", "needs", "plan", "rehearsal", "relayout", "report", "serving"},
     "cli_eval": {"errors", "calibration", "devices", "evaluation", "progress", "team"},
     # the edge, which nothing imports
-    "cli": {"errors", "checkpoint", "choices", "cli_eval", "coverage_page", "describe", "devices", "model",
-            "page_files", "pipeline", "plan", "progress", "recipe", "relayout", "report", "report_page", "server_text",
-            "serving", "synth", "team", "verify", "timeline"},
+    "cli": {"errors", "checkpoint", "choices", "cli_eval", "coverage_page", "describe", "devices", "model", "needs",
+            "page_files", "rehearsal", "pipeline", "plan", "progress", "recipe", "relayout", "report", "report_page",
+            "server_text", "serving", "synth", "team", "verify", "timeline"},
     "__main__": {"cli"},
 }  # fmt: skip
 # for annotations only, under `if TYPE_CHECKING:`; nothing is loaded

@@ -13,7 +13,6 @@ Each appends to a journal of its own, because appends from several machines to o
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
 import itertools
@@ -234,8 +233,11 @@ def file_sha256(path: Path) -> str:
 
 
 def free_bytes(folder: Path) -> int:
-    """Bytes that may be written below `folder` (its nearest existing parent)."""
+    """Bytes that may be written below `folder`."""
+    return shutil.disk_usage(existing_parent(folder)).free
+
+
+def existing_parent(folder: Path) -> Path:
+    """`folder`, or the nearest of its parents that is there."""
     probe = folder.absolute()
-    with contextlib.suppress(StopIteration):
-        probe = next(parent for parent in (probe, *probe.parents) if parent.exists())
-    return shutil.disk_usage(probe).free
+    return next((parent for parent in (probe, *probe.parents) if parent.exists()), probe)
