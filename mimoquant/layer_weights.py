@@ -103,14 +103,6 @@ def split_qkv(fused: Array, geometry: Geometry, *, sliding: bool) -> tuple[Array
     return ordered[: rows[0]], ordered[rows[0] : rows[0] + rows[1]], ordered[rows[0] + rows[1] :]
 
 
-def output_tensors(
-    stack: Stack, weight: Weight, geometry: Geometry, engine: Engine, *, split: bool, sliding: bool
-) -> tuple[Array, ...]:
-    """One matrix as it goes out in bf16: itself, or a fused qkv as q, k, v where `split`."""
-    matrix = dequantize(stack, weight, geometry, engine)
-    return split_qkv(matrix, geometry, sliding=sliding) if split else (matrix,)
-
-
 def not_finite(name: str) -> CheckpointError:
     return CheckpointError(
         f"{name}: holds NaN or Inf, or its scale makes it so",

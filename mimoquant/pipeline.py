@@ -32,7 +32,7 @@ from mimoquant.container import expert_tensors
 from mimoquant.deal import Task, deal
 from mimoquant.devices import make_engine, resolve_device
 from mimoquant.errors import CheckpointError, StoppedError, UsageError
-from mimoquant.layer_weights import dequantize, not_finite, output_tensors, read_experts, read_matrix
+from mimoquant.layer_weights import dequantize, not_finite, read_experts, read_matrix
 from mimoquant.model.layout import PROJECTIONS
 from mimoquant.overlap import WriteBehind, read_ahead
 from mimoquant.plan import WRITE_QUEUE_BYTES, Copy, Dequantize, Experts, Plan, Shapes, Step, Unit
@@ -323,9 +323,7 @@ def _compute(plan: Plan, loaded: Loaded, engine: Engine, calibrator: Calibrator 
         for entry, shape in zip(step.entries, step.shapes, strict=True):
             yield entry.name, np.array(shape, np.int64)
     elif isinstance(step, Dequantize):
-        split = len(step.entries) > 1
-        tensors = output_tensors(data, step.weight, plan.layout.geometry, engine, split=split, sliding=step.sliding)
-        yield from zip((entry.name for entry in step.entries), tensors, strict=True)
+        yield step.entries[0].name, dequantize(data, step.weight, plan.layout.geometry, engine)
     elif step.fmt is None:
         if calibrator is not None:
             calibrator.keep(step, data)

@@ -26,7 +26,7 @@ from mimoquant.errors import CheckpointError, RecipeError
 from mimoquant.model.layout import PROJECTIONS, ModelLayout, Weight, read_layout
 from mimoquant.quant.formats import Format
 from mimoquant.recipe import Recipe
-from mimoquant.reorder import Reorder
+from mimoquant.reorder import Reorder, reorder
 
 CHUNK_BYTES = 96 * 2**20  # source bytes of the experts that are in memory together
 CUDA_CHUNK_BYTES = 800 * 2**20  # the same, where a GPU calibrates: some thirty experts, V2.5's in eight chunks
@@ -44,11 +44,10 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Dequantize:
-    """An FP8 weight (plain or qkv) to bf16; a fused qkv (of either dtype) to three tensors."""
+    """An FP8 weight to bf16."""
 
     weight: Weight
     entries: tuple[Entry, ...]
-    sliding: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,16 +322,10 @@ class _Builder:
 
     def _rest(self, weight: Weight, layer: int | None) -> list[Step]:
         """The steps of one weight that is not an expert's."""
-        prefix = weight.name.removesuffix("qkv_proj.weight")
         if self.container == COMPRESSED_TENSORS and weight.role == "qkv":
-            sliding = layer is None or self.layout.geometry.sliding[layer]  # MTP layers are sliding
             geometry = self.layout.geometry
-            rows = (geometry.sliding_attention if sliding else geometry.global_attention).rows
-            entries = tuple(
-                Entry(f"{prefix}{letter}_proj.weight", "BF16", (count, geometry.hidden))
-                for letter, count in zip("qkv", rows, strict=True)
-            )
-            return [Dequantize(weight, entries, sliding)]
+            sliding = layer is None or geometry.sliding[layer]  # MTP layers are sliding
+            return [*reorder([weight], geometry, replace(geometry, fused_qkv=False), sliding=sliding, bf16=True)]
         if self.container == COMPRESSED_TENSORS and weight.scale is not None:
             return [Dequantize(weight, (Entry(weight.name, "BF16", weight.info.shape),))]
         return [Copy(weight, info, (Entry(info.name, info.dtype, info.shape),)) for info in weight.infos]

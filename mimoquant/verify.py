@@ -25,7 +25,7 @@ from mimoquant.checkpoint.journal import JOURNAL_NAME, file_sha256, read_journal
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.checkpoint.writer import Entry
 from mimoquant.errors import CheckpointError, MimoquantError, UsageError
-from mimoquant.layer_weights import dequantize, output_tensors, read_experts, read_matrix, read_parts
+from mimoquant.layer_weights import dequantize, read_experts, read_matrix, read_parts
 from mimoquant.model.layout import PROJECTIONS, norm_name, router_name
 from mimoquant.pipeline import layer_of, written_texts
 from mimoquant.plan import Copy, Dequantize, Experts, Plan, Shapes, Unit, make_plan
@@ -269,9 +269,7 @@ class _Values:
         if isinstance(step, Shapes):
             yield from (np.array(shape, np.int64) for shape in step.shapes)
         elif isinstance(step, Dequantize):
-            stack, split = read_matrix(self.ours, step.weight), len(step.entries) > 1
-            tensors = output_tensors(stack, step.weight, geometry, self.engine, split=split, sliding=step.sliding)
-            yield from (np.ascontiguousarray(tensor) for tensor in tensors)
+            yield dequantize(read_matrix(self.ours, step.weight), step.weight, geometry, self.engine)
         elif isinstance(step, Experts):
             for expert in range(step.begin, step.end):
                 for projection in PROJECTIONS:
