@@ -24,15 +24,17 @@ from typer.core import TyperGroup
 
 import mimoquant
 from mimoquant.choices import Container, Engine, Gpu, Layout, Qkv, QkvDtype, Server
-from mimoquant.errors import MimoquantError, is_out_of_memory
+from mimoquant.errors import MimoquantError, UsageError, is_out_of_memory
 from mimoquant.page_files import check_page, check_profile, check_writable, write_page
 from mimoquant.progress import Lines, Progress, tell
+from mimoquant.team import refuse_ranks
 
 if TYPE_CHECKING:
     from mimoquant.needs import Machine
     from mimoquant.plan import Plan
 
 EXIT_INTERRUPTED = 130
+_SHARED_VERBS = ("quantize", "eval-kl")  # among ranks
 _DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
 
@@ -116,9 +118,11 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
+    ctx: typer.Context,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
 ) -> None:
-    return None
+    if ctx.invoked_subcommand not in _SHARED_VERBS:
+        refuse_ranks(str(ctx.invoked_subcommand))
 
 
 @app.command()
@@ -269,7 +273,7 @@ def verify(
 ) -> None:
     """Prove a checkpoint against its source, value by value; or, with --engine, against what an engine accepts."""
     from mimoquant import describe
-    from mimoquant.errors import CheckpointError, UsageError
+    from mimoquant.errors import CheckpointError
 
     if source is None and engine is None:
         raise UsageError(f"there is nothing to hold {out} against", hint="give --source, --engine, or both")
@@ -386,7 +390,6 @@ def synth(
 ) -> None:
     """Write a small checkpoint in a real on-disk format, random or converted: for tests, demos and bug reports."""
     from mimoquant import describe
-    from mimoquant.errors import UsageError
     from mimoquant.synth import SynthSizes
     from mimoquant.synth import synth as run
 

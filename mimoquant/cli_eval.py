@@ -85,6 +85,9 @@ def evaluate_server(
     from mimoquant.evaluation.evaluate import open_layout
     from mimoquant.evaluation.served import eval_server
     from mimoquant.evaluation.server import connect
+    from mimoquant.team import refuse_ranks
+
+    refuse_ranks("eval-kl --server")
 
     place, vocab = resolve_device(device), open_layout(reference).geometry.vocab
     server = connect(

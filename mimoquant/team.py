@@ -33,6 +33,13 @@ RESUME = "a quantize run goes on with --resume, under any number of processes"
 _BOARD = "end of the run"
 
 
+def refuse_ranks(what: str) -> None:
+    """Raises UsageError where torchrun started several processes for what each of them would do whole."""
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    if ranks.isdecimal() and int(ranks) > 1:
+        raise UsageError(f"{what}: is the work of one process, {ranks} were started", hint="run it without torchrun")
+
+
 class Team:
     """This process among those of the run. A context manager: leaving it with an error ends the others too."""
 

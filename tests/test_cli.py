@@ -63,6 +63,33 @@ def test_inspect_and_plan_say_the_same_as_text_and_json() -> None:
     assert f"{planned['output_bytes']} bytes" in call("plan", MICRO, "--recipe", "nvfp4-mse").stdout
 
 
+def test_plan_tells_what_a_run_needs_of_this_machine(tmp_path: Path) -> None:
+    arguments = ("plan", MICRO, "-r", "int4-g32-mse", "--out", tmp_path / "out", "--measure", "--device", "cpu")
+    facts = json.loads(call(*arguments, "--json").stdout)
+    took = facts["estimate"]
+    assert took["bound_by"] in ("reading", "computing", "writing") and took["total_s"] == took[f"{took['bound_by']}_s"]
+    assert 0 < facts["host_memory_bytes"] < facts["machine"]["host_bytes"] and facts["gpu_memory_bytes"] == 0
+    assert facts["disk_free_bytes"] > facts["output_bytes"] and facts["experts_at_once"] == 8
+    text = call(*arguments).stdout
+    assert "bound by" in text and "host memory (here " in text and "free are " in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_cannot_fit_is_refused_before_it_begins(tmp_path: Path) -> None:
+    arguments = (MICRO, "-r", "gptq-int4-g32", "--sequences", "9999999", "--tokens", "4096", "--device", "cpu")
+    told = call("plan", *arguments)
+    assert told.exit_code == 0 and "note: quantize would refuse: " in told.stdout and "--sequences " in told.stdout
+    refused = call("quantize", *arguments, "--out", tmp_path / "out")
+    assert refused.exit_code == 2 and "GB of memory, here are" in refused.stderr and not list(tmp_path.iterdir())
+
+
+def test_what_ranks_cannot_share_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for arguments in (("inspect", MICRO), ("verify", MICRO), ("eval-kl", MICRO, "--server", "http://nowhere")):
+        result = call(*arguments)
+        assert result.exit_code == 2 and "is the work of one process, 2 were started" in result.stderr
+
+
 def test_quantize_then_verify(tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = call("quantize", MICRO, "-r", "mxfp4-rtn", "--out", out, "--device", "cpu", "--json")
