@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from mimoquant.model.geometry import Geometry
 from mimoquant.model.layout import ModelLayout
-from mimoquant.plan import Experts, Plan, Shapes, ranges
+from mimoquant.plan import Plan, ranges
 from mimoquant.report import SCHEMA_VERSION, size
 from mimoquant.serving.check import engine_lines, planned_facts, planned_lines
 from mimoquant.serving.facts import planned
+from mimoquant.units import Experts, Shapes
 
 
 def layout_facts(layout: ModelLayout) -> dict[str, Any]:
@@ -43,13 +45,19 @@ def layout_facts(layout: ModelLayout) -> dict[str, Any]:
             kind: {"heads": a.heads, "kv_heads": a.kv_heads, "head_dim": a.head_dim, "v_head_dim": a.v_head_dim}
             for kind, a in attention.items()
         },
-        "qkv": f"fused, {geometry.qkv_chunks} interleaved ranks" if geometry.fused_qkv else "split",
+        "qkv": _qkv(geometry),
         "mtp_layers": layout.mtp_layers,
         "bytes_by_role": {role: dict(sizes) for role, sizes in role_sizes(layout).items()},
         "layers_with_an_expert_in_two_files": split,
         "weights_parted_from_their_scale": parted,
         "unknown_tensors": layout.unknown,
     }
+
+
+def _qkv(geometry: Geometry) -> str:
+    if not geometry.fused_qkv:
+        return "split"
+    return f"fused, {geometry.qkv_chunks} interleaved ranks" if geometry.qkv_chunks > 1 else "fused [Q|K|V]"
 
 
 def _weights(layout: ModelLayout) -> str:

@@ -15,7 +15,8 @@ import numpy.typing as npt
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.container import expert_tensors
 from mimoquant.errors import CheckpointError
-from mimoquant.model.layout import FP8_BLOCK, PROJECTIONS, Geometry, ModelLayout, Weight
+from mimoquant.model.geometry import FP8_BLOCK, Geometry
+from mimoquant.model.layout import PROJECTIONS, ModelLayout, Weight
 from mimoquant.model.qkv import deinterleave_rows, scale_row_of
 from mimoquant.quant.formats import Format
 from mimoquant.quant.stack import Engine, NonFiniteError, Stack
@@ -67,7 +68,7 @@ def read_parts(
             for tensor in expert_tensors(container, fmt, *shape):
                 dtype = np.int32 if tensor.part == "zero_point" else kinds.get(layout[tensor.part][0], np.uint8)
                 values = reader.read(next(ordered)).view(dtype).reshape(layout[tensor.part][1])
-                parts[projection].setdefault(tensor.part, []).append(values)
+                parts[projection].setdefault(tensor.part, []).append(tensor.turned(values))
     return {p: {part: np.stack(arrays) for part, arrays in held.items()} for p, held in parts.items()}
 
 

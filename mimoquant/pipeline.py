@@ -23,23 +23,24 @@ import yaml
 
 import mimoquant
 from mimoquant.calibration.tokens import CalibrationRecord, TokenSet, load_tokens
-from mimoquant.checkpoint.hf_files import CONFIG_NAME, copy_side_files
+from mimoquant.checkpoint.hf_files import CONFIG_NAME, MODELOPT_CONFIG_NAME, copy_side_files
 from mimoquant.checkpoint.index import INDEX_NAME, open_shard
 from mimoquant.checkpoint.journal import JournalLine, RunFolder, free_bytes
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.checkpoint.writer import ShardWriter, write_file_durably
-from mimoquant.container import expert_tensors
+from mimoquant.container import MODELOPT, expert_tensors, hf_quant_config
 from mimoquant.deal import Task, deal
 from mimoquant.devices import make_engine, resolve_device
 from mimoquant.errors import CheckpointError, StoppedError, UsageError
 from mimoquant.layer_weights import dequantize, not_finite, output_tensors, read_experts, read_matrix
 from mimoquant.model.layout import PROJECTIONS
 from mimoquant.overlap import WriteBehind, read_ahead
-from mimoquant.plan import WRITE_QUEUE_BYTES, Copy, Dequantize, Experts, Plan, Shapes, Step, Unit
+from mimoquant.plan import WRITE_QUEUE_BYTES, Plan
 from mimoquant.quant.stack import Engine, NonFiniteError, Stack
 from mimoquant.report import QuantizeReport, fallbacks, model_card
 from mimoquant.team import Team
 from mimoquant.timeline import WAIT_READ, WAIT_WRITE, Timeline
+from mimoquant.units import Copy, Dequantize, Experts, Shapes, Step, Unit
 
 if TYPE_CHECKING:
     from mimoquant.calibrated import Calibrator
@@ -340,7 +341,7 @@ def _stored(plan: Plan, step: Experts, parts: Parts) -> Produced:
     for expert in range(step.end - step.begin):
         for projection in PROJECTIONS:
             for tensor in stored[projection]:
-                yield next(names).name, parts[projection][tensor.part][expert]
+                yield next(names).name, tensor.turned(parts[projection][tensor.part][expert])
 
 
 def _kept_experts(plan: Plan, step: Experts, stacks: dict[str, Stack], engine: Engine) -> Produced:
@@ -390,6 +391,8 @@ def written_texts(plan: Plan, finished: dict[str, JournalLine], calibration: dic
         "report.json": json.dumps(report.as_json(), indent=2),
         "README.md": model_card(plan, report),
     }
+    if plan.container == MODELOPT:
+        texts[MODELOPT_CONFIG_NAME] = json.dumps(hf_quant_config(plan.config, mimoquant.__version__), indent=2)
     return {name: (text.rstrip("\n") + "\n").encode() for name, text in texts.items()}
 
 

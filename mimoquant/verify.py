@@ -27,10 +27,11 @@ from mimoquant.errors import CheckpointError, MimoquantError, UsageError
 from mimoquant.layer_weights import dequantize, output_tensors, read_experts, read_matrix, read_parts
 from mimoquant.model.layout import PROJECTIONS, norm_name, router_name
 from mimoquant.pipeline import layer_of, written_texts
-from mimoquant.plan import Copy, Dequantize, Experts, Plan, Shapes, Unit, make_plan
+from mimoquant.plan import Plan, make_plan
 from mimoquant.quant.engine_cpu import CpuEngine
 from mimoquant.quant.stack import Audit
 from mimoquant.recipe import load_recipe
+from mimoquant.units import Copy, Dequantize, Experts, Shapes, Unit
 
 Array = npt.NDArray[Any]
 SCHEMA_VERSION = 1
@@ -280,6 +281,16 @@ class _Values:
             for number in unshared.tolist():
                 name = self.plan.layout.expert(step.layer, step.begin + number, "gate").name
                 self.report.problem(f"{name}: gate and up have different global scales, engines use one")
+        if step.fmt.pow2_global:
+            self._pow2(step, stored)
+
+    def _pow2(self, step: Experts, stored: dict[str, dict[str, Array]]) -> None:
+        """Global scales that are another number than quantize writes, be it by one bit."""
+        for projection in PROJECTIONS:
+            mantissa = stored[projection]["global_scale"].ravel().view(np.uint32) & 0x7FFFFF
+            for number in np.flatnonzero(mantissa).tolist():
+                name = self.plan.layout.expert(step.layer, step.begin + number, projection).name
+                self.report.problem(f"{name}: its weight_scale_2 is no power of two")
 
     def _judge(self, name: str, audit: Audit) -> None:
         report = self.report

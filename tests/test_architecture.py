@@ -35,31 +35,34 @@ ALLOWED: dict[str, set[str]] = {
     "coverage_page": {"describe", "report_page"},
     "calibration": {"errors", "model.decoder_layer"},
     # what joins two of them
-    "container": {"quant.formats"},
+    "container": {"model.layout", "quant.formats"},
     "recipe": {"errors", "container", "quant.formats", "quant.method", "recipe_calibration"},
     "recipe_calibration": set(),
     "devices": {"errors", "quant"},
     "model_weights": {"errors", "checkpoint", "layer_weights", "model", "quant"},
     "layer_weights": {"errors", "checkpoint.reader", "container", "model", "quant.formats", "quant.stack"},
     # what joins all of them
-    "plan": {"errors", "checkpoint", "container", "model", "quant.formats", "recipe"},
-    "deal": {"plan"},
+    "units": {"errors", "checkpoint", "container", "model", "quant.formats"},
+    "plan": {"errors", "checkpoint", "container", "model", "quant.formats", "recipe", "units"},
+    "deal": {"plan", "units"},
     "portions": {"model", "model_weights", "team"},
     "calibrated": {"errors", "calibration", "checkpoint.reader", "layer_weights", "model", "model_weights", "plan",
-                   "portions", "quant", "team"},
+                   "portions", "quant", "team", "units"},
     "pipeline": {"errors", "calibrated", "calibration.tokens", "checkpoint", "container", "deal", "devices",
-                 "layer_weights", "model", "overlap", "plan", "quant.stack", "recipe", "report", "team", "timeline"},
-    "verify": {"errors", "checkpoint", "layer_weights", "model", "pipeline", "plan", "quant", "recipe",
+                 "layer_weights", "model", "overlap", "plan", "quant.stack", "recipe", "report", "team", "timeline",
+                 "units"},
+    "verify": {"errors", "checkpoint", "layer_weights", "model", "pipeline", "plan", "quant", "recipe", "units",
                "verify_calibrated"},
     "verify_calibrated": {"quant", "recipe"},
     "evaluation": {"errors", "calibration", "checkpoint", "model", "model_weights", "plan", "team"},
     "synth_files": {"checkpoint", "model"},
     "synth_weights": {"errors", "checkpoint", "layer_weights", "model"},
     "synth": {"errors", "checkpoint", "layer_weights", "model", "synth_files", "synth_weights"},
-    "serving": {"errors", "checkpoint.index", "container", "model.layout", "plan", "quant.formats", "report"},
+    "serving": {"errors", "checkpoint.index", "container", "model.geometry", "model.layout", "plan", "quant.formats",
+                "report", "units"},
     "page_files": {"errors"},
     "choices": set(),
-    "describe": {"model", "plan", "report", "serving"},
+    "describe": {"model", "plan", "report", "serving", "units"},
     # the edge, which nothing imports
     "cli": {"errors", "calibration", "checkpoint", "choices", "coverage_page", "describe", "devices", "evaluation",
             "model", "page_files", "pipeline", "plan", "progress", "recipe", "report", "report_page", "server_text",
@@ -67,7 +70,7 @@ ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
 }  # fmt: skip
 # for annotations only, under `if TYPE_CHECKING:`; nothing is loaded
-ALLOWED_FOR_TYPES: dict[str, set[str]] = {"page_files": {"plan"}, "progress": {"plan"}, "report": {"plan"}}
+ALLOWED_FOR_TYPES: dict[str, set[str]] = {"page_files": {"plan"}, "progress": {"plan", "units"}, "report": {"plan"}}
 
 
 def modules() -> dict[str, Path]:

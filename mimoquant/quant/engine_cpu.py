@@ -56,7 +56,7 @@ class CpuEngine:
 
         Returns projection → part → array with leading E. Raises NonFiniteError naming projection and expert.
         """
-        global_scales = self._global_scales(stacks, search) if fmt.name == "nvfp4" else {}
+        global_scales = self._global_scales(stacks, search, fmt) if fmt.name == "nvfp4" else {}
         tried = multipliers(fmt.name, search)
         begun = {p: self._begin(stack, fmt, tried, global_scales.get(p), None) for p, stack in stacks.items()}
         return {projection: _finish(projection, fmt, *work) for projection, work in begun.items()}
@@ -118,7 +118,7 @@ class CpuEngine:
             for begin in range(0, rows, self._SLAB):
                 yield expert, begin, min(begin + self._SLAB, rows)
 
-    def _global_scales(self, stacks: dict[str, Stack], search: str) -> dict[str, Array]:
+    def _global_scales(self, stacks: dict[str, Stack], search: str, fmt: Format) -> dict[str, Array]:
         largest: dict[str, Array] = {}
         for projection, stack in stacks.items():
             experts, rows, width = stack.values.shape
@@ -130,7 +130,7 @@ class CpuEngine:
                 raise NonFiniteError(projection, bad)
             largest[projection] = np.array([value for value, _ in results], np.float32)
         shared = np.maximum(largest["gate"], largest["up"])
-        return {p: _nvfp4_global_scale(shared if p in ("gate", "up") else largest[p], search) for p in stacks}
+        return {p: _nvfp4_global_scale(shared if p in ("gate", "up") else largest[p], search, fmt) for p in stacks}
 
 
 def _amax(source: tuple[Array, ...], rows: int, width: int) -> tuple[float, int]:
@@ -225,12 +225,12 @@ def _encode_rows(
     return int(kernels.encode_nvfp4(*source, begin, end, tried, global_scale, weigh, codes, scale))
 
 
-def _nvfp4_global_scale(amax: Array, search: str) -> Array:
+def _nvfp4_global_scale(amax: Array, search: str, fmt: Format) -> Array:
     """See `engine_torch.nvfp4_global_scale`."""
     with np.errstate(over="ignore"):
         scale = np.float32(NVFP4_RANGE[search] * 6.0) / np.maximum(amax, np.finfo(np.float32).tiny)
     scale[np.isinf(scale)] = 1
-    return scale
+    return (scale.view(np.uint32) & np.uint32(0x7F800000)).view(np.float32) if fmt.pow2_global else scale
 
 
 def _pack_zero_points(zero: Array) -> Array:

@@ -14,7 +14,8 @@ from typing import Any
 
 from mimoquant.container import COMPRESSED_TENSORS
 from mimoquant.errors import CheckpointError
-from mimoquant.model.layout import FP8_BLOCK, PROJECTIONS
+from mimoquant.model.geometry import FP8_BLOCK
+from mimoquant.model.layout import PROJECTIONS
 from mimoquant.plan import ranges
 from mimoquant.serving import contracts as c
 from mimoquant.serving.facts import Served, Stored

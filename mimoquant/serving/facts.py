@@ -14,15 +14,8 @@ from typing import Any, Protocol
 
 from mimoquant.checkpoint.index import open_index
 from mimoquant.container import COMPRESSED_TENSORS, NATIVE, expert_tensors, shape_tensor
-from mimoquant.model.layout import (
-    FP8_BLOCK,
-    PROJECTIONS,
-    TOWER_PREFIXES,
-    Attention,
-    Geometry,
-    read_geometry,
-    read_layout,
-)
+from mimoquant.model.geometry import FP8_BLOCK, Attention, Geometry, read_geometry
+from mimoquant.model.layout import PROJECTIONS, TOWER_PREFIXES, read_layout
 from mimoquant.plan import Plan, read_config
 from mimoquant.quant.formats import Format
 from mimoquant.serving import contracts

@@ -200,7 +200,7 @@ def test_the_search_never_makes_a_group_worse(fmt: Format, data: st.DataObject) 
     for stack in stacks.values():
         weights = bf16_values(stack)
         weight = torch.from_numpy(weights).to(torch.bfloat16)
-        shared = engine_torch.nvfp4_global_scale(engine_torch.amax(weight), "mse")
+        shared = engine_torch.nvfp4_global_scale(engine_torch.amax(weight), "mse", fmt)
         errors = {}
         for search in ("absmax", "mse"):
             decoded = decode(engine_torch.encode(weight, fmt, search, shared), fmt).double().numpy()
@@ -215,7 +215,7 @@ def test_the_search_helps() -> None:
     for fmt in FORMATS:
         error = {}
         for search in ("absmax", "mse"):
-            scale = engine_torch.nvfp4_global_scale(engine_torch.amax(weight), search)
+            scale = engine_torch.nvfp4_global_scale(engine_torch.amax(weight), search, fmt)
             decoded = decode(engine_torch.encode(weight, fmt, search, scale), fmt)
             error[search] = float((decoded - weight.float()).square().mean())
         assert error["mse"] < 0.99 * error["absmax"], fmt.label

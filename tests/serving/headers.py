@@ -12,7 +12,8 @@ from typing import Any
 
 from mimoquant.checkpoint.index import DTYPE_BYTES
 from mimoquant.container import NATIVE, expert_tensors, output_config, shape_tensor
-from mimoquant.model.layout import PROJECTIONS, Geometry, _layer_rows, _mtp_rows, read_geometry, scale_row_counts
+from mimoquant.model.geometry import Geometry, read_geometry
+from mimoquant.model.layout import PROJECTIONS, _layer_rows, _mtp_rows, scale_row_counts
 from mimoquant.quant.formats import Format
 from mimoquant.serving.facts import Served, served
 
