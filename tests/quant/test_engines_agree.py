@@ -24,6 +24,7 @@ from mimoquant.quant.stack import NonFiniteError, Stack
 FORMATS = [Format("int4", size, symmetric) for size in (32, 64, 128) for symmetric in (True, False)] + [
     Format("mxfp4", 32),
     Format("nvfp4", 16),
+    Format("nvfp4", 16, pow2_global=True),
 ]
 CASES = [pytest.param(fmt, search, id=f"{fmt.label} {search}") for fmt in FORMATS for search in ("absmax", "mse")]
 PROJECTIONS = ("gate", "up", "down")
@@ -237,6 +238,10 @@ def test_gate_and_up_share_the_global_scale(search: str) -> None:
         np.testing.assert_allclose(scales["gate"][:, 0], NVFP4_RANGE[search] * 6 / shared, rtol=1e-7)
         np.testing.assert_allclose(scales["down"][:2, 0], NVFP4_RANGE[search] * 6 / largest["down"][:2], rtol=1e-7)
         assert scales["down"][2, 0] == 1, "an expert of zeros needs no scaling"
+        rounded = engine.encode(stacks, Format("nvfp4", 16, pow2_global=True), search)
+        for projection, exact in scales.items():
+            powers = np.exp2(np.floor(np.log2(exact.astype(np.float64))))
+            np.testing.assert_array_equal(rounded[projection]["global_scale"], powers)
 
 
 # NaNs come with any payload: a block of 0xFF bytes is what a failed disk or download leaves behind
