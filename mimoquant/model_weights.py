@@ -11,10 +11,10 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from mimoquant.checkpoint.index import DTYPE_BYTES, TensorInfo
+from mimoquant.checkpoint.index import TensorInfo
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.errors import CheckpointError
-from mimoquant.layer_weights import dequantize, read_matrix, read_stack
+from mimoquant.layer_weights import dequantize, packed_format, part_name, read_matrix, read_stack
 from mimoquant.model.decoder_layer import (
     AttentionWeights,
     DenseWeights,
@@ -27,7 +27,6 @@ from mimoquant.model.geometry import MXFP8_BLOCK
 from mimoquant.model.layout import PROJECTIONS, ModelLayout, Weight
 from mimoquant.model.qkv import deinterleave_rows
 from mimoquant.quant.engine_torch import TorchEngine, decode, dequantize_fp8, exp2
-from mimoquant.quant.formats import Format
 
 CHUNK_ELEMENTS = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}  # weights of the experts that are decoded together
 
@@ -124,7 +123,7 @@ class CheckpointWeights:
         parts = {"codes": self._parts([weight.info for weight in weights], torch.uint8)}
         parts["codes"] = parts["codes"].reshape(len(weights), weights[0].info.shape[0], -1)
         for place, info in enumerate(weights[0].packed):
-            part = _part(info)
+            part = part_name(info)
             if part not in _NOT_OF_WEIGHTS:
                 parts[part] = self._parts([weight.packed[place] for weight in weights], _TORCH[info.dtype])
         return decode(parts, fmt).to(torch.bfloat16)
@@ -139,35 +138,4 @@ class CheckpointWeights:
 
 _TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I32": torch.int32, "U8": torch.uint8,
           "F8_E4M3": torch.float8_e4m3fn}  # fmt: skip
-
-
 _NOT_OF_WEIGHTS = ("shape", "input_scale")
-
-
-def _part(info: TensorInfo) -> str:
-    """`...gate_proj.weight_global_scale` → `global_scale`; ModelOpt's `weight_scale_2` → `multiplier`."""
-    suffix = info.name.rpartition(".")[2].removeprefix("weight_")
-    return "multiplier" if suffix == "scale_2" else suffix
-
-
-def packed_format(weight: Weight) -> Format:
-    """The format of a 4-bit expert, from what is stored of it.
-
-    Raises CheckpointError for a combination of dtypes that is none of ours.
-    """
-    infos = {_part(info): info for info in weight.packed}
-    scale, rows, zero = infos["scale"], weight.info.shape[0], infos.get("zero_point")
-    if scale.dtype == "F8_E4M3" and not infos.keys() & {"global_scale", "multiplier"}:
-        missing = "weight_scale_2" if weight.info.name.endswith(".weight") else "weight_global_scale"
-        raise CheckpointError(f"{weight.info.name}: NVFP4 scales need a {missing}, which is missing")
-    if zero is not None and zero.dtype != "I32":
-        raise CheckpointError(f"{zero.name}: is {zero.dtype}; packed zero points are I32")
-    group = weight.info.size_bytes * 2 // rows * rows // (scale.size_bytes // DTYPE_BYTES[scale.dtype])
-    try:
-        if scale.dtype == "U8":
-            return Format("mxfp4", group)
-        if scale.dtype == "F8_E4M3":
-            return Format("nvfp4", group)
-        return Format("int4", group, symmetric=zero is None)
-    except ValueError as error:
-        raise CheckpointError(f"{weight.info.name}: {error} (scale {scale.dtype}{list(scale.shape)})") from error

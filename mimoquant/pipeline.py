@@ -36,6 +36,7 @@ from mimoquant.layer_weights import dequantize, not_finite, output_tensors, read
 from mimoquant.model.layout import PROJECTIONS
 from mimoquant.overlap import WriteBehind, read_ahead
 from mimoquant.plan import WRITE_QUEUE_BYTES, Plan
+from mimoquant.quant.cast import InexactError, cast
 from mimoquant.quant.stack import Engine, NonFiniteError, Stack
 from mimoquant.report import QuantizeReport, fallbacks, model_card
 from mimoquant.team import Team
@@ -327,9 +328,16 @@ def _refuse_non_finite(step: Copy, block: Array) -> None:
 def _encoded(plan: Plan, step: Experts, stacks: dict[str, Stack], engine: Engine) -> Parts:
     assert step.fmt is not None
     try:
-        return engine.encode(stacks, step.fmt, plan.recipe.scale_search)
+        return cast(stacks) if plan.recipe.casts else engine.encode(stacks, step.fmt, plan.recipe.scale_search)
     except NonFiniteError as error:
         raise not_finite(plan.layout.expert(step.layer, step.begin + error.expert, error.projection).name) from error
+    except InexactError as error:
+        weight = plan.layout.expert(step.layer, step.begin + error.expert, error.projection)
+        raise CheckpointError(
+            f"{weight.name}: {error.blocks} of its blocks of 32 have an exponent more than 17 below the largest of its "
+            "matrix (of gate and up together), which NVFP4 cannot hold exactly",
+            hint="keep MXFP4 for this checkpoint, or quantize the published FP8 files with nvfp4-mse",
+        ) from error
 
 
 def _stored(plan: Plan, step: Experts, parts: Parts) -> Produced:

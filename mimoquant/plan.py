@@ -18,6 +18,7 @@ from mimoquant.checkpoint.hf_files import CONFIG_NAME, side_files
 from mimoquant.checkpoint.index import CheckpointIndex, open_index, read_json_object, resolve_inside
 from mimoquant.container import COMPRESSED_TENSORS, MODELOPT, NATIVE, keeps_fp8, output_config
 from mimoquant.errors import RecipeError
+from mimoquant.layer_weights import packed_format
 from mimoquant.model.layout import PROJECTIONS, ModelLayout, read_layout
 from mimoquant.quant.formats import Format
 from mimoquant.recipe import Recipe
@@ -124,8 +125,10 @@ def make_plan(
     """
     index = open_index(source)
     config = read_config(index)
-    layout = read_layout(index, config, allow_unknown=allow_unknown)
+    layout = read_layout(index, config, allow_unknown=allow_unknown, packed=recipe.casts)
     formats, carve_outs = _resolve_layers(layout, recipe)
+    if recipe.casts:
+        _check_cast(layout, recipe, formats)
     _check_shapes(layout, recipe, formats)
     notes: list[str] = []
     chosen = _choose_container(layout, recipe, container or recipe.container, formats, carve_outs, notes)
@@ -212,6 +215,19 @@ def _check_shapes(layout: ModelLayout, recipe: Recipe, formats: dict[int, Format
             problem = fmt.misfit(*layout.geometry.expert_shape(projection))
             if problem:
                 raise RecipeError(f"recipe {recipe.name}: experts' {projection}_proj cannot be {fmt.label}: {problem}")
+
+
+def _check_cast(layout: ModelLayout, recipe: Recipe, formats: dict[int, Format]) -> None:
+    """What is cast is MXFP4, and what is kept is not packed."""
+    for (layer, _, _), weight in layout.experts.items():
+        found = packed_format(weight).label if weight.packed else "fp8" if weight.scale else "bf16"
+        if layer in formats and found != "mxfp4":
+            raise RecipeError(
+                f"recipe {recipe.name}: casts MXFP4 experts, {weight.name} is {found}",
+                hint="quantize such a source by another recipe" if not weight.packed else None,
+            )
+        if layer not in formats and weight.packed:
+            raise RecipeError(f"recipe {recipe.name}: layer {layer} cannot be kept, its experts are in 4 bits already")
 
 
 def _choose_container(

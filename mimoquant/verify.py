@@ -269,6 +269,8 @@ class _Values:
             from mimoquant.verify_calibrated import audits
 
             judged = audits(stored, stacks, step.fmt, self.plan.recipe, self.fold)
+        elif self.plan.recipe.casts:
+            judged = {p: self.engine.audit_cast(stacks[p], step.fmt, stored[p]) for p in PROJECTIONS}
         else:
             search = self.plan.recipe.scale_search
             judged = {p: self.engine.audit(stacks[p], step.fmt, search, stored[p]) for p in PROJECTIONS}
@@ -304,6 +306,8 @@ class _Values:
                 f"{name}: its values are far from the source's, relMSE {audit.relative_error:.3g} "
                 f"against at most {RELATIVE_ERROR_LIMIT}"
             )
+        elif audit.outside and self.plan.recipe.casts:
+            report.problem(f"{name}: {audit.outside} blocks of 16 do not have the source's values")
         elif audit.outside and self.plan.recipe.calibrated:
             least = "at least " if self.plan.recipe.real_fold else ""  # one a channel
             report.problem(f"{name}: {least}{audit.outside} codes are not the nearest on their scale")

@@ -170,7 +170,7 @@ def _quant_method(config: dict[str, Any], where: str, *, packed: bool) -> str | 
     if not packed and (elsewhere or quantization.get("store_dtype") == "mxfp4"):
         raise CheckpointError(
             f"{where}: the experts are quantized already",
-            hint="quantize starts from the published FP8 or bf16 files",
+            hint="quantize starts from the published FP8 or bf16 files; the recipe nvfp4-cast takes MXFP4 experts",
         )
     if method == "compressed-tensors":
         known = {}

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mimoquant.quant import cpu_kernels as kernels
+from mimoquant.quant.cast import nonzero_blocks
 from mimoquant.quant.formats import E2M1_VALUES, NVFP4_RANGE, Format, multipliers
 from mimoquant.quant.stack import Audit, NonFiniteError, Stack
 
@@ -100,6 +101,19 @@ class CpuEngine:
             audits[expert] = audits[expert].merge(Audit(*task.result()))
         positive = [bool((np.isfinite(one) & (one > 0)).all()) for one in scale]
         return [audit._replace(scales_ok=ok) for audit, ok in zip(audits, positive, strict=True)]
+
+    def audit_cast(self, stack: Stack, fmt: Format, parts: dict[str, Array]) -> list[Audit]:
+        """Hold NVFP4 parts against the MXFP4 they were cast from; `outside` counts blocks of 16 of other values."""
+        assert stack.scales is not None
+        wanted = np.repeat(_effective_scale(Format("mxfp4", 32), {"scale": stack.scales}), 2, axis=-1)
+        scale, shape = _effective_scale(fmt, parts), (*wanted.shape, 8)
+        wrong = (parts["codes"].reshape(shape) != stack.values.reshape(shape)).max(-1)
+        wrong |= (scale != wanted) & nonzero_blocks(stack.values, 8)
+        audits = []
+        for blocks, one in zip(wrong, scale, strict=True):
+            positive = bool((np.isfinite(one) & (one > 0)).all())
+            audits.append(Audit(0.0, int(blocks.sum()), 0.0, 0.0, positive))
+        return audits
 
     def dequantize(self, values: Array, block_scales: Array, scale_row: Array) -> Array:
         """One FP8 matrix [O, I] as bf16 bits. Raises NonFiniteError."""
