@@ -34,7 +34,7 @@ from mimoquant.layer_weights import not_finite, read_experts, read_parts
 from mimoquant.model.decoder_layer import DenseWeights, ExpertChunk, LayerWeights, Router
 from mimoquant.model.layout import PROJECTIONS, norm_name, router_name
 from mimoquant.model_weights import CheckpointWeights
-from mimoquant.plan import Experts, Plan, Unit
+from mimoquant.plan import Plan
 from mimoquant.portions import Portions, Seen
 from mimoquant.quant.awq import best_fold, divided_by, inverse, moved, scaled, settled
 from mimoquant.quant.engine_torch import TorchEngine, amax, decode, nvfp4_global_scale, stored_parts, to_numpy
@@ -43,6 +43,7 @@ from mimoquant.quant.formats import Format
 from mimoquant.quant.method import Method
 from mimoquant.quant.stack import Stack
 from mimoquant.team import Team
+from mimoquant.units import Experts, Unit
 
 Array = npt.NDArray[Any]
 Parts = dict[str, dict[str, Array]]  # projection → part → [E, ...]
@@ -371,14 +372,14 @@ def _gate_and_up(chunk: ExpertChunk) -> Tensor:
 
 
 def _encode(weight: Tensor, gram: Tensor, fmt: Format, method: Method) -> Encoded:
-    return encode_with(weight, gram, fmt, method, nvfp4_global_scale(amax(weight), method.search))
+    return encode_with(weight, gram, fmt, method, nvfp4_global_scale(amax(weight), method.search, fmt))
 
 
 def _losses(weight: Tensor, values: Tensor, gram: Tensor, fmt: Format) -> Tensor:
     """[3, E]: the output's energy, what quantizing lost of it, what plain rounding loses. Of a matrix with thousands of
     rows one in several stands for all."""
     step = max(1, weight.shape[1] // TOLD_ROWS)
-    rows, scale = weight[:, ::step].contiguous(), nvfp4_global_scale(amax(weight), "absmax")
+    rows, scale = weight[:, ::step].contiguous(), nvfp4_global_scale(amax(weight), "absmax", fmt)
     plain = encode_with(rows, gram, fmt, Method("absmax"), scale).values
     return torch.stack([energy(rows, gram), loss(rows, values[:, ::step], gram), loss(rows, plain, gram)])
 

@@ -10,6 +10,7 @@ class Container(StrEnum):
 
     COMPRESSED_TENSORS = "compressed-tensors"
     NATIVE = "native"
+    MODELOPT = "modelopt"
 
 
 class Layout(StrEnum):

@@ -6,59 +6,92 @@ builds config.json's `quantization_config`. What the engines accept was read fro
     compressed-tensors   no FP8 `weight_scale_inv` exists there, so FP8 attention, dense MLP and MTP become bf16, and a
                          fused qkv becomes split q, k, v: the one bf16 layout both engines load rightly at any TP
     native               the family's own `store_dtype: mxfp4` under `quant_method: fp8`: all else stays as it was
+    modelopt             NVFP4 as ModelOpt exports it: MIXED_PRECISION, whose `quantized_layers` name the experts and
+                         nothing else, each W4A16_NVFP4 (weights only, so there is no `input_scale`). All else as under
+                         compressed-tensors: 128x128 FP8 has a name there (FP8_PB_WO), but vLLM reads `weight_scale`
+                         [o, 1, i, 1] where SGLang reads `weight_scale_inv` [o, i], and neither a chunk-wise blocked qkv
+
+ModelOpt stores a multiplier, `weight_scale_2`, where the formats here have a divisor. Its global scales are powers of
+two (`Format.pow2_global`): both are exact, and so is every product of code, block scale and global scale, in bf16 and
+in any order. What a reader computes is then what `verify` and `eval-kl` judge, to the bit.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+from mimoquant.model.layout import PROJECTIONS, expert_module
 from mimoquant.quant.formats import Format
 
-COMPRESSED_TENSORS, NATIVE = "compressed-tensors", "native"
-CONTAINERS = (COMPRESSED_TENSORS, NATIVE)
+COMPRESSED_TENSORS, NATIVE, MODELOPT = "compressed-tensors", "native", "modelopt"
+CONTAINERS = (COMPRESSED_TENSORS, NATIVE, MODELOPT)
 EXPERT_TARGET = r"re:.*mlp\.experts\.\d+\.(gate|up|down)_proj$"
 # Everything but the experts: SGLang 0.5.23 stops at a matrix that is in neither targets nor ignore. The name of a whole
 # layer of experts must not match either, engines look that up too.
 NOT_EXPERTS = r"re:^(?!.*\.mlp\.experts(\.|$)).*$"
 FORMAT_VERSION = "0.19.0"  # of compressed-tensors, whose layout this is
 
+# Part of a format → its suffix on disk, in the order in which the parts of a module are written.
+_SUFFIXES = {
+    COMPRESSED_TENSORS: {"global_scale": "weight_global_scale", "codes": "weight_packed",
+                         "zero_point": "weight_zero_point", "scale": "weight_scale"},
+    NATIVE: {"codes": "weight", "scale": "weight_scale"},
+    MODELOPT: {"global_scale": "weight_scale_2", "codes": "weight", "scale": "weight_scale"},
+}  # fmt: skip
 _COMPRESSED_FORMAT = {"int4": "pack-quantized", "mxfp4": "mxfp4-pack-quantized", "nvfp4": "nvfp4-pack-quantized"}
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """One tensor of a quantized expert: the part of the format it holds, its name suffix, dtype and shape."""
+    """One tensor of a quantized expert: the part of the format it holds, its name suffix, dtype and shape.
+
+    `reciprocal`: what is stored is one over the part.
+    """
 
     part: str
     suffix: str
     dtype: str
     shape: tuple[int, ...]
+    reciprocal: bool = False
+
+    def turned(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """The part as it is stored, or what is stored as the part."""
+        if not self.reciprocal:
+            return values
+        with np.errstate(divide="ignore"):
+            return np.float32(1) / values
 
 
 @functools.lru_cache  # asked once an expert, and there are tens of thousands with a handful of shapes
 def expert_tensors(container: str, fmt: Format, out_features: int, in_features: int) -> tuple[Stored, ...]:
     """The tensors that stand for `<module>.weight` [out_features, in_features], in the order they are written."""
     parts = fmt.parts(out_features, in_features)
-    if container == NATIVE:
-        names = {"codes": "weight", "scale": "weight_scale"}
-    else:
-        names = {"global_scale": "weight_global_scale", "codes": "weight_packed", "zero_point": "weight_zero_point",
-                 "scale": "weight_scale"}  # fmt: skip
-    stored = [Stored(part, suffix, *parts[part]) for part, suffix in names.items() if part in parts]
-    if fmt.name == "int4":  # the same bytes, declared as eight codes a word
-        stored = [
-            Stored(t.part, t.suffix, "I32", (out_features, in_features // 8)) if t.part == "codes" else t
-            for t in stored
-        ]
+    stored = []
+    for part, suffix in _SUFFIXES[container].items():
+        if part == "codes" and fmt.name == "int4":  # the same bytes, declared as eight codes a word
+            stored.append(Stored(part, suffix, "I32", (out_features, in_features // 8)))
+        elif part == "global_scale" and part in parts and container == MODELOPT:
+            stored.append(Stored(part, suffix, "F32", (), reciprocal=True))
+        elif part in parts:
+            stored.append(Stored(part, suffix, *parts[part]))
     return tuple(stored)
 
 
 def shape_tensor(container: str, fmt: Format) -> bool:
     """Whether each module also has `weight_shape`, I64 [2]; vLLM's loader asks for it."""
     return container == COMPRESSED_TENSORS and fmt.name == "int4"
+
+
+def keeps_fp8(container: str) -> bool:
+    """Whether what lies beside the experts goes out as it is stored, with FP8 block scales; else it becomes bf16."""
+    return container == NATIVE
 
 
 def output_config(
@@ -76,8 +109,32 @@ def output_config(
         return out
     if out.get("attention_projection_layout") == "fused_qkv":
         out["attention_projection_layout"] = "split"
-    out["quantization_config"] = _compressed_tensors_config(formats, carve_outs)
+    if container == MODELOPT:
+        out["quantization_config"] = {"quant_method": "modelopt"} | _modelopt_settings(config, formats)
+    else:
+        out["quantization_config"] = _compressed_tensors_config(formats, carve_outs)
     return out
+
+
+def hf_quant_config(config: dict[str, Any], version: str) -> dict[str, Any]:
+    """ModelOpt's own file beside config.json, for readers that look there: the same settings, under its names."""
+    settings = dict(config["quantization_config"])
+    del settings["quant_method"]
+    settings["exclude_modules"] = settings.pop("ignore")
+    return {"producer": {"name": "mimoquant", "version": version}, "quantization": settings}
+
+
+def _modelopt_settings(config: dict[str, Any], layers: Iterable[int]) -> dict[str, Any]:
+    """What is not in `quantized_layers` is left alone by both engines: attention, MTP (also under the draft's own
+    prefix), head and towers need no entry."""
+    modules = (expert_module(layer, expert, projection) for layer in sorted(layers)
+               for expert in range(config["n_routed_experts"]) for projection in PROJECTIONS)  # fmt: skip
+    return {
+        "quant_algo": "MIXED_PRECISION",
+        "kv_cache_quant_algo": None,
+        "ignore": [],
+        "quantized_layers": {module: {"quant_algo": "W4A16_NVFP4", "group_size": 16} for module in modules},
+    }
 
 
 def _compressed_tensors_config(formats: dict[int, Format], carve_outs: dict[int, str]) -> dict[str, Any]:

@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mimoquant.checkpoint.journal import JournalLine, free_bytes
-from mimoquant.model.layout import Geometry, ModelLayout
+from mimoquant.model.geometry import Geometry
+from mimoquant.model.layout import ModelLayout
 from mimoquant.needs import Machine, largest_chunk, needs, refusal
-from mimoquant.plan import Experts, Plan, Shapes, ranges
+from mimoquant.plan import Plan, ranges
 from mimoquant.relayout import RelayoutPlan
 from mimoquant.report import SCHEMA_VERSION, size
 from mimoquant.serving.check import engine_lines, planned_facts, planned_lines
 from mimoquant.serving.facts import planned
+from mimoquant.units import Experts, Shapes
 
 if TYPE_CHECKING:
     from mimoquant.rehearsal import Estimate

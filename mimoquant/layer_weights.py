@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mimoquant.checkpoint.index import DTYPE_BYTES, TensorInfo
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.container import expert_tensors
 from mimoquant.errors import CheckpointError
-from mimoquant.model.layout import FP8_BLOCK, PROJECTIONS, Geometry, ModelLayout, Weight
+from mimoquant.model.geometry import FP8_BLOCK, Geometry
+from mimoquant.model.layout import PROJECTIONS, ModelLayout, Weight
 from mimoquant.model.qkv import Indexes, deinterleave_rows, scale_row_of
 from mimoquant.quant.formats import Format
 from mimoquant.quant.stack import Engine, NonFiniteError, Stack
@@ -36,6 +38,8 @@ def read_experts(
 
 
 def read_stack(reader: CheckpointReader, weights: list[Weight], empty: Callable[..., Array] = np.empty) -> Stack:
+    if weights[0].packed:
+        return _read_codes(reader, weights, empty)
     fp8 = weights[0].scale is not None
     if any((weight.scale is not None) != fp8 for weight in weights):
         raise CheckpointError(f"{weights[0].name}: its neighbours have another dtype; a layer's experts must share one")
@@ -48,6 +52,45 @@ def read_stack(reader: CheckpointReader, weights: list[Weight], empty: Callable[
         (w.scale, target.reshape(-1).view(np.uint8)) for w, target in zip(weights, scales, strict=True) if w.scale
     )
     return Stack(values, scales)
+
+
+def _read_codes(reader: CheckpointReader, weights: list[Weight], empty: Callable[..., Array]) -> Stack:
+    """Experts in MXFP4, which the caller knows them to be: packed codes and E8M0 exponents, as stored."""
+    scale = [next(info for info in weight.packed if part_name(info) == "scale") for weight in weights]
+    codes = empty((len(weights), *weights[0].info.shape), np.uint8)
+    exponents = empty((len(weights), *scale[0].shape), np.uint8)
+    for infos, targets in (([weight.info for weight in weights], codes), (scale, exponents)):
+        reader.read_many((info, target.reshape(-1)) for info, target in zip(infos, targets, strict=True))
+    return Stack(codes, exponents)
+
+
+def part_name(info: TensorInfo) -> str:
+    """`...gate_proj.weight_global_scale` → `global_scale`; ModelOpt's `weight_scale_2` → `multiplier`."""
+    suffix = info.name.rpartition(".")[2].removeprefix("weight_")
+    return "multiplier" if suffix == "scale_2" else suffix
+
+
+def packed_format(weight: Weight) -> Format:
+    """The format of a 4-bit expert, from what is stored of it.
+
+    Raises CheckpointError for a combination of dtypes that is none of ours.
+    """
+    infos = {part_name(info): info for info in weight.packed}
+    scale, rows, zero = infos["scale"], weight.info.shape[0], infos.get("zero_point")
+    if scale.dtype == "F8_E4M3" and not infos.keys() & {"global_scale", "multiplier"}:
+        missing = "weight_scale_2" if weight.info.name.endswith(".weight") else "weight_global_scale"
+        raise CheckpointError(f"{weight.info.name}: NVFP4 scales need a {missing}, which is missing")
+    if zero is not None and zero.dtype != "I32":
+        raise CheckpointError(f"{zero.name}: is {zero.dtype}; packed zero points are I32")
+    group = weight.info.size_bytes * 2 // rows * rows // (scale.size_bytes // DTYPE_BYTES[scale.dtype])
+    try:
+        if scale.dtype == "U8":
+            return Format("mxfp4", group)
+        if scale.dtype == "F8_E4M3":
+            return Format("nvfp4", group)
+        return Format("int4", group, symmetric=zero is None)
+    except ValueError as error:
+        raise CheckpointError(f"{weight.info.name}: {error} (scale {scale.dtype}{list(scale.shape)})") from error
 
 
 def read_parts(
@@ -67,7 +110,7 @@ def read_parts(
             for tensor in expert_tensors(container, fmt, *shape):
                 dtype = np.int32 if tensor.part == "zero_point" else kinds.get(layout[tensor.part][0], np.uint8)
                 values = reader.read(next(ordered)).view(dtype).reshape(layout[tensor.part][1])
-                parts[projection].setdefault(tensor.part, []).append(values)
+                parts[projection].setdefault(tensor.part, []).append(tensor.turned(values))
     return {p: {part: np.stack(arrays) for part, arrays in held.items()} for p, held in parts.items()}
 
 

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from mimoquant.checkpoint.index import DTYPE_BYTES, TensorInfo
+from mimoquant.checkpoint.index import TensorInfo
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.errors import CheckpointError
-from mimoquant.layer_weights import dequantize, read_matrix, read_stack
+from mimoquant.layer_weights import dequantize, packed_format, part_name, read_matrix, read_stack
 from mimoquant.model.decoder_layer import (
     AttentionWeights,
     DenseWeights,
@@ -23,10 +23,10 @@ from mimoquant.model.decoder_layer import (
     Router,
     read_forward_config,
 )
+from mimoquant.model.geometry import MXFP8_BLOCK
 from mimoquant.model.layout import PROJECTIONS, ModelLayout, Weight
 from mimoquant.model.qkv import deinterleave_rows
-from mimoquant.quant.engine_torch import TorchEngine, decode
-from mimoquant.quant.formats import Format
+from mimoquant.quant.engine_torch import TorchEngine, decode, dequantize_fp8, exp2
 
 CHUNK_ELEMENTS = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}  # weights of the experts that are decoded together
 
@@ -50,11 +50,20 @@ class CheckpointWeights:
         weight = self._units[name]
         if weight.info.dtype == "F32":
             values = torch.from_numpy(self.reader.read(name).view(np.float32))
+        elif weight.scale and weight.scale.dtype == "U8":
+            values = self._mxfp8(weight)
         else:
             stack = read_matrix(self.reader, weight) if len(weight.info.shape) == 2 else None
             bits = dequantize(stack, weight, self.layout.geometry, self._engine) if stack else self.reader.read(name)
             values = torch.from_numpy(np.ascontiguousarray(bits).reshape(-1).view(np.uint8)).view(torch.bfloat16)
         return values.reshape(weight.info.shape).to(self.device, dtype)
+
+    def _mxfp8(self, weight: Weight) -> torch.Tensor:
+        """FP8 with an E8M0 scale for 32 of a row, whose name may end in `_inv`: it is a scale all the same."""
+        assert weight.scale is not None
+        codes = self._parts([weight.info], torch.float8_e4m3fn)[0]
+        scales = self._parts([weight.scale], torch.uint8)[0]
+        return dequantize_fp8(codes, exp2(scales), torch.arange(len(codes), device=codes.device), MXFP8_BLOCK)
 
     def layer(self, number: int) -> LayerWeights:
         """Everything of a layer but its experts."""
@@ -114,8 +123,8 @@ class CheckpointWeights:
         parts = {"codes": self._parts([weight.info for weight in weights], torch.uint8)}
         parts["codes"] = parts["codes"].reshape(len(weights), weights[0].info.shape[0], -1)
         for place, info in enumerate(weights[0].packed):
-            part = _part(info)
-            if part != "shape":
+            part = part_name(info)
+            if part not in _NOT_OF_WEIGHTS:
                 parts[part] = self._parts([weight.packed[place] for weight in weights], _TORCH[info.dtype])
         return decode(parts, fmt).to(torch.bfloat16)
 
@@ -129,30 +138,4 @@ class CheckpointWeights:
 
 _TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I32": torch.int32, "U8": torch.uint8,
           "F8_E4M3": torch.float8_e4m3fn}  # fmt: skip
-
-
-def _part(info: TensorInfo) -> str:
-    """`...gate_proj.weight_global_scale` → `global_scale`."""
-    return info.name.rpartition(".weight_")[2]
-
-
-def packed_format(weight: Weight) -> Format:
-    """The format of a 4-bit expert, from what is stored of it.
-
-    Raises CheckpointError for a combination of dtypes that is none of ours.
-    """
-    infos = {_part(info): info for info in weight.packed}
-    scale, rows, zero = infos["scale"], weight.info.shape[0], infos.get("zero_point")
-    if scale.dtype == "F8_E4M3" and "global_scale" not in infos:
-        raise CheckpointError(f"{weight.info.name}: NVFP4 scales need a weight_global_scale, which is missing")
-    if zero is not None and zero.dtype != "I32":
-        raise CheckpointError(f"{zero.name}: is {zero.dtype}; packed zero points are I32")
-    group = weight.info.size_bytes * 2 // rows * rows // (scale.size_bytes // DTYPE_BYTES[scale.dtype])
-    try:
-        if scale.dtype == "U8":
-            return Format("mxfp4", group)
-        if scale.dtype == "F8_E4M3":
-            return Format("nvfp4", group)
-        return Format("int4", group, symmetric=zero is None)
-    except ValueError as error:
-        raise CheckpointError(f"{weight.info.name}: {error} (scale {scale.dtype}{list(scale.shape)})") from error
+_NOT_OF_WEIGHTS = ("shape", "input_scale")

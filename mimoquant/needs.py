@@ -16,7 +16,8 @@ from pathlib import Path
 
 from mimoquant.errors import UsageError
 from mimoquant.model.layout import PROJECTIONS
-from mimoquant.plan import CHUNK_BYTES, CUDA_CHUNK_BYTES, WRITE_QUEUE_BYTES, Dequantize, Experts, Plan
+from mimoquant.plan import CHUNK_BYTES, CUDA_CHUNK_BYTES, WRITE_QUEUE_BYTES, Plan
+from mimoquant.units import Dequantize, Experts
 
 _INTERPRETER_BYTES, _TORCH_BYTES, _CUDA_BYTES = 320 * 2**20, 400 * 2**20, 2 * 2**30
 _GROUP_ROWS = 2**16  # of tokens that go through a group of experts at once (`decoder_layer`)

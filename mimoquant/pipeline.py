@@ -9,7 +9,6 @@ the device or the number of threads. A calibrated run takes its tokens along (`_
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,12 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import yaml
 
-import mimoquant
 from mimoquant.calibration.tokens import CalibrationRecord, TokenSet, load_tokens
-from mimoquant.checkpoint.hf_files import CONFIG_NAME, copy_side_files
-from mimoquant.checkpoint.index import INDEX_NAME, TensorInfo, open_shard
+from mimoquant.checkpoint.hf_files import copy_side_files
+from mimoquant.checkpoint.index import TensorInfo, open_shard
 from mimoquant.checkpoint.journal import JournalLine, RunFolder, free_bytes
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.checkpoint.writer import ShardWriter, write_file_durably
@@ -34,14 +31,16 @@ from mimoquant.devices import make_engine, resolve_device
 from mimoquant.errors import CheckpointError, StoppedError, UsageError
 from mimoquant.layer_weights import dequantize, not_finite, read_experts, read_matrix
 from mimoquant.model.layout import PROJECTIONS
+from mimoquant.output_texts import written_texts
 from mimoquant.overlap import WriteBehind, read_ahead
-from mimoquant.plan import WRITE_QUEUE_BYTES, Copy, Dequantize, Experts, Plan, Shapes, Step, Unit
+from mimoquant.plan import WRITE_QUEUE_BYTES, Plan
+from mimoquant.quant.cast import InexactError, cast
 from mimoquant.quant.stack import Engine, NonFiniteError, Stack
-from mimoquant.relayout import RelayoutPlan, relayout_texts
 from mimoquant.reorder import Reorder, block_values, read_blocks
-from mimoquant.report import QuantizeReport, fallbacks, model_card
+from mimoquant.report import QuantizeReport
 from mimoquant.team import Team
 from mimoquant.timeline import WAIT_READ, WAIT_WRITE, Timeline
+from mimoquant.units import Copy, Dequantize, Experts, Shapes, Step, Unit
 
 if TYPE_CHECKING:
     from mimoquant.calibrated import Calibrator
@@ -352,9 +351,16 @@ def _refuse_non_finite(info: TensorInfo, block: Array) -> None:
 def _encoded(plan: Plan, step: Experts, stacks: dict[str, Stack], engine: Engine) -> Parts:
     assert step.fmt is not None
     try:
-        return engine.encode(stacks, step.fmt, plan.recipe.scale_search)
+        return cast(stacks) if plan.recipe.casts else engine.encode(stacks, step.fmt, plan.recipe.scale_search)
     except NonFiniteError as error:
         raise not_finite(plan.layout.expert(step.layer, step.begin + error.expert, error.projection).name) from error
+    except InexactError as error:
+        weight = plan.layout.expert(step.layer, step.begin + error.expert, error.projection)
+        raise CheckpointError(
+            f"{weight.name}: NVFP4 cannot hold it exactly, {error.blocks} of its blocks of 32 have an exponent more "
+            "than 17 below the largest of its matrix (of gate and up together)",
+            hint="keep MXFP4 for this checkpoint, or quantize the published FP8 files with nvfp4-mse",
+        ) from error
 
 
 def _stored(plan: Plan, step: Experts, parts: Parts) -> Produced:
@@ -366,7 +372,7 @@ def _stored(plan: Plan, step: Experts, parts: Parts) -> Produced:
     for expert in range(step.end - step.begin):
         for projection in PROJECTIONS:
             for tensor in stored[projection]:
-                yield next(names).name, parts[projection][tensor.part][expert]
+                yield next(names).name, tensor.turned(parts[projection][tensor.part][expert])
 
 
 def _kept_experts(plan: Plan, step: Experts, stacks: dict[str, Stack], engine: Engine) -> Produced:
@@ -404,37 +410,3 @@ def _finish(
         run.publish([unit.name for unit in plan.units])
     team.gather(None)
     return run.finished
-
-
-def written_texts(plan: Plan, finished: dict[str, JournalLine], calibration: dict[str, Any] | None) -> dict[str, bytes]:
-    """The small files of an output, by name: they follow from the plan, the journal and what was calibrated on."""
-    weight_map = {entry.name: unit.file for unit in plan.units for entry in unit.entries}
-    index = {"metadata": plan.index_metadata, "weight_map": dict(sorted(weight_map.items()))}
-    texts = {
-        INDEX_NAME: json.dumps(index, indent=2),
-        CONFIG_NAME: json.dumps(plan.config, indent=2, ensure_ascii=False),
-    }
-    if isinstance(plan, RelayoutPlan):
-        texts |= relayout_texts(plan)
-    else:
-        report = QuantizeReport.of(plan, finished)
-        texts["recipe.yaml"] = resolved_recipe(plan, finished, calibration)
-        texts["report.json"] = json.dumps(report.as_json(), indent=2)
-        texts["README.md"] = model_card(plan, report)
-    return {name: (text.rstrip("\n") + "\n").encode() for name, text in texts.items()}
-
-
-def resolved_recipe(plan: Plan, finished: dict[str, JournalLine], calibration: dict[str, Any] | None) -> str:
-    """`OUT/recipe.yaml`: every default written out, and where the source came from. Reading it back repeats the run."""
-    document = plan.recipe.resolved(plan.container)
-    document["mimoquant"]["provenance"] = {
-        "mimoquant": mimoquant.__version__,
-        "release": plan.layout.geometry.release,
-        "source_headers_sha256": plan.layout.index.headers_fingerprint(),
-        "quantized_layers": len(plan.formats),
-        "routed_experts": plan.layout.geometry.experts,
-        "fallbacks": fallbacks(finished) or 0,
-    }
-    if calibration is not None:
-        document["mimoquant"]["provenance"]["calibration"] = calibration
-    return yaml.safe_dump(document, sort_keys=False, default_flow_style=None, width=110)

@@ -2,10 +2,6 @@
 
 Key idea: the plan is the object that `quantize` executes and `verify` checks against. It is made from headers only, so
 a terabyte is planned in seconds, and it fixes every output tensor, file and byte before any weight is read.
-
-A unit (one decoder layer, the embeddings, the head, MTP, the towers) is one shard. Inside a shard the steps lie in file
-order: shapes, experts in numeric order (a few at a time: that bounds memory), then the rest by falling item size, so
-that every tensor starts where its dtype can be read.
 """
 
 from __future__ import annotations
@@ -19,77 +15,18 @@ from typing import Any
 
 import mimoquant
 from mimoquant.checkpoint.hf_files import CONFIG_NAME, side_files
-from mimoquant.checkpoint.index import CheckpointIndex, TensorInfo, open_index, read_json_object, resolve_inside
-from mimoquant.checkpoint.writer import Entry, file_order, shard_header
-from mimoquant.container import COMPRESSED_TENSORS, NATIVE, expert_tensors, output_config, shape_tensor
-from mimoquant.errors import CheckpointError, RecipeError
-from mimoquant.model.layout import PROJECTIONS, ModelLayout, Weight, read_layout
+from mimoquant.checkpoint.index import CheckpointIndex, open_index, read_json_object, resolve_inside
+from mimoquant.container import COMPRESSED_TENSORS, MODELOPT, NATIVE, keeps_fp8, output_config
+from mimoquant.errors import RecipeError
+from mimoquant.layer_weights import packed_format
+from mimoquant.model.layout import PROJECTIONS, ModelLayout, read_layout
 from mimoquant.quant.formats import Format
 from mimoquant.recipe import Recipe
-from mimoquant.reorder import Reorder, reorder
+from mimoquant.units import Unit, UnitBuilder
 
 CHUNK_BYTES = 96 * 2**20  # source bytes of the experts that are in memory together
 CUDA_CHUNK_BYTES = 800 * 2**20  # the same, where a GPU calibrates: some thirty experts, V2.5's in eight chunks
 WRITE_QUEUE_BYTES = 192 * 2**20  # results that may wait for the disk
-
-
-@dataclass(frozen=True, slots=True)
-class Copy:
-    """A tensor whose bytes go out unchanged: the values of `weight`, or its FP8 scales."""
-
-    weight: Weight
-    info: TensorInfo
-    entries: tuple[Entry, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Dequantize:
-    """An FP8 weight to bf16."""
-
-    weight: Weight
-    entries: tuple[Entry, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Shapes:
-    """The `weight_shape` tensors of a layer's experts."""
-
-    entries: tuple[Entry, ...]
-    shapes: tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Experts:
-    """Experts `begin..end` of a MoE layer. `fmt` None: kept, as `kept` bf16 or fp8."""
-
-    layer: int
-    begin: int
-    end: int
-    fmt: Format | None
-    kept: str | None
-    entries: tuple[Entry, ...]
-
-
-Step = Copy | Dequantize | Reorder | Shapes | Experts
-
-
-@dataclass(frozen=True, slots=True)
-class Unit:
-    """One output shard."""
-
-    name: str
-    file: str
-    steps: tuple[Step, ...]
-    header_bytes: int
-    tensor_bytes: int
-
-    @property
-    def size_bytes(self) -> int:
-        return self.header_bytes + self.tensor_bytes
-
-    @property
-    def entries(self) -> list[Entry]:
-        return [entry for step in self.steps for entry in step.entries]
 
 
 @dataclass(frozen=True)
@@ -161,13 +98,17 @@ def make_plan(
     """
     index = open_index(source)
     config = read_config(index)
-    layout = read_layout(index, config, allow_unknown=allow_unknown)
+    layout = read_layout(index, config, allow_unknown=allow_unknown, packed=recipe.casts)
     formats, carve_outs = _resolve_layers(layout, recipe)
+    if recipe.casts:
+        _check_cast(layout, recipe, formats)
     _check_shapes(layout, recipe, formats)
     notes: list[str] = []
     chosen = _choose_container(layout, recipe, container or recipe.container, formats, carve_outs, notes)
+    if chosen == MODELOPT:
+        formats = {layer: replace(fmt, pow2_global=True) for layer, fmt in formats.items()}
     recipe = _with_carve_outs(recipe, carve_outs)
-    builder = _Builder(layout, chosen, formats, carve_outs, chunk_bytes)
+    builder = UnitBuilder(layout, chosen, formats, carve_outs, chunk_bytes)
     units = builder.units()
     notes += _notes(layout, recipe, chosen, carve_outs)
     plan = Plan(
@@ -249,6 +190,19 @@ def _check_shapes(layout: ModelLayout, recipe: Recipe, formats: dict[int, Format
                 raise RecipeError(f"recipe {recipe.name}: experts' {projection}_proj cannot be {fmt.label}: {problem}")
 
 
+def _check_cast(layout: ModelLayout, recipe: Recipe, formats: dict[int, Format]) -> None:
+    """What is cast is MXFP4, and what is kept is not packed."""
+    for (layer, _, _), weight in layout.experts.items():
+        found = packed_format(weight).label if weight.packed else "fp8" if weight.scale else "bf16"
+        if layer in formats and found != "mxfp4":
+            raise RecipeError(
+                f"recipe {recipe.name}: casts MXFP4 experts, {weight.name} is {found}",
+                hint="quantize such a source by another recipe" if not weight.packed else None,
+            )
+        if layer not in formats and weight.packed:
+            raise RecipeError(f"recipe {recipe.name}: layer {layer} cannot be kept, its experts are in 4 bits already")
+
+
 def _choose_container(
     layout: ModelLayout,
     recipe: Recipe,
@@ -257,6 +211,9 @@ def _choose_container(
     carve_outs: dict[int, str],
     notes: list[str],
 ) -> str:
+    if wanted == MODELOPT:
+        _check_modelopt(recipe, formats, carve_outs)
+        return MODELOPT
     only_mxfp4 = all(fmt.name == "mxfp4" for fmt in formats.values())
     obstacle = None
     if not only_mxfp4:
@@ -278,6 +235,16 @@ def _choose_container(
     return chosen
 
 
+def _check_modelopt(recipe: Recipe, formats: dict[int, Format], carve_outs: dict[int, str]) -> None:
+    other = next((fmt for fmt in formats.values() if fmt.name != "nvfp4"), None)
+    problem = f"not {other.label}" if other else "and no layer of FP8 experts" if "fp8" in carve_outs.values() else None
+    if problem:
+        raise RecipeError(
+            f"recipe {recipe.name}: the modelopt container holds NVFP4, {problem}",
+            hint=f"use --container {COMPRESSED_TENSORS}",
+        )
+
+
 def _with_carve_outs(recipe: Recipe, carve_outs: dict[int, str]) -> Recipe:
     """The recipe with its kept layers named both ways: `carve_outs` for us, `ignore` for llm-compressor."""
     patterns = [rf"re:.*layers\.{layer}\.mlp\.experts\..*" for layer in sorted(carve_outs)]
@@ -285,97 +252,19 @@ def _with_carve_outs(recipe: Recipe, carve_outs: dict[int, str]) -> Recipe:
     return replace(recipe, carve_outs=carve_outs, ignore=ignore)
 
 
-def lay_out(steps: dict[str, tuple[Step, ...]], source: Path) -> list[Unit]:
-    """Name of unit → steps, as shards. Raises CheckpointError where a tensor would not be aligned."""
-    units = []
-    for number, (name, made) in enumerate(steps.items(), start=1):
-        entries = [entry for step in made for entry in step.entries]
-        try:
-            header = shard_header(entries)
-        except ValueError as error:
-            raise CheckpointError(f"{source}: {error}; such shapes cannot be stored") from error
-        file = f"model-{number:05d}-of-{len(steps):05d}.safetensors"
-        units.append(Unit(name, file, made, len(header), sum(entry.size_bytes for entry in entries)))
-    return units
-
-
-class _Builder:
-    """Lays the units out as shards, steps and entries."""
-
-    def __init__(
-        self, layout: ModelLayout, container: str, formats: dict[int, Format], carve_outs: dict[int, str],
-        chunk_bytes: int,
-    ) -> None:  # fmt: skip
-        self.layout, self.container = layout, container
-        self.formats, self.carve_outs, self.chunk_bytes = formats, carve_outs, chunk_bytes
-
-    def units(self) -> list[Unit]:
-        return lay_out({name: tuple(self._steps(name)) for name in self.layout.units}, self.layout.index.folder)
-
-    def _steps(self, unit: str) -> Iterable[Step]:
-        layer = int(unit.removeprefix("layer ")) if unit.startswith("layer ") else None
-        if layer in self.formats or layer in self.carve_outs:
-            assert layer is not None
-            yield from self._expert_steps(layer)
-        rest = [self._rest(weight, layer) for weight in self.layout.units[unit]]
-        yield from sorted((step for steps in rest for step in steps), key=lambda step: file_order(step.entries[0]))
-
-    def _rest(self, weight: Weight, layer: int | None) -> list[Step]:
-        """The steps of one weight that is not an expert's."""
-        if self.container == COMPRESSED_TENSORS and weight.role == "qkv":
-            geometry = self.layout.geometry
-            sliding = layer is None or geometry.sliding[layer]  # MTP layers are sliding
-            return [*reorder([weight], geometry, replace(geometry, fused_qkv=False), sliding=sliding, bf16=True)]
-        if self.container == COMPRESSED_TENSORS and weight.scale is not None:
-            return [Dequantize(weight, (Entry(weight.name, "BF16", weight.info.shape),))]
-        return [Copy(weight, info, (Entry(info.name, info.dtype, info.shape),)) for info in weight.infos]
-
-    def _expert_steps(self, layer: int) -> Iterable[Step]:
-        experts, fmt = self.layout.geometry.experts, self.formats.get(layer)
-        modules = [(e, p) for e in range(experts) for p in PROJECTIONS]
-        if fmt and shape_tensor(self.container, fmt):
-            yield Shapes(
-                tuple(Entry(f"{_module(layer, e, p)}.weight_shape", "I64", (2,)) for e, p in modules),
-                tuple(self.layout.geometry.expert_shape(p) for _, p in modules),
-            )
-        size = sum(self.layout.expert(layer, 0, p).size_bytes for p in PROJECTIONS)
-        chunk = -(-experts // -(-experts // max(1, self.chunk_bytes // size)))  # as even as can be, for ranks
-        for begin in range(0, experts, chunk):
-            end = min(begin + chunk, experts)
-            kept = self.carve_outs.get(layer)
-            entries = tuple(entry for e in range(begin, end) for entry in self._expert_entries(layer, e, fmt, kept))
-            yield Experts(layer, begin, end, fmt, kept, entries)
-
-    def _expert_entries(self, layer: int, expert: int, fmt: Format | None, kept: str | None) -> Iterable[Entry]:
-        for projection in PROJECTIONS:
-            module, shape = _module(layer, expert, projection), self.layout.geometry.expert_shape(projection)
-            if fmt:
-                for stored in expert_tensors(self.container, fmt, *shape):
-                    yield Entry(f"{module}.{stored.suffix}", stored.dtype, stored.shape)
-            elif kept == "fp8":
-                weight = self.layout.expert(layer, expert, projection)
-                assert weight.scale is not None
-                yield Entry(f"{module}.weight_scale", "F32", weight.scale.shape)
-                yield Entry(f"{module}.weight", "F8_E4M3", shape)
-            else:
-                yield Entry(f"{module}.weight", "BF16", shape)
-
-
-def _module(layer: int, expert: int, projection: str) -> str:
-    return f"model.layers.{layer}.mlp.experts.{expert}.{projection}_proj"
-
-
 def _notes(layout: ModelLayout, recipe: Recipe, container: str, carve_outs: dict[int, str]) -> list[str]:
     """What a user should know before starting."""
     notes = []
     geometry = layout.geometry
     dequantized = sum(weight.scale is not None for weights in layout.units.values() for weight in weights)
-    if container == COMPRESSED_TENSORS and dequantized:
+    if not keeps_fp8(container) and dequantized:
+        why = "has no place for their block scales"
+        if container == MODELOPT:
+            why = "has no name for their block scales that vLLM and SGLang both read"
         notes.append(
-            f"{dequantized} FP8 weights beside the experts (attention, dense MLP, MTP) become bf16: "
-            "compressed-tensors has no place for their block scales"
+            f"{dequantized} FP8 weights beside the experts (attention, dense MLP, MTP) become bf16: {container} {why}"
         )
-    if container == COMPRESSED_TENSORS and geometry.fused_qkv:
+    if not keeps_fp8(container) and geometry.fused_qkv:
         notes.append(
             f"fused qkv ({geometry.qkv_chunks} interleaved ranks) is written as bf16 q_proj, k_proj, v_proj with "
             "attention_projection_layout: split, which vLLM and SGLang load rightly at any tensor parallelism"

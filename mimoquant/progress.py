@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
-    from mimoquant.plan import Plan, Unit
+    from mimoquant.plan import Plan
+    from mimoquant.units import Unit
 
 
 class Progress:

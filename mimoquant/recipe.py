@@ -101,6 +101,11 @@ class Recipe:
         return claims[0] if claims else None
 
     @property
+    def casts(self) -> bool:
+        """Whether the source's experts are MXFP4 already, and go out as NVFP4 of the same values."""
+        return self.scale_search == "cast"
+
+    @property
     def calibrated(self) -> bool:
         """Whether a run needs tokens."""
         return self.method != "rtn" or self.scale_search == "gram"
@@ -379,8 +384,10 @@ class _Parser:
             self.fail(f"mimoquant.version is {block['version']!r}; this program reads {VERSION}")
         default = "gram" if recipe.method != "rtn" and recipe.scale_search == "absmax" else recipe.scale_search
         search = block.get("scale_search", default)
-        if search not in (*SEARCHES, "gram"):
-            self.fail(f"scale_search {search!r} is unknown", f"known are {', '.join(SEARCHES)}, gram")
+        if search not in (*SEARCHES, "gram", "cast"):
+            self.fail(f"scale_search {search!r} is unknown", f"known are {', '.join(SEARCHES)}, gram, cast")
+        if search == "cast" and (recipe.method != "rtn" or any(group.fmt.name != "nvfp4" for group in recipe.groups)):
+            self.fail("scale_search cast makes NVFP4 of MXFP4 and nothing else", "use it with a plain NVFP4 recipe")
         container = block.get("container")
         if container not in (None, *CONTAINERS):
             self.fail(f"container {container!r} is unknown", f"known are {', '.join(CONTAINERS)}")

@@ -29,8 +29,10 @@ from mimoquant.devices import make_engine
 from mimoquant.layer_weights import read_experts
 from mimoquant.model.layout import PROJECTIONS
 from mimoquant.pipeline import WRITE_LANES, Parts
-from mimoquant.plan import Experts, Plan
+from mimoquant.plan import Plan
+from mimoquant.quant.cast import cast
 from mimoquant.quant.stack import Engine, Stack
+from mimoquant.units import Experts
 
 if TYPE_CHECKING:
     from mimoquant.calibrated import Calibrator
@@ -70,7 +72,7 @@ def rehearse(plan: Plan, device: str, folder: Path | None = None, ranks: int = 1
             lambda: read_experts(reader, plan.layout, step.layer, step.begin, step.end, engine.empty)
         )
         read_rate = reader.bytes_read / seconds
-        encoded, rate = _encode(engine, step, stacks, plan.recipe.scale_search)
+        encoded, rate = _encode(plan, engine, step, stacks)
         write_rate = _write_rate(encoded, WRITE_LANES if device.startswith("cuda") else 1, folder)
         if plan.recipe.calibration is None:
             computing = _expert_bytes(plan) / rate
@@ -104,12 +106,16 @@ def _expert_bytes(plan: Plan) -> int:
     return sum(weight.size_bytes for (layer, _, _), weight in plan.layout.experts.items() if layer in plan.formats)
 
 
-def _encode(engine: Engine, step: Experts, stacks: dict[str, Stack], search: str) -> tuple[Parts, float]:
+def _encode(plan: Plan, engine: Engine, step: Experts, stacks: dict[str, Stack]) -> tuple[Parts, float]:
     """A chunk's parts, without calibration, and the source bytes a second of the second time: the first compiles."""
     assert step.fmt is not None
-    fmt, plain = step.fmt, "mse" if search == "gram" else search
-    engine.encode(stacks, fmt, plain)
-    seconds, parts = _timed(lambda: engine.encode(stacks, fmt, plain))
+    fmt, search = step.fmt, plan.recipe.scale_search
+
+    def work() -> Parts:
+        return cast(stacks) if plan.recipe.casts else engine.encode(stacks, fmt, "mse" if search == "gram" else search)
+
+    work()
+    seconds, parts = _timed(work)
     return parts, sum(stack.values.nbytes for stack in stacks.values()) / seconds
 
 
@@ -217,4 +223,4 @@ def _warm_up(walk: Calibrator, step: Experts) -> None:
     assert step.fmt is not None
     weight = torch.linspace(-1, 1, _SMALL**2, device=walk.device).reshape(1, _SMALL, _SMALL).to(torch.bfloat16)
     gram = torch.eye(_SMALL, device=walk.device)[None]
-    encode_with(weight, gram, step.fmt, walk.method, nvfp4_global_scale(amax(weight), walk.method.search))
+    encode_with(weight, gram, step.fmt, walk.method, nvfp4_global_scale(amax(weight), walk.method.search, step.fmt))

@@ -33,16 +33,18 @@ from pathlib import Path
 from typing import Any
 
 import mimoquant
-from mimoquant.checkpoint.hf_files import side_files
+from mimoquant.checkpoint.hf_files import MODELOPT_CONFIG_NAME, side_files
 from mimoquant.checkpoint.index import open_index, read_json_object, resolve_inside
 from mimoquant.checkpoint.writer import Entry, file_order
 from mimoquant.container import NATIVE
 from mimoquant.errors import CheckpointError, UsageError
-from mimoquant.model.layout import PROJECTIONS, Geometry, ModelLayout, Weight, read_layout
+from mimoquant.model.geometry import Geometry
+from mimoquant.model.layout import PROJECTIONS, ModelLayout, Weight, read_layout
 from mimoquant.model.qkv import possible_chunks
-from mimoquant.plan import Copy, Plan, Step, lay_out, read_config
+from mimoquant.plan import Plan, read_config
 from mimoquant.recipe import Recipe
 from mimoquant.reorder import Reorder, reorder
+from mimoquant.units import Copy, Step, lay_out
 
 SPLIT, CANONICAL, INTERLEAVED = LAYOUTS = ("split", "canonical", "interleaved")
 RECORD_NAME = "relayout.json"
@@ -105,8 +107,9 @@ def make_relayout(
         for name in layout.units
     }
     carried = side_files(index.folder)
-    if (index.folder / "recipe.yaml").is_file():  # how its experts were made, and what they were calibrated on
-        carried["recipe.yaml"] = resolve_inside(index.folder, "recipe.yaml").stat().st_size
+    for name in ("recipe.yaml", MODELOPT_CONFIG_NAME):  # how its experts were made, on what, and what they are
+        if (index.folder / name).is_file():
+            carried[name] = resolve_inside(index.folder, name).stat().st_size
     plan = RelayoutPlan(
         layout, _NOTHING, NATIVE, {}, {}, lay_out(steps, index.folder), carried, [], {},
         target=target, qkv=qkv, bf16=bf16,

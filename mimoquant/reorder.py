@@ -22,7 +22,8 @@ from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.checkpoint.writer import Entry
 from mimoquant.errors import UsageError
 from mimoquant.layer_weights import not_finite, scale_rows
-from mimoquant.model.layout import Geometry, Weight, scale_row_counts
+from mimoquant.model.geometry import Geometry
+from mimoquant.model.layout import Weight, scale_row_counts
 from mimoquant.model.qkv import Indexes, moved_rows, moved_scale_rows
 from mimoquant.quant.stack import Engine, NonFiniteError
 

@@ -35,7 +35,8 @@ from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.checkpoint.writer import Entry, fsync_folder
 from mimoquant.errors import StoppedError, UsageError
 from mimoquant.layer_weights import not_finite
-from mimoquant.model.layout import ARCHITECTURES, FP8_BLOCK, TOWER_PREFIXES, Geometry, read_geometry
+from mimoquant.model.geometry import ARCHITECTURES, FP8_BLOCK, Geometry, read_geometry
+from mimoquant.model.layout import TOWER_PREFIXES
 from mimoquant.synth_files import PLACEMENTS, ShardFiles
 from mimoquant.synth_weights import PATTERNS, ConvertedWeights, RandomWeights, encode_fp8
 

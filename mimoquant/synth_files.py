@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from mimoquant.checkpoint.index import DTYPE_BYTES
 from mimoquant.checkpoint.writer import Entry, shard_header
-from mimoquant.model.layout import Geometry
+from mimoquant.model.geometry import Geometry
 
 _EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate|up|down)_proj\.(\w+)$")
 

@@ -22,7 +22,8 @@ from mimoquant.checkpoint.index import read_json_object, resolve_inside
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.errors import CheckpointError, UsageError
 from mimoquant.layer_weights import split_qkv
-from mimoquant.model.layout import FP8_BLOCK, TOWER_PREFIXES, read_layout
+from mimoquant.model.geometry import FP8_BLOCK
+from mimoquant.model.layout import TOWER_PREFIXES, read_layout
 
 Array = npt.NDArray[Any]
 _E4M3_MAX = np.float32(448)

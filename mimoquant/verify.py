@@ -27,13 +27,15 @@ from mimoquant.checkpoint.writer import Entry
 from mimoquant.errors import CheckpointError, MimoquantError, UsageError
 from mimoquant.layer_weights import dequantize, read_experts, read_matrix, read_parts
 from mimoquant.model.layout import PROJECTIONS, norm_name, router_name
-from mimoquant.pipeline import layer_of, written_texts
-from mimoquant.plan import Copy, Dequantize, Experts, Plan, Shapes, Unit, make_plan
+from mimoquant.output_texts import written_texts
+from mimoquant.pipeline import layer_of
+from mimoquant.plan import Plan, make_plan
 from mimoquant.quant.engine_cpu import CpuEngine
 from mimoquant.quant.stack import Audit
 from mimoquant.recipe import load_recipe
 from mimoquant.relayout import RECORD_NAME, plan_again
 from mimoquant.reorder import Reorder, block_values, read_blocks
+from mimoquant.units import Copy, Dequantize, Experts, Shapes, Unit
 
 Array = npt.NDArray[Any]
 SCHEMA_VERSION = 1
@@ -291,6 +293,8 @@ class _Values:
             from mimoquant.verify_calibrated import audits
 
             judged = audits(stored, stacks, step.fmt, self.plan.recipe, self.fold)
+        elif self.plan.recipe.casts:
+            judged = {p: self.engine.audit_cast(stacks[p], step.fmt, stored[p]) for p in PROJECTIONS}
         else:
             search = self.plan.recipe.scale_search
             judged = {p: self.engine.audit(stacks[p], step.fmt, search, stored[p]) for p in PROJECTIONS}
@@ -303,6 +307,16 @@ class _Values:
             for number in unshared.tolist():
                 name = self.plan.layout.expert(step.layer, step.begin + number, "gate").name
                 self.report.problem(f"{name}: gate and up have different global scales, engines use one")
+        if step.fmt.pow2_global:
+            self._pow2(step, stored)
+
+    def _pow2(self, step: Experts, stored: dict[str, dict[str, Array]]) -> None:
+        """Global scales that are another number than quantize writes, be it by one bit."""
+        for projection in PROJECTIONS:
+            mantissa = stored[projection]["global_scale"].ravel().view(np.uint32) & 0x7FFFFF
+            for number in np.flatnonzero(mantissa).tolist():
+                name = self.plan.layout.expert(step.layer, step.begin + number, projection).name
+                self.report.problem(f"{name}: its weight_scale_2 is no power of two")
 
     def _judge(self, name: str, audit: Audit) -> None:
         report = self.report
@@ -316,6 +330,8 @@ class _Values:
                 f"{name}: its values are far from the source's, relMSE {audit.relative_error:.3g} "
                 f"against at most {RELATIVE_ERROR_LIMIT}"
             )
+        elif audit.outside and self.plan.recipe.casts:
+            report.problem(f"{name}: {audit.outside} blocks of 16 do not have the source's values")
         elif audit.outside and self.plan.recipe.calibrated:
             least = "at least " if self.plan.recipe.real_fold else ""  # one a channel
             report.problem(f"{name}: {least}{audit.outside} codes are not the nearest on their scale")

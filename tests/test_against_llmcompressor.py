@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import mimoquant
-from mimoquant import pipeline
+from mimoquant import output_texts, pipeline
 from mimoquant.checkpoint.index import open_index
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.plan import make_plan
@@ -151,7 +151,7 @@ def test_the_written_recipe_loads_in_llmcompressor(tmp_path: Path) -> None:
     for name in ("int4-g32-mse", "mxfp4-rtn", "nvfp4-mse"):
         plan = make_plan(mimoquant.micro_checkpoint(), load_recipe(name))
         path = tmp_path / f"{name}.yaml"
-        path.write_text(pipeline.resolved_recipe(plan, {}, None))
+        path.write_text(output_texts.resolved_recipe(plan, {}, None))
         modifiers = Recipe.create_instance(str(path)).modifiers
         assert [type(modifier).__name__ for modifier in modifiers] == ["QuantizationModifier"]
         (scheme,) = modifiers[0].resolved_config.config_groups.values()

@@ -55,9 +55,6 @@ def test_a_run_keeps_to_its_sum_under_a_hard_limit_below_the_size_of_its_source(
     assert wants < 2 * layer + 2 * GB and wants < plan.source_bytes
     done = quantize(sparse, tmp_path / "out", wants, "-r", "mxfp4-rtn")
     assert done.returncode == 0, done.stderr
-    short = quantize(sparse, tmp_path / "short", wants // 2, "-r", "mxfp4-rtn")
-    assert short.returncode == 4 and "out of memory" in short.stderr and "Traceback" not in short.stderr
-    assert not (tmp_path / "short").exists()
 
 
 def test_a_calibrated_run_keeps_to_its_sum_too(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def test_shipped_recipes_say_what_their_names_say(name: str) -> None:
     size = next((int(part[1:]) for part in expected if re.fullmatch(r"g\d+", part)), group.fmt.group_size)
     assert group.fmt == Format(kind, size)
     assert recipe.method == (expected[0] if expected[0] in ("awq", "gptq") else "rtn")
-    assert recipe.scale_search == {"mse": "mse", "rtn": "absmax"}.get(expected[-1], "gram")
+    assert recipe.scale_search == {"mse": "mse", "rtn": "absmax", "cast": "cast"}.get(expected[-1], "gram")
     text = (recipes_folder() / f"{name}.yaml").read_text(encoding="utf-8")
     assert text.startswith("# "), "a comment says when to use it"
 

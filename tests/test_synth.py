@@ -21,7 +21,8 @@ from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.describe import expert_placement
 from mimoquant.errors import CheckpointError, MimoquantError, UsageError
 from mimoquant.layer_weights import dequantize, read_matrix, split_qkv
-from mimoquant.model.layout import TOWER_PREFIXES, ModelLayout, read_geometry, read_layout
+from mimoquant.model.geometry import read_geometry
+from mimoquant.model.layout import TOWER_PREFIXES, ModelLayout, read_layout
 from mimoquant.plan import make_plan
 from mimoquant.quant.engine_torch import TorchEngine
 from mimoquant.recipe import load_recipe

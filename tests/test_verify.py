@@ -28,10 +28,12 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("outputs")
     for recipe in ("int4-g128-mse", "mxfp4-mse", "nvfp4-mse"):
         pipeline.quantize(make_plan(MICRO, load_recipe(recipe)), folder / recipe, device="cpu")
+    in_modelopt = make_plan(MICRO, load_recipe("nvfp4-mse"), container="modelopt")
+    pipeline.quantize(in_modelopt, folder / "modelopt", device="cpu")
     return {path.name: path for path in folder.iterdir()}
 
 
-@pytest.fixture(params=["int4-g128-mse", "mxfp4-mse", "nvfp4-mse"])
+@pytest.fixture(params=["int4-g128-mse", "mxfp4-mse", "nvfp4-mse", "modelopt"])
 def damaged(request: pytest.FixtureRequest, outputs: dict[str, Path], tmp_path: Path) -> Path:
     """A copy of an output, to be damaged."""
     return Path(shutil.copytree(outputs[request.param], tmp_path / "out"))
@@ -175,6 +177,57 @@ def test_global_scales_of_gate_and_up_that_differ(outputs: dict[str, Path], tmp_
     edit(folder, f"{EXPERT}.weight_global_scale", halve)
     mend_journal(folder)
     assert "different global scales" in problems(folder)
+
+
+def turn_over(raw: np.ndarray) -> None:
+    raw.view(np.float32)[0] = 1 / raw.view(np.float32)[0]
+
+
+def halve(raw: np.ndarray) -> None:
+    raw.view(np.float32)[0] *= 0.5
+
+
+def one_bit(raw: np.ndarray) -> None:
+    raw.view(np.uint32)[0] += 1
+
+
+def nothing(raw: np.ndarray) -> None:
+    raw.view(np.float32)[0] = 0
+
+
+def reverse_nibbles(raw: np.ndarray) -> None:
+    raw[:] = raw >> 4 | raw << 4
+
+
+@pytest.mark.parametrize(
+    ("suffix", "damage", "said"),
+    [
+        ("weight_scale_2", turn_over, "values lie outside the rounding interval"),
+        ("weight_scale_2", turn_over, "different global scales"),
+        ("weight_scale_2", halve, "different global scales"),
+        ("weight_scale_2", one_bit, "weight_scale_2 is no power of two"),
+        ("weight_scale_2", nothing, "has scales that are zero"),
+        ("weight", reverse_nibbles, "values lie outside the rounding interval"),
+    ],
+)
+def test_damage_in_modelopts_container(
+    outputs: dict[str, Path], tmp_path: Path, suffix: str, damage: Callable[[np.ndarray], None], said: str
+) -> None:
+    """All of it loads in engines without a word."""
+    folder = Path(shutil.copytree(outputs["modelopt"], tmp_path / "out"))
+    edit(folder, f"{EXPERT}.{suffix}", damage)
+    mend_journal(folder)
+    assert said in problems(folder)
+
+
+def test_modelopts_own_file_is_checked(outputs: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(outputs["modelopt"], tmp_path / "out"))
+    path = folder / "hf_quant_config.json"
+    assert json.loads(path.read_text())["quantization"]["quantized_layers"][EXPERT]["quant_algo"] == "W4A16_NVFP4"
+    path.write_text(path.read_text().replace("W4A16_NVFP4", "NVFP4", 1))
+    assert "hf_quant_config.json: is not what the recipe makes of this source" in problems(folder)
+    path.unlink()
+    assert "hf_quant_config.json: is missing" in problems(folder)
 
 
 def test_the_wrong_source_and_no_output_are_refused(outputs: dict[str, Path], tmp_path: Path) -> None:

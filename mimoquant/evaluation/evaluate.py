@@ -317,11 +317,17 @@ def _recipe_name(candidate: Path) -> str | None:
     return str(path) if path.is_file() else None
 
 
+_MODELOPT_BOTH = {"NVFP4", "MXFP8"}  # of its names for formats, those that quantize activations too
+
+
 def _quantizes_activations(layout: ModelLayout) -> bool:
     """Whether the candidate's config has activations quantized too, which a J of the weights says nothing about."""
-    groups = (layout.config.get("quantization_config") or {}).get("config_groups")
+    quantization = layout.config.get("quantization_config") or {}
+    groups, layers = quantization.get("config_groups"), quantization.get("quantized_layers")
     held = groups.values() if isinstance(groups, dict) else ()
-    return any(isinstance(group, dict) and bool(group.get("input_activations")) for group in held)
+    named = layers.values() if isinstance(layers, dict) else ()
+    algos = {entry.get("quant_algo") for entry in (quantization, *named) if isinstance(entry, dict)}
+    return bool(algos & _MODELOPT_BOTH) or any(isinstance(g, dict) and bool(g.get("input_activations")) for g in held)
 
 
 def refuse_shared_data(candidate: Path, tokens: TokenSet) -> None:

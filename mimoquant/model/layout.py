@@ -17,95 +17,15 @@ from typing import Any
 
 from mimoquant.checkpoint.index import CheckpointIndex, TensorInfo
 from mimoquant.errors import CheckpointError
+from mimoquant.model.geometry import FP8_BLOCK, MXFP8_BLOCK, Attention, Geometry, read_geometry
 from mimoquant.model.qkv import with_chunks
 
-ARCHITECTURES = {"mimo_v2_flash": "MiMoV2FlashForCausalLM", "mimo_v2": "MiMoV2ForCausalLM"}
 TOWER_PREFIXES = ("visual.", "audio_encoder.", "speech_embeddings.")
 PROJECTIONS = ("gate", "up", "down")
-FP8_BLOCK = 128
 
-# config key → the values whose meaning this program knows (None: the key may be absent or null)
-_KNOWN_VALUES: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", None),
-    "scoring_func": ("sigmoid",),
-    "topk_method": ("noaux_tc",),
-    "n_group": (1, None),
-    "topk_group": (1, None),
-    "norm_topk_prob": (True,),
-    "n_shared_experts": (None, 0),
-    "routed_scaling_factor": (None, 1, 1.0),
-    "tie_word_embeddings": (False, None),
-    "attention_bias": (False, None),
-    "attention_projection_layout": (None, "split", "fused_qkv"),
-}  # fmt: skip
-_KNOWN_QUANTIZATION: dict[str, tuple[Any, ...]] = {
-    "quant_method": ("fp8",),
-    "fmt": ("e4m3", None),
-    "activation_scheme": ("dynamic", None),
-    "weight_block_size": ([FP8_BLOCK, FP8_BLOCK],),
-    "store_dtype": ("fp8", None),
-}
-_PACKED_SUFFIXES = ("weight_scale", "weight_zero_point", "weight_global_scale", "weight_shape")
-_RELEASES = {
-    ("mimo_v2_flash", 4096, 48, 256): "XiaomiMiMo/MiMo-V2-Flash",
-    ("mimo_v2", 4096, 48, 256): "XiaomiMiMo/MiMo-V2.5",
-    ("mimo_v2", 6144, 70, 384): "XiaomiMiMo/MiMo-V2.5-Pro",
-}
+_PACKED_SUFFIXES = ("weight_scale", "weight_zero_point", "weight_global_scale", "weight_shape",
+                    "weight_scale_2", "input_scale")  # fmt: skip
 _NORM, _ROUTER, _PLAIN, _SCALED = ("BF16", "F32"), ("F32", "BF16"), ("BF16",), ("F8_E4M3", "BF16")
-
-
-@dataclass(frozen=True, slots=True)
-class Attention:
-    """Head geometry of one kind of layer (global or sliding-window)."""
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    v_head_dim: int
-    sink: bool
-
-    @property
-    def rows(self) -> tuple[int, int, int]:
-        """Output rows of q, k and v."""
-        return self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.v_head_dim
-
-
-@dataclass(frozen=True, slots=True)
-class Geometry:
-    """The sizes that config.json fixes."""
-
-    model_type: str
-    hidden: int
-    layers: int
-    dense_intermediate: int
-    expert_intermediate: int
-    experts: int
-    top_k: int
-    vocab: int
-    qkv_chunks: int  # tensor-parallel ranks that a fused qkv is interleaved by; 1: [Q|K|V]
-    fused_qkv: bool
-    sliding: tuple[bool, ...]
-    moe: tuple[bool, ...]
-    global_attention: Attention
-    sliding_attention: Attention
-    fp8: bool
-
-    def attention(self, layer: int) -> Attention:
-        return self.sliding_attention if self.sliding[layer] else self.global_attention
-
-    @property
-    def moe_layers(self) -> list[int]:
-        return [layer for layer, sparse in enumerate(self.moe) if sparse]
-
-    @property
-    def release(self) -> str | None:
-        """The published model with these sizes, if any."""
-        return _RELEASES.get((self.model_type, self.hidden, self.layers, self.experts))
-
-    def expert_shape(self, projection: str) -> tuple[int, int]:
-        """[out_features, in_features] of one expert's projection."""
-        inner = self.expert_intermediate
-        return (self.hidden, inner) if projection == "down" else (inner, self.hidden)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,74 +64,6 @@ class ModelLayout:
         return self.experts[layer, expert, projection]
 
 
-def read_geometry(config: dict[str, Any], where: str, *, packed: bool = False) -> Geometry:
-    """Check config.json against the known set and read the sizes. `packed`: experts may be in 4 bits already.
-
-    `qkv_chunks` is what published checkpoints have; `with_chunks` finds what the files have.
-
-    Raises CheckpointError naming key, value and what is known.
-    """
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
-        raise CheckpointError(
-            f"{where}: model_type {model_type!r} is unknown (known: {', '.join(ARCHITECTURES)})",
-            hint="mimoquant quantizes the MiMo-V2 family only",
-        )
-    _check_values(config, _KNOWN_VALUES, where, "")
-    quantization = config.get("quantization_config")
-    if quantization is not None:
-        if not isinstance(quantization, dict):
-            raise CheckpointError(f"{where}: quantization_config is not an object")
-        known = _KNOWN_QUANTIZATION
-        if packed and quantization.get("quant_method") == "compressed-tensors":
-            known = {}
-            _check_transforms(quantization.get("transform_config"), where)
-        elif packed:
-            known = known | {"store_dtype": (*known["store_dtype"], "mxfp4")}
-        elif quantization.get("quant_method") == "compressed-tensors" or quantization.get("store_dtype") == "mxfp4":
-            raise CheckpointError(
-                f"{where}: the experts are quantized already",
-                hint="quantize starts from the published FP8 or bf16 files",
-            )
-        _check_values(quantization, known, where, "quantization_config.")
-    rope = config.get("rope_scaling")
-    if rope is not None and not (isinstance(rope, dict) and rope.get("rope_type", rope.get("type")) == "default"):
-        raise CheckpointError(f"{where}: rope_scaling {rope} is unknown (known: the default type)")
-
-    def size(key: str) -> int:
-        value = config.get(key)
-        if type(value) is not int or not 0 < value < 2**31:
-            raise CheckpointError(f"{where}: {key} is {value!r}, expected a positive whole number")
-        return value
-
-    layers = size("num_hidden_layers")
-    if layers > 4096:
-        raise CheckpointError(f"{where}: num_hidden_layers is {layers}, more than any model of this family")
-    return Geometry(
-        model_type=model_type,
-        hidden=size("hidden_size"),
-        layers=layers,
-        dense_intermediate=size("intermediate_size"),
-        expert_intermediate=size("moe_intermediate_size"),
-        experts=size("n_routed_experts"),
-        top_k=size("num_experts_per_tok"),
-        vocab=size("vocab_size"),
-        qkv_chunks=size("num_key_value_heads"),
-        fused_qkv=config.get("attention_projection_layout") == "fused_qkv",
-        sliding=_pattern(config, "hybrid_layer_pattern", "layer_types", "sliding_attention", layers, where),
-        moe=_pattern(config, "moe_layer_freq", "mlp_layer_types", "sparse", layers, where),
-        global_attention=Attention(
-            size("num_attention_heads"), size("num_key_value_heads"), size("head_dim"), size("v_head_dim"),
-            bool(config.get("add_full_attention_sink_bias", False)),
-        ),
-        sliding_attention=Attention(
-            size("swa_num_attention_heads"), size("swa_num_key_value_heads"), size("swa_head_dim"),
-            size("swa_v_head_dim"), bool(config.get("add_swa_attention_sink_bias", False)),
-        ),
-        fp8=quantization is not None and quantization.get("quant_method") == "fp8",
-    )  # fmt: skip
-
-
 def read_layout(
     index: CheckpointIndex, config: dict[str, Any], *, allow_unknown: bool = False, packed: bool = False
 ) -> ModelLayout:
@@ -233,7 +85,7 @@ def read_layout(
         if geometry.moe[layer]:
             for expert in range(geometry.experts):
                 for projection in PROJECTIONS:
-                    name = f"model.layers.{layer}.mlp.experts.{expert}.{projection}_proj.weight"
+                    name = f"{expert_module(layer, expert, projection)}.weight"
                     shape = geometry.expert_shape(projection)
                     experts[layer, expert, projection] = take_expert(name, "expert", _SCALED, shape)
     units["head"] = [
@@ -366,8 +218,10 @@ class _Claims:
         scale = self.left.pop(f"{name}_scale_inv", None)
         if scale is None:
             raise CheckpointError(f"{self.where}: {name} is FP8 but {name}_scale_inv is missing")
+        if self.geometry.mxfp8 and (scale.dtype, scale.shape) == ("U8", (shape[0], shape[1] // MXFP8_BLOCK)):
+            return scale
         if not self.geometry.fp8:
-            raise CheckpointError(f"{self.where}: {name} is FP8 but config.json has no quantization_config")
+            raise CheckpointError(f"{self.where}: {name} is FP8, config.json has no quantization_config for it")
         allowed = [(rows, math.ceil(shape[1] / FP8_BLOCK)) for rows in scale_row_counts(self.geometry, role, shape[0])]
         if scale.dtype != "F32" or scale.shape not in allowed:
             raise CheckpointError(
@@ -388,39 +242,8 @@ def scale_row_counts(geometry: Geometry, role: str, rows: int) -> list[int]:
     return [plain, ranked] if role in ("q", "k", "v") and ranked != plain else [plain]
 
 
-def _check_values(config: dict[str, Any], known: dict[str, tuple[Any, ...]], where: str, prefix: str) -> None:
-    for key, values in known.items():
-        value = config.get(key)
-        if not any(value == good and isinstance(value, bool) == isinstance(good, bool) for good in values):
-            expected = " or ".join("absent" if good is None else repr(good) for good in values)
-            raise CheckpointError(f"{where}: {prefix}{key} is {value!r}, known is {expected}")
-
-
-def _check_transforms(transforms: Any, where: str) -> None:
-    """Rotations inside the weights are what they are; one that an engine applies to activations must not be missed."""
-    if isinstance(transforms, list):
-        for item in transforms:
-            _check_transforms(item, where)
-    if isinstance(transforms, dict):
-        location = transforms.get("location", "weight_")
-        if not str(location).startswith("weight_"):
-            raise CheckpointError(
-                f"{where}: transform_config rotates activations (location {location!r}), not known here"
-            )
-        _check_transforms(list(transforms.values()), where)
-
-
-def _pattern(
-    config: dict[str, Any], key: str, other_key: str, other_true: str, layers: int, where: str
-) -> tuple[bool, ...]:
-    """A per-layer yes/no list, in the published form (0/1) or transformers' (names)."""
-    value = config.get(key)
-    if value is None and isinstance(config.get(other_key), list):
-        value = [1 if item == other_true else 0 for item in config[other_key]]
-    if not isinstance(value, list) or len(value) != layers or any(item not in (0, 1) for item in value):
-        length = len(value) if isinstance(value, list) else "no list"
-        raise CheckpointError(f"{where}: {key} must be {layers} zeros and ones, one a layer (found {length})")
-    return tuple(bool(item) for item in value)
+def expert_module(layer: int, expert: int, projection: str) -> str:
+    return f"model.layers.{layer}.mlp.experts.{expert}.{projection}_proj"
 
 
 def norm_name(layer: int) -> str:

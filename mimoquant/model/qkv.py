@@ -19,7 +19,7 @@ import numpy.typing as npt
 from mimoquant.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from mimoquant.model.layout import Geometry
+    from mimoquant.model.geometry import Geometry
 
 Indexes = npt.NDArray[np.int64]
 BLOCK = 128  # rows that share an FP8 scale
@@ -84,7 +84,7 @@ def with_chunks(geometry: Geometry, tensors: Mapping[str, Header], metadata: dic
 
     Raises CheckpointError where they contradict each other, or neither tells: in bf16 all orders look alike.
     """
-    if not geometry.fused_qkv:
+    if not geometry.fused_qkv or geometry.mxfp8:
         return geometry
     said, possible = metadata.get("tp_size"), possible_chunks(geometry)
     if said is not None and (type(said) is not int or said not in possible):

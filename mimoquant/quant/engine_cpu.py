@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mimoquant.quant import cpu_kernels as kernels
+from mimoquant.quant.cast import nonzero_blocks
 from mimoquant.quant.formats import E2M1_VALUES, NVFP4_RANGE, Format, multipliers
 from mimoquant.quant.stack import Audit, NonFiniteError, Stack
 
@@ -56,7 +57,7 @@ class CpuEngine:
 
         Returns projection → part → array with leading E. Raises NonFiniteError naming projection and expert.
         """
-        global_scales = self._global_scales(stacks, search) if fmt.name == "nvfp4" else {}
+        global_scales = self._global_scales(stacks, search, fmt) if fmt.name == "nvfp4" else {}
         tried = multipliers(fmt.name, search)
         begun = {p: self._begin(stack, fmt, tried, global_scales.get(p), None) for p, stack in stacks.items()}
         return {projection: _finish(projection, fmt, *work) for projection, work in begun.items()}
@@ -101,6 +102,19 @@ class CpuEngine:
         positive = [bool((np.isfinite(one) & (one > 0)).all()) for one in scale]
         return [audit._replace(scales_ok=ok) for audit, ok in zip(audits, positive, strict=True)]
 
+    def audit_cast(self, stack: Stack, fmt: Format, parts: dict[str, Array]) -> list[Audit]:
+        """Hold NVFP4 parts against the MXFP4 they were cast from; `outside` counts blocks of 16 of other values."""
+        assert stack.scales is not None
+        wanted = np.repeat(_effective_scale(Format("mxfp4", 32), {"scale": stack.scales}), 2, axis=-1)
+        scale, shape = _effective_scale(fmt, parts), (*wanted.shape, 8)
+        wrong = (parts["codes"].reshape(shape) != stack.values.reshape(shape)).max(-1)
+        wrong |= (scale != wanted) & nonzero_blocks(stack.values, 8)
+        audits = []
+        for blocks, one in zip(wrong, scale, strict=True):
+            positive = bool((np.isfinite(one) & (one > 0)).all())
+            audits.append(Audit(0.0, int(blocks.sum()), 0.0, 0.0, positive))
+        return audits
+
     def dequantize(self, values: Array, block_scales: Array, scale_row: Array) -> Array:
         """One FP8 matrix [O, I] as bf16 bits. Raises NonFiniteError."""
         rows = values.shape[0]
@@ -118,7 +132,7 @@ class CpuEngine:
             for begin in range(0, rows, self._SLAB):
                 yield expert, begin, min(begin + self._SLAB, rows)
 
-    def _global_scales(self, stacks: dict[str, Stack], search: str) -> dict[str, Array]:
+    def _global_scales(self, stacks: dict[str, Stack], search: str, fmt: Format) -> dict[str, Array]:
         largest: dict[str, Array] = {}
         for projection, stack in stacks.items():
             experts, rows, width = stack.values.shape
@@ -130,7 +144,7 @@ class CpuEngine:
                 raise NonFiniteError(projection, bad)
             largest[projection] = np.array([value for value, _ in results], np.float32)
         shared = np.maximum(largest["gate"], largest["up"])
-        return {p: _nvfp4_global_scale(shared if p in ("gate", "up") else largest[p], search) for p in stacks}
+        return {p: _nvfp4_global_scale(shared if p in ("gate", "up") else largest[p], search, fmt) for p in stacks}
 
 
 def _amax(source: tuple[Array, ...], rows: int, width: int) -> tuple[float, int]:
@@ -225,12 +239,12 @@ def _encode_rows(
     return int(kernels.encode_nvfp4(*source, begin, end, tried, global_scale, weigh, codes, scale))
 
 
-def _nvfp4_global_scale(amax: Array, search: str) -> Array:
+def _nvfp4_global_scale(amax: Array, search: str, fmt: Format) -> Array:
     """See `engine_torch.nvfp4_global_scale`."""
     with np.errstate(over="ignore"):
         scale = np.float32(NVFP4_RANGE[search] * 6.0) / np.maximum(amax, np.finfo(np.float32).tiny)
     scale[np.isinf(scale)] = 1
-    return scale
+    return (scale.view(np.uint32) & np.uint32(0x7F800000)).view(np.float32) if fmt.pow2_global else scale
 
 
 def _pack_zero_points(zero: Array) -> Array:

@@ -52,11 +52,15 @@ def amax(weight_EOI: Tensor) -> Tensor:
     return weight_EOI.abs().amax(dim=(-2, -1)).to(torch.float32)
 
 
-def nvfp4_global_scale(amax_E: Tensor, search: str) -> Tensor:
-    """[E] float32 divisor that maps `amax_E` into E4M3 x E2M1; 1 where that overflows (an all-zero tensor)."""
+def nvfp4_global_scale(amax_E: Tensor, search: str, fmt: Format) -> Tensor:
+    """[E] float32 divisor that maps `amax_E` into E4M3 x E2M1; 1 where that overflows (an all-zero tensor).
+
+    With `fmt.pow2_global` it is rounded down to a power of two, which leaves the largest block scale in the range.
+    """
     numerator = torch.full_like(amax_E, NVFP4_RANGE[search] * 6.0)
     scale = numerator / amax_E.clamp(min=torch.finfo(torch.float32).tiny)
-    return torch.where(torch.isinf(scale), torch.ones_like(scale), scale)
+    scale = torch.where(torch.isinf(scale), torch.ones_like(scale), scale)
+    return (scale.view(torch.int32) & 0x7F800000).view(torch.float32) if fmt.pow2_global else scale
 
 
 def encode(
@@ -108,7 +112,9 @@ def decode(parts: dict[str, Tensor], fmt: Format) -> Tensor:
     else:
         table = torch.tensor(E2M1_VALUES + tuple(-value for value in E2M1_VALUES), device=codes.device)
         scale = exp2(parts["scale"]) if fmt.name == "mxfp4" else parts["scale"].to(torch.float32)
-        if fmt.name == "nvfp4":
+        if "multiplier" in parts:  # what others wrote; ours is a power of two, whose reciprocal is exact
+            scale = scale * parts["multiplier"].reshape(-1, 1, 1)
+        elif fmt.name == "nvfp4":
             scale = scale / parts["global_scale"].reshape(-1, 1, 1)
         values = table[codes.long()] * scale[..., None]
     return values.reshape(experts, out_features, in_features)
@@ -321,7 +327,7 @@ class TorchEngine:
         shared = torch.maximum(largest["gate"], largest["up"])
         results = {}
         for projection, weight in weights.items():
-            scale = nvfp4_global_scale(shared if projection in ("gate", "up") else largest[projection], search)
+            scale = nvfp4_global_scale(shared if projection in ("gate", "up") else largest[projection], search, fmt)
             if kernels is None:
                 parts = encode(weight, fmt, search, scale)
             else:

@@ -66,6 +66,7 @@ class Format:
     name: str
     group_size: int
     symmetric: bool = True
+    pow2_global: bool = False  # nvfp4: global scales are powers of two, so that their reciprocals are exact too
 
     def __post_init__(self) -> None:
         if self.group_size not in GROUP_SIZES.get(self.name, ()):

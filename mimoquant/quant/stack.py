@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import numpy.typing as npt
 
 from mimoquant.quant.formats import Format
 
 
 class Stack(NamedTuple):
-    """`values`: uint8 (FP8 bits) or uint16 (bf16 bits) [E, O, I]; `scales`: float32 [E, R, C], or None for bf16."""
+    """`values`: uint8 (FP8 bits) or uint16 (bf16 bits) [E, O, I]; `scales`: float32 [E, R, C], or None for bf16.
+
+    In MXFP4, for a cast: uint8 packed codes [E, O, I/2], uint8 biased exponents [E, O, I/32].
+    """
 
     values: npt.NDArray[Any]
-    scales: npt.NDArray[np.float32] | None
+    scales: npt.NDArray[Any] | None
 
 
 class Audit(NamedTuple):

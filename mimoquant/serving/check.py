@@ -10,11 +10,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
+from functools import cached_property
 from typing import Any
 
-from mimoquant.container import COMPRESSED_TENSORS
+from mimoquant.container import COMPRESSED_TENSORS, MODELOPT
 from mimoquant.errors import CheckpointError
-from mimoquant.model.layout import FP8_BLOCK, PROJECTIONS
+from mimoquant.model.geometry import FP8_BLOCK
+from mimoquant.model.layout import PROJECTIONS, expert_module
 from mimoquant.plan import ranges
 from mimoquant.serving import contracts as c
 from mimoquant.serving.facts import Served, Stored
@@ -176,11 +179,17 @@ class _Check:
     def _declared(self) -> Iterator[Problem]:
         if self.engine == c.TRANSFORMERS and self.checkpoint.container != COMPRESSED_TENSORS:
             return
+        algos = {self._algo(f"model.layers.{layer}.mlp.experts") for layer in self.checkpoint.experts}
+        if "NVFP4" in algos and not self.checkpoint.input_scales:
+            yield Problem(WARNING, f"quantization_config declares activations in 4 bits (NVFP4) and there is no "
+                          f"input_scale: {self.label} scales them by memory not written to, or not at all, where its "
+                          "kernels round activations (Blackwell)", "modelopt.py of 0.33, modelopt_quant.py of 0.5.23",
+                          "declare W4A16_NVFP4")  # fmt: skip
         for layer, forms in self.checkpoint.experts.items():
             module = f"model.layers.{layer}.mlp.experts"
             if len(forms) != 1:
                 continue  # told already
-            found = [self._declared_form(f"{module}.0.{projection}_proj", module) for projection in PROJECTIONS]
+            found = [self._declared_form(expert_module(layer, 0, projection), module) for projection in PROJECTIONS]
             if len(set(found)) > 1:
                 yield Problem(c.REFUSED, f"layer {layer}: quantization_config gives its 3 projections "
                               f"{len(set(found))} schemes, {self.label} takes 1", "get_moe_method")  # fmt: skip
@@ -189,6 +198,9 @@ class _Check:
 
     def _declared_form(self, name: str, module: str) -> Stored:
         """What the engine will make of a layer's experts."""
+        if self.checkpoint.container == MODELOPT:
+            algo = self._algo(module)
+            return Stored(c.MO_NVFP4, 16) if algo in ("NVFP4", "W4A16_NVFP4") else Stored(algo or c.BF16)
         if self.checkpoint.container != COMPRESSED_TENSORS:
             ignored = module in (self.config.get("ignored_layers") or [])
             if ignored or not self.config:
@@ -200,6 +212,27 @@ class _Check:
             if self._matches(group.get("targets"), name):
                 return _group_form(group.get("weights") or {})
         return Stored(c.BF16)
+
+    def _algo(self, module: str) -> str | None:
+        """What a ModelOpt config has for a module; None: nothing, so it is left in bf16."""
+        ignore = self.config.get("ignore") or self.config.get("exclude_modules") or ()
+        if self.checkpoint.container != MODELOPT or any(fnmatch(module, pattern) for pattern in ignore):
+            return None
+        algo = str(self.config.get("quant_algo")).upper()
+        return self._quantized_layers.get(module) if algo == "MIXED_PRECISION" else algo
+
+    @cached_property
+    def _quantized_layers(self) -> dict[str, str]:
+        """Module → its own entry, else the first one of a module inside it."""
+        named: dict[str, str] = {}
+        layers = self.config.get("quantized_layers")
+        entries = layers.items() if isinstance(layers, dict) else ()
+        algos = {key: str(entry.get("quant_algo")).upper() for key, entry in entries if isinstance(entry, dict)}
+        for key, algo in algos.items():
+            parts = key.split(".")
+            for end in range(1, len(parts)):
+                named.setdefault(".".join(parts[:end]), algo)
+        return named | algos
 
     def _contradiction(self, layer: int, declared: Stored, stored: Stored) -> Problem:
         said, have = (
@@ -220,6 +253,9 @@ class _Check:
 
     def _linears(self) -> Iterator[Problem]:
         """Matrices beside the experts: in bf16 under compressed-tensors, in FP8 unless ignored under native."""
+        if self.checkpoint.container == MODELOPT:
+            yield from self._modelopt_linears()
+            return
         scaled: list[str] = []
         untargeted: list[str] = []
         claimed: list[str] = []
@@ -240,6 +276,18 @@ class _Check:
             elif self.config and fp8 == ignored and not module.startswith("model.mtp."):
                 claimed.append(module)
         yield from self._linear_problems(scaled, untargeted, claimed, compressed)
+
+    def _modelopt_linears(self) -> Iterator[Problem]:
+        """Under ModelOpt they are what `quantized_layers` says of them, or bf16."""
+        wrong = []
+        for module, parts in self._modules():
+            declared = {self._algo(module), *map(self._algo, parts)} - {None}
+            if bool(declared) != any(self.checkpoint.linears[part] == "F8_E4M3" for part in parts):
+                wrong.append(module)
+        if wrong:
+            yield Problem(c.CORRUPTED, f"{wrong[0]} and {len(wrong) - 1} others: their dtype is not what "
+                          f"quantization_config says, {self.label} builds another layer for them",
+                          "get_quant_method of its ModelOpt config")  # fmt: skip
 
     def _linear_problems(
         self, scaled: list[str], untargeted: list[str], claimed: list[str], compressed: bool

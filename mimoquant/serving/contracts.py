@@ -70,7 +70,7 @@ class Row:
 
 NATIVE_MXFP4, INT4, INT4_ASYMMETRIC = "native mxfp4", "compressed-tensors int4", "compressed-tensors int4 asymmetric"
 CT_MXFP4, CT_NVFP4, BF16, FP8 = "compressed-tensors mxfp4", "compressed-tensors nvfp4", "bf16", "fp8"
-MIXED = "mixed-precision with int4"
+MIXED, MO_NVFP4 = "mixed-precision with int4", "modelopt nvfp4"
 
 FORMATS: tuple[Row, ...] = (
     Row(VLLM, NATIVE_MXFP4, CORRUPTED, READ, "pull request #45200, in release 0.24.0", until=(0, 24),
@@ -81,6 +81,8 @@ FORMATS: tuple[Row, ...] = (
         since=(0, 32)),
     Row(VLLM, CT_MXFP4, RIGHT, RUN, "0.26 on an H100 (Marlin), 0.32 on a CPU", since=(0, 26)),
     Row(VLLM, CT_NVFP4, RIGHT, RUN, "0.26 on an H100 (Marlin), 0.32 on a CPU", since=(0, 26)),
+    Row(VLLM, MO_NVFP4, RIGHT, READ, "modelopt.py of 0.32 and 0.33, W4A16_NVFP4; its config class run on ours",
+        since=(0, 32)),
     Row(VLLM, MIXED, RIGHT, READ, "compressed_tensors_moe.py of 0.32 takes the format of the group", since=(0, 32)),
     Row(SGLANG, NATIVE_MXFP4, RIGHT, READ, "model_config.py and mimo_v2.py of 0.5.23", since=(0, 5, 23)),
     Row(SGLANG, INT4, RIGHT, READ, "compressed_tensors.py of 0.5.23, get_moe_scheme", since=(0, 5, 23)),
@@ -90,6 +92,7 @@ FORMATS: tuple[Row, ...] = (
         hint="quantize with --container native"),
     Row(SGLANG, CT_NVFP4, RIGHT, READ, "compressed_tensors.py of 0.5.23, CompressedTensorsW4A16Nvfp4MoE",
         since=(0, 5, 23)),
+    Row(SGLANG, MO_NVFP4, RIGHT, READ, "modelopt_quant.py of 0.5.23, ModelOptNvFp4FusedMoEMethod", since=(0, 5, 23)),
     Row(SGLANG, MIXED, REFUSED, READ, "compressed_tensors_wNa16_moe.py of 0.5.23", since=(0, 5, 23),
         what="makes it stop: its int4 experts need pack-quantized as the format of the whole checkpoint",
         hint="give all layers one format"),
@@ -101,6 +104,9 @@ FORMATS: tuple[Row, ...] = (
     Row(TRANSFORMERS, CT_MXFP4, RIGHT, RUN, "5.17 with compressed-tensors 0.19: exact"),
     Row(TRANSFORMERS, CT_NVFP4, CORRUPTED, RUN, "5.17: KL 2.8 against the bf16 twin",
         what="loads without the global scales: weight_global_scale is reported as UNEXPECTED and dropped"),
+    Row(TRANSFORMERS, MO_NVFP4, REFUSED, RUN, "5.17 on a CPU: RuntimeError for sizes that do not match",
+        what="makes it stop: quant_method modelopt is unknown to it, and packed experts have half the width",
+        hint="quantize with --container compressed-tensors"),
     Row(TRANSFORMERS, MIXED, RIGHT, UNVERIFIED, "not tried"),
 )  # fmt: skip
 
@@ -109,11 +115,16 @@ FORMATS: tuple[Row, ...] = (
 CARVE_OUTS: tuple[Row, ...] = (
     Row(VLLM, "any: bf16", RIGHT, READ, "compressed_tensors_moe.py and fp8.py of 0.32: an ignored layer is unquantized",
         since=(0, 26)),
+    Row(VLLM, f"{MO_NVFP4}: bf16", RIGHT, READ,
+        "modelopt.py of 0.32: what is not in quantized_layers is unquantized; its config class run on ours",
+        since=(0, 32)),
     Row(VLLM, "any: fp8", RIGHT, READ, "compressed_tensors_moe_w8a8_fp8.py of 0.32 (block strategy)", since=(0, 32)),
     Row(SGLANG, f"{CT_MXFP4}: bf16", CORRUPTED, READ, "compressed_tensors.py of 0.5.23, _is_mxfp4_moe",
         what="is taken for MXFP4 like the rest: the format is looked up for the whole checkpoint",
         hint="quantize without carve_outs for this engine"),
     Row(SGLANG, f"{NATIVE_MXFP4}: bf16", RIGHT, UNVERIFIED, "fp8.py of 0.5.23 reads ignored_layers; not tried"),
+    Row(SGLANG, f"{MO_NVFP4}: bf16", RIGHT, READ,
+        "modelopt_quant.py of 0.5.23: what is not in quantized_layers is unquantized", since=(0, 5, 23)),
     Row(SGLANG, "any: bf16", RIGHT, READ, "compressed_tensors.py of 0.5.23: an ignored layer is unquantized",
         since=(0, 5, 23)),
     Row(SGLANG, "any: fp8", RIGHT, READ, "compressed_tensors_w8a8_fp8_moe.py of 0.5.23 (block strategy)",
@@ -130,6 +141,7 @@ CARVE_OUTS: tuple[Row, ...] = (
 
 SPLIT, FUSED_FP8, FUSED_BF16 = "split q, k, v", "fused FP8 qkv", "fused bf16 qkv"
 CANONICAL_BF16, OTHER_FP8 = "fused bf16 [Q|K|V]", "fused FP8 qkv that is not in num_key_value_heads chunks"
+PLAIN_MXFP8 = "MXFP8 qkv as [Q|K|V]"  # of ModelOpt's releases
 DECLARED_SPLIT, RANKED_SPLIT = "attention_projection_layout 'split'", "split FP8 k with scale rows of its own per head"
 
 QKV: tuple[Row, ...] = (
@@ -143,10 +155,13 @@ QKV: tuple[Row, ...] = (
     Row(VLLM, FUSED_FP8, RIGHT, READ, "mimo_v2.py of 0.32, _shard_fp8_qkv_proj (pull request #57508)", since=(0, 32)),
     Row(VLLM, FUSED_BF16, CORRUPTED, RUN, "0.32 on a CPU: KL 2.75",
         what="is read as [Q|K|V]: the rank-interleaved order is only undone for FP8 with weight_scale_inv",
-        hint="write split q_proj, k_proj, v_proj: mimoquant relayout --qkv split"),
+         hint="write split q_proj, k_proj, v_proj: mimoquant relayout --qkv split"),
     Row(VLLM, CANONICAL_BF16, RIGHT, RUN, "0.32 on a CPU: KL 0; its MTP block is right at TP 1 only (read)"),
     Row(VLLM, OTHER_FP8, CORRUPTED, READ, "mimo_v2.py of 0.32, _shard_fp8_qkv_proj: ckpt_tp is num_key_value_heads",
         what="is read as if it were", hint="mimoquant relayout --qkv split --dtype bf16"),
+    Row(VLLM, PLAIN_MXFP8, REFUSED, READ, "mimo_v2.py of 0.33, _shard_fp8_qkv_proj",
+        what="makes it stop: any FP8 qkv_proj is taken for interleaved 128x128 blocks, whose scale has fewer rows",
+        hint="write split q_proj, k_proj, v_proj"),
     Row(SGLANG, SPLIT, RIGHT, RUN, "the loader of 0.5.23 at TP 1, 2 and 4: difference 0.0"),
     Row(SGLANG, DECLARED_SPLIT, REFUSED, UNVERIFIED, "a source older than 0.5.23, which raises for this value",
         until=(0, 5, 23), what="may make it stop: expected 'fused_qkv' or unset"),
@@ -155,19 +170,23 @@ QKV: tuple[Row, ...] = (
     Row(SGLANG, FUSED_FP8, RIGHT, READ, "mimo_v2.py and model_hook.py of 0.5.23", tp="divides the chunks",
         what="stops the start: MiMoV2 fused qkv_proj checkpoint is TP-interleaved"),
     Row(SGLANG, FUSED_BF16, RIGHT, RUN, "the loader of 0.5.23: 33-38 % row error at TP 1 and 2 of 4",
-        tp="is the chunks", otherwise=CORRUPTED, what="is merged without undoing the rank-interleaved order",
-        hint="mimoquant relayout --qkv split"),
+         tp="is the chunks", otherwise=CORRUPTED, what="is merged without undoing the rank-interleaved order",
+         hint="mimoquant relayout --qkv split"),
     Row(SGLANG, CANONICAL_BF16, RIGHT, RUN, "the loader of 0.5.23: right at TP 1, wrong rows at TP 2 and 4",
         tp="is the chunks", otherwise=CORRUPTED, what="is cut into equal parts, which puts rows of q where k belongs",
         hint="mimoquant relayout --qkv split"),
     Row(SGLANG, OTHER_FP8, CORRUPTED, READ, "model_config.py of 0.5.23: the chunks are num_key_value_heads",
         what="is read as if it were", hint="mimoquant relayout --qkv split --dtype bf16"),
+    Row(SGLANG, PLAIN_MXFP8, CORRUPTED, READ, "mimo_v2.py of 0.5.23, load_mimo_v2_qkv_proj_weight", since=(0, 5, 23),
+        what="is cut into ranks as if it were interleaved, for config.json says fused_qkv",
+        hint="write split q_proj, k_proj, v_proj"),
     Row(TRANSFORMERS, SPLIT, RIGHT, RUN, "5.17 on a CPU"),
     Row(TRANSFORMERS, RANKED_SPLIT, RIGHT, UNVERIFIED, "not tried"),
     Row(TRANSFORMERS, FUSED_FP8, RIGHT, UNVERIFIED, "left to the checkpoint's remote code"),
     Row(TRANSFORMERS, FUSED_BF16, RIGHT, UNVERIFIED, "left to the checkpoint's remote code"),
     Row(TRANSFORMERS, CANONICAL_BF16, RIGHT, UNVERIFIED, "left to the checkpoint's remote code"),
     Row(TRANSFORMERS, OTHER_FP8, RIGHT, UNVERIFIED, "left to the checkpoint's remote code"),
+    Row(TRANSFORMERS, PLAIN_MXFP8, RIGHT, UNVERIFIED, "left to the checkpoint's remote code"),
 )  # fmt: skip
 
 # --- GPUs -------------------------------------------------------------------------------------------------------------
@@ -197,20 +216,33 @@ GPUS = {
 
 # subject → (least SM, those tried or read); elsewhere the kernel choice is not verified
 MINIMUM_SM = {NATIVE_MXFP4: (80, (90, 100)), CT_MXFP4: (80, (90,)), CT_NVFP4: (80, (90,)), INT4: (80, (80, 90, 100)),
-              INT4_ASYMMETRIC: (80, ())}  # fmt: skip
+              INT4_ASYMMETRIC: (80, ()), MO_NVFP4: (80, (80, 90))}  # fmt: skip
 
-# (engine, subject, SM) → the back end the engine picks by itself
+# (engine, subject, SM) → the back end that runs it
 MOE_BACKENDS = {
     (VLLM, INT4, 80): "MARLIN", (VLLM, INT4, 90): "MARLIN", (VLLM, CT_MXFP4, 90): "MARLIN",
     (VLLM, CT_NVFP4, 90): "MARLIN", (VLLM, NATIVE_MXFP4, 90): "MARLIN", (VLLM, NATIVE_MXFP4, 80): "MARLIN",
+    (VLLM, MO_NVFP4, 80): "MARLIN", (VLLM, MO_NVFP4, 90): "MARLIN", (VLLM, MO_NVFP4, 100): "MARLIN",
+    (VLLM, MO_NVFP4, 121): "MARLIN",
     (VLLM, NATIVE_MXFP4, 100): "FLASHINFER_TRTLLM_MXFP4_MXFP8",
     (SGLANG, NATIVE_MXFP4, 80): "marlin", (SGLANG, NATIVE_MXFP4, 90): "marlin",
     (SGLANG, NATIVE_MXFP4, 100): "flashinfer_mxfp4", (SGLANG, NATIVE_MXFP4, 121): "marlin",
+    (SGLANG, MO_NVFP4, 80): "marlin", (SGLANG, MO_NVFP4, 90): "marlin", (SGLANG, MO_NVFP4, 100): "marlin",
+    (SGLANG, MO_NVFP4, 121): "marlin",
     (SGLANG, INT4, 80): "CompressedTensorsWNA16MarlinMoEMethod",
     (SGLANG, INT4, 90): "CompressedTensorsWNA16MarlinMoEMethod",
     (SGLANG, INT4, 100): "CompressedTensorsWNA16TritonMoE",
 }  # fmt: skip
-VLLM_MOE_WORD = {NATIVE_MXFP4: "Mxfp4", CT_MXFP4: "Mxfp4", CT_NVFP4: "NvFp4", INT4: "WNA16", INT4_ASYMMETRIC: "WNA16"}
+# (engine, subject) → SMs where it picks that back end by itself; elsewhere it has to be told
+OWN_CHOICE = {(SGLANG, NATIVE_MXFP4): (90, 100), (SGLANG, MO_NVFP4): (80, 90)}
+VLLM_MOE_WORD = {
+    NATIVE_MXFP4: "Mxfp4",
+    CT_MXFP4: "Mxfp4",
+    CT_NVFP4: "NvFp4",
+    MO_NVFP4: "NvFp4",
+    INT4: "WNA16",
+    INT4_ASYMMETRIC: "WNA16",
+}
 
 # --- patches that the first public deployments carried ----------------------------------------------------------------
 

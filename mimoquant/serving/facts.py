@@ -13,16 +13,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mimoquant.checkpoint.index import open_index
-from mimoquant.container import COMPRESSED_TENSORS, NATIVE, expert_tensors, shape_tensor
-from mimoquant.model.layout import (
-    FP8_BLOCK,
-    PROJECTIONS,
-    TOWER_PREFIXES,
-    Attention,
-    Geometry,
-    read_geometry,
-    read_layout,
-)
+from mimoquant.container import COMPRESSED_TENSORS, MODELOPT, NATIVE, expert_tensors, shape_tensor
+from mimoquant.model.geometry import FP8_BLOCK, Attention, Geometry, read_geometry
+from mimoquant.model.layout import PROJECTIONS, TOWER_PREFIXES, read_layout
 from mimoquant.model.qkv import with_chunks
 from mimoquant.plan import Plan, read_config
 from mimoquant.quant.formats import Format
@@ -61,10 +54,13 @@ class Served:
     qkv: str  # a subject of contracts.QKV
     mtp_layers: int
     towers: bool
+    input_scales: bool = False  # whether experts have what rounds their activations to 4 bits
     bytes_by_kind: Counter[str] = field(default_factory=Counter)  # experts, towers, mtp, rest
 
     @property
     def container(self) -> str:
+        if self.geometry.mxfp8:
+            return MODELOPT
         quantization = self.config.get("quantization_config") or {}
         return COMPRESSED_TENSORS if quantization.get("quant_method") == COMPRESSED_TENSORS else NATIVE
 
@@ -135,7 +131,8 @@ def served(config: dict[str, Any], tensors: Mapping[str, Tensor], name: str, met
     for key, tensor in tensors.items():
         sizes[_kind(key)] += tensor.size_bytes
     return Served(name, config, geometry, experts, missing, linears, _qkv(geometry, tensors), len(mtp),
-                  any(key.startswith(TOWER_PREFIXES) for key in tensors), sizes)  # fmt: skip
+                  any(key.startswith(TOWER_PREFIXES) for key in tensors),
+                  any(key.endswith(".input_scale") for key in tensors), sizes)  # fmt: skip
 
 
 def _is_linear(key: str) -> bool:
@@ -155,6 +152,8 @@ def _qkv(geometry: Geometry, tensors: Mapping[str, Tensor]) -> str:
     if geometry.fused_qkv:
         if tensors[f"{prefix}qkv_proj.weight"].dtype != "F8_E4M3":
             return contracts.CANONICAL_BF16 if geometry.qkv_chunks == 1 else contracts.FUSED_BF16
+        if geometry.mxfp8:
+            return contracts.PLAIN_MXFP8
         published = geometry.qkv_chunks == geometry.global_attention.kv_heads
         return contracts.FUSED_FP8 if published else contracts.OTHER_FP8
     scale = tensors.get(f"{prefix}k_proj.weight_scale_inv")
@@ -186,12 +185,12 @@ def _stored(module: str, width: int, tensors: Mapping[str, Tensor]) -> Stored:
     if packed:
         return Stored(contracts.CT_MXFP4 if scale and scale.dtype == "U8" else contracts.CT_NVFP4, group)
     if weight and weight.dtype == "U8":
-        return Stored(contracts.NATIVE_MXFP4, group)
+        return Stored(contracts.MO_NVFP4 if scale and scale.dtype == "F8_E4M3" else contracts.NATIVE_MXFP4, group)
     return Stored(contracts.FP8 if weight and weight.dtype == "F8_E4M3" else contracts.BF16)
 
 
 _FORMATS = {contracts.INT4: "int4", contracts.INT4_ASYMMETRIC: "int4", contracts.CT_MXFP4: "mxfp4",
-            contracts.CT_NVFP4: "nvfp4", contracts.NATIVE_MXFP4: "mxfp4"}  # fmt: skip
+            contracts.CT_NVFP4: "nvfp4", contracts.NATIVE_MXFP4: "mxfp4", contracts.MO_NVFP4: "nvfp4"}  # fmt: skip
 
 
 def _parts(form: Stored, module: str, shape: tuple[int, int]) -> list[str]:
@@ -202,6 +201,6 @@ def _parts(form: Stored, module: str, shape: tuple[int, int]) -> list[str]:
         fmt = Format(_FORMATS[form.subject], form.group_size or 0, form.subject != contracts.INT4_ASYMMETRIC)
     except ValueError:  # a group size that this program does not write; the check names it
         return []
-    container = NATIVE if form.subject == contracts.NATIVE_MXFP4 else COMPRESSED_TENSORS
+    container = {contracts.NATIVE_MXFP4: NATIVE, contracts.MO_NVFP4: MODELOPT}.get(form.subject, COMPRESSED_TENSORS)
     names = [f"{module}.{stored.suffix}" for stored in expert_tensors(container, fmt, *shape)]
     return [*names, f"{module}.weight_shape"] if shape_tensor(container, fmt) else names

@@ -243,7 +243,7 @@ class _Maker:
         if self.checkpoint.towers and self.gpu.sglang_attention == "fa4":
             yield "--mm-attention-backend", "fa4"
         backend = self.moe_backend()
-        if backend and self.subject == c.NATIVE_MXFP4 and self.gpu.sm not in (90, 100):  # there it is the default
+        if backend and not self._own_choice():
             yield "--moe-runner-backend", backend
         if self.gpu.node == 1:
             yield "--kv-cache-dtype", "fp8_e4m3"
@@ -259,6 +259,10 @@ class _Maker:
             yield "--speculative-draft-model-path", str(dflash)
             yield "--speculative-num-draft-tokens", str(DFLASH_TOKENS)
 
+    def _own_choice(self) -> bool:
+        """Whether the engine picks the back end by itself."""
+        return self.gpu.sm in c.OWN_CHOICE.get((self.engine, self.subject), (self.gpu.sm,))
+
     def expect(self) -> Iterator[str]:
         """Lines of the log that say that the right code runs."""
         backend = self.moe_backend()
@@ -269,9 +273,9 @@ class _Maker:
             yield f"Using {self.gpu.vllm_attention} for attention."
             if backend:
                 yield f"Using '{backend}' {c.VLLM_MOE_WORD[self.subject]} MoE backend"
-        elif backend and self.subject == c.NATIVE_MXFP4 and self.gpu.sm in (90, 100):
+        elif backend and self.subject == c.NATIVE_MXFP4 and self._own_choice():
             yield f"MiMoV2 on SM{self.gpu.sm}: moe_runner_backend={backend}."
-        elif backend and self.subject != c.NATIVE_MXFP4:
+        elif backend and (self.engine, self.subject) not in c.OWN_CHOICE:
             yield f"Using {backend}"
         yield c.ENGINES[self.engine].started
 
@@ -291,6 +295,8 @@ class _Maker:
             yield f"{label} runs 1 of the {self.checkpoint.mtp_layers} MTP layers"
         if dflash:
             yield f"not verified: DFlash in {label} with this checkpoint"
+        if self.subject == c.MO_NVFP4 and not self._own_choice():
+            yield f"without the MoE back end named here {label} would round activations to 4 bits, unscaled"
         if self.nodes > 1:
             where = "on the head of one Ray cluster" if self.engine == c.VLLM else "on each node with its own <rank>"
             yield f"{self.nodes} nodes: start it {where}"

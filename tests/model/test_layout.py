@@ -19,7 +19,8 @@ import mimoquant
 from mimoquant.checkpoint.index import open_index
 from mimoquant.describe import expert_placement
 from mimoquant.errors import CheckpointError
-from mimoquant.model.layout import ModelLayout, read_geometry, read_layout
+from mimoquant.model.geometry import read_geometry
+from mimoquant.model.layout import ModelLayout, read_layout
 from mimoquant.plan import make_plan
 from mimoquant.recipe import load_recipe
 

@@ -12,7 +12,8 @@ import pytest
 
 from mimoquant.checkpoint.index import TensorInfo
 from mimoquant.layer_weights import dequantize, split_qkv
-from mimoquant.model.layout import Geometry, Weight, read_geometry, scale_row_counts
+from mimoquant.model.geometry import Geometry, read_geometry
+from mimoquant.model.layout import Weight, scale_row_counts
 from mimoquant.model.qkv import deinterleave_rows, scale_row_of
 from mimoquant.quant.engine_cpu import CpuEngine
 from mimoquant.quant.engine_torch import TorchEngine

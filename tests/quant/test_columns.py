@@ -45,7 +45,7 @@ def weights(experts: int, rows: int, width: int, device: str, seed: int = 0) -> 
 def stack_of(fmt: Format, size: tuple[int, int, int], device: str, matrix: Tensor) -> Columns:
     """Weights with searched scales, nothing rounded yet."""
     weight = weights(*size, device)
-    parts = encode(weight, fmt, "mse", nvfp4_global_scale(amax(weight), "mse"), signed=fmt.symmetric)
+    parts = encode(weight, fmt, "mse", nvfp4_global_scale(amax(weight), "mse", fmt), signed=fmt.symmetric)
     grid, turned = Grid.of(parts, fmt).turned(), weight.float().transpose(1, 2).contiguous()
     divisor = parts["global_scale"].flatten() if fmt.name == "nvfp4" else None
     codes = torch.zeros(turned.shape, dtype=torch.uint8, device=device)
@@ -106,7 +106,7 @@ def test_compiled_loops_give_the_bytes_of_the_plain_ones(fmt: Format, size: tupl
 @every_format
 def test_the_weighted_search_gives_the_bytes_of_the_plain_engine(fmt: Format, every: int, weighted: bool) -> None:
     weight = weights(3, 40, 256, "cpu")
-    scale = nvfp4_global_scale(amax(weight), "gram") if fmt.name == "nvfp4" else None
+    scale = nvfp4_global_scale(amax(weight), "gram", fmt) if fmt.name == "nvfp4" else None
     importance = torch.rand(3, 256, generator=torch.Generator().manual_seed(2)) ** 4 if weighted else None
     expected = encode(weight, fmt, "gram", scale, importance, signed=fmt.symmetric, every=every)
     tried = multipliers(fmt.name, "gram", signed=fmt.symmetric, every=every)

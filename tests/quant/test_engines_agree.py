@@ -24,6 +24,7 @@ from mimoquant.quant.stack import NonFiniteError, Stack
 FORMATS = [Format("int4", size, symmetric) for size in (32, 64, 128) for symmetric in (True, False)] + [
     Format("mxfp4", 32),
     Format("nvfp4", 16),
+    Format("nvfp4", 16, pow2_global=True),
 ]
 CASES = [pytest.param(fmt, search, id=f"{fmt.label} {search}") for fmt in FORMATS for search in ("absmax", "mse")]
 PROJECTIONS = ("gate", "up", "down")
@@ -200,7 +201,7 @@ def test_the_search_never_makes_a_group_worse(fmt: Format, data: st.DataObject) 
     for stack in stacks.values():
         weights = bf16_values(stack)
         weight = torch.from_numpy(weights).to(torch.bfloat16)
-        shared = engine_torch.nvfp4_global_scale(engine_torch.amax(weight), "mse")
+        shared = engine_torch.nvfp4_global_scale(engine_torch.amax(weight), "mse", fmt)
         errors = {}
         for search in ("absmax", "mse"):
             decoded = decode(engine_torch.encode(weight, fmt, search, shared), fmt).double().numpy()
@@ -215,7 +216,7 @@ def test_the_search_helps() -> None:
     for fmt in FORMATS:
         error = {}
         for search in ("absmax", "mse"):
-            scale = engine_torch.nvfp4_global_scale(engine_torch.amax(weight), search)
+            scale = engine_torch.nvfp4_global_scale(engine_torch.amax(weight), search, fmt)
             decoded = decode(engine_torch.encode(weight, fmt, search, scale), fmt)
             error[search] = float((decoded - weight.float()).square().mean())
         assert error["mse"] < 0.99 * error["absmax"], fmt.label
@@ -237,6 +238,10 @@ def test_gate_and_up_share_the_global_scale(search: str) -> None:
         np.testing.assert_allclose(scales["gate"][:, 0], NVFP4_RANGE[search] * 6 / shared, rtol=1e-7)
         np.testing.assert_allclose(scales["down"][:2, 0], NVFP4_RANGE[search] * 6 / largest["down"][:2], rtol=1e-7)
         assert scales["down"][2, 0] == 1, "an expert of zeros needs no scaling"
+        rounded = engine.encode(stacks, Format("nvfp4", 16, pow2_global=True), search)
+        for projection, exact in scales.items():
+            powers = np.exp2(np.floor(np.log2(exact.astype(np.float64))))
+            np.testing.assert_array_equal(rounded[projection]["global_scale"], powers)
 
 
 # NaNs come with any payload: a block of 0xFF bytes is what a failed disk or download leaves behind

@@ -51,7 +51,7 @@ def stack() -> tuple[Tensor, Tensor]:
 @cache
 def run(fmt: Format, method: Method, weight: Tensor | None = None, gram: Tensor | None = None) -> Encoded:
     weight, gram = stack()[0] if weight is None else weight, stack()[1] if gram is None else gram
-    return encode_with(weight, gram, fmt, method, nvfp4_global_scale(amax(weight), method.search))
+    return encode_with(weight, gram, fmt, method, nvfp4_global_scale(amax(weight), method.search, fmt))
 
 
 def exact(difference: Tensor, gram: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ def test_compressed_tensors_reads_negative_scales(group_size: int, name: str) ->
 @every_format
 def test_it_is_search_then_gptq_then_refinement(fmt: Format) -> None:
     weight, gram = stack()
-    scale = nvfp4_global_scale(amax(weight), "mse")
+    scale = nvfp4_global_scale(amax(weight), "mse", fmt)
     parts = encode(weight, fmt, "mse", scale)
     assert torch.equal(run(fmt, Method("mse")).parts["codes"], parts["codes"])
     codes = gptq(weight.float(), gram, Grid.of(parts, fmt), fmt, 0.1).codes
@@ -154,7 +154,7 @@ def test_it_is_search_then_gptq_then_refinement(fmt: Format) -> None:
 @every_format
 def test_equal_importance_is_the_plain_search(fmt: Format) -> None:
     weight, _ = stack()
-    scale = nvfp4_global_scale(amax(weight), "mse")
+    scale = nvfp4_global_scale(amax(weight), "mse", fmt)
     plain = encode(weight, fmt, "mse", scale)
     weighed = encode(weight, fmt, "gram", scale, torch.full((EXPERTS, WIDTH), 4.0))
     assert all(torch.equal(plain[name].float(), weighed[name].float()) for name in plain)
@@ -164,7 +164,7 @@ def test_equal_importance_is_the_plain_search(fmt: Format) -> None:
 def test_importance_is_a_weight_of_the_squared_error(fmt: Format) -> None:
     """The weighed choice beats the plain one by the weighed measure, in every group, and loses to it by the plain."""
     weight, gram = stack()
-    scale, importance = nvfp4_global_scale(amax(weight), "mse"), gram.diagonal(dim1=1, dim2=2)
+    scale, importance = nvfp4_global_scale(amax(weight), "mse", fmt), gram.diagonal(dim1=1, dim2=2)
     plain, weighed = encode(weight, fmt, "mse", scale), encode(weight, fmt, "gram", scale, importance)
     errors = [
         ((decode(parts, fmt).double() - weight.double()) ** 2 * measure)

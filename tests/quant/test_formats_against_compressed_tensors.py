@@ -180,7 +180,7 @@ def test_int4_zero_points_are_theirs_for_our_scale(group_size: int) -> None:
 @pytest.mark.parametrize(("fmt", "search"), CASES)
 def test_codes_are_their_quantize_in_float32(fmt: Format, search: str) -> None:
     weight = hard_weights(ROWS, WIDTH, 3)
-    global_scale = engine_torch.nvfp4_global_scale(engine_torch.amax(weight[None]), search)
+    global_scale = engine_torch.nvfp4_global_scale(engine_torch.amax(weight[None]), search, fmt)
     parts = encode(weight[None], fmt, search, global_scale)
     scale = parts["scale"][0].float()
     if fmt.name == "mxfp4":
@@ -213,7 +213,7 @@ def test_mxfp4_exponents_are_theirs() -> None:
 def test_nvfp4_global_scale_is_theirs_within_one_ulp() -> None:
     """They write 2688 / amax with a Python number, which torch computes as 2688 * (1 / amax); we divide."""
     amax = torch.cat([hard_weights(64, 64, 5).flatten().abs(), torch.tensor([0.0, 2.0**-133, 1e30, 3e38]).bfloat16()])
-    ours = engine_torch.nvfp4_global_scale(amax.float(), "absmax")
+    ours = engine_torch.nvfp4_global_scale(amax.float(), "absmax", Format("nvfp4", 16))
     theirs = torch.cat([generate_gparam(-value, value) for value in amax.float()])
     assert ((bits(ours) - bits(theirs)).abs() <= 1).all()
     with np.errstate(over="ignore"):

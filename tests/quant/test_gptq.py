@@ -36,7 +36,7 @@ def correlated(seed: int = 0) -> Tensor:
 
 
 def parts_of(weight: Tensor, fmt: Format) -> dict[str, Tensor]:
-    return encode(weight, fmt, "mse", nvfp4_global_scale(amax(weight), "mse"))
+    return encode(weight, fmt, "mse", nvfp4_global_scale(amax(weight), "mse", fmt))
 
 
 def run(weight: Tensor, gram: Tensor, fmt: Format, damp: float = DAMP) -> tuple[dict[str, Tensor], GptqResult]:

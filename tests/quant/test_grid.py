@@ -39,7 +39,7 @@ def weights(seed: int = 0) -> Tensor:
 
 
 def parts_of(weight: Tensor, fmt: Format, search: str) -> dict[str, Tensor]:
-    return encode(weight, fmt, search, nvfp4_global_scale(amax(weight), search))
+    return encode(weight, fmt, search, nvfp4_global_scale(amax(weight), search, fmt))
 
 
 @pytest.mark.parametrize("search", ["absmax", "mse"])

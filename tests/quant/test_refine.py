@@ -49,7 +49,7 @@ def damped(gram: Tensor) -> Tensor:
 def start(weight: Tensor, gram: Tensor, fmt: Format, how: str) -> tuple[dict[str, Tensor], Tensor]:
     """Parts and codes to begin with: rounded, by GPTQ, or at random."""
     search = "absmax" if how == "absmax" else "mse"
-    parts = encode(weight, fmt, search, nvfp4_global_scale(amax(weight), search), signed=how == "signed")
+    parts = encode(weight, fmt, search, nvfp4_global_scale(amax(weight), search, fmt), signed=how == "signed")
     if how in ("gptq", "signed"):
         return parts, gptq(weight, gram, Grid.of(parts, fmt), fmt, 0.05).codes
     if how == "random":
@@ -114,7 +114,7 @@ def test_scales_stay_storable(fmt: Format, how: str) -> None:
 def test_a_scale_that_wants_to_change_its_sign_stays(fmt: Format) -> None:
     weight, gram = weights(), correlated()
     parts, _ = start(weight, gram, fmt, "absmax")
-    codes = unpack_nibbles(encode(-weight, fmt, "absmax", nvfp4_global_scale(amax(weight), "absmax"))["codes"])
+    codes = unpack_nibbles(encode(-weight, fmt, "absmax", nvfp4_global_scale(amax(weight), "absmax", fmt))["codes"])
     better, _ = refine(weight, gram, parts, codes, fmt, 1)
     assert (better["scale"].float() > 0).all()
 

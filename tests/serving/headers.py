@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from mimoquant.checkpoint.index import DTYPE_BYTES
-from mimoquant.container import NATIVE, expert_tensors, output_config, shape_tensor
-from mimoquant.model.layout import PROJECTIONS, Geometry, _layer_rows, _mtp_rows, read_geometry, scale_row_counts
+from mimoquant.container import CONTAINERS, NATIVE, expert_tensors, output_config, shape_tensor
+from mimoquant.model.geometry import Geometry, read_geometry
+from mimoquant.model.layout import PROJECTIONS, _layer_rows, _mtp_rows, scale_row_counts
 from mimoquant.quant.formats import Format
 from mimoquant.serving.facts import Served, served
 
@@ -20,7 +21,7 @@ CONFIGS = Path(__file__).parent / "configs"
 VARIANTS = ("v2-flash", "v2.5", "v2.5-pro")
 FORMATS = {"native": Format("mxfp4", 32), "int4-g128": Format("int4", 128), "int4-g32": Format("int4", 32),
            "int4-g32-asymmetric": Format("int4", 32, False), "mxfp4": Format("mxfp4", 32),
-           "nvfp4": Format("nvfp4", 16)}  # fmt: skip
+           "nvfp4": Format("nvfp4", 16), "modelopt": Format("nvfp4", 16)}  # fmt: skip
 TOWER_BYTES = 1_977_000_000  # of V2.5, about
 
 
@@ -47,7 +48,7 @@ def output(
 ) -> tuple[dict[str, Any], dict[str, Header]]:
     """config.json and headers of what `quantize` writes. `form`: a key of FORMATS."""
     source, fmt, kept = published_config(variant), FORMATS[form], carve_outs or {}
-    container = NATIVE if form == "native" else "compressed-tensors"
+    container = form if form in CONTAINERS else "compressed-tensors"
     moe = read_geometry(source, variant).moe_layers
     config = output_config(source, container, {n: fmt for n in moe if n not in kept}, kept)
     geometry = read_geometry(config, variant, packed=True)

@@ -44,6 +44,8 @@ SOUND = [
     ("vllm", "v2.5", "int4-g128", 16), ("vllm", "v2.5", "int4-g32-asymmetric", 4), ("vllm", "v2.5-pro", "mxfp4", 8),
     ("vllm", "v2-flash", "nvfp4", 8), ("sglang", "v2.5", "native", 4), ("sglang", "v2.5", "native", 2),
     ("sglang", "v2.5-pro", "native", 8), ("sglang", "v2.5", "int4-g128", 8), ("sglang", "v2-flash", "nvfp4", 8),
+    ("vllm", "v2.5", "modelopt", 8), ("vllm", "v2.5-pro", "modelopt", 16), ("vllm", "v2-flash", "modelopt", 8),
+    ("sglang", "v2.5", "modelopt", 8), ("sglang", "v2-flash", "modelopt", 4),
     ("transformers", "v2-flash", "int4-g128", None), ("transformers", "v2-flash", "mxfp4", None),
 ]  # fmt: skip
 
@@ -55,6 +57,11 @@ def test_a_sound_output_has_no_problem(engine: str, variant: str, form: str, tp:
         assert all("not verified" in problem.text for problem in found)
     else:
         assert found == []
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_kept_layers_are_allowed_in_modelopts_container(engine: str) -> None:
+    assert check(at_scale("v2.5", "modelopt", ((41, "bf16"),)), engine, None, 8) == []
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
@@ -140,6 +147,41 @@ def o_proj_not_ignored(config: dict[str, Any], tensors: Headers) -> None:
     config["quantization_config"]["ignored_layers"].remove("model.layers.3.self_attn.o_proj")
 
 
+def layers_of(config: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = config["quantization_config"]["quantized_layers"]
+    return found
+
+
+def unnamed_layer(config: dict[str, Any], tensors: Headers) -> None:
+    for name in [name for name in layers_of(config) if name.startswith("model.layers.7.")]:
+        del layers_of(config)[name]
+
+
+def unshared_algo(config: dict[str, Any], tensors: Headers) -> None:
+    for name in [name for name in layers_of(config) if name.startswith("model.layers.7.")]:
+        layers_of(config)[name] = {"quant_algo": "MXFP8", "group_size": 32}
+
+
+def named_attention(config: dict[str, Any], tensors: Headers) -> None:
+    layers_of(config)["model.layers.3.self_attn.qkv_proj"] = {"quant_algo": "MXFP8", "group_size": 32}
+
+
+def mxfp8_fused(config: dict[str, Any], tensors: Headers) -> None:
+    """As lukealonso publishes it."""
+    fused_again(config, tensors)
+    for layer in range(48):
+        module = f"model.layers.{layer}.self_attn.qkv_proj"
+        rows = tensors[f"{module}.weight"].shape[0]
+        tensors[f"{module}.weight"] = Header("F8_E4M3", (rows, 4096))
+        tensors[f"{module}.weight_scale_inv"] = Header("U8", (rows, 128))
+        layers_of(config)[module] = {"quant_algo": "MXFP8", "group_size": 32}
+
+
+def four_bit_activations(config: dict[str, Any], tensors: Headers) -> None:
+    for entry in layers_of(config).values():
+        entry["quant_algo"] = "NVFP4"
+
+
 def nothing(config: dict[str, Any], tensors: Headers) -> None:
     return None
 
@@ -184,6 +226,18 @@ PLANTED: list[Row] = [  # engine, form, verdict, what is done to V2.5, TP, versi
     ("transformers", "native", "corrupted", nothing, None, None, "loads without the experts' scales"),
     ("transformers", "int4-g32-asymmetric", "refused", nothing, None, None, "passes no weight_zero_point"),
     ("transformers", "int4-g128", "warning", nothing, None, None, "loads by its remote code"),
+    ("vllm", "modelopt", "corrupted", lose("weight_scale_2"), 8, None, "weight_scale_2 is missing, as are 0 others"),
+    ("vllm", "modelopt", "corrupted", unnamed_layer, 8, None, "layer 7: experts are modelopt nvfp4 g16, "
+     "quantization_config makes them bf16"),
+    ("sglang", "modelopt", "refused", unnamed_layer, 8, None, "quantization_config makes them bf16"),
+    ("vllm", "modelopt", "corrupted", unshared_algo, 8, None, "quantization_config makes them MXFP8"),
+    ("vllm", "modelopt", "corrupted", named_attention, 8, None, "3.self_attn.qkv_proj and 0 others: their dtype is"),
+    ("vllm", "modelopt", "refused", mxfp8_fused, 4, None, "any FP8 qkv_proj is taken for interleaved 128x128 blocks"),
+    ("sglang", "modelopt", "corrupted", mxfp8_fused, 4, None, "cut into ranks as if it were interleaved"),
+    ("sglang", "modelopt", "corrupted", fused_again, 4, None, "attention TP is 4, must be 1"),
+    ("vllm", "modelopt", "warning", four_bit_activations, 8, None, "there is no input_scale"),
+    ("vllm", "modelopt", "warning", nothing, 8, "0.31", "not verified in vLLM 0.31, known from 0.32 on"),
+    ("transformers", "modelopt", "refused", nothing, None, None, "quant_method modelopt is unknown to it"),
 ]  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from mimoquant.serving.launch import Launch, launch, launch_text
 
 GOLDEN = Path(__file__).parent / "golden"
 GPUS = {"a100": 8, "h100": 8, "h200": 4, "b200": 4, "gb10": 2}
-CONTAINERS = ("native", "int4-g128", "mxfp4", "nvfp4")
+CONTAINERS = ("native", "int4-g128", "mxfp4", "nvfp4", "modelopt")
 
 
 def held_to(path: Path, text: str) -> None:
@@ -73,6 +73,14 @@ def test_sglang_keeps_attention_tp_at_the_chunks() -> None:
     assert "--enable-dp-attention" in older.command and "--attn-dp-size" not in older.command
     split = made("int4-g128", "sglang")
     assert (split.layout.attention_tp, split.layout.dp) == (8, 1)
+
+
+def test_sglang_keeps_activations_of_modelopts_container_in_bf16() -> None:
+    """By Marlin, which it does not pick by itself on Blackwell; there its default rounds activations to 4 bits."""
+    for gpu, told in (("h100", False), ("b200", True), ("gb10", True)):
+        command = made("modelopt", "sglang", gpu).command
+        assert ("--moe-runner-backend" in command) == told
+        assert not told or command[command.index("--moe-runner-backend") + 1] == "marlin"
 
 
 def test_vllm_takes_v2_flash_native_at_tp_4_only() -> None:

@@ -1,0 +1,218 @@
+"""config.json of a MiMo-V2 checkpoint → `Geometry`: the sizes that fix every tensor's shape.
+
+Key idea: each key whose value could change what a weight means has a row with the values this program knows; any other
+value stops the run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mimoquant.errors import CheckpointError
+
+ARCHITECTURES = {"mimo_v2_flash": "MiMoV2FlashForCausalLM", "mimo_v2": "MiMoV2ForCausalLM"}
+FP8_BLOCK, MXFP8_BLOCK = 128, 32
+
+# config key → the values whose meaning this program knows (None: the key may be absent or null)
+_KNOWN_VALUES: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", None),
+    "scoring_func": ("sigmoid",),
+    "topk_method": ("noaux_tc",),
+    "n_group": (1, None),
+    "topk_group": (1, None),
+    "norm_topk_prob": (True,),
+    "n_shared_experts": (None, 0),
+    "routed_scaling_factor": (None, 1, 1.0),
+    "tie_word_embeddings": (False, None),
+    "attention_bias": (False, None),
+    "attention_projection_layout": (None, "split", "fused_qkv"),
+}  # fmt: skip
+_KNOWN_QUANTIZATION: dict[str, tuple[Any, ...]] = {
+    "quant_method": ("fp8",),
+    "fmt": ("e4m3", None),
+    "activation_scheme": ("dynamic", None),
+    "weight_block_size": ([FP8_BLOCK, FP8_BLOCK],),
+    "store_dtype": ("fp8", None),
+}
+_MODELOPT_METHODS = ("modelopt", "modelopt_fp4", "modelopt_mixed")
+_KNOWN_MODELOPT: dict[str, tuple[Any, ...]] = {"quant_algo": ("MIXED_PRECISION", "NVFP4", "W4A16_NVFP4")}
+_RELEASES = {
+    ("mimo_v2_flash", 4096, 48, 256): "XiaomiMiMo/MiMo-V2-Flash",
+    ("mimo_v2", 4096, 48, 256): "XiaomiMiMo/MiMo-V2.5",
+    ("mimo_v2", 6144, 70, 384): "XiaomiMiMo/MiMo-V2.5-Pro",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Head geometry of one kind of layer (global or sliding-window)."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    sink: bool
+
+    @property
+    def rows(self) -> tuple[int, int, int]:
+        """Output rows of q, k and v."""
+        return self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.v_head_dim
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """The sizes that config.json fixes."""
+
+    model_type: str
+    hidden: int
+    layers: int
+    dense_intermediate: int
+    expert_intermediate: int
+    experts: int
+    top_k: int
+    vocab: int
+    qkv_chunks: int  # tensor-parallel ranks that a fused qkv is interleaved by; 1: it is [Q|K|V]
+    fused_qkv: bool
+    sliding: tuple[bool, ...]
+    moe: tuple[bool, ...]
+    global_attention: Attention
+    sliding_attention: Attention
+    fp8: bool  # 128x128 blocks
+    mxfp8: bool  # weights beside the experts may be FP8 with an E8M0 scale for 32 of a row
+
+    def attention(self, layer: int) -> Attention:
+        return self.sliding_attention if self.sliding[layer] else self.global_attention
+
+    @property
+    def moe_layers(self) -> list[int]:
+        return [layer for layer, sparse in enumerate(self.moe) if sparse]
+
+    @property
+    def release(self) -> str | None:
+        """The published model with these sizes, if any."""
+        return _RELEASES.get((self.model_type, self.hidden, self.layers, self.experts))
+
+    def expert_shape(self, projection: str) -> tuple[int, int]:
+        """[out_features, in_features] of one expert's projection."""
+        inner = self.expert_intermediate
+        return (self.hidden, inner) if projection == "down" else (inner, self.hidden)
+
+
+def read_geometry(config: dict[str, Any], where: str, *, packed: bool = False) -> Geometry:
+    """Check config.json against the known set and read the sizes. `packed`: experts may be in 4 bits already.
+
+    Raises CheckpointError naming key, value and what is known.
+    """
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
+        raise CheckpointError(
+            f"{where}: model_type {model_type!r} is unknown (known: {', '.join(ARCHITECTURES)})",
+            hint="mimoquant quantizes the MiMo-V2 family only",
+        )
+    _check_values(config, _KNOWN_VALUES, where, "")
+    method = _quant_method(config, where, packed=packed)
+    modelopt = method in _MODELOPT_METHODS
+    rope = config.get("rope_scaling")
+    if rope is not None and not (isinstance(rope, dict) and rope.get("rope_type", rope.get("type")) == "default"):
+        raise CheckpointError(f"{where}: rope_scaling {rope} is unknown (known: the default type)")
+
+    def size(key: str) -> int:
+        value = config.get(key)
+        if type(value) is not int or not 0 < value < 2**31:
+            raise CheckpointError(f"{where}: {key} is {value!r}, expected a positive whole number")
+        return value
+
+    layers = size("num_hidden_layers")
+    if layers > 4096:
+        raise CheckpointError(f"{where}: num_hidden_layers is {layers}, more than any model of this family")
+    geometry = Geometry(
+        model_type=model_type,
+        hidden=size("hidden_size"),
+        layers=layers,
+        dense_intermediate=size("intermediate_size"),
+        expert_intermediate=size("moe_intermediate_size"),
+        experts=size("n_routed_experts"),
+        top_k=size("num_experts_per_tok"),
+        vocab=size("vocab_size"),
+        qkv_chunks=1 if modelopt else size("num_key_value_heads"),  # ModelOpt's releases undo the interleaving
+        fused_qkv=config.get("attention_projection_layout") == "fused_qkv",
+        sliding=_pattern(config, "hybrid_layer_pattern", "layer_types", "sliding_attention", layers, where),
+        moe=_pattern(config, "moe_layer_freq", "mlp_layer_types", "sparse", layers, where),
+        global_attention=Attention(
+            size("num_attention_heads"), size("num_key_value_heads"), size("head_dim"), size("v_head_dim"),
+            bool(config.get("add_full_attention_sink_bias", False)),
+        ),
+        sliding_attention=Attention(
+            size("swa_num_attention_heads"), size("swa_num_key_value_heads"), size("swa_head_dim"),
+            size("swa_v_head_dim"), bool(config.get("add_swa_attention_sink_bias", False)),
+        ),
+        fp8=method == "fp8",
+        mxfp8=modelopt,
+    )  # fmt: skip
+    for attention in (geometry.global_attention, geometry.sliding_attention):
+        if geometry.fused_qkv and any(count % geometry.qkv_chunks for count in attention.rows):
+            raise CheckpointError(
+                f"{where}: the fused qkv's {attention.rows} rows do not split over {geometry.qkv_chunks} ranks"
+            )
+    return geometry
+
+
+def _quant_method(config: dict[str, Any], where: str, *, packed: bool) -> str | None:
+    """What quantization_config declares, each of its keys held against the known values."""
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        return None
+    if not isinstance(quantization, dict):
+        raise CheckpointError(f"{where}: quantization_config is not an object")
+    method, known = quantization.get("quant_method"), _KNOWN_QUANTIZATION
+    elsewhere = method == "compressed-tensors" or method in _MODELOPT_METHODS
+    if not packed and (elsewhere or quantization.get("store_dtype") == "mxfp4"):
+        raise CheckpointError(
+            f"{where}: the experts are quantized already",
+            hint="quantize starts from the published FP8 or bf16 files; the recipe nvfp4-cast takes MXFP4 experts",
+        )
+    if method == "compressed-tensors":
+        known = {}
+        _check_transforms(quantization.get("transform_config"), where)
+    elif elsewhere:
+        known = _KNOWN_MODELOPT
+    elif packed:
+        known = known | {"store_dtype": (*known["store_dtype"], "mxfp4")}
+    _check_values(quantization, known, where, "quantization_config.")
+    return str(method)
+
+
+def _check_values(config: dict[str, Any], known: dict[str, tuple[Any, ...]], where: str, prefix: str) -> None:
+    for key, values in known.items():
+        value = config.get(key)
+        if not any(value == good and isinstance(value, bool) == isinstance(good, bool) for good in values):
+            expected = " or ".join("absent" if good is None else repr(good) for good in values)
+            raise CheckpointError(f"{where}: {prefix}{key} is {value!r}, known is {expected}")
+
+
+def _check_transforms(transforms: Any, where: str) -> None:
+    """Rotations inside the weights are what they are; one that an engine applies to activations must not be missed."""
+    if isinstance(transforms, list):
+        for item in transforms:
+            _check_transforms(item, where)
+    if isinstance(transforms, dict):
+        location = transforms.get("location", "weight_")
+        if not str(location).startswith("weight_"):
+            raise CheckpointError(
+                f"{where}: transform_config rotates activations (location {location!r}), not known here"
+            )
+        _check_transforms(list(transforms.values()), where)
+
+
+def _pattern(
+    config: dict[str, Any], key: str, other_key: str, other_true: str, layers: int, where: str
+) -> tuple[bool, ...]:
+    """A per-layer yes/no list, in the published form (0/1) or transformers' (names)."""
+    value = config.get(key)
+    if value is None and isinstance(config.get(other_key), list):
+        value = [1 if item == other_true else 0 for item in config[other_key]]
+    if not isinstance(value, list) or len(value) != layers or any(item not in (0, 1) for item in value):
+        length = len(value) if isinstance(value, list) else "no list"
+        raise CheckpointError(f"{where}: {key} must be {layers} zeros and ones, one a layer (found {length})")
+    return tuple(bool(item) for item in value)

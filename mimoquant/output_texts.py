@@ -1,0 +1,56 @@
+"""The small files of an output: index, config.json, recipe, report, model card; or what a relayout writes instead.
+
+Key idea: they follow from the plan, the journal and what was calibrated on, so `verify` writes them again and compares.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import yaml
+
+import mimoquant
+from mimoquant.checkpoint.hf_files import CONFIG_NAME, MODELOPT_CONFIG_NAME
+from mimoquant.checkpoint.index import INDEX_NAME
+from mimoquant.checkpoint.journal import JournalLine
+from mimoquant.container import MODELOPT, hf_quant_config
+from mimoquant.plan import Plan
+from mimoquant.relayout import RelayoutPlan, relayout_texts
+from mimoquant.report import QuantizeReport, fallbacks, model_card
+
+
+def written_texts(plan: Plan, finished: dict[str, JournalLine], calibration: dict[str, Any] | None) -> dict[str, bytes]:
+    """By name. `finished`: the journal, by unit."""
+    weight_map = {entry.name: unit.file for unit in plan.units for entry in unit.entries}
+    index = {"metadata": plan.index_metadata, "weight_map": dict(sorted(weight_map.items()))}
+    texts = {
+        INDEX_NAME: json.dumps(index, indent=2),
+        CONFIG_NAME: json.dumps(plan.config, indent=2, ensure_ascii=False),
+    }
+    if isinstance(plan, RelayoutPlan):
+        texts |= relayout_texts(plan)
+    else:
+        report = QuantizeReport.of(plan, finished)
+        texts["recipe.yaml"] = resolved_recipe(plan, finished, calibration)
+        texts["report.json"] = json.dumps(report.as_json(), indent=2)
+        texts["README.md"] = model_card(plan, report)
+    if plan.container == MODELOPT:
+        texts[MODELOPT_CONFIG_NAME] = json.dumps(hf_quant_config(plan.config, mimoquant.__version__), indent=2)
+    return {name: (text.rstrip("\n") + "\n").encode() for name, text in texts.items()}
+
+
+def resolved_recipe(plan: Plan, finished: dict[str, JournalLine], calibration: dict[str, Any] | None) -> str:
+    """`OUT/recipe.yaml`: every default written out, and where the source came from. Reading it back repeats the run."""
+    document = plan.recipe.resolved(plan.container)
+    document["mimoquant"]["provenance"] = {
+        "mimoquant": mimoquant.__version__,
+        "release": plan.layout.geometry.release,
+        "source_headers_sha256": plan.layout.index.headers_fingerprint(),
+        "quantized_layers": len(plan.formats),
+        "routed_experts": plan.layout.geometry.experts,
+        "fallbacks": fallbacks(finished) or 0,
+    }
+    if calibration is not None:
+        document["mimoquant"]["provenance"]["calibration"] = calibration
+    return yaml.safe_dump(document, sort_keys=False, default_flow_style=None, width=110)

@@ -1,0 +1,159 @@
+"""Units of an output, one shard each: which steps fill it, which tensors each step writes, in which order.
+
+Key idea: a unit is one decoder layer, the embeddings, the head, MTP, or the towers. Inside its shard the steps lie in
+file order: shapes, experts in numeric order (a few at a time: that bounds memory), then the rest by falling item size,
+so that every tensor starts where its dtype can be read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mimoquant.checkpoint.index import TensorInfo
+from mimoquant.checkpoint.writer import Entry, file_order, shard_header
+from mimoquant.container import expert_tensors, keeps_fp8, shape_tensor
+from mimoquant.errors import CheckpointError
+from mimoquant.model.layout import PROJECTIONS, ModelLayout, Weight, expert_module
+from mimoquant.quant.formats import Format
+from mimoquant.reorder import Reorder, reorder
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A tensor whose bytes go out unchanged: the values of `weight`, or its FP8 scales."""
+
+    weight: Weight
+    info: TensorInfo
+    entries: tuple[Entry, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Dequantize:
+    """An FP8 weight to bf16."""
+
+    weight: Weight
+    entries: tuple[Entry, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Shapes:
+    """The `weight_shape` tensors of a layer's experts."""
+
+    entries: tuple[Entry, ...]
+    shapes: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """Experts `begin..end` of a MoE layer. `fmt` None: kept, as `kept` bf16 or fp8."""
+
+    layer: int
+    begin: int
+    end: int
+    fmt: Format | None
+    kept: str | None
+    entries: tuple[Entry, ...]
+
+
+Step = Copy | Dequantize | Reorder | Shapes | Experts
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """One output shard."""
+
+    name: str
+    file: str
+    steps: tuple[Step, ...]
+    header_bytes: int
+    tensor_bytes: int
+
+    @property
+    def size_bytes(self) -> int:
+        return self.header_bytes + self.tensor_bytes
+
+    @property
+    def entries(self) -> list[Entry]:
+        return [entry for step in self.steps for entry in step.entries]
+
+
+def lay_out(steps: dict[str, tuple[Step, ...]], source: Path) -> list[Unit]:
+    """Name of unit → steps, as shards. Raises CheckpointError where a tensor would not be aligned."""
+    units = []
+    for number, (name, made) in enumerate(steps.items(), start=1):
+        entries = [entry for step in made for entry in step.entries]
+        try:
+            header = shard_header(entries)
+        except ValueError as error:
+            raise CheckpointError(f"{source}: {error}; such shapes cannot be stored") from error
+        file = f"model-{number:05d}-of-{len(steps):05d}.safetensors"
+        units.append(Unit(name, file, made, len(header), sum(entry.size_bytes for entry in entries)))
+    return units
+
+
+class UnitBuilder:
+    """Lays the units out as shards, steps and entries."""
+
+    def __init__(
+        self,
+        layout: ModelLayout,
+        container: str,
+        formats: dict[int, Format],
+        carve_outs: dict[int, str],
+        chunk_bytes: int,
+    ) -> None:
+        self.layout, self.container = layout, container
+        self.formats, self.carve_outs, self.chunk_bytes = formats, carve_outs, chunk_bytes
+
+    def units(self) -> list[Unit]:
+        return lay_out({name: tuple(self._steps(name)) for name in self.layout.units}, self.layout.index.folder)
+
+    def _steps(self, unit: str) -> Iterable[Step]:
+        layer = int(unit.removeprefix("layer ")) if unit.startswith("layer ") else None
+        if layer in self.formats or layer in self.carve_outs:
+            assert layer is not None
+            yield from self._expert_steps(layer)
+        rest = [self._rest(weight, layer) for weight in self.layout.units[unit]]
+        yield from sorted((step for steps in rest for step in steps), key=lambda step: file_order(step.entries[0]))
+
+    def _rest(self, weight: Weight, layer: int | None) -> list[Step]:
+        """The steps of one weight that is not an expert's."""
+        if not keeps_fp8(self.container) and weight.role == "qkv":
+            geometry = self.layout.geometry
+            sliding = layer is None or geometry.sliding[layer]  # MTP layers are sliding
+            return [*reorder([weight], geometry, replace(geometry, fused_qkv=False), sliding=sliding, bf16=True)]
+        if not keeps_fp8(self.container) and weight.scale is not None:
+            return [Dequantize(weight, (Entry(weight.name, "BF16", weight.info.shape),))]
+        return [Copy(weight, info, (Entry(info.name, info.dtype, info.shape),)) for info in weight.infos]
+
+    def _expert_steps(self, layer: int) -> Iterable[Step]:
+        experts, fmt = self.layout.geometry.experts, self.formats.get(layer)
+        modules = [(e, p) for e in range(experts) for p in PROJECTIONS]
+        if fmt and shape_tensor(self.container, fmt):
+            yield Shapes(
+                tuple(Entry(f"{expert_module(layer, e, p)}.weight_shape", "I64", (2,)) for e, p in modules),
+                tuple(self.layout.geometry.expert_shape(p) for _, p in modules),
+            )
+        size = sum(self.layout.expert(layer, 0, p).size_bytes for p in PROJECTIONS)
+        chunk = -(-experts // -(-experts // max(1, self.chunk_bytes // size)))  # as even as can be, for ranks
+        for begin in range(0, experts, chunk):
+            end = min(begin + chunk, experts)
+            kept = self.carve_outs.get(layer)
+            entries = tuple(entry for e in range(begin, end) for entry in self._expert_entries(layer, e, fmt, kept))
+            yield Experts(layer, begin, end, fmt, kept, entries)
+
+    def _expert_entries(self, layer: int, expert: int, fmt: Format | None, kept: str | None) -> Iterable[Entry]:
+        for projection in PROJECTIONS:
+            module, shape = expert_module(layer, expert, projection), self.layout.geometry.expert_shape(projection)
+            if fmt:
+                for stored in expert_tensors(self.container, fmt, *shape):
+                    yield Entry(f"{module}.{stored.suffix}", stored.dtype, stored.shape)
+            elif kept == "fp8":
+                weight = self.layout.expert(layer, expert, projection)
+                assert weight.scale is not None
+                yield Entry(f"{module}.weight_scale", "F32", weight.scale.shape)
+                yield Entry(f"{module}.weight", "F8_E4M3", shape)
+            else:
+                yield Entry(f"{module}.weight", "BF16", shape)

@@ -1,0 +1,187 @@
+"""Checkpoints as others publish them, made from the micro checkpoint by the published facts alone, not by our code.
+
+Each writer returns the folder of the release and that of its twin: the same values, decoded by hand here, as plain bf16
+with split q, k, v. A reader is right where it sees no difference between the two.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+Tensors = dict[str, Tensor]
+
+
+def read(folder: Path) -> tuple[dict[str, Any], Tensors]:
+    tensors = {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
+    return json.loads((folder / "config.json").read_text()), tensors
+
+
+def write(folder: Path, config: dict[str, Any], tensors: Tensors, metadata: dict[str, Any] | None = None) -> Path:
+    """Two shards, experts and the rest, and an index."""
+    folder.mkdir()
+    shards: dict[str, Tensors] = {"model-1-of-2.safetensors": {}, "model-2-of-2.safetensors": {}}
+    for name, value in tensors.items():
+        shards[f"model-{1 if '.experts.' in name else 2}-of-2.safetensors"][name] = value.contiguous().clone()
+    for file, held in shards.items():
+        save_file(held, folder / file, metadata={"format": "pt"})
+    index = {"metadata": metadata or {}, "weight_map": {name: file for file, held in shards.items() for name in held}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def twin(folder: Path, config: dict[str, Any], tensors: Tensors) -> Path:
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    return write(folder, plain | {"attention_projection_layout": "split"}, tensors)
+
+
+# --- the source's own form, by hand -----------------------------------------------------------------------------------
+
+
+def from_blocks(codes: Tensor, scales: Tensor, chunks: int = 1) -> Tensor:
+    """FP8 with 128x128 blocks as bf16; blocks begin anew in each chunk of rows."""
+    rows, columns = codes.shape
+    per, blocks = rows // chunks, math.ceil(rows // chunks / 128)
+    row = torch.tensor([r // per * blocks + r % per // 128 for r in range(rows)])
+    return (codes.float() * scales[row][:, torch.arange(columns) // 128]).bfloat16()
+
+
+def split_qkv(fused: Tensor, config: dict[str, Any], *, sliding: bool) -> list[Tensor]:
+    """[q0 k0 v0 | q1 k1 v1 | ...] → q, k, v."""
+    kind, chunks = "swa_" if sliding else "", config["num_key_value_heads"]
+    heads, kv = config[f"{kind}num_attention_heads"], config[f"{kind}num_key_value_heads"]
+    rows = [heads * config[f"{kind}head_dim"], kv * config[f"{kind}head_dim"], kv * config[f"{kind}v_head_dim"]]
+    parts = [chunk.split([count // chunks for count in rows]) for chunk in fused.chunk(chunks)]
+    return [torch.cat([part[i] for part in parts]) for i in range(3)]
+
+
+def plain_values(config: dict[str, Any], tensors: Tensors) -> Tensors:
+    """Everything in bf16 (or F32, as stored), q, k, v apart."""
+    out: Tensors = {}
+    for name, value in tensors.items():
+        scales = tensors.get(f"{name}_scale_inv")
+        if name.endswith("_scale_inv"):
+            continue
+        if not name.endswith("qkv_proj.weight"):
+            out[name] = value if scales is None else from_blocks(value, scales)
+            continue
+        assert scales is not None
+        layer = int(name.split(".")[2]) if name.startswith("model.layers.") else None
+        fused = from_blocks(value, scales, config["num_key_value_heads"])
+        sliding = layer is None or bool(config["hybrid_layer_pattern"][layer])
+        for letter, part in zip("qkv", split_qkv(fused, config, sliding=sliding), strict=True):
+            out[name.replace("qkv_proj", f"{letter}_proj")] = part
+    return out
+
+
+def is_expert(name: str) -> bool:
+    return ".mlp.experts." in name and name.endswith("_proj.weight")
+
+
+# --- formats, by hand -------------------------------------------------------------------------------------------------
+
+
+def nearest_codes(scaled: Tensor) -> Tensor:
+    magnitude = (scaled.abs()[..., None] - E2M1[:8]).abs().argmin(-1)
+    return (magnitude + 8 * (scaled < 0)).to(torch.uint8)
+
+
+def pack(codes: Tensor) -> Tensor:
+    return codes[:, 0::2] | (codes[:, 1::2] << 4)
+
+
+def unpack(packed: Tensor) -> Tensor:
+    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1)
+
+
+def mxfp4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Packed codes, E8M0 bytes (the ceiling rule), values."""
+    blocks = weight.float().unflatten(1, (-1, 32))
+    exponent = torch.log2(blocks.abs().amax(-1).clamp(min=1e-30) / 6).ceil().clamp(-127, 127)
+    codes = nearest_codes(blocks / torch.exp2(exponent)[..., None])
+    values = E2M1[codes.long()] * torch.exp2(exponent)[..., None]
+    return pack(codes.flatten(1)), (exponent + 127).to(torch.uint8), values.flatten(1).bfloat16()
+
+
+def nvfp4(weight: Tensor, multiplier: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Packed codes, E4M3 scales, values."""
+    blocks = weight.float().unflatten(1, (-1, 16))
+    scale = (blocks.abs().amax(-1) / 6 / multiplier).clamp(2**-9, 448).to(torch.float8_e4m3fn)
+    step = scale.float() * multiplier
+    codes = nearest_codes(blocks / step[..., None])
+    return pack(codes.flatten(1)), scale, (E2M1[codes.long()] * step[..., None]).flatten(1).bfloat16()
+
+
+def mxfp8(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """FP8 codes, E8M0 bytes [out, in/32], values."""
+    blocks = weight.float().unflatten(1, (-1, 32))
+    exponent = torch.log2(blocks.abs().amax(-1).clamp(min=1e-30) / 448).ceil().clamp(-127, 127)
+    codes = (blocks / torch.exp2(exponent)[..., None]).to(torch.float8_e4m3fn)
+    values = (codes.float() * torch.exp2(exponent)[..., None]).flatten(1).bfloat16()
+    return codes.flatten(1), (exponent + 127).to(torch.uint8), values
+
+
+# --- releases ---------------------------------------------------------------------------------------------------------
+
+
+def native_mxfp4(source: Path, out: Path) -> tuple[Path, Path]:
+    """As Xiaomi publishes it: the FP8 checkpoint with experts in U8 and E8M0, and `store_dtype: mxfp4`."""
+    config, tensors = read(source)
+    values, stored = plain_values(config, tensors), dict(tensors)
+    for name in filter(is_expert, tensors):
+        stored[name], stored[f"{name}_scale"], values[name] = mxfp4(values[name])
+        del stored[f"{name}_scale_inv"]
+    config["quantization_config"] |= {"store_dtype": "mxfp4", "mxfp4_block_size": 32}
+    chunks = {"tp_size": config["num_key_value_heads"]}
+    return write(out / "native", config, stored, chunks), twin(out / "native-twin", config, values)
+
+
+def modelopt_nvfp4(source: Path, out: Path) -> tuple[Path, Path]:
+    """As lukealonso publishes V2.5: NVFP4 experts; attention and dense MLP in MXFP8 whose `weight_scale_inv` is a
+    scale; qkv as [Q|K|V], though the config still says fused_qkv and the index tp_size."""
+    config, tensors = read(source)
+    values = plain_values(config, tensors)
+    stored = {name: value for name, value in values.items() if name in tensors}  # not the parts of a qkv
+    layers: dict[str, dict[str, Any]] = {}
+    for name in filter(is_expert, tensors):
+        tied = name.replace("up_proj", "gate_proj"), name.replace("gate_proj", "up_proj")
+        amax = max(from_blocks(tensors[one], tensors[f"{one}_scale_inv"]).abs().max() for one in tied)
+        stored[f"{name}_scale_2"] = amax.float() / (6 * 448)
+        stored[name], stored[f"{name}_scale"], values[name] = nvfp4(values[name], stored[f"{name}_scale_2"])
+        stored[name.replace("weight", "input_scale")] = torch.tensor(0.0031)
+        layers[name.removesuffix(".weight")] = {"quant_algo": "NVFP4", "group_size": 16}
+    for name in [name for name in tensors if f"{name}_scale_inv" in tensors and not is_expert(name)]:
+        parts = [name.replace("qkv_proj", f"{p}_proj") for p in "qkv"] if "qkv_proj" in name else [name]
+        codes, scales, decoded = mxfp8(torch.cat([values[part] for part in parts]))
+        stored[name], stored[f"{name}_scale_inv"] = codes, scales
+        values |= zip(parts, decoded.split([len(values[part]) for part in parts]), strict=True)
+        layers[name.removesuffix(".weight")] = {"quant_algo": "MXFP8", "group_size": 32}
+    settings = {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
+    config["quantization_config"] = {"quant_method": "modelopt", **settings}
+    folder = write(out / "modelopt", config, stored, {"tp_size": config["num_key_value_heads"]})
+    (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": settings}))
+    return folder, twin(out / "modelopt-twin", config, values)
+
+
+def as_compressed_tensors(modelopt: Path, out: Path) -> Path:
+    """The codes of a ModelOpt checkpoint under compressed-tensors' names, its multiplier turned into a divisor."""
+    config, tensors = read(modelopt)
+    renamed: Tensors = {}
+    for name, value in tensors.items():
+        module, _, suffix = name.rpartition(".")
+        if ".experts." not in name:
+            renamed[name] = value
+        elif suffix == "weight_scale_2":
+            renamed[f"{module}.weight_global_scale"] = (1 / value).reshape(1)
+        else:
+            renamed[f"{module}.weight_packed" if suffix == "weight" else name] = value
+    config["quantization_config"] = {"quant_method": "compressed-tensors"}
+    return write(out, config, renamed)
