@@ -155,6 +155,26 @@ class _StopError(Exception):
     pass
 
 
+def test_modelopts_container_is_calibrated_resumed_and_proven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its global scales are turned over on the way out and, in a resume's walk through written codes, on the way in."""
+    plan = make_plan(MICRO, load_recipe("gptq-nvfp4").calibrated_on(FEW), container="modelopt")
+    pipeline.quantize(plan, tmp_path / "whole", device="cpu")
+    assert verify(tmp_path / "whole", MICRO).ok
+    record = RunFolder.record
+
+    def stop(self: RunFolder, line: object) -> None:
+        record(self, line)  # type: ignore[arg-type]
+        if len(self.finished) == 4:
+            raise _StopError
+
+    monkeypatch.setattr(RunFolder, "record", stop)
+    with pytest.raises(_StopError):
+        pipeline.quantize(plan, tmp_path / "out", device="cpu")
+    monkeypatch.undo()
+    pipeline.quantize(plan, tmp_path / "out", device="cpu", resume=True)
+    assert (tmp_path / "out" / "journal.jsonl").read_bytes() == (tmp_path / "whole" / "journal.jsonl").read_bytes()
+
+
 @pytest.mark.parametrize(("kind", "finished"), [
     ("gptq", 1), ("gptq", 4), ("awq", 3), ("awq", 5), ("small chunks", 5),
     ("real", 3), ("real", 5), ("real original", 4),

@@ -427,6 +427,12 @@ def test_carve_outs_and_containers_must_fit_the_source(tiny_checkpoint: Callable
     native = {"mimoquant": {"container": "native"}}
     plan_refused(bf16, mxfp4 | native, "native", "FP8 source")
     plan_refused(fp8, document() | native, "native", "MXFP4")
+    nvfp4 = document({"type": "float", "strategy": "tensor_group", "group_size": 16})
+    modelopt = {"mimoquant": {"container": "modelopt", "carve_outs": {1: "fp8"}}}
+    plan_refused(fp8, document() | modelopt, "modelopt container holds NVFP4, not int4")
+    plan_refused(fp8, nvfp4 | modelopt, "modelopt container holds NVFP4, and no layer of FP8")
+    modelopt["mimoquant"]["carve_outs"] = {1: "bf16"}
+    assert make_plan(fp8, parsed(nvfp4 | modelopt)).formats == {2: Format("nvfp4", 16, pow2_global=True)}
     assert make_plan(fp8, parsed(mxfp4)).container == "native"
     assert make_plan(bf16, parsed(mxfp4)).container == "compressed-tensors"
 

@@ -81,7 +81,7 @@ FORMATS: tuple[Row, ...] = (
         since=(0, 32)),
     Row(VLLM, CT_MXFP4, RIGHT, RUN, "0.26 on an H100 (Marlin), 0.32 on a CPU", since=(0, 26)),
     Row(VLLM, CT_NVFP4, RIGHT, RUN, "0.26 on an H100 (Marlin), 0.32 on a CPU", since=(0, 26)),
-    Row(VLLM, MO_NVFP4, RIGHT, READ, "modelopt.py of 0.32 and 0.33, W4A16_NVFP4; its config class run on ours",
+    Row(VLLM, MO_NVFP4, RIGHT, RUN, "0.32 on a CPU (its config, loader, dequantizer): KL 0; modelopt.py of 0.33",
         since=(0, 32)),
     Row(VLLM, MIXED, RIGHT, READ, "compressed_tensors_moe.py of 0.32 takes the format of the group", since=(0, 32)),
     Row(SGLANG, NATIVE_MXFP4, RIGHT, READ, "model_config.py and mimo_v2.py of 0.5.23", since=(0, 5, 23)),
@@ -115,8 +115,7 @@ FORMATS: tuple[Row, ...] = (
 CARVE_OUTS: tuple[Row, ...] = (
     Row(VLLM, "any: bf16", RIGHT, READ, "compressed_tensors_moe.py and fp8.py of 0.32: an ignored layer is unquantized",
         since=(0, 26)),
-    Row(VLLM, f"{MO_NVFP4}: bf16", RIGHT, READ,
-        "modelopt.py of 0.32: what is not in quantized_layers is unquantized; its config class run on ours",
+    Row(VLLM, f"{MO_NVFP4}: bf16", RIGHT, RUN, "0.32 on a CPU: KL 0; what is not in quantized_layers is unquantized",
         since=(0, 32)),
     Row(VLLM, "any: fp8", RIGHT, READ, "compressed_tensors_moe_w8a8_fp8.py of 0.32 (block strategy)", since=(0, 32)),
     Row(SGLANG, f"{CT_MXFP4}: bf16", CORRUPTED, READ, "compressed_tensors.py of 0.5.23, _is_mxfp4_moe",
