@@ -31,6 +31,7 @@ from mimoquant.recipe import load_recipe, parse_recipe
 from mimoquant.timeline import Timeline
 
 EXPERTS = 8  # different ones
+INNER = 2048  # width inside an expert
 SIZES = {
     "V2.5": {"hidden": 4096, "heads": 64},
     "Pro": {"hidden": 6144, "heads": 128},
@@ -68,14 +69,14 @@ class FewExperts(synth_weights.RandomWeights):
 
 def make_source(folder: Path, model: str, layers: int, experts: int) -> Path:
     sizes = synth.SynthSizes(
-        layers=layers + 1, experts=experts, top_k=8, expert_intermediate=2048, kv_heads=4, head_dim=192, v_head_dim=128,
+        layers=layers + 1, experts=experts, top_k=8, expert_intermediate=INNER, kv_heads=4, head_dim=192, v_head_dim=128,
         window=128, mtp_layers=1, vocab=4096, **SIZES[model],
     )  # fmt: skip
     encoded: dict[int, Any] = {}
     plain = synth.encode_fp8
 
     def encode_once(weight: Any) -> Any:
-        if weight.shape not in ((2048, sizes.hidden), (sizes.hidden, 2048)):
+        if weight.shape not in ((INNER, sizes.hidden), (sizes.hidden, INNER)):
             return plain(weight)
         if id(weight) not in encoded:
             encoded[id(weight)] = (weight, plain(weight))  # the weight is kept, so that its id stays its own
