@@ -69,8 +69,8 @@ class FewExperts(synth_weights.RandomWeights):
 
 def make_source(folder: Path, model: str, layers: int, experts: int) -> Path:
     sizes = synth.SynthSizes(
-        layers=layers + 1, experts=experts, top_k=8, expert_intermediate=INNER, kv_heads=4, head_dim=192, v_head_dim=128,
-        window=128, mtp_layers=1, vocab=4096, **SIZES[model],
+        layers=layers + 1, experts=experts, top_k=8, expert_intermediate=INNER, kv_heads=4, head_dim=192,
+        v_head_dim=128, window=128, mtp_layers=1, vocab=4096, **SIZES[model],
     )  # fmt: skip
     encoded: dict[int, Any] = {}
     plain = synth.encode_fp8

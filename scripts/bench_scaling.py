@@ -85,9 +85,11 @@ def plot(points: dict[str, Points]) -> str:
             return 45 + x / right * (width - 65), height - 35 - y / top * (height - 60)
 
         (x0, y0), (x1, y1) = at(0, constant), at(right, constant + slope * right)
-        dots = "".join("<circle cx='{:.1f}' cy='{:.1f}' r='3.5' fill='#0a62a6'/>".format(*at(x, y)) for x, y in of)
-        labels = "".join("<text x='{:.1f}' y='{:.1f}' text-anchor='middle'>{:.2f} s</text>".format(
-            at(x, y)[0], at(x, y)[1] - 8, y) for x, y in of)  # fmt: skip
+        dots = labels = ""
+        for x, y in of:
+            left, down = at(x, y)
+            dots += f"<circle cx='{left:.1f}' cy='{down:.1f}' r='3.5' fill='#0a62a6'/>"
+            labels += f"<text x='{left:.1f}' y='{down - 8:.1f}' text-anchor='middle'>{y:.2f} s</text>"
         panels.append(
             f"<g transform='translate({number * width} 0)'><text x='45' y='16'>seconds a layer, over {name}</text>"
             f"<path d='M45 25V{height - 35}H{width - 15}' fill='none' stroke='#888'/>"
