@@ -113,10 +113,12 @@ class CheckpointWeights:
 
     def _stack(self, number: int, begin: int, end: int, projection: str) -> torch.Tensor:
         weights = [self.layout.expert(number, expert, projection) for expert in range(begin, end)]
-        return self._unpack(weights) if weights[0].packed else self._engine.bf16(read_stack(self.reader, weights))
+        if weights[0].packed:
+            return self._unpack(weights).to(torch.bfloat16)
+        return self._engine.bf16(read_stack(self.reader, weights))
 
     def _unpack(self, weights: list[Weight]) -> torch.Tensor:
-        """4-bit experts of one projection, decoded together: bf16 [e, O, I]."""
+        """4-bit experts of one projection, decoded together: float32 [e, O, I], exact."""
         fmt = packed_format(weights[0])
         if any(packed_format(weight) != fmt for weight in weights):
             raise CheckpointError(f"{weights[0].name}: its neighbours have another format; a layer's experts share one")
@@ -126,7 +128,7 @@ class CheckpointWeights:
             part = part_name(info)
             if part not in _NOT_OF_WEIGHTS:
                 parts[part] = self._parts([weight.packed[place] for weight in weights], _TORCH[info.dtype])
-        return decode(parts, fmt).to(torch.bfloat16)
+        return decode(parts, fmt)
 
     def _parts(self, infos: list[TensorInfo], dtype: torch.dtype) -> torch.Tensor:
         """The same part of several experts, stacked; uint8 as bytes [e, n], others [e, *shape]."""

