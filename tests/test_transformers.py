@@ -19,7 +19,9 @@ from mimoquant.checkpoint.index import open_index
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.plan import make_plan
 from mimoquant.quant.engine_torch import decode
-from mimoquant.recipe import load_recipe
+from mimoquant.recipe import load_recipe, parse_recipe
+from mimoquant.serving.check import check
+from mimoquant.serving.facts import read_served
 from mimoquant.synth import SynthSizes, synth
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (scripts/setup --dev)")
@@ -76,6 +78,49 @@ def test_logits_equal_those_of_the_dequantized_weights(recipe: str, tmp_path: Pa
     ours, twin = logits(tmp_path / "out", ids), logits(tmp_path / "twin", ids)
     assert torch.equal(ours, twin)
     assert ours.std() > 0.1
+
+
+Wrong = tuple[str, str, str, str, str, str]
+WRONG: list[Wrong] = [  # recipe, its scheme, what else it says, container, verdict, what transformers tells
+    ("NVFP4", "NVFP4A16", "", "compressed-tensors", "corrupted", "unexpected weight_global_scale"),
+    ("native", "MXFP4A16", "", "native", "corrupted", "unexpected weight_scale"),
+    ("asymmetric", "W4A16_ASYM", "", "compressed-tensors", "refused", "RuntimeError"),
+    ("kept bf16", "W4A16", "carve_outs: {2: bf16}, ", "compressed-tensors", "corrupted", "missing"),
+    ("kept fp8", "W4A16", "carve_outs: {2: fp8}, ", "compressed-tensors", "refused", "RuntimeError"),
+]
+
+
+@pytest.mark.parametrize(("name", "scheme", "settings", "container", "verdict", "told"), WRONG)
+def test_what_we_say_it_loads_wrongly_it_does(
+    name: str, scheme: str, settings: str, container: str, verdict: str, told: str, tmp_path: Path
+) -> None:
+    """`verify --engine transformers` fails on these; here transformers itself loads them, or stops."""
+    synth(tmp_path / "source", "flash", sizes=SynthSizes(layers=3, experts=2, top_k=2))
+    recipe = parse_recipe(f"""
+default_stage: {{default_modifiers: {{QuantizationModifier: {{scheme: {scheme},
+  targets: ['re:.*mlp\\.experts\\.\\d+\\.(gate|up|down)_proj$']}}}}}}
+mimoquant: {{{settings}version: 1}}
+""", name)  # fmt: skip
+    plan = make_plan(tmp_path / "source", recipe, container=container)
+    pipeline.quantize(plan, tmp_path / "out", device="cpu")
+    assert verdict in {problem.verdict for problem in check(read_served(tmp_path / "out"), "transformers")}
+
+    def load() -> tuple[set[str], set[str]]:
+        _, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+        return set(info["missing_keys"]), {key for key in info["unexpected_keys"] if ".mtp." not in key}
+
+    if told == "RuntimeError":
+        with pytest.raises(RuntimeError):
+            load()
+        return
+    missing, unexpected = load()
+    if told == "missing":  # they have random values then
+        assert {key for key in missing if "layers.2.mlp.experts" in key} == missing and missing
+    else:
+        suffix = told.removeprefix("unexpected ")
+        lost = {f"model.layers.{layer}.mlp.experts.{expert}.{part}_proj.{suffix}"
+                for layer in (1, 2) for expert in (0, 1) for part in ("gate", "up", "down")}  # fmt: skip
+        assert lost <= unexpected
 
 
 def test_a_trained_bf16_checkpoint_keeps_its_predictions(tmp_path: Path, shared: Path) -> None:

@@ -401,14 +401,20 @@ class _Check:
                     yield Problem(c.REFUSED, f"{kind} attention: {heads} heads and {kv} KV heads do not split over TP "
                                   f"{self.tp}", "QKVParallelLinear")  # fmt: skip
         inner, tp = geometry.expert_intermediate, self.expert_tp or 1
-        groups = {form.group_size for forms in self.checkpoint.experts.values() for form in forms if form.group_size}
-        if c.FP8 in self.checkpoint.kept.values():
-            groups.add(FP8_BLOCK)
-        for group in sorted(groups):
+        for group, source in sorted(self._groups().items()):
             if inner % tp or inner // tp % group:
                 yield Problem(c.REFUSED, f"experts: {inner} inner channels over TP {tp} are {inner / tp:g} a rank, no "
-                              f"multiple of the group of {group}", "Marlin: in/TP must be a multiple of the group",
-                              "use expert parallelism")  # fmt: skip
+                              f"multiple of the group of {group}", source, "use expert parallelism")  # fmt: skip
+
+    def _groups(self) -> dict[int, str]:
+        """What a rank's inner channels must be a multiple of, and who says so."""
+        sizes = {form.group_size for forms in self.checkpoint.experts.values() for form in forms if form.group_size}
+        groups = dict.fromkeys(sizes, "Marlin: in/TP must be a multiple of the group")
+        if c.FP8 in self.checkpoint.kept.values():
+            groups[FP8_BLOCK] = "FP8 experts are in whole blocks"
+        if self.engine == c.SGLANG and c.NATIVE_MXFP4 in self.checkpoint.subjects:
+            groups[FP8_BLOCK] = "fp8.py of 0.5.23, create_fp8_moe_weight_ (run): native MXFP4 passes as FP8 there"
+        return groups
 
 
 def _fused(name: str) -> str:

