@@ -29,12 +29,15 @@ LOADED = [name for name, case in CASES.items() if case.source == "fused"]
 NOT_LOADED = {"w13_weight_shape", "w2_weight_shape", "w13_weight_g_idx", "w2_weight_g_idx", "k_scale", "v_scale",
               "w13_g_idx_sort_indices", "w2_g_idx_sort_indices"}  # fmt: skip
 RANKS = 2  # of the fused source
-JOBS = [(name, tp) for name in [*LOADED, HUB] for tp in (1, 2)]
+STOPS = {"MXFP4": "KeyError: 'model.layers.1.mlp.experts.w13_weight_packed'",
+         "int4 g32 asymmetric": "RuntimeError: The size of tensor a"}  # fmt: skip
+CUT = "native MXFP4, experts cut"
+JOBS = [*((name, tp) for name in [*LOADED, HUB] for tp in (1, 2)), (CUT, 2)]
 
 
 def ep_of(name: str, tp: int) -> int:
     """Experts stay whole where half of one would be half a group, or half an FP8 block."""
-    return tp if "g128" in name or "native" in name or "FP8" in name else 1
+    return tp if name != CUT and ("g128" in name or "native" in name or "FP8" in name) else 1
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ def loads(engine_outputs: dict[str, Path], tmp_path_factory: pytest.TempPathFact
     if not PACKAGE.exists():
         pytest.skip("SGLang's package is missing (scripts/setup_sglang)")
     base, folders = tmp_path_factory.mktemp("sglang"), dict(engine_outputs)
+    folders[CUT] = folders["native MXFP4"]
     folders[HUB] = damaged(folders["int4 g32"], base / "hub-order", hub_order)
     jobs = [{"checkpoint": str(folders[name]), "tp": tp, "ep": ep_of(name, tp), "out": str(base / f"{slug(name)}-{tp}")}
             for name, tp in JOBS]  # fmt: skip
@@ -168,7 +172,7 @@ def fused(loads: Loads, name: str, tp: int, rank: int) -> Iterator[tuple[str, to
 def test_every_tensor_is_where_it_belongs_or_sglang_stops(name: str, tp: int, loads: Loads) -> None:
     if "refused" in loads.verdicts(name, tp):
         assert loads.rank(name, tp, 0) is None, "it loads, and check says that it is refused"
-        assert "Error" in loads.log(name, tp)
+        assert STOPS[name] in loads.log(name, tp)
         return
     for rank in range(tp):
         have = loads.rank(name, tp, rank)
@@ -192,3 +196,8 @@ def test_bf16_in_the_hubs_order_is_right_at_its_own_tp_only(tp: int, loads: Load
     same = [torch.equal(have[key], values) for key, values in fused(loads, HUB, tp, 0)]
     assert same and all(same) == (tp == RANKS)
     assert ("corrupted" in loads.verdicts(HUB, tp)) == (tp != RANKS)
+
+
+def test_native_experts_are_cut_in_whole_fp8_blocks_only(loads: Loads) -> None:
+    assert loads.rank(CUT, 2, 0) is None and "not divisible by weight quantization block_n = 128" in loads.log(CUT, 2)
+    assert "refused" in loads.verdicts(CUT, 2)

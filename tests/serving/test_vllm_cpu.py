@@ -90,7 +90,7 @@ WRONG: dict[str, tuple[str, Plant]] = {  # loads, and answers with other numbers
     "exponents one too large": ("native MXFP4", byte_scales_off),
 }
 NEVER = "Following weights were not initialized from checkpoint: .*"  # vLLM's own check, off unless asked for
-MISSED: dict[str, tuple[str, Plant, str]] = {  # vLLM as it is loads these without a word
+MISSED: dict[str, tuple[str, Plant, str]] = {  # nothing that vLLM checks by default
     "a scale lost": ("int4 g32", one_scale_lost, r"1 of the experts' tensors never came, \S*layers\.3\S* expert 5 w13"),
     "names of GPTQ": ("int4 g32", gptq_names, rf"{NEVER}layers\.3\.mlp\.experts\S*w2_weight_packed"),
     "a kept layer not ignored": ("int4 g128, a layer bf16", layer_not_ignored, rf"{NEVER}layers\.2\.mlp\.experts"),
