@@ -58,9 +58,11 @@ CASES = {
                                             method="GPTQModifier"),
     "MXFP4": Case("fused", MXFP4),
     "NVFP4": Case("fused", NVFP4),
+    "ModelOpt NVFP4": Case("fused", NVFP4, container="modelopt"),
     "native MXFP4": Case("fused", MXFP4, container="native"),
     "int4 g128, a layer bf16": Case("fused", INT4 % 128, "carve_outs: {2: bf16}, "),
     "NVFP4, a layer FP8": Case("fused", NVFP4, "carve_outs: {2: fp8}, "),
+    "ModelOpt NVFP4, a layer bf16": Case("fused", NVFP4, "carve_outs: {2: bf16}, ", container="modelopt"),
     "native MXFP4, a layer bf16": Case("fused", MXFP4, "carve_outs: {2: bf16}, ", container="native"),
 }  # fmt: skip
 
@@ -118,6 +120,9 @@ def damaged(folder: Path, out: Path, plant: Plant) -> Path:
     out.mkdir()
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out / "model.safetensors")
     (out / "config.json").write_text(json.dumps(config))
+    ranks = {"tp_size": config["num_key_value_heads"]} if config["attention_projection_layout"] == "fused_qkv" else {}
+    index = {"metadata": ranks, "weight_map": dict.fromkeys(tensors, "model.safetensors")}
+    (out / "model.safetensors.index.json").write_text(json.dumps(index))
     for path in folder.glob("*.py"):
         shutil.copy(path, out)
     return out

@@ -1,9 +1,9 @@
 """Have SGLang's own loader read checkpoints on a CPU, at any TP (of which EP for experts), and keep what it made.
 
-    python sglang_loader.py JOBS.json      [{"checkpoint": folder, "tp": n, "ep": n, "out": folder}, ...]
+    python sglang_loader.py JOBS.json      [{"checkpoint": ..., "tp": n, "ep": n, "backend": ..., "out": ...}, ...]
 
 For each job there is then OUT/rank<r>.safetensors with every parameter of that rank, or the reason at the end of
-OUT/rank<r>.log. Ranks are processes of one gloo group, forked after SGLang is imported once.
+OUT/rank<r>.log. Ranks are processes of one gloo group, forked after SGLang is imported once. `backend`: of the experts.
 
 SGLang's own are ModelConfig, the quantization config and its choice of a scheme for each module, `MiMoV2ForCausalLM`
 and all of its `load_weights`. Its package is installed without what it requires (PYTHONPATH says where) and runs in
@@ -77,17 +77,19 @@ from sglang.srt.configs.load_config import LoadConfig  # noqa: E402
 from sglang.srt.configs.model_config import ModelConfig  # noqa: E402
 from sglang.srt.distributed import parallel_state  # noqa: E402
 from sglang.srt.layers.dp_attention import initialize_dp_attention  # noqa: E402
+from sglang.srt.layers.moe.utils import initialize_moe_config  # noqa: E402
 from sglang.srt.model_loader.loader import _get_quantization_config  # noqa: E402
 from sglang.srt.models.mimo_v2 import MiMoV2ForCausalLM  # noqa: E402
 from sglang.srt.runtime_context import derive_spawn_ranks, get_context, get_parallel  # noqa: E402
 
 
-def load(checkpoint: str, tp: int, ep: int, rank: int, meeting: Path) -> dict[str, torch.Tensor]:
+def load(checkpoint: str, tp: int, ep: int, backend: str, rank: int, meeting: Path) -> dict[str, torch.Tensor]:
     """The parameters of one rank, as SGLang's loader leaves them."""
     arguments = get_context().override_server_args(
-        device="cpu", model_path=checkpoint, trust_remote_code=True, tp_size=tp, ep_size=ep
+        device="cpu", model_path=checkpoint, trust_remote_code=True, tp_size=tp, ep_size=ep, moe_runner_backend=backend
     )
     arguments = arguments.install()
+    initialize_moe_config()
     get_parallel().override_permanently(
         **derive_spawn_ranks(world_rank=rank, tp_size=tp, ep_join_rank_offset=0, attn_cp_size=1, attn_tp_size=tp,
                              moe_dp_size=1, moe_ep_size=ep)
@@ -112,7 +114,7 @@ def child(job: dict[str, Any], rank: int) -> int:
         log = os.open(out / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        made = load(job["checkpoint"], job["tp"], job["ep"], rank, out / "meeting")
+        made = load(job["checkpoint"], job["tp"], job["ep"], job["backend"], rank, out / "meeting")
         save_file(made, out / f"rank{rank}.safetensors")
         code = 0
     except BaseException:

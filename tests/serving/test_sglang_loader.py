@@ -27,7 +27,8 @@ PACKAGE = HERE.parents[1] / ".sglang-cpu"
 HUB = "bf16 qkv in the hub's order"
 LOADED = [name for name, case in CASES.items() if case.source == "fused"]
 NOT_LOADED = {"w13_weight_shape", "w2_weight_shape", "w13_weight_g_idx", "w2_weight_g_idx", "k_scale", "v_scale",
-              "w13_g_idx_sort_indices", "w2_g_idx_sort_indices"}  # fmt: skip
+              "w13_g_idx_sort_indices", "w2_g_idx_sort_indices", "w13_input_scale", "w2_input_scale",
+              "w13_blockscale_swizzled", "w2_blockscale_swizzled"}  # fmt: skip
 RANKS = 2  # of the fused source
 STOPS = {"MXFP4": "KeyError: 'model.layers.1.mlp.experts.w13_weight_packed'",
          "int4 g32 asymmetric": "RuntimeError: The size of tensor a"}  # fmt: skip
@@ -71,8 +72,8 @@ def loads(engine_outputs: dict[str, Path], tmp_path_factory: pytest.TempPathFact
     base, folders = tmp_path_factory.mktemp("sglang"), dict(engine_outputs)
     folders[CUT] = folders["native MXFP4"]
     folders[HUB] = damaged(folders["int4 g32"], base / "hub-order", hub_order)
-    jobs = [{"checkpoint": str(folders[name]), "tp": tp, "ep": ep_of(name, tp), "out": str(base / f"{slug(name)}-{tp}")}
-            for name, tp in JOBS]  # fmt: skip
+    jobs = [{"checkpoint": str(folders[name]), "tp": tp, "ep": ep_of(name, tp), "out": str(base / f"{slug(name)}-{tp}"),
+             "backend": "marlin" if "ModelOpt" in name else "auto"} for name, tp in JOBS]  # fmt: skip
     (base / "jobs.json").write_text(json.dumps(jobs))
     done = subprocess.run([PYTHON, HERE / "sglang_loader.py", base / "jobs.json"], cwd=base, text=True,
                           capture_output=True, env=os.environ | {"PYTHONPATH": str(PACKAGE), "OMP_NUM_THREADS": "1"},
@@ -137,7 +138,7 @@ class Shard:
         w13 = torch.stack([torch.cat([self.rows(gate), self.rows(up)]) for gate, up, _ in named])
         w2 = torch.stack([self.columns(down) for _, _, down in named])
         int4 = f"{module}.0.gate_proj.weight_shape" in self.files
-        native = w13.dtype == torch.uint8 and suffix in ("weight", "weight_scale")
+        native = w13.dtype == torch.uint8 and f"{module}.0.gate_proj.weight_scale_2" not in self.files
         for name, values in ((f"{module}.w13_{suffix}", w13), (f"{module}.w2_{suffix}", w2)):
             if native and suffix == "weight_scale":
                 yield f"{name}_inv", torch.exp2(values.float() - 127)

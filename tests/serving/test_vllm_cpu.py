@@ -63,6 +63,12 @@ def own_global_scales(config: dict[str, Any], tensors: Tensors) -> None:
         tensors[scale] = (tensors[scale].float() / 2).to(torch.float8_e4m3fn)
 
 
+def divisors(config: dict[str, Any], tensors: Tensors) -> None:
+    """compressed-tensors' global scale under ModelOpt's name."""
+    for name in [name for name in tensors if name.endswith("weight_scale_2")]:
+        tensors[name] = 1 / tensors[name]
+
+
 def one_scale_lost(config: dict[str, Any], tensors: Tensors) -> None:
     del tensors["model.layers.3.mlp.experts.5.up_proj.weight_scale"]
 
@@ -87,6 +93,7 @@ WRONG: dict[str, tuple[str, Plant]] = {  # loads, and answers with other numbers
     "nibbles reversed, int4": ("int4 g128, split source", reversed_nibbles),
     "nibbles reversed, MXFP4": ("MXFP4", reversed_nibbles),
     "global scales not shared": ("NVFP4", own_global_scales),
+    "divisors for multipliers": ("ModelOpt NVFP4", divisors),
     "exponents one too large": ("native MXFP4", byte_scales_off),
 }
 NEVER = "Following weights were not initialized from checkpoint: .*"  # vLLM's own check, off unless asked for

@@ -33,7 +33,7 @@ from vllm.model_executor.layers.fused_moe import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.fused_moe.experts.int4_emulation_moe import Int4EmulationTritonExperts
 from vllm.model_executor.layers.fused_moe.flashinfer_moe_ep import _dequant_mxfp4_experts
 from vllm.model_executor.layers.fused_moe.oracle import int_wna16
-from vllm.model_executor.layers.quantization import fp8, mxfp4
+from vllm.model_executor.layers.quantization import fp8, modelopt, mxfp4
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
     compressed_tensors_moe_w4a4_mxfp4 as ct_mxfp4,
 )
@@ -76,13 +76,18 @@ def mxfp4_native(layer: Any) -> Experts:
 
 def nvfp4(layer: Any) -> Experts:
     """As the method itself does, gate's global scale counts for up too."""
-    parts = (("w13", layer.w13_weight_global_scale[:, 0]), ("w2", layer.w2_weight_global_scale))
-    w13, w2 = (
-        dequantize_to_dtype(getattr(layer, f"{part}_weight_packed"), getattr(layer, f"{part}_weight_scale"),
-                            1.0 / scale.contiguous(), torch.float32, swizzle=False)
-        for part, scale in parts
-    )  # fmt: skip
-    return w13, w2
+    return (_nvfp4(layer.w13_weight_packed, layer.w13_weight_scale, 1.0 / layer.w13_weight_global_scale[:, 0]),
+            _nvfp4(layer.w2_weight_packed, layer.w2_weight_scale, 1.0 / layer.w2_weight_global_scale))  # fmt: skip
+
+
+def nvfp4_modelopt(layer: Any) -> Experts:
+    """The same, of multipliers."""
+    return (_nvfp4(layer.w13_weight, layer.w13_weight_scale, layer.w13_weight_scale_2[:, 0]),
+            _nvfp4(layer.w2_weight, layer.w2_weight_scale, layer.w2_weight_scale_2))  # fmt: skip
+
+
+def _nvfp4(codes: torch.Tensor, scale: torch.Tensor, multiplier: torch.Tensor) -> torch.Tensor:
+    return dequantize_to_dtype(codes, scale, multiplier.contiguous(), torch.float32, swizzle=False)
 
 
 def fp8_blocks(layer: Any) -> Experts:
@@ -110,6 +115,8 @@ def install() -> None:
     """Put the dequantizers where a GPU's kernels would be chosen."""
     ct_int4.select_wna16_moe_backend = lambda **_: (int_wna16.WNA16MoEBackend.EMULATION, Int4EmulationTritonExperts)
     ct_nvfp4.select_nvfp4_moe_backend = lambda **_: (ct_nvfp4.NvFp4MoeBackend.MARLIN, Int4EmulationTritonExperts)
+    modelopt.select_nvfp4_moe_backend = lambda **_: (ct_nvfp4.NvFp4MoeBackend.MARLIN, Int4EmulationTritonExperts)
+    modelopt.ModelOptMixedPrecisionConfig.get_supported_act_dtypes = lambda self: [torch.float32]
     ct_fp8.select_fp8_moe_backend = lambda **_: (None, None)
     mxfp4.select_deepseek_v4_mxfp4_moe_backend = lambda moe: (mxfp4.Mxfp4MoeBackend.EMULATION, None)
     fp8.init_fp8_linear_kernel = lambda **_: Fp8Linear()
@@ -117,6 +124,7 @@ def install() -> None:
     judge(ct_int4.CompressedTensorsWNA16MoEMethod, int4)
     judge(ct_mxfp4.CompressedTensorsW4A4Mxfp4MoEMethod, mxfp4_packed)
     judge(ct_nvfp4.CompressedTensorsW4A4Nvfp4MoEMethod, nvfp4)
+    judge(modelopt.ModelOptNvFp4FusedMoE, nvfp4_modelopt)
     judge(ct_fp8.CompressedTensorsW8A8Fp8MoEMethod, fp8_blocks)
     judge(mxfp4.Mxfp4MoEMethod, mxfp4_native)
     judge(UnquantizedFusedMoEMethod, None)
@@ -130,7 +138,8 @@ def judge(method: Any, dequantize: Callable[[Any], Experts] | None) -> None:
         others = dict(layer.named_parameters(recurse=False))
         create(self, layer, *args, **kwargs)
         if getattr(self, "use_a16", False):  # parameters for activations that are not quantized
-            del layer.w13_input_global_scale, layer.w2_input_global_scale
+            for name in [name for name, _ in layer.named_parameters(recurse=False) if "_input_" in name]:
+                delattr(layer, name)
         layer.given = {}
         for name, parameter in layer.named_parameters(recurse=False):
             if name not in others:
