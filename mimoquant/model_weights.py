@@ -127,6 +127,11 @@ class CheckpointWeights:
         return values.reshape(len(infos), *infos[0].shape) if dtype == _TORCH[infos[0].dtype] else values
 
 
+def decoded_chunk(begin: int, parts: dict[str, dict[str, torch.Tensor]], fmt: Format) -> ExpertChunk:
+    """Experts `begin`.. as an engine reads them, from projection → part → [e, ...]."""
+    return ExpertChunk(begin, *(decode(parts[p], fmt).to(torch.bfloat16) for p in PROJECTIONS))
+
+
 _TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I32": torch.int32, "U8": torch.uint8,
           "F8_E4M3": torch.float8_e4m3fn}  # fmt: skip
 

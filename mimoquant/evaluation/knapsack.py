@@ -42,7 +42,7 @@ def best_options(classes: Sequence[Sequence[Item]], limit: float) -> list[int] |
     """
     if not all(classes):
         raise ValueError("every class needs an item")
-    kept = [_undominated(items) for items in classes]
+    kept = [undominated(items) for items in classes]
     rests = _relaxations([[classes[i][k] for k in members] for i, members in enumerate(kept)])
     known = _rounded(classes, kept, limit)
     if known is None:
@@ -65,7 +65,7 @@ def best_options(classes: Sequence[Sequence[Item]], limit: float) -> list[int] |
     return _traced(steps, int(fits[np.lexsort((weight[fits], cost[fits]))[0]]))
 
 
-def _undominated(items: Sequence[Item]) -> list[int]:
+def undominated(items: Sequence[Item]) -> list[int]:
     """Indices by rising weight and strictly falling cost."""
     out: list[int] = []
     for k in sorted(range(len(items)), key=lambda k: (items[k][1], items[k][0])):
