@@ -27,6 +27,7 @@ from mimoquant.choices import Container, Engine, Gpu, Layout, Server
 from mimoquant.errors import MimoquantError, is_out_of_memory
 from mimoquant.page_files import check_page, check_profile, check_writable, write_page
 from mimoquant.progress import Lines, Progress, tell
+from mimoquant.sensitivity_cli import sensitivity
 
 if TYPE_CHECKING:
     from mimoquant.calibration.tokens import TokenSet
@@ -97,6 +98,7 @@ UnknownOption = Annotated[bool, typer.Option("--allow-unknown", help="Copy tenso
 ContainerOption = Annotated[
     Container | None, typer.Option(help="How the experts are stored; by default what fits the format.")
 ]
+app.command()(sensitivity)
 
 
 def _version(wanted: bool) -> None:
@@ -377,9 +379,8 @@ def _evaluate_server(
     from mimoquant.evaluation.server import connect
 
     place, vocab = resolve_device(device), open_layout(reference).geometry.vocab
-    server = connect(
-        url, model, top_k=top_k, tokens=tokens, vocab=vocab
-    )  # before the data: a typing error is told soon
+    # before the data: a typing error is told soon
+    server = connect(url, model, top_k=top_k, tokens=tokens, vocab=vocab)
     if top_k is None:
         tell(f"note: {server.engine} is asked for {server.top_k} ids a position")
     loaded, lines = _load_tokens(reference, data, sequences, tokens, vocab), Lines()
@@ -431,10 +432,9 @@ def _plan(
     from mimoquant.plan import CHUNK_BYTES, CUDA_CHUNK_BYTES, make_plan
     from mimoquant.recipe import load_recipe
 
-    chosen = container.value if container else None
     loaded = load_recipe(recipe).calibrated_on(calibration)
     large = loaded.calibrated and device.startswith("cuda")
-    return make_plan(source, loaded, container=chosen, allow_unknown=allow_unknown,
+    return make_plan(source, loaded, container=container.value if container else None, allow_unknown=allow_unknown,
                      chunk_bytes=CUDA_CHUNK_BYTES if large else CHUNK_BYTES)  # fmt: skip
 
 
