@@ -33,11 +33,11 @@ from mimoquant.errors import CheckpointError, QualityError
 from mimoquant.layer_weights import not_finite, read_experts, read_parts
 from mimoquant.model.decoder_layer import DenseWeights, ExpertChunk, LayerWeights, Router
 from mimoquant.model.layout import PROJECTIONS, norm_name, router_name
-from mimoquant.model_weights import CheckpointWeights
+from mimoquant.model_weights import CheckpointWeights, decoded_chunk
 from mimoquant.plan import Plan
 from mimoquant.portions import Portions, Seen
 from mimoquant.quant.awq import best_fold, divided_by, inverse, moved, scaled, settled
-from mimoquant.quant.engine_torch import TorchEngine, amax, decode, nvfp4_global_scale, stored_parts, to_numpy
+from mimoquant.quant.engine_torch import TorchEngine, amax, nvfp4_global_scale, stored_parts, to_numpy
 from mimoquant.quant.expert_methods import Encoded, encode_with, energy, loss
 from mimoquant.quant.formats import Format
 from mimoquant.quant.method import Method
@@ -109,11 +109,12 @@ class Calibrator:
     Ranks of a team call the same, in the same order."""
 
     def __init__(
-        self, plan: Plan, reader: CheckpointReader, tokens: TokenSet, device: str, team: Team | None = None
-    ) -> None:
+        self, plan: Plan, reader: CheckpointReader, tokens: TokenSet, device: str, team: Team | None = None,
+        weights: CheckpointWeights | None = None,
+    ) -> None:  # fmt: skip
         assert plan.recipe.calibration is not None
         self.plan, self.settings, self.device = plan, plan.recipe.calibration, torch.device(device)
-        self.weights, self.engine = CheckpointWeights(reader, plan.layout, self.device), TorchEngine(device)
+        self.weights, self.engine = weights or CheckpointWeights(reader, plan.layout, self.device), TorchEngine(device)
         self.method = plan.recipe.expert_method()
         held = torch.arange(len(tokens.ids)) % HELD_OUT == HELD_OUT - 1
         ids = torch.from_numpy(tokens.ids)
@@ -123,9 +124,10 @@ class Calibrator:
         self.norm_fold: Tensor | None = None
 
     @torch.no_grad()
-    def begin(self, layer: int, written: CheckpointReader | None = None) -> None:
-        """Attention and routing of a layer; a dense layer is passed whole. `written`: its shard, if it exists."""
-        weights = self.weights.layer(layer)
+    def begin(self, layer: int, written: CheckpointReader | None = None, weights: LayerWeights | None = None) -> None:
+        """Attention and routing of a layer; a dense layer is passed whole. `written`: its shard, if it exists.
+        `weights`: of the layer, where they are read already."""
+        weights = weights or self.weights.layer(layer)
         self.facts, self.norm_fold = LayerFacts(layer), None
         if isinstance(weights.mlp, DenseWeights):
             self.tokens.dense(weights)
@@ -159,25 +161,40 @@ class Calibrator:
             wanted: whether this rank writes the layer; the list is empty otherwise.
         Raises CheckpointError for weights or statistics that are NaN or Inf.
         """
-        rank, fmt, out = self.team.rank, steps[0].fmt, []
+        fmt, out = steps[0].fmt, []
         assert fmt is not None
-        original = None if stacks is None else self.chunk(steps[rank], stacks)
-        inputs = None if original is None else self._input_grams(steps[rank].begin, steps[rank].end)
+        original, inputs = self._own_chunk(steps, stacks)
         if self.shrinkage is None:
             self._agree_on_shrinkage(original, inputs, fmt)
         own = None if original is None or inputs is None else self._choose(original, inputs, fmt)
         for place, (step, facts) in enumerate(zip(steps, self.team.gather(own and own.facts), strict=False)):
-            mine = own if place == rank else None
+            mine = own if place == self.team.rank else None
             parts = self.team.share(mine.parts if mine else None, place, str(self.device))
             self._tell(facts)
             if self.settings.propagate == "quantized":
-                self.tokens.through(mine.chunk if mine else _decoded(step.begin, _by_projection(parts), fmt))
+                self.tokens.through(mine.chunk if mine else decoded_chunk(step.begin, _by_projection(parts), fmt))
             else:
                 self.tokens.through(original if mine and original else self._source_chunk(step))
             if wanted:
-                arrays = {name: to_numpy(values) for name, values in parts.items()}
-                out.append(_by_projection(arrays))
+                out.append(_arrays(parts))
         return out
+
+    @torch.no_grad()
+    def encode_as(self, fmt: Format, steps: Sequence[Experts], stacks: dict[str, Stack] | None) -> list[Parts]:
+        """Codes of the round that `encode` has just passed, in another format, by the same statistics and shrinkage."""
+        original, inputs = self._own_chunk(steps, stacks)
+        own = None if original is None or inputs is None else self._choose(original, inputs, fmt).parts
+        return [_arrays(self.team.share(own if place == self.team.rank else None, place, str(self.device)))
+                for place in range(len(steps))]  # fmt: skip
+
+    def _own_chunk(
+        self, steps: Sequence[Experts], stacks: dict[str, Stack] | None
+    ) -> tuple[ExpertChunk | None, Tensor | None]:
+        """This rank's chunk of a round as the source has it, and the Gram sums of what its experts see."""
+        if stacks is None:
+            return None, None
+        step = steps[self.team.rank]
+        return self.chunk(step, stacks), self._input_grams(step.begin, step.end)
 
     def _choose(self, original: ExpertChunk, inputs: Tensor, fmt: Format) -> Chosen:
         """Codes of one chunk. `inputs`: Gram sums of what its experts see."""
@@ -358,12 +375,7 @@ class Calibrator:
         names = (entry.name for entry in step.entries)
         geometry, container = self.plan.layout.geometry, self.plan.container
         held = read_parts(written, names, step.end - step.begin, fmt, container, geometry)
-        return _decoded(step.begin, {p: stored_parts(held[p], fmt, self.device) for p in PROJECTIONS}, fmt)
-
-
-def _decoded(begin: int, parts: dict[str, dict[str, Tensor]], fmt: Format) -> ExpertChunk:
-    """Experts as an engine reads them."""
-    return ExpertChunk(begin, *(decode(parts[p], fmt).to(torch.bfloat16) for p in PROJECTIONS))
+        return decoded_chunk(step.begin, {p: stored_parts(held[p], fmt, self.device) for p in PROJECTIONS}, fmt)
 
 
 def _gate_and_up(chunk: ExpertChunk) -> Tensor:
@@ -413,6 +425,10 @@ def _named(both: dict[str, Tensor], down: dict[str, Tensor]) -> dict[str, Tensor
         pair = (values, values) if name == "global_scale" else values.chunk(2, dim=1)
         out |= {f"{projection} {name}": half for projection, half in zip(("gate", "up"), pair, strict=True)}
     return out
+
+
+def _arrays(named: dict[str, Tensor]) -> Parts:
+    return _by_projection({name: to_numpy(values) for name, values in named.items()})
 
 
 def _by_projection(named: dict[str, T]) -> dict[str, dict[str, T]]:

@@ -27,6 +27,7 @@ from mimoquant.choices import Container, Engine, Gpu, Layout, Qkv, QkvDtype, Ser
 from mimoquant.errors import MimoquantError, UsageError, is_out_of_memory
 from mimoquant.page_files import check_page, check_profile, check_writable, write_page
 from mimoquant.progress import Lines, Progress, tell
+from mimoquant.sensitivity_cli import sensitivity
 from mimoquant.team import refuse_ranks
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
     from mimoquant.plan import Plan
 
 EXIT_INTERRUPTED = 130
-_SHARED_VERBS = ("quantize", "eval-kl")  # among ranks
+_RESUMABLE_VERBS = ("quantize", "relayout", "sensitivity")
+_SHARED_VERBS = ("quantize", "eval-kl", "sensitivity")  # among ranks
 _DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
 
@@ -56,7 +58,7 @@ class _Group(TyperGroup):
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
-            if ctx.invoked_subcommand in ("quantize", "relayout"):
+            if ctx.invoked_subcommand in _RESUMABLE_VERBS:
                 typer.echo("hint: run the same command again with --resume to go on where it stopped", err=True)
             raise typer.Exit(EXIT_INTERRUPTED) from None
         except BrokenPipeError:
@@ -371,6 +373,9 @@ def eval_kl(
         least = "at least " if facts.get("server", {}).get("is_lower_bound") else ""
         over = f"{least}{j:.5f} nats a token, {j - max_kl:.5f} above the gate of {max_kl}"
         raise QualityError(f"{facts['candidate']}: J is {over}")
+
+
+app.command()(sensitivity)
 
 
 @app.command()

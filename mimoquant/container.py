@@ -142,20 +142,20 @@ def _compressed_tensors_config(formats: dict[int, Format], carve_outs: dict[int,
     groups: dict[str, Any] = {}
     for number, fmt in enumerate(distinct):
         layers = [layer for layer, other in formats.items() if other == fmt]
-        target = EXPERT_TARGET if len(distinct) == 1 else _layers_target(layers)
+        target = EXPERT_TARGET if len(distinct) == 1 else layers_target(layers)
         groups[f"group_{number}"] = _group(target, _COMPRESSED_FORMAT[fmt.name], format_weights(fmt), None)
     fp8_layers = sorted(layer for layer, kind in carve_outs.items() if kind == "fp8")
     if fp8_layers:
-        groups[f"group_{len(groups)}"] = _group(_layers_target(fp8_layers), "float-quantized", _FP8_WEIGHTS, _FP8_INPUT)
+        groups[f"group_{len(groups)}"] = _group(layers_target(fp8_layers), "float-quantized", _FP8_WEIGHTS, _FP8_INPUT)
         if len(distinct) == 1:  # the general target must not claim the FP8 layers
-            groups["group_0"]["targets"] = [_layers_target(list(formats))]
+            groups["group_0"]["targets"] = [layers_target(list(formats))]
     kinds = {group["format"] for group in groups.values()}
     bf16_layers = sorted(layer for layer, kind in carve_outs.items() if kind == "bf16")
     return {
         "config_groups": groups,
         "format": kinds.pop() if len(kinds) == 1 else "mixed-precision",
         "global_compression_ratio": None,
-        "ignore": [NOT_EXPERTS, *([_layers_target(bf16_layers)] if bf16_layers else [])],
+        "ignore": [NOT_EXPERTS, *([layers_target(bf16_layers)] if bf16_layers else [])],
         "kv_cache_scheme": None,
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
@@ -163,7 +163,8 @@ def _compressed_tensors_config(formats: dict[int, Format], carve_outs: dict[int,
     }
 
 
-def _layers_target(layers: list[int]) -> str:
+def layers_target(layers: list[int]) -> str:
+    """The experts of some layers."""
     choice = "|".join(str(layer) for layer in sorted(layers))
     return rf"re:.*layers\.({choice})\.mlp\.experts\.\d+\.(gate|up|down)_proj$"
 

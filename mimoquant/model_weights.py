@@ -27,6 +27,7 @@ from mimoquant.model.geometry import MXFP8_BLOCK
 from mimoquant.model.layout import PROJECTIONS, ModelLayout, Weight
 from mimoquant.model.qkv import deinterleave_rows
 from mimoquant.quant.engine_torch import TorchEngine, decode, dequantize_fp8, exp2
+from mimoquant.quant.formats import Format
 
 CHUNK_ELEMENTS = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}  # weights of the experts that are decoded together
 
@@ -136,6 +137,11 @@ class CheckpointWeights:
         self.reader.read_many(zip(infos, raw, strict=True))
         values = torch.from_numpy(raw).to(self.device).view(dtype)
         return values.reshape(len(infos), *infos[0].shape) if dtype == _TORCH[infos[0].dtype] else values
+
+
+def decoded_chunk(begin: int, parts: dict[str, dict[str, torch.Tensor]], fmt: Format) -> ExpertChunk:
+    """Experts `begin`.. as an engine reads them, from projection → part → [e, ...]."""
+    return ExpertChunk(begin, *(decode(parts[p], fmt).to(torch.bfloat16) for p in PROJECTIONS))
 
 
 _TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I32": torch.int32, "U8": torch.uint8,

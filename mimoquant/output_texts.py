@@ -53,4 +53,6 @@ def resolved_recipe(plan: Plan, finished: dict[str, JournalLine], calibration: d
     }
     if calibration is not None:
         document["mimoquant"]["provenance"]["calibration"] = calibration
+    if "sensitivity" in plan.recipe.provenance:  # what the mixture was chosen by
+        document["mimoquant"]["provenance"]["sensitivity"] = plan.recipe.provenance["sensitivity"]
     return yaml.safe_dump(document, sort_keys=False, default_flow_style=None, width=110)

@@ -39,6 +39,7 @@ from mimoquant.quant.stack import Engine, NonFiniteError, Stack
 from mimoquant.reorder import Reorder, block_values, read_blocks
 from mimoquant.report import QuantizeReport
 from mimoquant.team import Team
+from mimoquant.team_folder import opened
 from mimoquant.timeline import WAIT_READ, WAIT_WRITE, Timeline
 from mimoquant.units import Copy, Dequantize, Experts, Shapes, Step, Unit
 
@@ -92,7 +93,7 @@ def execute(
         CheckpointError: bad data. QualityError: too many starved experts. StoppedError: disk trouble, resumable.
     """
     out = _preflight(plan, out)
-    tokens = _calibration_tokens(plan)
+    tokens = calibration_tokens(plan)
     team = team or Team(resolve_device(device))
     device, progress = team.device, progress or (lambda unit, done, finished: None)
     identity = plan.identity()
@@ -100,7 +101,10 @@ def execute(
         chunks = sum(isinstance(step, Experts) for unit in plan.units for step in unit.steps)
         identity |= {"calibration tokens": tokens.sha256, "kind of device": device.partition(":")[0],
                      "chunks of experts": str(chunks)}  # fmt: skip
-    with contextlib.closing(make_engine(device)) as engine, _folder(plan, out, identity, resume, team) as run:
+    with (
+        contextlib.closing(make_engine(device)) as engine,
+        opened(RunFolder(out, identity, resume=resume, rank=team.rank), team, partial(_check_disk, plan)) as run,
+    ):
         try:
             _write_units(plan, run, engine, tokens, progress, timeline or Timeline(), team)
             return _finish(plan, run, tokens, progress, team)
@@ -108,21 +112,6 @@ def execute(
             if not run.finished and team.size == 1:  # nothing that a resume could use, and nobody who still writes
                 run.discard()
             raise
-
-
-@contextlib.contextmanager
-def _folder(plan: Plan, out: Path, identity: dict[str, str], resume: bool, team: Team) -> Iterator[RunFolder]:
-    """OUT.partial: rank 0 opens it, then the others join and learn what is finished."""
-    run = RunFolder(out, identity, resume=resume, rank=team.rank)
-    with contextlib.ExitStack() as stack:
-        if team.leads:
-            stack.enter_context(run)
-            _check_disk(plan, run)
-        kept = team.gather([line.as_plain() for line in run.finished.values()])[0]
-        if not team.leads:
-            stack.enter_context(run)
-            run.finished = {line["unit"]: JournalLine(**line) for line in kept}
-        yield run
 
 
 def _preflight(plan: Plan, out: Path | str) -> Path:
@@ -139,7 +128,7 @@ def _preflight(plan: Plan, out: Path | str) -> Path:
     return target
 
 
-def _calibration_tokens(plan: Plan) -> TokenSet | None:
+def calibration_tokens(plan: Plan) -> TokenSet | None:
     """What the recipe calibrates on; None for a recipe that needs none. The tokenizer is the source's own."""
     wanted, layout = plan.recipe.calibration, plan.layout
     if wanted is None:

@@ -94,6 +94,16 @@ class Portions:
                 add_blocks(stream, [portion.block])
         self.clear()
 
+    def state(self) -> dict[str, Tensor]:
+        """This rank's hidden states between two layers, by name."""
+        return {f"calibration {i} {j}": hidden for i, (stream, _) in enumerate(self._own())
+                for j, hidden in enumerate(stream.batches)}  # fmt: skip
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `state`."""
+        for name, hidden in self.state().items():
+            hidden.copy_(state[name])
+
     def clear(self) -> None:
         """Let go of a layer's tokens."""
         self.seen = []

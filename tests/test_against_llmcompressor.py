@@ -7,6 +7,7 @@ global scales and amax / 6 in bf16; and NVFP4 global scales that gate and up do 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -158,6 +159,25 @@ def test_the_written_recipe_loads_in_llmcompressor(tmp_path: Path) -> None:
         fmt = next(iter(plan.formats.values()))
         assert (scheme.weights.num_bits, scheme.weights.group_size) == (4, fmt.group_size)
         assert np.all([target in scheme.targets for target in [EXPERTS]])
+
+
+def test_a_chosen_mixture_loads_in_llmcompressor(tmp_path: Path) -> None:
+    from llmcompressor.recipe import Recipe
+
+    from mimoquant.mixture import Mixtures
+    from mimoquant.recipe import load_recipe
+
+    plan = Mixtures(make_plan(mimoquant.micro_checkpoint(), load_recipe("int4-g128-mse"))).planned([1, 3, 0, 2])
+    evidence = {"sensitivity": {"bytes": 1, "layers": {1: {"option": "int4 g64", "alone": [0.1, 0.0, 0.2]}}}}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(pipeline.resolved_recipe(replace(plan, recipe=replace(plan.recipe, provenance=evidence)), {}, None))
+    assert "alone" in path.read_text()
+    (modifier,) = Recipe.create_instance(str(path)).modifiers
+    groups = modifier.resolved_config.config_groups
+    assert {name: scheme.weights.group_size for name, scheme in groups.items()} == {
+        "int4_g64": 64, "int4_g128": 128, "int4_g32": 32
+    }  # fmt: skip
+    assert modifier.ignore == [r"re:.*layers\.2\.mlp\.experts\..*"]
 
 
 def test_eval_kl_reads_the_peers_output(source: Path, tmp_path: Path) -> None:

@@ -206,3 +206,31 @@ def test_the_others_end_as_the_rank_that_failed_and_are_silent() -> None:
     ended = teams[1]._lost(RuntimeError("closed"))
     assert isinstance(ended, CheckpointError) and str(ended) == "x: is bad" and ended.hint == "mend it" and ended.told
     assert not teams[1]._tell(ended)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["int4-g128-rtn", "gptq-int4-g128"])
+def test_ranks_find_what_one_process_finds(recipe: str, tmp_path: Path) -> None:
+    """Facts, costs and the recipe; after a kill, too."""
+    text = (REPOSITORY / "recipes" / f"{recipe}.yaml").read_text().rstrip()
+    few = "\n  calibration: {sequences: 24, tokens: 64}\n" if "gptq" in recipe else "\n"
+    (tmp_path / "given.yaml").write_text(text + few)
+
+    def find(ranks: int, out: str, *more: str) -> subprocess.CompletedProcess[str]:
+        return start(ranks, "sensitivity", str(MICRO), "-r", str(tmp_path / "given.yaml"), "-o", str(tmp_path / out),
+                     "--sequences", "28", "--tokens", "128", "--device", "cpu", "--budget-gib", "0.0078", "--json",
+                     *more)  # fmt: skip
+
+    one, two = find(1, "one.yaml"), find(2, "two.yaml")
+    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
+    facts, others = (json.loads(done.stdout) for done in (one, two))
+    for name in ("layers", "chosen", "frontier", "j"):
+        assert facts[name] == others[name]
+    passes = [[walk["forward_passes"] for walk in told["cost"]["walks"]] for told in (facts, others)]
+    assert passes[0] == pytest.approx(passes[1])
+    assert (tmp_path / "one.yaml").read_bytes() == (tmp_path / "two.yaml").read_bytes()
+    killed = find(2, "killed.yaml", "--kill-at", "3")
+    assert killed.returncode != 0 and killed.stderr.count("error: ") == 1, killed.stderr
+    done = find(2, "killed.yaml", "--resume")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "one.yaml").read_bytes() == (tmp_path / "killed.yaml").read_bytes()

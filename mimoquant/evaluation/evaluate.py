@@ -338,13 +338,17 @@ def refuse_shared_data(candidate: Path, tokens: TokenSet) -> None:
     """
     path = candidate / "recipe.yaml"
     record = CalibrationRecord.read(path) if path.is_file() else None
-    if record is None:
-        return
+    if record is not None:
+        refuse_shared(record, tokens, str(candidate))
+
+
+def refuse_shared(record: CalibrationRecord, tokens: TokenSet, who: str) -> None:
+    """The same of what is known to have been calibrated on, by `who`."""
     sequences, files = record.shared_with(tokens)
     if sequences or files:
         what = f"{sequences} of {len(tokens.ids)} sequences" if sequences else f"the file {files[0]}"
         raise UsageError(
-            f"--data {tokens.name}: shares {what} with what {candidate} was calibrated on ({record.name})",
+            f"--data {tokens.name}: shares {what} with what {who} was calibrated on ({record.name})",
             hint="a model looks better on what it was calibrated on; give held-out data, such as heldout-v1",
         )
 

@@ -288,12 +288,22 @@ def add_experts(out: Tensor, tokens: Tensor, dispatch: Dispatch, chunk: ExpertCh
     occurs once in each, so the order of the sum is fixed on every device.
     """
     for group in dispatch.groups(chunk.begin, chunk.begin + len(chunk.gate)):
-        gate, up, down = (_pick(weight, group, chunk.begin) for weight in (chunk.gate, chunk.up, chunk.down))
-        parts = float32_parts(tokens[group.rows], gate)
-        inner = (F.silu(product(parts, gate)) * product(parts, up)).to(tokens.dtype)
-        result = product(float32_parts(inner, down), down) * group.gains[..., None]
-        for slot, count in enumerate(group.counts):
-            out.index_add_(0, group.rows[slot, :count], result[slot, :count])
+        add_group(out, group, expert_outputs(tokens, group, chunk))
+
+
+def expert_outputs(tokens: Tensor, group: Group, chunk: ExpertChunk) -> Tensor:
+    """What each expert of the group makes of its tokens, [m, c, H], before the gains; padded rows hold anything."""
+    gate, up, down = (_pick(weight, group, chunk.begin) for weight in (chunk.gate, chunk.up, chunk.down))
+    parts = float32_parts(tokens[group.rows], gate)
+    inner = (F.silu(product(parts, gate)) * product(parts, up)).to(tokens.dtype)
+    return product(float32_parts(inner, down), down)
+
+
+def add_group(out: Tensor, group: Group, outputs: Tensor) -> None:
+    """Add a group's `expert_outputs` to `out`, times their gains."""
+    result = outputs * group.gains[..., None]
+    for slot, count in enumerate(group.counts):
+        out.index_add_(0, group.rows[slot, :count], result[slot, :count])
 
 
 def _pick(weight_EOI: Tensor, group: Group, begin: int) -> Tensor:

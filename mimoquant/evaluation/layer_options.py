@@ -1,0 +1,145 @@
+"""A source's layers, whose experts come both as they are and in 4-bit formats; each byte is read once.
+
+Key idea: a format's codes are those that `quantize` would write, chosen by the recipe's own method. Where the recipe
+calibrates, the calibration tokens walk beside, through the recipe's own formats, and other formats of a layer are
+chosen from the same statistics.
+
+What is kept, as bf16 or as FP8, has the source's values, so it is one option here: None.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mimoquant.calibrated import Calibrator
+from mimoquant.calibration.tokens import TokenSet
+from mimoquant.checkpoint.reader import CheckpointReader
+from mimoquant.errors import RecipeError
+from mimoquant.layer_weights import not_finite, read_experts
+from mimoquant.model.decoder_layer import ExpertChunk, LayerWeights
+from mimoquant.model.layout import PROJECTIONS
+from mimoquant.model_weights import CheckpointWeights, decoded_chunk
+from mimoquant.plan import Plan
+from mimoquant.quant.engine_torch import TorchEngine, stored_parts
+from mimoquant.quant.formats import Format
+from mimoquant.quant.stack import Engine, NonFiniteError, Stack
+from mimoquant.team import Team
+from mimoquant.units import Experts
+
+Option = Format | None
+Round = list[tuple[Experts, dict[str, Stack]]]  # chunks that are quantized together, with their bytes as stored
+
+
+class Weights(CheckpointWeights):
+    """A checkpoint whose weights beside the experts are asked for by two walks, and read once."""
+
+    def __init__(self, reader: CheckpointReader, plan: Plan, device: torch.device) -> None:
+        super().__init__(reader, plan.layout, device)
+        self.tensor = functools.lru_cache(maxsize=1)(self.tensor)  # type: ignore[method-assign]  # the embedding
+
+
+class LayerOptions:
+    """The layers of a plan's source, for a recipe that needs no tokens."""
+
+    ranks = 1  # chunks of a round
+
+    def __init__(self, plan: Plan, reader: CheckpointReader, engine: Engine, device: str) -> None:
+        self.plan, self.reader, self.engine = plan, reader, engine
+        self.source = Weights(reader, plan, torch.device(device))
+        self.plain = TorchEngine(device)
+
+    def feed(self, first: int) -> Iterator[LayerWeights | Round]:
+        """All weights from a layer on, in the order of their use: what is beside a layer's experts, then its rounds."""
+        units = {unit.name: unit for unit in self.plan.units}
+        for number in range(first, self.source.layers):
+            yield self.source.layer(number)
+            steps = [step for step in units[f"layer {number}"].steps if isinstance(step, Experts)]
+            for begin in range(0, len(steps), self.ranks):
+                yield [(step, self._read(step)) for step in steps[begin : begin + self.ranks]]
+
+    def _read(self, step: Experts) -> dict[str, Stack]:
+        return read_experts(self.reader, self.plan.layout, step.layer, step.begin, step.end, self.engine.empty)
+
+    def begin(self, layer: int, weights: LayerWeights) -> None:
+        """A layer is entered."""
+
+    def chunks(self, work: Round, wanted: Sequence[Option]) -> Iterator[dict[Option, ExpertChunk]]:
+        """Each chunk of a round in the options wanted. Raises CheckpointError where a weight is NaN or Inf."""
+        for step, stacks in work:
+            yield {option: self._chunk(step, stacks, option) for option in wanted}
+
+    def _chunk(self, step: Experts, stacks: dict[str, Stack], option: Option) -> ExpertChunk:
+        if option is None:
+            return ExpertChunk(step.begin, *(self.plain.bf16(stacks[p]) for p in PROJECTIONS))
+        try:
+            parts = self.engine.encode(stacks, option, self.plan.recipe.scale_search)
+        except NonFiniteError as error:
+            name = self.plan.layout.expert(step.layer, step.begin + error.expert, error.projection).name
+            raise not_finite(name) from error
+        return self._decoded(step, parts, option)
+
+    def _decoded(self, step: Experts, parts: dict[str, dict[str, Any]], fmt: Format) -> ExpertChunk:
+        held = {p: stored_parts(parts[p], fmt, self.source.device) for p in PROJECTIONS}
+        return decoded_chunk(step.begin, held, fmt)
+
+    def end(self) -> None:
+        """A layer is left."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What a walk that is taken up again needs, between two layers."""
+        return {}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `state`."""
+
+
+class CalibratedOptions(LayerOptions):
+    """The same for a recipe that calibrates. The plan's own formats are what the calibration tokens go through."""
+
+    def __init__(
+        self, plan: Plan, reader: CheckpointReader, engine: Engine, device: str, tokens: TokenSet, team: Team
+    ) -> None:
+        super().__init__(plan, reader, engine, device)
+        folded = next(filter(plan.recipe.folds_norm, plan.formats), None)
+        if folded is not None:
+            raise RecipeError(
+                f"recipe {plan.recipe.name}: folds the norm of layer {folded}; sensitivity cannot tell what that layer "
+                "costs alone, because its router changes too",
+                hint="leave the mapping from the norm out; that from up_proj to down_proj can stay",
+            )
+        self.team, self.ranks = team, team.size
+        self.calibrator = Calibrator(plan, reader, tokens, device, team, self.source)
+
+    def begin(self, layer: int, weights: LayerWeights) -> None:
+        self.calibrator.begin(layer, weights=weights)
+
+    def chunks(self, work: Round, wanted: Sequence[Option]) -> Iterator[dict[Option, ExpertChunk]]:
+        steps = [step for step, _ in work]
+        mine = work[self.team.rank][1] if self.team.rank < len(work) else None
+        own = self.plan.formats.get(steps[0].layer)
+        coded = {}
+        if own is None:
+            for step, stacks in work:
+                self.calibrator.keep(step, stacks)
+        else:
+            coded[own] = self.calibrator.encode(steps, mine)
+        for option in wanted:
+            if option is not None and option not in coded:
+                coded[option] = self.calibrator.encode_as(option, steps, mine)
+        for place, (step, stacks) in enumerate(work):
+            yield {option: self._chunk(step, stacks, None) if option is None
+                   else self._decoded(step, coded[option][place], option) for option in wanted}  # fmt: skip
+
+    def end(self) -> None:
+        self.calibrator.end()
+
+    def state(self) -> dict[str, Tensor]:
+        return self.calibrator.tokens.state()
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        self.calibrator.tokens.restore(state)

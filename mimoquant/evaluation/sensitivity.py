@@ -1,0 +1,347 @@
+"""`sensitivity`: what each layer's quantization costs in J, and a recipe that spends bytes where they buy most.
+
+Key idea: one walk carries the clean model, the one with all layers quantized, and a fork of either at each layer: the
+clean one with only that layer quantized, on half of the sequences, and the quantized one with only that layer restored,
+on the other half. That is L/2 + 2 forward passes, and each byte of the checkpoint is read once. `attribution` makes of
+it what each option of each layer is predicted to cost, `knapsack` chooses exactly. Layers do not quite add up, so the
+choice is measured end to end, which is another pass and read; where prediction and measurement differ beyond their
+interval, or one format everywhere is predicted to be about as good, up to two rounds measure such neighbours, too.
+
+Left out: `eval-kl`'s details. The sequences here choose, so J of the chosen recipe should be told on other ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mimoquant.calibration.tokens import CalibrationRecord, TokenSet
+from mimoquant.checkpoint.journal import RunFolder
+from mimoquant.checkpoint.reader import CheckpointReader
+from mimoquant.checkpoint.writer import write_file_durably
+from mimoquant.devices import make_engine
+from mimoquant.errors import MimoquantError, QualityError, UsageError
+from mimoquant.evaluation.attribution import Ablation, Estimate, Floats
+from mimoquant.evaluation.evaluate import refuse_shared
+from mimoquant.evaluation.forks import Lane, Probe, Trial, finals_of, mean_j, walk_forks
+from mimoquant.evaluation.knapsack import best_options, undominated
+from mimoquant.evaluation.layer_options import CalibratedOptions, LayerOptions
+from mimoquant.evaluation.sensitivity_facts import choice_facts, facts_of, recipe_text
+from mimoquant.evaluation.snapshots import Snapshots
+from mimoquant.mixture import Mixtures
+from mimoquant.model.layer_stream import portions
+from mimoquant.pipeline import calibration_tokens
+from mimoquant.plan import Plan
+from mimoquant.quant.stack import Engine
+from mimoquant.report import size
+from mimoquant.team import Team
+from mimoquant.team_folder import opened
+
+Choice = tuple[int, ...]
+Progress = Callable[[str, int, int], None]  # what is walked, layers passed (0: it begins), layers
+ROUNDS = 2  # of swaps, at most
+SWAPS = 2  # choices that are measured in one of them
+RIVAL = 1.1  # times the predicted J of what is chosen: predictions err by some 5 %
+
+
+def sensitivity(
+    mixtures: Mixtures, tokens: TokenSet, out: Path, *, budget_bytes: int | None = None,
+    target_j: float | None = None, resume: bool = False, progress: Progress | None = None, team: Team | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure, choose, measure again, and write the recipe `out`.
+
+    Args:
+        tokens: to measure J on; others than the recipe calibrates on.
+        budget_bytes: of the output's shards; without it and `target_j`, what the recipe itself takes.
+        target_j: the least bytes that keep J below this are chosen.
+        resume: take up what a killed run left beside `out`.
+    Returns the facts, as plain data; the same on every rank of `team`.
+    Raises UsageError: nothing fits, or data is shared; CheckpointError: bad data; QualityError: the target was missed.
+    """
+    team, calibration = team or Team("cpu"), calibration_tokens(mixtures.plan)
+    budget = mixtures.plan.shard_bytes if budget_bytes is None and target_j is None else budget_bytes
+    _refuse(mixtures, tokens, calibration, budget)
+    identity = _identity(mixtures, tokens, calibration, team)
+    with contextlib.ExitStack() as stack:
+        engine = stack.enter_context(contextlib.closing(make_engine(team.device)))
+        run = stack.enter_context(opened(RunFolder(out, identity, resume=resume, rank=team.rank), team))
+        walks = Walks(mixtures, tokens, calibration, engine, team, Snapshots(run, team), progress)
+        try:
+            facts, text = _found(walks, tokens, budget, target_j)
+        except MimoquantError:
+            if not run.finished and team.size == 1:  # nothing that a resume could use, and nobody who still writes
+                run.discard()
+            raise
+        if team.leads:
+            write_file_durably(out, text.encode())
+            shutil.rmtree(run.partial)
+        team.gather(None)
+    return facts
+
+
+def _found(walks: Walks, tokens: TokenSet, budget: int | None, target_j: float | None) -> tuple[dict[str, Any], str]:
+    """Facts and recipe."""
+    mixtures, (ablation, probes) = walks.mixtures, walks.ablation()
+    chooser = Chooser(mixtures, ablation, walks.measure)
+    choice = chooser.within(budget) if budget is not None else chooser.below(float(target_j or 0))
+    facts = facts_of(mixtures, tokens, ablation, probes, budget_bytes=budget, target_j=target_j)
+    facts["cost"] = {"walks": walks.told, "forward_passes_bound": walks.geometry.layers / 2 + 3}
+    facts["chosen"] = choice_facts(mixtures, ablation, choice, chooser.measured[choice])
+    facts["tried"] = [choice_facts(mixtures, ablation, *one) for one in chooser.measured.items()]
+    return facts, recipe_text(mixtures, choice, facts)
+
+
+def _refuse(mixtures: Mixtures, tokens: TokenSet, calibration: TokenSet | None, budget: int | None) -> None:
+    if len(tokens.ids) < 4:
+        raise UsageError(f"{tokens.name}: {len(tokens.ids)} sequences; both halves need at least 2")
+    if calibration is not None:
+        refuse_shared(CalibrationRecord.of(calibration), tokens, "the recipe")
+    if budget is None:
+        return
+    least = mixtures.rest_bytes + sum(map(min, mixtures.bytes))
+    kept = min(mixtures.size([k] * len(mixtures.layers)) for k, one in enumerate(mixtures.options) if one.fmt is None)
+    if budget < least:
+        raise UsageError(
+            f"a budget of {budget / 2**30:.6g} GiB is below the {least / 2**30:.6g} of the smallest mixture"
+        )
+    if budget >= kept:
+        raise UsageError(f"a budget of {budget / 2**30:.6g} GiB takes no quantization: with all experts kept the "
+                         f"checkpoint has {kept / 2**30:.6g}")  # fmt: skip
+
+
+def _identity(mixtures: Mixtures, tokens: TokenSet, calibration: TokenSet | None, team: Team) -> dict[str, str]:
+    """What a run that is taken up must share with the one that began. Budget and target come after the measurement."""
+    calibrated = {"calibration tokens": calibration.sha256} if calibration else {}
+    return mixtures.plan.identity() | calibrated | {
+        "tokens": tokens.sha256, "kind of device": team.device.partition(":")[0], "processes": str(team.size),
+    }  # fmt: skip
+
+
+def halves(tokens: TokenSet) -> tuple[list[int], list[int]]:
+    """Sequences for the forks of the clean model, and for those of the quantized one: half of each domain."""
+    seen: dict[str, int] = {}
+    out: tuple[list[int], list[int]] = ([], [])
+    for sequence, domain in enumerate(tokens.domains):
+        turn = seen.setdefault(domain, len(seen))  # domains begin in turns, so that both halves have one size
+        out[turn % 2].append(sequence)
+        seen[domain] += 1
+    return out
+
+
+class Walks:
+    """The walks of one run over the same sequences; `told`: what each of them cost. Without `snapshots` they cannot be
+    taken up."""
+
+    def __init__(
+        self, mixtures: Mixtures, tokens: TokenSet, calibration: TokenSet | None, engine: Engine, team: Team,
+        snapshots: Snapshots | None = None, progress: Progress | None = None,
+    ) -> None:  # fmt: skip
+        self.mixtures, self.calibration, self.engine, self.team = mixtures, calibration, engine, team
+        self.snapshots, self.progress = snapshots, progress or (lambda *told: None)
+        self.geometry = mixtures.plan.layout.geometry
+        ids, self.tokens = torch.from_numpy(tokens.ids), tokens.ids.size
+        self.order = halves(tokens)
+        self.every = [(half, part) for half in (0, 1) for part in portions(ids[self.order[half]])]
+        self.mine = self.every[self.team.rank :: self.team.size]
+        self.references: list[Tensor] = []
+        self.told: list[dict[str, Any]] = []
+
+    def ablation(self) -> tuple[Ablation, list[list[Probe]]]:
+        """J of every fork, and the probes of each MoE layer."""
+        options = self.mixtures.options
+        formats = tuple(option.fmt for option in options if option.fmt)
+        trials = [self._forks(half, kept=len(formats)) for half in (0, 1)]
+        lanes = [Lane(part, trials[half], () if half else formats) for half, part in self.mine]
+        j = self._walk("ablation", self.mixtures.plan, lanes)
+        told = self.team.gather([[vars(probe) for probe in lane.probes] for lane in lanes])
+        probes = [[Probe(**one) for one in of_lane] for of_lane in self._in_order(told)]
+        by_layer = list(map(list, zip(*filter(None, probes), strict=True)))
+        ratio = np.array([[_ratio(of_layer, option.label if option.fmt else None, formats[0].label)
+                           for option in options] for of_layer in by_layer])  # fmt: skip
+        return Ablation((j[0][1], j[1][1]), j[0][2:], j[1][2:], ratio), by_layer
+
+    def _forks(self, half: int, kept: int) -> list[Trial]:
+        """The source, all layers quantized, and one of them so (first half), or all but one (second). `kept`: an option
+        with the source's values."""
+        layers, count = self.mixtures.layers, len(self.mixtures.layers)
+        one, others, name = (kept, 0, "all but") if half else (0, kept, "only")
+        forks = [self._trial(f"{name} layer {layer} quantized", [one if n == layer else others for n in layers])
+                 for layer in layers]  # fmt: skip
+        return [self._trial("the source", [kept] * count), self._trial("all layers quantized", [0] * count), *forks]
+
+    def measure(self, choices: Sequence[Choice]) -> list[tuple[Floats, Floats]]:
+        """J of each sequence, by halves, of each choice. Calibrated ones are walked one by one: each has codes of its
+        own, because what a layer is calibrated on has passed the layers before it."""
+        together = [list(choices)] if self.calibration is None else [[choice] for choice in choices]
+        out = []
+        for some in together:
+            name = hashlib.sha256(repr(some).encode()).hexdigest()[:12]
+            trials = [self._trial(f"choice {number}", choice) for number, choice in enumerate(some)]
+            plan = self.mixtures.plan if self.calibration is None else self.mixtures.planned(some[0])
+            j = self._walk(f"measure-{name}", plan, [Lane(part, trials) for _, part in self.mine])
+            out += list(zip(*j, strict=True))
+        return out
+
+    def _trial(self, name: str, choice: Sequence[int]) -> Trial:
+        held = self.mixtures.named(choice)
+        return Trial(name, tuple(held[n].fmt if n in held else None for n in range(self.geometry.layers)))
+
+    def _walk(self, name: str, plan: Plan, lanes: list[Lane]) -> tuple[Floats, Floats]:
+        """J [trials, sequences] of both halves. A walk that was begun is taken up where it was left."""
+        self.progress(name.partition("-")[0], 0, self.geometry.layers)
+        with CheckpointReader(plan.layout.index) as reader:
+            source = self._options(plan, reader)
+            begun = self.snapshots.load(name, self.geometry.layers) if self.snapshots else None
+            first = self._taken_up(source, lanes, *begun) if begun else self._begun(source, lanes)
+            walk_forks(source, lanes, first=first, after_layer=lambda layer: self._save(name, layer, source, lanes))
+            norm, head = (source.source.tensor(key) for key in ("model.norm.weight", "lm_head.weight"))
+            self.references = self.references or [finals_of(lane, 0, norm) for lane in lanes]
+            mine = [mean_j(lane, reference, norm, head)
+                    for lane, reference in zip(lanes, self.references, strict=True)]  # fmt: skip
+            passed = sum(self.team.gather(sum(lane.passed for lane in lanes))) / self.tokens
+            layers = self.geometry.layers
+            self.told.append({"walk": name, "forward_passes": passed / layers, "bytes_read": reader.bytes_read,
+                              "layers_walked": layers - first})  # fmt: skip
+        ordered = self._in_order(self.team.gather(mine))
+        return tuple(np.concatenate([np.array(j) for (half, _), j in zip(self.every, ordered, strict=True)
+                                     if half == wanted], axis=1) for wanted in (0, 1))  # type: ignore[return-value]  # fmt: skip
+
+    def _options(self, plan: Plan, reader: CheckpointReader) -> LayerOptions:
+        if self.calibration is None:
+            return LayerOptions(plan, reader, self.engine, self.team.device)
+        return CalibratedOptions(plan, reader, self.engine, self.team.device, self.calibration, self.team)
+
+    def _begun(self, source: LayerOptions, lanes: list[Lane]) -> int:
+        embedding = source.source.tensor("model.embed_tokens.weight")
+        for lane in lanes:
+            lane.begin(source, embedding)
+        return 0
+
+    def _taken_up(
+        self, source: LayerOptions, lanes: list[Lane], layers: int, states: dict[str, Tensor], facts: Any
+    ) -> int:
+        source.restore(states)
+        for number, (lane, (passed, probes)) in enumerate(zip(lanes, facts, strict=True)):
+            held = {key.removeprefix(f"lane {number} "): values for key, values in states.items()
+                    if key.startswith(f"lane {number} ")}  # fmt: skip
+            lane.restore(source, layers, held)
+            lane.passed, lane.probes = passed, [Probe(**one) for one in probes]
+        return layers
+
+    def _save(self, name: str, layer: int, source: LayerOptions, lanes: list[Lane]) -> None:
+        states = source.state() | {f"lane {number} {key}": values for number, lane in enumerate(lanes)
+                                   for key, values in lane.state().items()}  # fmt: skip
+        facts = [(lane.passed, [vars(probe) for probe in lane.probes]) for lane in lanes]
+        if self.snapshots:
+            self.snapshots.save(name, layer, states, facts)
+        self.progress(name.partition("-")[0], layer + 1, self.geometry.layers)
+
+    def _in_order(self, told: list[list[Any]]) -> list[Any]:
+        """What ranks tell of their lanes, in the order of all."""
+        return [told[number % self.team.size][number // self.team.size] for number in range(len(self.every))]
+
+
+def _ratio(probes: Sequence[Probe], label: str | None, base: str) -> float:
+    """An option's error over the base's, of a layer; 0 for the source's values, 1 where the base has no error."""
+    whole = sum(probe.error[base] for probe in probes)
+    if label is None:
+        return 0.0
+    return sum(probe.error[label] for probe in probes) / whole if whole else 1.0
+
+
+class Chooser:
+    """The choice, and every choice that was measured on the way to it."""
+
+    def __init__(
+        self, mixtures: Mixtures, ablation: Ablation,
+        measure: Callable[[Sequence[Choice]], list[tuple[Floats, Floats]]],
+    ) -> None:  # fmt: skip
+        self.mixtures, self.ablation, self._measure = mixtures, ablation, measure
+        self.costs = ablation.costs()
+        self.measured: dict[Choice, Floats] = {}  # [1 + resamples] J
+
+    def within(self, budget: int) -> Choice:
+        """The least J within a budget of bytes."""
+        classes = [list(zip(cost, sizes, strict=True))
+                   for cost, sizes in zip(self.costs.tolist(), self.mixtures.bytes, strict=True)]  # fmt: skip
+        best = self._quantizing(best_options(classes, budget - self.mixtures.rest_bytes), f"a size of {size(budget)}")
+        self.measure([best])
+        for _ in range(ROUNDS):
+            near = self._uniform_rivals(best, budget)
+            if not self._agrees(best):
+                near += self._neighbours(best, budget)
+            near = list(dict.fromkeys(near))[:SWAPS]
+            if near:
+                self.measure(near)
+            better = [choice for choice in near if self.measured[choice][0] < self.measured[best][0]]
+            if not better:
+                break
+            best = min(better, key=lambda choice: self.measured[choice][0])
+        return best
+
+    def _uniform_rivals(self, choice: Choice, budget: int) -> list[Choice]:
+        """One option everywhere, where it fits and is predicted to be about as good: whoever looks at the result will
+        ask for it."""
+        count, limit = len(choice), RIVAL * self.ablation.predicted(choice)[0]
+        every = [(k,) * count for k, option in enumerate(self.mixtures.options) if option.fmt]
+        return [one for one in every if one not in self.measured and self.mixtures.size(one) <= budget
+                and self.ablation.predicted(one)[0] <= limit]  # fmt: skip
+
+    def below(self, target: float) -> Choice:
+        """The least bytes with J below a target. What was measured corrects what is asked of the prediction."""
+        classes = [list(zip(sizes, cost, strict=True))
+                   for cost, sizes in zip(self.costs.tolist(), self.mixtures.bytes, strict=True)]  # fmt: skip
+        asked = target
+        for _ in range(1 + ROUNDS):
+            best = self._quantizing(best_options(classes, self.ablation.cost_of(asked)), f"a J of {target:g}")
+            if best not in self.measured:
+                self.measure([best])
+            if self.measured[best][0] <= target:
+                return best
+            asked *= 0.98 * target / self.measured[best][0]
+        closest = min(values[0] for values in self.measured.values())
+        raise QualityError(
+            f"J {closest:.5f} is the least of the {len(self.measured)} choices measured, the target is {target:g}",
+            hint="the run is kept: go on with --resume and a lower --target-kl, or with --budget-gib",
+        )
+
+    def measure(self, choices: Sequence[Choice]) -> None:
+        for choice, (first, second) in zip(choices, self._measure(choices), strict=True):
+            self.measured[choice] = self.ablation.mean(first, second)
+
+    def _agrees(self, choice: Choice) -> bool:
+        """Whether prediction and measurement are within the interval of their difference."""
+        off = Estimate.of(self.measured[choice] - self.ablation.predicted(choice))
+        return off.low <= 0 <= off.high
+
+    def _quantizing(self, choice: list[int] | None, what: str) -> Choice:
+        if choice is None or not any(self.mixtures.options[k].fmt for k in choice):
+            problem = "cannot be reached" if choice is None else "takes no quantization: all layers can be kept"
+            raise UsageError(f"{what} {problem}", hint="the run is kept: go on with --resume and another limit")
+        return tuple(choice)
+
+    def _neighbours(self, choice: Choice, budget: int) -> list[Choice]:
+        """Choices that differ in one or two layers and fit, by predicted J; those that are measured left out."""
+        sizes, room = self.mixtures.bytes, budget - self.mixtures.size(choice)
+        moves = [(layer, k) for layer, now in enumerate(choice)
+                 for k in undominated(list(zip(self.costs[layer], sizes[layer], strict=True))) if k != now]  # fmt: skip
+        found: dict[Choice, float] = {}
+        for some in itertools.chain(itertools.combinations(moves, 1), itertools.combinations(moves, 2)):
+            near = list(choice)
+            for layer, k in some:
+                near[layer] = k
+            more = sum(sizes[layer][k] - sizes[layer][choice[layer]] for layer, k in some)
+            if len({layer for layer, _ in some}) == len(some) and more <= room:
+                found[tuple(near)] = sum(float(self.costs[layer, k] - self.costs[layer, choice[layer]])
+                                         for layer, k in some)  # fmt: skip
+        fitting = (near for near in found if any(self.mixtures.options[k].fmt for k in near))
+        return sorted((near for near in fitting if near not in self.measured), key=lambda near: found[near])

@@ -1,0 +1,204 @@
+"""What a sensitivity run found, as plain data, and the recipe with its evidence.
+
+Key idea: text, page and recipe are made from the same facts. An expert that quantizing ruins makes its layer look
+sensitive, and so may one whose outputs are huge by nature; both are named beside their layer, because the first wants
+another method and not more bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import yaml
+
+from mimoquant.calibration.tokens import TokenSet
+from mimoquant.evaluation.attribution import Ablation, Estimate, Floats
+from mimoquant.evaluation.forks import PROBE_EVERY, Probe
+from mimoquant.evaluation.knapsack import best_options
+from mimoquant.mixture import Mixtures
+from mimoquant.needs import needs
+from mimoquant.report import size
+
+SCHEMA_VERSION = 1
+FAILED = 5.0  # times the median relMSE of its layer: an expert that quantizing ruins
+SUPER = 10.0  # times the median over all experts, and within as much of the largest: what such an expert puts out
+FRONTIER = 24  # points
+
+Facts = dict[str, Any]
+
+
+def foreseen(mixtures: Mixtures, tokens: TokenSet) -> str:
+    """What a run will need, in one sentence."""
+    geometry, count = mixtures.plan.layout.geometry, tokens.ids.size
+    states = count * geometry.hidden * 4 * (2 + len(mixtures.layers) / 2)
+    return (
+        f"the forks take {forward_passes(mixtures):.1f} forward passes of {count} tokens in one read of the checkpoint"
+        f", each choice that is measured one more; memory: {size(int(3 * states))} for hidden states and about "
+        f"{size(needs(mixtures.plan).host_bytes)} for weights; beside --out {size(int(2 * states))} to resume from"
+    )
+
+
+def forward_passes(mixtures: Mixtures) -> float:
+    """Of all tokens, that the forks and the probe take together."""
+    layers, first = mixtures.plan.layout.geometry.layers, mixtures.layers[0]
+    formats = sum(option.fmt is not None for option in mixtures.options)
+    probe = (1 + formats) / (2 * PROBE_EVERY) * len(mixtures.layers)
+    return (first + 2 * (layers - first) + sum(layers - n for n in mixtures.layers) - 1 + probe) / layers
+
+
+def facts_of(
+    mixtures: Mixtures, tokens: TokenSet, ablation: Ablation, probes: Sequence[Sequence[Probe]],
+    *, budget_bytes: int | None, target_j: float | None,
+) -> Facts:  # fmt: skip
+    """What was measured, and what it predicts."""
+    plan = mixtures.plan
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "source": str(plan.layout.index.folder),
+        "recipe": plan.recipe.name,
+        "method": f"{plan.recipe.method}, scales by {plan.recipe.scale_search}",
+        "calibration": plan.recipe.calibration.as_plain() if plan.recipe.calibration else None,
+        "container": plan.container,
+        "options": [option.label for option in mixtures.options],
+        "data": {"name": tokens.name, "sha256": tokens.sha256, "sequences": len(tokens.ids),
+                 "sequence_tokens": tokens.ids.shape[1], "origins": list(tokens.origins)},
+        "budget_bytes": budget_bytes,
+        "target_j": target_j,
+        "notes": mixtures.dropped,
+        "j": asdict(Estimate.of(ablation.total)),
+        "sum_alone": asdict(Estimate.of(_share_sum(ablation, ablation.alone_means, 0))),
+        "sum_gains": asdict(Estimate.of(_share_sum(ablation, ablation.gains, 1))),
+        "layers": _layers(mixtures, ablation, probes),
+        "uniform": [_point(mixtures, ablation, [k] * len(mixtures.layers)) | {"option": option.label}
+                    for k, option in enumerate(mixtures.options)],
+        "carve_outs": _carve_outs(mixtures, ablation),
+        "frontier": _frontier(mixtures, ablation),
+    }  # fmt: skip
+
+
+def choice_facts(mixtures: Mixtures, ablation: Ablation, choice: Sequence[int], measured: Floats) -> Facts:
+    """A choice, its J as predicted and as measured, and whether the two are within the interval of their difference."""
+    predicted = ablation.predicted(choice)
+    off = Estimate.of(measured - predicted)
+    return {
+        "options": {str(layer): option.label for layer, option in mixtures.named(choice).items()},
+        "bytes": mixtures.size(choice),
+        "predicted": asdict(Estimate.of(predicted)),
+        "measured": asdict(Estimate.of(measured)),
+        "difference": asdict(off),
+        "agrees": off.low <= 0 <= off.high,
+        "to_all_quantized": asdict(Estimate.of(measured / ablation.total)),
+    }
+
+
+def _share_sum(ablation: Ablation, means: Floats, half: int) -> Floats:
+    """A sum over layers, which one half of the sequences has told, scaled to J of all of them."""
+    out: Floats = ablation.total * means.sum(1) / np.maximum(ablation.half_means(half), 1e-30)
+    return out
+
+
+def _point(mixtures: Mixtures, ablation: Ablation, choice: Sequence[int]) -> Facts:
+    return {"bytes": mixtures.size(choice), "predicted": float(ablation.predicted(choice)[0])}
+
+
+def _layers(mixtures: Mixtures, ablation: Ablation, probes: Sequence[Sequence[Probe]]) -> list[Facts]:
+    base, geometry = mixtures.options[0].label, mixtures.plan.layout.geometry
+    experts = [_experts(of_layer, base) for of_layer in probes]
+    median = float(np.median([value for of_layer in experts for value in of_layer["largest"]]))
+    bound = max(SUPER * median, max(max(of_layer["largest"]) for of_layer in experts) / SUPER)
+    out: list[Facts] = []
+    for place, layer in enumerate(mixtures.layers):
+        alone, gain, own = (Estimate.of(values[:, place])
+                            for values in (ablation.alone_means, ablation.gains, ablation.contributions))  # fmt: skip
+        relmse = [value for value in experts[place]["relmse"] if value is not None]
+        usual = float(np.median(relmse)) if relmse else 0.0
+        energy, error = (sum(values) for values in ([p.energy for p in probes[place]],
+                                                    [p.error[base] for p in probes[place]]))  # fmt: skip
+        options = [{"option": option.label, "bytes": of_option, "ratio": ratio, "predicted": own.mean * ratio}
+                   for option, of_option, ratio in zip(mixtures.options, mixtures.bytes[place],
+                                                       ablation.ratio[place].tolist(), strict=True)]  # fmt: skip
+        out.append({
+            "layer": layer,
+            "kind": "sliding" if geometry.sliding[layer] else "global",
+            "alone": asdict(alone),
+            "gain": asdict(gain),
+            "contribution": asdict(own),
+            "options": options,
+            "relative_error": error / max(energy, 1e-30),
+            "median_relmse": usual,
+            "failed_experts": [e for e, value in enumerate(experts[place]["relmse"]) if (value or 0) > FAILED * usual],
+            "super_experts": [e for e, value in enumerate(experts[place]["largest"]) if value > bound],
+            "experts": experts[place],
+        })  # fmt: skip
+    return out
+
+
+def _experts(probes: Sequence[Probe], base: str) -> dict[str, list[Any]]:
+    """One value an expert: relMSE of its output (None where no probed token saw it), share of the routing, largest
+    |output|."""
+    energy, error = (np.sum(values, axis=0) for values in
+                     ([p.expert_energy for p in probes], [p.expert_error[base] for p in probes]))  # fmt: skip
+    routed = np.sum([p.routed for p in probes], axis=0)
+    return {
+        "relmse": [float(e / n) if n else None for e, n in zip(error, energy, strict=True)],
+        "token_share": (routed / max(routed.sum(), 1)).tolist(),
+        "largest": np.max([p.largest for p in probes], axis=0).tolist(),
+    }
+
+
+def _carve_outs(mixtures: Mixtures, ablation: Ablation) -> list[Facts]:
+    """One layer in bf16, all others quantized: J as measured, for each layer."""
+    left = 1 - ablation.gains / np.maximum(ablation.half_means(1), 1e-30)[:, None]
+    bf16, out = len(mixtures.options) - 1, []
+    for place, layer in enumerate(mixtures.layers):
+        choice = [bf16 if other == layer else 0 for other in mixtures.layers]
+        j = Estimate.of(ablation.total * left[:, place])
+        out.append({"layer": layer, "bytes": mixtures.size(choice), "j": asdict(j)})
+    return out
+
+
+def _frontier(mixtures: Mixtures, ablation: Ablation) -> list[Facts]:
+    """The least predicted J at budgets from the smallest mixture to the first without error."""
+    costs = ablation.costs().tolist()
+    classes = [list(zip(cost, sizes, strict=True)) for cost, sizes in zip(costs, mixtures.bytes, strict=True)]
+    least = sum(min(sizes) for sizes in mixtures.bytes)
+    most = sum(min(size for cost, size in of_layer if cost == min(c for c, _ in of_layer)) for of_layer in classes)
+    out: list[Facts] = []
+    for number in range(FRONTIER + 1):
+        choice = best_options(classes, least + (most - least) * (number / FRONTIER) ** 2)
+        assert choice is not None
+        point = _point(mixtures, ablation, choice)
+        if not out or point["bytes"] > out[-1]["bytes"]:
+            out.append(point)
+    return out
+
+
+def recipe_text(mixtures: Mixtures, choice: Sequence[int], facts: Facts) -> str:
+    """The chosen recipe as YAML, with what it was chosen by."""
+    plan = mixtures.planned(choice)
+    document = plan.recipe.resolved(plan.container)
+    chosen, data = facts["chosen"], facts["data"]
+    document["mimoquant"]["provenance"] = {"sensitivity": {
+        "recipe": facts["recipe"],
+        "source_headers_sha256": plan.layout.index.headers_fingerprint(),
+        "data": {key: data[key] for key in ("name", "sha256", "sequences", "sequence_tokens")},
+        "bytes": chosen["bytes"],
+        "j": {"all_quantized": _short(facts["j"]), "predicted": _short(chosen["predicted"]),
+              "measured": _short(chosen["measured"])},
+        "layers": {of["layer"]: {"option": chosen["options"][str(of["layer"])], "alone": _short(of["alone"]),
+                                 "gain": _short(of["gain"])} for of in facts["layers"]},
+    }}  # fmt: skip
+    head = (
+        f"# Chosen by measurement from {facts['recipe']}: J {chosen['measured']['mean']:.4g} nats a token on "
+        f"{data['name']}, where all layers in\n# {facts['options'][0]} have {facts['j']['mean']:.4g}. "
+        "Layers in groups of their own have other formats; what was measured is under provenance.\n"
+    )
+    return head + yaml.safe_dump(document, sort_keys=False, default_flow_style=None, width=110)
+
+
+def _short(estimate: Facts) -> list[float]:
+    """Mean and interval, in four digits."""
+    return [float(f"{estimate[key]:.4g}") for key in ("mean", "low", "high")]

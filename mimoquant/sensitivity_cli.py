@@ -1,0 +1,144 @@
+"""The verb `sensitivity`: options, what is refused before a long run, what is printed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mimoquant.choices import Container
+from mimoquant.page_files import check_writable, write_page
+from mimoquant.progress import Lines, tell
+
+if TYPE_CHECKING:
+    from mimoquant.calibration.tokens import TokenSet
+    from mimoquant.mixture import Mixtures
+
+
+def sensitivity(
+    source: Annotated[Path, typer.Argument(help="The checkpoint to quantize.", metavar="SOURCE")],
+    recipe: Annotated[
+        str, typer.Option("--recipe", "-r", help="Of one format; its method is used for all.", metavar="NAME|FILE")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The recipe to write; must not exist.", metavar="FILE")],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="What J is measured on: a shipped set or a file; repeatable.", metavar="SET|FILE"),
+    ] = None,
+    sequences: Annotated[int, typer.Option(min=4, help="At most so many.")] = 56,
+    tokens: Annotated[int, typer.Option(min=2, help="Of each sequence.")] = 512,
+    budget_gib: Annotated[
+        float | None, typer.Option(min=0, help="The output's size at most; by default the recipe's own.", metavar="GIB")
+    ] = None,
+    target_kl: Annotated[
+        float | None, typer.Option(min=0, help="The least bytes that keep symmetric KL below this.", metavar="NATS")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+    container: Annotated[
+        Container | None, typer.Option(help="How the experts are stored; by default what fits the format.")
+    ] = None,
+    fp8: Annotated[
+        bool,
+        typer.Option(help="Whether a layer may stay FP8, which engines give FP8 inputs; not all load the mixture."),
+    ] = True,
+    html: Annotated[Path | None, typer.Option(help="Write the report page here.", metavar="FILE")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
+    allow_unknown: Annotated[
+        bool, typer.Option("--allow-unknown", help="Copy tensors that have no known role.")
+    ] = False,
+) -> None:
+    """Measure what each layer's quantization costs, and write a recipe that spends bytes where they buy most."""
+    from mimoquant import sensitivity_page
+    from mimoquant.calibration.tokens import load_tokens
+    from mimoquant.devices import resolve_device
+    from mimoquant.errors import UsageError
+    from mimoquant.evaluation.sensitivity import sensitivity as run
+    from mimoquant.team import Team
+
+    begin = time.monotonic()
+    if budget_gib is not None and target_kl is not None:
+        raise UsageError(
+            f"--budget-gib {budget_gib:g} and --target-kl {target_kl:g}: only one of them can be the limit"
+        )
+    if out.suffix not in (".yaml", ".yml"):
+        raise UsageError(f"--out {out}: a recipe file ends in .yaml")
+    with Team.from_environment(resolve_device(device)) as team, _hint_to_resume(team.leads):
+        if team.leads:
+            _check_files(source, out, html)
+        mixtures = _mixtures(source, recipe, container, team.device, allow_unknown=allow_unknown, fp8=fp8)
+        held = load_tokens(data or ["heldout-v1"], source, sequences=sequences, tokens=tokens,
+                           vocab=mixtures.plan.layout.geometry.vocab)  # fmt: skip
+        if team.leads:
+            _tell_needs(mixtures, held)
+        budget = None if budget_gib is None else int(budget_gib * 2**30)
+        facts = run(mixtures, held, out, budget_bytes=budget, target_j=target_kl, resume=resume, team=team,
+                    progress=_shown() if team.leads else None)  # fmt: skip
+    if not team.leads:
+        return
+    facts |= {"out": str(out), "elapsed_s": round(time.monotonic() - begin, 3)}
+    if html is not None:
+        write_page(html, sensitivity_page.sensitivity_page(facts))
+    typer.echo(json.dumps(facts, indent=2) if as_json else sensitivity_page.sensitivity_text(facts))
+
+
+def _check_files(source: Path, out: Path, html: Path | None) -> None:
+    from mimoquant.errors import UsageError
+
+    if out.exists():
+        raise UsageError(f"--out {out}: exists already", hint="choose another name or remove it")
+    check_writable(out, (source,), "--out")
+    if html is not None:
+        check_writable(html, (source, Path(f"{out}.partial")))
+
+
+def _tell_needs(mixtures: Mixtures, tokens: TokenSet) -> None:
+    from mimoquant.evaluation.sensitivity_facts import foreseen
+
+    notes = [*mixtures.dropped, foreseen(mixtures, tokens)]
+    if tokens.left_out:
+        notes.append(f"too few tokens for one sequence of {tokens.ids.shape[1]}: {', '.join(tokens.left_out)}")
+    for note in notes:
+        tell(f"note: {note}")
+
+
+def _mixtures(
+    source: Path, recipe: str, container: Container | None, device: str, *, allow_unknown: bool, fp8: bool
+) -> Mixtures:
+    from mimoquant.mixture import Mixtures
+    from mimoquant.plan import CHUNK_BYTES, CUDA_CHUNK_BYTES, make_plan
+    from mimoquant.recipe import load_recipe
+
+    loaded = load_recipe(recipe)
+    chunk_bytes = CUDA_CHUNK_BYTES if loaded.calibrated and device.startswith("cuda") else CHUNK_BYTES
+    made = make_plan(source, loaded, container=container.value if container else None, allow_unknown=allow_unknown,
+                     chunk_bytes=chunk_bytes)  # fmt: skip
+    return Mixtures(made, chunk_bytes, fp8=fp8)
+
+
+def _shown() -> Callable[[str, int, int], None]:
+    """A line a layer; the clock begins anew with each walk."""
+    clock = [Lines()]
+
+    def advance(what: str, done: int, layers: int) -> None:
+        if done:
+            clock[0](f"{what}, layer {done - 1}", done, layers)
+        else:
+            clock[0] = Lines()
+
+    return advance
+
+
+@contextlib.contextmanager
+def _hint_to_resume(leads: bool) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        if leads:
+            tell("hint: run the same command again with --resume to go on where it stopped")
+        raise

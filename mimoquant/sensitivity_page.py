@@ -1,0 +1,298 @@
+"""What a `sensitivity` run found: a self-contained HTML page, and the same facts for a terminal.
+
+Key idea: three questions, three plots. Which layer costs what (alone, and what restoring it buys), what each option
+would leave of that, and how low J gets for how many bytes, with uniform formats and one layer in bf16 beside the
+choice.
+"""
+
+from __future__ import annotations
+
+import itertools
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from mimoquant.describe import table
+from mimoquant.report import size
+from mimoquant.report_page import (
+    CSS,
+    WIDTH,
+    Axis,
+    Scale,
+    across,
+    card,
+    escaped,
+    interval,
+    line,
+    note,
+    number,
+    percent,
+    plot,
+    tag,
+    visible,
+    write,
+)
+
+Facts = dict[str, Any]
+HEIGHT = 220  # pixels of a plot
+NAMED = 5  # experts named beside a layer, at most
+
+PAGE_CSS = """
+.alone,.o0{fill:#2563b8}.gain,.o1{fill:#b3500b}.o2{fill:#176639}.o3{fill:#7a3fb0}.o4{fill:#8a8f98}
+.whisker{stroke:var(--ink);stroke-width:1.2}.path{stroke:#2563b8;stroke-width:2}.uniform{fill:var(--card);stroke:#176639;
+stroke-width:2}.carved{fill:#b3500b}.chosen{fill:#b3261e;stroke:var(--ink);stroke-width:1.5}
+.key{display:inline-block;width:12px;height:12px;margin:0 .3rem 0 1rem;vertical-align:-1px}
+.key.alone,.key.o0{background:#2563b8}.key.gain,.key.o1,.key.carved{background:#b3500b}.key.o2,.key.uniform{background:#176639}
+.key.o3{background:#7a3fb0}.key.o4{background:#8a8f98}.key.chosen{background:#b3261e}.key.path{background:#2563b8}
+@media screen and (prefers-color-scheme:dark){.alone,.o0{fill:#7fb0ff}.gain,.o1,.carved{fill:#f2a560}.o2{fill:#74d29c}
+.o3{fill:#c79bf2}.path{stroke:#7fb0ff}.key.alone,.key.o0,.key.path{background:#7fb0ff}
+.key.gain,.key.o1,.key.carved{background:#f2a560}.key.o2{background:#74d29c}.key.o3{background:#c79bf2}}
+"""
+
+
+def ranked(facts: Facts) -> list[Facts]:
+    """The layers, the one that contributes most first."""
+    return sorted(facts["layers"], key=lambda layer: -layer["contribution"]["mean"])
+
+
+def verdict(facts: Facts) -> str:
+    """What was chosen, in one sentence."""
+    chosen = facts["chosen"]
+    kinds: dict[str, int] = {}
+    for option in chosen["options"].values():
+        kinds[option] = kinds.get(option, 0) + 1
+    mixture = ", ".join(f"{option} in {count} layers" for option, count in kinds.items())
+    ratio = chosen["to_all_quantized"]
+    j = f"J {number(chosen['measured']['mean'])} ({interval(chosen['measured'])})"
+    return (
+        f"{j} in {size(chosen['bytes'])}: {mixture}; "
+        f"{number(ratio['mean'], 3)} ({interval(ratio, 3)}) of {number(facts['j']['mean'])}, that of "
+        f"{facts['options'][0]} everywhere in {size(facts['uniform'][0]['bytes'])}"
+    )
+
+
+def agreement(facts: Facts) -> str:
+    """Prediction beside measurement; where they differ, why."""
+    chosen = facts["chosen"]
+    said = f"predicted {number(chosen['predicted']['mean'])} ({interval(chosen['predicted'])}), measured "
+    said += f"{number(chosen['measured']['mean'])}; difference {number(chosen['difference']['mean'])} "
+    said += f"({interval(chosen['difference'])})"
+    if chosen["agrees"]:
+        return f"{said}: within the interval"
+    alone, gains = facts["sum_alone"], facts["sum_gains"]
+    return (
+        f"{said}: beyond sampling error, because layers do not add up (alone they sum to {number(alone['mean'])}, "
+        f"restored one by one to {number(gains['mean'])}, together they are {number(facts['j']['mean'])}), which is "
+        "told of all pairs alike, and because what a finer format leaves is told by its error on the layer's output"
+    )
+
+
+def best_carve_out(facts: Facts) -> Facts:
+    """The one layer that is best kept in bf16, with J as measured."""
+    best: Facts = min(facts["carve_outs"], key=lambda point: point["j"]["mean"])
+    return best
+
+
+def remarks(layer: Facts) -> str:
+    """Experts that make a layer look sensitive."""
+    out = []
+    for key, said in (("failed_experts", "quantized badly"), ("super_experts", "huge outputs")):
+        if layer[key]:
+            more = f" and {len(layer[key]) - NAMED} more" if len(layer[key]) > NAMED else ""
+            out.append(f"experts {', '.join(map(str, layer[key][:NAMED]))}{more}: {said}")
+    return "; ".join(out)
+
+
+def cost(facts: Facts) -> str:
+    walks = facts["cost"]["walks"]
+    first, rest = walks[0], walks[1:]
+    return (
+        f"{first['forward_passes']:.1f} forward passes and {size(first['bytes_read'])} read for the forks, "
+        f"{sum(walk['forward_passes'] for walk in rest):.1f} and {size(sum(walk['bytes_read'] for walk in rest))} "
+        f"for {len(facts['tried'])} choices measured end to end"
+    )
+
+
+def origin(facts: Facts) -> list[tuple[str, str]]:
+    data, held = facts["data"], facts["calibration"]
+    calibrated = [("calibration", ", ".join(f"{key} {value}" for key, value in held.items()))] if held else []
+    return [
+        ("source", facts["source"]),
+        ("recipe", f"{facts['recipe']} ({facts['method']}), container {facts['container']}"),
+        *calibrated,
+        ("data", f"{data['name']}: {data['sequences']} sequences of {data['sequence_tokens']} tokens, which choose; "
+                 "tell J of the result on others"),
+        ("sha256", data["sha256"]),
+        ("cost", cost(facts)),
+        *(("note", text) for text in facts["notes"]),
+    ]  # fmt: skip
+
+
+def sensitivity_text(facts: Facts) -> str:
+    """The report for a terminal."""
+    carved = best_carve_out(facts)
+    said = [("CHOSEN", verdict(facts)), ("prediction", agreement(facts)),
+            ("one layer", f"bf16 for layer {carved['layer']} alone: J {number(carved['j']['mean'])} "
+                          f"({interval(carved['j'])}) in {size(carved['bytes'])}"), *origin(facts)]  # fmt: skip
+    lines: list[str] = []
+    for name, text in said:
+        lines += textwrap.wrap(visible(text), WIDTH, initial_indent=f"{name:<13}", subsequent_indent=" " * 13)
+    rows = [(str(of["layer"]), of["kind"], _estimate(of["alone"]), _estimate(of["gain"]),
+             number(of["contribution"]["mean"], 3), facts["chosen"]["options"][str(of["layer"])])
+            for of in ranked(facts)]  # fmt: skip
+    lines += ["", *table(("layer", "attention", "J alone", "J that restoring it buys", "share", "chosen"), rows)]
+    lines += [f"note: layer {of['layer']}: {remarks(of)}" for of in facts["layers"] if remarks(of)]
+    points = [(of["option"], size(of["bytes"]), number(of["predicted"])) for of in facts["uniform"]]
+    lines += ["", *table(("everywhere", "size", "J predicted"), points)]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _estimate(part: Facts) -> str:
+    return f"{number(part['mean'], 3)} ({interval(part, 2)})"
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def legend(entries: Iterable[tuple[str, str]]) -> str:
+    return tag("p", *(tag("span", "", class_=f"key {style}") + escaped(name) for style, name in entries), class_="note")
+
+
+def columns(layers: Sequence[Facts], series: Sequence[tuple[str, list[Facts]]], label: str) -> str:
+    """Groups of columns with whiskers, one group a layer. `series`: (style, an estimate for each layer)."""
+    y = Scale.linear(value for _, row in series for estimate in row for value in (estimate["mean"], estimate["high"]))
+    count, wide, out = len(layers), 0.8 / len(layers) / len(series), []
+    for i, layer in enumerate(layers):
+        for k, (style, row) in enumerate(series):
+            left, estimate = (i + 0.1) / count + k * wide, row[i]
+            tall = max(y.at(estimate["mean"]) * HEIGHT, 1.0 if estimate["mean"] > 0 else 0.0)
+            marks = [
+                tag("title", escaped(f"layer {layer['layer']}: {number(estimate['mean'])} ({interval(estimate)})")),
+                tag("rect", x=across(left), width=across(wide * 0.9), y=HEIGHT - tall, height=tall, class_=style),
+            ]
+            ends = [HEIGHT * (1 - y.at(estimate[end])) for end in ("low", "high")]
+            marks.append(line(left + wide * 0.45, ends[0], left + wide * 0.45, ends[1], "whisker"))
+            out.append(tag("g", *marks))
+    every = next(e for e in (1, 2, 4, 5, 8, 10, 16, 20, 50, 100, 1000) if count / e <= 16)
+    x: Axis = ("decoder layer", [((i + 0.5) / count, str(layers[i]["layer"])) for i in range(0, count, every)])
+    return plot(HEIGHT, out, label, x, y.axis("J, nats per token"))
+
+
+def layers_card(facts: Facts) -> str:
+    layers = facts["layers"]
+    drawn = columns(layers, [(key, [of[key] for of in layers]) for key in ("alone", "gain")], "J by layer")
+    key = legend((("alone", "only this layer quantized"), ("gain", "what restoring this layer alone takes off")))
+    return card("What each layer costs", key, drawn, kind="wide")
+
+
+def options_card(facts: Facts) -> str:
+    layers = facts["layers"]
+    shown = [(k, name) for k, name in enumerate(facts["options"]) if any(of["options"][k]["ratio"] for of in layers)]
+    series = []
+    for place, (k, _) in enumerate(shown):
+        scaled = [
+            {end: value * of["options"][k]["ratio"] for end, value in of["contribution"].items()} for of in layers
+        ]
+        series.append((f"o{place}", scaled))
+    said = note(
+        "Predicted: a layer's share of J, times the option's error on the layer's output over that of "
+        f"{facts['options'][0]}. What is kept as fp8 or bf16 has the source's weights and contributes nothing."
+    )
+    head = tag("tr", *(tag("th", escaped(name)) for name in ("layer", "chosen", *(name for _, name in shown))))
+    rows = []
+    for of in layers:
+        cells = [f"{number(of['options'][k]['predicted'], 3)} in {size(of['options'][k]['bytes'])}" for k, _ in shown]
+        cells = [str(of["layer"]), facts["chosen"]["options"][str(of["layer"])], *cells]
+        rows.append(tag("tr", *(tag("td", escaped(cell)) for cell in cells)))
+    numbers = tag("div", tag("table", tag("thead", head), tag("tbody", *rows)), class_="numbers")
+    key = legend((f"o{place}", name) for place, (_, name) in enumerate(shown))
+    return card("What each option leaves", said, key, columns(layers, series, "J by layer and option"), numbers,
+                kind="wide")  # fmt: skip
+
+
+def frontier_card(facts: Facts) -> str:
+    """Bytes across, J upward."""
+    points = [(point["bytes"], point["predicted"]) for point in facts["frontier"]]
+    uniform = [(of["bytes"], of["predicted"], of["option"]) for of in facts["uniform"]]
+    carved = [(of["bytes"], of["j"]["mean"], f"layer {of['layer']} in bf16") for of in facts["carve_outs"]]
+    chosen = facts["chosen"]
+    sizes = [*(x for x, *_ in (*points, *uniform, *carved)), chosen["bytes"]]
+    right = max(x for x, *_ in (*points, *carved))
+    x = Scale(min(sizes), max(right, chosen["bytes"], min(sizes) + 1))
+    y = Scale.linear([*(j for _, j, *_ in (*points, *uniform, *carved)), chosen["measured"]["high"]])
+
+    def place(at: float, j: float) -> tuple[float, float]:
+        return x.at(at), HEIGHT * (1 - y.at(j))
+
+    marks = [line(*place(*a), *place(*b), "path") for a, b in itertools.pairwise(points)]
+    for style, dots in (("uniform", uniform), ("carved", carved)):
+        for at, j, name in dots:
+            if at <= x.high:
+                across_at, up = place(at, j)
+                title = tag("title", escaped(f"{name}: J {number(j)} in {size(int(at))}"))
+                marks.append(tag("g", title, tag("circle", cx=across(across_at), cy=up, r=4.5, class_=style)))
+                if style == "uniform":
+                    marks.append(write(across_at, up - 9, name, "name", 6))
+    at, up = place(chosen["bytes"], chosen["measured"]["mean"])
+    ends = [HEIGHT * (1 - y.at(chosen["measured"][end])) for end in ("low", "high")]
+    title = tag(
+        "title", escaped(f"chosen: J {number(chosen['measured']['mean'])} in {size(chosen['bytes'])}, measured")
+    )
+    marks += [line(at, ends[0], at, ends[1], "whisker"),
+              tag("g", title, tag("circle", cx=across(at), cy=up, r=6.0, class_="chosen"))]  # fmt: skip
+    ticks = [(k / 4, size(int(x.low + (x.high - x.low) * k / 4))) for k in range(5)]
+    drawn = plot(HEIGHT, marks, "J over bytes", ("size of the checkpoint", ticks), y.axis("J, nats per token"))
+    named = (("path", "best mixtures, predicted"), ("uniform", "one format everywhere, predicted (the first measured)"),
+             ("carved", "one layer in bf16, measured"), ("chosen", "chosen, measured"))  # fmt: skip
+    return card("J and bytes", legend(named), drawn, kind="wide")
+
+
+def experts_card(facts: Facts) -> str:
+    """Experts by layer, so that one that quantizing ruins is not taken for a sensitive layer."""
+    head = ("layer", "relMSE median", "worst", "its expert", "largest |output|", "its expert", "token share",
+            "to look at")  # fmt: skip
+    rows = []
+    for of in facts["layers"]:
+        experts = of["experts"]
+        relmse = [value if value is not None else -1.0 for value in experts["relmse"]]
+        worst, largest = (max(range(len(values)), key=values.__getitem__) for values in (relmse, experts["largest"]))
+        share = experts["token_share"]
+        cells = (str(of["layer"]), number(of["median_relmse"], 3), number(relmse[worst], 3), str(worst),
+                 number(experts["largest"][largest], 3), str(largest),
+                 f"{percent(min(share))} to {percent(max(share))}", remarks(of) or "none")  # fmt: skip
+        rows.append(tag("tr", *(tag("td", escaped(cell)) for cell in cells)))
+    said = note("relMSE: squared error of an expert's output over its square, in the first option, on the tokens that "
+                "are routed to it. An expert far above its layer's median wants another method, not more bytes. Huge "
+                "outputs are a trait of the model: such experts carry massive activations.")  # fmt: skip
+    top = tag("thead", tag("tr", *(tag("th", escaped(name)) for name in head)))
+    return card("Experts", said, tag("div", tag("table", top, tag("tbody", *rows)), class_="numbers"), kind="wide")
+
+
+def about_card(facts: Facts) -> str:
+    parts = [tag("div", tag("dt", escaped(name)), tag("dd", escaped(value))) for name, value in origin(facts)]
+    defined = (
+        "J = (KL(p‖q) + KL(q‖p)) / 2, nats per token, full vocabulary; p is the source, q with some layers quantized. "
+        "Intervals: 95 %, bootstrap over sequences. Forks of the clean model see one half of the sequences, forks of "
+        "the quantized one the other; a layer's share is the mean of both, scaled so that shares add up to J."
+    )
+    text = tag("details", tag("summary", "All figures as text"), tag("pre", escaped_lines(sensitivity_text(facts))))
+    return card("What was measured", note(defined), tag("dl", *parts, class_="about"), text, kind="wide")
+
+
+def escaped_lines(text: str) -> str:
+    return "\n".join(escaped(part) for part in text.split("\n"))
+
+
+def sensitivity_page(facts: Facts) -> str:
+    """The HTML page of one run; `facts` is what `sensitivity --json` prints."""
+    title = escaped(f"sensitivity: {facts['source']}, {facts['recipe']}")
+    said = [
+        tag("p", tag("strong", "CHOSEN"), " " + escaped(verdict(facts))),
+        tag("p", escaped(agreement(facts).capitalize())),
+    ]
+    top = tag("section", *said, class_="card verdict")
+    cards = [part(facts) for part in (frontier_card, layers_card, options_card, experts_card, about_card)]
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
+    body = f"<h1>{title}</h1>\n<main>{top}{tag('div', *cards, class_='cards')}</main>"
+    style = f"<style>{CSS}{PAGE_CSS}</style>"
+    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}{style}</head>\n<body>{body}</body></html>\n'
