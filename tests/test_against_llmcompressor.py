@@ -170,7 +170,9 @@ def test_a_chosen_mixture_loads_in_llmcompressor(tmp_path: Path) -> None:
     plan = Mixtures(make_plan(mimoquant.micro_checkpoint(), load_recipe("int4-g128-mse"))).planned([1, 3, 0, 2])
     evidence = {"sensitivity": {"bytes": 1, "layers": {1: {"option": "int4 g64", "alone": [0.1, 0.0, 0.2]}}}}
     path = tmp_path / "recipe.yaml"
-    path.write_text(pipeline.resolved_recipe(replace(plan, recipe=replace(plan.recipe, provenance=evidence)), {}, None))
+    path.write_text(
+        output_texts.resolved_recipe(replace(plan, recipe=replace(plan.recipe, provenance=evidence)), {}, None)
+    )
     assert "alone" in path.read_text()
     (modifier,) = Recipe.create_instance(str(path)).modifiers
     groups = modifier.resolved_config.config_groups
