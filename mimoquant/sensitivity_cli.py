@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -59,6 +59,7 @@ def sensitivity(
     from mimoquant.devices import resolve_device
     from mimoquant.errors import UsageError
     from mimoquant.evaluation.sensitivity import sensitivity as run
+    from mimoquant.serving.check import planned_lines
     from mimoquant.team import Team
 
     begin = time.monotonic()
@@ -81,10 +82,12 @@ def sensitivity(
                     progress=_shown() if team.leads else None)  # fmt: skip
     if not team.leads:
         return
-    facts |= {"out": str(out), "elapsed_s": round(time.monotonic() - begin, 3)}
+    facts |= {"out": str(out), "elapsed_s": round(time.monotonic() - begin, 3),
+              "engines": _engines(source, out, allow_unknown)}  # fmt: skip
     if html is not None:
         write_page(html, sensitivity_page.sensitivity_page(facts))
-    typer.echo(json.dumps(facts, indent=2) if as_json else sensitivity_page.sensitivity_text(facts))
+    lines = [sensitivity_page.sensitivity_text(facts), *planned_lines(facts["engines"])]
+    typer.echo(json.dumps(facts, indent=2) if as_json else "\n".join(lines))
 
 
 def _check_files(source: Path, out: Path, html: Path | None) -> None:
@@ -119,6 +122,16 @@ def _mixtures(
     made = make_plan(source, loaded, container=container.value if container else None, allow_unknown=allow_unknown,
                      chunk_bytes=chunk_bytes)  # fmt: skip
     return Mixtures(made, chunk_bytes, fp8=fp8)
+
+
+def _engines(source: Path, out: Path, allow_unknown: bool) -> list[dict[str, Any]]:
+    """What engines would make of the recipe's output, for not all load layers of several formats."""
+    from mimoquant.plan import make_plan
+    from mimoquant.recipe import load_recipe
+    from mimoquant.serving.check import planned_facts
+    from mimoquant.serving.facts import planned
+
+    return planned_facts(planned(make_plan(source, load_recipe(str(out)), allow_unknown=allow_unknown)))
 
 
 def _shown() -> Callable[[str, int, int], None]:
