@@ -120,8 +120,11 @@ def damaged(folder: Path, out: Path, plant: Plant) -> Path:
     out.mkdir()
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out / "model.safetensors")
     (out / "config.json").write_text(json.dumps(config))
-    ranks = {"tp_size": config["num_key_value_heads"]} if config["attention_projection_layout"] == "fused_qkv" else {}
-    index = {"metadata": ranks, "weight_map": dict.fromkeys(tensors, "model.safetensors")}
+    fused = config.get("attention_projection_layout") == "fused_qkv"
+    index = {
+        "metadata": {"tp_size": config["num_key_value_heads"]} if fused else {},
+        "weight_map": dict.fromkeys(tensors, "model.safetensors"),
+    }
     (out / "model.safetensors.index.json").write_text(json.dumps(index))
     for path in folder.glob("*.py"):
         shutil.copy(path, out)
