@@ -97,6 +97,16 @@ def _amax_bits(bits):  # type: ignore[no-untyped-def]
 
 
 @_jit
+def _largest_place(bits):  # type: ignore[no-untyped-def]
+    """Where the largest magnitude of a group stands."""
+    largest = _amax_bits(bits)
+    for i in range(bits.shape[0]):
+        if bits[i] & _ABS == largest:
+            return i
+    return 0
+
+
+@_jit
 def _pack(codes16, packed):  # type: ignore[no-untyped-def]
     """Pairs of codes, read as uint16, to one byte each."""
     for i in range(packed.shape[0]):
@@ -106,12 +116,14 @@ def _pack(codes16, packed):  # type: ignore[no-untyped-def]
 
 @_jit
 def _halving_sum(error, size):  # type: ignore[no-untyped-def]
-    while size > 1:
+    """Of the first `size` (8 at least); the last eight written out, which is what the loop would do with them."""
+    while size > 8:
         size //= 2
         low, high = error[:size], error[size : 2 * size]
         for i in range(size):
             low[i] = low[i] + high[i]
-    return error[0]
+    even = (error[0] + error[4]) + (error[2] + error[6])
+    return even + ((error[1] + error[5]) + (error[3] + error[7]))
 
 
 @_inline
@@ -138,19 +150,42 @@ def _int4_range(low, high, c, symmetric):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _weighted_sum(error, weigh):  # type: ignore[no-untyped-def]
-    """`weigh`: importance of each column, or nothing."""
-    for i in range(weigh.shape[0]):
-        error[i] = error[i] * weigh[i]
-    return _halving_sum(error, error.shape[0])
+def _place(group, value):  # type: ignore[no-untyped-def]
+    """Where `value` stands in a group; the first place if it does not."""
+    for i in range(group.shape[0]):
+        if group[i] == value:
+            return i
+    return 0
+
+
+@_inline
+def _int4_square(x, scale, zero):  # type: ignore[no-untyped-def]
+    difference = (round_level(x / scale + zero) - zero) * scale - x
+    return difference * difference
 
 
 @_jit
 def _int4_error(group, scale, zero, weigh, error):  # type: ignore[no-untyped-def]
-    for i in range(group.shape[0]):
-        difference = (round_level(group[i] / scale + zero) - zero) * scale - group[i]
-        error[i] = difference * difference
-    return _weighted_sum(error, weigh)
+    """The first halving of the sum is taken on the way. `weigh`: importance of each column, or nothing."""
+    half = group.shape[0] // 2
+    left, right = group[:half], group[half:]
+    if weigh.shape[0]:
+        of_left, of_right = weigh[:half], weigh[half:]
+        for i in range(half):
+            first = _int4_square(left[i], scale, zero) * of_left[i]
+            error[i] = first + _int4_square(right[i], scale, zero) * of_right[i]
+    else:
+        for i in range(half):
+            error[i] = _int4_square(left[i], scale, zero) + _int4_square(right[i], scale, zero)
+    return _halving_sum(error, half)
+
+
+@_inline
+def _int4_loses(group, scale, zero, weigh, at, best):  # type: ignore[no-untyped-def]
+    """Whether one element's error alone is as large as the best sum: no sum that it is part of is smaller, for rounding
+    a sum of two never takes it below either."""
+    error = _int4_square(group[at], scale, zero)
+    return (error * weigh[at] if weigh.shape[0] else error) >= best
 
 
 @_jit
@@ -178,8 +213,13 @@ def encode_int4(  # type: ignore[no-untyped-def]
             scale, zero = _int4_range(low, high, F32(1), symmetric)
             if multipliers.shape[0] > 1:
                 best = _int4_error(group, scale, zero, weigh, error)
+                lowest, highest = _place(group, low), _place(group, high)
                 for k in range(1, multipliers.shape[0]):
                     other, other_zero = _int4_range(low, high, multipliers[k], symmetric)
+                    if _int4_loses(group, other, other_zero, weigh, highest, best):
+                        continue
+                    if _int4_loses(group, other, other_zero, weigh, lowest, best):
+                        continue
                     other_error = _int4_error(group, other, other_zero, weigh, error)
                     if other_error < best:
                         best, scale, zero = other_error, other, other_zero
@@ -205,13 +245,32 @@ def e2m1_code(rounded):  # type: ignore[no-untyped-def]
     return twice if twice < I32(5) else (I32(5) if twice < I32(7) else (I32(6) if twice < I32(10) else I32(7)))
 
 
+@_inline
+def _fp4_square(magnitude, scale):  # type: ignore[no-untyped-def]
+    difference = round_e2m1(magnitude / scale) * scale - magnitude
+    return difference * difference
+
+
 @_jit
 def _fp4_error(group, scale, weigh, error):  # type: ignore[no-untyped-def]
-    for i in range(group.shape[0]):
-        magnitude = abs(group[i])
-        difference = round_e2m1(magnitude / scale) * scale - magnitude
-        error[i] = difference * difference
-    return _weighted_sum(error, weigh)
+    """As `_int4_error`."""
+    half = group.shape[0] // 2
+    left, right = group[:half], group[half:]
+    if weigh.shape[0]:
+        of_left, of_right = weigh[:half], weigh[half:]
+        for i in range(half):
+            first = _fp4_square(abs(left[i]), scale) * of_left[i]
+            error[i] = first + _fp4_square(abs(right[i]), scale) * of_right[i]
+    else:
+        for i in range(half):
+            error[i] = _fp4_square(abs(left[i]), scale) + _fp4_square(abs(right[i]), scale)
+    return _halving_sum(error, half)
+
+
+@_inline
+def _fp4_loses(largest, scale, weight, best):  # type: ignore[no-untyped-def]
+    """As `_int4_loses`, of the largest magnitude; `weight` is its importance, or 1."""
+    return _fp4_square(largest, scale) * weight >= best
 
 
 @_jit
@@ -293,15 +352,20 @@ def encode_nvfp4(  # type: ignore[no-untyped-def]
         for g in range(width // 16):
             group, group_bits = values[g * 16 : g * 16 + 16], bits[g * 16 : g * 16 + 16]
             weigh = importance[g * 16 : g * 16 + 16]
-            base = U32(_amax_bits(group_bits)).view(F32) / F32(6) * global_scale
+            largest = U32(_amax_bits(group_bits)).view(F32)
+            base = largest / F32(6) * global_scale
             byte, scale = _nvfp4_scale(base, global_scale, _ZERO_NVFP4)
             if multipliers.shape[0] > 1:
                 best, tried, plain = _fp4_error(group, scale, weigh, error), byte, byte
+                weight = weigh[_largest_place(group_bits)] if weigh.shape[0] else F32(1)
                 for k in range(1, multipliers.shape[0]):
                     other, other_scale = _nvfp4_scale(base * multipliers[k], global_scale, _SMALLEST_NVFP4)
                     if other in (tried, plain):  # many multipliers round to one E4M3 byte
                         continue
-                    tried, other_error = other, _fp4_error(group, other_scale, weigh, error)
+                    tried = other
+                    if _fp4_loses(largest, other_scale, weight, best):
+                        continue
+                    other_error = _fp4_error(group, other_scale, weigh, error)
                     if other_error < best:
                         best, byte, scale = other_error, other, other_scale
             _fp4_codes(group, scale, codes[g * 16 : g * 16 + 16])
