@@ -6,6 +6,10 @@ Key idea: every failure that a user can cause is one sentence (what, where, both
 
 from __future__ import annotations
 
+import errno
+
+_DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
+
 
 class MimoquantError(Exception):
     """A failure a user can cause. `exit_code` follows ARCHITECTURE.md; `hint` says what to do about it."""
@@ -46,6 +50,11 @@ class QualityError(MimoquantError):
     """A quality gate failed: the output exists and is not what it claims."""
 
     exit_code = 5
+
+
+def is_disk_trouble(error: OSError) -> bool:
+    """Full, over quota, broken or read-only: nothing that another command line would mend."""
+    return error.errno in _DISK_TROUBLE
 
 
 def is_out_of_memory(error: Exception) -> bool:

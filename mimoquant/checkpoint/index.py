@@ -16,6 +16,7 @@ import math
 import os
 import struct
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +60,23 @@ class CheckpointIndex:
     def size_bytes(self) -> int:
         return sum(info.size_bytes for info in self.tensors.values())
 
+    def stamps(self) -> dict[str, str]:
+        """Size and time of change of every shard: what tells, without reading it, that a payload is another."""
+        found = {file: (self.folder / file).stat() for file in sorted(self.file_sizes)}
+        return {file: f"{stat.st_size} bytes of {_moment(stat.st_mtime_ns)}" for file, stat in found.items()}
+
     def headers_fingerprint(self) -> str:
         """sha256 over file names, sizes and headers; says nothing about the payload."""
         digest = hashlib.sha256()
         for file in sorted(self.file_sizes):
             digest.update(f"{file}\0{self.file_sizes[file]}\0{self.header_sha256[file]}\n".encode())
         return digest.hexdigest()
+
+
+def _moment(time_ns: int) -> str:
+    """A time in UTC to the nanosecond, as `touch -d` takes it."""
+    seconds = datetime.fromtimestamp(time_ns // 10**9, UTC)
+    return f"{seconds:%Y-%m-%dT%H:%M:%S}.{time_ns % 10**9:09d}Z"
 
 
 def open_index(folder: Path | str) -> CheckpointIndex:
