@@ -26,8 +26,6 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 os.environ["OMP_NUM_THREADS"] = "1"  # sums must have one order, and a fork must find no threads
 os.environ |= {"MIMOQUANT_RANK_TIMEOUT_S": "60", "TORCH_CPP_LOG_LEVEL": "FATAL"}  # a lost rank is no news here
 
-import rank_driver  # noqa: E402
-
 import mimoquant  # noqa: E402
 from mimoquant import pipeline  # noqa: E402
 from mimoquant.checkpoint.journal import RUN_NAME, read_journal  # noqa: E402
@@ -144,9 +142,12 @@ def main() -> None:
         parser.add_argument(name, type=int, default=0, metavar="N")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    import mimoquant.calibrated  # noqa: F401  # loaded before any fork
+    if options.calibrated or options.ranks:  # loaded before any fork
+        import rank_driver
 
-    rank_driver.shrink_sizes()
+        import mimoquant.calibrated  # noqa: F401
+
+        rank_driver.shrink_sizes()
     dice = random.Random(options.seed)
     jobs = (
         ("data-free", 1, options.data_free),
