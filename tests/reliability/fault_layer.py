@@ -117,7 +117,7 @@ class FaultLayer:
     def _mkdir(self, path: Any, mode: int = 0o777, **options: Any) -> None:
         with self._lock:
             ours = self._ours(path, options)
-            if ours and not ours.exists():
+            if ours and not ours.exists() and ours.parent.is_dir():
                 self._note(Call("mkdir", ours))
             self._real["mkdir"](path, mode, **options)
 
