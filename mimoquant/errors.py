@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 
+MAX_CHARACTERS = 2000  # of a message
 _DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
 
@@ -18,8 +19,17 @@ class MimoquantError(Exception):
     told = False  # another process of the run says it
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
-        super().__init__(message)
+        super().__init__(_sentence(message))
         self.hint = hint
+
+
+def _sentence(message: str) -> str:
+    """One line of bounded length, whatever a hostile file has for a name: line breaks, terminal codes, a megabyte."""
+    if len(message) > MAX_CHARACTERS:
+        message = f"{message[: MAX_CHARACTERS // 2]} ... {message[-MAX_CHARACTERS // 2 :]}"
+    if message.isprintable():
+        return message
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
 
 
 class UsageError(MimoquantError):

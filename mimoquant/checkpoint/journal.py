@@ -72,7 +72,7 @@ def read_journal(path: Path) -> list[JournalLine]:
             kinds = [type(value) for value in asdict(line).values()]
             if kinds[:-1] != [str, str, int, str] or not isinstance(line.facts, dict | None):
                 raise TypeError
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             if number == len(parts) - 1 and not parts[-1]:
                 break
             raise CheckpointError(f"{path}: line {number} is damaged") from error
@@ -207,7 +207,7 @@ class RunFolder:
     def _check_identity(self, path: Path) -> None:
         try:
             before = json.loads(path.read_bytes())
-        except ValueError:
+        except (ValueError, RecursionError):
             before = None
         if not isinstance(before, dict):
             raise UsageError(f"{path}: is damaged", hint="remove the folder and start again")
