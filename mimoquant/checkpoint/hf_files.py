@@ -55,7 +55,7 @@ def copy_side_files(source: Path, target: Path, names: Iterable[str]) -> None:
     for name in names:
         origin, destination = resolve_inside(source, name), target / name
         with stopping(destination):
-            destination.parent.mkdir(parents=True, exist_ok=True)
+            destination.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
             copy_file_durably(origin, destination)
             for folder in (destination.parent, *destination.parent.parents):
                 fsync_folder(folder)  # also those between, which hold the names of the others

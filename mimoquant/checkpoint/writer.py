@@ -198,7 +198,7 @@ def write_all(descriptor: int, data: bytes | memoryview) -> int:
 def make_folder_durably(folder: Path) -> None:
     """Make a folder, with its parents, so that a power loss leaves it where it is."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o755, parents=True, exist_ok=True)
     for path in missing or [folder]:
         fsync_folder(path.parent)
 
