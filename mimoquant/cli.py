@@ -7,7 +7,6 @@ sentence, a hint and an exit code in one place. Nothing heavy is imported before
 from __future__ import annotations
 
 import contextlib
-import errno
 import gc
 import json
 import os
@@ -24,7 +23,7 @@ from typer.core import TyperGroup
 
 import mimoquant
 from mimoquant.choices import Container, Engine, Gpu, Layout, Qkv, QkvDtype, Server
-from mimoquant.errors import MimoquantError, UsageError, is_out_of_memory
+from mimoquant.errors import MimoquantError, UsageError, is_disk_trouble, is_out_of_memory
 from mimoquant.page_files import check_page, check_profile, check_writable, write_page
 from mimoquant.progress import Lines, Progress, tell
 from mimoquant.sensitivity_cli import sensitivity
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
 EXIT_INTERRUPTED = 130
 _RESUMABLE_VERBS = ("quantize", "relayout", "sensitivity")
 _SHARED_VERBS = ("quantize", "eval-kl", "sensitivity")  # among ranks
-_DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
 
 class _Group(TyperGroup):
@@ -75,7 +73,7 @@ class _Group(TyperGroup):
             # what no module foresaw: a path too long, a folder that may not be entered, a full disk under stdout
             where = f"{error.filename}: " if error.filename else ""
             tell(f"error: {where}{error.strerror or error}")
-            raise typer.Exit(4 if error.errno in _DISK_TROUBLE else 2) from None
+            raise typer.Exit(4 if is_disk_trouble(error) else 2) from None
 
 
 def _raise_interrupt(number: int, frame: Any) -> None:

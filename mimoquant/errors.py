@@ -6,6 +6,11 @@ Key idea: every failure that a user can cause is one sentence (what, where, both
 
 from __future__ import annotations
 
+import errno
+
+MAX_CHARACTERS = 2000  # of a message
+_DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
+
 
 class MimoquantError(Exception):
     """A failure a user can cause. `exit_code` follows ARCHITECTURE.md; `hint` says what to do about it."""
@@ -14,8 +19,17 @@ class MimoquantError(Exception):
     told = False  # another process of the run says it
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
-        super().__init__(message)
+        super().__init__(_sentence(message))
         self.hint = hint
+
+
+def _sentence(message: str) -> str:
+    """One line of bounded length, whatever a hostile file has for a name: line breaks, terminal codes, a megabyte."""
+    if len(message) > MAX_CHARACTERS:
+        message = f"{message[: MAX_CHARACTERS // 2]} ... {message[-MAX_CHARACTERS // 2 :]}"
+    if message.isprintable():
+        return message
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
 
 
 class UsageError(MimoquantError):
@@ -46,6 +60,11 @@ class QualityError(MimoquantError):
     """A quality gate failed: the output exists and is not what it claims."""
 
     exit_code = 5
+
+
+def is_disk_trouble(error: OSError) -> bool:
+    """Full, over quota, broken or read-only: nothing that another command line would mend."""
+    return error.errno in _DISK_TROUBLE
 
 
 def is_out_of_memory(error: Exception) -> bool:

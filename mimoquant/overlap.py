@@ -7,6 +7,7 @@ nobody waits for a thread that has died.
 from __future__ import annotations
 
 import collections
+import contextlib
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -49,6 +50,9 @@ def read_ahead(items: Iterable[T], depth: int = 2) -> Iterator[T]:
             yield item
     finally:
         stop.set()
+        with contextlib.suppress(queue.Empty):
+            while True:  # room for what it holds, or it would look up only when it has waited in vain
+                ready.get_nowait()
         thread.join()
 
 

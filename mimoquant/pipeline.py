@@ -96,11 +96,7 @@ def execute(
     tokens = calibration_tokens(plan)
     team = team or Team(resolve_device(device))
     device, progress = team.device, progress or (lambda unit, done, finished: None)
-    identity = plan.identity()
-    if tokens:  # sums of float32 differ between kinds of device, and GPTQ makes much of little
-        chunks = sum(isinstance(step, Experts) for unit in plan.units for step in unit.steps)
-        identity |= {"calibration tokens": tokens.sha256, "kind of device": device.partition(":")[0],
-                     "chunks of experts": str(chunks)}  # fmt: skip
+    identity = _identity(plan, tokens, team)
     with (
         contextlib.closing(make_engine(device)) as engine,
         opened(RunFolder(out, identity, resume=resume, rank=team.rank), team, partial(_check_disk, plan)) as run,
@@ -112,6 +108,18 @@ def execute(
             if not run.finished and team.size == 1:  # nothing that a resume could use, and nobody who still writes
                 run.discard()
             raise
+
+
+def _identity(plan: Plan, tokens: TokenSet | None, team: Team) -> dict[str, Any]:
+    """What a resume must find unchanged. Other ranks may read copies of the source with times of their own."""
+    identity = plan.identity() | {"config": plan.layout.config}
+    if team.leads:
+        identity["source"] = plan.layout.index.stamps()
+    if tokens:  # sums of float32 differ between kinds of device, and GPTQ makes much of little
+        chunks = sum(isinstance(step, Experts) for unit in plan.units for step in unit.steps)
+        identity |= {"calibration tokens": tokens.sha256, "kind of device": team.device.partition(":")[0],
+                     "chunks of experts": str(chunks)}  # fmt: skip
+    return identity
 
 
 def _preflight(plan: Plan, out: Path | str) -> Path:
@@ -160,7 +168,9 @@ def _write_units(
     lanes, queue = 1, WRITE_QUEUE_BYTES
     if engine.name.startswith("cuda"):
         lanes, queue = WRITE_LANES, 2 * max(unit.size_bytes for unit in plan.units)
-    with CheckpointReader(plan.layout.index) as reader, WriteBehind(queue, lanes) as behind:
+    whole = queue // 2 + 1 if lanes == 1 else 0  # that one shard at most waits for its journal line: what a kill costs
+    reading = CheckpointReader(plan.layout.index)
+    with reading as reader, contextlib.ExitStack() as opened, WriteBehind(queue, lanes) as behind:
         walk = _Walk(plan, run, reader, tokens, team) if tokens else None
         steps = read_ahead(timeline.waited("read", _load(plan, tasks, reader, engine, team.rank)))
         try:
@@ -169,6 +179,8 @@ def _write_units(
                 if loaded.task is not task:
                     task, lane = loaded.task, lane + 1
                     writer = ShardWriter(run.path(unit.file), unit.entries) if task.writes else None
+                    if writer:
+                        opened.callback(writer.abandon)  # where the run ends in the middle
                     if walk:
                         with timeline.span("attention and routing"):
                             walk.enter(unit)
@@ -183,7 +195,7 @@ def _write_units(
                 if loaded.last:
                     facts = walk.leave(unit) if walk else None
                     if writer:
-                        behind.submit(lane, 0, partial(_complete, unit, writer, run, progress, facts))
+                        behind.submit(lane, whole, partial(_complete, unit, writer, run, progress, facts))
                     else:
                         progress(unit, unit.size_bytes, True)
         finally:

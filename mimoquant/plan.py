@@ -6,8 +6,6 @@ a terabyte is planned in seconds, and it fixes every output tensor, file and byt
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -68,16 +66,15 @@ class Plan:
     def side_bytes(self) -> int:
         return sum(self.side_files.values())
 
-    def identity(self) -> dict[str, str]:
-        """What a resumed run must share with the one that began: anything here changes the output."""
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must share with the one that began: anything here changes the output. JSON can hold it."""
         resolved = self.recipe.resolved(self.container)
         resolved["mimoquant"].get("calibration", {}).pop("max_starved_experts", None)  # stops a run, changes no byte
-        recipe = json.dumps(resolved, sort_keys=True, default=str)
         return {
             "version": mimoquant.__version__,
             "source headers": self.layout.index.headers_fingerprint(),
             "container": self.container,
-            "recipe": hashlib.sha256(recipe.encode()).hexdigest(),
+            "recipe": resolved,
         }
 
 

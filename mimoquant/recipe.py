@@ -33,6 +33,7 @@ from mimoquant.recipe_calibration import (
 
 VERSION = 1
 MAX_RECIPE_BYTES = 1_000_000
+MAX_DEPTH = 50  # of nesting
 METHODS = {"QuantizationModifier": "rtn", "GPTQModifier": "gptq", "AWQModifier": "awq"}
 CARVE_OUTS = ("bf16", "fp8")
 _PRESETS = {
@@ -214,12 +215,20 @@ def parse_recipe(text: str, name: str) -> Recipe:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses aliases (only bombs need them) and repeated keys (the first would be lost)."""
+    """SafeLoader that refuses aliases and deep nesting (only bombs need them) and repeated keys (the first would be
+    lost)."""
+
+    depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.events.AliasEvent):
             raise yaml.YAMLError("aliases are not allowed in a recipe")
-        return super().compose_node(parent, index)
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise yaml.YAMLError(f"it is nested more than {MAX_DEPTH} deep")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()

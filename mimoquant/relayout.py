@@ -73,7 +73,7 @@ class RelayoutPlan(Plan):
             "source_headers_sha256": self.layout.index.headers_fingerprint(),
         }
 
-    def identity(self) -> dict[str, str]:
+    def identity(self) -> dict[str, Any]:
         return {key: str(value) for key, value in self.record().items()}
 
     @property

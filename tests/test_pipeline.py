@@ -166,7 +166,7 @@ def test_a_resume_under_another_recipe_is_refused(tmp_path: Path) -> None:
         run("int4-g128-mse", tmp_path / "out", progress=stop)
     with pytest.raises(UsageError, match="unfinished run"):
         run("int4-g128-mse", tmp_path / "out")
-    with pytest.raises(UsageError, match="cannot be resumed, recipe was"):
+    with pytest.raises(UsageError, match=r"cannot be resumed, recipe\.mimoquant\.scale_search was mse, is now absmax"):
         run("int4-g128-rtn", tmp_path / "out", resume=True)
 
 

@@ -7,13 +7,12 @@ Weights, the index, config.json and the README have their own writers.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 from mimoquant.checkpoint.index import INDEX_NAME, resolve_inside
-from mimoquant.checkpoint.writer import fsync_folder
-from mimoquant.errors import CheckpointError, StoppedError
+from mimoquant.checkpoint.writer import copy_file_durably, fsync_folder, stopping
+from mimoquant.errors import CheckpointError
 
 CONFIG_NAME = "config.json"
 MODELOPT_CONFIG_NAME = "hf_quant_config.json"  # what ModelOpt says of a checkpoint, beside config.json
@@ -55,14 +54,10 @@ def copy_side_files(source: Path, target: Path, names: Iterable[str]) -> None:
     """Copy `names` (from `side_files`) byte for byte; links out of the source folder are refused."""
     for name in names:
         origin, destination = resolve_inside(source, name), target / name
-        try:
-            destination.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(origin, destination)
-            with destination.open("rb") as handle:
-                os.fsync(handle.fileno())
-            fsync_folder(destination.parent)
-        except OSError as error:
-            raise StoppedError(
-                f"{destination}: cannot be written ({error.strerror})",
-                hint="make room, then run the same command again with --resume",
-            ) from error
+        with stopping(destination):
+            destination.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+            copy_file_durably(origin, destination)
+            for folder in (destination.parent, *destination.parent.parents):
+                fsync_folder(folder)  # also those between, which hold the names of the others
+                if folder == target:
+                    break

@@ -16,6 +16,7 @@ import math
 import os
 import struct
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ DTYPE_BYTES = {
     "U64": 8, "I64": 8, "F64": 8,
 }  # fmt: skip
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
-MAX_INDEX_BYTES = 1_000_000_000
+MAX_INDEX_BYTES = 100_000_000  # the largest model of the family has 160 000 tensors in 20 MB; as objects ten times that
+MAX_DIMENSIONS = 8
 INDEX_NAME = "model.safetensors.index.json"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -59,12 +61,23 @@ class CheckpointIndex:
     def size_bytes(self) -> int:
         return sum(info.size_bytes for info in self.tensors.values())
 
+    def stamps(self) -> dict[str, str]:
+        """Size and time of change of every shard: what tells, without reading it, that a payload is another."""
+        found = {file: (self.folder / file).stat() for file in sorted(self.file_sizes)}
+        return {file: f"{stat.st_size} bytes of {_moment(stat.st_mtime_ns)}" for file, stat in found.items()}
+
     def headers_fingerprint(self) -> str:
         """sha256 over file names, sizes and headers; says nothing about the payload."""
         digest = hashlib.sha256()
         for file in sorted(self.file_sizes):
             digest.update(f"{file}\0{self.file_sizes[file]}\0{self.header_sha256[file]}\n".encode())
         return digest.hexdigest()
+
+
+def _moment(time_ns: int) -> str:
+    """A time in UTC to the nanosecond, as `touch -d` takes it."""
+    seconds = datetime.fromtimestamp(time_ns // 10**9, UTC)
+    return f"{seconds:%Y-%m-%dT%H:%M:%S}.{time_ns % 10**9:09d}Z"
 
 
 def open_index(folder: Path | str) -> CheckpointIndex:
@@ -119,7 +132,7 @@ def read_shard_header(path: Path, file: str) -> tuple[list[TensorInfo], int, str
             raw = handle.read(header_bytes)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    header = _parse_json_object(raw, path)
+    header = _parse_json_object(raw, path, unique=True)
     header.pop("__metadata__", None)
     data_start = 8 + header_bytes
     infos = [_tensor_info(name, entry, file, data_start, path) for name, entry in header.items()]
@@ -152,20 +165,22 @@ def resolve_inside(folder: Path, name: str) -> Path:
     return path
 
 
-def read_json_object(path: Path, max_bytes: int = MAX_INDEX_BYTES) -> dict[str, Any]:
-    """A JSON file that must hold an object; size-limited, UTF-8 (CRLF and a BOM are fine)."""
+def read_json_object(path: Path, max_bytes: int = MAX_INDEX_BYTES, *, unique: bool = False) -> dict[str, Any]:
+    """A JSON file that must hold an object; size-limited, UTF-8 (CRLF and a BOM are fine). `unique`: its keys are."""
     try:
         size = path.stat().st_size
         if size > max_bytes:
             raise CheckpointError(f"{path}: {size} bytes, more than the {max_bytes} a JSON file may have here")
-        return _parse_json_object(path.read_bytes(), path)
+        return _parse_json_object(path.read_bytes(), path, unique=unique)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _parse_json_object(raw: bytes, path: Path) -> dict[str, Any]:
+def _parse_json_object(raw: bytes, path: Path, *, unique: bool = False) -> dict[str, Any]:
     try:
-        value = json.loads(raw.decode("utf-8-sig"))
+        value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_unique if unique else None)
+        if b"\\ud" in raw.lower():  # half a character is none, and could not be written again
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: is not valid JSON ({str(error)[:120]})") from error
     if not isinstance(value, dict):
@@ -173,11 +188,20 @@ def _parse_json_object(raw: bytes, path: Path) -> dict[str, Any]:
     return value
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys differ: of two tensors with one name, which is meant?"""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} appears twice")
+    return found
+
+
 def _read_weight_map(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
     """name → file from the index file, or from the only shard when there is no index."""
     index_path = folder / INDEX_NAME
     if index_path.exists():
-        index = read_json_object(resolve_inside(folder, INDEX_NAME))
+        index = read_json_object(resolve_inside(folder, INDEX_NAME), unique=True)
         weight_map = index.get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise CheckpointError(f"{index_path}: has no usable weight_map")
@@ -212,6 +236,8 @@ def _tensor_info(name: str, entry: Any, file: str, data_start: int, path: Path) 
         raise CheckpointError(f"{path}: the header entry of {name} is malformed") from error
     if item_bytes is None:
         raise CheckpointError(f"{path}: {name} has the unknown dtype {dtype!r}")
+    if len(shape) > MAX_DIMENSIONS:
+        raise CheckpointError(f"{path}: {name} has {len(shape)} dimensions, more than {MAX_DIMENSIONS}")
     if not integers:
         raise CheckpointError(f"{path}: {name} has a shape or offsets that are not natural numbers")
     size = math.prod(shape) * item_bytes

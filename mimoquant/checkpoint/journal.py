@@ -3,7 +3,8 @@
 Key idea: everything is written into `OUT.partial/`. A shard is written and fsynced first, then its line is appended to
 `journal.jsonl` and fsynced, and at the very end the folder is renamed to `OUT`. So `OUT` is always complete, and after
 a kill the journal tells exactly which shards can be kept. `run.json` says what the run was to do; a resume under
-another recipe, source or version is refused by name. Lines hold no times, so equal outputs have equal journals.
+another recipe, source or version is refused by name. It goes last of all: `OUT` with a `run.json` is complete but was
+not left by its run, and a resume looks at it again. Lines hold no times, so equal outputs have equal journals.
 
 A second run into the same folder is refused by a file lock, which dies with its process.
 
@@ -13,6 +14,7 @@ Each appends to a journal of its own, because appends from several machines to o
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import itertools
@@ -24,8 +26,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mimoquant.checkpoint.writer import fsync_folder, write_file_durably
-from mimoquant.errors import CheckpointError, StoppedError, UsageError
+from mimoquant.checkpoint.writer import (
+    TEMPORARY,
+    fsync_folder,
+    make_folder_durably,
+    stopped,
+    stopping,
+    write_all,
+    write_file_durably,
+)
+from mimoquant.errors import CheckpointError, UsageError, is_disk_trouble
 
 JOURNAL_NAME = "journal.jsonl"
 RANK_JOURNALS = "journal-*.jsonl"  # of the ranks from 1 on
@@ -47,7 +57,8 @@ class JournalLine:
 
 
 def read_journal(path: Path) -> list[JournalLine]:
-    """All whole lines of a journal; a torn last line (the process died inside the write) is dropped."""
+    """All whole lines of a journal. The last one is dropped if it is torn (the process died inside the write) or, as
+    the only one that may not have reached the disk, was damaged by a loss of power."""
     lines: list[JournalLine] = []
     try:
         raw = path.read_bytes()
@@ -61,7 +72,9 @@ def read_journal(path: Path) -> list[JournalLine]:
             kinds = [type(value) for value in asdict(line).values()]
             if kinds[:-1] != [str, str, int, str] or not isinstance(line.facts, dict | None):
                 raise TypeError
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
+            if number == len(parts) - 1 and not parts[-1]:
+                break
             raise CheckpointError(f"{path}: line {number} is damaged") from error
         lines.append(line)
     return lines
@@ -76,7 +89,7 @@ class RunFolder:
     def __init__(self, out: Path, identity: dict[str, Any], *, resume: bool, rank: int = 0) -> None:
         self.out = out
         self.partial = out.with_name(out.name + ".partial")
-        self._identity = identity
+        self._identity: dict[str, Any] = json.loads(json.dumps(identity, default=str))  # as it comes back from run.json
         self._resume = resume
         self._rank = rank
         self._lock = -1
@@ -86,12 +99,16 @@ class RunFolder:
         self.finished: dict[str, JournalLine] = {}
 
     def __enter__(self) -> RunFolder:
-        if self._rank == 0 and (self.out.exists() or self.out.is_symlink()):
+        if (self.out / RUN_NAME).is_file():  # killed between the folder's last name and the removal of this file
+            self.partial = self.out
+        elif self._rank == 0 and (self.out.exists() or self.out.is_symlink()):
             raise UsageError(f"{self.out}: exists already", hint="choose another --out or remove it")
         try:
             self._open() if self._rank == 0 else self._follow()
         except OSError as error:
             self.close()
+            if is_disk_trouble(error):
+                raise stopped(self.partial, error) from error
             raise UsageError(
                 f"{self.partial}: cannot be written ({error.strerror})", hint="choose another --out"
             ) from error
@@ -109,32 +126,24 @@ class RunFolder:
     def record(self, line: JournalLine) -> None:
         """Append one durable line; the shard it names must be durable already. Any thread may call it."""
         with self._recording:
-            try:
+            with stopping(self._journal_path()):
                 fsync_folder(self.partial)
-                view = memoryview(json.dumps(line.as_plain()).encode() + b"\n")
-                while view:
-                    view = view[os.write(self._journal, view) :]
+                write_all(self._journal, json.dumps(line.as_plain()).encode() + b"\n")
                 os.fsync(self._journal)
-            except OSError as error:
-                raise StoppedError(
-                    f"{self._journal_path()}: cannot be written ({error.strerror})",
-                    hint="make room, then run the same command again with --resume",
-                ) from error
             self.finished[line.unit] = line
 
     def publish(self, order: list[str]) -> None:
         """Rewrite the journal in plan order and rename the folder to its final name."""
-        self._write_journal([self.finished[unit] for unit in order])
-        try:
-            self.path(RUN_NAME).unlink()
+        with stopping(self.partial):
+            self._write_journal([self.finished[unit] for unit in order])
             fsync_folder(self.partial)
+        with stopping(self.out):
             os.rename(self.partial, self.out)
+            self.partial = self.out
             fsync_folder(self.out.parent)
-        except OSError as error:
-            raise StoppedError(
-                f"{self.out}: the finished {self.partial.name} cannot get its name ({error.strerror})",
-                hint="everything is written: rename the folder yourself",
-            ) from error
+            self.path(RUN_NAME).unlink()
+        with contextlib.suppress(OSError):  # the folder is complete, with or without that file
+            fsync_folder(self.out)
 
     def discard(self) -> None:
         """Remove the folder if this run made it: it ended before anything in it was worth keeping."""
@@ -144,11 +153,11 @@ class RunFolder:
     def _open(self) -> None:
         if self.partial.is_symlink() or (self.partial.exists() and not self.partial.is_dir()):
             raise UsageError(f"{self.partial}: is in the way and no folder of ours", hint="move it away")
-        self._ours = not self.partial.exists()
-        self.partial.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self.partial, os.O_RDONLY)
+        make_folder_durably(self.partial)
+        self._lock = os.open(self.partial, os.O_RDONLY | os.O_CLOEXEC)
         self._claim(self._lock)
         run_path = self.path(RUN_NAME)
+        self._ours = set(os.listdir(self.partial)) <= {RUN_NAME + TEMPORARY}  # new, or killed before anything began
         if self._ours:
             write_file_durably(run_path, json.dumps(self._identity, indent=2).encode())
         elif not run_path.is_file():
@@ -198,16 +207,17 @@ class RunFolder:
     def _check_identity(self, path: Path) -> None:
         try:
             before = json.loads(path.read_bytes())
-        except ValueError:
+        except (ValueError, RecursionError):
             before = None
         if not isinstance(before, dict):
             raise UsageError(f"{path}: is damaged", hint="remove the folder and start again")
-        for key, now in self._identity.items():
-            if before.get(key) != now:
-                raise UsageError(
-                    f"{self.partial}: cannot be resumed, {key} was {str(before.get(key))[:16]}, is now {str(now)[:16]}",
-                    hint="resume with what the run began with, or remove the folder and start again",
-                )
+        found = _changed({key: before.get(key) for key in self._identity}, self._identity, "")
+        if found:
+            what, was, now = found
+            raise UsageError(
+                f"{self.partial}: cannot be resumed, {what} was {_short(was)}, is now {_short(now)}",
+                hint="resume with what the run began with, or remove the folder and start again",
+            )
 
     def _keep_finished(self) -> None:
         """Keep journaled shards whose bytes still have their hash; forget (and so rewrite) the others."""
@@ -224,6 +234,23 @@ class RunFolder:
             if descriptor >= 0:
                 os.close(descriptor)
         self._journal = self._lock = -1
+
+
+def _changed(before: Any, now: Any, name: str) -> tuple[str, Any, Any] | None:
+    """The first value that differs: its place (keys with dots between), what it was, what it is."""
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        return None if before == now else (name, before, now)
+    for key in dict.fromkeys((*now, *before)):
+        found = _changed(before.get(key), now.get(key), f"{name}.{key}".lstrip("."))
+        if found:
+            return found
+    return None
+
+
+def _short(value: Any) -> str:
+    """As much of a value as tells it from another: of a digest 16 digits."""
+    text = str(value)
+    return text[:16] if len(text) == 64 and " " not in text else text[:80]
 
 
 def file_sha256(path: Path) -> str:

@@ -9,11 +9,13 @@ The header carries one metadata key (`format: pt`): anything else would make equ
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
 import struct
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +25,11 @@ import numpy as np
 import numpy.typing as npt
 
 from mimoquant.checkpoint.index import DTYPE_BYTES
-from mimoquant.errors import StoppedError
+from mimoquant.errors import CheckpointError, StoppedError
 
+TEMPORARY = ".tmp"  # behind the name of a small file that is being written
+_CREATE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW  # a link would lead out of the folder
+_COPY_BLOCK = 2**22
 _HASH_BESIDE = 2**18  # bytes from which hashing on another thread, while they are written, is worth the handing over
 
 
@@ -77,8 +82,8 @@ class ShardWriter:
         self._sha256 = hashlib.sha256()
         self._hasher = ThreadPoolExecutor(1, thread_name_prefix="hash")
         self.size_bytes = 0
-        with _io(path):
-            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        with stopping(path):
+            self._file = os.open(path, _CREATE, 0o644)
         self._put(shard_header(entries))
 
     def write(self, name: str, data: npt.NDArray[Any]) -> None:
@@ -98,7 +103,7 @@ class ShardWriter:
         """fsync and close; returns the sha256 of the whole file in hex."""
         if self._next < len(self._entries):
             raise ValueError(f"{self.path}: {self._entries[self._next].name} was never written in full")
-        with _io(self.path):
+        with stopping(self.path):
             os.fsync(self._file)
         self.abandon()
         return self._sha256.hexdigest()
@@ -111,21 +116,19 @@ class ShardWriter:
             self._file = -1
 
     def _put(self, data: bytes | memoryview) -> None:
-        view, done = memoryview(data), 0
+        view = memoryview(data)
         hashed = self._hasher.submit(self._sha256.update, view) if len(view) >= _HASH_BESIDE else None
         try:
-            with _io(self.path):
-                while done < len(view):
-                    done += os.write(self._file, view[done:])
+            with stopping(self.path):
+                self.size_bytes += write_all(self._file, view)
         finally:
             if hashed:
                 hashed.result()
         if not hashed:
             self._sha256.update(view)
-        self.size_bytes += done
 
 
-class _io:
+class stopping:
     """Turns an OSError of a write into a StoppedError that names the file."""
 
     def __init__(self, path: Path) -> None:
@@ -136,25 +139,67 @@ class _io:
 
     def __exit__(self, kind: Any, error: BaseException | None, tb: Any) -> None:
         if isinstance(error, OSError):
-            raise StoppedError(
-                f"{self.path}: cannot be written ({error.strerror})",
-                hint="make room or mend the permissions, then run the same command again with --resume",
-            ) from error
+            raise stopped(self.path, error) from error
+
+
+def stopped(path: Path, error: OSError) -> StoppedError:
+    """The end of a run that could not write `path`."""
+    return StoppedError(
+        f"{path}: cannot be written ({error.strerror})",
+        hint="make room or mend the permissions, then run the same command again with --resume",
+    )
 
 
 def write_file_durably(path: Path, data: bytes) -> None:
     """Create or replace a small file so that a crash leaves either the old or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with _io(path):
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-        try:
-            view = memoryview(data)
-            while view:
-                view = view[os.write(descriptor, view) :]
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    temporary = path.with_name(path.name + TEMPORARY)
+    with stopping(path):
+        _write_synced(temporary, [data])
         os.replace(temporary, path)
+        fsync_folder(path.parent)
+
+
+def copy_file_durably(origin: Path, path: Path) -> None:
+    """Copy a file's bytes, not its permissions. Its name is durable when the folder is."""
+    with stopping(path):
+        _write_synced(path, _blocks(origin))
+
+
+def _blocks(origin: Path) -> Iterator[bytes]:
+    try:
+        with origin.open("rb") as source:
+            while block := source.read(_COPY_BLOCK):
+                yield block
+    except OSError as error:
+        raise CheckpointError(f"{origin}: cannot be read ({error.strerror})") from error
+
+
+def _write_synced(path: Path, blocks: Iterable[bytes]) -> None:
+    descriptor = os.open(path, _CREATE, 0o644)
+    try:
+        for block in blocks:
+            write_all(descriptor, block)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_all(descriptor: int, data: bytes | memoryview) -> int:
+    """Write all of it, in as many calls as the disk makes of it; returns the number of bytes."""
+    view = memoryview(data)
+    while view:
+        count = os.write(descriptor, view)
+        if not count:
+            raise OSError(errno.EIO, "the disk takes no more")
+        view = view[count:]
+    return len(data)
+
+
+def make_folder_durably(folder: Path) -> None:
+    """Make a folder, with its parents, so that a power loss leaves it where it is."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+    for path in missing or [folder]:
         fsync_folder(path.parent)
 
 

@@ -118,7 +118,7 @@ def _refuse(mixtures: Mixtures, tokens: TokenSet, calibration: TokenSet | None, 
                          f"checkpoint has {kept / 2**30:.6g}")  # fmt: skip
 
 
-def _identity(mixtures: Mixtures, tokens: TokenSet, calibration: TokenSet | None, team: Team) -> dict[str, str]:
+def _identity(mixtures: Mixtures, tokens: TokenSet, calibration: TokenSet | None, team: Team) -> dict[str, Any]:
     """What a run that is taken up must share with the one that began. Budget and target come after the measurement."""
     calibrated = {"calibration tokens": calibration.sha256} if calibration else {}
     return mixtures.plan.identity() | calibrated | {

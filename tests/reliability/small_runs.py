@@ -1,0 +1,33 @@
+"""A checkpoint of two layers and its runs, small enough to be done a thousand times."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from conftest import Checkpoint, make_checkpoint
+
+from mimoquant import pipeline
+from mimoquant.plan import make_plan
+from mimoquant.recipe import Recipe, load_recipe, parse_recipe
+
+RECIPE = "int4-g128-rtn"
+
+
+def small_checkpoint(**settings: object) -> Checkpoint:
+    """One dense layer, one with two experts."""
+    sizes = {"num_hidden_layers": 2, "hybrid_layer_pattern": [0, 1], "moe_layer_freq": [0, 1], "n_routed_experts": 2,
+             "num_experts_per_tok": 1}  # fmt: skip
+    return make_checkpoint(**(sizes | settings))  # type: ignore[arg-type]
+
+
+def recipe_of(text_or_name: str) -> Recipe:
+    return parse_recipe(text_or_name, "test") if "\n" in text_or_name else load_recipe(text_or_name)
+
+
+def quantize(source: Path, out: Path, *, resume: bool = False, recipe: str = RECIPE) -> None:
+    pipeline.quantize(make_plan(source, recipe_of(recipe)), out, device="cpu", resume=resume)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, by its path."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -1,0 +1,136 @@
+"""Weights at the edges, one row each: what every format makes of them is defined (`quant/formats.py`) and the same on
+every engine."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mimoquant.quant.engine_cpu import CpuEngine
+from mimoquant.quant.engine_torch import TorchEngine, decode
+from mimoquant.quant.formats import Format
+from mimoquant.quant.stack import Engine, NonFiniteError, Stack
+
+FORMATS = [Format("int4", 32), Format("int4", 128), Format("int4", 128, symmetric=False), Format("mxfp4", 32),
+           Format("nvfp4", 16), Format("nvfp4", 16, pow2_global=True)]  # fmt: skip
+WIDTH = 128
+_ONE_HOT = np.eye(1, WIDTH, 5, dtype=np.float32)[0]
+ROWS = {
+    "zeros": np.zeros(WIDTH), "negative zeros": np.full(WIDTH, -0.0),
+    "one-hot": _ONE_HOT, "negative one-hot": -_ONE_HOT,
+    "1e30": np.where(np.arange(WIDTH) % 2, 1e30, -1e30), "1e38": np.full(WIDTH, 1e38),
+    "subnormal": np.where(np.arange(WIDTH) % 3, 2.0**-133, -(2.0**-127)), "smallest normal": np.full(WIDTH, 2.0**-126),
+    "all equal": np.full(WIDTH, 0.01), "all equal, negative": np.full(WIDTH, -0.75),
+    "one above zeros": np.where(np.arange(WIDTH) == 127, 1e-30, 0.0),
+}  # fmt: skip
+cases = pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: f"{fmt.label}{' pow2' * fmt.pow2_global}")
+searches = pytest.mark.parametrize("search", ["absmax", "mse"])
+
+
+def bf16_stack(row: np.ndarray) -> Stack:
+    """One expert of eight such rows."""
+    values = torch.from_numpy(np.tile(row.astype(np.float32), (1, 8, 1))).to(torch.bfloat16)
+    return Stack(values.view(torch.uint16).numpy(), None)
+
+
+def fp8_stack(code: int, scale: float) -> Stack:
+    return Stack(np.full((1, 8, WIDTH), code, np.uint8), np.full((1, 1, 1), scale, np.float32))
+
+
+def encoded(engine: Engine, stack: Stack, fmt: Format, search: str) -> dict[str, np.ndarray]:
+    return engine.encode({"gate": stack, "up": stack, "down": stack}, fmt, search)["down"]
+
+
+def values_of(parts: dict[str, np.ndarray], fmt: Format) -> np.ndarray:
+    """The values as readers compute them."""
+    kinds = {"int4": torch.bfloat16, "mxfp4": torch.uint8, "nvfp4": torch.float8_e4m3fn}
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(part)) for name, part in parts.items()}
+    tensors["scale"] = tensors["scale"].view(kinds[fmt.name])
+    return decode(tensors, fmt).numpy()[0]
+
+
+def same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
+    return one.keys() == other.keys() and all(one[name].tobytes() == other[name].tobytes() for name in one)
+
+
+@cases
+@searches
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_at_the_edges(name: str, search: str, fmt: Format) -> None:
+    engine, stack = CpuEngine(1), bf16_stack(ROWS[name])
+    parts = encoded(engine, stack, fmt, search)
+    assert same(parts, encoded(TorchEngine("cpu"), stack, fmt, search))
+    values, wanted = values_of(parts, fmt), torch.from_numpy(stack.values).view(torch.bfloat16).float().numpy()[0]
+    assert np.isfinite(values).all()
+    largest = np.abs(wanted).max()
+    (audit,) = engine.audit(stack, fmt, search, parts)
+    if fmt.symmetric or largest > 2.0**-120:  # below, bf16 cannot hold an asymmetric scale to its last digits
+        assert audit.scales_ok and audit.outside == 0, audit
+    engine.close()
+    if name.removeprefix("negative ") == "zeros":
+        zero = 0x88 if fmt.name == "int4" and fmt.symmetric else 0
+        assert (values == 0).all() and not np.signbit(values).any() and (parts["codes"] == zero).all()
+    elif largest > 1e-30:
+        assert np.abs(values - wanted).max() <= largest / 5
+        assert ((values == 0) >= (wanted == 0)).all(), "zeros stay zeros"
+    else:
+        assert np.abs(values - wanted).max() <= 2 * largest, "what underflows does not grow"
+
+
+ZERO_SCALES = {"int4": np.uint16(0x3C00), "mxfp4": np.uint8(0), "nvfp4": np.uint8(0x20)}  # 2^-7, 2^-127, .125
+
+
+@cases
+@searches
+@pytest.mark.parametrize("stack", [fp8_stack(0x7E, 0.0), fp8_stack(0xFE, -0.0), fp8_stack(0x80, 3.0)],
+                         ids=["scale 0", "scale -0", "codes -0"])  # fmt: skip
+def test_a_scale_of_zero_makes_a_row_of_zeros(stack: Stack, search: str, fmt: Format) -> None:
+    """Their scale is compressed-tensors' for zeros, and the global scale 1, or its own power of two."""
+    parts = encoded(CpuEngine(1), stack, fmt, search)
+    assert same(parts, encoded(TorchEngine("cpu"), stack, fmt, search))
+    assert (parts["scale"].view(ZERO_SCALES[fmt.name].dtype) == ZERO_SCALES[fmt.name]).all()
+    assert (values_of(parts, fmt) == 0).all()
+    if fmt.name == "nvfp4":
+        assert np.isfinite(parts["global_scale"]).all() and (parts["global_scale"] > 0).all()
+
+
+@cases
+@pytest.mark.parametrize("code", [0x7E, 0xFE])
+def test_saturated_fp8(code: int, fmt: Format) -> None:
+    """All of a row at 448 times its scale: the largest level everywhere, within its error."""
+    stack = fp8_stack(code, 3e-4)
+    for search in ("absmax", "mse"):
+        parts = encoded(CpuEngine(1), stack, fmt, search)
+        assert same(parts, encoded(TorchEngine("cpu"), stack, fmt, search))
+        values, wanted = values_of(parts, fmt), (448 if code == 0x7E else -448) * 3e-4
+        assert len(np.unique(values)) == 1 and abs(values[0, 0] / wanted - 1) < 0.15
+
+
+@cases
+@searches
+@pytest.mark.parametrize(
+    "stack",
+    [fp8_stack(0x7E, float("inf")), fp8_stack(0x00, float("inf")), fp8_stack(0x38, float("nan")), fp8_stack(0x7F, 1.0),
+     fp8_stack(0x7E, 3e38), bf16_stack(np.full(WIDTH, np.inf)), bf16_stack(np.full(WIDTH, np.nan))],
+    ids=["scale inf", "0 times inf", "scale nan", "code nan", "product overflows", "inf", "nan"],
+)  # fmt: skip
+def test_what_is_not_finite_is_refused(stack: Stack, search: str, fmt: Format) -> None:
+    for engine in (CpuEngine(1), TorchEngine("cpu")):
+        with pytest.raises(NonFiniteError):
+            encoded(engine, stack, fmt, search)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is here")
+@cases
+@searches
+def test_a_gpu_makes_the_same_of_all_of_them(search: str, fmt: Format) -> None:
+    cpu, gpu = CpuEngine(1), TorchEngine("cuda")
+    stacks = [bf16_stack(row) for row in ROWS.values()] + [fp8_stack(c, s) for c in (0, 0x7E, 0xFE, 0x80, 1)
+                                                           for s in (0.0, 3e-4, 1e-38, 1e27)]  # fmt: skip
+    for stack in stacks:
+        assert same(encoded(cpu, stack, fmt, search), encoded(gpu, stack, fmt, search))
+    for stack in (fp8_stack(0x7E, float("inf")), fp8_stack(0x38, float("nan")), bf16_stack(np.full(WIDTH, np.nan))):
+        with pytest.raises(NonFiniteError):
+            encoded(gpu, stack, fmt, search)
