@@ -10,13 +10,14 @@ them back into values; `container` gives them names on disk. Values on the grids
 with e2m1 in +-{0, .5, 1, 1.5, 2, 3, 4, 6}. Codes are packed two a byte, the even column in the low nibble; int4 codes
 are stored as q + 8.
 
-At the edges, the same on every engine (tests/reliability/test_numerics.py). A group of zeros, of either sign, or of an
-FP8 block whose scale is 0, gets the zero scale below (asymmetric int4: zero point -8) and zeros, without a sign in FP4.
-Values too small for any scale become zeros, in int4 those below 2^-134 of their group's spread. Saturated FP8 is a value
-as any other. A weight that is NaN or Inf, or becomes so when multiplied by its block's scale (which 0 times Inf does), is
-refused by name. Where squared errors overflow (beyond 1e19) a search keeps the plain scale. Not refused, but not
-representable: MXFP4 of weights from 2^127.8, whose rounding up gives 2^128, and NVFP4 with a power of two as global scale
-near there. References: OCP Microscaling v1.0; NVIDIA NVFP4; compressed-tensors 0.19 (names, eps, rounding).
+At the edges, the same on every engine (tests/reliability/test_numerics.py): a group of zeros, of either sign, or of
+an FP8 block whose scale is 0, gets the zero scale below (asymmetric int4: zero point -8) and codes of +0; so does a
+group whose scale underflows. Saturated FP8 is a value as any other. A weight that is NaN or Inf, or becomes so when
+multiplied by its block's scale (as 0 by Inf does), is refused by name. Where squared errors overflow (from 1e19 on) a
+search keeps the plain scale. Not refused though not representable: in MXFP4 1.75 * 2^127 and more, which is rounded up
+to 2^128, and in NVFP4 with powers of two as global scales values near that.
+
+References: OCP Microscaling v1.0; NVIDIA NVFP4; compressed-tensors 0.19 (names, eps, rounding).
 """
 
 from __future__ import annotations

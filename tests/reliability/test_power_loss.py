@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 import shutil
 from collections.abc import Iterator
@@ -43,9 +42,9 @@ def states(root: Path, calls: list[Call], samples: int, every_call: bool) -> Ite
         call = calls[number] if number < len(calls) else None
         if call is None or call.kind != "write" or every_call:
             for tree in power_losses(disk, dice, samples):
-                digest = hashlib.sha256(repr(sorted(tree.items())).encode()).digest()
-                if digest not in seen:
-                    seen.add(digest)
+                state = frozenset(tree.items())
+                if state not in seen:
+                    seen.add(state)
                     yield f"before call {number}, {call and call.kind} {call and call.path.name}", tree
         if call is not None:
             disk.do(call)
