@@ -1,21 +1,15 @@
-"""MTP layers against a second forward, written here from the published facts: float64, one query at a time.
-
-It reads the files by the safetensors library and undoes FP8 blocks and the fused qkv by itself, rank by rank.
-"""
+"""MTP layers against a float64 forward of the tests' own, and their inner layer against transformers'."""
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
-from safetensors import safe_open
+from mtp_reference import Floats, Reference
 
 import mimoquant
 from mimoquant import pipeline
@@ -27,102 +21,8 @@ from mimoquant.model_weights import CheckpointWeights
 from mimoquant.plan import make_plan
 from mimoquant.recipe import load_recipe
 
-Floats = npt.NDArray[np.float64]
 MICRO = mimoquant.micro_checkpoint()
 TOKENS, DEPTHS = 150, 3  # more than twice the window of 64
-
-
-class Reference:
-    """A checkpoint's MTP layers, spelled out."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.config = json.loads((folder / "config.json").read_text())
-        self.files = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
-
-    def read(self, name: str) -> torch.Tensor:
-        with safe_open(self.folder / self.files[name], "pt") as file:
-            return file.get_tensor(name)
-
-    def matrix(self, name: str, ranks: int = 1) -> Floats:
-        """FP8 blocks of 128 x 128 begin anew with every rank; the product is rounded to bf16, as engines hold it."""
-        values = self.read(name)
-        if values.dtype != torch.float8_e4m3fn:
-            return values.double().numpy()
-        scales, rows = self.read(f"{name}_scale_inv"), len(values) // ranks
-        scale_rows, out = len(scales) // ranks, np.empty(values.shape)
-        for row in range(len(values)):
-            scale = scales[row // rows * scale_rows + row % rows // 128].repeat_interleave(128)[: values.shape[1]]
-            out[row] = (values[row].float() * scale).bfloat16().double().numpy()
-        return out
-
-    def qkv(self, prefix: str) -> list[Floats]:
-        heads, kv = self.config["swa_num_attention_heads"], self.config["swa_num_key_value_heads"]
-        dim, v_dim = self.config["swa_head_dim"], self.config["swa_v_head_dim"]
-        if self.config.get("attention_projection_layout") != "fused_qkv":
-            return [self.matrix(f"{prefix}{letter}_proj.weight") for letter in "qkv"]
-        ranks = self.config["num_key_value_heads"]
-        fused, parts = self.matrix(f"{prefix}qkv_proj.weight", ranks), ([], [], [])
-        for rank in np.split(fused, ranks):
-            begin = 0
-            for part, rows in zip(parts, (heads * dim, kv * dim, kv * v_dim), strict=True):
-                part.append(rank[begin : begin + rows // ranks])
-                begin += rows // ranks
-        return [np.concatenate(part) for part in parts]
-
-    def norm(self, x: Floats, name: str) -> Floats:
-        weight = self.read(name).double().numpy()
-        return x / np.sqrt((x * x).mean(-1, keepdims=True) + self.config["layernorm_epsilon"]) * weight
-
-    def rotated(self, head: Floats, position: int) -> Floats:
-        width = int(self.config["swa_head_dim"] * self.config["partial_rotary_factor"])
-        out, half = head.copy(), width // 2
-        for i in range(half):
-            angle = position * self.config["swa_rope_theta"] ** (-2 * i / width)
-            a, b = head[i], head[i + half]
-            out[i] = a * math.cos(angle) - b * math.sin(angle)
-            out[i + half] = b * math.cos(angle) + a * math.sin(angle)
-        return out
-
-    def attention(self, x: Floats, prefix: str) -> Floats:
-        """x [T, H]; window, sinks, scaled values."""
-        heads, kv = self.config["swa_num_attention_heads"], self.config["swa_num_key_value_heads"]
-        dim, v_dim, window = (self.config[k] for k in ("swa_head_dim", "swa_v_head_dim", "sliding_window_size"))
-        q, k, v = (x @ part.T for part in self.qkv(prefix))
-        sinks = self.read(f"{prefix}attention_sink_bias").double().numpy()
-        out = np.zeros((len(x), heads * v_dim))
-        for head in range(heads):
-            group = head // (heads // kv)
-            keys = np.array([self.rotated(row[group * dim : (group + 1) * dim], t) for t, row in enumerate(k)])
-            values = v[:, group * v_dim : (group + 1) * v_dim] * self.config["attention_value_scale"]
-            for t in range(len(x)):
-                first = max(0, t - window + 1)
-                query = self.rotated(q[t, head * dim : (head + 1) * dim], t)
-                shares = np.exp(keys[first : t + 1] @ query / math.sqrt(dim))
-                total = shares.sum() + math.exp(sinks[head])
-                out[t, head * v_dim : (head + 1) * v_dim] = shares @ values[first : t + 1] / total
-        return out @ self.matrix(f"{prefix}o_proj.weight").T
-
-    def layer(self, number: int, hidden: Floats, embedded: Floats) -> Floats:
-        """Both [T, H]: states, and the embeddings of the tokens that follow them."""
-        prefix = f"model.mtp.layers.{number}."
-        joined = np.concatenate(
-            [self.norm(embedded, f"{prefix}enorm.weight"), self.norm(hidden, f"{prefix}hnorm.weight")], -1
-        )
-        x = joined @ self.matrix(f"{prefix}eh_proj.weight").T
-        x = x + self.attention(self.norm(x, f"{prefix}input_layernorm.weight"), f"{prefix}self_attn.")
-        normed = self.norm(x, f"{prefix}pre_mlp_layernorm.weight")
-        gate, up = (normed @ self.matrix(f"{prefix}mlp.{name}_proj.weight").T for name in ("gate", "up"))
-        x = x + (gate / (1 + np.exp(-gate)) * up) @ self.matrix(f"{prefix}mlp.down_proj.weight").T
-        return self.norm(x, f"{prefix}final_layernorm.weight")
-
-    def chain(self, final: Floats, embedded: Floats, depths: int) -> list[Floats]:
-        """h_1 .. h_D of a sequence: layer d is told of the token d places on."""
-        starts, hidden, out = len(final) - depths, final, []
-        for depth in range(1, depths + 1):
-            hidden = self.layer(depth - 1, hidden[:starts], embedded[depth : depth + starts])
-            out.append(hidden)
-        return out
 
 
 def inputs(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
@@ -133,6 +33,16 @@ def inputs(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     return final, embedding[torch.from_numpy(rng.integers(0, len(embedding), (1, TOKENS)))]
 
 
+NOT_OF_A_LAYER = ("model_type", "architectures", "quantization_config", "num_hidden_layers", "hybrid_layer_pattern",
+                  "moe_layer_freq", "layer_types", "mlp_layer_types", "auto_map")  # fmt: skip
+NAMES = {"layers.0.input_layernorm.weight": "input_layernorm.weight",
+         "layers.0.post_attention_layernorm.weight": "pre_mlp_layernorm.weight",
+         "layers.0.self_attn.o_proj.weight": "self_attn.o_proj.weight",
+         "layers.0.self_attn.sinks": "self_attn.attention_sink_bias",
+         "layers.0.mlp.gate_proj.weight": "mlp.gate_proj.weight",
+         "layers.0.mlp.up_proj.weight": "mlp.up_proj.weight",
+         "layers.0.mlp.down_proj.weight": "mlp.down_proj.weight",
+         "norm.weight": "final_layernorm.weight"}  # fmt: skip  # transformers' name → that in the MTP layer
 Change = Callable[[MtpWeights], MtpWeights]
 
 
@@ -197,3 +107,28 @@ def test_containers_hold_the_same_layers(tmp_path: Path) -> None:
         pipeline.quantize(make_plan(MICRO, load_recipe(recipe)), out, device="cpu")
         for drafted, again in zip(ours(MICRO), ours(out), strict=True):
             assert torch.equal(drafted, again)
+
+
+@torch.no_grad()
+def test_what_follows_the_projection_is_a_whole_model_of_transformers() -> None:
+    """One sliding dense layer and a last norm, given x as its embeddings."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed (scripts/setup --dev)")
+    judge, prefix = Reference(MICRO), "model.mtp.layers.0."
+    config = {key: value for key, value in judge.config.items() if key not in NOT_OF_A_LAYER}
+    one = {"num_hidden_layers": 1, "layer_types": ["sliding_attention"], "mlp_layer_types": ["dense"]}
+    model = transformers.MiMoV2FlashModel(transformers.MiMoV2FlashConfig(**config | one)).eval()
+    held = {f"layers.0.self_attn.{letter}_proj.weight": matrix
+            for letter, matrix in zip("qkv", judge.qkv(f"{prefix}self_attn."), strict=True)}  # fmt: skip
+    for name, mine in NAMES.items():
+        held[name] = judge.matrix(f"{prefix}{mine}")
+    held["embed_tokens.weight"] = judge.matrix("model.embed_tokens.weight")
+    loaded = model.load_state_dict(
+        {name: torch.from_numpy(values).float() for name, values in held.items()}, strict=False
+    )
+    assert not loaded.unexpected_keys and not [name for name in loaded.missing_keys if "inv_freq" not in name]
+    final, embedded = inputs(MICRO)
+    hidden, embedded = final[:, :-DEPTHS], embedded[:, 1 : 1 + TOKENS - DEPTHS]
+    both = [judge.norm(x.numpy(), f"{prefix}{name}.weight") for x, name in ((embedded, "enorm"), (hidden, "hnorm"))]
+    x = torch.from_numpy(np.concatenate(both, -1) @ judge.matrix(f"{prefix}eh_proj.weight").T).float()
+    theirs = model(inputs_embeds=x).last_hidden_state
+    assert (ours(MICRO)[0] - theirs).abs().max() < 1e-4
