@@ -47,7 +47,7 @@ from mimoquant.team import Team
 
 SCHEMA_VERSION = 1
 MAX_DEPTH = 3
-_LOGITS = 2**26  # of one distribution's that are held at once
+_LOGITS = 2**25  # of one distribution's that are held at once
 
 _Floats = npt.NDArray[np.float64]
 _Ints = npt.NDArray[np.int64]
