@@ -17,20 +17,21 @@ def draft_text(facts: Facts) -> str:
     lines = []
     for name, text in (*_verdict(facts), *origin({**facts, "tokens": facts["starts"]})):
         lines += textwrap.wrap(visible(text), WIDTH, initial_indent=f"{name:<13}", subsequent_indent=" " * 13)
-    head = ("figure", "depth", "reference", "candidate", "difference", "95 % interval")
+    head = ("figure (shares: points)", "depth", "reference", "candidate", "difference", "95 % interval")
     lines += ["", *table(head, _figures(facts))]
-    columns = ("domain", "acceptance", "difference, points", "greedy", "difference, points", "starts")
+    columns = ("domain, depth 1", "acceptance", "points (95 %)", "greedy", "points (95 %)")
     lines += ["", *table(columns, map(_domain, facts["by_domain"]))]
     return "\n".join(line.rstrip() for line in lines)
 
 
 def _verdict(facts: Facts) -> Iterator[tuple[str, str]]:
     length = facts["accepted_length"]["sampling"]
+    ours, theirs = (number(length[side]["mean"]) for side in ("reference", "candidate"))
+    change, interval = _change(length["difference"])
     yield (
         "MEASURED",
-        f"of {facts['depth']} drafted tokens {number(length['candidate']['mean'])} are accepted where the reference "
-        f"accepts {number(length['reference']['mean'])} ({_signed(length['difference'], 1)}), sampling at "
-        "temperature 1, on the text's own tokens",
+        f"of {facts['depth']} drafted tokens {theirs} are accepted where the reference accepts {ours} ({change}, 95 % "
+        f"interval {interval}), sampling at temperature 1 along the text's own tokens",
     )
     if facts["nonfinite_share"] > 0:
         yield "NOT FINITE", f"{percent(facts['nonfinite_share'])} of the starts, which are left out"
@@ -39,34 +40,28 @@ def _verdict(facts: Facts) -> Iterator[tuple[str, str]]:
 def _figures(facts: Facts) -> Iterator[tuple[str, ...]]:
     for key, name in (("acceptance", "acceptance, sampling"), ("greedy_match", "greedy match")):
         for row in facts["depths"]:
-            ours, theirs = (percent(row[key][side]["mean"]) for side in ("reference", "candidate"))
-            yield name, str(row["depth"]), ours, theirs, *_points(row[key]["difference"])
+            shares = (percent(row[key][side]["mean"]) for side in ("reference", "candidate"))
+            yield name, str(row["depth"]), *shares, *_points(row[key]["difference"])
     for key, pair in facts["accepted_length"].items():
-        ours, theirs = (number(pair[side]["mean"]) for side in ("reference", "candidate"))
-        low, high = pair["difference"]["low"], pair["difference"]["high"]
-        yield (
-            f"accepted length, {key}",
-            "",
-            ours,
-            theirs,
-            f"{pair['difference']['mean']:+.4f}",
-            f"{low:+.4f} to {high:+.4f}",
-        )
+        lengths = (number(pair[side]["mean"]) for side in ("reference", "candidate"))
+        yield f"accepted length, {key}", "", *lengths, *_change(pair["difference"])
 
 
 def _domain(part: Facts) -> tuple[str, ...]:
-    """Of the first depth: it has the most to say, as every guess depends on it."""
-    first = part["depths"][0]
-    cells = [(percent(first[key]["candidate"]["mean"]), _signed(first[key]["difference"], 100))
-             for key in ("acceptance", "greedy_match")]  # fmt: skip
-    return visible(part["domain"])[:NAME_CHARS], *cells[0], *cells[1], str(part["starts"])
+    """Of the first depth alone, which every chain depends on; JSON has the others."""
+    cells = []
+    for key in ("acceptance", "greedy_match"):
+        pair = part["depths"][0][key]
+        change, interval = _points(pair["difference"])
+        cells += [percent(pair["candidate"]["mean"]), f"{change} ({interval})"]
+    return visible(part["domain"])[:NAME_CHARS], *cells
 
 
 def _points(difference: Facts) -> tuple[str, str]:
-    low, high = (f"{100 * difference[key]:+.2f}" for key in ("low", "high"))
-    return f"{100 * difference['mean']:+.2f} points", f"{low} to {high}"
+    """A difference of shares in percentage points, and its interval."""
+    return _change({key: 100 * value for key, value in difference.items()}, digits=2)
 
 
-def _signed(difference: Facts, unit: float) -> str:
-    mean, low, high = (f"{unit * difference[key]:+.2f}" for key in ("mean", "low", "high"))
-    return f"{mean} ({low} to {high})"
+def _change(difference: Facts, digits: int = 4) -> tuple[str, str]:
+    mean, low, high = (f"{difference[key]:+.{digits}f}" for key in ("mean", "low", "high"))
+    return mean, f"{low} to {high}"
