@@ -23,6 +23,7 @@ from typer.core import TyperGroup
 
 import mimoquant
 from mimoquant.choices import Container, Engine, Gpu, Layout, Qkv, QkvDtype, Server
+from mimoquant.draft_cli import eval_draft
 from mimoquant.errors import MimoquantError, UsageError, is_disk_trouble, is_out_of_memory
 from mimoquant.page_files import check_page, check_profile, check_writable, write_page
 from mimoquant.progress import Lines, Progress, tell
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 EXIT_INTERRUPTED = 130
 _RESUMABLE_VERBS = ("quantize", "relayout", "sensitivity")
-_SHARED_VERBS = ("quantize", "eval-kl", "sensitivity")  # among ranks
+_SHARED_VERBS = ("quantize", "eval-kl", "eval-draft", "sensitivity")  # among ranks
 
 
 class _Group(TyperGroup):
@@ -374,6 +375,7 @@ def eval_kl(
 
 
 app.command()(sensitivity)
+app.command("eval-draft")(eval_draft)
 
 
 @app.command()

@@ -28,9 +28,10 @@ def check_candidate(
             raise UsageError(f"{option} cannot go with {'--server' if candidate is None else 'a CANDIDATE folder'}")
 
 
-def _load_tokens(
+def load_held_out(
     reference: Path, data: list[str], sequences: int | None, tokens: int, vocab: int, leads: bool = True
 ) -> TokenSet:
+    """The tokens that were asked for; what was too short for one sequence is told."""
     from mimoquant.calibration.tokens import load_tokens
 
     loaded = load_tokens(data, reference, sequences=sequences, tokens=tokens, vocab=vocab)
@@ -59,7 +60,7 @@ def evaluate(
 
     place, lines = resolve_device(device), Lines()
     with Team.from_environment(place) as team:
-        loaded = _load_tokens(reference, data, sequences, tokens, open_layout(reference).geometry.vocab, team.leads)
+        loaded = load_held_out(reference, data, sequences, tokens, open_layout(reference).geometry.vocab, team.leads)
         try:
             decode = load_tokenizer(reference).decode
         except CheckpointError:  # data that came as ids needs no tokenizer; the worst tokens are shown as ids then
@@ -95,7 +96,7 @@ def evaluate_server(
     )  # before the data: a typing error is told soon
     if top_k is None:
         tell(f"note: {server.engine} is asked for {server.top_k} ids a position")
-    loaded, lines = _load_tokens(reference, data, sequences, tokens, vocab), Lines()
+    loaded, lines = load_held_out(reference, data, sequences, tokens, vocab), Lines()
     return eval_server(reference, server, loaded, device=place,
                        progress=lambda layer, layers: lines(f"layer {layer}", layer + 1, layers),
                        asked=lambda done, all_: lines(f"sequence {done}", done, all_))  # fmt: skip

@@ -25,6 +25,7 @@ from mimoquant.model.decoder_layer import (
 )
 from mimoquant.model.geometry import MXFP8_BLOCK
 from mimoquant.model.layout import PROJECTIONS, ModelLayout, Weight
+from mimoquant.model.mtp import MtpWeights
 from mimoquant.model.qkv import deinterleave_rows
 from mimoquant.quant.engine_torch import TorchEngine, decode, dequantize_fp8, exp2
 from mimoquant.quant.formats import Format
@@ -75,13 +76,28 @@ class CheckpointWeights:
             mlp = Router(self.tensor(f"{gate}weight", torch.float32),
                          self.tensor(f"{gate}e_score_correction_bias", torch.float32))  # fmt: skip
         else:
-            mlp = DenseWeights(*(self.tensor(f"{prefix}mlp.{p}_proj.weight") for p in PROJECTIONS))
+            mlp = self._dense(prefix)
         return LayerWeights(
             input_norm=self.tensor(f"{prefix}input_layernorm.weight"),
             post_norm=self.tensor(f"{prefix}post_attention_layernorm.weight"),
             attention=self._attention(f"{prefix}self_attn.", sliding=geometry.sliding[number]),
             mlp=mlp,
         )
+
+    def mtp_layer(self, number: int) -> MtpWeights:
+        """One of the `layout.mtp_layers` draft layers."""
+        prefix = f"model.mtp.layers.{number}."
+        block = LayerWeights(
+            input_norm=self.tensor(f"{prefix}input_layernorm.weight"),
+            post_norm=self.tensor(f"{prefix}pre_mlp_layernorm.weight"),
+            attention=self._attention(f"{prefix}self_attn.", sliding=True),
+            mlp=self._dense(prefix),
+        )
+        names = ("enorm", "hnorm", "eh_proj", "final_layernorm")
+        return MtpWeights(block, *(self.tensor(f"{prefix}{name}.weight") for name in names))
+
+    def _dense(self, prefix: str) -> DenseWeights:
+        return DenseWeights(*(self.tensor(f"{prefix}mlp.{p}_proj.weight") for p in PROJECTIONS))
 
     def _attention(self, prefix: str, *, sliding: bool) -> AttentionWeights:
         geometry = self.layout.geometry

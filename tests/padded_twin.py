@@ -18,12 +18,16 @@ from safetensors.torch import save_file
 
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.evaluation.evaluate import open_layout
-from mimoquant.model.decoder_layer import AttentionWeights
+from mimoquant.model.decoder_layer import AttentionWeights, DenseWeights
+from mimoquant.model.mtp import MtpWeights
 from mimoquant.model_weights import CheckpointWeights
 
 
-def padded_twin(folder: Path, twin: Path, head: int) -> Path:
-    """A checkpoint in any form as a plain bf16 one in Flash's layout with heads of `head`, every expert decoded."""
+def padded_twin(folder: Path, twin: Path, head: int, *, mtp: bool = False) -> Path:
+    """A checkpoint in any form as a plain bf16 one in Flash's layout with heads of `head`, every expert decoded.
+
+    `mtp`: with its draft layers.
+    """
     layout = open_layout(folder)
     tensors: dict[str, torch.Tensor] = {}
     with CheckpointReader(layout.index) as reader:
@@ -46,6 +50,8 @@ def padded_twin(folder: Path, twin: Path, head: int) -> Path:
                 for projection in ("gate", "up", "down"):
                     for i, matrix in enumerate(getattr(chunk, projection)):
                         tensors[f"{prefix}mlp.experts.{chunk.begin + i}.{projection}_proj.weight"] = matrix
+        for number in range(layout.mtp_layers if mtp else 0):
+            tensors |= mtp_layer(weights.mtp_layer(number), f"model.mtp.layers.{number}.", head)
     twin.mkdir()
     save_file(
         {name: tensor.contiguous().clone() for name, tensor in tensors.items()}, twin / "model.safetensors",
@@ -64,6 +70,18 @@ def attention(weights: AttentionWeights, head: int) -> dict[str, torch.Tensor]:
              "v_proj.weight": padded(weights.v, weights.kv_heads, head),
              "o_proj.weight": padded(weights.o.T.contiguous(), weights.heads, head).T}  # fmt: skip
     return parts if weights.sink is None else parts | {"attention_sink_bias": weights.sink}
+
+
+def mtp_layer(weights: MtpWeights, prefix: str, head: int) -> dict[str, torch.Tensor]:
+    mlp = weights.layer.mlp
+    assert isinstance(mlp, DenseWeights)
+    parts = {f"self_attn.{name}": tensor for name, tensor in attention(weights.layer.attention, head).items()}
+    parts |= {"enorm.weight": weights.embedding_norm, "hnorm.weight": weights.hidden_norm,
+              "eh_proj.weight": weights.projection, "input_layernorm.weight": weights.layer.input_norm,
+              "pre_mlp_layernorm.weight": weights.layer.post_norm, "final_layernorm.weight": weights.final_norm,
+              "mlp.gate_proj.weight": mlp.gate, "mlp.up_proj.weight": mlp.up,
+              "mlp.down_proj.weight": mlp.down}  # fmt: skip
+    return {f"{prefix}{name}": tensor for name, tensor in parts.items()}
 
 
 def padded(matrix: torch.Tensor, heads: int, head: int, factor: float = 1.0) -> torch.Tensor:

@@ -33,6 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "report_page": {"describe", "report"},
     "server_text": {"describe", "report_page"},
     "coverage_page": {"describe", "report_page"},
+    "draft_text": {"describe", "report_page"},
     "sensitivity_page": {"describe", "report", "report_page"},
     "calibration": {"errors", "model.decoder_layer"},
     # what joins two of them
@@ -78,10 +79,11 @@ ALLOWED: dict[str, set[str]] = {
     "cli_eval": {"errors", "calibration", "devices", "evaluation", "progress", "team"},
     "sensitivity_cli": {"errors", "calibration.tokens", "choices", "devices", "evaluation", "mixture", "page_files",
                         "plan", "progress", "recipe", "sensitivity_page", "serving", "team"},
+    "draft_cli": {"errors", "cli_eval", "devices", "draft_text", "evaluation", "progress", "team"},
     # the edge, which nothing imports
-    "cli": {"errors", "checkpoint", "choices", "cli_eval", "coverage_page", "describe", "devices", "model", "needs",
-            "page_files", "rehearsal", "pipeline", "plan", "progress", "recipe", "relayout", "report", "report_page",
-            "sensitivity_cli", "server_text", "serving", "synth", "team", "verify", "timeline"},
+    "cli": {"errors", "checkpoint", "choices", "cli_eval", "coverage_page", "describe", "devices", "draft_cli", "model",
+            "needs", "page_files", "rehearsal", "pipeline", "plan", "progress", "recipe", "relayout", "report",
+            "report_page", "sensitivity_cli", "server_text", "serving", "synth", "team", "verify", "timeline"},
     "__main__": {"cli"},
 }  # fmt: skip
 # for annotations only, under `if TYPE_CHECKING:`; nothing is loaded

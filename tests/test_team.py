@@ -158,6 +158,19 @@ def test_an_evaluation_gives_the_numbers_of_one_process(gptq: Path) -> None:
     assert told[0] == told[1] and told[0]["j"]["mean"] > 0 and told[0]["noise_floor"]["relative_noise"] > 0
 
 
+def test_acceptance_gives_the_numbers_of_one_process(gptq: Path) -> None:
+    told = []
+    for ranks in (1, 2):
+        done = start(ranks, "eval-draft", str(MICRO), str(gptq), "--sequences", "21", "--tokens", "64", "--depth", "2",
+                     "--device", "cpu", "--json")  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        told.append(json.loads(done.stdout))
+    for facts in told:
+        for key in ("elapsed_s", "peak_rss_bytes"):
+            facts.pop(key)
+    assert told[0] == told[1] and told[0]["accepted_length"]["sampling"]["difference"]["mean"] != 0
+
+
 # --- without torchrun -------------------------------------------------------------------------------------------------
 
 

@@ -102,7 +102,7 @@ def compare(
     rank of `team`. Raises CheckpointError where a candidate is another model than the reference.
     """
     for candidate in candidates:
-        _same_model(reference, candidate)
+        same_model(reference, candidate)
     team = team or Team(device)
     place, ids = torch.device(team.device), torch.from_numpy(tokens.ids)
     readers = [CheckpointReader(layout.index) for layout in (reference, *candidates)]
@@ -171,7 +171,8 @@ def _joined(candidates: list[ModelLayout], team: Team, parts: list[list[Part]], 
     return out
 
 
-def _same_model(reference: ModelLayout, candidate: ModelLayout) -> None:
+def same_model(reference: ModelLayout, candidate: ModelLayout) -> None:
+    """Raise CheckpointError where the candidate's sizes are not the reference's."""
     ours, theirs = reference.geometry, candidate.geometry
     for key in ("hidden", "layers", "experts", "top_k", "vocab", "expert_intermediate", "sliding", "moe"):
         if getattr(ours, key) != getattr(theirs, key):
@@ -295,7 +296,7 @@ def eval_kl(
         "schema_version": SCHEMA_VERSION,
         "reference": str(reference),
         "candidate": str(candidate),
-        "recipe": _recipe_name(Path(candidate)),
+        "recipe": recipe_name(Path(candidate)),
         "activations_quantized": _quantizes_activations(others[0]),
         "data": {"name": tokens.name, "sha256": tokens.sha256, "origins": list(tokens.origins)},
         **summarize(scores, tokens),
@@ -312,7 +313,8 @@ def eval_kl(
     return facts
 
 
-def _recipe_name(candidate: Path) -> str | None:
+def recipe_name(candidate: Path) -> str | None:
+    """The recipe beside a checkpoint, if there is one."""
     path = candidate / "recipe.yaml"
     return str(path) if path.is_file() else None
 

@@ -1,0 +1,56 @@
+"""The verb `eval-draft`: options, what is refused before the walk, what is printed."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mimoquant.progress import Lines
+
+
+def eval_draft(
+    reference: Annotated[Path, typer.Argument(help="The published checkpoint.", metavar="REFERENCE")],
+    candidate: Annotated[Path, typer.Argument(help="The quantized one, by any tool.", metavar="CANDIDATE")],
+    draft: Annotated[str, typer.Option(help="What drafts: mtp, each checkpoint's own MTP layers.")] = "mtp",
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="A shipped set, or .jsonl, .txt, .npy, dataset folder; repeatable.", metavar="SET|FILE"),
+    ] = None,
+    sequences: Annotated[int | None, typer.Option(min=1, help="At most so many; by default all.")] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Of each sequence.")] = 512,
+    depth: Annotated[
+        int | None, typer.Option(min=1, max=3, help="MTP layers in the chain; by default all, at most 3.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
+) -> None:
+    """Measure how many drafted tokens a quantized backbone accepts, beside its bf16 reference, on held-out tokens."""
+    from mimoquant.cli_eval import load_held_out
+    from mimoquant.devices import resolve_device
+    from mimoquant.draft_text import draft_text
+    from mimoquant.errors import UsageError
+    from mimoquant.evaluation.acceptance import chain_depth
+    from mimoquant.evaluation.acceptance import eval_draft as run
+    from mimoquant.evaluation.evaluate import open_layout
+    from mimoquant.team import Team
+
+    begin, lines = time.monotonic(), Lines()
+    if draft != "mtp":
+        raise UsageError(f"--draft {draft}: known is mtp", hint="a drafter in a folder of its own cannot be run yet")
+    with Team.from_environment(resolve_device(device)) as team:
+        layouts = open_layout(reference), open_layout(candidate)
+        chain_depth(layouts, depth, tokens)  # before the data, which can take minutes
+        vocab = layouts[0].geometry.vocab
+        loaded = load_held_out(reference, data or ["heldout-v1"], sequences, tokens, vocab, team.leads)
+        shown = (lambda layer, layers: lines(f"layer {layer}", layer + 1, layers)) if team.leads else None
+        facts = run(reference, candidate, loaded, depth=depth, device=team.device, progress=shown, team=team)
+    if not team.leads:
+        return
+    facts["elapsed_s"] = round(time.monotonic() - begin, 3)
+    facts["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    typer.echo(json.dumps(facts, indent=2) if as_json else draft_text(facts))

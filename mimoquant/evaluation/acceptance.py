@@ -1,0 +1,259 @@
+"""`eval-draft`: what the MTP layers are worth as a draft model, on the reference's backbone and on a candidate's.
+
+The definitions, once for the whole program. Let p_s be a backbone's next-token distribution at position s (softmax of
+its own logits, temperature 1), given the tokens 0..s of the text. A chain starts at position t with h_0(t), the
+backbone's hidden state after its last norm. MTP layer d = 1, 2, .. takes h_{d-1}(t) and the embedding of the *text's*
+token t+d (teacher-forced, as are all earlier positions) and gives h_d(t), and through the lm_head q_{d,t}: a guess at
+token t+d+1. Its judge is p_{t+d}, which has seen the same tokens. At depth d and start t:
+
+    acceptance    a_d(t) = sum_x min(p_{t+d}(x), q_{d,t}(x))       what speculative sampling accepts on average
+    greedy match  g_d(t) = [argmax p_{t+d} = argmax q_{d,t}]       what is accepted at temperature 0
+    expected accepted length = mean over t of  sum_{d=1..D} a_1(t) a_2(t) .. a_d(t);  greedy: the same of g
+
+A guess counts only if all before it were accepted, hence the products. The length is of guesses: a step of an engine
+yields one token more, the backbone's own. Tokens are the text's, not drawn by the draft, so the length estimates what
+an engine sees on such text. All depths have the same starts, 0 to T-D-1.
+
+Key idea: a quantized checkpoint has p and h_0 of its own, so acceptance can fall although the MTP layers are untouched.
+Both backbones are walked side by side as in `eval-kl`, each byte read once (the embedding twice), and compared start by
+start.
+
+Left out: draft models in a folder of their own, trees of guesses, one MTP layer used at every depth (as vLLM does).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from mimoquant.calibration.tokens import TokenSet
+from mimoquant.checkpoint.reader import CheckpointReader
+from mimoquant.errors import CheckpointError, UsageError
+from mimoquant.evaluation.divergence import bootstrap
+from mimoquant.evaluation.evaluate import open_layout, recipe_name, refuse_shared_data, same_model, streams_of
+from mimoquant.model.decoder_layer import linear, rms_norm
+from mimoquant.model.layer_stream import Stream, portions, walk
+from mimoquant.model.layout import ModelLayout
+from mimoquant.model.mtp import MtpWeights, mtp_forward
+from mimoquant.model_weights import CheckpointWeights
+from mimoquant.team import Team
+
+SCHEMA_VERSION = 1
+MAX_DEPTH = 3
+_LOGITS = 2**25  # of one distribution's that are held at once
+
+_Floats = npt.NDArray[np.float64]
+_Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class DraftScores:
+    """a_d(t) and g_d(t) of one backbone, both [sequences, starts, depths]; NaN where logits are not finite."""
+
+    acceptance: _Floats
+    match: _Floats
+
+    def lengths(self) -> tuple[_Floats, _Floats]:
+        """Expected accepted length of each start, sampling and greedy: [sequences, starts]."""
+        sampling, greedy = (np.cumprod(one, axis=-1).sum(-1) for one in (self.acceptance, self.match))
+        return sampling, greedy
+
+
+def overlap(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """(sum of min(p, q), whether the largest entries are the same one) along the last axis, both float64."""
+    accepted = torch.minimum(p, q).sum(-1, dtype=torch.float64).clamp(max=1)  # float32 shares may sum to a bit more
+    match = (p.argmax(-1) == q.argmax(-1)).double()
+    return accepted, torch.where(accepted.isfinite(), match, torch.nan)
+
+
+@torch.no_grad()
+def score_chain(final_BTH: Tensor, drafted: Sequence[Tensor], head: Tensor) -> tuple[Tensor, Tensor]:
+    """Acceptance and greedy match, both [B, T - D, D].
+
+    Args:
+        final_BTH: the backbone's normed hidden states. drafted: h_1 .. h_D, each [B, T - D, H].
+        head: [vocab, H].
+    """
+    depths, (sequences, starts, _) = len(drafted), drafted[0].shape
+    step = max(1, _LOGITS // (sequences * len(head)))
+    parts: list[tuple[Tensor, Tensor]] = []
+    for begin in range(0, starts, step):
+        end = min(begin + step, starts)
+        p = linear(final_BTH[:, begin + 1 : end + depths], head).softmax(-1)
+        rows = [overlap(p[:, d : d + end - begin], linear(hidden[:, begin:end], head).softmax(-1))
+                for d, hidden in enumerate(drafted)]  # fmt: skip
+        accepted, match = (torch.stack(of_depths, -1) for of_depths in zip(*rows, strict=True))
+        parts.append((accepted, match))
+    accepted, match = (torch.cat(of_blocks, 1) for of_blocks in zip(*parts, strict=True))
+    return accepted, match
+
+
+@torch.no_grad()
+def draft_chain(
+    final_BTH: Tensor, embedded_BTH: Tensor, layers: Sequence[MtpWeights], source: CheckpointWeights
+) -> list[Tensor]:
+    """h_1 .. h_D of the starts 0 .. T-D-1, each [B, T - D, H].
+
+    Args:
+        final_BTH: the backbone's normed hidden states, h_0. embedded_BTH: the text's tokens. layers: D of them.
+    """
+    starts = final_BTH.shape[1] - len(layers)
+    hidden, out = final_BTH[:, :starts], []
+    for depth, weights in enumerate(layers, start=1):
+        hidden = mtp_forward(hidden, embedded_BTH[:, depth : depth + starts], weights, source.config)
+        out.append(hidden)
+    return out
+
+
+@torch.no_grad()
+def _score(source: CheckpointWeights, jobs: list[list[Tensor]], streams: list[Stream], depth: int) -> list[DraftScores]:
+    """One backbone's scores of each portion; only this checkpoint's head and MTP layers are in memory."""
+    embedding, norm, head = (
+        source.tensor(name) for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
+    )
+    layers = [source.mtp_layer(number) for number in range(depth)]
+    out = []
+    for batches, stream in zip(jobs, streams, strict=True):
+        parts = []
+        for ids, hidden in zip(batches, stream.batches, strict=True):
+            final = rms_norm(hidden.to(source.device), norm, source.config.eps)
+            embedded = embedding[ids.to(source.device)].to(torch.float32)
+            parts.append(score_chain(final, draft_chain(final, embedded, layers, source), head))
+        acceptance, match = (torch.cat(of_batches).cpu().numpy() for of_batches in zip(*parts, strict=True))
+        out.append(DraftScores(acceptance, match))
+    return out
+
+
+def compare_drafts(
+    reference: ModelLayout,
+    candidate: ModelLayout,
+    tokens: TokenSet,
+    depth: int,
+    *,
+    device: str = "cpu",
+    progress: Callable[[int], None] | None = None,
+    team: Team | None = None,
+) -> tuple[DraftScores, DraftScores]:
+    """Scores of both backbones, each with its own MTP layers; the same on every rank of `team`."""
+    team = team or Team(device)
+    place, every = torch.device(team.device), portions(torch.from_numpy(tokens.ids))
+    mine = every[team.rank :: team.size]
+    with CheckpointReader(reference.index) as first, CheckpointReader(candidate.index) as second:
+        weights = [CheckpointWeights(first, reference, place), CheckpointWeights(second, candidate, place)]
+        streams = [streams_of(source, mine) for source in weights]
+        if mine:
+            walk([stream for of_source in streams for stream in of_source], progress)
+        parts = [_score(source, mine, of_source, depth) for source, of_source in zip(weights, streams, strict=True)]
+    ours, theirs = (_joined(of_source, len(every), team) for of_source in parts)
+    return ours, theirs
+
+
+def _joined(mine: list[DraftScores], count: int, team: Team) -> DraftScores:
+    """All ranks' portions in the order of the sequences."""
+    shared = []
+    for number in range(count):
+        owner, place = number % team.size, number // team.size
+        held = vars(mine[place]) if owner == team.rank else {}
+        shared.append(team.share({name: torch.from_numpy(v) for name, v in held.items()} or None, owner, "cpu"))
+    return DraftScores(*(np.concatenate([part[name].numpy() for part in shared]) for name in ("acceptance", "match")))
+
+
+def eval_draft(
+    reference: Path | str,
+    candidate: Path | str,
+    tokens: TokenSet,
+    *,
+    depth: int | None = None,
+    device: str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+    team: Team | None = None,
+) -> dict[str, Any]:
+    """The facts of one comparison, as plain data.
+
+    Args:
+        depth: MTP layers in the chain; by default all that both checkpoints have, at most `MAX_DEPTH`.
+        progress: called with (layer just passed, layers).
+        team: the processes that share the work, all of which call this; `device` is then the team's.
+    Raises CheckpointError: a checkpoint is bad, has no MTP layers, or is another model than the other. UsageError: too
+    deep for the checkpoints or the sequences, or `tokens` are among those that the candidate was calibrated on.
+    """
+    layouts = open_layout(Path(reference)), open_layout(Path(candidate))
+    same_model(*layouts)
+    depth = chain_depth(layouts, depth, tokens.ids.shape[1])
+    refuse_shared_data(Path(candidate), tokens)
+    layers = layouts[0].geometry.layers
+    told = (lambda number: progress(number, layers)) if progress else None
+    scores = compare_drafts(*layouts, tokens, depth, device=device, progress=told, team=team)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "reference": str(reference),
+        "candidate": str(candidate),
+        "recipe": recipe_name(Path(candidate)),
+        "draft": "mtp",
+        "data": {"name": tokens.name, "sha256": tokens.sha256, "origins": list(tokens.origins)},
+        **summarize_drafts(*scores, tokens),
+        "device": device,
+    }
+
+
+def chain_depth(layouts: Sequence[ModelLayout], asked: int | None, tokens: int) -> int:
+    """How many MTP layers are chained, on sequences of `tokens` tokens."""
+    fewest = min(layouts, key=lambda layout: layout.mtp_layers)
+    if not fewest.mtp_layers:
+        raise CheckpointError(f"{fewest.index.folder}: has no MTP layers (model.mtp.layers.*) to draft with")
+    depth = asked or min(fewest.mtp_layers, MAX_DEPTH)
+    if depth > fewest.mtp_layers:
+        raise UsageError(f"--depth {depth}: {fewest.index.folder} has {fewest.mtp_layers} MTP layers")
+    if tokens <= depth:
+        raise UsageError(f"sequences of {tokens} tokens: a chain of {depth} MTP layers needs at least {depth + 1}")
+    return depth
+
+
+def summarize_drafts(reference: DraftScores, candidate: DraftScores, tokens: TokenSet) -> dict[str, Any]:
+    """The report's numbers. Starts that are not finite, on either side, count in their share and nowhere else."""
+    finite = np.isfinite((reference.acceptance + candidate.acceptance).sum(-1))
+    if not finite.any():
+        raise CheckpointError("no position has finite logits, in the reference or in the candidate")
+    domain = np.array(tokens.domains)
+    by_domain = [{"domain": str(name), **_figures(reference, candidate, finite & (domain == name)[:, None])}
+                 for name in np.unique(domain[finite.any(-1)])]  # fmt: skip
+    return {
+        "depth": reference.acceptance.shape[-1],
+        "sequence_tokens": tokens.ids.shape[1],
+        **_figures(reference, candidate, finite),
+        "nonfinite_share": float(1 - finite.mean()),
+        "by_domain": by_domain,
+    }
+
+
+def _figures(reference: DraftScores, candidate: DraftScores, inside: npt.NDArray[np.bool_]) -> dict[str, Any]:
+    """Everything that is told of the starts `inside` [sequences, starts]."""
+    sequence = np.nonzero(inside)[0]
+
+    def paired(ours: _Floats, theirs: _Floats) -> dict[str, dict[str, float]]:
+        return {"reference": _mean(ours[inside], sequence), "candidate": _mean(theirs[inside], sequence),
+                "difference": _mean((theirs - ours)[inside], sequence)}  # fmt: skip
+
+    depths = [{"depth": d + 1,
+               "acceptance": paired(reference.acceptance[..., d], candidate.acceptance[..., d]),
+               "greedy_match": paired(reference.match[..., d], candidate.match[..., d])}
+              for d in range(reference.acceptance.shape[-1])]  # fmt: skip
+    lengths = zip(("sampling", "greedy"), reference.lengths(), candidate.lengths(), strict=True)
+    return {
+        "sequences": len(np.unique(sequence)),
+        "starts": len(sequence),
+        "depths": depths,
+        "accepted_length": {name: paired(ours, theirs) for name, ours, theirs in lengths},
+    }
+
+
+def _mean(values: _Floats, sequence: _Ints) -> dict[str, float]:
+    low, high = bootstrap(values, sequence)
+    return {"mean": float(values.mean()), "low": low, "high": high}
