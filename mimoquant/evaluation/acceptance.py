@@ -38,7 +38,7 @@ from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.errors import CheckpointError, UsageError
 from mimoquant.evaluation.divergence import bootstrap
 from mimoquant.evaluation.evaluate import open_layout, recipe_name, refuse_shared_data, same_model, streams_of
-from mimoquant.model.decoder_layer import linear, rms_norm
+from mimoquant.model.decoder_layer import ForwardConfig, linear, rms_norm
 from mimoquant.model.layer_stream import Stream, portions, walk
 from mimoquant.model.layout import ModelLayout
 from mimoquant.model.mtp import MtpWeights, mtp_forward
@@ -97,7 +97,7 @@ def score_chain(final_BTH: Tensor, drafted: Sequence[Tensor], head: Tensor) -> t
 
 @torch.no_grad()
 def draft_chain(
-    final_BTH: Tensor, embedded_BTH: Tensor, layers: Sequence[MtpWeights], source: CheckpointWeights
+    final_BTH: Tensor, embedded_BTH: Tensor, layers: Sequence[MtpWeights], config: ForwardConfig
 ) -> list[Tensor]:
     """h_1 .. h_D of the starts 0 .. T-D-1, each [B, T - D, H].
 
@@ -107,7 +107,7 @@ def draft_chain(
     starts = final_BTH.shape[1] - len(layers)
     hidden, out = final_BTH[:, :starts], []
     for depth, weights in enumerate(layers, start=1):
-        hidden = mtp_forward(hidden, embedded_BTH[:, depth : depth + starts], weights, source.config)
+        hidden = mtp_forward(hidden, embedded_BTH[:, depth : depth + starts], weights, config)
         out.append(hidden)
     return out
 
@@ -125,7 +125,7 @@ def _score(source: CheckpointWeights, jobs: list[list[Tensor]], streams: list[St
         for ids, hidden in zip(batches, stream.batches, strict=True):
             final = rms_norm(hidden.to(source.device), norm, source.config.eps)
             embedded = embedding[ids.to(source.device)].to(torch.float32)
-            parts.append(score_chain(final, draft_chain(final, embedded, layers, source), head))
+            parts.append(score_chain(final, draft_chain(final, embedded, layers, source.config), head))
         acceptance, match = (torch.cat(of_batches).cpu().numpy() for of_batches in zip(*parts, strict=True))
         out.append(DraftScores(acceptance, match))
     return out

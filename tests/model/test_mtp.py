@@ -51,7 +51,7 @@ def ours(folder: Path, change: Change = lambda weights: weights) -> list[torch.T
     with CheckpointReader(layout.index) as reader:
         source = CheckpointWeights(reader, layout, torch.device("cpu"))
         layers = [change(source.mtp_layer(number)) for number in range(DEPTHS)]
-        return draft_chain(*inputs(folder), layers, source)
+        return draft_chain(*inputs(folder), layers, source.config)
 
 
 def error(folder: Path, drafted: list[torch.Tensor], expected: list[Floats]) -> list[float]:
