@@ -235,6 +235,7 @@ def test_another_model_is_refused(flash: Path) -> None:
         eval_kl(MICRO, flash, random_tokens(1, 10))
 
 
+@pytest.mark.slow
 def test_the_published_figures_on_the_shared_trained_model(shared: Path, tmp_path: Path) -> None:
     """48 x 512 held-out tokens of the shared model: int4 g128 plain rounding was measured at J = .0204 elsewhere."""
     source = shared / "models" / "mimo-tiny"

@@ -266,7 +266,7 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("recipe", [RECIPE, GPTQ])
+@pytest.mark.parametrize("recipe", [RECIPE, pytest.param(GPTQ, marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_where_it_was(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held, tokens = mixtures(recipe), held_out(sequences=8, tokens=32)
     budget = held.size([1, 0, 0, 2])
