@@ -28,7 +28,7 @@ class Fail(Protocol):
 
 
 def check_pattern(pattern: str) -> None:
-    """Raises re.error for a pattern that is broken, or that could try a name for hours: repeated groups, many repeats."""
+    """Raises re.error for a pattern that is broken or could try a name for hours: repeated groups, many repeats."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what a later Python may read otherwise; targets are told by the plan
         re.compile(pattern)
