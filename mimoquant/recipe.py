@@ -26,6 +26,7 @@ from mimoquant.recipe_calibration import (
     MODIFIER_DEFAULTS,
     Awq,
     Calibration,
+    check_pattern,
     check_settings,
     match_name,
     parse_calibration,
@@ -265,7 +266,7 @@ class _Parser:
             self.fail(f"{what} must be a list of names or re: patterns")
         for item in items:
             try:
-                re.compile(item.removeprefix("re:")) if item.startswith("re:") else None
+                check_pattern(item.removeprefix("re:")) if item.startswith("re:") else None
             except re.error as error:
                 self.fail(f"{what} has the broken pattern {item!r} ({error})")
         return tuple(items)

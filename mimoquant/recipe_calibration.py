@@ -7,6 +7,7 @@ family, such as scaling a norm without its router.
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
@@ -16,6 +17,7 @@ MODIFIER_DEFAULTS: dict[str, dict[str, Any]] = {
     "GPTQModifier": {"dampening_frac": DAMP, "actorder": "static"},
     "AWQModifier": {"n_grid": AWQ_GRID, "duo_scaling": True},
 }
+MOST_REPETITIONS = 5  # of a pattern
 _CALIBRATION_KEYS = ("set", "data", "sequences", "tokens", "propagate", "shrinkage", "max_starved_experts")
 
 
@@ -23,6 +25,18 @@ class Fail(Protocol):
     """Raises RecipeError with the recipe's name before the problem."""
 
     def __call__(self, problem: str, hint: str | None = None) -> NoReturn: ...
+
+
+def check_pattern(pattern: str) -> None:
+    """Raises re.error for a pattern that is broken or could try a name for hours: repeated groups, many repeats."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what a later Python may read otherwise; targets are told by the plan
+        re.compile(pattern)
+    bare = re.sub(r"\\.|\[[^\]]*\]", "x", pattern)
+    if re.search(r"\)[*+{]", bare):
+        raise re.error("a group is repeated")
+    if len(re.findall(r"[*+{]", bare)) > MOST_REPETITIONS:
+        raise re.error(f"it has more than {MOST_REPETITIONS} repetitions")
 
 
 def match_name(name: str, pattern: str) -> bool:
@@ -158,7 +172,7 @@ def _check_mapping(mapping: Any, number: int, fail: Fail) -> None:
         fail(f"mapping {number} is not smooth_layer (a pattern) and balance_layers (a list of patterns)")
     for pattern in (smooth, *balanced):
         try:
-            re.compile(str(pattern).removeprefix("re:"))
+            check_pattern(str(pattern).removeprefix("re:"))
         except re.error as error:
             fail(f"mapping {number} has the broken pattern {pattern!r} ({error})")
     layers = [layer for layer in range(128) if match_name(_norm(layer), smooth)]
