@@ -25,6 +25,22 @@ import mimoquant
 from mimoquant.choices import Container, Engine, Gpu, Layout, Qkv, QkvDtype, Server
 from mimoquant.draft_cli import eval_draft
 from mimoquant.errors import MimoquantError, UsageError, is_disk_trouble, is_out_of_memory
+from mimoquant.options import (
+    ContainerOption,
+    DataOption,
+    DeviceOption,
+    GpuMemoryOption,
+    HeldOutOption,
+    HeldOutSequencesOption,
+    HeldOutTokensOption,
+    JsonOption,
+    PlaceOption,
+    RecipeOption,
+    SequencesOption,
+    TokensOption,
+    UnknownOption,
+    VersionOption,
+)
 from mimoquant.page_files import check_page, check_profile, check_writable, write_page
 from mimoquant.progress import Lines, Progress, tell
 from mimoquant.sensitivity_cli import sensitivity
@@ -88,27 +104,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="4-bit MiMo-V2 checkpoints: streamed, exact, proven. Only the routed experts are quantized.",
 )
-
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
-RecipeOption = Annotated[
-    str, typer.Option("--recipe", "-r", help="A shipped recipe's name, or a recipe file.", metavar="NAME|FILE")
-]
-VersionOption = Annotated[
-    str | None, typer.Option(help="Of the engine; by default the newest that is known here.", metavar="X")
-]
-UnknownOption = Annotated[bool, typer.Option("--allow-unknown", help="Copy tensors that have no known role.")]
-ContainerOption = Annotated[
-    Container | None, typer.Option(help="How the experts are stored; by default what fits the format.")
-]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda; the same bytes without calibration.")]
-GpuMemoryOption = Annotated[
-    float | None, typer.Option(min=0.1, help="At most so much of it; smaller chunks follow.", metavar="GB")
-]
-DataOption = Annotated[
-    list[str] | None, typer.Option(help="What to calibrate on, instead of the recipe's.", metavar="SET|FILE")
-]
-SequencesOption = Annotated[int | None, typer.Option(min=1, help="Of calibration tokens, at most.")]
-TokensOption = Annotated[int | None, typer.Option(min=2, help="Of each sequence.")]
 
 
 def _version(wanted: bool) -> None:
@@ -329,16 +324,13 @@ def eval_kl(
     ] = None,
     model: Annotated[str | None, typer.Option(help="The server's name for it, if it serves several.")] = None,
     top_k: Annotated[int | None, typer.Option(min=1, help="Ids a position; by default 256 or what is allowed.")] = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(help="A shipped set, or .jsonl, .txt, .npy, dataset folder; repeatable.", metavar="SET|FILE"),
-    ] = None,
-    sequences: Annotated[int | None, typer.Option(min=1, help="At most so many; by default all.")] = None,
-    tokens: Annotated[int, typer.Option(min=2, help="Of each sequence.")] = 512,
+    data: HeldOutOption = None,
+    sequences: HeldOutSequencesOption = None,
+    tokens: HeldOutTokensOption = 512,
     max_kl: Annotated[float | None, typer.Option(min=0, help="Exit with 5 if J is above this.")] = None,
     baseline: Annotated[Path | None, typer.Option(help="Another candidate, compared on the same tokens.")] = None,
     noise_floor: Annotated[bool, typer.Option(help="Measure what the reference differs from itself.")] = True,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: PlaceOption = "auto",
     html: Annotated[Path | None, typer.Option(help="Write the report page here.", metavar="FILE")] = None,
     as_json: JsonOption = False,
 ) -> None:

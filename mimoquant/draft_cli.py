@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from mimoquant.options import HeldOutOption, HeldOutSequencesOption, HeldOutTokensOption, JsonOption, PlaceOption
 from mimoquant.progress import Lines
 
 
@@ -17,17 +18,14 @@ def eval_draft(
     reference: Annotated[Path, typer.Argument(help="The published checkpoint.", metavar="REFERENCE")],
     candidate: Annotated[Path, typer.Argument(help="The quantized one, by any tool.", metavar="CANDIDATE")],
     draft: Annotated[str, typer.Option(help="What drafts: mtp, each checkpoint's own MTP layers.")] = "mtp",
-    data: Annotated[
-        list[str] | None,
-        typer.Option(help="A shipped set, or .jsonl, .txt, .npy, dataset folder; repeatable.", metavar="SET|FILE"),
-    ] = None,
-    sequences: Annotated[int | None, typer.Option(min=1, help="At most so many; by default all.")] = None,
-    tokens: Annotated[int, typer.Option(min=2, help="Of each sequence.")] = 512,
+    data: HeldOutOption = None,
+    sequences: HeldOutSequencesOption = None,
+    tokens: HeldOutTokensOption = 512,
     depth: Annotated[
         int | None, typer.Option(min=1, max=3, help="MTP layers in the chain; by default all, at most 3.")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
+    device: PlaceOption = "auto",
+    as_json: JsonOption = False,
 ) -> None:
     """Measure how many drafted tokens a quantized backbone accepts, beside its bf16 reference, on held-out tokens."""
     from mimoquant.cli_eval import load_held_out

@@ -43,11 +43,10 @@ def needs(plan: Plan, device: str = "cpu", ranks: int = 1) -> Needs:
     output = max(sum(entry.size_bytes for entry in step.entries) for step in steps)
     queue = 2 * max(unit.size_bytes for unit in plan.units) if cuda else WRITE_QUEUE_BYTES
     host = _INTERPRETER_BYTES + 3 * source + (1 + ranks) * output + queue + (_CUDA_BYTES if cuda else 0)
-    chunk = max(step.end - step.begin for step in steps if isinstance(step, Experts))
     if plan.recipe.calibration is None:
         return Needs(host, 6 * source if cuda else 0)
     states, seen = _token_bytes(plan, ranks)
-    work = seen + max(_method_bytes(plan, chunk), _forward_bytes(plan, chunk))
+    work = seen + max(_method_bytes(plan, largest_chunk(plan)), _forward_bytes(plan, largest_chunk(plan)))
     if cuda:
         return Needs(host + states, work + 2**30)
     return Needs(host + _TORCH_BYTES + states + work, 0)

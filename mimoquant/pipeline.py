@@ -228,26 +228,21 @@ class _Walk:
         self.at = 0  # the next layer to walk
 
     def enter(self, unit: Unit) -> None:
-        layer = layer_of(unit)
+        layer = unit.layer
         if layer is None:
             return
         while self.at < layer:  # finished by an earlier run
-            earlier = next(other for other in self.plan.units if layer_of(other) == self.at)
+            earlier = next(other for other in self.plan.units if other.layer == self.at)
             with CheckpointReader(open_shard(self.run.path(earlier.file))) as written:
                 self.calibrator.replay(self.at, earlier, written)
             self.at += 1
         self.calibrator.begin(layer)
 
     def leave(self, unit: Unit) -> dict[str, Any] | None:
-        if layer_of(unit) is None:
+        if unit.layer is None:
             return None
         self.at += 1
         return self.calibrator.end()
-
-
-def layer_of(unit: Unit) -> int | None:
-    """The decoder layer that a unit is, if it is one."""
-    return int(unit.name.removeprefix("layer ")) if unit.name.startswith("layer ") else None
 
 
 def _complete(

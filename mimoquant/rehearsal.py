@@ -60,7 +60,7 @@ class Estimate:
         return max(times.items(), key=lambda item: item[1])
 
 
-def rehearse(plan: Plan, device: str, folder: Path | None = None, ranks: int = 1) -> Estimate:
+def rehearse(plan: Plan, device: str, folder: Path | None = None) -> Estimate:
     """Time a plan's steps on "cpu" or "cuda". `folder`: where the output would go, which may not be there yet.
 
     Raises CheckpointError for a source that cannot be read.
@@ -78,9 +78,7 @@ def rehearse(plan: Plan, device: str, folder: Path | None = None, ranks: int = 1
             computing = _expert_bytes(plan) / rate
         else:
             computing = _calibrated_seconds(plan, reader, device, step, stacks)
-    return Estimate(
-        plan.source_bytes / read_rate, computing / ranks, plan.shard_bytes / write_rate, read_rate, write_rate
-    )
+    return Estimate(plan.source_bytes / read_rate, computing, plan.shard_bytes / write_rate, read_rate, write_rate)
 
 
 def _timed(work: Callable[[], T]) -> tuple[float, T]:

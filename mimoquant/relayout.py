@@ -44,7 +44,7 @@ from mimoquant.model.qkv import possible_chunks
 from mimoquant.plan import Plan, read_config
 from mimoquant.recipe import Recipe
 from mimoquant.reorder import Reorder, reorder
-from mimoquant.units import Copy, Step, lay_out
+from mimoquant.units import Copy, Step, lay_out, layer_of
 
 SPLIT, CANONICAL, INTERLEAVED = LAYOUTS = ("split", "canonical", "interleaved")
 RECORD_NAME = "relayout.json"
@@ -138,7 +138,7 @@ def _target(layout: ModelLayout, qkv: str, tp: int | None) -> Geometry:
 
 
 def _steps(layout: ModelLayout, target: Geometry, unit: str, *, bf16: bool) -> Iterator[Step]:
-    layer = int(unit.removeprefix("layer ")) if unit.startswith("layer ") else None
+    layer = layer_of(unit)
     sliding = layer is None or layout.geometry.sliding[layer]  # MTP layers are sliding
     attentions: dict[str, list[Weight]] = {}
     for weight in layout.units[unit]:

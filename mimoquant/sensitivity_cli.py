@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mimoquant.choices import Container
+from mimoquant.options import ContainerOption, HeldOutTokensOption, JsonOption, PlaceOption, UnknownOption
 from mimoquant.page_files import check_writable, write_page
 from mimoquant.progress import Lines, tell
 
@@ -31,27 +32,23 @@ def sensitivity(
         typer.Option(help="What J is measured on: a shipped set or a file; repeatable.", metavar="SET|FILE"),
     ] = None,
     sequences: Annotated[int, typer.Option(min=4, help="At most so many.")] = 56,
-    tokens: Annotated[int, typer.Option(min=2, help="Of each sequence.")] = 512,
+    tokens: HeldOutTokensOption = 512,
     budget_gib: Annotated[
         float | None, typer.Option(min=0, help="The output's size at most; by default the recipe's own.", metavar="GIB")
     ] = None,
     target_kl: Annotated[
         float | None, typer.Option(min=0, help="The least bytes that keep symmetric KL below this.", metavar="NATS")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: PlaceOption = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
-    container: Annotated[
-        Container | None, typer.Option(help="How the experts are stored; by default what fits the format.")
-    ] = None,
+    container: ContainerOption = None,
     fp8: Annotated[
         bool,
         typer.Option(help="Whether a layer may stay FP8, which engines give FP8 inputs; not all load the mixture."),
     ] = True,
     html: Annotated[Path | None, typer.Option(help="Write the report page here.", metavar="FILE")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
-    allow_unknown: Annotated[
-        bool, typer.Option("--allow-unknown", help="Copy tensors that have no known role.")
-    ] = False,
+    as_json: JsonOption = False,
+    allow_unknown: UnknownOption = False,
 ) -> None:
     """Measure what each layer's quantization costs, and write a recipe that spends bytes where they buy most."""
     from mimoquant import sensitivity_page

@@ -71,12 +71,21 @@ class Unit:
     tensor_bytes: int
 
     @property
+    def layer(self) -> int | None:
+        return layer_of(self.name)
+
+    @property
     def size_bytes(self) -> int:
         return self.header_bytes + self.tensor_bytes
 
     @property
     def entries(self) -> list[Entry]:
         return [entry for step in self.steps for entry in step.entries]
+
+
+def layer_of(unit: str) -> int | None:
+    """The decoder layer that a unit of this name is, if it is one."""
+    return int(unit.removeprefix("layer ")) if unit.startswith("layer ") else None
 
 
 def lay_out(steps: dict[str, tuple[Step, ...]], source: Path) -> list[Unit]:
@@ -111,7 +120,7 @@ class UnitBuilder:
         return lay_out({name: tuple(self._steps(name)) for name in self.layout.units}, self.layout.index.folder)
 
     def _steps(self, unit: str) -> Iterable[Step]:
-        layer = int(unit.removeprefix("layer ")) if unit.startswith("layer ") else None
+        layer = layer_of(unit)
         if layer in self.formats or layer in self.carve_outs:
             assert layer is not None
             yield from self._expert_steps(layer)

@@ -28,7 +28,6 @@ from mimoquant.errors import CheckpointError, MimoquantError, UsageError
 from mimoquant.layer_weights import dequantize, read_experts, read_matrix, read_parts
 from mimoquant.model.layout import PROJECTIONS, norm_name, router_name
 from mimoquant.output_texts import written_texts
-from mimoquant.pipeline import layer_of
 from mimoquant.plan import Plan, make_plan
 from mimoquant.quant.engine_cpu import CpuEngine
 from mimoquant.quant.stack import Audit
@@ -185,7 +184,7 @@ class _Values:
         self.fold: Array | None = None
 
     def unit(self, unit: Unit) -> None:
-        layer = layer_of(unit)
+        layer = unit.layer
         self.fold = self._norm_fold(layer) if layer is not None and layer in self.plan.formats else None
         for step in unit.steps:
             if not all(self._readable(entry) for entry in step.entries):

@@ -75,15 +75,17 @@ ALLOWED: dict[str, set[str]] = {
                 "quant.formats", "report", "units"},
     "page_files": {"errors"},
     "choices": set(),
+    "options": {"choices"},
     "describe": {"checkpoint.journal", "model", "needs", "plan", "rehearsal", "relayout", "report", "serving", "units"},
     "cli_eval": {"errors", "calibration", "devices", "evaluation", "progress", "team"},
-    "sensitivity_cli": {"errors", "calibration.tokens", "choices", "devices", "evaluation", "mixture", "page_files",
-                        "plan", "progress", "recipe", "sensitivity_page", "serving", "team"},
-    "draft_cli": {"errors", "cli_eval", "devices", "draft_text", "evaluation", "progress", "team"},
+    "sensitivity_cli": {"errors", "calibration.tokens", "choices", "devices", "evaluation", "mixture", "options",
+                        "page_files", "plan", "progress", "recipe", "sensitivity_page", "serving", "team"},
+    "draft_cli": {"errors", "cli_eval", "devices", "draft_text", "evaluation", "options", "progress", "team"},
     # the edge, which nothing imports
-    "cli": {"errors", "checkpoint", "choices", "cli_eval", "coverage_page", "describe", "devices", "draft_cli", "model",
-            "needs", "page_files", "rehearsal", "pipeline", "plan", "progress", "recipe", "relayout", "report",
-            "report_page", "sensitivity_cli", "server_text", "serving", "synth", "team", "verify", "timeline"},
+    "cli": {"errors", "checkpoint", "choices", "cli_eval", "coverage_page", "describe", "devices", "draft_cli",
+            "model", "needs", "options", "page_files", "rehearsal", "pipeline", "plan", "progress", "recipe",
+            "relayout", "report", "report_page", "sensitivity_cli", "server_text", "serving",
+            "synth", "team", "verify", "timeline"},
     "__main__": {"cli"},
 }  # fmt: skip
 # for annotations only, under `if TYPE_CHECKING:`; nothing is loaded

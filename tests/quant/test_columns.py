@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import stored_formats
 import torch
 from torch import Tensor
 
@@ -18,14 +19,7 @@ from mimoquant.quant.grid import Grid
 from mimoquant.quant.products import halves
 from mimoquant.quant.stack import Stack
 
-FORMATS = [
-    Format("int4", 32),
-    Format("int4", 64),
-    Format("int4", 128),
-    Format("int4", 64, symmetric=False),
-    Format("mxfp4", 32),
-    Format("nvfp4", 16),
-]
+FORMATS = [*stored_formats.FORMATS, Format("int4", 64)]
 every_format = pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.label)
 DEVICES = ["cpu", pytest.param("cuda", marks=[
     pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is here"),

@@ -13,6 +13,13 @@ from mimoquant.recipe import Recipe, load_recipe, parse_recipe
 RECIPE = "int4-g128-rtn"
 
 
+def with_nested_files(folder: Path) -> Path:
+    """A checkpoint folder with a side file in folders of its own, which a run makes too."""
+    (folder / "draft" / "deep").mkdir(parents=True)
+    (folder / "draft" / "deep" / "notes.txt").write_text("carried over")
+    return folder
+
+
 def small_checkpoint(**settings: object) -> Checkpoint:
     """One dense layer, one with two experts."""
     sizes = {"num_hidden_layers": 2, "hybrid_layer_pattern": [0, 1], "moe_layer_freq": [0, 1], "n_routed_experts": 2,

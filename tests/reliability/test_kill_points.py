@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from fault_layer import Call, FaultLayer, Killed
-from small_runs import contents, quantize, small_checkpoint
+from small_runs import contents, quantize, small_checkpoint, with_nested_files
 
 import mimoquant
 from mimoquant.checkpoint.journal import JOURNAL_NAME, RUN_NAME, read_journal
@@ -22,10 +22,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = small_checkpoint().save(tmp_path_factory.mktemp("kill") / "source")
-    (folder / "draft" / "deep").mkdir(parents=True)
-    (folder / "draft" / "deep" / "notes.txt").write_text("carried over")
-    return folder
+    return with_nested_files(small_checkpoint().save(tmp_path_factory.mktemp("kill") / "source"))
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from disk_model import Disk, Tree, power_losses, write_tree
 from fault_layer import Call, FaultLayer, Killed
-from small_runs import contents, quantize, small_checkpoint
+from small_runs import contents, quantize, small_checkpoint, with_nested_files
 
 from mimoquant.checkpoint.journal import RUN_NAME
 from mimoquant.errors import MimoquantError
@@ -20,10 +20,7 @@ Whole = tuple[dict[str, bytes], Path, list[Call]]  # files of a run, the folder 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = small_checkpoint().save(tmp_path_factory.mktemp("power") / "source")
-    (folder / "draft" / "deep").mkdir(parents=True)
-    (folder / "draft" / "deep" / "notes.txt").write_text("carried over")
-    return folder
+    return with_nested_files(small_checkpoint().save(tmp_path_factory.mktemp("power") / "source"))
 
 
 @pytest.fixture(scope="module")

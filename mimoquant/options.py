@@ -1,0 +1,37 @@
+"""Options that several verbs have, each described once."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from mimoquant.choices import Container
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+RecipeOption = Annotated[
+    str, typer.Option("--recipe", "-r", help="A shipped recipe's name, or a recipe file.", metavar="NAME|FILE")
+]
+VersionOption = Annotated[
+    str | None, typer.Option(help="Of the engine; by default the newest that is known here.", metavar="X")
+]
+UnknownOption = Annotated[bool, typer.Option("--allow-unknown", help="Copy tensors that have no known role.")]
+ContainerOption = Annotated[
+    Container | None, typer.Option(help="How the experts are stored; by default what fits the format.")
+]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda; the same bytes without calibration.")]
+GpuMemoryOption = Annotated[
+    float | None, typer.Option(min=0.1, help="At most so much of it; smaller chunks follow.", metavar="GB")
+]
+DataOption = Annotated[
+    list[str] | None, typer.Option(help="What to calibrate on, instead of the recipe's.", metavar="SET|FILE")
+]
+SequencesOption = Annotated[int | None, typer.Option(min=1, help="Of calibration tokens, at most.")]
+TokensOption = Annotated[int | None, typer.Option(min=2, help="Of each sequence.")]
+PlaceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+HeldOutOption = Annotated[
+    list[str] | None,
+    typer.Option(help="A shipped set, or .jsonl, .txt, .npy, dataset folder; repeatable.", metavar="SET|FILE"),
+]
+HeldOutSequencesOption = Annotated[int | None, typer.Option(min=1, help="At most so many; by default all.")]
+HeldOutTokensOption = Annotated[int, typer.Option(min=2, help="Of each sequence.")]
