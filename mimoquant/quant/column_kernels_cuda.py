@@ -32,7 +32,7 @@ from mimoquant.quant.gpu_arithmetic import (
 from mimoquant.quant.products import Halves
 
 _ROWS = 32  # of a program: one a thread, if the compiler cannot see that they lie next to each other
-_STRIP = 16  # columns that are at hand; every group size is a multiple
+_STRIP = 8  # columns that are at hand; every group size is a multiple
 _SMALLEST = tl.constexpr(NVFP4_SMALLEST_SCALE)
 
 
@@ -78,16 +78,26 @@ def _to_round(scale, weight, zero, group, expert, i, now, end, width, rows, grou
 
 
 @triton.jit
-def _shares(matrix, expert, i, now, end, width, k):
-    """How far column i of the block moves columns `k` of it: those after it."""
-    column = expert * width + now + i
-    return tl.load(matrix + column * width + now + k, mask=(k > i) & (now + k < end), other=0.0)
+def _share(matrix, expert, i, at, now, width, r, W: tl.constexpr):
+    """How far column i of the block moves those of the strip that begins at column `at` of it, [W, ROWS].
+
+    Said once for each row: else the compiler takes the numbers through shared memory, at twice the time.
+    """
+    return tl.load(matrix + (expert * width + now + i) * width + now + at + tl.arange(0, W)[:, None] + 0 * r[None, :])
 
 
 @triton.jit
-def _strip(tile, b, BLOCK: tl.constexpr, W: tl.constexpr):
-    """Columns b W .. (b + 1) W of a tile [BLOCK / W, W, ROWS]: taking one column out costs a look at every register."""
-    return tl.sum(tl.where(tl.arange(0, BLOCK // W)[:, None, None] == b, tile, 0.0), axis=0)
+def _strip(tile, matrix, expert, first, end, at, now, width, rows, r, W: tl.constexpr):
+    """Strip [W, ROWS] that begins at column `at` of the block, after columns first..end have moved it.
+
+    `tile`: of columns first..end what each moves the later ones by, of those what they were before.
+    """
+    there = r < rows
+    strip = tl.load(tile + (at + tl.arange(0, W))[:, None] * rows + r[None, :], mask=there[None, :], other=0.0)
+    for i in tl.range(first, end, loop_unroll_factor=4):
+        by = tl.load(tile + i * rows + r, mask=there, other=0.0)
+        strip = strip + _share(matrix, expert, i, at, now, width, r, W) * by[None, :]
+    return strip
 
 
 @triton.jit
@@ -96,35 +106,26 @@ def _column(strip, j, W: tl.constexpr):
 
 
 @triton.jit
-def _moved(tile, strip, by, matrix, expert, b, j, now, end, width, BLOCK: tl.constexpr, W: tl.constexpr):
-    """The tile and its strip b after its column j has moved the later ones, `by` times their shares."""
-    share = _shares(matrix, expert, b * W + j, now, end, width, tl.arange(0, BLOCK))
-    near = _shares(matrix, expert, b * W + j, now, end, width, b * W + tl.arange(0, W))
-    tile = tile + tl.reshape(share, (BLOCK // W, W))[:, :, None] * by[None, None, :]
-    return tile, strip + near[:, None] * by[None, :]
-
-
-@triton.jit
 def _round_columns(target, weight, push, scale, zero, group, codes, high, low, steps, panel, now, end, width, rows,
-                   groups, IS_INT4: tl.constexpr, HAS_ZERO: tl.constexpr, BLOCK: tl.constexpr, W: tl.constexpr,
+                   groups, IS_INT4: tl.constexpr, HAS_ZERO: tl.constexpr, W: tl.constexpr,
                    ROWS: tl.constexpr):  # fmt: skip
     expert, r = tl.program_id(1).to(tl.int64), tl.program_id(0) * ROWS + tl.load(steps + tl.arange(0, ROWS))
-    k, there = tl.arange(0, BLOCK), r < rows
-    inside = (now + k < end)[:, None] & there[None, :]
-    tile = tl.load(target + expert * panel + k[:, None] * rows + r[None, :], mask=inside, other=0.0)
-    tile = tl.reshape(tile, (BLOCK // W, W, ROWS))
+    there, tile = r < rows, target + expert * panel
     s, w, z = _to_round(scale, weight, zero, group, expert, 0, now, end, width, rows, groups, r, HAS_ZERO)
-    for b in range((end - now) // W):
-        strip = _strip(tile, b, BLOCK, W)
+    for at in range(0, end - now, W):
+        strip = _strip(tile, push, expert, 0, at, at, now, width, rows, r, W)
         for j in range(W):
-            i = b * W + j
+            i = at + j
             later = _to_round(scale, weight, zero, group, expert, i + 1, now, end, width, rows, groups, r, HAS_ZERO)
+            near = _share(push, expert, i, at, now, width, r, W)
             code, value = _coded(_column(strip, j, W), s, z, IS_INT4)
             rest, place = w - value, (expert * width + now + i) * rows + r
             tl.store(codes + place, code, mask=there)
             _keep(rest, high, low, place, there)
-            tile, strip = _moved(tile, strip, rest, push, expert, b, j, now, end, width, BLOCK, W)
+            tl.store(tile + i * rows + r, rest, mask=there)
+            strip = strip + near * rest[None, :]
             s, w, z = later
+        tl.debug_barrier()  # the next strips read what this one moves them by
 
 
 @triton.jit
@@ -172,26 +173,23 @@ def _to_improve(codes, weight, gram, expert, i, now, end, width, rows, r):
 @triton.jit
 def _improve_columns(slope, weight, gram, scale, before, zero, codes, high, low, change_high, change_low, steps, panel,
                      now, begin, end, stop, width, rows, groups, IS_INT4: tl.constexpr, HAS_ZERO: tl.constexpr,
-                     GO_ON: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr, W: tl.constexpr,
-                     ROWS: tl.constexpr):  # fmt: skip
-    """Columns begin..end of the block now..stop, which is what they move; GO_ON: some of them are still to come.
+                     S: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+    """Columns begin..end of the block now..stop; those after them are moved and left to another launch.
 
     `before`: the scales that codes had.
     """
     expert, r = tl.program_id(1).to(tl.int64), tl.program_id(0) * ROWS + tl.load(steps + tl.arange(0, ROWS))
-    k, there = tl.arange(0, BLOCK), r < rows
-    inside = (now + k < stop)[:, None] & there[None, :]
-    tile = tl.load(slope + expert * panel + k[:, None] * rows + r[None, :], mask=inside, other=0.0)
-    tile = tl.reshape(tile, (BLOCK // W, W, ROWS))
+    there, tile = r < rows, slope + expert * panel
     code, w, curvature = _to_improve(codes, weight, gram, expert, begin - now, now, stop, width, rows, r)
-    for b in range((begin - now) // W, (end - now) // W):
-        strip = _strip(tile, b, BLOCK, W)
-        of_group = (expert * groups + (now + b * W) // S) * rows + r
+    for at in range(begin - now, end - now, W):
+        strip = _strip(tile, gram, expert, begin - now, at, at, now, width, rows, r, W)
+        of_group = (expert * groups + (now + at) // S) * rows + r
         s, was = tl.load(scale + of_group, mask=there, other=1.0), tl.load(before + of_group, mask=there, other=1.0)
         z = tl.load(zero + of_group, mask=there, other=0.0) if HAS_ZERO else tl.zeros_like(s)
         for j in range(W):
-            i = b * W + j
+            i = at + j
             later = _to_improve(codes, weight, gram, expert, i + 1, now, stop, width, rows, r)
+            near = _share(gram, expert, i, at, now, width, r, W)
             level = _level(code, IS_INT4) - z if HAS_ZERO else _level(code, IS_INT4)
             old, start = level * was, level * s
             step = tl.div_rn(_column(strip, j, W), curvature)
@@ -201,12 +199,13 @@ def _improve_columns(slope, weight, gram, scale, before, zero, codes, high, low,
             tl.store(codes + place, code, mask=there)
             _keep(w - value, high, low, place, there)
             _keep(old - value, change_high, change_low, (expert * (stop - now) + i) * rows + r, there)
-            tile, strip = _moved(tile, strip, start - value, gram, expert, b, j, now, stop, width, BLOCK, W)
+            tl.store(tile + i * rows + r, start - value, mask=there)
+            strip = strip + near * (start - value)[None, :]
             code, w, curvature = later
-    if GO_ON:
-        r = tl.program_id(0) * ROWS + tl.load(steps + tl.arange(0, ROWS))  # anew: else addresses fill the registers
-        inside = (now + k < stop)[:, None] & (r < rows)[None, :]
-        tl.store(slope + expert * panel + k[:, None] * rows + r[None, :], tl.reshape(tile, (BLOCK, ROWS)), mask=inside)
+        tl.debug_barrier()  # the next strips read what this one moves them by
+    for at in range(end - now, stop - now, W):
+        strip = _strip(tile, gram, expert, begin - now, end - now, at, now, width, rows, r, W)
+        tl.store(tile + (at + tl.arange(0, W))[:, None] * rows + r[None, :], strip, mask=there[None, :])
 
 
 def round_columns(stack: Columns, now: slice, target: Tensor, group_EI: Tensor) -> None:
@@ -217,7 +216,7 @@ def round_columns(stack: Columns, now: slice, target: Tensor, group_EI: Tensor) 
     _, width, rows = stack.weight.shape
     _round_columns[_grid(stack)](
         target, *arrays, target.stride(0), now.start, now.stop, width, rows, stack.scale.shape[1],
-        HAS_ZERO=stack.zero is not None, BLOCK=_block(now), W=_STRIP, **_options(stack),
+        HAS_ZERO=stack.zero is not None, W=_STRIP, **_options(stack),
     )  # fmt: skip
 
 
@@ -240,8 +239,7 @@ def improve_columns(stack: Columns, now: slice, slope: Tensor, reach: Tensor | N
         end = now.stop if reach is None else begin + size
         _improve_columns[_grid(stack)](
             slope, *arrays, slope.stride(0), now.start, begin, end, now.stop, width, rows, groups,
-            HAS_ZERO=stack.zero is not None, GO_ON=end < now.stop, S=size, BLOCK=_block(now), W=_STRIP,
-            **_options(stack),
+            HAS_ZERO=stack.zero is not None, S=size, W=_STRIP, **_options(stack),
         )  # fmt: skip
     return change
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mimoquant.quant.engine_torch import halving_sum
 from mimoquant.quant.formats import NVFP4_SMALLEST_SCALE, Format
-from mimoquant.quant.grid import Grid
+from mimoquant.quant.grid import Grid, e2m1
 from mimoquant.quant.products import Halves, halves, put
 
 
@@ -86,9 +86,9 @@ def _kernels(device: str) -> Any:
     return column_kernels_cuda
 
 
-def units(codes: Tensor, fmt: Format) -> Tensor:
-    """The values of symmetric codes at a scale of one, float32."""
-    return Grid(torch.ones(1, device=codes.device), None).decode(codes, fmt)
+def units(codes: Tensor, fmt: Format, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The values of symmetric codes at a scale of one."""
+    return codes.to(dtype).sub_(8.0) if fmt.name == "int4" else e2m1(codes.device).to(dtype)[codes.int()]
 
 
 def round_columns_plainly(stack: Columns, now: slice, target: Tensor, group_EI: Tensor) -> None:

@@ -45,14 +45,14 @@ def encode_with(
     parts = _searched(weight_EOI, fmt, method, global_scale_E, importance)
     damped = rounded = 0
     if method.gptq:
-        weight = weight_EOI.to(torch.float32)
+        weight = weight_EOI.mT.to(torch.float32, memory_format=torch.contiguous_format).mT  # columns first in memory
         result = gptq(weight, gram_EII, Grid.of(parts, fmt), fmt, method.damp)
         codes, damped, rounded = result.codes, result.damped, result.rounded
         if method.refine:
             if damped or rounded:  # a zero matrix leaves an expert as it is; a loss without a bottom would ruin it
                 gram_EII = torch.where(result.troubled[:, None, None], 0.0, gram_EII)
             parts, codes = refine(weight, gram_EII, parts, codes, fmt, method.refine)
-        parts = parts | {"codes": pack_nibbles(codes)}
+        parts = parts | {"codes": pack_nibbles(codes.contiguous())}
     return Encoded(parts, decode(parts, fmt).to(torch.bfloat16), damped, rounded)
 
 

@@ -24,12 +24,12 @@ from torch import Tensor
 from mimoquant.quant.columns import Columns, round_columns
 from mimoquant.quant.formats import Format
 from mimoquant.quant.grid import Grid
-from mimoquant.quant.products import halves, part, product, transposed, zeros
+from mimoquant.quant.products import add_product, halves, part, transposed, zeros
 
 BLOCK = 128  # columns that are rounded before what is left of them is pushed onto the rest of their panel
-PANEL = 512  # columns that are pushed onto by all before them in one product
+_PANEL, _CUDA_PANEL = 512, 256  # columns that are pushed onto by all before them in one product
 _MORE_DAMP = (10.0, 100.0)  # times the dampening, for a matrix that has no Cholesky factor
-_CUDA_PANEL = 512  # columns of a Cholesky factor that are made at once
+_FACTOR_PANEL = 512  # columns of a Cholesky factor that are made at once, on CUDA
 _LEAST_DAMP = 0.01  # what those multiply, if less was asked for
 
 
@@ -80,17 +80,17 @@ def _normal_factor(gram: Tensor) -> tuple[Tensor, Tensor]:
     """The Cholesky factor [E, I, I], each column over its diagonal element, and bool [E], whether there is one."""
     lower, info = _cholesky(gram)
     lower /= torch.diagonal(lower, dim1=-2, dim2=-1)[:, None, :].clone()
-    return lower, (info == 0) & torch.isfinite(lower).all(-1).all(-1)
+    return lower, (info == 0) & torch.isfinite(torch.linalg.vector_norm(lower, float("inf"), dim=(1, 2)))
 
 
 def _cholesky(gram: Tensor) -> tuple[Tensor, Tensor]:
     """`torch.linalg.cholesky_ex`; on CUDA panel by panel, since the library's batched one leaves most of a GPU idle."""
     width = gram.shape[-1]
-    if not gram.is_cuda or width <= _CUDA_PANEL:
+    if not gram.is_cuda or width <= _FACTOR_PANEL:
         whole: tuple[Tensor, Tensor] = torch.linalg.cholesky_ex(gram)
         return whole
     lower, info = gram.clone(), torch.zeros(len(gram), dtype=torch.int32, device=gram.device)
-    for first, end in spans(0, width, _CUDA_PANEL):
+    for first, end in spans(0, width, _FACTOR_PANEL):
         own, rest = slice(first, end), slice(end, width)
         lower[:, own, own], failed = torch.linalg.cholesky_ex(lower[:, own, own])
         info = torch.where(info == 0, failed, info)
@@ -98,10 +98,15 @@ def _cholesky(gram: Tensor) -> tuple[Tensor, Tensor]:
             beside = lower[:, rest, own].mT
             below = torch.linalg.solve_triangular(lower[:, own, own], beside, upper=False).mT.contiguous()
             lower[:, rest, own] = below
-            for begin, stop in spans(end, width, _CUDA_PANEL):  # the lower triangle is enough
-                part_of = below[:, begin - end : stop - end]
-                lower[:, begin:, begin:stop] -= below[:, begin - end :] @ part_of.mT
+            for begin, stop in spans(end, width, _FACTOR_PANEL):  # the lower triangle is enough
+                there, part_of = lower[:, begin:, begin:stop], below[:, begin - end : stop - end]
+                torch.baddbmm(there, below[:, begin - end :], part_of.mT, alpha=-1, out=there)
     return lower.tril_(), info
+
+
+def panel_of(matrix: Tensor) -> int:
+    """Columns of a panel: on CUDA fewer, since what is pushed within one costs memory traffic and not arithmetic."""
+    return _CUDA_PANEL if matrix.is_cuda else _PANEL
 
 
 def spans(begin: int, end: int, size: int) -> list[tuple[int, int]]:
@@ -110,26 +115,34 @@ def spans(begin: int, end: int, size: int) -> list[tuple[int, int]]:
 
 
 def gptq(weight_EOI: Tensor, gram_EII: Tensor, grid: Grid, fmt: Format, damp: float) -> GptqResult:
-    """Codes of `weight_EOI` (float32) on `grid`, made for inputs with the Gram matrix `gram_EII` (float32)."""
+    """Codes of `weight_EOI` (float32) on `grid`, made for inputs with the Gram matrix `gram_EII` (float32).
+
+    Weights that lie in memory column by column need no copy; codes do.
+    """
     experts, rows, width = weight_EOI.shape
     order = torch.argsort(torch.diagonal(gram_EII, dim1=-2, dim2=-1), dim=-1, descending=True, stable=True)
-    ordered = gram_EII.gather(1, order[:, :, None].expand_as(gram_EII))
-    ordered = ordered.gather(2, order[:, None, :].expand_as(gram_EII))
+    ordered = _rows(gram_EII, order).gather(2, order[:, None, :].expand_as(gram_EII))
     factor, damped, rounded = push_factor(ordered, damp)
     del ordered
     push, every, group = halves(factor), slice(None), (order // fmt.group_size).to(torch.int32)
-    weight = weight_EOI.transpose(1, 2).gather(1, order[:, :, None].expand(-1, -1, rows)).contiguous()
+    weight = _rows(weight_EOI.transpose(1, 2), order)
     turned = grid.turned()
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     stack = Columns(weight, factor, turned.scale, turned.zero, codes, zeros(experts, width, rows, weight), fmt)
-    for first, end in spans(0, width, PANEL):
+    for first, end in spans(0, width, panel_of(weight)):
         target, before = weight[:, first:end].clone(), slice(0, first)
         if first:
-            target += product(transposed(part(push, before, slice(first, end))), part(stack.left, before, every))
+            add_product(target, transposed(part(push, before, slice(first, end))), part(stack.left, before, every))
         for now in (slice(*span) for span in spans(first, end, BLOCK)):
             round_columns(stack, now, target[:, now.start - first : now.stop - first], group)
             later = transposed(part(push, now, slice(now.stop, end)))
-            target[:, now.stop - first :] += product(later, part(stack.left, now, every))
-    back = torch.empty_like(codes).scatter_(1, order[:, :, None].expand_as(codes), codes)
-    troubled = damped | rounded
-    return GptqResult(back.transpose(1, 2).contiguous(), int(damped.sum()), int(rounded.sum()), troubled)
+            add_product(target[:, now.stop - first :], later, part(stack.left, now, every))
+    back, troubled = _rows(codes, torch.argsort(order, dim=-1)), damped | rounded
+    return GptqResult(back.transpose(1, 2), int(damped.sum()), int(rounded.sum()), troubled)
+
+
+def _rows(matrices: Tensor, order: Tensor) -> Tensor:
+    """The rows of each matrix of a stack [E, I, n] in an order [E, I]; contiguous."""
+    experts, rows, width = matrices.shape
+    place = order + rows * torch.arange(experts, device=order.device)[:, None]
+    return matrices.reshape(-1, width).index_select(0, place.flatten()).view(matrices.shape)

@@ -17,7 +17,7 @@ from mimoquant.quant.formats import E2M1_VALUES, Format
 
 
 @cache
-def _e2m1(device: torch.device) -> Tensor:
+def e2m1(device: torch.device) -> Tensor:
     """The values of the 16 codes; kept, since making them anew every time would wait for the device each time."""
     return torch.tensor(E2M1_VALUES + tuple(-value for value in E2M1_VALUES), device=device)
 
@@ -45,11 +45,11 @@ class Grid:
         return Grid(self.scale.transpose(1, 2).contiguous(),
                     None if self.zero is None else self.zero.transpose(1, 2).contiguous())  # fmt: skip
 
-    def wide(self, fmt: Format) -> Grid:
-        """The grid of every weight, [E, O, I]."""
+    def wide(self, fmt: Format, dim: int = -1) -> Grid:
+        """The grid of every weight; `dim` is that of the groups."""
         size = fmt.group_size
-        return Grid(self.scale.repeat_interleave(size, -1),
-                    None if self.zero is None else self.zero.repeat_interleave(size, -1))  # fmt: skip
+        return Grid(self.scale.repeat_interleave(size, dim),
+                    None if self.zero is None else self.zero.repeat_interleave(size, dim))  # fmt: skip
 
     def encode(self, values: Tensor, fmt: Format) -> Tensor:
         """The nearest codes, uint8 0..15."""
@@ -61,6 +61,6 @@ class Grid:
     def decode(self, codes: Tensor, fmt: Format) -> Tensor:
         """The values of codes, float32."""
         if fmt.name != "int4":
-            return _e2m1(codes.device)[codes.int()] * self.scale
+            return e2m1(codes.device)[codes.int()] * self.scale
         level = codes.to(torch.float32) - 8.0
         return (level if self.zero is None else level - self.zero) * self.scale

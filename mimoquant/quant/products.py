@@ -21,15 +21,34 @@ def halves(matrix: Tensor) -> Halves:
     return high, (matrix - high).to(torch.bfloat16)
 
 
+def half_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of a half. Of values that it holds exactly, one half is enough on the right of `product`."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def product(left: Halves, right: Halves) -> Tensor:
-    """[E, m, k] @ [E, k, n] → float32 [E, m, n]. A `right` that is exact in bfloat16 may come as one half."""
+    """[E, m, k] @ [E, k, n] → float32 [E, m, n]. A `right` may be one half."""
     if len(left) == 1:
         return left[0] @ right[0]
-    left_high, left_low = left
-    out = torch.bmm(left_low, right[0], out_dtype=torch.float32)
-    for half in right[:0:-1]:
-        torch.baddbmm(out, left_high, half, out_dtype=torch.float32, out=out)
-    return torch.baddbmm(out, left_high, right[0], out_dtype=torch.float32, out=out)
+    out = torch.bmm(left[1], right[0], out_dtype=torch.float32)
+    return _added(out, left[:1], right)
+
+
+def add_product(out: Tensor, left: Halves, right: Halves) -> None:
+    """`product`, added to float32 [E, m, n], which may be a part of a larger tensor."""
+    if len(left) == 1:
+        out += left[0] @ right[0]
+    else:
+        _added(out, left, right)
+
+
+def _added(out: Tensor, left: Halves, right: Halves) -> Tensor:
+    """The products of halves that count, the smallest first: low · high, high · low, high · high."""
+    for half in left[:0:-1]:
+        torch.baddbmm(out, half, right[0], out_dtype=torch.float32, out=out)
+    for half in right[::-1]:
+        torch.baddbmm(out, left[0], half, out_dtype=torch.float32, out=out)
+    return out
 
 
 def part(matrix: Halves, rows: slice, columns: slice) -> Halves:

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from mimoquant.quant.columns import Columns, improve_columns, units
 from mimoquant.quant.formats import Format
-from mimoquant.quant.gptq import BLOCK, PANEL, spans
+from mimoquant.quant.gptq import BLOCK, panel_of, spans
 from mimoquant.quant.grid import Grid
-from mimoquant.quant.products import Halves, halves, part, product
+from mimoquant.quant.products import Halves, add_product, half_dtype, halves, part, product
 
 _DAMP = 1e-3  # of the mean diagonal: keeps a column that no token used from moving
 
@@ -33,30 +33,32 @@ def refine(
     cost, every, scales = halves(gram), slice(None), fmt.name != "mxfp4" and fmt.symmetric
     stack = _stack(weight_EOI, gram, parts, codes, fmt)
     for _ in range(rounds):
-        for first, end in spans(0, gram.shape[-1], PANEL):
+        for first, end in spans(0, gram.shape[-1], panel_of(gram)):
             slope = product(part(cost, slice(first, end), every), stack.left)
             for now in (slice(*span) for span in spans(first, end, BLOCK)):
                 reach = _reach(stack, part(cost, now, now), now) if scales else None
                 change = improve_columns(stack, now, slope[:, now.start - first : now.stop - first], reach)
-                slope[:, now.stop - first :] += product(part(cost, slice(now.stop, end), now), change)
+                add_product(slope[:, now.stop - first :], part(cost, slice(now.stop, end), now), change)
     if scales:
         stored = stack.scale if stack.divisor is None else stack.scale * stack.divisor.reshape(-1, 1, 1)
         parts = parts | {"scale": stored.transpose(1, 2).contiguous().to(parts["scale"].dtype)}
-    return parts, stack.codes.transpose(1, 2).contiguous()
+    return parts, stack.codes.transpose(1, 2)
 
 
 def _reach(stack: Columns, cost: Halves, now: slice) -> Tensor:
-    """See `columns.improve_columns`: [E, G, B, O]. Levels are exact in bfloat16, so one half of them is enough."""
-    level, size = halves(units(stack.codes[:, now], stack.fmt)), stack.fmt.group_size
+    """See `columns.improve_columns`: [E, G, B, O]."""
+    codes, size = stack.codes[:, now], stack.fmt.group_size
+    level = (units(codes, stack.fmt, half_dtype(codes.device)),)
     groups = [slice(begin, begin + size) for begin in range(0, now.stop - now.start, size)]
     every = slice(None)
-    return torch.stack([product(part(cost, every, own), part(level[:1], own, every)) for own in groups], dim=1)
+    reaches = [product(part(cost, every, own), part(level, own, every)) for own in groups]
+    return torch.stack(reaches, dim=1) if reaches[1:] else reaches[0][:, None]
 
 
 def _stack(weight_EOI: Tensor, gram: Tensor, parts: dict[str, Tensor], codes_EOI: Tensor, fmt: Format) -> Columns:
-    grid, divisor = Grid.of(parts, fmt), parts.get("global_scale")
-    left = weight_EOI - grid.wide(fmt).decode(codes_EOI, fmt)
-    weight, codes, left = (values.transpose(1, 2).contiguous() for values in (weight_EOI, codes_EOI, left))
-    turned = grid.turned()
+    divisor = parts.get("global_scale")
+    turned = Grid.of(parts, fmt).turned()
+    weight, codes = weight_EOI.mT.contiguous(), codes_EOI.mT.clone(memory_format=torch.contiguous_format)
+    left = weight - turned.wide(fmt, 1).decode(codes, fmt)
     return Columns(weight, gram, turned.scale, turned.zero, codes, halves(left), fmt,
                    None if divisor is None else divisor.flatten())  # fmt: skip
