@@ -31,11 +31,11 @@ PEER = r"""
 import json, sys, time
 from compressed_tensors.entrypoints.convert import FP8BlockDequantizer
 from llmcompressor import model_free_ptq
-source, out, scheme = sys.argv[1:4]
+source, out, scheme, device, workers = sys.argv[1:6]
 fp8 = [r"re:.*mlp\.experts\.\d+\.\w+_proj$", r"re:.*self_attn\.[qkv]_proj$", r"re:.*mlp\.\w+_proj$"]
 begin = time.perf_counter()
-model_free_ptq(source, out, scheme=scheme, ignore=[r"re:(?!.*mlp\.experts\.).*"], device="cpu", max_workers=2,
-               converter=FP8BlockDequantizer(targets=fp8))
+model_free_ptq(source, out, scheme=scheme, ignore=[r"re:(?!.*mlp\.experts\.).*"], device=device,
+               max_workers=int(workers), converter=FP8BlockDequantizer(targets=fp8))
 print("SECONDS", time.perf_counter() - begin)
 """
 
@@ -65,9 +65,11 @@ def ours(source: Path, out: Path, recipe: str) -> float:
     return time.perf_counter() - begin
 
 
-def peer(source: Path, out: Path, scheme: str) -> float:
-    done = subprocess.run([sys.executable, "-c", PEER, str(source), str(out), scheme], check=True, text=True,
-                          capture_output=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})  # fmt: skip
+def peer(source: Path, out: Path, scheme: str, device: str = "cpu", workers: int = 2) -> float:
+    """Seconds of the peer's call, without its imports."""
+    command = [sys.executable, "-c", PEER, str(source), str(out), scheme, device, str(workers)]
+    done = subprocess.run(command, check=True, text=True, capture_output=True,
+                          env=os.environ | {"HF_HUB_OFFLINE": "1"})  # fmt: skip
     return float(next(line for line in done.stdout.splitlines() if line.startswith("SECONDS")).split()[1])
 
 

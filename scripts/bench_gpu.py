@@ -6,7 +6,7 @@ runs `pipeline.quantize` on them. A layer's seconds are from the end of the laye
 writing and hashing included; the first layer of a row, which pays for compiling Triton's kernels, is not counted.
 
 usage: scripts/bench_gpu.py [--work /dev/shm] [--device cuda] [--experts 256] [--only ROW...] [--out RESULT.md]
-ROW: gptq, awq, mxfp4, nvfp4, million, pro, datafree.
+ROW: gptq, awq, mxfp4, nvfp4, million, pro, datafree, peer (llm-compressor's `model_free_ptq` beside datafree).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import bench_datafree
 import numpy as np
 import torch
 
@@ -32,6 +33,8 @@ from mimoquant.timeline import Timeline
 
 EXPERTS = 8  # different ones
 INNER = 2048  # width inside an expert
+PEER = {"mxfp4-rtn": "MXFP4A16", "int4-g128-rtn": "W4A16"}  # its name of the format
+PEER_WORKERS = 8  # threads of its own
 SIZES = {
     "V2.5": {"hidden": 4096, "heads": 64},
     "Pro": {"hidden": 6144, "heads": 128},
@@ -72,15 +75,16 @@ def make_source(folder: Path, model: str, layers: int, experts: int) -> Path:
         layers=layers + 1, experts=experts, top_k=8, expert_intermediate=INNER, kv_heads=4, head_dim=192,
         v_head_dim=128, window=128, mtp_layers=1, vocab=4096, **SIZES[model],
     )  # fmt: skip
-    encoded: dict[int, Any] = {}
+    encoded: dict[tuple[int, tuple[int, ...]], Any] = {}
     plain = synth.encode_fp8
 
     def encode_once(weight: Any) -> Any:
         if weight.shape not in ((INNER, sizes.hidden), (sizes.hidden, INNER)):
             return plain(weight)
-        if id(weight) not in encoded:
-            encoded[id(weight)] = (weight, plain(weight))  # the weight is kept, so that its id stays its own
-        return encoded[id(weight)][1]
+        place = weight.__array_interface__["data"][0], weight.shape  # experts are kept, so that theirs stay their own
+        if place not in encoded:
+            encoded[place] = plain(weight)
+        return encoded[place]
 
     synth.RandomWeights, synth.encode_fp8 = FewExperts, encode_once  # type: ignore[misc,assignment]
     begin = time.perf_counter()
@@ -147,6 +151,11 @@ def copy_seconds(source: Path, written: int, work: Path) -> float:
         return time.perf_counter() - begin
 
 
+def peer_seconds(source: Path, scheme: str, options: argparse.Namespace) -> float:
+    with output(options.work) as out:
+        return bench_datafree.peer(source, out, scheme, options.device, PEER_WORKERS)
+
+
 def data_free(source: Path, options: argparse.Namespace) -> list[str]:
     lines = []
     read = sum(path.stat().st_size for path in source.glob("*.safetensors"))
@@ -155,8 +164,9 @@ def data_free(source: Path, options: argparse.Namespace) -> list[str]:
         run(plan, options.work, options.device)  # compiles
         _, seconds, peak = run(plan, options.work, options.device)
         copy = min(copy_seconds(source, plan.shard_bytes, options.work) for _ in range(2))
+        peer = f"{peer_seconds(source, PEER[recipe], options):.1f}" if recipe in PEER and "peer" in options.only else ""
         lines.append(f"| {recipe} | {read / 1e9:.1f} + {plan.shard_bytes / 1e9:.1f} | {seconds:.2f} | {copy:.2f} "
-                     f"| {copy / seconds:.2f} | {peak:.1f} |")  # fmt: skip
+                     f"| {copy / seconds:.2f} | {peer} | {peak:.1f} |")  # fmt: skip
         print(lines[-1], flush=True)
     return lines
 
@@ -204,8 +214,8 @@ def measure(options: argparse.Namespace) -> list[str]:
         lines.append(calibrated("Pro GPTQ int4 g128", source, load_recipe("gptq-int4-g128"), few, options))
         print(lines[-1], flush=True)
     if free:
-        lines += ["", "| data-free | GB read + written | seconds | copy | copy / run | peak GB on the device |",
-                  "|---|---|---|---|---|---|", *free]  # fmt: skip
+        lines += ["", "| data-free | GB read + written | seconds | copy | copy / run | peer | peak GB on the device |",
+                  "|---|---|---|---|---|---|---|", *free]  # fmt: skip
     return lines
 
 

@@ -68,9 +68,12 @@ def main() -> None:
     with Team.from_environment(options.device) as team:
         plan, begin = planned(options, team), time.perf_counter()
 
+        ends = [begin]
+
         def progress(unit: Unit, done: int, finished: bool) -> None:
             if finished and team.leads:
-                print(f"{time.perf_counter() - begin:8.1f} s  {unit.name}", flush=True)
+                ends.append(time.perf_counter())
+                print(f"{ends[-1] - begin:8.1f} s, +{ends[-1] - ends[-2]:.2f} s  {unit.name}", flush=True)
 
         pipeline.quantize(plan, options.out, resume=options.resume, progress=progress, team=team)
         seconds = time.perf_counter() - begin
