@@ -14,15 +14,14 @@ import resource
 import signal
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-import mimoquant
-from mimoquant.choices import Container, Engine, Gpu, Layout, Qkv, QkvDtype, Server
+from mimoquant.choices import Container, Engine, Gpu, Qkv, QkvDtype, Server
 from mimoquant.draft_cli import eval_draft
 from mimoquant.errors import MimoquantError, UsageError, is_disk_trouble, is_out_of_memory
 from mimoquant.options import (
@@ -44,6 +43,7 @@ from mimoquant.options import (
 from mimoquant.page_files import check_page, check_profile, check_writable, write_page
 from mimoquant.progress import Lines, Progress, tell
 from mimoquant.sensitivity_cli import sensitivity
+from mimoquant.synth_cli import synth
 from mimoquant.team import refuse_ranks
 
 if TYPE_CHECKING:
@@ -108,14 +108,18 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"mimoquant {mimoquant.__version__}")
+        from mimoquant.versions import version_text
+
+        typer.echo(version_text())
         raise typer.Exit
 
 
 @app.callback()
 def _options(
     ctx: typer.Context,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it, and the libraries' versions.")
+    ] = False,
 ) -> None:
     if ctx.invoked_subcommand not in _SHARED_VERBS:
         refuse_ranks(str(ctx.invoked_subcommand))
@@ -368,37 +372,7 @@ def eval_kl(
 
 app.command()(sensitivity)
 app.command("eval-draft")(eval_draft)
-
-
-@app.command()
-def synth(
-    out: Annotated[Path, typer.Argument(help="The folder to write; must not exist.", metavar="DIR")],
-    layout: Annotated[Layout, typer.Option(help="The published on-disk format to imitate.")],
-    source: Annotated[
-        Path | None, typer.Option("--from", help="Convert this bf16 checkpoint instead of drawing weights.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
-    layers: Annotated[int | None, typer.Option(min=1, help="Decoder layers (the first is dense).")] = None,
-    experts: Annotated[int | None, typer.Option(min=1, help="Routed experts a layer.")] = None,
-    hidden: Annotated[int | None, typer.Option(min=1, help="Model width.")] = None,
-    expert_intermediate: Annotated[int | None, typer.Option(min=1, help="Width inside an expert.")] = None,
-    vocab: Annotated[int | None, typer.Option(min=1, help="Vocabulary size.")] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Write a small checkpoint in a real on-disk format, random or converted: for tests, demos and bug reports."""
-    from mimoquant import describe
-    from mimoquant.synth import SynthSizes
-    from mimoquant.synth import synth as run
-
-    given = {"layers": layers, "experts": experts, "hidden": hidden, "expert_intermediate": expert_intermediate,
-             "vocab": vocab}  # fmt: skip
-    chosen = {key: value for key, value in given.items() if value is not None}
-    if source is not None and chosen:
-        raise UsageError(
-            f"--from takes the sizes of {source}; --{next(iter(chosen)).replace('_', '-')} cannot go with it"
-        )
-    report = run(out, layout.value, source=source, sizes=None if source else SynthSizes(**chosen), seed=seed)
-    _print({"schema_version": 1, "out": str(out), **asdict(report)}, describe.synth_text, as_json)
+app.command()(synth)
 
 
 def _changes(data: list[str] | None, sequences: int | None, tokens: int | None) -> dict[str, Any]:

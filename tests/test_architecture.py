@@ -81,11 +81,13 @@ ALLOWED: dict[str, set[str]] = {
     "sensitivity_cli": {"errors", "calibration.tokens", "choices", "devices", "evaluation", "mixture", "options",
                         "page_files", "plan", "progress", "recipe", "sensitivity_page", "serving", "team"},
     "draft_cli": {"errors", "cli_eval", "devices", "draft_text", "evaluation", "options", "progress", "team"},
+    "synth_cli": {"errors", "choices", "describe", "options", "synth"},
+    "versions": set(),
     # the edge, which nothing imports
     "cli": {"errors", "checkpoint", "choices", "cli_eval", "coverage_page", "describe", "devices", "draft_cli",
             "model", "needs", "options", "page_files", "rehearsal", "pipeline", "plan", "progress", "recipe",
             "relayout", "report", "report_page", "sensitivity_cli", "server_text", "serving",
-            "synth", "team", "verify", "timeline"},
+            "synth_cli", "team", "verify", "versions", "timeline"},
     "__main__": {"cli"},
 }  # fmt: skip
 # for annotations only, under `if TYPE_CHECKING:`; nothing is loaded
@@ -229,7 +231,17 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @needs_cli
 def test_importing_the_command_line_loads_nothing_heavy() -> None:
-    heavy = ("torch", "numba", "llvmlite", "transformers", "compressed_tensors", "llmcompressor", "matplotlib")
+    heavy = (
+        "torch",
+        "numpy",
+        "yaml",
+        "numba",
+        "llvmlite",
+        "transformers",
+        "compressed_tensors",
+        "llmcompressor",
+        "matplotlib",
+    )
     loaded = python("-c", "import sys, mimoquant.cli; print(*sys.modules)").stdout.split()
     assert [name for name in heavy if name in loaded] == []
 

@@ -347,8 +347,12 @@ def test_progress_is_one_line_a_unit_off_a_terminal(tmp_path: Path) -> None:
     assert len(lines) == shards and lines[-1].startswith(f"[{shards}/{shards}] ") and lines[-1].endswith("0 s left")
 
 
-def test_version() -> None:
-    assert call("--version").stdout == f"mimoquant {mimoquant.__version__}\n"
+def test_version_names_what_numbers_depend_on() -> None:
+    import torch
+
+    said = dict(line.split() for line in call("--version").stdout.splitlines())
+    assert said["mimoquant"] == mimoquant.__version__ and said["torch"] == torch.__version__
+    assert {"python", "numba", "numpy", "safetensors", "tokenizers"} <= said.keys()
 
 
 @pytest.mark.parametrize("out", [".", "/", "", "x" * 300, "loop/out"])
