@@ -16,14 +16,14 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from mimoquant.choices import Container, Engine, Gpu, Qkv, QkvDtype, Server
 from mimoquant.draft_cli import eval_draft
-from mimoquant.errors import MimoquantError, UsageError, is_disk_trouble, is_out_of_memory
+from mimoquant.errors import MimoquantError, is_disk_trouble, is_out_of_memory
 from mimoquant.options import (
     ContainerOption,
     DataOption,
@@ -45,10 +45,6 @@ from mimoquant.progress import Lines, Progress, tell
 from mimoquant.sensitivity_cli import sensitivity
 from mimoquant.synth_cli import synth
 from mimoquant.team import refuse_ranks
-
-if TYPE_CHECKING:
-    from mimoquant.needs import Machine
-    from mimoquant.plan import Plan
 
 EXIT_INTERRUPTED = 130
 _RESUMABLE_VERBS = ("quantize", "relayout", "sensitivity")
@@ -132,14 +128,9 @@ def inspect(
     allow_unknown: UnknownOption = False,
 ) -> None:
     """Say what a checkpoint holds. Reads headers only."""
-    from mimoquant import describe
-    from mimoquant.checkpoint.index import open_index
-    from mimoquant.model.layout import read_layout
-    from mimoquant.plan import read_config
+    from mimoquant import api, describe
 
-    index = open_index(checkpoint)
-    layout = read_layout(index, read_config(index), allow_unknown=allow_unknown, packed=True)
-    _print(describe.layout_facts(layout), describe.layout_text, as_json)
+    _print(api.inspect(checkpoint, allow_unknown=allow_unknown), describe.layout_text, as_json)
 
 
 @app.command()
@@ -159,20 +150,15 @@ def plan(
 ) -> None:
     """Show what quantize would do and need, and the result's size to the byte. Reads headers only, or with --measure
     also some experts."""
-    from mimoquant import describe
-    from mimoquant.devices import resolve_device
-    from mimoquant.needs import machine
+    from mimoquant import api, describe
 
-    place = resolve_device(device)
-    has = machine(place, gpu_memory)
-    made = _plan(source, recipe, container, allow_unknown, _changes(data, sequences, tokens), place, has)
-    took = None
     if measure:
-        from mimoquant.rehearsal import rehearse
-
         tell("note: rehearsing the plan's steps on one chunk of experts")
-        took = rehearse(made, place, out)
-    _print(describe.plan_facts(made, place, has, took, out), describe.plan_text, as_json)
+    facts = api.plan(
+        source, recipe, out=out, device=device, gpu_memory=gpu_memory, data=data, sequences=sequences, tokens=tokens,
+        container=_value(container), measure=measure, allow_unknown=allow_unknown,
+    )  # fmt: skip
+    _print(facts, describe.plan_text, as_json)
 
 
 @app.command()
@@ -193,7 +179,7 @@ def quantize(
     allow_unknown: UnknownOption = False,
 ) -> None:
     """Write the 4-bit checkpoint. The folder appears only when it is complete; an interrupted run can be resumed."""
-    from mimoquant import coverage_page, describe, pipeline
+    from mimoquant import api, coverage_page, describe, pipeline
     from mimoquant.devices import resolve_device
     from mimoquant.needs import machine, refusal
     from mimoquant.team import Team
@@ -203,8 +189,8 @@ def quantize(
     with Team.from_environment(resolve_device(device)) as team:
         has = machine(team.device, gpu_memory)
         has = replace(has, gpu_bytes=min(team.gather(has.gpu_bytes)))  # chunks must be the same everywhere
-        changes = _changes(data, sequences, tokens)
-        made = _plan(source, recipe, container, allow_unknown, changes, team.device, has, team.size)
+        changes = api.calibration_changes(data, sequences, tokens)
+        made = api.fitted_plan(source, recipe, _value(container), allow_unknown, changes, team.device, has, team.size)
         refused = refusal(made, team.device, has, team.size)
         if refused:
             raise refused
@@ -272,23 +258,11 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Prove a checkpoint against its source, value by value; or, with --engine, against what an engine accepts."""
-    from mimoquant import describe
+    from mimoquant import api, describe
     from mimoquant.errors import CheckpointError
 
-    if source is None and engine is None:
-        raise UsageError(f"there is nothing to hold {out} against", hint="give --source, --engine, or both")
-    if engine is None and (engine_version or tp):
-        raise UsageError("--engine-version and --tp are about an --engine", hint="name one, such as --engine vllm")
-    facts: dict[str, Any] = {"schema_version": 1, "out": str(out), "ok": True, "problems": []}
-    if source is not None:
-        from mimoquant.verify import verify as run
-
-        facts |= run(out, source, progress=Lines()).as_json()
-    if engine is not None and facts["ok"]:  # what a damaged file would do in an engine is nobody's question
-        from mimoquant.serving.check import engine_facts
-        from mimoquant.serving.facts import read_served
-
-        facts["engine"] = engine_facts(read_served(out), engine.value, engine_version, tp)
+    facts = api.verify(out, source, engine=engine.value if engine else None, engine_version=engine_version, tp=tp,
+                       progress=Lines())  # fmt: skip
     _print(facts, describe.verify_text, as_json)
     if not facts["ok"]:
         raise CheckpointError(f"{out}: is not what its recipe says (problems: {len(facts['problems'])})")
@@ -309,12 +283,11 @@ def launch(
     as_json: JsonOption = False,
 ) -> None:
     """Print the command that serves a checkpoint: parallelism, back ends, context, parsers. Reads headers only."""
-    from mimoquant.serving.facts import read_served
-    from mimoquant.serving.launch import launch as make
+    from mimoquant import api
     from mimoquant.serving.launch import launch_text
 
-    made = make(read_served(out), engine.value, gpu.value, gpus, version=engine_version, mtp=mtp, dflash=dflash)
-    _print(made.as_json(), launch_text, as_json)
+    made = api.launch(out, engine.value, gpu.value, gpus, mtp=mtp, dflash=dflash, engine_version=engine_version)
+    _print(made, launch_text, as_json)
 
 
 @app.command("eval-kl")
@@ -375,31 +348,8 @@ app.command("eval-draft")(eval_draft)
 app.command()(synth)
 
 
-def _changes(data: list[str] | None, sequences: int | None, tokens: int | None) -> dict[str, Any]:
-    """What the command line says of calibration, where the recipe says otherwise."""
-    given = {"data": tuple(data) if data else None, "sequences": sequences, "tokens": tokens}
-    return {key: value for key, value in given.items() if value is not None}
-
-
-def _plan(
-    source: Path,
-    recipe: str,
-    container: Container | None,
-    allow_unknown: bool,
-    calibration: dict[str, Any],
-    device: str,
-    has: Machine,
-    ranks: int = 1,
-) -> Plan:
-    from mimoquant.needs import fitting_plan
-    from mimoquant.plan import make_plan
-    from mimoquant.recipe import load_recipe
-
-    chosen, loaded = container.value if container else None, load_recipe(recipe).calibrated_on(calibration)
-    return fitting_plan(
-        lambda size: make_plan(source, loaded, container=chosen, allow_unknown=allow_unknown, chunk_bytes=size),
-        device, has, ranks,
-    )  # fmt: skip
+def _value(container: Container | None) -> str | None:
+    return container.value if container else None
 
 
 def _print(facts: dict[str, Any], to_text: Any, as_json: bool) -> None:

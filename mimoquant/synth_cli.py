@@ -1,16 +1,14 @@
-"""The verb `synth`: options, what contradicts itself, what is printed."""
+"""The verb `synth`."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from mimoquant.choices import Layout
-from mimoquant.errors import UsageError
 from mimoquant.options import JsonOption
 
 
@@ -29,17 +27,8 @@ def synth(
     as_json: JsonOption = False,
 ) -> None:
     """Write a small checkpoint in a real on-disk format, random or converted: for tests, demos and bug reports."""
-    from mimoquant import describe
-    from mimoquant.synth import SynthSizes
-    from mimoquant.synth import synth as run
+    from mimoquant import api, describe
 
-    given = {"layers": layers, "experts": experts, "hidden": hidden, "expert_intermediate": expert_intermediate,
-             "vocab": vocab}  # fmt: skip
-    chosen = {key: value for key, value in given.items() if value is not None}
-    if source is not None and chosen:
-        raise UsageError(
-            f"--from takes the sizes of {source}; --{next(iter(chosen)).replace('_', '-')} cannot go with it"
-        )
-    report = run(out, layout.value, source=source, sizes=None if source else SynthSizes(**chosen), seed=seed)
-    facts = {"schema_version": 1, "out": str(out), **asdict(report)}
+    facts = api.synth(out, layout.value, source=source, seed=seed, layers=layers, experts=experts, hidden=hidden,
+                      expert_intermediate=expert_intermediate, vocab=vocab)  # fmt: skip
     typer.echo(json.dumps(facts, indent=2) if as_json else describe.synth_text(facts))

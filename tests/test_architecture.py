@@ -78,16 +78,17 @@ ALLOWED: dict[str, set[str]] = {
     "options": {"choices"},
     "describe": {"checkpoint.journal", "model", "needs", "plan", "rehearsal", "relayout", "report", "serving", "units"},
     "cli_eval": {"errors", "calibration", "devices", "evaluation", "progress", "team"},
-    "sensitivity_cli": {"errors", "calibration.tokens", "choices", "devices", "evaluation", "mixture", "options",
+    "sensitivity_cli": {"errors", "api", "calibration.tokens", "choices", "devices", "evaluation", "mixture", "options",
                         "page_files", "plan", "progress", "recipe", "sensitivity_page", "serving", "team"},
     "draft_cli": {"errors", "cli_eval", "devices", "draft_text", "evaluation", "options", "progress", "team"},
-    "synth_cli": {"errors", "choices", "describe", "options", "synth"},
+    "synth_cli": {"api", "choices", "describe", "options"},
     "versions": set(),
     # the edge, which nothing imports
-    "cli": {"errors", "checkpoint", "choices", "cli_eval", "coverage_page", "describe", "devices", "draft_cli",
-            "model", "needs", "options", "page_files", "rehearsal", "pipeline", "plan", "progress", "recipe",
-            "relayout", "report", "report_page", "sensitivity_cli", "server_text", "serving",
-            "synth_cli", "team", "verify", "versions", "timeline"},
+    "api": {"errors", "calibration", "checkpoint", "describe", "devices", "evaluation", "mixture", "model", "needs",
+            "pipeline", "plan", "recipe", "rehearsal", "relayout", "serving", "synth", "team", "verify"},
+    "cli": {"errors", "api", "choices", "cli_eval", "coverage_page", "describe", "devices", "draft_cli", "needs",
+            "options", "page_files", "pipeline", "progress", "relayout", "report_page", "sensitivity_cli",
+            "server_text", "serving", "synth_cli", "team", "versions", "timeline"},
     "__main__": {"cli"},
 }  # fmt: skip
 # for annotations only, under `if TYPE_CHECKING:`; nothing is loaded
