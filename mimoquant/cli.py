@@ -309,6 +309,10 @@ def eval_kl(
     noise_floor: Annotated[bool, typer.Option(help="Measure what the reference differs from itself.")] = True,
     device: PlaceOption = "auto",
     html: Annotated[Path | None, typer.Option(help="Write the report page here.", metavar="FILE")] = None,
+    junit: Annotated[
+        Path | None, typer.Option(help="Write --max-kl's outcome here as JUnit XML.", metavar="FILE")
+    ] = None,
+    card: Annotated[bool, typer.Option("--card", help="Write the outcome into CANDIDATE's README.md.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure symmetric KL of a checkpoint (or a server) against its bf16 reference, on held-out tokens."""
@@ -321,6 +325,7 @@ def eval_kl(
     )
     if html is not None:
         check_writable(html, tuple(folder for folder in (reference, candidate, baseline) if folder is not None))
+    cli_eval.check_outcome(reference, candidate, max_kl, junit, card)
     where = (reference, data or ["heldout-v1"], sequences, tokens)
     if candidate is not None:
         facts = cli_eval.evaluate(*where, candidate, baseline, noise_floor, device)
@@ -330,17 +335,20 @@ def eval_kl(
         return
     if facts.get("activations_quantized"):
         tell(f"note: {candidate}: its config quantizes activations too; J is of its weights alone")
-    facts["max_kl"], j = max_kl, facts["j"]["mean"]
-    facts["passed"] = None if max_kl is None else j <= max_kl
+    facts["max_kl"], j, broken = max_kl, facts["j"]["mean"], facts["nonfinite_share"]
+    facts["passed"] = None if max_kl is None else j <= max_kl and not broken
     facts["elapsed_s"] = round(time.monotonic() - begin, 3)
     facts["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if html is not None:
         write_page(html, report_page.eval_page(facts))
     _print(facts, report_page.eval_text if candidate is not None else server_text.server_text, as_json)
+    cli_eval.write_outcome(facts, candidate, junit, card)
     if max_kl is not None and j > max_kl:
         least = "at least " if facts.get("server", {}).get("is_lower_bound") else ""
         over = f"{least}{j:.5f} nats a token, {j - max_kl:.5f} above the gate of {max_kl}"
         raise QualityError(f"{facts['candidate']}: J is {over}")
+    if max_kl is not None and broken:
+        raise QualityError(f"{facts['candidate']}: {100 * broken:.3g} % of the rows are not finite, J leaves them out")
 
 
 app.command()(sensitivity)

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from mimoquant.describe import coverage, token_count
-from mimoquant.report_page import CSS, card, escaped, note, number, percent, tag
+from mimoquant.report import number
+from mimoquant.report_page import CSS, card, escaped, note, percent, tag
 
 Facts = dict[str, Any]  # of a layer, as `calibrated.LayerFacts` tells them
 Cell = tuple[str, str]  # classes, tooltip

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import html
 import math
-import re
 import textwrap
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mimoquant.describe import table
-from mimoquant.report import size
+from mimoquant.report import number, size
 
 Facts = dict[str, Any]
 Axis = tuple[str, list[tuple[float, str]]]  # title; (place in 0..1, label) of each tick
@@ -87,11 +86,6 @@ def escaped(value: object) -> str:
 def token_sign(token: str) -> str:
     sign = visible(token).replace(" ", "␣") or "(empty)"
     return sign if len(sign) <= TOKEN_CHARS else sign[: TOKEN_CHARS - 1] + "…"
-
-
-def number(value: float | None, digits: int = 4) -> str:
-    text = "n/a" if value is None else f"{value:.{digits}g}"
-    return re.sub(r"e([+-])0*", r"e\1", text).replace("e+", "e")
 
 
 def percent(share: float | None) -> str:

@@ -27,7 +27,7 @@ from mimoquant.checkpoint.writer import Entry
 from mimoquant.errors import CheckpointError, MimoquantError, UsageError
 from mimoquant.layer_weights import dequantize, read_experts, read_matrix, read_parts
 from mimoquant.model.layout import PROJECTIONS, norm_name, router_name
-from mimoquant.output_texts import written_texts
+from mimoquant.output_texts import is_as_written, written_texts
 from mimoquant.plan import Plan, make_plan
 from mimoquant.quant.engine_cpu import CpuEngine
 from mimoquant.quant.stack import Audit
@@ -147,7 +147,7 @@ def _check_files(out: Path, plan: Plan, report: VerifyReport, tell: Callable[[st
             report.problem(f"{name}: is missing")
         elif name in plan.side_files and file_sha256(path) != file_sha256(plan.layout.index.folder / name):
             report.problem(f"{name}: differs from the source's")
-        elif name in texts and path.read_bytes() != texts[name]:
+        elif name in texts and not is_as_written(name, path.read_bytes(), texts[name]):
             report.problem(f"{name}: is not what the recipe makes of this source")
         report.checked["files"] += 1
     expected = {*planned, *plan.side_files, *texts, JOURNAL_NAME}
