@@ -265,7 +265,10 @@ def verify(
                        progress=Lines())  # fmt: skip
     _print(facts, describe.verify_text, as_json)
     if not facts["ok"]:
-        raise CheckpointError(f"{out}: is not what its recipe says (problems: {len(facts['problems'])})")
+        raise CheckpointError(
+            f"{out}: is not what its recipe says (problems: {len(facts['problems'])})",
+            hint="the lines above name them; fetch these files again, or write the folder anew",
+        )
     if engine is not None and not facts["engine"]["ok"]:
         failed = [problem for problem in facts["engine"]["problems"] if problem["verdict"] != "warning"]
         raise CheckpointError(f"{out}: {engine.value} would refuse or corrupt it (problems: {len(failed)})")

@@ -103,7 +103,10 @@ def verify(
 
 def _planned_by_recipe(out: Path, source: Path | str) -> Plan:
     if not (out / "recipe.yaml").is_file():
-        raise UsageError(f"{out}: has no recipe.yaml, so it is not a finished output of mimoquant quantize")
+        raise UsageError(
+            f"{out}: has no recipe.yaml, so it is not a finished output of mimoquant quantize",
+            hint="of what others wrote, verify --engine and eval-kl tell",
+        )
     recipe = load_recipe(str(out / "recipe.yaml"))
     plan = make_plan(source, recipe, allow_unknown=True)
     before, now = recipe.provenance.get("source_headers_sha256"), plan.layout.index.headers_fingerprint()
