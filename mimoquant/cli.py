@@ -34,6 +34,7 @@ from mimoquant.options import (
     HeldOutTokensOption,
     JsonOption,
     PlaceOption,
+    QuietOption,
     RecipeOption,
     SequencesOption,
     TokensOption,
@@ -176,6 +177,7 @@ def quantize(
     html: Annotated[Path | None, typer.Option(help="Write what calibration reached here.", metavar="FILE")] = None,
     profile: Annotated[Path | None, typer.Option(help="Write a Chrome trace of the run here.", metavar="FILE")] = None,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
     allow_unknown: UnknownOption = False,
 ) -> None:
     """Write the 4-bit checkpoint. The folder appears only when it is complete; an interrupted run can be resumed."""
@@ -199,7 +201,7 @@ def quantize(
         if profile is not None:
             check_profile(profile, made, out)
         timeline = Timeline()
-        with Progress(made, team.size) if team.leads else contextlib.nullcontext() as progress:
+        with Progress(made, team.size, timeline) if team.leads else contextlib.nullcontext() as progress:
             for note in made.notes if team.leads else ():
                 tell(f"note: {note}")
             report = pipeline.quantize(made, out, resume=resume, team=team, timeline=timeline,
@@ -226,6 +228,7 @@ def relayout(
     dtype: Annotated[QkvDtype, typer.Option(help="bf16: of an FP8 qkv too.")] = QkvDtype.SOURCE,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
     allow_unknown: UnknownOption = False,
 ) -> None:
     """Write q, k and v in another layout, exactly or not at all; every other tensor is copied byte for byte."""
@@ -256,6 +259,7 @@ def verify(
     engine_version: VersionOption = None,
     tp: Annotated[int | None, typer.Option(min=1, help="Tensor parallelism to check for.", metavar="N")] = None,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Prove a checkpoint against its source, value by value; or, with --engine, against what an engine accepts."""
     from mimoquant import api, describe
@@ -317,6 +321,7 @@ def eval_kl(
     ] = None,
     card: Annotated[bool, typer.Option("--card", help="Write the outcome into CANDIDATE's README.md.")] = False,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Measure symmetric KL of a checkpoint (or a server) against its bf16 reference, on held-out tokens."""
     from mimoquant import cli_eval, report_page, server_text

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mimoquant.options import ContainerOption, HeldOutTokensOption, JsonOption, PlaceOption, UnknownOption
+from mimoquant.options import ContainerOption, HeldOutTokensOption, JsonOption, PlaceOption, QuietOption, UnknownOption
 from mimoquant.page_files import check_writable, write_page
 from mimoquant.progress import Lines, tell
 
@@ -47,6 +47,7 @@ def sensitivity(
     ] = True,
     html: Annotated[Path | None, typer.Option(help="Write the report page here.", metavar="FILE")] = None,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
     allow_unknown: UnknownOption = False,
 ) -> None:
     """Measure what each layer's quantization costs, and write a recipe that spends bytes where they buy most."""

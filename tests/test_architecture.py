@@ -77,7 +77,7 @@ ALLOWED: dict[str, set[str]] = {
                 "quant.formats", "report", "units"},
     "page_files": {"errors"},
     "choices": set(),
-    "options": {"choices"},
+    "options": {"choices", "progress"},
     "describe": {"checkpoint.journal", "model", "needs", "plan", "rehearsal", "relayout", "report", "serving", "units"},
     "cli_eval": {"errors", "calibration", "checkpoint.writer", "devices", "evaluation", "junit", "model_card",
                  "page_files", "progress", "team"},
@@ -95,7 +95,11 @@ ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
 }  # fmt: skip
 # for annotations only, under `if TYPE_CHECKING:`; nothing is loaded
-ALLOWED_FOR_TYPES: dict[str, set[str]] = {"page_files": {"plan"}, "progress": {"plan", "units"}, "report": {"plan"}}
+ALLOWED_FOR_TYPES: dict[str, set[str]] = {
+    "page_files": {"plan"},
+    "progress": {"plan", "timeline", "units"},
+    "report": {"plan"},
+}
 
 
 def modules() -> dict[str, Path]:
