@@ -324,7 +324,7 @@ def eval_kl(
     quiet: QuietOption = False,
 ) -> None:
     """Measure symmetric KL of a checkpoint (or a server) against its bf16 reference, on held-out tokens."""
-    from mimoquant import cli_eval, report_page, server_text
+    from mimoquant import changes_page, cli_eval, report_page, server_text
     from mimoquant.errors import QualityError
 
     begin = time.monotonic()
@@ -348,7 +348,7 @@ def eval_kl(
     facts["elapsed_s"] = round(time.monotonic() - begin, 3)
     facts["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if html is not None:
-        write_page(html, report_page.eval_page(facts))
+        write_page(html, report_page.eval_page(facts, changes_page.changes_part(Path(facts["candidate"]))))
     _print(facts, report_page.eval_text if candidate is not None else server_text.server_text, as_json)
     cli_eval.write_outcome(facts, candidate, junit, card)
     if max_kl is not None and j > max_kl:

@@ -62,6 +62,7 @@ ALLOWED: dict[str, set[str]] = {
     "output_texts": {"checkpoint", "container", "model_card", "plan", "relayout", "report", "serving.facts"},
     "model_card": {"container", "errors", "report", "serving"},
     "junit": {"report_page"},
+    "changes_page": {"coverage_page", "report", "report_page"},
     "verify": {"errors", "checkpoint", "layer_weights", "model", "output_texts", "pipeline", "plan", "quant", "recipe",
                "relayout", "reorder", "units", "verify_calibrated"},
     "verify_calibrated": {"quant", "recipe"},
@@ -89,9 +90,9 @@ ALLOWED: dict[str, set[str]] = {
     # the edge, which nothing imports
     "api": {"errors", "calibration", "checkpoint", "describe", "devices", "evaluation", "mixture", "model", "needs",
             "pipeline", "plan", "recipe", "rehearsal", "relayout", "serving", "synth", "team", "verify"},
-    "cli": {"errors", "api", "choices", "cli_eval", "coverage_page", "describe", "devices", "draft_cli", "needs",
-            "options", "page_files", "pipeline", "progress", "relayout", "report_page", "sensitivity_cli",
-            "server_text", "serving", "synth_cli", "team", "versions", "timeline"},
+    "cli": {"errors", "api", "changes_page", "choices", "cli_eval", "coverage_page", "describe", "devices",
+            "draft_cli", "needs", "options", "page_files", "pipeline", "progress", "relayout", "report_page",
+            "sensitivity_cli", "server_text", "serving", "synth_cli", "team", "versions", "timeline"},
     "__main__": {"cli"},
 }  # fmt: skip
 # for annotations only, under `if TYPE_CHECKING:`; nothing is loaded
