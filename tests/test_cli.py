@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import json
 import os
 import re
@@ -328,7 +329,8 @@ def test_usage_mistakes(tmp_path: Path) -> None:
 def test_an_interrupt_exits_130_and_tells_how_to_resume(number: signal.Signals, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mimoquant", "quantize", str(MICRO), "-r", "gptq-int4-g128", "--device", "cpu",
                "--sequences", "32", "--tokens", "64", "--out", str(tmp_path / "out")]  # fmt: skip
-    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores it
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     partial = tmp_path / "out.partial" / "journal.jsonl"
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and run.poll() is None and not (partial.exists() and partial.stat().st_size):
