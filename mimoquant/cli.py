@@ -14,17 +14,16 @@ import resource
 import signal
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-import mimoquant
-from mimoquant.choices import Container, Engine, Gpu, Layout, Qkv, QkvDtype, Server
+from mimoquant.choices import Container, Engine, Gpu, Qkv, QkvDtype, Server
 from mimoquant.draft_cli import eval_draft
-from mimoquant.errors import MimoquantError, UsageError, is_disk_trouble, is_out_of_memory
+from mimoquant.errors import MimoquantError, is_disk_trouble, is_out_of_memory
 from mimoquant.options import (
     ContainerOption,
     DataOption,
@@ -35,6 +34,7 @@ from mimoquant.options import (
     HeldOutTokensOption,
     JsonOption,
     PlaceOption,
+    QuietOption,
     RecipeOption,
     SequencesOption,
     TokensOption,
@@ -44,11 +44,8 @@ from mimoquant.options import (
 from mimoquant.page_files import check_page, check_profile, check_writable, write_page
 from mimoquant.progress import Lines, Progress, tell
 from mimoquant.sensitivity_cli import sensitivity
+from mimoquant.synth_cli import synth
 from mimoquant.team import refuse_ranks
-
-if TYPE_CHECKING:
-    from mimoquant.needs import Machine
-    from mimoquant.plan import Plan
 
 EXIT_INTERRUPTED = 130
 _RESUMABLE_VERBS = ("quantize", "relayout", "sensitivity")
@@ -108,14 +105,18 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"mimoquant {mimoquant.__version__}")
+        from mimoquant.versions import version_text
+
+        typer.echo(version_text())
         raise typer.Exit
 
 
 @app.callback()
 def _options(
     ctx: typer.Context,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it, and the libraries' versions.")
+    ] = False,
 ) -> None:
     if ctx.invoked_subcommand not in _SHARED_VERBS:
         refuse_ranks(str(ctx.invoked_subcommand))
@@ -128,14 +129,9 @@ def inspect(
     allow_unknown: UnknownOption = False,
 ) -> None:
     """Say what a checkpoint holds. Reads headers only."""
-    from mimoquant import describe
-    from mimoquant.checkpoint.index import open_index
-    from mimoquant.model.layout import read_layout
-    from mimoquant.plan import read_config
+    from mimoquant import api, describe
 
-    index = open_index(checkpoint)
-    layout = read_layout(index, read_config(index), allow_unknown=allow_unknown, packed=True)
-    _print(describe.layout_facts(layout), describe.layout_text, as_json)
+    _print(api.inspect(checkpoint, allow_unknown=allow_unknown), describe.layout_text, as_json)
 
 
 @app.command()
@@ -155,20 +151,15 @@ def plan(
 ) -> None:
     """Show what quantize would do and need, and the result's size to the byte. Reads headers only, or with --measure
     also some experts."""
-    from mimoquant import describe
-    from mimoquant.devices import resolve_device
-    from mimoquant.needs import machine
+    from mimoquant import api, describe
 
-    place = resolve_device(device)
-    has = machine(place, gpu_memory)
-    made = _plan(source, recipe, container, allow_unknown, _changes(data, sequences, tokens), place, has)
-    took = None
     if measure:
-        from mimoquant.rehearsal import rehearse
-
         tell("note: rehearsing the plan's steps on one chunk of experts")
-        took = rehearse(made, place, out)
-    _print(describe.plan_facts(made, place, has, took, out), describe.plan_text, as_json)
+    facts = api.plan(
+        source, recipe, out=out, device=device, gpu_memory=gpu_memory, data=data, sequences=sequences, tokens=tokens,
+        container=_value(container), measure=measure, allow_unknown=allow_unknown,
+    )  # fmt: skip
+    _print(facts, describe.plan_text, as_json)
 
 
 @app.command()
@@ -186,10 +177,11 @@ def quantize(
     html: Annotated[Path | None, typer.Option(help="Write what calibration reached here.", metavar="FILE")] = None,
     profile: Annotated[Path | None, typer.Option(help="Write a Chrome trace of the run here.", metavar="FILE")] = None,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
     allow_unknown: UnknownOption = False,
 ) -> None:
     """Write the 4-bit checkpoint. The folder appears only when it is complete; an interrupted run can be resumed."""
-    from mimoquant import coverage_page, describe, pipeline
+    from mimoquant import api, coverage_page, describe, pipeline
     from mimoquant.devices import resolve_device
     from mimoquant.needs import machine, refusal
     from mimoquant.team import Team
@@ -199,8 +191,8 @@ def quantize(
     with Team.from_environment(resolve_device(device)) as team:
         has = machine(team.device, gpu_memory)
         has = replace(has, gpu_bytes=min(team.gather(has.gpu_bytes)))  # chunks must be the same everywhere
-        changes = _changes(data, sequences, tokens)
-        made = _plan(source, recipe, container, allow_unknown, changes, team.device, has, team.size)
+        changes = api.calibration_changes(data, sequences, tokens)
+        made = api.fitted_plan(source, recipe, _value(container), allow_unknown, changes, team.device, has, team.size)
         refused = refusal(made, team.device, has, team.size)
         if refused:
             raise refused
@@ -209,7 +201,7 @@ def quantize(
         if profile is not None:
             check_profile(profile, made, out)
         timeline = Timeline()
-        with Progress(made, team.size) if team.leads else contextlib.nullcontext() as progress:
+        with Progress(made, team.size, timeline) if team.leads else contextlib.nullcontext() as progress:
             for note in made.notes if team.leads else ():
                 tell(f"note: {note}")
             report = pipeline.quantize(made, out, resume=resume, team=team, timeline=timeline,
@@ -236,6 +228,7 @@ def relayout(
     dtype: Annotated[QkvDtype, typer.Option(help="bf16: of an FP8 qkv too.")] = QkvDtype.SOURCE,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
     allow_unknown: UnknownOption = False,
 ) -> None:
     """Write q, k and v in another layout, exactly or not at all; every other tensor is copied byte for byte."""
@@ -266,28 +259,20 @@ def verify(
     engine_version: VersionOption = None,
     tp: Annotated[int | None, typer.Option(min=1, help="Tensor parallelism to check for.", metavar="N")] = None,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Prove a checkpoint against its source, value by value; or, with --engine, against what an engine accepts."""
-    from mimoquant import describe
+    from mimoquant import api, describe
     from mimoquant.errors import CheckpointError
 
-    if source is None and engine is None:
-        raise UsageError(f"there is nothing to hold {out} against", hint="give --source, --engine, or both")
-    if engine is None and (engine_version or tp):
-        raise UsageError("--engine-version and --tp are about an --engine", hint="name one, such as --engine vllm")
-    facts: dict[str, Any] = {"schema_version": 1, "out": str(out), "ok": True, "problems": []}
-    if source is not None:
-        from mimoquant.verify import verify as run
-
-        facts |= run(out, source, progress=Lines()).as_json()
-    if engine is not None and facts["ok"]:  # what a damaged file would do in an engine is nobody's question
-        from mimoquant.serving.check import engine_facts
-        from mimoquant.serving.facts import read_served
-
-        facts["engine"] = engine_facts(read_served(out), engine.value, engine_version, tp)
+    facts = api.verify(out, source, engine=engine.value if engine else None, engine_version=engine_version, tp=tp,
+                       progress=Lines())  # fmt: skip
     _print(facts, describe.verify_text, as_json)
     if not facts["ok"]:
-        raise CheckpointError(f"{out}: is not what its recipe says (problems: {len(facts['problems'])})")
+        raise CheckpointError(
+            f"{out}: is not what its recipe says (problems: {len(facts['problems'])})",
+            hint="the lines above name them; fetch these files again, or write the folder anew",
+        )
     if engine is not None and not facts["engine"]["ok"]:
         failed = [problem for problem in facts["engine"]["problems"] if problem["verdict"] != "warning"]
         raise CheckpointError(f"{out}: {engine.value} would refuse or corrupt it (problems: {len(failed)})")
@@ -305,12 +290,11 @@ def launch(
     as_json: JsonOption = False,
 ) -> None:
     """Print the command that serves a checkpoint: parallelism, back ends, context, parsers. Reads headers only."""
-    from mimoquant.serving.facts import read_served
-    from mimoquant.serving.launch import launch as make
+    from mimoquant import api
     from mimoquant.serving.launch import launch_text
 
-    made = make(read_served(out), engine.value, gpu.value, gpus, version=engine_version, mtp=mtp, dflash=dflash)
-    _print(made.as_json(), launch_text, as_json)
+    made = api.launch(out, engine.value, gpu.value, gpus, mtp=mtp, dflash=dflash, engine_version=engine_version)
+    _print(made, launch_text, as_json)
 
 
 @app.command("eval-kl")
@@ -332,10 +316,15 @@ def eval_kl(
     noise_floor: Annotated[bool, typer.Option(help="Measure what the reference differs from itself.")] = True,
     device: PlaceOption = "auto",
     html: Annotated[Path | None, typer.Option(help="Write the report page here.", metavar="FILE")] = None,
+    junit: Annotated[
+        Path | None, typer.Option(help="Write --max-kl's outcome here as JUnit XML.", metavar="FILE")
+    ] = None,
+    card: Annotated[bool, typer.Option("--card", help="Write the outcome into CANDIDATE's README.md.")] = False,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Measure symmetric KL of a checkpoint (or a server) against its bf16 reference, on held-out tokens."""
-    from mimoquant import cli_eval, report_page, server_text
+    from mimoquant import changes_page, cli_eval, report_page, server_text
     from mimoquant.errors import QualityError
 
     begin = time.monotonic()
@@ -344,6 +333,7 @@ def eval_kl(
     )
     if html is not None:
         check_writable(html, tuple(folder for folder in (reference, candidate, baseline) if folder is not None))
+    cli_eval.check_outcome(reference, candidate, max_kl, junit, card)
     where = (reference, data or ["heldout-v1"], sequences, tokens)
     if candidate is not None:
         facts = cli_eval.evaluate(*where, candidate, baseline, noise_floor, device)
@@ -353,79 +343,29 @@ def eval_kl(
         return
     if facts.get("activations_quantized"):
         tell(f"note: {candidate}: its config quantizes activations too; J is of its weights alone")
-    facts["max_kl"], j = max_kl, facts["j"]["mean"]
-    facts["passed"] = None if max_kl is None else j <= max_kl
+    facts["max_kl"], j, broken = max_kl, facts["j"]["mean"], facts["nonfinite_share"]
+    facts["passed"] = None if max_kl is None else j <= max_kl and not broken
     facts["elapsed_s"] = round(time.monotonic() - begin, 3)
     facts["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if html is not None:
-        write_page(html, report_page.eval_page(facts))
+        write_page(html, report_page.eval_page(facts, changes_page.changes_part(Path(facts["candidate"]))))
     _print(facts, report_page.eval_text if candidate is not None else server_text.server_text, as_json)
+    cli_eval.write_outcome(facts, candidate, junit, card)
     if max_kl is not None and j > max_kl:
         least = "at least " if facts.get("server", {}).get("is_lower_bound") else ""
         over = f"{least}{j:.5f} nats a token, {j - max_kl:.5f} above the gate of {max_kl}"
         raise QualityError(f"{facts['candidate']}: J is {over}")
+    if max_kl is not None and broken:
+        raise QualityError(f"{facts['candidate']}: {100 * broken:.3g} % of the rows are not finite, J leaves them out")
 
 
 app.command()(sensitivity)
 app.command("eval-draft")(eval_draft)
+app.command()(synth)
 
 
-@app.command()
-def synth(
-    out: Annotated[Path, typer.Argument(help="The folder to write; must not exist.", metavar="DIR")],
-    layout: Annotated[Layout, typer.Option(help="The published on-disk format to imitate.")],
-    source: Annotated[
-        Path | None, typer.Option("--from", help="Convert this bf16 checkpoint instead of drawing weights.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
-    layers: Annotated[int | None, typer.Option(min=1, help="Decoder layers (the first is dense).")] = None,
-    experts: Annotated[int | None, typer.Option(min=1, help="Routed experts a layer.")] = None,
-    hidden: Annotated[int | None, typer.Option(min=1, help="Model width.")] = None,
-    expert_intermediate: Annotated[int | None, typer.Option(min=1, help="Width inside an expert.")] = None,
-    vocab: Annotated[int | None, typer.Option(min=1, help="Vocabulary size.")] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Write a small checkpoint in a real on-disk format, random or converted: for tests, demos and bug reports."""
-    from mimoquant import describe
-    from mimoquant.synth import SynthSizes
-    from mimoquant.synth import synth as run
-
-    given = {"layers": layers, "experts": experts, "hidden": hidden, "expert_intermediate": expert_intermediate,
-             "vocab": vocab}  # fmt: skip
-    chosen = {key: value for key, value in given.items() if value is not None}
-    if source is not None and chosen:
-        raise UsageError(
-            f"--from takes the sizes of {source}; --{next(iter(chosen)).replace('_', '-')} cannot go with it"
-        )
-    report = run(out, layout.value, source=source, sizes=None if source else SynthSizes(**chosen), seed=seed)
-    _print({"schema_version": 1, "out": str(out), **asdict(report)}, describe.synth_text, as_json)
-
-
-def _changes(data: list[str] | None, sequences: int | None, tokens: int | None) -> dict[str, Any]:
-    """What the command line says of calibration, where the recipe says otherwise."""
-    given = {"data": tuple(data) if data else None, "sequences": sequences, "tokens": tokens}
-    return {key: value for key, value in given.items() if value is not None}
-
-
-def _plan(
-    source: Path,
-    recipe: str,
-    container: Container | None,
-    allow_unknown: bool,
-    calibration: dict[str, Any],
-    device: str,
-    has: Machine,
-    ranks: int = 1,
-) -> Plan:
-    from mimoquant.needs import fitting_plan
-    from mimoquant.plan import make_plan
-    from mimoquant.recipe import load_recipe
-
-    chosen, loaded = container.value if container else None, load_recipe(recipe).calibrated_on(calibration)
-    return fitting_plan(
-        lambda size: make_plan(source, loaded, container=chosen, allow_unknown=allow_unknown, chunk_bytes=size),
-        device, has, ranks,
-    )  # fmt: skip
+def _value(container: Container | None) -> str | None:
+    return container.value if container else None
 
 
 def _print(facts: dict[str, Any], to_text: Any, as_json: bool) -> None:

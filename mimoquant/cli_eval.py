@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mimoquant.page_files import check_writable, write_page
 from mimoquant.progress import Lines, tell
 
 if TYPE_CHECKING:
@@ -100,3 +101,44 @@ def evaluate_server(
     return eval_server(reference, server, loaded, device=place,
                        progress=lambda layer, layers: lines(f"layer {layer}", layer + 1, layers),
                        asked=lambda done, all_: lines(f"sequence {done}", done, all_))  # fmt: skip
+
+
+def check_outcome(
+    reference: Path, candidate: Path | None, max_kl: float | None, junit: Path | None, card: bool
+) -> None:
+    """Refuse what could not be written after the walk."""
+    from mimoquant.errors import UsageError
+
+    if junit is not None:
+        if max_kl is None:
+            raise UsageError(f"--junit {junit}: there is no limit to pass or fail", hint="give --max-kl")
+        check_writable(junit, tuple(folder for folder in (reference, candidate) if folder is not None), "--junit")
+    if card and candidate is None:
+        raise UsageError("--card cannot go with --server", hint="a model card lies in a CANDIDATE folder")
+    if card and candidate is not None:
+        from mimoquant.model_card import quality_place
+
+        quality_place(_read_card(candidate))
+
+
+def write_outcome(facts: dict[str, Any], candidate: Path | None, junit: Path | None, card: bool) -> None:
+    """What `--junit` and `--card` ask for."""
+    if junit is not None:
+        from mimoquant.junit import junit_text
+
+        write_page(junit, junit_text(facts), "--junit")
+    if card and candidate is not None:
+        from mimoquant.checkpoint.writer import write_file_durably
+        from mimoquant.model_card import with_quality
+
+        write_file_durably(candidate / "README.md", with_quality(_read_card(candidate), facts).encode())
+
+
+def _read_card(candidate: Path) -> str:
+    from mimoquant.errors import UsageError
+
+    try:
+        return (candidate / "README.md").read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--card: {candidate}/README.md cannot be read ({error})",
+                         hint="only quantize writes one") from error  # fmt: skip

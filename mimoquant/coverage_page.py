@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from mimoquant.describe import coverage, token_count
-from mimoquant.report_page import CSS, card, escaped, note, number, percent, tag
+from mimoquant.report import number
+from mimoquant.report_page import CSS, card, escaped, note, percent, tag
 
 Facts = dict[str, Any]  # of a layer, as `calibrated.LayerFacts` tells them
 Cell = tuple[str, str]  # classes, tooltip
@@ -72,9 +73,14 @@ def coverage_page(report: dict[str, Any]) -> str:
     cards += [about_card(report)]
     body = "\n".join([figures(layers) if layers else "", tag("div", *cards, class_="cards")])
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
-    style = tag("style", CSS, MAP_CSS, _cell_css(layers))
+    style = tag("style", CSS, map_style(layers))
     body = f"<h1>{title}</h1>\n<main>{body}</main>"
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}{style}</head>\n<body>{body}</body></html>\n'
+
+
+def map_style(layers: dict[str, Facts]) -> str:
+    """What the maps of these layers need beside the common styles."""
+    return MAP_CSS + _cell_css(layers)
 
 
 def figures(layers: dict[str, Facts]) -> str:

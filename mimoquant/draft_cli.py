@@ -10,7 +10,14 @@ from typing import Annotated
 
 import typer
 
-from mimoquant.options import HeldOutOption, HeldOutSequencesOption, HeldOutTokensOption, JsonOption, PlaceOption
+from mimoquant.options import (
+    HeldOutOption,
+    HeldOutSequencesOption,
+    HeldOutTokensOption,
+    JsonOption,
+    PlaceOption,
+    QuietOption,
+)
 from mimoquant.progress import Lines
 
 
@@ -26,6 +33,7 @@ def eval_draft(
     ] = None,
     device: PlaceOption = "auto",
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Measure how many drafted tokens a quantized backbone accepts, beside its bf16 reference, on held-out tokens."""
     from mimoquant.cli_eval import load_held_out

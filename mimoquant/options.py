@@ -7,8 +7,12 @@ from typing import Annotated
 import typer
 
 from mimoquant.choices import Container
+from mimoquant.progress import hush
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+QuietOption = Annotated[
+    bool, typer.Option("--quiet", "-q", callback=hush, help="Say nothing on stderr but errors and hints.")
+]
 RecipeOption = Annotated[
     str, typer.Option("--recipe", "-r", help="A shipped recipe's name, or a recipe file.", metavar="NAME|FILE")
 ]

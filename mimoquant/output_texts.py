@@ -15,9 +15,11 @@ from mimoquant.checkpoint.hf_files import CONFIG_NAME, MODELOPT_CONFIG_NAME
 from mimoquant.checkpoint.index import INDEX_NAME
 from mimoquant.checkpoint.journal import JournalLine
 from mimoquant.container import MODELOPT, hf_quant_config
+from mimoquant.model_card import model_card, without_quality
 from mimoquant.plan import Plan
 from mimoquant.relayout import RelayoutPlan, relayout_texts
-from mimoquant.report import QuantizeReport, fallbacks, model_card
+from mimoquant.report import QuantizeReport, fallbacks
+from mimoquant.serving.facts import planned
 
 
 def written_texts(plan: Plan, finished: dict[str, JournalLine], calibration: dict[str, Any] | None) -> dict[str, bytes]:
@@ -34,10 +36,18 @@ def written_texts(plan: Plan, finished: dict[str, JournalLine], calibration: dic
         report = QuantizeReport.of(plan, finished)
         texts["recipe.yaml"] = resolved_recipe(plan, finished, calibration)
         texts["report.json"] = json.dumps(report.as_json(), indent=2)
-        texts["README.md"] = model_card(plan, report)
+        real_fold = plan.recipe.real_fold and any(map(plan.recipe.folds_norm, plan.formats))
+        texts["README.md"] = model_card(report, planned(plan), real_fold=real_fold)
     if plan.container == MODELOPT:
         texts[MODELOPT_CONFIG_NAME] = json.dumps(hf_quant_config(plan.config, mimoquant.__version__), indent=2)
     return {name: (text.rstrip("\n") + "\n").encode() for name, text in texts.items()}
+
+
+def is_as_written(name: str, found: bytes, written: bytes) -> bool:
+    """Whether a small file is what `written_texts` says; a model card may have been told its quality since."""
+    if name == "README.md":
+        return without_quality(found.decode("utf-8", "replace")).encode() == written
+    return found == written
 
 
 def resolved_recipe(plan: Plan, finished: dict[str, JournalLine], calibration: dict[str, Any] | None) -> str:

@@ -148,7 +148,8 @@ def _resolve_layers(layout: ModelLayout, recipe: Recipe) -> tuple[dict[int, Form
             formats[layer] = fate
     if not formats:
         raise RecipeError(
-            f"recipe {recipe.name}: no routed expert of layers {ranges(moe_layers)} matches, nothing to quantize"
+            f"recipe {recipe.name}: no routed expert of layers {ranges(moe_layers)} matches, nothing to quantize",
+            hint="the usual target is 're:.*mlp\\.experts\\.\\d+\\.(gate|up|down)_proj$'",
         )
     return formats, kept
 

@@ -1,4 +1,7 @@
-"""Progress on stderr: one bar with rate and time left on a terminal, one line a finished step elsewhere."""
+"""Progress on stderr: one bar with rate and time left on a terminal, one line a finished step elsewhere.
+
+Key idea: what a run says while it works goes through `tell`, so `--quiet` is one switch, which leaves errors and hints.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,24 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
     from mimoquant.plan import Plan
+    from mimoquant.timeline import Timeline
     from mimoquant.units import Unit
+
+_quiet = False
+
+
+def hush(wanted: bool) -> bool:
+    """What `--quiet` does, for the rest of the process or until it is undone."""
+    global _quiet
+    _quiet = wanted
+    return wanted
 
 
 class Progress:
-    """stderr: one bar with rate and time left on a terminal, one line a finished unit elsewhere."""
+    """Of a run of units: stage, bytes, rate, time left; with a `timeline` what bounds the run so far."""
 
-    def __init__(self, made: Plan, ranks: int = 1) -> None:
+    def __init__(self, made: Plan, ranks: int = 1, timeline: Timeline | None = None) -> None:
+        self.timeline, self.bound = timeline, ""
         self.share = 1 if made.recipe.calibrated else ranks  # others write at the same time, and are seen at the end
         self.units, self.total = len(made.units), made.shard_bytes
         self.finished = 0
@@ -27,7 +41,7 @@ class Progress:
         self.bar: Bar | None = None
 
     def __enter__(self) -> Progress:
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not _quiet:
             from rich.console import Console
             from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
             from rich.progress import Progress as Bar
@@ -50,15 +64,17 @@ class Progress:
         self.done[unit.name] = size_bytes
         written = sum(self.done.values())
         self.finished += finished
+        if finished and self.timeline:
+            self.bound = f", bound by {self.timeline.bound[0]}"
         if self.bar:
-            self.bar.update(self.task, completed=written, description=unit.name)
+            self.bar.update(self.task, completed=written, description=unit.name + self.bound)
         elif finished:
             elapsed = time.monotonic() - self.begin
             rate = written / elapsed if elapsed else 0
             left = (self.total - written) / rate / self.share if rate else 0
             tell(
                 f"[{self.finished}/{self.units}] {unit.name}: {size(written)} of {size(self.total)}, "
-                f"{size(int(rate))}/s, {left:.0f} s left"
+                f"{size(int(rate))}/s{self.bound}, {left:.0f} s left"
             )
 
 
@@ -77,5 +93,7 @@ class Lines:
 
 def tell(line: str) -> None:
     """A line on stderr; a reader who has left is no reason to stop."""
+    if _quiet and not line.startswith(("error: ", "hint: ")):
+        return
     with contextlib.suppress(OSError):
         print(line, file=sys.stderr, flush=True)

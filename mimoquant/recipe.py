@@ -117,7 +117,10 @@ class Recipe:
         if not changes:
             return self
         if self.calibration is None:
-            raise RecipeError(f"recipe {self.name}: needs no tokens, --{next(iter(changes))} cannot go with it")
+            raise RecipeError(
+                f"recipe {self.name}: needs no tokens, --{next(iter(changes))} cannot go with it",
+                hint="leave it out, or choose a recipe that calibrates, such as gptq-int4-g128",
+            )
         return replace(self, calibration=replace(self.calibration, **changes))
 
     def expert_method(self) -> Method:

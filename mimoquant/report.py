@@ -1,10 +1,11 @@
-"""Results as dataclasses → JSON, text, model card.
+"""Results as dataclasses → JSON, and how figures are written.
 
 Key idea: nothing here depends on the machine or the clock, so a report is as reproducible as the weights beside it.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -78,36 +79,7 @@ def size(count: int) -> str:
     return f"{value:.3g} TB" if value < 999.5 else f"{value:.0f} TB"
 
 
-def model_card(plan: Plan, report: QuantizeReport) -> str:
-    """OUT/README.md: what this checkpoint is and what was changed in it."""
-    release = plan.layout.geometry.release
-    front = ["---", "license: mit"]
-    if release:
-        front += [f"base_model: {release}", "base_model_relation: quantized"]
-    front += ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- mimoquant", "---"]
-    formats = "; ".join(f"{label} in {len(layers)} layers" for label, layers in report.formats.items())
-    kept = ", ".join(f"layer {layer} in {kind}" for layer, kind in report.carve_outs.items()) or "none"
-    real = plan.recipe.real_fold and any(map(plan.recipe.folds_norm, plan.formats))
-    folded = "their norms and routers are scaled against each other by real factors, and " if real else ""
-    lines = [
-        *front,
-        "",
-        f"# {release.split('/')[-1] if release else 'MiMo-V2 checkpoint'}, routed experts in 4 bits",
-        "",
-        f"Written by mimoquant {_version()}. Only the routed experts were quantized; {folded}the value of every other "
-        "weight is the source's.",
-        "",
-        f"- experts: {formats} ({report.method}, scales by {report.scale_search}), container {report.container}",
-        f"- layers whose experts were kept: {kept}",
-        f"- size: {size(report.output_bytes)} (source {size(report.source_bytes)})",
-        *(f"- {note}" for note in report.notes),
-        "",
-        "`recipe.yaml` repeats this run byte for byte; `mimoquant verify THIS --source SOURCE` proves the files.",
-    ]
-    return "\n".join(lines)
-
-
-def _version() -> str:
-    import mimoquant
-
-    return mimoquant.__version__
+def number(value: float | None, digits: int = 4) -> str:
+    """A figure for people: so many digits, a short exponent, n/a for None."""
+    text = "n/a" if value is None else f"{value:.{digits}g}"
+    return re.sub(r"e([+-])0*", r"e\1", text).replace("e+", "e")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import html
 import math
-import re
 import textwrap
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mimoquant.describe import table
-from mimoquant.report import size
+from mimoquant.report import number, size
 
 Facts = dict[str, Any]
 Axis = tuple[str, list[tuple[float, str]]]  # title; (place in 0..1, label) of each tick
@@ -87,11 +86,6 @@ def escaped(value: object) -> str:
 def token_sign(token: str) -> str:
     sign = visible(token).replace(" ", "␣") or "(empty)"
     return sign if len(sign) <= TOKEN_CHARS else sign[: TOKEN_CHARS - 1] + "…"
-
-
-def number(value: float | None, digits: int = 4) -> str:
-    text = "n/a" if value is None else f"{value:.{digits}g}"
-    return re.sub(r"e([+-])0*", r"e\1", text).replace("e+", "e")
 
 
 def percent(share: float | None) -> str:
@@ -428,8 +422,8 @@ def about_card(facts: Facts) -> str:
     return card("What was measured", note(defined), tag("dl", *parts, class_="about"), text, kind="wide")
 
 
-def eval_page(facts: Facts) -> str:
-    """The HTML page of one `eval-kl` run.
+def eval_page(facts: Facts, more: tuple[str, str] = ("", "")) -> str:
+    """The HTML page of one `eval-kl` run. `more`: styles and cards (see `changes_page`).
 
     `facts` is the JSON document that `eval-kl --json` prints. A worst token's `context` ends right before its `token`;
     a baseline's `difference` is candidate minus baseline.
@@ -442,9 +436,10 @@ def eval_page(facts: Facts) -> str:
     sure, sure_x = "J by confidence of the reference", "largest probability that the reference gives"
     stack = tag("div", place, bucket_card(sure, facts["by_confidence"], "low", "high", sure_x), class_="stack")
     cards = [histogram_card(facts), domain_card(facts), stack]
-    cards += [part(facts) for part in (layers_card, worst_card, about_card)]
+    cards += [layers_card(facts), more[1], worst_card(facts), about_card(facts)]
     title = escaped(f"eval-kl: {facts['candidate']}")
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
     body = "\n".join([verdict_card(facts), tag("dl", *figures, class_="figures"), tag("div", *cards, class_="cards")])
     body = f"<h1>{title}</h1>\n<main>{body}</main>"
-    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}<style>{CSS}</style></head>\n<body>{body}</body></html>\n'
+    head += tag("style", CSS, more[0])
+    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>{body}</body></html>\n'

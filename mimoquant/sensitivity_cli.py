@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mimoquant.choices import Container
-from mimoquant.options import ContainerOption, HeldOutTokensOption, JsonOption, PlaceOption, UnknownOption
+from mimoquant.options import ContainerOption, HeldOutTokensOption, JsonOption, PlaceOption, QuietOption, UnknownOption
 from mimoquant.page_files import check_writable, write_page
 from mimoquant.progress import Lines, tell
 
@@ -48,10 +47,11 @@ def sensitivity(
     ] = True,
     html: Annotated[Path | None, typer.Option(help="Write the report page here.", metavar="FILE")] = None,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
     allow_unknown: UnknownOption = False,
 ) -> None:
     """Measure what each layer's quantization costs, and write a recipe that spends bytes where they buy most."""
-    from mimoquant import sensitivity_page
+    from mimoquant import api, sensitivity_page
     from mimoquant.calibration.tokens import load_tokens
     from mimoquant.devices import resolve_device
     from mimoquant.errors import UsageError
@@ -69,7 +69,8 @@ def sensitivity(
     with Team.from_environment(resolve_device(device)) as team, _hint_to_resume(team.leads):
         if team.leads:
             _check_files(source, out, html)
-        mixtures = _mixtures(source, recipe, container, team.device, allow_unknown=allow_unknown, fp8=fp8)
+        mixtures = api.mixtures(source, recipe, container.value if container else None, team.device,
+                                allow_unknown=allow_unknown, fp8=fp8)  # fmt: skip
         held = load_tokens(data or ["heldout-v1"], source, sequences=sequences, tokens=tokens,
                            vocab=mixtures.plan.layout.geometry.vocab)  # fmt: skip
         if team.leads:
@@ -105,20 +106,6 @@ def _tell_needs(mixtures: Mixtures, tokens: TokenSet) -> None:
         notes.append(f"too few tokens for one sequence of {tokens.ids.shape[1]}: {', '.join(tokens.left_out)}")
     for note in notes:
         tell(f"note: {note}")
-
-
-def _mixtures(
-    source: Path, recipe: str, container: Container | None, device: str, *, allow_unknown: bool, fp8: bool
-) -> Mixtures:
-    from mimoquant.mixture import Mixtures
-    from mimoquant.plan import CHUNK_BYTES, CUDA_CHUNK_BYTES, make_plan
-    from mimoquant.recipe import load_recipe
-
-    loaded = load_recipe(recipe)
-    chunk_bytes = CUDA_CHUNK_BYTES if loaded.calibrated and device.startswith("cuda") else CHUNK_BYTES
-    made = make_plan(source, loaded, container=container.value if container else None, allow_unknown=allow_unknown,
-                     chunk_bytes=chunk_bytes)  # fmt: skip
-    return Mixtures(made, chunk_bytes, fp8=fp8)
 
 
 def _engines(source: Path, out: Path, allow_unknown: bool) -> list[dict[str, Any]]:

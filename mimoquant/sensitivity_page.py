@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from mimoquant.describe import table
-from mimoquant.report import size
+from mimoquant.report import number, size
 from mimoquant.report_page import (
     CSS,
     WIDTH,
@@ -25,7 +25,6 @@ from mimoquant.report_page import (
     interval,
     line,
     note,
-    number,
     percent,
     plot,
     tag,

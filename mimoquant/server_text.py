@@ -9,7 +9,8 @@ import textwrap
 from typing import Any
 
 from mimoquant.describe import table
-from mimoquant.report_page import NAME_CHARS, QUANTILES, WIDTH, interval, key_figures, number, origin, percent, visible
+from mimoquant.report import number
+from mimoquant.report_page import NAME_CHARS, QUANTILES, WIDTH, interval, key_figures, origin, percent, visible
 
 Facts = dict[str, Any]
 

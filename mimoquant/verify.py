@@ -27,7 +27,7 @@ from mimoquant.checkpoint.writer import Entry
 from mimoquant.errors import CheckpointError, MimoquantError, UsageError
 from mimoquant.layer_weights import dequantize, read_experts, read_matrix, read_parts
 from mimoquant.model.layout import PROJECTIONS, norm_name, router_name
-from mimoquant.output_texts import written_texts
+from mimoquant.output_texts import is_as_written, written_texts
 from mimoquant.plan import Plan, make_plan
 from mimoquant.quant.engine_cpu import CpuEngine
 from mimoquant.quant.stack import Audit
@@ -103,7 +103,10 @@ def verify(
 
 def _planned_by_recipe(out: Path, source: Path | str) -> Plan:
     if not (out / "recipe.yaml").is_file():
-        raise UsageError(f"{out}: has no recipe.yaml, so it is not a finished output of mimoquant quantize")
+        raise UsageError(
+            f"{out}: has no recipe.yaml, so it is not a finished output of mimoquant quantize",
+            hint="of what others wrote, verify --engine and eval-kl tell",
+        )
     recipe = load_recipe(str(out / "recipe.yaml"))
     plan = make_plan(source, recipe, allow_unknown=True)
     before, now = recipe.provenance.get("source_headers_sha256"), plan.layout.index.headers_fingerprint()
@@ -147,7 +150,7 @@ def _check_files(out: Path, plan: Plan, report: VerifyReport, tell: Callable[[st
             report.problem(f"{name}: is missing")
         elif name in plan.side_files and file_sha256(path) != file_sha256(plan.layout.index.folder / name):
             report.problem(f"{name}: differs from the source's")
-        elif name in texts and path.read_bytes() != texts[name]:
+        elif name in texts and not is_as_written(name, path.read_bytes(), texts[name]):
             report.problem(f"{name}: is not what the recipe makes of this source")
         report.checked["files"] += 1
     expected = {*planned, *plan.side_files, *texts, JOURNAL_NAME}

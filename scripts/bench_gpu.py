@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import importlib
 import os
 import shutil
 import tempfile
@@ -26,11 +27,12 @@ import bench_datafree
 import numpy as np
 import torch
 
-from mimoquant import pipeline, synth, synth_weights
+from mimoquant import pipeline, synth_weights
 from mimoquant.plan import CUDA_CHUNK_BYTES, Plan, Unit, make_plan
 from mimoquant.recipe import load_recipe, parse_recipe
 from mimoquant.timeline import Timeline
 
+synth = importlib.import_module("mimoquant.synth")  # the module: `mimoquant.synth` is the verb
 EXPERTS = 8  # different ones
 INNER = 2048  # width inside an expert
 PEER = {"mxfp4-rtn": "MXFP4A16", "int4-g128-rtn": "W4A16"}  # its name of the format

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
+import functools
 import json
 import os
+import re
 import shutil
 import signal
 import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -325,7 +329,8 @@ def test_usage_mistakes(tmp_path: Path) -> None:
 def test_an_interrupt_exits_130_and_tells_how_to_resume(number: signal.Signals, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mimoquant", "quantize", str(MICRO), "-r", "gptq-int4-g128", "--device", "cpu",
                "--sequences", "32", "--tokens", "64", "--out", str(tmp_path / "out")]  # fmt: skip
-    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores it
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     partial = tmp_path / "out.partial" / "journal.jsonl"
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and run.poll() is None and not (partial.exists() and partial.stat().st_size):
@@ -347,8 +352,47 @@ def test_progress_is_one_line_a_unit_off_a_terminal(tmp_path: Path) -> None:
     assert len(lines) == shards and lines[-1].startswith(f"[{shards}/{shards}] ") and lines[-1].endswith("0 s left")
 
 
-def test_version() -> None:
-    assert call("--version").stdout == f"mimoquant {mimoquant.__version__}\n"
+def test_quiet_leaves_errors_and_hints(tmp_path: Path) -> None:
+    arguments = ("quantize", MICRO, "-r", "int4-g128-rtn", "-o", tmp_path / "out", "--device", "cpu", "--quiet")
+    done = call(*arguments)
+    assert done.exit_code == 0 and done.stderr == "" and done.stdout.startswith("wrote "), done.output
+    again = call(*arguments)
+    assert again.exit_code == 2 and [line.split(":")[0] for line in again.stderr.splitlines()] == ["error", "hint"]
+    loud = call("verify", tmp_path / "out", "--source", MICRO)  # the switch is off again
+    assert loud.exit_code == 0 and "values of layer 1" in loud.stderr
+
+
+@pytest.mark.parametrize("columns", [30, 60, 120])
+@pytest.mark.parametrize("colour", [True, False])
+def test_a_terminal_of_any_width_gets_a_bar(columns: int, colour: bool) -> None:
+    """In a pseudo-terminal: no line is wider than it, and with NO_COLOR nothing is coloured."""
+    code = (
+        "import sys, time; from types import SimpleNamespace as N; from mimoquant.progress import Progress\n"
+        "unit = N(name='layer 17'); made = N(recipe=N(calibrated=False), units=[unit], shard_bytes=3 * 10**9)\n"
+        "with Progress(made) as bar:\n"
+        " bar.advance(unit, 10**9, False); time.sleep(.2); bar.advance(unit, 3 * 10**9, True)"
+    )
+    command = [sys.executable, "-c", code]
+    master, slave = os.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    plain = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "NO_COLOR")}
+    environment = plain | {"TERM": "xterm-256color"} | ({} if colour else {"NO_COLOR": "1"})
+    subprocess.run(command, stderr=slave, env=environment, check=True)
+    os.close(slave)
+    seen = os.read(master, 2**16).decode()
+    os.close(master)
+    assert "layer 17" in seen or columns == 30
+    assert (re.search(r"\x1b\[[0-9;]*3\d", seen) is not None) == colour
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen).replace("\r", "\n").splitlines()
+    assert max(map(len, lines)) <= columns
+
+
+def test_version_names_what_numbers_depend_on() -> None:
+    import torch
+
+    said = dict(line.split() for line in call("--version").stdout.splitlines())
+    assert said["mimoquant"] == mimoquant.__version__ and said["torch"] == torch.__version__
+    assert {"python", "numba", "numpy", "safetensors", "tokenizers"} <= said.keys()
 
 
 @pytest.mark.parametrize("out", [".", "/", "", "x" * 300, "loop/out"])

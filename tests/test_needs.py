@@ -27,7 +27,7 @@ def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of 1.1 GB in real shapes whose payload is holes: zeros, which cost no disk."""
     folder = tmp_path_factory.mktemp("sparse") / "source"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mimoquant.synth._put", _leave_holes)
+        patch.setattr(sys.modules[synth.__module__], "_put", _leave_holes)
         synth(folder, "v2.5", sizes=SynthSizes(layers=8, experts=16, hidden=2048, expert_intermediate=1408))
     return folder
 

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from mimoquant.report_page import Scale, eval_page, eval_text, number, percent, visible
+from mimoquant.report import number
+from mimoquant.report_page import Scale, eval_page, eval_text, percent, visible
 
 Facts = dict[str, Any]
 ELEMENTS = {

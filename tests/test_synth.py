@@ -15,7 +15,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from mimoquant import synth as synth_module
 from mimoquant.checkpoint.index import open_index, read_json_object
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.describe import expert_placement
@@ -26,7 +25,7 @@ from mimoquant.model.layout import TOWER_PREFIXES, ModelLayout, read_layout
 from mimoquant.plan import make_plan
 from mimoquant.quant.engine_torch import TorchEngine
 from mimoquant.recipe import load_recipe
-from mimoquant.synth import LAYOUTS, SynthSizes, synth
+from mimoquant.synth import LAYOUTS, SynthSizes, _stored, synth
 from mimoquant.synth_files import PLACEMENTS, ShardFiles
 from mimoquant.synth_weights import RandomWeights, encode_fp8
 
@@ -334,7 +333,7 @@ def test_mimo_tiny_becomes_its_published_twin(tmp_path: Path) -> None:
 def test_names_shapes_and_files_at_published_size(layout: str, tool: str, model: str) -> None:
     published = tool_module(tool)
     geometry = read_geometry(read_json_object(SHARED / "mimo" / model / "config.json"), model)
-    entries = [entry for stored in synth_module._stored(geometry, 3) for entry in stored.entries]
+    entries = [entry for stored in _stored(geometry, 3) for entry in stored.entries]
     wanted = {n: t for n, t in published.tensors().items() if not n.startswith(TOWER_PREFIXES)}
     assert {entry.name: (entry.dtype, entry.shape) for entry in entries} == wanted
     place = PLACEMENTS[layout]

@@ -148,7 +148,7 @@ def test_damage_that_one_rank_finds_is_one_sentence(tmp_path: Path) -> None:
 def test_an_evaluation_gives_the_numbers_of_one_process(gptq: Path) -> None:
     told = []
     for ranks in (1, 2):
-        done = start(ranks, "eval-kl", str(MICRO), str(gptq), "--sequences", "24", "--tokens", "64", "--device", "cpu",
+        done = start(ranks, "eval-kl", str(MICRO), str(gptq), "--sequences", "16", "--tokens", "64", "--device", "cpu",
                      "--baseline", str(gptq), "--json")  # fmt: skip
         assert done.returncode == 0, done.stderr
         told.append(json.loads(done.stdout))
@@ -161,7 +161,7 @@ def test_an_evaluation_gives_the_numbers_of_one_process(gptq: Path) -> None:
 def test_acceptance_gives_the_numbers_of_one_process(gptq: Path) -> None:
     told = []
     for ranks in (1, 2):
-        done = start(ranks, "eval-draft", str(MICRO), str(gptq), "--sequences", "21", "--tokens", "64", "--depth", "2",
+        done = start(ranks, "eval-draft", str(MICRO), str(gptq), "--sequences", "16", "--tokens", "64", "--depth", "2",
                      "--device", "cpu", "--json")  # fmt: skip
         assert done.returncode == 0, done.stderr
         told.append(json.loads(done.stdout))

@@ -30,6 +30,7 @@ DTYPE_BYTES = {
 }  # fmt: skip
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 MAX_INDEX_BYTES = 100_000_000  # the largest model of the family has 160 000 tensors in 20 MB; as objects ten times that
+_DAMAGED = "the file is damaged: download it again"
 MAX_DIMENSIONS = 8
 INDEX_NAME = "model.safetensors.index.json"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -182,7 +183,7 @@ def _parse_json_object(raw: bytes, path: Path, *, unique: bool = False) -> dict[
         if b"\\ud" in raw.lower():  # half a character is none, and could not be written again
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is not valid JSON ({str(error)[:120]})") from error
+        raise CheckpointError(f"{path}: is not valid JSON ({str(error)[:120]})", hint=_DAMAGED) from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: holds a JSON {type(value).__name__}, not an object")
     return value
@@ -204,9 +205,9 @@ def _read_weight_map(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
         index = read_json_object(resolve_inside(folder, INDEX_NAME), unique=True)
         weight_map = index.get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-            raise CheckpointError(f"{index_path}: has no usable weight_map")
+            raise CheckpointError(f"{index_path}: has no usable weight_map", hint=_DAMAGED)
         if not weight_map:
-            raise CheckpointError(f"{index_path}: the weight_map is empty")
+            raise CheckpointError(f"{index_path}: the weight_map is empty", hint=_DAMAGED)
         metadata = index.get("metadata")
         return weight_map, metadata if isinstance(metadata, dict) else {}
     shards = sorted(path.name for path in folder.iterdir() if path.suffix == ".safetensors")
@@ -222,7 +223,7 @@ def _read_weight_map(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
                 f"{folder}: holds pickle weights ({pickles[0]}), which are never opened",
                 hint="convert the checkpoint to safetensors first",
             )
-        raise CheckpointError(f"{folder}: holds no safetensors file")
+        raise CheckpointError(f"{folder}: holds no safetensors file", hint="give the folder that holds the shards")
     infos, _, _ = read_shard_header(resolve_inside(folder, shards[0]), shards[0])
     return {info.name: shards[0] for info in infos}, {}
 

@@ -75,3 +75,17 @@ def test_mistakes_end_in_one_sentence(outputs: Path, tmp_path: Path) -> None:
         result = call(*arguments)
         assert result.exit_code == code and message in result.stderr, result.output
         assert "Traceback" not in result.output
+
+
+def test_the_page_says_what_was_changed_and_what_calibration_reached(tmp_path: Path) -> None:
+    out, page = tmp_path / "out", tmp_path / "page.html"
+    few = ("--sequences", "8", "--tokens", "32", "--device", "cpu")
+    assert call("quantize", MICRO, "-r", "gptq-mxfp4", "-o", out, *few).exit_code == 0
+    assert call("eval-kl", MICRO, out, *few, "--html", page).exit_code == 0
+    text = page.read_text()
+    for said in ("What was changed and what was not", "mxfp4 in 4 layers (gptq", "lm_head, MTP layers", "mixed-v1"):
+        assert said in text
+    assert text.count('class="map"') == 1 and "http" not in text.replace("http://www.w3.org/2000/svg", "")
+    (out / "report.json").write_text('{"formats": 3}')  # as others, or a damaged disk, may leave it
+    assert call("eval-kl", MICRO, out, *few, "--html", page).exit_code == 0
+    assert "What was changed" not in page.read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 from collections.abc import Iterator
@@ -55,7 +56,11 @@ def verdict(tree: Tree, folder: Path, source: Path, files: dict[str, bytes]) -> 
         if out.exists() and not (out / RUN_NAME).exists():
             return "complete" if contents(out) == files else "is taken for complete and is not"
         try:
-            quantize(source, out, resume=True)
+            with (
+                pytest.MonkeyPatch.context() as patch
+            ):  # this run loses no power: what it waits for a disk proves nothing
+                patch.setattr(os, "fsync", lambda descriptor: None)
+                quantize(source, out, resume=True)
         except MimoquantError as error:
             return f"cannot be resumed: {error}"
         return "resumed" if contents(out) == files else "is resumed to something else"

@@ -1,0 +1,55 @@
+"""What the report of `eval-kl` says of a candidate that this program wrote: what was changed, what was not, from what.
+
+Key idea: it is read from the candidate's own report.json and recipe.yaml. Of others' checkpoints, and where one of the
+two is damaged, the page says nothing; `verify` is who holds the files to these claims.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mimoquant.coverage_page import map_style, tokens_card
+from mimoquant.report import size
+from mimoquant.report_page import card, escaped, note, tag
+
+KEPT = "attention, {}embeddings, lm_head, MTP layers, vision and audio towers have the source's values"
+FOLDED = "; norms and routers of {} layers are scaled against each other"
+
+
+def changes_part(candidate: Path) -> tuple[str, str]:
+    """(styles, cards) for `report_page.eval_page`; empty where there is nothing to say."""
+    try:
+        report = json.loads((candidate / "report.json").read_text(encoding="utf-8"))
+        recipe = yaml.safe_load((candidate / "recipe.yaml").read_text(encoding="utf-8"))
+        provenance, layers = recipe["mimoquant"]["provenance"], report["calibration"] or {}
+        cards = [_changes_card(report, provenance), *([tokens_card(layers)] if layers else [])]
+        return map_style(layers) if layers else "", "\n".join(cards)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError):
+        return "", ""
+
+
+def _changes_card(report: dict[str, Any], provenance: dict[str, Any]) -> str:
+    formats = "; ".join(f"{label} in {len(layers)} layers" for label, layers in report["formats"].items())
+    kept = ", ".join(f"those of layer {layer} in {kind}" for layer, kind in report["carve_outs"].items())
+    fallbacks = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in report["fallbacks"].items())
+    calibration = provenance.get("calibration")
+    folded = sum("topk_changed" in facts for facts in (report["calibration"] or {}).values())
+    unchanged = KEPT.format("" if folded else "router, norms, ") + (FOLDED.format(folded) if folded else "")
+    parts = [
+        ("changed", f"routed experts: {formats} ({report['method']}, scales by {report['scale_search']})"),
+        ("not changed", unchanged + (f"; experts kept: {kept}" if kept else "")),
+        ("container", report["container"]),
+        ("size", f"{size(report['source_bytes'])} → {size(report['output_bytes'])}"),
+        *(("note", text) for text in report["notes"]),
+        *([("fallbacks", fallbacks)] if fallbacks else []),
+        ("made by", f"mimoquant {provenance['mimoquant']} from {provenance['release'] or 'an unnamed checkpoint'}"),
+        ("source headers", f"sha256 {provenance['source_headers_sha256']}"),
+        *([("calibrated on", f"{calibration['name']}, sha256 {calibration['tokens_sha256']}")] if calibration else []),
+    ]
+    lines = [tag("div", tag("dt", escaped(name)), tag("dd", escaped(text))) for name, text in parts]
+    said = note("As the checkpoint's own report.json and recipe.yaml say; mimoquant verify proves it.")
+    return card("What was changed and what was not", said, tag("dl", *lines, class_="about"), kind="wide")

@@ -1,0 +1,140 @@
+"""OUT/README.md, a model card that can be published as it is: what was changed, how good it is, how it is served.
+
+Key idea: all of it follows from the plan and the report, so `verify` writes it again and compares, but for the section
+on quality: that is what `eval-kl --card` measured, between two marks.
+Left out: the Hub's evaluation metadata, which has no task that J would be a metric of.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import mimoquant
+from mimoquant.container import NATIVE
+from mimoquant.errors import MimoquantError, UsageError
+from mimoquant.report import QuantizeReport, number, size
+from mimoquant.serving.check import engine_facts
+from mimoquant.serving.contracts import ENGINES, SGLANG, VLLM
+from mimoquant.serving.facts import Served
+from mimoquant.serving.launch import launch
+
+BEGIN, END = "<!-- eval-kl begins -->", "<!-- eval-kl ends -->"
+_UNMEASURED = "Not measured yet: `mimoquant eval-kl SOURCE THIS --card` writes symmetric KL here."
+_GPUS = (1, 2, 4, 8, 16, 32)
+
+
+def model_card(report: QuantizeReport, served: Served, *, real_fold: bool) -> str:
+    """The card, its quality not measured yet. `real_fold`: norms and routers were scaled by real factors."""
+    release, served = served.geometry.release, replace(served, name=".")
+    folded = "their norms and routers are scaled against each other by real factors, and " if real_fold else ""
+    formats = "; ".join(f"{label} in {len(layers)} layers" for label, layers in report.formats.items())
+    kept = ", ".join(f"layer {layer} in {kind}" for layer, kind in report.carve_outs.items()) or "none"
+    lines = [
+        *_front_matter(release, report, served),
+        "",
+        f"# {release.split('/')[-1] if release else 'MiMo-V2 checkpoint'}, routed experts in 4 bits",
+        "",
+        f"Written by mimoquant {mimoquant.__version__}. Only the routed experts were quantized; {folded}the value of "
+        "every other weight is the source's.",
+        "",
+        f"- experts: {formats} ({report.method}, scales by {report.scale_search}), container {report.container}",
+        f"- layers whose experts were kept: {kept}",
+        f"- size: {size(report.output_bytes)} (source {size(report.source_bytes)})",
+        *(f"- {note}" for note in report.notes),
+        "",
+        "`recipe.yaml` repeats this run byte for byte; `mimoquant verify THIS --source SOURCE` proves the files.",
+        "",
+        "## Quality",
+        "",
+        BEGIN,
+        _UNMEASURED,
+        END,
+        "",
+        "## Serving",
+        "",
+        *_serving(served),
+        "## Limits",
+        "",
+        "- Only weights were quantized. Some back ends round activations, by their own choice: J does not know of it.",
+        "- Text was what quality is measured on; images, audio and long contexts were not looked at.",
+        "- Licence and limits of use are the base model's.",
+    ]
+    return "\n".join(lines)
+
+
+def _front_matter(release: str | None, report: QuantizeReport, served: Served) -> Iterator[str]:
+    yield from ("---", "license: mit")
+    if release:
+        yield from (f"base_model: {release}", "base_model_relation: quantized")
+    if engine_facts(served, "transformers", None, None)["ok"]:  # the Hub shows how to load it with the library named
+        yield "library_name: transformers"
+    yield from ("pipeline_tag: text-generation", "tags:", "- mimoquant")
+    if report.container != NATIVE:
+        yield f"- {report.container}"
+    yield from (f"- {label.split()[0]}" for label in report.formats)
+    yield "---"
+
+
+def _serving(served: Served) -> Iterator[str]:
+    """For either server the command on the fewest H100s that will do, or why there is none."""
+    for engine in (VLLM, SGLANG):
+        label = ENGINES[engine].label
+        reason: MimoquantError | None = None
+        for gpus in _GPUS:
+            try:
+                made = launch(served, engine, "h100", gpus)
+            except UsageError as error:  # too few GPUs
+                reason = error
+                continue
+            except MimoquantError as error:  # other GPUs would not help, other numbers of them may
+                reason = error
+                continue
+            exports = [f"export {name}={shlex.quote(value)}" for name, value in made.environment.items()]
+            yield from (f"{label} from {made.minimum_version} on, {gpus} x {made.gpu}, in this folder:", "")
+            yield from ("```bash", *exports, shlex.join(made.command), "```", "")
+            break
+        else:
+            yield from (f"{label}: {reason}".replace(".: ", ""), "")
+    yield "These commands follow from what the servers' sources say, and were not run with this checkpoint. Other GPUs"
+    yield from ("and numbers of them: `mimoquant launch THIS --engine vllm --gpu KIND --gpus N`.", "")
+
+
+def with_quality(card: str, facts: dict[str, Any]) -> str:
+    """The card with what `eval-kl` measured. Raises UsageError where it has no place for that."""
+    before, after = quality_place(card)
+    return before + "\n".join(_quality(facts)) + after
+
+
+def without_quality(card: str) -> str:
+    """The card as `quantize` wrote it."""
+    try:
+        before, after = quality_place(card)
+    except UsageError:
+        return card
+    return before + _UNMEASURED + after
+
+
+def quality_place(card: str) -> tuple[str, str]:
+    """What stands before and after the section on quality."""
+    before, begin, rest = card.partition(f"{BEGIN}\n")
+    _, end, after = rest.partition(f"\n{END}")
+    if not (begin and end):
+        raise UsageError("--card: the candidate's README.md has no section on quality", hint="only quantize writes one")
+    return before + begin, end + after
+
+
+def _quality(facts: dict[str, Any]) -> Iterator[str]:
+    j, top1, data = facts["j"], facts["top1"], facts["data"]
+    yield f"Against the bf16 reference on {facts['tokens']} held-out tokens ({data['name']}, {facts['sequences']} "
+    yield f"sequences of up to {facts['sequence_tokens']}), over the full vocabulary, in nats per token:"
+    yield from ("", "| | |", "|---|---|")
+    yield f"| symmetric KL, J | {number(j['mean'])} (95 % {number(j['low'])} to {number(j['high'])}) |"
+    yield f"| J at the median, p99 | {number(j['median'])}, {number(j['p99'])} |"
+    if facts["noise_floor"]:
+        yield f"| J of the reference against itself, with bf16 noise | {number(max(facts['noise_floor'].values()))} |"
+    yield f"| the same most likely token | {100 * top1['all']:.2f} % |"
+    yield f"| perplexity ratio | {number(facts['perplexity']['ratio'], 5)} |"
+    yield from (f"| J, {d['domain']} | {number(d['j'])} |" for d in facts["by_domain"])

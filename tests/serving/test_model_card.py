@@ -1,0 +1,98 @@
+"""OUT/README.md as the Hub takes it, before and after an evaluation; the gate as a CI system takes it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from headers import at_scale
+from huggingface_hub import ModelCard
+from typer.main import get_command
+from typer.testing import CliRunner
+
+import mimoquant
+from mimoquant.cli import app
+from mimoquant.model_card import model_card, without_quality
+from mimoquant.report import QuantizeReport
+
+MICRO = mimoquant.micro_checkpoint()
+FEW = ("--sequences", "7", "--tokens", "32", "--device", "cpu", "--no-noise-floor")
+
+
+def call(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("card") / "out"
+    mimoquant.quantize(MICRO, "int4-g32-mse", folder, device="cpu")
+    return folder
+
+
+def test_the_hub_reads_the_front_matter(out: Path) -> None:
+    data = ModelCard.load(out / "README.md", ignore_metadata_errors=False).data
+    assert data.license == "mit" and data.pipeline_tag == "text-generation" and data.base_model is None
+    assert data.tags == ["mimoquant", "compressed-tensors", "int4"]
+
+
+@pytest.mark.parametrize(("form", "library"), [("native", None), ("mxfp4", "transformers"), ("nvfp4", None)])
+@pytest.mark.parametrize("variant", ["v2.5", "v2.5-pro"])
+def test_a_real_model_gets_its_base_and_commands_that_serve_it(variant: str, form: str, library: str | None) -> None:
+    served = at_scale(variant, form)
+    report = QuantizeReport(served.container, "rtn", "absmax", {"mxfp4 g32": [1]}, {}, 2 * 10**9, 10**9, {}, [])
+    card = ModelCard(model_card(report, served, real_fold=False))
+    assert card.data.base_model == {"v2.5": "XiaomiMiMo/MiMo-V2.5", "v2.5-pro": "XiaomiMiMo/MiMo-V2.5-Pro"}[variant]
+    assert card.data.to_dict()["base_model_relation"] == "quantized"
+    assert card.data.library_name == library  # transformers loads the other two wrong
+    commands = [line for line in card.text.splitlines() if line.startswith(("vllm serve .", "python3 -m sglang"))]
+    assert len(commands) == (1 if form == "mxfp4" else 2), card.text  # SGLang takes MXFP4 in the native container only
+    assert ("SGLang: layers " in card.text) == (form == "mxfp4")  # and why not
+
+
+def test_an_evaluation_is_written_into_the_card_and_verify_still_holds(out: Path, tmp_path: Path) -> None:
+    before = (out / "README.md").read_text()
+    assert "Not measured yet" in before
+    done = call("eval-kl", MICRO, out, *FEW, "--card", "--json")
+    assert done.exit_code == 0, done.output
+    after = (out / "README.md").read_text()
+    assert f"| symmetric KL, J | {json.loads(done.stdout)['j']['mean']:.4g} (95 % " in after
+    assert without_quality(after) == before and not list(out.glob("*.tmp"))
+    assert call("verify", out, "--source", MICRO).exit_code == 0
+    (out / "README.md").write_text(after.replace("Only the routed", "All the routed"))
+    assert call("verify", out, "--source", MICRO).exit_code == 3
+    (out / "README.md").write_text("a card of another kind")
+    refused = call("eval-kl", MICRO, out, *FEW, "--card")
+    assert refused.exit_code == 2 and "no section on quality" in refused.stderr and "layer" not in refused.stderr
+    (out / "README.md").write_text(before)
+
+
+@pytest.mark.parametrize(("limit", "failures", "code"), [(9.0, 0, 0), (1e-6, 1, 5)])
+def test_a_gate_as_junit(out: Path, tmp_path: Path, limit: float, failures: int, code: int) -> None:
+    file = tmp_path / "gate.xml"
+    assert call("eval-kl", MICRO, out, *FEW, "--max-kl", limit, "--junit", file).exit_code == code
+    suite = ElementTree.parse(file).getroot()
+    assert suite.tag == "testsuite" and suite.get("failures") == str(failures)
+    assert len(suite.findall("testcase")) == int(suite.get("tests", 0)) == 2
+    assert len(suite.findall("testcase/failure")) == failures
+    refused = call("eval-kl", MICRO, out, *FEW, "--junit", file)
+    assert refused.exit_code == 2 and "--max-kl" in refused.stderr
+
+
+def test_rows_that_are_not_finite_fail_a_gate(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = json.loads(call("eval-kl", MICRO, out, *FEW, "--json").stdout) | {"nonfinite_share": 0.25}
+    monkeypatch.setattr("mimoquant.cli_eval.evaluate", lambda *arguments: dict(facts))
+    failed = call("eval-kl", MICRO, out, "--max-kl", "9", "--junit", tmp_path / "gate.xml")
+    assert failed.exit_code == 5 and "25 % of the rows are not finite" in failed.stderr
+    assert ElementTree.parse(tmp_path / "gate.xml").getroot().get("failures") == "1"
+    assert call("eval-kl", MICRO, out).exit_code == 0  # without a gate it is told, not judged
+
+
+def test_every_option_has_help() -> None:
+    for name, verb in get_command(app).commands.items():  # type: ignore[attr-defined]
+        assert verb.help and all(
+            getattr(one, "help", None) for one in verb.params if one.param_type_name == "option"
+        ), name
