@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from mimoquant.checkpoint.index import TensorInfo
+from mimoquant.checkpoint.index import CheckpointIndex, TensorInfo, resolve_inside
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.errors import CheckpointError
 from mimoquant.layer_weights import dequantize, packed_format, part_name, read_matrix, read_stack
@@ -23,6 +23,8 @@ from mimoquant.model.decoder_layer import (
     Router,
     read_forward_config,
 )
+from mimoquant.model.dflash import DrafterWeights, DraftLayer
+from mimoquant.model.drafter import MASK_FILE, Drafter
 from mimoquant.model.geometry import MXFP8_BLOCK
 from mimoquant.model.layout import PROJECTIONS, ModelLayout, Weight
 from mimoquant.model.mtp import MtpWeights
@@ -158,6 +160,56 @@ class CheckpointWeights:
 def decoded_chunk(begin: int, parts: dict[str, dict[str, torch.Tensor]], fmt: Format) -> ExpertChunk:
     """Experts `begin`.. as an engine reads them, from projection → part → [e, ...]."""
     return ExpertChunk(begin, *(decode(parts[p], fmt).to(torch.bfloat16) for p in PROJECTIONS))
+
+
+def read_drafter_weights(drafter: Drafter, index: CheckpointIndex, device: torch.device) -> DrafterWeights:
+    """A DFlash drafter's tensors, as stored. Raises CheckpointError where its mask embedding is not one."""
+    with CheckpointReader(index) as reader:
+        tensors = {
+            name: torch.from_numpy(reader.read(name)).view(_TORCH[info.dtype]).reshape(info.shape).to(device)
+            for name, info in index.tensors.items()
+        }
+
+    def layer(prefix: str) -> DraftLayer:
+        q, k, v, o, q_norm, k_norm = (
+            tensors[f"{prefix}self_attn.{name}.weight"]
+            for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
+        )
+        return DraftLayer(
+            tensors[f"{prefix}input_layernorm.weight"], tensors[f"{prefix}post_attention_layernorm.weight"],
+            q, k, v, o, q_norm, k_norm, tensors.get(f"{prefix}self_attn.attention_sink_bias"),
+            DenseWeights(*(tensors[f"{prefix}mlp.{p}_proj.weight"] for p in PROJECTIONS)),
+        )  # fmt: skip
+
+    mask = _mask_embedding(drafter)
+    return DrafterWeights(
+        tensors["fc.weight"], tensors["hidden_norm.weight"], [layer(f"layers.{n}.") for n in range(drafter.layers)],
+        tensors["norm.weight"], None if mask is None else mask.to(device),
+    )  # fmt: skip
+
+
+def _mask_embedding(drafter: Drafter) -> torch.Tensor | None:
+    """What the drafter brings for its mask token, [H]. Torch's reader of weights makes tensors and numbers only."""
+    path = drafter.folder / MASK_FILE
+    if not path.exists():
+        return None
+    try:
+        held = torch.load(resolve_inside(drafter.folder, MASK_FILE), map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except Exception as error:  # the file may be anything
+        raise CheckpointError(f"{path}: cannot be read as weights ({type(error).__name__})") from error
+    if not isinstance(held, dict) or held.keys() != {"mask_token_id", "embedding"}:
+        what = sorted(map(str, held)) if isinstance(held, dict) else type(held).__name__
+        raise CheckpointError(f"{path}: holds {what}, expected are mask_token_id and embedding")
+    token, embedding = held["mask_token_id"], held["embedding"]
+    shape = list(embedding.shape) if isinstance(embedding, torch.Tensor) else type(embedding).__name__
+    if not isinstance(embedding, torch.Tensor) or token != drafter.mask_token or shape != [drafter.hidden]:
+        raise CheckpointError(
+            f"{path}: holds an embedding {shape} of token {token!r}, "
+            f"expected is one of [{drafter.hidden}] of token {drafter.mask_token}"
+        )
+    return embedding
 
 
 _TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I32": torch.int32, "U8": torch.uint8,

@@ -26,6 +26,7 @@ from mimoquant.errors import CheckpointError, UsageError
 from mimoquant.evaluation import acceptance
 from mimoquant.evaluation.acceptance import DraftScores, compare_drafts, eval_draft, overlap, summarize_drafts
 from mimoquant.evaluation.divergence import bootstrap
+from mimoquant.evaluation.drafts import Mtp
 from mimoquant.evaluation.evaluate import open_layout
 from mimoquant.model.layer_stream import Stream, walk
 from mimoquant.model_weights import CheckpointWeights
@@ -126,7 +127,7 @@ def brute_force(folder: Path, tokens: TokenSet, depth: int) -> tuple[np.ndarray,
 
 def test_scores_equal_brute_force_in_float64(int4: Path) -> None:
     tokens = held_out(2, 70)
-    ours, theirs = compare_drafts(open_layout(MICRO), open_layout(int4), tokens, 3)
+    ours, theirs = compare_drafts(open_layout(MICRO), open_layout(int4), tokens, Mtp(3))
     for scores, folder in ((ours, MICRO), (theirs, int4)):
         accepted, match = brute_force(folder, tokens, 3)
         assert scores.acceptance.shape == (2, 67, 3)
@@ -137,11 +138,11 @@ def test_scores_equal_brute_force_in_float64(int4: Path) -> None:
 
 def test_blocks_and_depth_do_not_change_the_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     layout, tokens = open_layout(MICRO), held_out(4, 40)
-    whole = compare_drafts(layout, layout, tokens, 3)[0]
+    whole = compare_drafts(layout, layout, tokens, Mtp(3))[0]
     monkeypatch.setattr(acceptance, "_LOGITS", 4 * 1024 * 5)  # five starts at a time
-    cut = compare_drafts(layout, layout, tokens, 3)[0]
+    cut = compare_drafts(layout, layout, tokens, Mtp(3))[0]
     assert np.abs(cut.acceptance - whole.acceptance).max() < 1e-5
-    shallow = compare_drafts(layout, layout, tokens, 1)[0]
+    shallow = compare_drafts(layout, layout, tokens, Mtp(1))[0]
     assert np.abs(shallow.acceptance[:, :37, 0] - whole.acceptance[..., 0]).max() < 1e-5
 
 

@@ -19,6 +19,7 @@ from padded_twin import padded_twin
 import mimoquant
 from mimoquant.calibration.tokens import TokenSet, load_tokens
 from mimoquant.evaluation.acceptance import compare_drafts
+from mimoquant.evaluation.drafts import Mtp
 from mimoquant.evaluation.evaluate import open_layout
 
 pytestmark = pytest.mark.engine
@@ -53,7 +54,7 @@ def test_vllm_accepts_what_we_say(tmp_path: Path) -> None:
     text = np.concatenate([prompts.ids, np.array(told["generated"])], 1)
     tokens = TokenSet("generated", text, prompts.domains, "", tuple(map(str, range(SEQUENCES))), ())
     layout = open_layout(twin)
-    scores = compare_drafts(layout, layout, tokens, 1)[0]
+    scores = compare_drafts(layout, layout, tokens, Mtp(1))[0]
     assert scores.match.shape == (SEQUENCES, PROMPT + NEW - 1, 1)
     drafted, accepted = np.sum([counted(row) for row in scores.match[..., 0]], axis=0)
     print(f"\nvLLM drafted {told['drafted']}, accepted {told['accepted']}; ours {drafted}, {accepted}")
