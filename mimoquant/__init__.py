@@ -10,3 +10,8 @@ __version__ = "0.1.0"
 def micro_checkpoint() -> Path:
     """The trained micro checkpoint that the package ships, in the published V2.5 format (see its README)."""
     return Path(__file__).parent / "micro"
+
+
+def micro_drafter() -> Path:
+    """A DFlash drafter trained for the micro checkpoint, in the published form (see its README)."""
+    return Path(__file__).parent / "micro_dflash"

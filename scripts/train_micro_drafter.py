@@ -45,10 +45,10 @@ CONFIG: dict[str, Any] = {
     "hidden_size": 256,
     "intermediate_size": 32,
     "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "v_head_dim": 16,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "v_head_dim": 32,
     "partial_rotary_factor": 0.5,
     "block_size": 8,
     "dflash_config": {
@@ -200,11 +200,11 @@ def main() -> None:
     parser.add_argument("--backbone", type=Path, default=mimoquant.micro_checkpoint())
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--data", default="mixed-v1")
-    parser.add_argument("--sequences", type=int, default=1536)
-    parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=900)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--starts", type=int, default=16)
+    parser.add_argument("--sequences", type=int, default=3072)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--batch", type=int, default=48)
+    parser.add_argument("--starts", type=int, default=12)
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()

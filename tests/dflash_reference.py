@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from safetensors.torch import load_file, save_file
+
+from mimoquant.model.drafter import read_drafter
 
 Floats = npt.NDArray[np.float64]
 
@@ -104,6 +107,21 @@ def write_drafter(folder: Path, config: dict[str, Any], *, mask: bool = True, se
     if mask:
         held = {"mask_token_id": special["mask_token_id"], "embedding": normal(hidden)}
         torch.save(held, folder / "mask_embedding.pt")
+    return folder
+
+
+def write_headers(folder: Path, config: dict[str, Any]) -> Path:
+    """A drafter of any size whose values are a hole in the disk."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    header, end = {}, 0
+    for name, shape in read_drafter(config, folder).shapes().items():
+        begin, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    raw = json.dumps(header).encode()
+    with (folder / "dflash_draft_model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(raw)) + raw)
+        file.truncate(8 + len(raw) + end)
     return folder
 
 
