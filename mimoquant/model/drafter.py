@@ -32,6 +32,7 @@ from mimoquant.model.geometry import Geometry
 FOLDER = "dflash"  # where a checkpoint keeps its drafter
 MASK_FILE = "mask_embedding.pt"
 ARCHITECTURE = "DFlashDraftModel"
+MAX_LAYERS = 256
 
 _KNOWN_VALUES: dict[str, tuple[Any, ...]] = {
     "architectures": ([ARCHITECTURE],),
@@ -174,42 +175,67 @@ def read_drafter(config: dict[str, Any], folder: Path) -> Drafter:
     if not isinstance(special, dict):
         raise CheckpointError(f"{where}: has no dflash_config, so it is no DFlash drafter")
     _check_values(config, special, where)
-    rope = config.get("rope_parameters") or {}
-
-    def number(key: str, *among: dict[str, Any], default: float | None = None, least: float = 0.0) -> float:
-        value = next((part[key] for part in among or (config,) if part.get(key) is not None), default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not value > least:
-            raise CheckpointError(f"{where}: {key} is {value!r}, expected a number above {least:g}")
-        return value
-
-    def size(key: str, *among: dict[str, Any], least: int = 0) -> int:
-        value = number(key, *among, least=least)
-        if not isinstance(value, int) or value >= 2**31:
-            raise CheckpointError(f"{where}: {key} is {value!r}, expected a whole number")
-        return value
-
-    head_dim, block = size("head_dim"), _same("block_size", special, config, where)
-    share = number("partial_rotary_factor", config, rope, default=1.0)
-    hidden, layers = size("hidden_size"), size("num_hidden_layers")
+    layers = _size("num_hidden_layers", where, config)
+    if layers > MAX_LAYERS:
+        raise CheckpointError(f"{where}: num_hidden_layers is {layers}, more than any drafter has ({MAX_LAYERS})")
     window, by_types = _window(config, special, where)
-    heads, kv_heads = size("num_attention_heads"), size("num_key_value_heads")
+    block = _same("block_size", special, config, where)
     if type(block) is not int or not 2 <= block <= (window or block):
         raise CheckpointError(f"{where}: block_size is {block!r}, expected from 2 to the window of {window}")
-    if heads % kv_heads or not share <= 1 or config.get("v_head_dim", head_dim) != head_dim:
-        raise CheckpointError(
-            f"{where}: {heads} heads over {kv_heads} key-value heads of {head_dim} and {config.get('v_head_dim')}, "
-            f"{share:g} of them turned, is no attention known here"
-        )
+    rope = config.get("rope_parameters") or {}
+    if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default":
+        raise CheckpointError(f"{where}: rope_parameters {rope} is unknown (known: the default type)")
+    heads, kv_heads, head_dim, rotary_dim = _heads(config, rope, where)
     return Drafter(
-        folder=folder, hidden=hidden, layers=layers, heads=heads, kv_heads=kv_heads,
-        head_dim=head_dim, intermediate=size("intermediate_size"), vocab=size("vocab_size"),
-        eps=float(number("rms_norm_eps")), rope_theta=float(number("rope_theta", config, rope)),
-        rotary_dim=int(head_dim * share), window=window, windows_by_layer_types=by_types, block=block,
-        captured=_captured(special, where), target_layers=_same("num_target_layers", special, config, where),
-        mask_token=size("mask_token_id", special, least=-1),
-        value_scale=float(number("attention_value_scale", special, default=1.0)),
+        folder=folder,
+        hidden=_size("hidden_size", where, config),
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        intermediate=_size("intermediate_size", where, config),
+        vocab=_size("vocab_size", where, config),
+        eps=_number("rms_norm_eps", where, config),
+        rope_theta=_number("rope_theta", where, config, rope),
+        rotary_dim=rotary_dim,
+        window=window,
+        windows_by_layer_types=by_types,
+        block=block,
+        captured=_captured(special, where),
+        target_layers=_same("num_target_layers", special, config, where),
+        mask_token=_size("mask_token_id", where, special, above=-1),
+        value_scale=_number("attention_value_scale", where, special, default=1.0),
         sink=bool(_same("attention_sink_bias", special, config, where, other="add_swa_attention_sink_bias")),
-    )  # fmt: skip
+    )
+
+
+def _number(key: str, where: str, *parts: dict[str, Any], default: float | None = None, above: float = 0) -> float:
+    """The first of `parts` that has the key says it."""
+    value = next((part[key] for part in parts if part.get(key) is not None), default)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not value > above:
+        raise CheckpointError(f"{where}: {key} is {value!r}, expected a number above {above}")
+    return float(value)
+
+
+def _size(key: str, where: str, part: dict[str, Any], above: int = 0) -> int:
+    value = _number(key, where, part, above=above)
+    if type(part[key]) is not int or value >= 2**31:
+        raise CheckpointError(f"{where}: {key} is {part[key]!r}, expected a whole number")
+    return int(value)
+
+
+def _heads(config: dict[str, Any], rope: dict[str, Any], where: str) -> tuple[int, int, int, int]:
+    """Query heads, key-value heads, their width, and how much of it is turned."""
+    heads, kv_heads, head_dim = (_size(key, where, config) for key in ("num_attention_heads", "num_key_value_heads",
+                                                                       "head_dim"))  # fmt: skip
+    v_head_dim = config.get("v_head_dim", head_dim)
+    turned = int(head_dim * _number("partial_rotary_factor", where, config, rope, default=1.0))
+    if heads % kv_heads or v_head_dim != head_dim or not 0 < turned <= head_dim or turned % 2:
+        raise CheckpointError(
+            f"{where}: {heads} heads over {kv_heads} key-value heads of {head_dim} and {v_head_dim} channels, {turned} "
+            f"of them turned, is no attention known here"
+        )
+    return heads, kv_heads, head_dim, turned
 
 
 def _check_values(config: dict[str, Any], special: dict[str, Any], where: str) -> None:

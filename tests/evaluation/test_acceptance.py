@@ -295,7 +295,9 @@ def test_a_drafter_is_reported_like_mtp_layers(int4: Path) -> None:
     assert facts["draft"] == str(DRAFTER) and facts["depth"] == 7 and facts["starts"] == 7 * 41
     assert [row["depth"] for row in facts["depths"]] == list(range(1, 8)) and len(facts["by_domain"]) == 7
     text = call(*arguments).stdout
-    assert "of 7 drafted tokens" in text and text.count("acceptance, sampling") == 7
+    assert (
+        "of 7 drafted tokens" in text and f"DRAFTER      {DRAFTER}" in text and text.count("acceptance, sampling") == 7
+    )
     assert max(map(len, text.splitlines())) <= 100
     same = eval_draft(MICRO, MICRO, held_out(7, 48), draft=str(DRAFTER))
     assert set(same["accepted_length"]["sampling"]["difference"].values()) == {0.0}
