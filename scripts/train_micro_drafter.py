@@ -11,7 +11,7 @@ probability that speculative sampling rejects a guess, weighed by that of accept
 The forward is the program's own, `model/dflash.py`, which torch differentiates; so training says nothing about its
 being right. The tests do. The backbone runs once and its states are kept: no text is seen twice through it.
 
-Left out: sequences longer than the window shows, a schedule tuned by more than one try, a GPU.
+Left out: a schedule tuned by more than one try, a GPU.
 """
 
 from __future__ import annotations

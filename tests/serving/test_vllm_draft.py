@@ -27,12 +27,16 @@ from mimoquant.model.drafter import open_drafter
 pytestmark = pytest.mark.engine
 MICRO = mimoquant.micro_checkpoint()
 SEQUENCES, PROMPT, NEW = 14, 96, 160
+# Of blocks: no longer than the drafter's window, so that nothing hangs on how an engine counts it.
+SHORT_SEQUENCES, SHORT_PROMPT, SHORT_NEW = 56, 16, 40
 
 
-def told_by_vllm(tmp_path: Path, checkpoint: Path, prompts: TokenSet, more: int, speculative: dict[str, Any]) -> Any:
+def told_by_vllm(
+    tmp_path: Path, checkpoint: Path, prompts: TokenSet, new: int, more: int, speculative: dict[str, Any]
+) -> Any:
     if not PYTHON.exists():
         pytest.skip("vLLM's environment is missing (scripts/setup_vllm_cpu)")
-    job = {"checkpoint": str(checkpoint), "ids": prompts.ids.tolist(), "new": NEW, "more": more,
+    job = {"checkpoint": str(checkpoint), "ids": prompts.ids.tolist(), "new": new, "more": more,
            "speculative": speculative, "out": str(tmp_path / "told.json")}  # fmt: skip
     (tmp_path / "job.json").write_text(json.dumps(job))
     done = subprocess.run([PYTHON, Path(__file__).with_name("vllm_drafter.py"), tmp_path / "job.json"], cwd=tmp_path,
@@ -65,20 +69,20 @@ def counted(match: np.ndarray) -> tuple[int, int]:
 def counted_blocks(match: np.ndarray) -> tuple[int, int]:
     """The same of blocks [starts, depths], all of whose guesses are made and judged, also past the last token."""
     done, drafted, accepted = 1, 0, 0  # the prompt's own step brings a token and no guess
-    while done < NEW:
-        right = int(match[PROMPT - 2 + done].cumprod().sum())
+    while done < SHORT_NEW:
+        right = int(match[SHORT_PROMPT - 2 + done].cumprod().sum())
         done, drafted, accepted = done + 1 + right, drafted + match.shape[1], accepted + right
     return drafted, accepted
 
 
-@pytest.fixture(scope="module")
-def prompts() -> TokenSet:
-    return load_tokens(["heldout-v1"], MICRO, sequences=SEQUENCES, tokens=PROMPT, vocab=1024)
+def prompts_of(sequences: int, tokens: int) -> TokenSet:
+    return load_tokens(["heldout-v1"], MICRO, sequences=sequences, tokens=tokens, vocab=1024)
 
 
-def test_vllm_accepts_what_we_say(prompts: TokenSet, tmp_path: Path) -> None:
+def test_vllm_accepts_what_we_say(tmp_path: Path) -> None:
+    prompts = prompts_of(SEQUENCES, PROMPT)
     twin = padded_twin(MICRO, tmp_path / "twin", HEAD, mtp=True)
-    told = told_by_vllm(tmp_path, twin, prompts, 0, {"method": "mtp", "num_speculative_tokens": 1})
+    told = told_by_vllm(tmp_path, twin, prompts, NEW, 0, {"method": "mtp", "num_speculative_tokens": 1})
     match = matches(twin, prompts, told["generated"], Mtp(1))
     assert match.shape == (SEQUENCES, PROMPT + NEW - 1, 1)
     drafted, accepted = np.sum([counted(row) for row in match[..., 0]], axis=0)
@@ -87,13 +91,16 @@ def test_vllm_accepts_what_we_say(prompts: TokenSet, tmp_path: Path) -> None:
     assert 0.5 < accepted / drafted < 0.95
 
 
-def test_vllm_accepts_of_blocks_what_we_say(prompts: TokenSet, tmp_path: Path) -> None:
+def test_vllm_accepts_of_blocks_what_we_say(tmp_path: Path) -> None:
+    prompts = prompts_of(SHORT_SEQUENCES, SHORT_PROMPT)
     twin, folder = padded_twin(MICRO, tmp_path / "twin", HEAD), mimoquant.micro_drafter()
     blocks = Blocks(*open_drafter(folder))
-    told = told_by_vllm(tmp_path, twin, prompts, blocks.depth + 1, {
+    told = told_by_vllm(tmp_path, twin, prompts, SHORT_NEW, blocks.depth + 1, {
         "method": "dflash", "model": str(folder), "num_speculative_tokens": blocks.depth})  # fmt: skip
     match = matches(twin, prompts, told["generated"], blocks)
     drafted, accepted = np.sum([counted_blocks(row) for row in match], axis=0)
     print(f"\nvLLM drafted {told['drafted']}, accepted {told['accepted']}; ours {drafted}, {accepted}")
-    assert abs(drafted - told["drafted"]) <= 2 * blocks.depth and abs(accepted - told["accepted"]) <= 4  # ties, again
-    assert 0.3 < accepted / (drafted / blocks.depth) < blocks.depth
+    # A small drafter's two favourites are often a hundredth of a logit apart, and in a few of 1,700 steps vLLM takes the
+    # other one; RESULTS.md has what is known of it.
+    assert abs(drafted - told["drafted"]) <= 0.005 * drafted and abs(accepted - told["accepted"]) <= 0.03 * accepted
+    assert accepted / (drafted / blocks.depth) > 0.15
