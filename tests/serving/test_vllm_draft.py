@@ -100,7 +100,7 @@ def test_vllm_accepts_of_blocks_what_we_say(tmp_path: Path) -> None:
     match = matches(twin, prompts, told["generated"], blocks)
     drafted, accepted = np.sum([counted_blocks(row) for row in match], axis=0)
     print(f"\nvLLM drafted {told['drafted']}, accepted {told['accepted']}; ours {drafted}, {accepted}")
-    # A small drafter's two favourites are often a hundredth of a logit apart, and in a few of 1,700 steps vLLM takes the
+    # A small drafter's two favourites are often a hundredth of a logit apart; in a few of 1,700 steps vLLM takes the
     # other one; RESULTS.md has what is known of it.
     assert abs(drafted - told["drafted"]) <= 0.005 * drafted and abs(accepted - told["accepted"]) <= 0.03 * accepted
     assert accepted / (drafted / blocks.depth) > 0.15
