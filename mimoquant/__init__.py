@@ -24,13 +24,18 @@ if TYPE_CHECKING:
     from mimoquant.api import verify as verify
 
 __version__ = "0.1.0"
-__all__ = ["eval_draft", "eval_kl", "inspect", "launch", "micro_checkpoint", "plan", "quantize", "relayout",
-           "sensitivity", "synth", "verify"]  # fmt: skip
+__all__ = ["eval_draft", "eval_kl", "inspect", "launch", "micro_checkpoint", "micro_drafter", "plan", "quantize",
+           "relayout", "sensitivity", "synth", "verify"]  # fmt: skip
 
 
 def micro_checkpoint() -> Path:
     """The trained micro checkpoint that the package ships, in the published V2.5 format (see its README)."""
     return Path(__file__).parent / "micro"
+
+
+def micro_drafter() -> Path:
+    """A DFlash drafter trained for the micro checkpoint, in the published form (see its README)."""
+    return Path(__file__).parent / "micro_dflash"
 
 
 def __getattr__(name: str) -> Any:

@@ -191,20 +191,21 @@ def eval_kl(
 
 
 def eval_draft(
-    reference: Folder, candidate: Folder, *, data: Sequence[str] = ("heldout-v1",), sequences: int | None = None,
-    tokens: int = 512, depth: int | None = None, device: str = "auto",
+    reference: Folder, candidate: Folder, *, draft: Folder = "mtp", data: Sequence[str] = ("heldout-v1",),
+    sequences: int | None = None, tokens: int = 512, depth: int | None = None, device: str = "auto",
 ) -> Facts:  # fmt: skip
-    """How many tokens drafted by the MTP layers a quantized backbone accepts, beside its reference.
+    """How many drafted tokens a quantized backbone accepts, beside its reference.
 
     Args:
+        draft: "mtp", each checkpoint's MTP layers, or the folder of a DFlash drafter.
         depth: MTP layers in the chain; by default all, at most 3. The others: see `eval_kl`.
-    Raises UsageError: too deep, or shared data. CheckpointError: no MTP layers, or bad checkpoints.
+    Raises UsageError: too deep, a drafter of another backbone, or shared data. CheckpointError: bad checkpoints.
     """
     from mimoquant.devices import resolve_device
     from mimoquant.evaluation.acceptance import eval_draft as run
 
     held = _held_out(reference, data, sequences, tokens)
-    return run(reference, candidate, held, depth=depth, device=resolve_device(device))
+    return run(reference, candidate, held, draft=str(draft), depth=depth, device=resolve_device(device))
 
 
 def sensitivity(

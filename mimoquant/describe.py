@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mimoquant.checkpoint.journal import JournalLine, free_bytes
+from mimoquant.model.drafter import carried_drafter
 from mimoquant.model.geometry import Geometry
 from mimoquant.model.layout import ModelLayout
 from mimoquant.needs import Machine, largest_chunk, needs, refusal
@@ -55,6 +56,7 @@ def layout_facts(layout: ModelLayout) -> dict[str, Any]:
         },
         "qkv": qkv_text(geometry),
         "mtp_layers": layout.mtp_layers,
+        "drafter": drafter_facts(layout),
         "bytes_by_role": {role: dict(sizes) for role, sizes in role_sizes(layout).items()},
         "layers_with_an_expert_in_two_files": split,
         "weights_parted_from_their_scale": parted,
@@ -67,6 +69,26 @@ def qkv_text(geometry: Geometry) -> str:
     if not geometry.fused_qkv:
         return "split"
     return "fused [Q|K|V]" if geometry.qkv_chunks == 1 else f"fused, {geometry.qkv_chunks} interleaved ranks"
+
+
+def drafter_facts(layout: ModelLayout) -> dict[str, Any] | None:
+    """The drafter in the checkpoint's folder; `problem`: why it could not be used, if so."""
+    drafter, problem = carried_drafter(layout.index.folder, layout.geometry)
+    if drafter is None:
+        return {"problem": problem} if problem else None
+    return {"problem": problem, "layers": drafter.layers, "block_size": drafter.block, "window": drafter.window,
+            "captured_layers": list(drafter.captured)}  # fmt: skip
+
+
+def drafter_text(facts: dict[str, Any]) -> str:
+    """In one line."""
+    if facts["problem"]:
+        return f"cannot be used ({facts['problem']})"
+    layers, window = ranges(facts["captured_layers"]), facts["window"] or "none"
+    return (
+        f"DFlash, {facts['layers']} layers, blocks of {facts['block_size']}, window {window}, reads states after "
+        f"layers {layers}"
+    )
 
 
 def _weights(layout: ModelLayout) -> str:
@@ -85,6 +107,7 @@ def layout_text(facts: dict[str, Any]) -> str:
         f"(top {facts['top_k']}, width {facts['hidden']} x {facts['expert_intermediate']})",
         f"attention qkv {facts['qkv']}; global in layers {ranges(facts['global_layers'])}, sliding window elsewhere",
         f"MTP       {facts['mtp_layers'] or 'no'} layers",
+        *([f"drafter   {drafter_text(facts['drafter'])}"] if facts["drafter"] else []),
         "",
         *table(
             ("weights", "dtype", "size"),
@@ -139,6 +162,7 @@ def plan_facts(
         "shards": [{"unit": unit.name, "file": unit.file, "size_bytes": unit.size_bytes} for unit in plan.units],
         "side_files": plan.side_files,
         "side_bytes": plan.side_bytes,
+        "drafter": drafter_facts(plan.layout),
         "disk_free_bytes": free,
         "notes": notes,
         "engines": planned_facts(planned(plan)),
@@ -160,6 +184,7 @@ def plan_text(facts: dict[str, Any]) -> str:
             f"{len(facts['shards'])} shards, the largest {size(largest['size_bytes'])} ({largest['unit']})",
             *_demands(facts),
             f"beside     {len(facts['side_files'])} other files are copied, {size(facts['side_bytes'])}",
+            *([f"drafter    {drafter_text(facts['drafter'])}"] if facts["drafter"] else []),
             "",
             *table(
                 ("weights", "output"),

@@ -24,7 +24,12 @@ from mimoquant.progress import Lines
 def eval_draft(
     reference: Annotated[Path, typer.Argument(help="The published checkpoint.", metavar="REFERENCE")],
     candidate: Annotated[Path, typer.Argument(help="The quantized one, by any tool.", metavar="CANDIDATE")],
-    draft: Annotated[str, typer.Option(help="What drafts: mtp, each checkpoint's own MTP layers.")] = "mtp",
+    draft: Annotated[
+        str,
+        typer.Option(
+            help="What drafts: each checkpoint's MTP layers, or a DFlash drafter's folder.", metavar="mtp|DIR"
+        ),
+    ] = "mtp",
     data: HeldOutOption = None,
     sequences: HeldOutSequencesOption = None,
     tokens: HeldOutTokensOption = 512,
@@ -39,22 +44,20 @@ def eval_draft(
     from mimoquant.cli_eval import load_held_out
     from mimoquant.devices import resolve_device
     from mimoquant.draft_text import draft_text
-    from mimoquant.errors import UsageError
-    from mimoquant.evaluation.acceptance import chain_depth
     from mimoquant.evaluation.acceptance import eval_draft as run
+    from mimoquant.evaluation.drafts import choose_draft
     from mimoquant.evaluation.evaluate import open_layout
     from mimoquant.team import Team
 
     begin, lines = time.monotonic(), Lines()
-    if draft != "mtp":
-        raise UsageError(f"--draft {draft}: known is mtp", hint="a drafter in a folder of its own cannot be run yet")
     with Team.from_environment(resolve_device(device)) as team:
         layouts = open_layout(reference), open_layout(candidate)
-        chain_depth(layouts, depth, tokens)  # before the data, which can take minutes
+        choose_draft(layouts, draft, depth, tokens)  # before the data, which can take minutes
         vocab = layouts[0].geometry.vocab
         loaded = load_held_out(reference, data or ["heldout-v1"], sequences, tokens, vocab, team.leads)
         shown = (lambda layer, layers: lines(f"layer {layer}", layer + 1, layers)) if team.leads else None
-        facts = run(reference, candidate, loaded, depth=depth, device=team.device, progress=shown, team=team)
+        facts = run(reference, candidate, loaded, draft=draft, depth=depth, device=team.device, progress=shown,
+                    team=team)  # fmt: skip
     if not team.leads:
         return
     facts["elapsed_s"] = round(time.monotonic() - begin, 3)

@@ -34,6 +34,8 @@ def _verdict(facts: Facts) -> Iterator[tuple[str, str]]:
         f"of {facts['depth']} drafted tokens {theirs} are accepted where the reference accepts {ours} ({change}, 95 % "
         f"interval {interval}), sampling at temperature 1 along the text's own tokens",
     )
+    if facts["draft"] != "mtp":
+        yield "DRAFTER", facts["draft"]
     if facts["nonfinite_share"] > 0:
         yield "NOT FINITE", f"{percent(facts['nonfinite_share'])} of the starts, which are left out"
 

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from mimoquant.checkpoint.index import TensorInfo
+from mimoquant.checkpoint.index import CheckpointIndex, TensorInfo, resolve_inside
 from mimoquant.checkpoint.reader import CheckpointReader
+from mimoquant.checkpoint.torch_file import read_vector
 from mimoquant.errors import CheckpointError
 from mimoquant.layer_weights import dequantize, packed_format, part_name, read_matrix, read_stack
 from mimoquant.model.decoder_layer import (
@@ -23,6 +24,8 @@ from mimoquant.model.decoder_layer import (
     Router,
     read_forward_config,
 )
+from mimoquant.model.dflash import DrafterWeights, DraftLayer
+from mimoquant.model.drafter import MASK_FILE, Drafter
 from mimoquant.model.geometry import MXFP8_BLOCK
 from mimoquant.model.layout import PROJECTIONS, ModelLayout, Weight
 from mimoquant.model.mtp import MtpWeights
@@ -158,6 +161,48 @@ class CheckpointWeights:
 def decoded_chunk(begin: int, parts: dict[str, dict[str, torch.Tensor]], fmt: Format) -> ExpertChunk:
     """Experts `begin`.. as an engine reads them, from projection → part → [e, ...]."""
     return ExpertChunk(begin, *(decode(parts[p], fmt).to(torch.bfloat16) for p in PROJECTIONS))
+
+
+def read_drafter_weights(drafter: Drafter, index: CheckpointIndex, device: torch.device) -> DrafterWeights:
+    """A DFlash drafter's tensors, as stored. Raises CheckpointError where its mask embedding is not one."""
+    with CheckpointReader(index) as reader:
+        tensors = {
+            name: torch.from_numpy(reader.read(name)).view(_TORCH[info.dtype]).reshape(info.shape).to(device)
+            for name, info in index.tensors.items()
+        }
+
+    def layer(prefix: str) -> DraftLayer:
+        q, k, v, o, q_norm, k_norm = (
+            tensors[f"{prefix}self_attn.{name}.weight"]
+            for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
+        )
+        return DraftLayer(
+            tensors[f"{prefix}input_layernorm.weight"], tensors[f"{prefix}post_attention_layernorm.weight"],
+            q, k, v, o, q_norm, k_norm, tensors.get(f"{prefix}self_attn.attention_sink_bias"),
+            DenseWeights(*(tensors[f"{prefix}mlp.{p}_proj.weight"] for p in PROJECTIONS)),
+        )  # fmt: skip
+
+    mask = _mask_embedding(drafter)
+    return DrafterWeights(
+        tensors["fc.weight"], tensors["hidden_norm.weight"], [layer(f"layers.{n}.") for n in range(drafter.layers)],
+        tensors["norm.weight"], None if mask is None else mask.to(device),
+    )  # fmt: skip
+
+
+def _mask_embedding(drafter: Drafter) -> torch.Tensor | None:
+    """What the drafter brings for its mask token, [H]."""
+    path = drafter.folder / MASK_FILE
+    if not path.exists():
+        return None
+    held = read_vector(resolve_inside(drafter.folder, MASK_FILE))
+    token, size = held.numbers.get("mask_token_id"), len(held.data) // _TORCH[held.dtype].itemsize
+    if held.keys != {"mask_token_id", "embedding"}:
+        raise CheckpointError(f"{path}: holds {sorted(held.keys)}, expected are mask_token_id and embedding")
+    if token != drafter.mask_token or size != drafter.hidden:
+        raise CheckpointError(
+            f"{path}: holds {size} values for token {token}, expected are {drafter.hidden} for {drafter.mask_token}"
+        )
+    return torch.from_numpy(held.data).view(_TORCH[held.dtype])
 
 
 _TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I32": torch.int32, "U8": torch.uint8,

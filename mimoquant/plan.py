@@ -17,6 +17,7 @@ from mimoquant.checkpoint.index import CheckpointIndex, open_index, read_json_ob
 from mimoquant.container import COMPRESSED_TENSORS, MODELOPT, NATIVE, keeps_fp8, output_config
 from mimoquant.errors import RecipeError
 from mimoquant.layer_weights import packed_format
+from mimoquant.model.drafter import carried_drafter
 from mimoquant.model.layout import PROJECTIONS, ModelLayout, read_layout
 from mimoquant.quant.formats import Format
 from mimoquant.recipe import Recipe
@@ -254,6 +255,9 @@ def _notes(layout: ModelLayout, recipe: Recipe, container: str, carve_outs: dict
     """What a user should know before starting."""
     notes = []
     geometry = layout.geometry
+    _, problem = carried_drafter(layout.index.folder, geometry)
+    if problem:
+        notes.append(f"the drafter is copied as it is, but {problem}")
     dequantized = sum(weight.scale is not None for weights in layout.units.values() for weight in weights)
     if not keeps_fp8(container) and dequantized:
         why = "has no place for their block scales"

@@ -20,6 +20,7 @@ import mimoquant
 from mimoquant import pipeline
 from mimoquant.checkpoint.index import open_index
 from mimoquant.checkpoint.reader import CheckpointReader
+from mimoquant.describe import drafter_facts, layout_facts, layout_text
 from mimoquant.errors import CheckpointError, UsageError
 from mimoquant.plan import Plan, make_plan
 from mimoquant.quant.engine_torch import TorchEngine
@@ -290,6 +291,41 @@ def test_side_files_count_in_the_plan(tmp_path: Path) -> None:
     pipeline.quantize(plan, tmp_path / "out", device="cpu")
     assert (tmp_path / "out" / "dflash" / "model.safetensors").stat().st_size == 123_456
     assert verify(tmp_path / "out", source).ok
+
+
+def test_a_drafter_goes_through_untouched_and_is_told_of(tmp_path: Path) -> None:
+    source = Path(shutil.copytree(MICRO, tmp_path / "source"))
+    shutil.copytree(mimoquant.micro_drafter(), source / "dflash")
+    plan = make_plan(source, load_recipe("mxfp4-rtn"))
+    told = {"problem": None, "layers": 2, "block_size": 8, "window": 64, "captured_layers": [2, 4]}
+    assert drafter_facts(plan.layout) == told and not [note for note in plan.notes if "drafter" in note]
+    assert "drafter   DFlash, 2 layers, blocks of 8, window 64" in layout_text(layout_facts(plan.layout))
+    out = tmp_path / "out"
+    pipeline.quantize(plan, out, device="cpu")
+    for path in mimoquant.micro_drafter().iterdir():
+        assert (out / "dflash" / path.name).read_bytes() == path.read_bytes()
+    assert verify(out, source).ok
+    damaged = out / "dflash" / "dflash_draft_model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-2] + b"\0\0")
+    assert "dflash/dflash_draft_model.safetensors: differs from the source's" in verify(out, source).problems
+
+
+@pytest.mark.parametrize(("change", "told"), [
+    ({"hidden_size": 128}, "fc.weight is BF16[256, 512], expected is BF16[128, 256]"),
+    ({"num_target_layers": 48}, "its num_target_layers is 48, the backbone's is 5"),
+    (None, "is not valid JSON"),
+])  # fmt: skip
+def test_a_drafter_that_does_not_fit_is_told_of_and_copied(
+    change: dict[str, int] | None, told: str, tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(MICRO, tmp_path / "source"))
+    config = Path(shutil.copytree(mimoquant.micro_drafter(), source / "dflash")) / "config.json"
+    text = config.read_text()
+    config.write_text(text.rstrip()[:-1] + ",}" if change is None else json.dumps(json.loads(text) | change))
+    plan = make_plan(source, load_recipe("mxfp4-rtn"))
+    assert [told in note for note in plan.notes if note.startswith("the drafter is copied as it is, but ")] == [True]
+    assert told in layout_facts(plan.layout)["drafter"]["problem"]
+    assert "cannot be used" in layout_text(layout_facts(plan.layout)) and "dflash/config.json" in plan.side_files
 
 
 def test_a_nan_in_a_copied_weight_stops_the_run(tmp_path: Path) -> None:

@@ -1,24 +1,31 @@
-"""`eval-draft`: what the MTP layers are worth as a draft model, on the reference's backbone and on a candidate's.
+"""`eval-draft`: what a draft model is worth on the reference's backbone and on a candidate's.
 
 The definitions, once for the whole program. Let p_s be a backbone's next-token distribution at position s (softmax of
-its own logits, temperature 1), given the tokens 0..s of the text. A chain starts at position t with h_0(t), the
-backbone's hidden state after its last norm. MTP layer d = 1, 2, .. takes h_{d-1}(t) and the embedding of the *text's*
-token t+d (teacher-forced, as are all earlier positions) and gives h_d(t), and through the lm_head q_{d,t}: a guess at
-token t+d+1. Its judge is p_{t+d}, which has seen the same tokens. At depth d and start t:
+its own logits, temperature 1), given the tokens 0..s of the text. Guesses start at a position t, whose h_0(t) is the
+backbone's hidden state after its last norm. h_d(t) is what the draft model makes of it at depth d = 1, 2, .. D, and
+through the lm_head q_{d,t}: a guess at token t+d+1. Its judge is p_{t+d}.
+
+* MTP layers form a chain: layer d takes h_{d-1}(t) and the embedding of the *text's* token t+d (teacher-forced, as are
+  all earlier positions), so it has seen the tokens that its judge has seen.
+* A DFlash drafter fills a block at once: of the text it has seen 0..t+1 at every depth, of its own guesses none. Its
+  judge has seen the text's tokens up to t+d.
+
+At depth d and start t:
 
     acceptance    a_d(t) = sum_x min(p_{t+d}(x), q_{d,t}(x))       what speculative sampling accepts on average
     greedy match  g_d(t) = [argmax p_{t+d} = argmax q_{d,t}]       what is accepted at temperature 0
     expected accepted length = mean over t of  sum_{d=1..D} a_1(t) a_2(t) .. a_d(t);  greedy: the same of g
 
 A guess counts only if all before it were accepted, hence the products. The length is of guesses: a step of an engine
-yields one token more, the backbone's own. Tokens are the text's, not drawn by the draft, so the length estimates what
-an engine sees on such text. All depths have the same starts, 0 to T-D-1.
+yields one token more, the backbone's own, which published acceptance lengths mostly count. Tokens are the text's, not
+drawn by the draft, so the length estimates what an engine sees on such text. All depths have the same starts, 0 to
+T-D-1.
 
-Key idea: a quantized checkpoint has p and h_0 of its own, so acceptance can fall although the MTP layers are untouched.
-Both backbones are walked side by side as in `eval-kl`, each byte read once (the embedding twice), and compared start by
-start.
+Key idea: a quantized checkpoint has p and hidden states of its own, so acceptance can fall although the draft model is
+untouched. Both backbones are walked side by side as in `eval-kl`, each byte read once (the embedding twice), and
+compared start by start.
 
-Left out: draft models in a folder of their own, trees of guesses, one MTP layer used at every depth (as vLLM does).
+Left out: trees of guesses, one MTP layer used at every depth (as vLLM does).
 """
 
 from __future__ import annotations
@@ -35,18 +42,17 @@ from torch import Tensor
 
 from mimoquant.calibration.tokens import TokenSet
 from mimoquant.checkpoint.reader import CheckpointReader
-from mimoquant.errors import CheckpointError, UsageError
+from mimoquant.errors import CheckpointError
 from mimoquant.evaluation.divergence import bootstrap
+from mimoquant.evaluation.drafts import Draft, Drafts, choose_draft
 from mimoquant.evaluation.evaluate import open_layout, recipe_name, refuse_shared_data, same_model, streams_of
-from mimoquant.model.decoder_layer import ForwardConfig, linear, rms_norm
+from mimoquant.model.decoder_layer import linear, rms_norm
 from mimoquant.model.layer_stream import Stream, portions, walk
 from mimoquant.model.layout import ModelLayout
-from mimoquant.model.mtp import MtpWeights, mtp_forward
 from mimoquant.model_weights import CheckpointWeights
 from mimoquant.team import Team
 
 SCHEMA_VERSION = 1
-MAX_DEPTH = 3
 _LOGITS = 2**25  # of one distribution's that are held at once
 
 _Floats = npt.NDArray[np.float64]
@@ -96,36 +102,20 @@ def score_chain(final_BTH: Tensor, drafted: Sequence[Tensor], head: Tensor) -> t
 
 
 @torch.no_grad()
-def draft_chain(
-    final_BTH: Tensor, embedded_BTH: Tensor, layers: Sequence[MtpWeights], config: ForwardConfig
-) -> list[Tensor]:
-    """h_1 .. h_D of the starts 0 .. T-D-1, each [B, T - D, H].
-
-    Args:
-        final_BTH: the backbone's normed hidden states, h_0. embedded_BTH: the text's tokens. layers: D of them.
-    """
-    starts = final_BTH.shape[1] - len(layers)
-    hidden, out = final_BTH[:, :starts], []
-    for depth, weights in enumerate(layers, start=1):
-        hidden = mtp_forward(hidden, embedded_BTH[:, depth : depth + starts], weights, config)
-        out.append(hidden)
-    return out
-
-
-@torch.no_grad()
-def _score(source: CheckpointWeights, jobs: list[list[Tensor]], streams: list[Stream], depth: int) -> list[DraftScores]:
-    """One backbone's scores of each portion; only this checkpoint's head and MTP layers are in memory."""
+def _score(
+    source: CheckpointWeights, jobs: list[list[Tensor]], streams: list[Stream], drafts: Drafts
+) -> list[DraftScores]:
+    """One backbone's scores of each portion; only this checkpoint's embedding and head are in memory."""
     embedding, norm, head = (
         source.tensor(name) for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
     )
-    layers = [source.mtp_layer(number) for number in range(depth)]
     out = []
-    for batches, stream in zip(jobs, streams, strict=True):
+    for place, (batches, stream) in enumerate(zip(jobs, streams, strict=True)):
         parts = []
-        for ids, hidden in zip(batches, stream.batches, strict=True):
+        for batch, (ids, hidden) in enumerate(zip(batches, stream.batches, strict=True)):
             final = rms_norm(hidden.to(source.device), norm, source.config.eps)
-            embedded = embedding[ids.to(source.device)].to(torch.float32)
-            parts.append(score_chain(final, draft_chain(final, embedded, layers, source.config), head))
+            drafted = drafts.drafted(place, batch, ids.to(source.device), final, embedding)
+            parts.append(score_chain(final, drafted, head))
         acceptance, match = (torch.cat(of_batches).cpu().numpy() for of_batches in zip(*parts, strict=True))
         out.append(DraftScores(acceptance, match))
     return out
@@ -135,22 +125,31 @@ def compare_drafts(
     reference: ModelLayout,
     candidate: ModelLayout,
     tokens: TokenSet,
-    depth: int,
+    draft: Draft,
     *,
     device: str = "cpu",
     progress: Callable[[int], None] | None = None,
     team: Team | None = None,
 ) -> tuple[DraftScores, DraftScores]:
-    """Scores of both backbones, each with its own MTP layers; the same on every rank of `team`."""
+    """Scores of both backbones with the same kind of draft; the same on every rank of `team`."""
     team = team or Team(device)
     place, every = torch.device(team.device), portions(torch.from_numpy(tokens.ids))
     mine = every[team.rank :: team.size]
     with CheckpointReader(reference.index) as first, CheckpointReader(candidate.index) as second:
         weights = [CheckpointWeights(first, reference, place), CheckpointWeights(second, candidate, place)]
         streams = [streams_of(source, mine) for source in weights]
+        beside = draft.beside(weights, streams)
+
+        def after_layer(number: int) -> None:
+            for drafts in beside:
+                drafts.after_layer(number)
+            if progress:
+                progress(number)
+
         if mine:
-            walk([stream for of_source in streams for stream in of_source], progress)
-        parts = [_score(source, mine, of_source, depth) for source, of_source in zip(weights, streams, strict=True)]
+            walk([stream for of_source in streams for stream in of_source], after_layer)
+        parts = [_score(source, mine, of_source, drafts)
+                 for source, of_source, drafts in zip(weights, streams, beside, strict=True)]  # fmt: skip
     ours, theirs = (_joined(of_source, len(every), team) for of_source in parts)
     return ours, theirs
 
@@ -170,6 +169,7 @@ def eval_draft(
     candidate: Path | str,
     tokens: TokenSet,
     *,
+    draft: str = "mtp",
     depth: int | None = None,
     device: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
@@ -178,42 +178,31 @@ def eval_draft(
     """The facts of one comparison, as plain data.
 
     Args:
-        depth: MTP layers in the chain; by default all that both checkpoints have, at most `MAX_DEPTH`.
+        draft: "mtp", or the folder of a DFlash drafter, which both backbones then share.
+        depth: MTP layers in the chain; by default all that both checkpoints have, at most 3.
         progress: called with (layer just passed, layers).
         team: the processes that share the work, all of which call this; `device` is then the team's.
-    Raises CheckpointError: a checkpoint is bad, has no MTP layers, or is another model than the other. UsageError: too
-    deep for the checkpoints or the sequences, or `tokens` are among those that the candidate was calibrated on.
+    Raises CheckpointError: a checkpoint is bad, the draft is not there or does not fit, or the two are not the same
+    model. UsageError: too deep for the checkpoints or the sequences, or `tokens` are among those that the candidate was
+    calibrated on.
     """
     layouts = open_layout(Path(reference)), open_layout(Path(candidate))
     same_model(*layouts)
-    depth = chain_depth(layouts, depth, tokens.ids.shape[1])
+    chosen = choose_draft(layouts, draft, depth, tokens.ids.shape[1])
     refuse_shared_data(Path(candidate), tokens)
     layers = layouts[0].geometry.layers
     told = (lambda number: progress(number, layers)) if progress else None
-    scores = compare_drafts(*layouts, tokens, depth, device=device, progress=told, team=team)
+    scores = compare_drafts(*layouts, tokens, chosen, device=device, progress=told, team=team)
     return {
         "schema_version": SCHEMA_VERSION,
         "reference": str(reference),
         "candidate": str(candidate),
         "recipe": recipe_name(Path(candidate)),
-        "draft": "mtp",
+        "draft": chosen.name,
         "data": {"name": tokens.name, "sha256": tokens.sha256, "origins": list(tokens.origins)},
         **summarize_drafts(*scores, tokens),
         "device": device,
     }
-
-
-def chain_depth(layouts: Sequence[ModelLayout], asked: int | None, tokens: int) -> int:
-    """How many MTP layers are chained, on sequences of `tokens` tokens."""
-    fewest = min(layouts, key=lambda layout: layout.mtp_layers)
-    if not fewest.mtp_layers:
-        raise CheckpointError(f"{fewest.index.folder}: has no MTP layers (model.mtp.layers.*) to draft with")
-    depth = asked or min(fewest.mtp_layers, MAX_DEPTH)
-    if depth > fewest.mtp_layers:
-        raise UsageError(f"--depth {depth}: {fewest.index.folder} has {fewest.mtp_layers} MTP layers")
-    if tokens <= depth:
-        raise UsageError(f"sequences of {tokens} tokens: a chain of {depth} MTP layers needs at least {depth + 1}")
-    return depth
 
 
 def summarize_drafts(reference: DraftScores, candidate: DraftScores, tokens: TokenSet) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mimoquant.errors import CheckpointError, UsageError
+from mimoquant.model.drafter import Drafter, open_drafter
 from mimoquant.report import SCHEMA_VERSION, size
 from mimoquant.serving import contracts as c
 from mimoquant.serving.check import Problem, check
@@ -28,7 +29,7 @@ RESERVE_BYTES = 5 * GIB  # activations, CUDA graphs, communication buffers; an a
 PREFILL_TOKENS = 8192  # that a chunk of prefill adds to the window of sliding-window layers
 LEAST_CONTEXT = 8192
 SWA_RATIO = 0.1  # SGLang's --swa-full-tokens-ratio: KV tokens of sliding-window layers per token of global ones
-MTP_STEPS, DFLASH_TOKENS = 3, 8
+MTP_STEPS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +88,11 @@ def launch(
 
     Raises:
         UsageError: options that cannot go together, or GPUs that the checkpoint does not fit on.
-        CheckpointError: the engine would refuse or corrupt it, however it is started.
+        CheckpointError: the engine would refuse or corrupt it, however it is started, or the drafter does not fit.
     """
     if not checkpoint.subjects:
         raise CheckpointError(f"{checkpoint.name}: holds no 4-bit experts", hint="launch is for what quantize writes")
-    _check_options(checkpoint, mtp, dflash)
+    drafter = _check_options(checkpoint, mtp, dflash)
     maker = _Maker(checkpoint, engine, c.GPUS[gpu], gpus, version or c.ENGINES[engine].read)
     layout, problems = maker.layout()
     context, weights, kv = maker.context(layout)
@@ -99,19 +100,23 @@ def launch(
         SCHEMA_VERSION, checkpoint.name, engine, maker.version, maker.evidence(), maker.minimum_version(),
         maker.gpu.label, layout,
         c.ENGINES[engine].image.format(maker.version), dict(maker.environment()),
-        maker.command(layout, context, mtp, dflash), maker.moe_backend(), maker.attention(), context, weights, kv,
-        list(maker.expect()), [*(problem.text for problem in problems), *maker.notes(mtp, dflash)],
+        maker.command(layout, context, mtp, drafter), maker.moe_backend(), maker.attention(), context, weights, kv,
+        list(maker.expect()), [*(problem.text for problem in problems), *maker.notes(mtp, drafter)],
         [{"what": p.what, "not_needed_from": p.since, "source": p.source} for p in maker.patches(gpu)],
     )  # fmt: skip
 
 
-def _check_options(checkpoint: Served, mtp: bool, dflash: Path | None) -> None:
+def _check_options(checkpoint: Served, mtp: bool, dflash: Path | None) -> Drafter | None:
+    """The drafter, if one is asked for."""
     if mtp and dflash:
         raise UsageError(f"--mtp cannot go with --dflash {dflash}", hint="one draft at a time: leave one of them out")
     if mtp and not checkpoint.mtp_layers:
         raise UsageError(f"--mtp: {checkpoint.name} has no MTP layers", hint="leave --mtp out")
-    if dflash and not (dflash / "config.json").is_file():
-        raise UsageError(f"--dflash {dflash}: has no config.json, so it is no draft model")
+    if dflash is None:
+        return None
+    drafter, _ = open_drafter(dflash)
+    drafter.check_fits(checkpoint.geometry, checkpoint.name)
+    return drafter
 
 
 class _Maker:
@@ -190,11 +195,11 @@ class _Maker:
         if self.engine == c.VLLM and self.nodes > 1:
             yield "VLLM_HOST_IP", "<IP of this node>"
 
-    def command(self, layout: Layout, context: int, mtp: bool, dflash: Path | None) -> list[str]:
+    def command(self, layout: Layout, context: int, mtp: bool, drafter: Drafter | None) -> list[str]:
         make = self._vllm if self.engine == c.VLLM else self._sglang
-        return [word for words in make(layout, context, mtp, dflash) for word in words]
+        return [word for words in make(layout, context, mtp, drafter) for word in words]
 
-    def _vllm(self, layout: Layout, context: int, mtp: bool, dflash: Path | None) -> Iterator[tuple[str, ...]]:
+    def _vllm(self, layout: Layout, context: int, mtp: bool, drafter: Drafter | None) -> Iterator[tuple[str, ...]]:
         yield "vllm", "serve", self.checkpoint.name
         yield ("--trust-remote-code",)
         yield "--tensor-parallel-size", str(layout.attention_tp)
@@ -216,11 +221,11 @@ class _Maker:
         yield ("--enable-auto-tool-choice",)
         if mtp:
             yield "--speculative-config", json.dumps({"method": "mtp", "num_speculative_tokens": 2})
-        if dflash:
-            draft = {"method": "dflash", "model": str(dflash), "num_speculative_tokens": DFLASH_TOKENS - 1}
+        if drafter:
+            draft = {"method": "dflash", "model": str(drafter.folder), "num_speculative_tokens": drafter.depth}
             yield "--speculative-config", json.dumps(draft)
 
-    def _sglang(self, layout: Layout, context: int, mtp: bool, dflash: Path | None) -> Iterator[tuple[str, ...]]:
+    def _sglang(self, layout: Layout, context: int, mtp: bool, drafter: Drafter | None) -> Iterator[tuple[str, ...]]:
         yield "python3", "-m", "sglang.launch_server", "--model-path", self.checkpoint.name
         yield ("--trust-remote-code",)
         yield "--tp", str(layout.gpus)
@@ -254,14 +259,20 @@ class _Maker:
             yield "--speculative-num-steps", str(MTP_STEPS)
             yield "--speculative-eagle-topk", "1"
             yield "--speculative-num-draft-tokens", str(MTP_STEPS + 1)
-        if dflash:
+        if drafter:
             yield "--speculative-algorithm", "DFLASH"
-            yield "--speculative-draft-model-path", str(dflash)
-            yield "--speculative-num-draft-tokens", str(DFLASH_TOKENS)
+            yield "--speculative-draft-model-path", str(drafter.folder)
+            yield "--speculative-num-draft-tokens", str(drafter.block)
+            if self._needs_window(drafter):
+                yield "--speculative-draft-window-size", str(drafter.window)
 
     def _own_choice(self) -> bool:
         """Whether the engine picks the back end by itself."""
         return self.gpu.sm in c.OWN_CHOICE.get((self.engine, self.subject), (self.gpu.sm,))
+
+    def _needs_window(self, drafter: Drafter) -> bool:
+        """Whether the engine finds no window where the drafter has one."""
+        return self.engine == c.SGLANG and drafter.window is not None and not drafter.windows_by_layer_types
 
     def expect(self) -> Iterator[str]:
         """Lines of the log that say that the right code runs."""
@@ -279,7 +290,7 @@ class _Maker:
             yield f"Using {backend}"
         yield c.ENGINES[self.engine].started
 
-    def notes(self, mtp: bool, dflash: Path | None) -> Iterator[str]:
+    def notes(self, mtp: bool, drafter: Drafter | None) -> Iterator[str]:
         """What a reader has to know, and what nobody has tried."""
         label = f"{c.ENGINES[self.engine].label} {self.version}"
         least, known = c.MINIMUM_SM.get(self.subject, (80, ()))
@@ -293,8 +304,12 @@ class _Maker:
         yield "context is an estimate from sizes, not measured; sample at temperature 1.0, top_p 0.95"
         if mtp and self.engine == c.VLLM:
             yield f"{label} runs 1 of the {self.checkpoint.mtp_layers} MTP layers"
-        if dflash:
+        if drafter:
+            captured = ", ".join(map(str, drafter.captured))
+            yield f"the drafter fits: {drafter.depth} tokens a pass, from the states after layers {captured}"
             yield f"not verified: DFlash in {label} with this checkpoint"
+            if self._needs_window(drafter):
+                yield f"{label} reads no window from this drafter's config, so the command gives it"
         if self.subject == c.MO_NVFP4 and not self._own_choice():
             yield f"without the MoE back end named here {label} would round activations to 4 bits, unscaled"
         if self.nodes > 1:

@@ -8,10 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import dflash_reference
 import numpy as np
 import pytest
 import torch
 import yaml
+from dflash_reference import small, write_drafter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mtp_reference import Reference
@@ -26,6 +28,7 @@ from mimoquant.errors import CheckpointError, UsageError
 from mimoquant.evaluation import acceptance
 from mimoquant.evaluation.acceptance import DraftScores, compare_drafts, eval_draft, overlap, summarize_drafts
 from mimoquant.evaluation.divergence import bootstrap
+from mimoquant.evaluation.drafts import Mtp, choose_draft
 from mimoquant.evaluation.evaluate import open_layout
 from mimoquant.model.layer_stream import Stream, walk
 from mimoquant.model_weights import CheckpointWeights
@@ -126,7 +129,7 @@ def brute_force(folder: Path, tokens: TokenSet, depth: int) -> tuple[np.ndarray,
 
 def test_scores_equal_brute_force_in_float64(int4: Path) -> None:
     tokens = held_out(2, 70)
-    ours, theirs = compare_drafts(open_layout(MICRO), open_layout(int4), tokens, 3)
+    ours, theirs = compare_drafts(open_layout(MICRO), open_layout(int4), tokens, Mtp(3))
     for scores, folder in ((ours, MICRO), (theirs, int4)):
         accepted, match = brute_force(folder, tokens, 3)
         assert scores.acceptance.shape == (2, 67, 3)
@@ -137,11 +140,11 @@ def test_scores_equal_brute_force_in_float64(int4: Path) -> None:
 
 def test_blocks_and_depth_do_not_change_the_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     layout, tokens = open_layout(MICRO), held_out(4, 40)
-    whole = compare_drafts(layout, layout, tokens, 3)[0]
+    whole = compare_drafts(layout, layout, tokens, Mtp(3))[0]
     monkeypatch.setattr(acceptance, "_LOGITS", 4 * 1024 * 5)  # five starts at a time
-    cut = compare_drafts(layout, layout, tokens, 3)[0]
+    cut = compare_drafts(layout, layout, tokens, Mtp(3))[0]
     assert np.abs(cut.acceptance - whole.acceptance).max() < 1e-5
-    shallow = compare_drafts(layout, layout, tokens, 1)[0]
+    shallow = compare_drafts(layout, layout, tokens, Mtp(1))[0]
     assert np.abs(shallow.acceptance[:, :37, 0] - whole.acceptance[..., 0]).max() < 1e-5
 
 
@@ -156,6 +159,84 @@ def test_a_checkpoint_beside_itself_differs_by_nothing() -> None:
         assert set(pair["difference"].values()) == {0.0}
     assert facts["depth"] == 3 and facts["starts"] == 7 * 45 and facts["nonfinite_share"] == 0
     assert facts["depths"][0]["acceptance"]["reference"]["mean"] > 0.5  # the layers are trained: by chance it is 1/1024
+
+
+# --- blocks of a DFlash drafter ---------------------------------------------------------------------------------------
+
+DRAFTER = mimoquant.micro_drafter()
+
+
+def brute_force_blocks(folder: Path, drafter: Path, tokens: TokenSet) -> tuple[np.ndarray, np.ndarray]:
+    """As `brute_force`, by the drafter of `dflash_reference` on hidden states that were kept layer by layer."""
+    judge, layout, apart = Reference(folder), open_layout(folder), dflash_reference.Reference(drafter)
+    embedding = judge.read("model.embed_tokens.weight").double().numpy()
+    head = judge.read("lm_head.weight").double().numpy()
+    kept: list[np.ndarray] = []
+    with CheckpointReader(layout.index) as reader:
+        stream = Stream(CheckpointWeights(reader, layout, torch.device("cpu")),
+                        [torch.from_numpy(embedding[tokens.ids]).float()])  # fmt: skip
+        walk([stream], lambda number: kept.append(stream.batches[0].double().numpy().copy()))
+    depth, accepted, match = apart.special["block_size"] - 1, [], []
+    mask = embedding[apart.special["mask_token_id"]] if apart.mask is None else apart.mask
+    for at, ids in enumerate(tokens.ids):
+        final = judge.norm(kept[-1][at], "model.norm.weight")
+        captured = [kept[number][at] for number in apart.special["target_layer_ids"]]
+        for t in range(len(ids) - depth):
+            drafted = apart.draft(captured, embedding[ids[t + 1]], mask, t)
+            p, q = (
+                np.exp(z - z.max(-1, keepdims=True)) for z in (final[t + 1 : t + 1 + depth] @ head.T, drafted @ head.T)
+            )
+            p, q = p / p.sum(-1, keepdims=True), q / q.sum(-1, keepdims=True)
+            accepted.append(np.minimum(p, q).sum(-1))
+            match.append(p.argmax(-1) == q.argmax(-1))
+    shape = (len(tokens.ids), -1, depth)
+    return np.reshape(accepted, shape), np.reshape(match, shape)
+
+
+def blocks_of(folder: Path, tokens: TokenSet, backbone: Path = MICRO) -> DraftScores:
+    layout = open_layout(backbone)
+    return compare_drafts(layout, layout, tokens, choose_draft([layout], str(folder), None, tokens.ids.shape[1]))[0]
+
+
+def test_blocks_equal_brute_force_in_float64(int4: Path, tmp_path: Path) -> None:
+    """Of the trained drafter on both backbones, and of one that has no mask embedding of its own."""
+    tokens = held_out(2, 18)
+    layouts = open_layout(MICRO), open_layout(int4)
+    both = compare_drafts(*layouts, tokens, choose_draft(layouts, str(DRAFTER), None, 18))
+    other = write_drafter(tmp_path / "other", small(), mask=False)
+    cases = [(both[0], MICRO, DRAFTER), (both[1], int4, DRAFTER), (blocks_of(other, tokens), MICRO, other)]
+    for scores, backbone, drafter in cases:
+        accepted, match = brute_force_blocks(backbone, drafter, tokens)
+        assert scores.acceptance.shape == accepted.shape
+        assert np.abs(scores.acceptance - accepted).max() < 1e-4
+        assert (scores.match == match).mean() > 0.98
+    assert np.abs(both[0].acceptance - both[1].acceptance).max() > 0.01
+
+
+def test_training_is_what_makes_the_drafter_accepted(tmp_path: Path) -> None:
+    tokens = held_out(7, 96)
+    trained = blocks_of(DRAFTER, tokens)
+    config = json.loads((DRAFTER / "config.json").read_text())
+    untrained = blocks_of(write_drafter(tmp_path / "untrained", config), tokens)
+    lengths = [scores.lengths()[0].mean() for scores in (trained, untrained)]
+    assert lengths[0] > 0.4 and lengths[0] > 5 * lengths[1]
+    assert trained.acceptance[..., 0].mean() > 2 * untrained.acceptance[..., 0].mean()
+
+
+def test_the_anchors_embedding_is_the_masks_where_it_is_that_token(tmp_path: Path) -> None:
+    """As engines have it, which embed by id."""
+    tokens = held_out(1, 16)
+    tokens = replace(tokens, ids=np.full_like(tokens.ids, 211))
+    drafter = write_drafter(tmp_path / "drafter", small())
+    before = blocks_of(drafter, tokens).acceptance
+    held = torch.load(drafter / "mask_embedding.pt")
+    layout = open_layout(MICRO)
+    with CheckpointReader(layout.index) as reader:
+        own = CheckpointWeights(reader, layout, torch.device("cpu")).tensor("model.embed_tokens.weight")[211]
+    torch.save(held | {"embedding": own.clone()}, drafter / "mask_embedding.pt")
+    same = blocks_of(drafter, tokens).acceptance
+    (drafter / "mask_embedding.pt").unlink()
+    assert np.array_equal(blocks_of(drafter, tokens).acceptance, same) and not np.allclose(before, same)
 
 
 # --- the summary ------------------------------------------------------------------------------------------------------
@@ -208,10 +289,34 @@ def test_the_verb_prints_one_document_or_text(int4: Path) -> None:
     assert max(map(len, text.splitlines())) <= 100
 
 
-def test_mistakes_end_in_one_sentence(int4: Path, tiny_checkpoint: Any) -> None:
+def test_a_drafter_is_reported_like_mtp_layers(int4: Path) -> None:
+    arguments = ["eval-draft", MICRO, int4, "--draft", DRAFTER, "--sequences", "7", "--tokens", "48", "--device", "cpu"]
+    facts = json.loads(call(*arguments, "--json").stdout)
+    assert facts["draft"] == str(DRAFTER) and facts["depth"] == 7 and facts["starts"] == 7 * 41
+    assert [row["depth"] for row in facts["depths"]] == list(range(1, 8)) and len(facts["by_domain"]) == 7
+    text = call(*arguments).stdout
+    assert (
+        "of 7 drafted tokens" in text and f"DRAFTER      {DRAFTER}" in text and text.count("acceptance, sampling") == 7
+    )
+    assert max(map(len, text.splitlines())) <= 100
+    same = eval_draft(MICRO, MICRO, held_out(7, 48), draft=str(DRAFTER))
+    assert set(same["accepted_length"]["sampling"]["difference"].values()) == {0.0}
+
+
+def test_mistakes_end_in_one_sentence(int4: Path, tiny_checkpoint: Any, tmp_path: Path) -> None:
     none, one = tiny_checkpoint(name="none"), tiny_checkpoint(name="one", mtp=1)
+    other = write_drafter(tmp_path / "other", small(num_target_layers=48))
     cases = [
-        (("eval-draft", MICRO, int4, "--draft", "dflash"), 2, "--draft dflash: known is mtp"),
+        (
+            ("eval-draft", MICRO, int4, "--draft", "eagle"),
+            2,
+            "--draft eagle: is neither mtp nor the folder of a drafter",
+        ),
+        (("eval-draft", MICRO, int4, "--draft", int4.parent), 2, "has no config.json"),
+        (("eval-draft", MICRO, int4, "--draft", MICRO), 3, "has no dflash_config, so it is no DFlash drafter"),
+        (("eval-draft", MICRO, int4, "--draft", other), 3, "its num_target_layers is 48, the backbone's is 5"),
+        (("eval-draft", MICRO, int4, "--draft", DRAFTER, "--depth", "2"), 2, "drafts blocks of 8, so 7 tokens at once"),
+        (("eval-draft", MICRO, int4, "--draft", DRAFTER, "--tokens", "7"), 2, "a block of 8 needs at least 8"),
         (("eval-draft", MICRO, int4, "--depth", "4"), 2, "--depth"),
         (("eval-draft", MICRO, int4, "--tokens", "3"), 2, "needs at least 4"),
         (("eval-draft", MICRO, none), 3, "none: has no MTP layers"),

@@ -14,7 +14,7 @@ from mtp_reference import Floats, Reference
 import mimoquant
 from mimoquant import pipeline
 from mimoquant.checkpoint.reader import CheckpointReader
-from mimoquant.evaluation.acceptance import draft_chain
+from mimoquant.evaluation.drafts import draft_chain
 from mimoquant.evaluation.evaluate import open_layout
 from mimoquant.model.mtp import MtpWeights
 from mimoquant.model_weights import CheckpointWeights

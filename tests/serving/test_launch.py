@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from dflash_reference import changed, write_headers
 from headers import VARIANTS, at_scale, published_config
 
 from mimoquant.choices import Engine, Gpu, Server
@@ -93,21 +94,48 @@ def test_groups_that_tensor_parallelism_would_cut_ask_for_expert_parallelism() -
     assert layout.ep and layout.expert_tp == 1
 
 
-def test_speculation(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    command = made(dflash=tmp_path).command
-    draft = json.loads(command[command.index("--speculative-config") + 1])
-    assert draft == {"method": "dflash", "model": str(tmp_path), "num_speculative_tokens": 7}
-    command = made(engine="sglang", dflash=tmp_path).command
-    assert command[command.index("--speculative-algorithm") + 1] == "DFLASH"
-    assert command[command.index("--speculative-num-draft-tokens") + 1] == "8"
-    assert (
-        "--speculative-config" not in made().command and "--speculative-algorithm" not in made(engine="sglang").command
-    )
+def option(command: list[str], name: str) -> str | None:
+    return command[command.index(name) + 1] if name in command else None
+
+
+def test_speculation_has_the_drafters_own_numbers(tmp_path: Path) -> None:
+    for block in (8, 4):
+        drafter = write_headers(tmp_path / str(block), changed({"block_size": block}, block_size=block))
+        draft = json.loads(option(made(dflash=drafter).command, "--speculative-config") or "")
+        assert draft == {"method": "dflash", "model": str(drafter), "num_speculative_tokens": block - 1}
+        launched = made(engine="sglang", dflash=drafter)
+        assert option(launched.command, "--speculative-algorithm") == "DFLASH"
+        assert option(launched.command, "--speculative-draft-model-path") == str(drafter)
+        assert option(launched.command, "--speculative-num-draft-tokens") == str(block)
+        assert any("after layers 0, 11, 23, 35, 47" in note for note in launched.notes)
+    plain = made().command, made(engine="sglang").command
+    assert not any(word.startswith("--speculative") for command in plain for word in command)
+
+
+def test_sglang_is_told_a_window_that_it_would_not_find(tmp_path: Path) -> None:
+    old = write_headers(tmp_path / "old", changed())
+    types = {"layer_types": ["sliding_attention"] * 5, "use_sliding_window": True, "is_causal": False}
+    new = write_headers(tmp_path / "new", changed({"use_swa": None}, **types))
+    name = "--speculative-draft-window-size"
+    assert option(made(engine="sglang", dflash=old).command, name) == "1024"
+    assert option(made(engine="sglang", dflash=new).command, name) is None
+    assert option(made(dflash=old).command, name) is None
+
+
+def test_a_drafter_of_another_model_has_no_command(tmp_path: Path) -> None:
+    pro = {"target_layer_ids": [0, 15, 31, 47, 69]}
+    cases = [
+        (changed(hidden_size=6144), "its hidden_size is 6144, the backbone's is 4096"),
+        (changed(pro, num_target_layers=70), "its num_target_layers is 70, the backbone's is 48"),
+        (changed(pro, num_target_layers=None), "it captures layer 69, the backbone's 48 end at 47"),
+        (changed(vocab_size=200_000), "its vocab_size is 200000, the backbone's is 152576"),
+    ]
+    for number, (config, told) in enumerate(cases):
+        with pytest.raises(CheckpointError, match=told):
+            made(dflash=write_headers(tmp_path / str(number), config))
 
 
 def test_options_that_cannot_be(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UsageError, match="--mtp cannot go with --dflash"):
         made(mtp=True, dflash=tmp_path)
     with pytest.raises(UsageError, match=r"has no config\.json"):
