@@ -77,7 +77,7 @@ ALLOWED: dict[str, set[str]] = {
     "choices": set(),
     "options": {"choices"},
     "describe": {"checkpoint.journal", "model", "needs", "plan", "rehearsal", "relayout", "report", "serving", "units"},
-    "cli_eval": {"errors", "calibration", "devices", "evaluation", "progress", "team"},
+    "cli_eval": {"errors", "calibration", "devices", "evaluation", "page_files", "progress", "report", "team"},
     "sensitivity_cli": {"errors", "calibration.tokens", "choices", "devices", "evaluation", "mixture", "options",
                         "page_files", "plan", "progress", "recipe", "sensitivity_page", "serving", "team"},
     "draft_cli": {"errors", "cli_eval", "devices", "draft_text", "evaluation", "options", "progress", "team"},

@@ -37,7 +37,8 @@ from mimoquant.calibration.tokens import TokenSet
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.errors import CheckpointError, UsageError
 from mimoquant.evaluation.divergence import bootstrap
-from mimoquant.evaluation.evaluate import open_layout, recipe_name, refuse_shared_data, same_model, streams_of
+from mimoquant.evaluation.evaluate import open_layout, recipe_name, same_model, streams_of
+from mimoquant.evaluation.held_out import refuse_shared_data
 from mimoquant.model.decoder_layer import ForwardConfig, linear, rms_norm
 from mimoquant.model.layer_stream import Stream, portions, walk
 from mimoquant.model.layout import ModelLayout

@@ -7,7 +7,11 @@ of them can begin from.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +21,10 @@ from torch import Tensor
 from mimoquant.checkpoint.index import open_shard
 from mimoquant.checkpoint.journal import JournalLine, RunFolder
 from mimoquant.checkpoint.reader import CheckpointReader
-from mimoquant.checkpoint.writer import Entry, ShardWriter
+from mimoquant.checkpoint.writer import Entry, ShardWriter, write_file_durably
+from mimoquant.errors import MimoquantError
 from mimoquant.team import Team
+from mimoquant.team_folder import opened
 
 _FACTS = "facts"
 
@@ -28,6 +34,28 @@ class Snapshots:
 
     def __init__(self, run: RunFolder, team: Team) -> None:
         self.run, self.team = run, team
+
+    @staticmethod
+    @contextlib.contextmanager
+    def beside(out: Path, identity: dict[str, Any], *, resume: bool, team: Team) -> Iterator[Snapshots]:
+        """Those of a run that ends in one file, `out`: they are in `out`.partial until `finish`.
+
+        Raises UsageError where `out` exists, or what lies there is of a run with another `identity`.
+        """
+        with opened(RunFolder(out, identity, resume=resume, rank=team.rank), team) as run:
+            try:
+                yield Snapshots(run, team)
+            except MimoquantError:
+                if not run.finished and team.size == 1:  # nothing that a resume could use, and nobody who still writes
+                    run.discard()
+                raise
+
+    def finish(self, text: str) -> None:
+        """Write the run's file, then let the snapshots go."""
+        if self.team.leads:
+            write_file_durably(self.run.out, text.encode())
+            shutil.rmtree(self.run.partial)
+        self.team.gather(None)
 
     def save(self, walk: str, layer: int, states: dict[str, Tensor], facts: Any) -> None:
         """Keep what a walk needs to go on after `layer`: float32 states, and anything that JSON can hold."""
