@@ -88,7 +88,7 @@ def evaluate(
         layout = open_layout(reference)
         loaded = load_held_out(reference, data, sequences, tokens, layout.geometry.vocab, team.leads)
         if out is not None and team.leads:
-            kept = kept_bytes(layout, loaded, checkpoints=2 if baseline is None else 3)
+            kept = kept_bytes(layout, loaded, 2 if baseline is None else 3, noise_floor)
             tell(f"note: up to {size(2 * kept)} of hidden states will lie in {out}.partial")
         try:
             decode = load_tokenizer(reference).decode

@@ -346,17 +346,22 @@ def eval_kl(
 def _identity(layouts: dict[str, ModelLayout], tokens: TokenSet, noise_floor: bool, team: Team) -> dict[str, Any]:
     """What an evaluation that is taken up must share with the one that began. Other ranks may read copies of the
     checkpoints with times of their own."""
-    checkpoints = {name: {"headers": layout.index.headers_fingerprint(), "config": layout.config,
-                          **({"files": layout.index.stamps()} if team.leads else {})}
-                   for name, layout in layouts.items()}  # fmt: skip
-    run = {"tokens a sequence": str(tokens.ids.shape[1]), "tokens": tokens.sha256, "noise floor": str(noise_floor),
-           "kind of device": team.device.partition(":")[0], "processes": str(team.size)}  # fmt: skip
-    return {"version": mimoquant.__version__, "baseline": None} | checkpoints | run
+    identity: dict[str, Any] = {"version": mimoquant.__version__, "baseline": None}
+    for name, layout in layouts.items():
+        identity[name] = {"headers": layout.index.headers_fingerprint(), "config": layout.config}
+        if team.leads:
+            identity[f"{name} files"] = layout.index.stamps()
+    return identity | {
+        "tokens a sequence": str(tokens.ids.shape[1]), "tokens": tokens.sha256, "noise floor": str(noise_floor),
+        "kind of device": team.device.partition(":")[0], "processes": str(team.size),
+    }  # fmt: skip
 
 
-def kept_bytes(layout: ModelLayout, tokens: TokenSet, checkpoints: int) -> int:
+def kept_bytes(layout: ModelLayout, tokens: TokenSet, checkpoints: int, noise_floor: bool) -> int:
     """Hidden states of all tokens in that many checkpoints: what is kept after each layer."""
-    return 4 * layout.geometry.hidden * tokens.ids.size * checkpoints
+    count, length = tokens.ids.shape
+    of_floor = 2 * min(FLOOR_SEQUENCES, count) if noise_floor else 0
+    return int(4 * layout.geometry.hidden * length * (count * checkpoints + of_floor))
 
 
 def _facts(
