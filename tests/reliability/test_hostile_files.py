@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import struct
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from readers import READERS, check, header_file, mutated
+from readers import READERS, TOKENIZER, check, header_file, mutated
 from small_runs import contents, quantize, small_checkpoint
 from test_cli import edit_json
 
@@ -95,6 +96,16 @@ def test_bombs_are_refused_quickly_and_in_little_memory(name: str, tmp_path: Pat
         assert tracemalloc.get_traced_memory()[1] < 300e6
     finally:
         tracemalloc.stop()
+
+
+def test_a_tokenizer_prints_nothing_on_stdout(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Found by the fuzzer: what tokenizers does not know of a token's settings it prints, where our data goes."""
+    pytest.importorskip("transformers", reason="transformers is not installed (scripts/setup --dev)")
+    tokenizer = json.loads(TOKENIZER)
+    tokenizer["added_tokens"][0]['"\x1b[2J'] = True
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {}}')  # so that transformers is asked, too
+    assert "; transformers: " in str(check(READERS["tokenizer"], json.dumps(tokenizer).encode(), tmp_path))
+    assert capfd.readouterr().out == ""
 
 
 def test_ten_million_tensors_are_refused_by_their_header_alone(tmp_path: Path) -> None:
