@@ -21,8 +21,8 @@ from torch import Tensor
 from mimoquant.checkpoint.index import open_shard
 from mimoquant.checkpoint.journal import JournalLine, RunFolder
 from mimoquant.checkpoint.reader import CheckpointReader
-from mimoquant.checkpoint.writer import Entry, ShardWriter, write_file_durably
-from mimoquant.errors import MimoquantError
+from mimoquant.checkpoint.writer import Entry, ShardWriter, stopping, write_file_durably
+from mimoquant.errors import MimoquantError, StoppedError
 from mimoquant.team import Team
 from mimoquant.team_folder import opened
 
@@ -51,10 +51,16 @@ class Snapshots:
                 raise
 
     def finish(self, text: str) -> None:
-        """Write the run's file, then let the snapshots go."""
+        """Write the run's file, then let the snapshots go. Raises StoppedError where either fails."""
         if self.team.leads:
             write_file_durably(self.run.out, text.encode())
-            shutil.rmtree(self.run.partial)
+            try:
+                shutil.rmtree(self.run.partial)
+            except OSError as error:
+                raise StoppedError(
+                    f"{self.run.partial}: cannot be removed ({error.strerror})",
+                    hint=f"{self.run.out} is complete, remove that folder",
+                ) from error
         self.team.gather(None)
 
     def save(self, walk: str, layer: int, states: dict[str, Tensor], facts: Any) -> None:
@@ -63,13 +69,18 @@ class Snapshots:
         entries = [Entry(name, "F32", tuple(values.shape)) for name, values in states.items()]
         file = self._file(walk, layer)
         writer = ShardWriter(self.run.path(file), [*entries, Entry(_FACTS, "U8", told.shape)])
-        for name, values in states.items():
-            writer.write(name, values.cpu().contiguous().numpy())
-        writer.write(_FACTS, told)
-        self.run.record(JournalLine(self._unit(walk, layer), file, writer.size_bytes, writer.close()))
+        try:
+            for name, values in states.items():
+                writer.write(name, values.cpu().contiguous().numpy())
+            writer.write(_FACTS, told)
+            self.run.record(JournalLine(self._unit(walk, layer), file, writer.size_bytes, writer.close()))
+        finally:
+            writer.abandon()
         self.team.gather(None)
         if layer:
-            self.run.path(self._file(walk, layer - 1)).unlink(missing_ok=True)
+            before = self.run.path(self._file(walk, layer - 1))
+            with stopping(before):
+                before.unlink(missing_ok=True)
 
     def load(self, walk: str, layers: int) -> tuple[int, dict[str, Tensor], Any] | None:
         """The next layer, states and facts of a walk that was begun; None for one that was not."""
