@@ -83,7 +83,7 @@ def tell(line: str) -> None:
 
 
 @contextlib.contextmanager
-def hint_to_resume(wanted: bool = True) -> Iterator[None]:
+def hint_to_resume(wanted: bool) -> Iterator[None]:
     """Say, where what is done inside is interrupted, how it goes on."""
     try:
         yield

@@ -13,7 +13,6 @@ import contextlib
 import importlib
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +90,6 @@ def _auto_tokenizer(folder: Path) -> Tokenizer:
 def _silent() -> Iterator[None]:
     """Keep stdout for data: tokenizers prints there, from outside of Python, the names of settings it does not know,
     which a hostile file chooses."""
-    sys.stdout.flush()
     kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, 1)

@@ -323,8 +323,9 @@ def eval_kl(
     trouble, resumable.
     """
     team = team or Team(device)
-    layouts = {name: open_layout(Path(folder)) for name, folder in (("reference", reference), ("candidate", candidate),
-               ("baseline", baseline)) if folder is not None}  # fmt: skip
+    layouts = {"reference": open_layout(Path(reference)), "candidate": open_layout(Path(candidate))}
+    if baseline is not None:
+        layouts["baseline"] = open_layout(Path(baseline))
     first, *others = layouts.values()
     for layout in others:
         same_model(first, layout)
@@ -368,6 +369,7 @@ def _facts(
     named: tuple[Path | str, Path | str, Path | str | None], others: list[ModelLayout], tokens: TokenSet,
     comparisons: list[Comparison], decode: Callable[[list[int]], str] | None,
 ) -> dict[str, Any]:  # fmt: skip
+    """Of the `named` reference, candidate and baseline; `others`: the layouts of the last two."""
     reference, candidate, baseline = named
     scores = comparisons[0].scores
     assert scores is not None
