@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import mimoquant
@@ -67,20 +68,25 @@ def stop_after(layer: int, patch: pytest.MonkeyPatch, *, torn: bool = False) -> 
     patch.setattr(Snapshots, "save", stop)
 
 
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is here")]
+
+
 @pytest.mark.parametrize("torn", [False, True])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
 def test_killed_after_each_layer_it_gives_the_same_bytes(
-    torn: bool, outputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    device: str, torn: bool, outputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With noise floor and baseline."""
-    whole = eval_kl(**outputs, tokens=TOKENS, out=tmp_path / "whole.json")
-    assert whole == eval_kl(**outputs, tokens=TOKENS), "what is kept changes nothing"
+    run: dict[str, Any] = {**outputs, "tokens": TOKENS, "device": device}
+    whole = eval_kl(**run, out=tmp_path / "whole.json")
+    assert whole == eval_kl(**run), "what is kept changes nothing"
     assert json.loads((tmp_path / "whole.json").read_text()) == json.loads(json.dumps(whole))
     out, layers, passed = tmp_path / "killed.json", len(whole["layers"]), []
     for layer in range(layers):
         with monkeypatch.context() as patch, pytest.raises(Killed):
             stop_after(layer, patch, torn=torn)
-            eval_kl(**outputs, tokens=TOKENS, out=out, resume=True, progress=lambda *told: passed.append(told[0]))
-    facts = eval_kl(**outputs, tokens=TOKENS, out=out, resume=True, progress=lambda *told: passed.append(told[0]))
+            eval_kl(**run, out=out, resume=True, progress=lambda *told: passed.append(told[0]))
+    facts = eval_kl(**run, out=out, resume=True, progress=lambda *told: passed.append(told[0]))
     assert facts == whole and out.read_bytes() == (tmp_path / "whole.json").read_bytes()
     assert passed == (list(range(layers)) if torn else []), "a kill costs one layer at most"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed.json", "whole.json"]
