@@ -36,19 +36,20 @@ from mimoquant.options import (
     PlaceOption,
     QuietOption,
     RecipeOption,
+    ResumeOption,
     SequencesOption,
     TokensOption,
     UnknownOption,
     VersionOption,
 )
-from mimoquant.page_files import check_page, check_profile, check_writable, write_page
+from mimoquant.page_files import check_page, check_profile, write_page
 from mimoquant.progress import Lines, Progress, tell
 from mimoquant.sensitivity_cli import sensitivity
 from mimoquant.synth_cli import synth
 from mimoquant.team import refuse_ranks
 
 EXIT_INTERRUPTED = 130
-_RESUMABLE_VERBS = ("quantize", "relayout", "sensitivity")
+_RESUMABLE_VERBS = ("quantize", "relayout")  # the others say themselves when they are
 _SHARED_VERBS = ("quantize", "eval-kl", "eval-draft", "sensitivity")  # among ranks
 
 
@@ -169,7 +170,7 @@ def quantize(
     out: Annotated[Path, typer.Option("--out", "-o", help="Where to write; must not exist.", metavar="DIR")],
     device: DeviceOption = "auto",
     gpu_memory: GpuMemoryOption = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+    resume: ResumeOption = False,
     data: DataOption = None,
     sequences: SequencesOption = None,
     tokens: TokensOption = None,
@@ -226,7 +227,7 @@ def relayout(
         int | None, typer.Option(min=1, help="Chunks of interleaved; by default the KV heads.", metavar="N")
     ] = None,
     dtype: Annotated[QkvDtype, typer.Option(help="bf16: of an FP8 qkv too.")] = QkvDtype.SOURCE,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+    resume: ResumeOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     allow_unknown: UnknownOption = False,
@@ -315,6 +316,10 @@ def eval_kl(
     baseline: Annotated[Path | None, typer.Option(help="Another candidate, compared on the same tokens.")] = None,
     noise_floor: Annotated[bool, typer.Option(help="Measure what the reference differs from itself.")] = True,
     device: PlaceOption = "auto",
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write the JSON here; makes it resumable.", metavar="FILE")
+    ] = None,
+    resume: ResumeOption = False,
     html: Annotated[Path | None, typer.Option(help="Write the report page here.", metavar="FILE")] = None,
     junit: Annotated[
         Path | None, typer.Option(help="Write --max-kl's outcome here as JUnit XML.", metavar="FILE")
@@ -323,20 +328,23 @@ def eval_kl(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Measure symmetric KL of a checkpoint (or a server) against its bf16 reference, on held-out tokens."""
+    """Measure symmetric KL of a checkpoint (or a server) against its bf16 reference, on held-out tokens.
+
+    With --out a killed evaluation can be resumed after its last layer: meanwhile FILE.partial holds the hidden states,
+    up to 8 bytes x width for each token and checkpoint.
+    """
     from mimoquant import changes_page, cli_eval, report_page, server_text
     from mimoquant.errors import QualityError
 
     begin = time.monotonic()
     cli_eval.check_candidate(
-        candidate, server, {"--model": model, "--top-k": top_k}, {"--baseline": baseline, "--html": html}
-    )
-    if html is not None:
-        check_writable(html, tuple(folder for folder in (reference, candidate, baseline) if folder is not None))
+        candidate, server, {"--model": model, "--top-k": top_k},
+        {"--baseline": baseline, "--html": html, "--out": out, "--resume": resume or None},
+    )  # fmt: skip
     cli_eval.check_outcome(reference, candidate, max_kl, junit, card)
     where = (reference, data or ["heldout-v1"], sequences, tokens)
     if candidate is not None:
-        facts = cli_eval.evaluate(*where, candidate, baseline, noise_floor, device)
+        facts = cli_eval.evaluate(*where, candidate, baseline, noise_floor, device, out, resume, html)
     else:
         facts = cli_eval.evaluate_server(*where, str(server), model, top_k, device)
     if facts is None:  # another rank tells

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mimoquant.page_files import check_writable, write_page
-from mimoquant.progress import Lines, tell
+from mimoquant.progress import Lines, hint_to_resume, tell
 
 if TYPE_CHECKING:
     from mimoquant.calibration.tokens import TokenSet
@@ -27,6 +27,24 @@ def check_candidate(
     for option, value in (of_candidate if candidate is None else of_server).items():
         if value is not None:
             raise UsageError(f"{option} cannot go with {'--server' if candidate is None else 'a CANDIDATE folder'}")
+
+
+def _check_files(checkpoints: tuple[Path, ...], out: Path | None, resume: bool, html: Path | None) -> None:
+    """Refuse before a long run what would only fail after it."""
+    from mimoquant.errors import UsageError
+
+    if resume and out is None:
+        raise UsageError(
+            "--resume: only an evaluation with --out leaves something to go on from",
+            hint="give the --out that the interrupted one had",
+        )
+    if out is not None:
+        if out.exists():
+            raise UsageError(f"--out {out}: exists already", hint="choose another name or remove it")
+        check_writable(out, checkpoints, "--out")
+        checkpoints += (Path(f"{out}.partial"),)
+    if html is not None:
+        check_writable(html, checkpoints)
 
 
 def load_held_out(
@@ -50,25 +68,35 @@ def evaluate(
     baseline: Path | None,
     noise_floor: bool,
     device: str,
+    out: Path | None,
+    resume: bool,
+    html: Path | None,
 ) -> dict[str, Any] | None:
     """Walk reference and candidate; None on a rank that does not tell."""
     from mimoquant.calibration.tokenizer import load_tokenizer
     from mimoquant.devices import resolve_device
     from mimoquant.errors import CheckpointError
     from mimoquant.evaluation.evaluate import eval_kl as run
-    from mimoquant.evaluation.evaluate import open_layout
+    from mimoquant.evaluation.evaluate import kept_bytes, open_layout
+    from mimoquant.report import size
     from mimoquant.team import Team
 
     place, lines = resolve_device(device), Lines()
-    with Team.from_environment(place) as team:
-        loaded = load_held_out(reference, data, sequences, tokens, open_layout(reference).geometry.vocab, team.leads)
+    with Team.from_environment(place) as team, hint_to_resume(out is not None and team.leads):
+        if team.leads:
+            _check_files(tuple(filter(None, (reference, candidate, baseline))), out, resume, html)
+        layout = open_layout(reference)
+        loaded = load_held_out(reference, data, sequences, tokens, layout.geometry.vocab, team.leads)
+        if out is not None and team.leads:
+            kept = kept_bytes(layout, loaded, 2 if baseline is None else 3, noise_floor)
+            tell(f"note: up to {size(2 * kept)} of hidden states will lie in {out}.partial")
         try:
             decode = load_tokenizer(reference).decode
         except CheckpointError:  # data that came as ids needs no tokenizer; the worst tokens are shown as ids then
             decode = None
         shown = (lambda layer, layers: lines(f"layer {layer}", layer + 1, layers)) if team.leads else None
         facts = run(reference, candidate, loaded, baseline=baseline, device=place, noise_floor=noise_floor,
-                    decode=decode, progress=shown, team=team)  # fmt: skip
+                    decode=decode, progress=shown, team=team, out=out, resume=resume)  # fmt: skip
     return facts if team.leads else None
 
 

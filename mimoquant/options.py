@@ -32,6 +32,7 @@ DataOption = Annotated[
 ]
 SequencesOption = Annotated[int | None, typer.Option(min=1, help="Of calibration tokens, at most.")]
 TokensOption = Annotated[int | None, typer.Option(min=2, help="Of each sequence.")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
 PlaceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 HeldOutOption = Annotated[
     list[str] | None,

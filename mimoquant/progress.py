@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -97,3 +98,14 @@ def tell(line: str) -> None:
         return
     with contextlib.suppress(OSError):
         print(line, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def hint_to_resume(wanted: bool) -> Iterator[None]:
+    """Say, where what is done inside is interrupted, how it goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if wanted:
+            tell("hint: run the same command again with --resume to go on where it stopped")
+        raise

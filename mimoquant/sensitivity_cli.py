@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mimoquant.options import ContainerOption, HeldOutTokensOption, JsonOption, PlaceOption, QuietOption, UnknownOption
+from mimoquant.options import (
+    ContainerOption,
+    HeldOutTokensOption,
+    JsonOption,
+    PlaceOption,
+    QuietOption,
+    ResumeOption,
+    UnknownOption,
+)
 from mimoquant.page_files import check_writable, write_page
-from mimoquant.progress import Lines, tell
+from mimoquant.progress import Lines, hint_to_resume, tell
 
 if TYPE_CHECKING:
     from mimoquant.calibration.tokens import TokenSet
@@ -39,7 +46,7 @@ def sensitivity(
         float | None, typer.Option(min=0, help="The least bytes that keep symmetric KL below this.", metavar="NATS")
     ] = None,
     device: PlaceOption = "auto",
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+    resume: ResumeOption = False,
     container: ContainerOption = None,
     fp8: Annotated[
         bool,
@@ -66,7 +73,7 @@ def sensitivity(
         )
     if out.suffix not in (".yaml", ".yml"):
         raise UsageError(f"--out {out}: a recipe file ends in .yaml")
-    with Team.from_environment(resolve_device(device)) as team, _hint_to_resume(team.leads):
+    with Team.from_environment(resolve_device(device)) as team, hint_to_resume(team.leads):
         if team.leads:
             _check_files(source, out, html)
         mixtures = api.mixtures(source, recipe, container.value if container else None, team.device,
@@ -129,13 +136,3 @@ def _shown() -> Callable[[str, int, int], None]:
             clock[0] = Lines()
 
     return advance
-
-
-@contextlib.contextmanager
-def _hint_to_resume(leads: bool) -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        if leads:
-            tell("hint: run the same command again with --resume to go on where it stopped")
-        raise

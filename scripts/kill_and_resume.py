@@ -1,11 +1,15 @@
 #!/usr/bin/env python
-"""Kill quantize runs at random moments, resume them, and compare the folder with that of a run that was left alone.
+"""Kill runs at random moments, resume them, and compare what they write with that of a run that was left alone.
 
 Key idea: this process loads everything once and forks a child for each run, so a kill costs no start-up. The moments
 are spread over the time that a whole run takes. A run is killed by SIGKILL again and again until, after `MOST_KILLS`
 of them, it may end. With two ranks one of them is killed; the other has to notice and end by itself.
 
-usage: python scripts/kill_and_resume.py [--data-free N] [--calibrated N] [--ranks N] [--seed S]      (numbers of kills)
+"Kept" are files of which the journal has a line, so layers that are not done again. "Begun anew" are all others that
+are there; "whole" those of them that have all of their bytes, and wait for their line.
+
+usage: python scripts/kill_and_resume.py [--data-free N] [--calibrated N] [--ranks N] [--evaluation N]
+       [--sensitivity N] [--seed S]                                                                 (numbers of kills)
 """
 
 from __future__ import annotations
@@ -28,11 +32,15 @@ os.environ |= {"MIMOQUANT_RANK_TIMEOUT_S": "60", "TORCH_CPP_LOG_LEVEL": "FATAL"}
 
 import mimoquant  # noqa: E402
 from mimoquant import pipeline  # noqa: E402
+from mimoquant.calibration.tokens import TokenSet, load_tokens  # noqa: E402
+from mimoquant.checkpoint.index import open_shard  # noqa: E402
 from mimoquant.checkpoint.journal import RUN_NAME, read_journal  # noqa: E402
+from mimoquant.errors import CheckpointError  # noqa: E402
 from mimoquant.plan import make_plan  # noqa: E402
 from mimoquant.recipe import load_recipe  # noqa: E402
 from mimoquant.team import Team  # noqa: E402
 
+MICRO = mimoquant.micro_checkpoint()
 MOST_KILLS = 3  # of one run
 RECIPES = {"data-free": "nvfp4-mse", "calibrated": "gptq-int4-g128"}
 FEW_TOKENS = {"sequences": 48, "tokens": 64}
@@ -46,21 +54,37 @@ class Record:
     runs: int = 0
     kept: list[int] = field(default_factory=list)  # shards in the journal when the process was killed
     repeated: list[int] = field(default_factory=list)  # shards that were begun and not in the journal
+    whole: list[int] = field(default_factory=list)  # of these the complete ones
 
     def __str__(self) -> str:
-        shards = f"{min(self.kept)} to {max(self.kept)} shards kept, at most {max(self.repeated)} begun anew"
-        return f"{self.kills} kills of {self.runs} runs, {shards}; all folders equal to the last byte"
+        shards = (f"{min(self.kept)} to {max(self.kept)} shards kept, at most {max(self.repeated)} begun anew, "
+                  f"{max(self.whole)} of them whole, in {sum(map(bool, self.whole))} cases")  # fmt: skip
+        return f"{self.kills} kills of {self.runs} runs, {shards}; all outputs equal to the last byte"
 
 
 def run(kind: str, out: Path, resume: bool, rank: int, ranks: int, port: int) -> None:
     """One rank's whole run, in a process of its own."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    recipe = load_recipe(RECIPES[kind])
+    recipe = load_recipe(RECIPES.get(kind, "int4-g128-rtn"))
     if kind == "calibrated":
         recipe = recipe.calibrated_on(FEW_TOKENS)
-    plan = make_plan(mimoquant.micro_checkpoint(), recipe, chunk_bytes=2**18)
+    plan = make_plan(MICRO, recipe, chunk_bytes=2**18)
     with Team.from_environment("cpu") as team:
-        pipeline.quantize(plan, out, resume=resume, team=team)
+        if kind == "evaluation":
+            from mimoquant.evaluation.evaluate import eval_kl
+
+            eval_kl(MICRO, out.parent / "candidate", held_out(), out=out, resume=resume, team=team)
+        elif kind == "sensitivity":
+            from mimoquant.evaluation.sensitivity import sensitivity
+            from mimoquant.mixture import Mixtures
+
+            sensitivity(Mixtures(plan, 2**18), held_out(), out, resume=resume, team=team)
+        else:
+            pipeline.quantize(plan, out, resume=resume, team=team)
+
+
+def held_out() -> TokenSet:
+    return load_tokens(["heldout-v1"], MICRO, **FEW_TOKENS, vocab=1024)
 
 
 def forked(call: Callable[[], None]) -> int:
@@ -90,15 +114,27 @@ def ended_well(children: list[int]) -> bool:
     return not any(codes)
 
 
-def journaled(out: Path) -> tuple[int, int]:
-    """Shards that a resume will keep, and those that are there besides."""
+def journaled(out: Path, record: Record) -> None:
+    """Tell the record what a resume will keep, and what is there besides."""
     partial = out.with_name(f"{out.name}.partial")
     lines = {line.file for path in partial.glob("journal*.jsonl") for line in read_journal(path)}
-    return len(lines), sum(path.name not in lines for path in partial.glob("*.safetensors"))
+    begun = [path for path in partial.glob("*.safetensors") if path.name not in lines]
+    record.kept.append(len(lines))
+    record.repeated.append(len(begun))
+    record.whole.append(sum(map(is_whole, begun)))
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+def is_whole(path: Path) -> bool:
+    try:
+        open_shard(path)  # refuses a file that is shorter than its header says
+    except CheckpointError:
+        return False
+    return True
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """Files of a folder, or a file, by their names."""
+    return {path.name: path.read_bytes() for path in out.iterdir()} if out.is_dir() else {"": out.read_bytes()}
 
 
 def torment(kind: str, ranks: int, kills: int, folder: Path, dice: random.Random) -> Record:
@@ -123,9 +159,7 @@ def torment(kind: str, ranks: int, kills: int, folder: Path, dice: random.Random
                     os.kill(victim, signal.SIGKILL)
                     killed, record.kills = killed + 1, record.kills + 1
                 ended_well(children)
-                kept, begun = journaled(out)
-                record.kept.append(kept)
-                record.repeated.append(begun)
+                journaled(out, record)
             else:
                 assert ended_well(children), "a resumed run failed"
             resume = True
@@ -138,14 +172,14 @@ def torment(kind: str, ranks: int, kills: int, folder: Path, dice: random.Random
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    for name in ("--data-free", "--calibrated", "--ranks"):
+    for name in ("--data-free", "--calibrated", "--ranks", "--evaluation", "--sensitivity"):
         parser.add_argument(name, type=int, default=0, metavar="N")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    if options.calibrated or options.ranks:  # loaded before any fork
+    if options.calibrated or options.ranks or options.evaluation or options.sensitivity:  # loaded before any fork
         import rank_driver
 
-        import mimoquant.calibrated  # noqa: F401
+        import mimoquant.evaluation.sensitivity  # noqa: F401
 
         rank_driver.shrink_sizes()
     dice = random.Random(options.seed)
@@ -153,8 +187,12 @@ def main() -> None:
         ("data-free", 1, options.data_free),
         ("calibrated", 1, options.calibrated),
         ("calibrated", 2, options.ranks),
+        ("evaluation", 1, options.evaluation),
+        ("sensitivity", 1, options.sensitivity),
     )
     with tempfile.TemporaryDirectory() as folder:
+        if options.evaluation:
+            run("data-free", Path(folder) / "candidate", False, 0, 1, 0)
         for kind, ranks, kills in jobs:
             if kills:
                 record = torment(kind, ranks, kills, Path(folder), dice)

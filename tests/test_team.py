@@ -158,6 +158,24 @@ def test_an_evaluation_gives_the_numbers_of_one_process(gptq: Path) -> None:
     assert told[0] == told[1] and told[0]["j"]["mean"] > 0 and told[0]["noise_floor"]["relative_noise"] > 0
 
 
+@pytest.mark.slow
+def test_a_killed_evaluation_of_several_ranks_goes_on(gptq: Path, tmp_path: Path) -> None:
+    """Three ranks, of which the last has no portion."""
+
+    def evaluate(out: str, *more: str) -> subprocess.CompletedProcess[str]:
+        return start(3, "eval-kl", str(MICRO), str(gptq), "--sequences", "14", "--tokens", "64", "--device", "cpu",
+                     "--out", str(tmp_path / out), *more)  # fmt: skip
+
+    assert evaluate("whole.json").returncode == 0
+    killed = evaluate("killed.json", "--kill-at", "2")
+    assert killed.returncode != 0 and killed.stderr.count("error: ") == 1, killed.stderr
+    kept = sorted(path.name for path in (tmp_path / "killed.json.partial").glob("*-rank-*.safetensors"))
+    assert {"evaluation-layer-001-rank-1.safetensors"} <= set(kept)
+    done = evaluate("killed.json", "--resume")
+    assert done.returncode == 0 and "layer 0," not in done.stderr, done.stderr
+    assert (tmp_path / "killed.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+
+
 def test_acceptance_gives_the_numbers_of_one_process(gptq: Path) -> None:
     told = []
     for ranks in (1, 2):

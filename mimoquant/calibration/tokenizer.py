@@ -9,10 +9,11 @@ Reference: chat templates are rendered as transformers' `apply_chat_template` do
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,10 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 def _auto_tokenizer(folder: Path) -> Tokenizer:
     transformers = importlib.import_module("transformers")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    with _silent():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
 
     def encode(text: str) -> list[int]:
         ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -80,6 +84,20 @@ def _auto_tokenizer(folder: Path) -> Tokenizer:
     has_template = bool(tokenizer.chat_template)
     origin = f"{type(tokenizer).__name__} of transformers {transformers.__version__}"
     return Tokenizer(origin, encode, decode, render if has_template else None, tokenizer.eos_token_id)
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Keep stdout for data: tokenizers prints there, from outside of Python, the names of settings it does not know,
+    which a hostile file chooses."""
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _plain_tokenizer(folder: Path) -> Tokenizer:

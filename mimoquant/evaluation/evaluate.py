@@ -7,11 +7,15 @@ after every layer; a difference below it says nothing about quantization.
 Sequences go in portions that depend on the data alone (`layer_stream.portions`); several ranks take some each, walk by
 themselves, and put their scores together at the end, so the numbers are those of one process.
 
+An evaluation that writes a file can be taken up after a kill: hidden states are kept after each layer (`snapshots`).
+
 Left out: sampling, caches; every position is scored by prefill. Definition of J: `divergence`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -22,11 +26,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mimoquant.calibration.tokens import CalibrationRecord, TokenSet
+import mimoquant
+from mimoquant.calibration.tokens import TokenSet
 from mimoquant.checkpoint.index import open_index
 from mimoquant.checkpoint.reader import CheckpointReader
-from mimoquant.errors import CheckpointError, UsageError
+from mimoquant.errors import CheckpointError
 from mimoquant.evaluation.divergence import TokenScores, head_divergence
+from mimoquant.evaluation.held_out import refuse_shared_data
+from mimoquant.evaluation.snapshots import Snapshots
 from mimoquant.evaluation.summary import paired_difference, summarize
 from mimoquant.model.decoder_layer import linear, rms_norm
 from mimoquant.model.layer_stream import Stream, portions, walk
@@ -39,6 +46,7 @@ SCHEMA_VERSION = 1
 NOISE = 2.0**-9
 FLOOR_SEQUENCES = 16  # how many sequences of the first portion the noise floor is measured on
 WORST = 20
+_WALK = "evaluation"  # the name of its snapshots
 
 
 @dataclass
@@ -95,14 +103,13 @@ def compare(
     noise_floor: bool = True,
     progress: Callable[[int], None] | None = None,
     team: Team | None = None,
+    snapshots: Snapshots | None = None,
 ) -> tuple[list[Comparison], dict[str, float] | None]:
-    """Walk reference and candidates over the same tokens.
+    """Walk reference and candidates over the same tokens, from where the `snapshots` of a killed walk end.
 
     Returns one comparison a candidate, and the noise floor: mean J of the reference against itself; the same on every
-    rank of `team`. Raises CheckpointError where a candidate is another model than the reference.
+    rank of `team`. The candidates are of one model with the reference (`same_model`).
     """
-    for candidate in candidates:
-        same_model(reference, candidate)
     team = team or Team(device)
     place, ids = torch.device(team.device), torch.from_numpy(tokens.ids)
     readers = [CheckpointReader(layout.index) for layout in (reference, *candidates)]
@@ -112,7 +119,7 @@ def compare(
         every = portions(ids)
         mine = every[team.rank :: team.size]
         floor = torch.cat(every[0])[:FLOOR_SEQUENCES] if noise_floor and team.leads else None
-        parts, means = _walk(weights, mine, floor, progress)
+        parts, means = _walk(weights, mine, floor, progress, snapshots)
         return _joined(candidates, team, parts, len(every)), team.gather(means)[0]
     finally:
         for reader in readers:
@@ -124,6 +131,7 @@ def _walk(
     mine: list[list[Tensor]],
     floor: Tensor | None,
     progress: Callable[[int], None] | None,
+    snapshots: Snapshots | None,
 ) -> tuple[list[list[Part]], dict[str, float] | None]:
     """Walk this rank's portions. Returns parts[candidate][portion], and the noise floor on the sequences `floor`."""
     jobs = [list(mine) for _ in weights]
@@ -135,17 +143,45 @@ def _walk(
         extra[-1].noise = NOISE
     streams = [of_source[: len(mine)] for of_source in held]
     parts = [[Part() for _ in mine] for _ in weights[1:]]
+    layers = weights[0].layers
+    begun = snapshots.load(_WALK, layers) if snapshots else None
+    first = _taken_up(held, parts, *begun) if begun else 0
 
     def after_layer(number: int) -> None:
         for of_candidate, theirs in zip(parts, streams[1:], strict=True):
             for part, ours, stream in zip(of_candidate, streams[0], theirs, strict=True):
                 part.traces.append(_trace(ours, stream))
+        if snapshots:
+            traces = [[part.traces for part in of_candidate] for of_candidate in parts]
+            snapshots.save(_WALK, number, _states(held), traces)
         if progress:
             progress(number)
 
     if mine:
-        walk([stream for of_source in held for stream in of_source], after_layer)
+        walk([stream for of_source in held for stream in of_source], after_layer, first=first)
+    elif snapshots:  # ranks keep what they have together, also one that has nothing
+        for number in range(first, layers):
+            after_layer(number)
     return parts, _score(streams, extra, weights, parts, mine)
+
+
+def _states(held: list[list[Stream]]) -> dict[str, Tensor]:
+    """Hidden states by numbers: of the checkpoint, of its stream, of the batch."""
+    return {f"{source} {job} {batch}": hidden for source, streams in enumerate(held)
+            for job, stream in enumerate(streams) for batch, hidden in enumerate(stream.batches)}  # fmt: skip
+
+
+def _taken_up(
+    held: list[list[Stream]], parts: list[list[Part]], layers: int, states: dict[str, Tensor], traces: Any
+) -> int:
+    """Put streams and parts where they were after `layers` layers."""
+    for key, hidden in states.items():
+        source, job, batch = map(int, key.split())
+        held[source][job].put(batch, hidden.to(held[source][job].source.device))
+    for of_candidate, told in zip(parts, traces, strict=True):
+        for part, of_part in zip(of_candidate, told, strict=True):
+            part.traces = of_part
+    return layers
 
 
 def _joined(candidates: list[ModelLayout], team: Team, parts: list[list[Part]], count: int) -> list[Comparison]:
@@ -271,6 +307,8 @@ def eval_kl(
     decode: Callable[[list[int]], str] | None = None,
     progress: Callable[[int, int], None] | None = None,
     team: Team | None = None,
+    out: Path | None = None,
+    resume: bool = False,
 ) -> dict[str, Any]:
     """The facts of one evaluation, as plain data (see `report_page`).
 
@@ -278,18 +316,61 @@ def eval_kl(
         decode: token ids → text, for the worst tokens' contexts; without it they are shown as ids.
         progress: called with (layer just passed, layers).
         team: the processes that share the evaluation, all of which call this; `device` is then the team's.
+        out: a file to write the facts to, as JSON. Beside it hidden states are kept, twice `kept_bytes`.
+        resume: take up what a killed evaluation left beside `out`.
     Raises CheckpointError: a checkpoint is bad, or the two are not the same model. UsageError: `tokens` are among those
-    that a candidate was calibrated on.
+    that a candidate was calibrated on; `out` is there, or an evaluation of something else beside it. StoppedError: disk
+    trouble, resumable.
     """
-    first = open_layout(Path(reference))
-    folders = [Path(folder) for folder in (candidate, baseline) if folder is not None]
-    others = [open_layout(folder) for folder in folders]
-    for folder in folders:
-        refuse_shared_data(folder, tokens)
-    comparisons, floor = compare(
-        first, others, tokens, device=device, noise_floor=noise_floor,
-        progress=(lambda number: progress(number, first.geometry.layers)) if progress else None, team=team,
-    )  # fmt: skip
+    team = team or Team(device)
+    layouts = {"reference": open_layout(Path(reference)), "candidate": open_layout(Path(candidate))}
+    if baseline is not None:
+        layouts["baseline"] = open_layout(Path(baseline))
+    first, *others = layouts.values()
+    for layout in others:
+        same_model(first, layout)
+        refuse_shared_data(layout.index.folder, tokens)
+    identity = _identity(layouts, tokens, noise_floor, team)
+    kept = contextlib.nullcontext() if out is None else Snapshots.beside(out, identity, resume=resume, team=team)
+    with kept as snapshots:
+        comparisons, floor = compare(
+            first, others, tokens, noise_floor=noise_floor, team=team, snapshots=snapshots,
+            progress=(lambda number: progress(number, first.geometry.layers)) if progress else None,
+        )  # fmt: skip
+        named = (reference, candidate, baseline)
+        facts = _facts(named, others, tokens, comparisons, decode) | {"noise_floor": floor, "device": device}
+        if snapshots:
+            snapshots.finish(json.dumps(facts, indent=2) + "\n")
+    return facts
+
+
+def _identity(layouts: dict[str, ModelLayout], tokens: TokenSet, noise_floor: bool, team: Team) -> dict[str, Any]:
+    """What an evaluation that is taken up must share with the one that began. Other ranks may read copies of the
+    checkpoints with times of their own."""
+    identity: dict[str, Any] = {"version": mimoquant.__version__, "baseline": None}
+    for name, layout in layouts.items():
+        identity[name] = {"headers": layout.index.headers_fingerprint(), "config": layout.config}
+        if team.leads:
+            identity[f"{name} files"] = layout.index.stamps()
+    return identity | {
+        "tokens a sequence": str(tokens.ids.shape[1]), "tokens": tokens.sha256, "noise floor": str(noise_floor),
+        "kind of device": team.device.partition(":")[0], "processes": str(team.size),
+    }  # fmt: skip
+
+
+def kept_bytes(layout: ModelLayout, tokens: TokenSet, checkpoints: int, noise_floor: bool) -> int:
+    """Hidden states of all tokens in that many checkpoints: what is kept after each layer."""
+    count, length = tokens.ids.shape
+    of_floor = 2 * min(FLOOR_SEQUENCES, count) if noise_floor else 0
+    return int(4 * layout.geometry.hidden * length * (count * checkpoints + of_floor))
+
+
+def _facts(
+    named: tuple[Path | str, Path | str, Path | str | None], others: list[ModelLayout], tokens: TokenSet,
+    comparisons: list[Comparison], decode: Callable[[list[int]], str] | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Of the `named` reference, candidate and baseline; `others`: the layouts of the last two."""
+    reference, candidate, baseline = named
     scores = comparisons[0].scores
     assert scores is not None
     facts = {
@@ -301,10 +382,8 @@ def eval_kl(
         "data": {"name": tokens.name, "sha256": tokens.sha256, "origins": list(tokens.origins)},
         **summarize(scores, tokens),
         "layers": [asdict(trace) for trace in comparisons[0].layers],
-        "noise_floor": floor,
         "worst_tokens": [_worst_facts(worst, tokens, decode) for worst in comparisons[0].worst],
         "baseline": None,
-        "device": device,
     }
     if baseline is not None:
         other = comparisons[1].scores
@@ -330,29 +409,6 @@ def _quantizes_activations(layout: ModelLayout) -> bool:
     named = layers.values() if isinstance(layers, dict) else ()
     algos = {entry.get("quant_algo") for entry in (quantization, *named) if isinstance(entry, dict)}
     return bool(algos & _MODELOPT_BOTH) or any(isinstance(g, dict) and bool(g.get("input_activations")) for g in held)
-
-
-def refuse_shared_data(candidate: Path, tokens: TokenSet) -> None:
-    """Raise UsageError where the candidate was calibrated on a sequence, or from a file, that `tokens` has too.
-
-    The recipe beside the candidate says what that was (`calibration.tokens.CalibrationRecord`). One by another tool
-    says nothing, and nothing is refused then.
-    """
-    path = candidate / "recipe.yaml"
-    record = CalibrationRecord.read(path) if path.is_file() else None
-    if record is not None:
-        refuse_shared(record, tokens, str(candidate))
-
-
-def refuse_shared(record: CalibrationRecord, tokens: TokenSet, who: str) -> None:
-    """The same of what is known to have been calibrated on, by `who`."""
-    sequences, files = record.shared_with(tokens)
-    if sequences or files:
-        what = f"{sequences} of {len(tokens.ids)} sequences" if sequences else f"the file {files[0]}"
-        raise UsageError(
-            f"--data {tokens.name}: shares {what} with what {who} was calibrated on ({record.name})",
-            hint="a model looks better on what it was calibrated on; give held-out data, such as heldout-v1",
-        )
 
 
 def _worst_facts(worst: WorstToken, tokens: TokenSet, decode: Callable[[list[int]], str] | None) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,14 +24,12 @@ import torch
 from torch import Tensor
 
 from mimoquant.calibration.tokens import CalibrationRecord, TokenSet
-from mimoquant.checkpoint.journal import RunFolder
 from mimoquant.checkpoint.reader import CheckpointReader
-from mimoquant.checkpoint.writer import write_file_durably
 from mimoquant.devices import make_engine
-from mimoquant.errors import MimoquantError, QualityError, UsageError
+from mimoquant.errors import QualityError, UsageError
 from mimoquant.evaluation.attribution import Ablation, Estimate, Floats
-from mimoquant.evaluation.evaluate import refuse_shared
 from mimoquant.evaluation.forks import Lane, Probe, Trial, finals_of, mean_j, walk_forks
+from mimoquant.evaluation.held_out import refuse_shared
 from mimoquant.evaluation.knapsack import best_options, undominated
 from mimoquant.evaluation.layer_options import CalibratedOptions, LayerOptions
 from mimoquant.evaluation.sensitivity_facts import choice_facts, facts_of, recipe_text
@@ -44,7 +41,6 @@ from mimoquant.plan import Plan
 from mimoquant.quant.stack import Engine
 from mimoquant.report import size
 from mimoquant.team import Team
-from mimoquant.team_folder import opened
 
 Choice = tuple[int, ...]
 Progress = Callable[[str, int, int], None]  # what is walked, layers passed (0: it begins), layers
@@ -71,20 +67,13 @@ def sensitivity(
     budget = mixtures.plan.shard_bytes if budget_bytes is None and target_j is None else budget_bytes
     _refuse(mixtures, tokens, calibration, budget)
     identity = _identity(mixtures, tokens, calibration, team)
-    with contextlib.ExitStack() as stack:
-        engine = stack.enter_context(contextlib.closing(make_engine(team.device)))
-        run = stack.enter_context(opened(RunFolder(out, identity, resume=resume, rank=team.rank), team))
-        walks = Walks(mixtures, tokens, calibration, engine, team, Snapshots(run, team), progress)
-        try:
-            facts, text = _found(walks, tokens, budget, target_j)
-        except MimoquantError:
-            if not run.finished and team.size == 1:  # nothing that a resume could use, and nobody who still writes
-                run.discard()
-            raise
-        if team.leads:
-            write_file_durably(out, text.encode())
-            shutil.rmtree(run.partial)
-        team.gather(None)
+    with (
+        contextlib.closing(make_engine(team.device)) as engine,
+        Snapshots.beside(out, identity, resume=resume, team=team) as snapshots,
+    ):
+        walks = Walks(mixtures, tokens, calibration, engine, team, snapshots, progress)
+        facts, text = _found(walks, tokens, budget, target_j)
+        snapshots.finish(text)
     return facts
 
 
@@ -120,9 +109,14 @@ def _refuse(mixtures: Mixtures, tokens: TokenSet, calibration: TokenSet | None, 
 
 def _identity(mixtures: Mixtures, tokens: TokenSet, calibration: TokenSet | None, team: Team) -> dict[str, Any]:
     """What a run that is taken up must share with the one that began. Budget and target come after the measurement."""
-    calibrated = {"calibration tokens": calibration.sha256} if calibration else {}
-    return mixtures.plan.identity() | calibrated | {
-        "tokens": tokens.sha256, "kind of device": team.device.partition(":")[0], "processes": str(team.size),
+    identity = mixtures.plan.identity() | {"config": mixtures.plan.layout.config}
+    if team.leads:  # other ranks may read copies of the source with times of their own
+        identity["source"] = mixtures.plan.layout.index.stamps()
+    if calibration:
+        identity["calibration tokens"] = calibration.sha256
+    return identity | {
+        "tokens a sequence": str(tokens.ids.shape[1]), "tokens": tokens.sha256,
+        "kind of device": team.device.partition(":")[0], "processes": str(team.size),
     }  # fmt: skip
 
 

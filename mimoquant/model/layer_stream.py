@@ -98,24 +98,25 @@ def portions(ids: Tensor) -> list[list[Tensor]]:
     return [list(batches[first : first + count]) for first in range(0, len(batches), count)]
 
 
-def walk(streams: Sequence[Stream], after_layer: Callable[[int], None] | None = None) -> None:
-    """Push all streams through all layers, in place. `after_layer` sees the streams after each layer."""
+def walk(streams: Sequence[Stream], after_layer: Callable[[int], None] | None = None, *, first: int = 0) -> None:
+    """Push all streams through all layers from `first` on, in place. `after_layer` sees the streams after each."""
     sources = list({id(stream.source): stream.source for stream in streams}.values())
-    with contextlib.closing(read_ahead(_weights(sources), depth=1)) as ahead:  # type: ignore[type-var]
+    with contextlib.closing(read_ahead(_weights(sources, first), depth=1)) as ahead:  # type: ignore[type-var]
         feed = map(_claimed, ahead)
-        for number in range(sources[0].layers):
+        for number in range(first, sources[0].layers):
             for source in sources:
                 _one_layer(number, source, [stream for stream in streams if stream.source is source], feed)
             if after_layer is not None:
                 after_layer(number)
 
 
-def _weights(sources: Sequence[WeightSource]) -> Iterator[Weights]:
-    """All weights in the order of their use. On CUDA they are made on a stream of their own, beside the products."""
+def _weights(sources: Sequence[WeightSource], first: int) -> Iterator[Weights]:
+    """All weights from layer `first` on, in the order of their use. On CUDA a stream of their own makes them, beside
+    the products."""
     device = sources[0].device
     side = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
     with torch.cuda.stream(side):  # does nothing for None
-        for number, source in itertools.product(range(sources[0].layers), sources):
+        for number, source in itertools.product(range(first, sources[0].layers), sources):
             yield _finished(source.layer(number), side)
             for chunk in source.expert_chunks(number):
                 yield _finished(chunk, side)

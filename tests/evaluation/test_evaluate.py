@@ -18,7 +18,8 @@ from mimoquant.checkpoint.index import open_index
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.errors import CheckpointError, UsageError
 from mimoquant.evaluation import evaluate
-from mimoquant.evaluation.evaluate import eval_kl, open_layout, refuse_shared_data
+from mimoquant.evaluation.evaluate import eval_kl, open_layout
+from mimoquant.evaluation.held_out import refuse_shared_data
 from mimoquant.model.decoder_layer import linear, rms_norm
 from mimoquant.model.layer_stream import Stream, walk
 from mimoquant.model_weights import CheckpointWeights

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
@@ -22,7 +23,7 @@ from mimoquant.calibration.tokens import TokenSet, load_tokens
 from mimoquant.checkpoint.index import open_index
 from mimoquant.cli import app
 from mimoquant.devices import make_engine
-from mimoquant.errors import CheckpointError, QualityError
+from mimoquant.errors import CheckpointError, QualityError, UsageError
 from mimoquant.evaluation import sensitivity as module
 from mimoquant.evaluation.evaluate import eval_kl
 from mimoquant.evaluation.sensitivity import Chooser, Walks, halves, sensitivity
@@ -292,6 +293,24 @@ def test_a_killed_run_goes_on_where_it_was(recipe: str, tmp_path: Path, monkeypa
     for name in ("layers", "chosen", "j", "frontier"):
         assert facts[name] == whole[name]
     assert out.read_text() == (tmp_path / "whole.yaml").read_text()
+
+
+def test_a_source_that_changed_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its payload, under the same headers, by its time of change; and the length of the sequences."""
+    source = Path(shutil.copytree(MICRO, tmp_path / "source"))
+    out, tokens = tmp_path / "r.yaml", held_out(sequences=8, tokens=32)
+
+    def stop(self: Snapshots, *told: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Snapshots, "save", stop)
+        sensitivity(mixtures(source=source), tokens, out)
+    with pytest.raises(UsageError, match="tokens a sequence was 32, is now 16"):
+        sensitivity(mixtures(source=source), held_out(sequences=16, tokens=16), out, resume=True)
+    os.utime(source / "model_mtp.safetensors", ns=(1, 1))
+    with pytest.raises(UsageError, match=r"source\.model_mtp\.safetensors was .*, is now .* of 1970-01-01"):
+        sensitivity(mixtures(source=source), tokens, out, resume=True)
 
 
 def test_mistakes_end_in_one_sentence(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import shutil
 import struct
 import time
 import tracemalloc
@@ -13,10 +15,11 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from readers import READERS, check, header_file, mutated
+from readers import READERS, TOKENIZER, check, header_file, mutated
 from small_runs import contents, quantize, small_checkpoint
 from test_cli import edit_json
 
+import mimoquant
 from mimoquant.checkpoint.index import INDEX_NAME, open_index
 from mimoquant.errors import CheckpointError, MimoquantError, RecipeError
 from mimoquant.plan import make_plan
@@ -95,6 +98,16 @@ def test_bombs_are_refused_quickly_and_in_little_memory(name: str, tmp_path: Pat
         assert tracemalloc.get_traced_memory()[1] < 300e6
     finally:
         tracemalloc.stop()
+
+
+def test_a_tokenizer_prints_nothing_on_stdout(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Found by the fuzzer: what tokenizers does not know of a token's settings it prints, where our data goes."""
+    pytest.importorskip("transformers", reason="transformers is not installed (scripts/setup --dev)")
+    tokenizer = json.loads(TOKENIZER)
+    tokenizer["added_tokens"][0]['"\x1b[2J'] = True
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {}}')  # so that transformers is asked, too
+    assert "; transformers: " in str(check(READERS["tokenizer"], json.dumps(tokenizer).encode(), tmp_path))
+    assert capfd.readouterr().out == ""
 
 
 def test_ten_million_tensors_are_refused_by_their_header_alone(tmp_path: Path) -> None:
@@ -217,20 +230,36 @@ def fate(folder: Path, out: Path, recipe: str) -> str:
     return "proven"
 
 
-@pytest.mark.parametrize("count", [120, pytest.param(2000, marks=pytest.mark.slow)])
-def test_spoiled_checkpoints_are_refused_or_proven(count: int, tmp_path: Path) -> None:
+def small_source(number: int, folder: Path) -> Path:
+    """Two layers, in all published kinds of tensors in turn."""
+    settings = {"fp8": number % 3 > 0, "fused": number % 2 > 0, "mtp": number % 4 == 0, "seed": number % 5}
+    return small_checkpoint(**settings).save(folder)
+
+
+def shipped_source(number: int, folder: Path) -> Path:
+    """The micro checkpoint."""
+    return Path(shutil.copytree(mimoquant.micro_checkpoint(), folder))
+
+
+@pytest.mark.parametrize(
+    ("make", "count"),
+    [(small_source, 120), pytest.param(small_source, 2000, marks=pytest.mark.slow),
+     pytest.param(shipped_source, 240, marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_spoiled_checkpoints_are_refused_or_proven(
+    make: Callable[[int, Path], Path], count: int, tmp_path: Path
+) -> None:
     fates: dict[str, int] = {}
     for number in range(count):
-        dice = random.Random(number)
-        settings = {"fp8": number % 3 > 0, "fused": number % 2 > 0, "mtp": number % 4 == 0, "seed": number % 5}
-        folder = small_checkpoint(**settings).save(tmp_path / str(number) / "source")
-        edit = EDITS[number % len(EDITS)]
+        dice, work = random.Random(number), tmp_path / str(number)
+        folder, edit = make(number, work / "source"), EDITS[number % len(EDITS)]
         try:
             edit(folder, dice)
-            found = fate(folder, tmp_path / str(number) / "out", RECIPES[number % 3])
+            found = fate(folder, work / "out", RECIPES[number % 3])
         except Exception as error:
             raise AssertionError(f"number {number}, {edit.__name__}: {error}") from error
         fates[found] = fates.get(found, 0) + 1
+        shutil.rmtree(work)
     print(fates)
     assert min(fates["refused"], fates["proven"]) > count / 8, fates
 

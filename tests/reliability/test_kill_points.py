@@ -129,5 +129,7 @@ def test_some_kills_by_the_system() -> None:
 
 @pytest.mark.slow
 def test_many_kills_by_the_system() -> None:
-    told = kill_and_resume("--data-free", "30", "--calibrated", "20", "--ranks", "6")
+    told = kill_and_resume("--data-free", "30", "--calibrated", "20", "--ranks", "6", "--evaluation", "12",
+                           "--sensitivity", "6")  # fmt: skip
     assert "calibrated, 1 rank: 20 kills" in told and "calibrated, 2 ranks: 6 kills" in told
+    assert "evaluation, 1 rank: 12 kills" in told and "sensitivity, 1 rank: 6 kills" in told

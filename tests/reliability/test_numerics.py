@@ -6,40 +6,26 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from edge_weights import (
+    EDGES,
+    FORMATS,
+    NOT_FINITE,
+    ROWS,
+    SEARCHES,
+    bf16_stack,
+    encoded,
+    fp8_stack,
+    outcome,
+    same,
+)
 
 from mimoquant.quant.engine_cpu import CpuEngine
 from mimoquant.quant.engine_torch import TorchEngine, decode
 from mimoquant.quant.formats import Format
-from mimoquant.quant.stack import Engine, NonFiniteError, Stack
+from mimoquant.quant.stack import NonFiniteError, Stack
 
-FORMATS = [Format("int4", 32), Format("int4", 128), Format("int4", 128, symmetric=False), Format("mxfp4", 32),
-           Format("nvfp4", 16), Format("nvfp4", 16, pow2_global=True)]  # fmt: skip
-WIDTH = 128
-_ONE_HOT = np.eye(1, WIDTH, 5, dtype=np.float32)[0]
-ROWS = {
-    "zeros": np.zeros(WIDTH), "negative zeros": np.full(WIDTH, -0.0),
-    "one-hot": _ONE_HOT, "negative one-hot": -_ONE_HOT,
-    "1e30": np.where(np.arange(WIDTH) % 2, 1e30, -1e30), "1e38": np.full(WIDTH, 1e38),
-    "subnormal": np.where(np.arange(WIDTH) % 3, 2.0**-133, -(2.0**-127)), "smallest normal": np.full(WIDTH, 2.0**-126),
-    "all equal": np.full(WIDTH, 0.01), "all equal, negative": np.full(WIDTH, -0.75),
-    "one above zeros": np.where(np.arange(WIDTH) == 127, 1e-30, 0.0),
-}  # fmt: skip
 cases = pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: f"{fmt.label}{' pow2' * fmt.pow2_global}")
-searches = pytest.mark.parametrize("search", ["absmax", "mse"])
-
-
-def bf16_stack(row: np.ndarray) -> Stack:
-    """One expert of eight such rows."""
-    values = torch.from_numpy(np.tile(row.astype(np.float32), (1, 8, 1))).to(torch.bfloat16)
-    return Stack(values.view(torch.uint16).numpy(), None)
-
-
-def fp8_stack(code: int, scale: float) -> Stack:
-    return Stack(np.full((1, 8, WIDTH), code, np.uint8), np.full((1, 1, 1), scale, np.float32))
-
-
-def encoded(engine: Engine, stack: Stack, fmt: Format, search: str) -> dict[str, np.ndarray]:
-    return engine.encode({"gate": stack, "up": stack, "down": stack}, fmt, search)["down"]
+searches = pytest.mark.parametrize("search", SEARCHES)
 
 
 def values_of(parts: dict[str, np.ndarray], fmt: Format) -> np.ndarray:
@@ -48,10 +34,6 @@ def values_of(parts: dict[str, np.ndarray], fmt: Format) -> np.ndarray:
     tensors = {name: torch.from_numpy(np.ascontiguousarray(part)) for name, part in parts.items()}
     tensors["scale"] = tensors["scale"].view(kinds[fmt.name])
     return decode(tensors, fmt).numpy()[0]
-
-
-def same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
-    return one.keys() == other.keys() and all(one[name].tobytes() == other[name].tobytes() for name in one)
 
 
 @cases
@@ -100,7 +82,7 @@ def test_a_scale_of_zero_makes_a_row_of_zeros(stack: Stack, search: str, fmt: Fo
 def test_saturated_fp8(code: int, fmt: Format) -> None:
     """All of a row at 448 times its scale: the largest level everywhere, within its error."""
     stack = fp8_stack(code, 3e-4)
-    for search in ("absmax", "mse"):
+    for search in SEARCHES:
         parts = encoded(CpuEngine(1), stack, fmt, search)
         assert same(parts, encoded(TorchEngine("cpu"), stack, fmt, search))
         values, wanted = values_of(parts, fmt), (448 if code == 0x7E else -448) * 3e-4
@@ -109,12 +91,7 @@ def test_saturated_fp8(code: int, fmt: Format) -> None:
 
 @cases
 @searches
-@pytest.mark.parametrize(
-    "stack",
-    [fp8_stack(0x7E, float("inf")), fp8_stack(0x00, float("inf")), fp8_stack(0x38, float("nan")), fp8_stack(0x7F, 1.0),
-     fp8_stack(0x7E, 3e38), bf16_stack(np.full(WIDTH, np.inf)), bf16_stack(np.full(WIDTH, np.nan))],
-    ids=["scale inf", "0 times inf", "scale nan", "code nan", "product overflows", "inf", "nan"],
-)  # fmt: skip
+@pytest.mark.parametrize("stack", NOT_FINITE.values(), ids=NOT_FINITE)
 def test_what_is_not_finite_is_refused(stack: Stack, search: str, fmt: Format) -> None:
     for engine in (CpuEngine(1), TorchEngine("cpu")):
         with pytest.raises(NonFiniteError):
@@ -127,10 +104,7 @@ def test_what_is_not_finite_is_refused(stack: Stack, search: str, fmt: Format) -
 @searches
 def test_a_gpu_makes_the_same_of_all_of_them(search: str, fmt: Format) -> None:
     cpu, gpu = CpuEngine(1), TorchEngine("cuda")
-    stacks = [bf16_stack(row) for row in ROWS.values()] + [fp8_stack(c, s) for c in (0, 0x7E, 0xFE, 0x80, 1)
-                                                           for s in (0.0, 3e-4, 1e-38, 1e27)]  # fmt: skip
-    for stack in stacks:
+    for stack in EDGES.values():
         assert same(encoded(cpu, stack, fmt, search), encoded(gpu, stack, fmt, search))
-    for stack in (fp8_stack(0x7E, float("inf")), fp8_stack(0x38, float("nan")), bf16_stack(np.full(WIDTH, np.nan))):
-        with pytest.raises(NonFiniteError):
-            encoded(gpu, stack, fmt, search)
+    for stack in NOT_FINITE.values():
+        assert outcome(gpu, stack, fmt, search) is None
