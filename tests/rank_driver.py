@@ -13,15 +13,20 @@ import os
 import signal
 import sys
 
-from mimoquant import portions
+from mimoquant import needs, portions
 from mimoquant.checkpoint.journal import JournalLine, RunFolder
 from mimoquant.model import layer_stream
 
+CHUNK_BYTES = 2**18  # two or three experts of the micro checkpoint
+SIZES = [
+    (layer_stream, "BATCH_TOKENS", 256), (layer_stream, "PORTION_TOKENS", 512), (portions, "BLOCK_TOKENS", 1024),
+    (importlib.import_module("mimoquant.plan"), "CHUNK_BYTES", CHUNK_BYTES), (needs, "CHUNK_BYTES", CHUNK_BYTES),
+]  # fmt: skip
+
 
 def shrink_sizes() -> None:
-    layer_stream.BATCH_TOKENS, layer_stream.PORTION_TOKENS = 256, 512
-    portions.BLOCK_TOKENS = 1024
-    importlib.import_module("mimoquant.plan").CHUNK_BYTES = 2**18  # two or three experts of the micro checkpoint
+    for module, name, size in SIZES:
+        setattr(module, name, size)
 
 
 def kill_at(count: int) -> None:

@@ -321,9 +321,9 @@ def test_a_page_that_cannot_be_is_refused_before_the_run(tmp_path: Path, recipe:
 def test_trying_the_path_leaves_nothing_and_changes_nothing(tmp_path: Path) -> None:
     (tmp_path / "old.html").write_text("old")
     (tmp_path / "out").mkdir()  # so that the run is refused after the page was tried
+    arguments = ("quantize", MICRO, "-r", "gptq-int4-g128", "--sequences", "8", "--tokens", "32", "--html")
     for name in ("old.html", "new.html"):
-        assert call("quantize", MICRO, "-r", "gptq-int4-g128", "--out", tmp_path / "out", "--html",
-                    tmp_path / name).exit_code == 2  # fmt: skip
+        assert call(*arguments, tmp_path / name, "--out", tmp_path / "out").exit_code == 2
     assert (tmp_path / "old.html").read_text() == "old" and not (tmp_path / "new.html").exists()
-    inside = call("quantize", MICRO, "-r", "gptq-int4-g128", "--out", tmp_path / "o", "--html", MICRO / "a.html")
+    inside = call(*arguments, MICRO / "a.html", "--out", tmp_path / "o")
     assert inside.exit_code == 2 and "which holds a checkpoint" in inside.stderr

@@ -19,8 +19,10 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import mimoquant
+from mimoquant import pipeline
 from mimoquant.cli import app
-from mimoquant.recipe import parse_recipe
+from mimoquant.plan import make_plan
+from mimoquant.recipe import load_recipe, parse_recipe
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 FOLDERS = ("*.md", "recipes/*.md", "calib/*.md", "mimoquant/*/*.md")
@@ -59,15 +61,19 @@ def words_of(line: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What lies in a stranger's /models: releases, here the micro checkpoint with the code that names its class."""
+    """What lies in a stranger's /models: releases, here the micro checkpoint with the code that names its class, and
+    the one that comes with a drafter, which has been quantized."""
     folder = tmp_path_factory.mktemp("models")
-    for name in ("MiMo-V2.5", "MiMo-V2.5-Pro"):
+    for name in ("MiMo-V2.5", "MiMo-V2.5-Pro", "MiMo-V2.5-DFlash"):
         shutil.copytree(mimoquant.micro_checkpoint(), folder / name)
         code = REPOSITORY / "tests/serving/configuration_mimo_v2.py"
         shutil.copy(code, folder / name)
         config = json.loads((folder / name / "config.json").read_text())
         config["auto_map"] = {"AutoConfig": "configuration_mimo_v2.MiMoV2Config"}
         (folder / name / "config.json").write_text(json.dumps(config))
+    shutil.copytree(mimoquant.micro_drafter(), folder / "MiMo-V2.5-DFlash" / "dflash")
+    plan = make_plan(folder / "MiMo-V2.5-DFlash", load_recipe("mxfp4-rtn"))
+    pipeline.quantize(plan, folder / "MiMo-V2.5-DFlash-MXFP4", device="cpu")
     return folder
 
 

@@ -11,10 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
+import rank_driver
+import torch
+from typer.testing import CliRunner
 
 import mimoquant
 from mimoquant import pipeline
 from mimoquant.checkpoint.index import open_index
+from mimoquant.cli import app
 from mimoquant.deal import deal
 from mimoquant.errors import CheckpointError, StoppedError
 from mimoquant.plan import make_plan
@@ -43,11 +47,26 @@ mimoquant: {carve_outs: {3: bf16}, fold: exact-real, calibration: {propagate: or
 
 
 def start(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The command line in so many processes, each with one thread: sums must have one order."""
+    """The command line in so many processes, each with one thread: sums must have one order. One is this process."""
+    if ranks == 1:
+        return alone(*arguments)
     env = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "MIMOQUANT_RANK_TIMEOUT_S": "60"}
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    return subprocess.run([sys.executable, *torchrun, str(DRIVER), *arguments], capture_output=True, text=True,
-                          env=env, timeout=LIMIT_S)  # fmt: skip
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return subprocess.run([*torchrun, str(DRIVER), *arguments], capture_output=True, text=True, env=env,
+                          timeout=LIMIT_S)  # fmt: skip
+
+
+def alone(*arguments: str) -> subprocess.CompletedProcess[str]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            for module, name, size in rank_driver.SIZES:
+                patch.setattr(module, name, size)
+            done = CliRunner().invoke(app, list(arguments))
+    finally:
+        torch.set_num_threads(threads)
+    return subprocess.CompletedProcess(arguments, done.exit_code, done.stdout, done.stderr)
 
 
 def quantize(ranks: int, recipe: str, out: Path, *options: str) -> subprocess.CompletedProcess[str]:
@@ -81,10 +100,10 @@ def gptq(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_data_free_runs_write_the_bytes_of_one_process(tmp_path: Path) -> None:
     pipeline.quantize(make_plan(MICRO, load_recipe("int4-g128-rtn")), tmp_path / "one", device="cpu")
-    done = quantize(3, "int4-g128-rtn", tmp_path / "three", "--device", "cpu")
+    done = quantize(2, "int4-g128-rtn", tmp_path / "two", "--device", "cpu")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["out"] == str(tmp_path / "three")  # one rank prints
-    assert same(tmp_path / "one", tmp_path / "three")
+    assert json.loads(done.stdout)["out"] == str(tmp_path / "two")  # one rank prints
+    assert same(tmp_path / "one", tmp_path / "two")
 
 
 def test_calibrated_runs_write_the_bytes_of_one_process(gptq: Path, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """`columns`' loops compiled for CPUs: a slab of rows of one expert a task, columns in order, rows in vector registers.
 
 Key idea: the sequence of float32 operations of every element is that of the plain loops, so the bytes are the same.
+Loops take whole arrays and the rows `begin` to `end`: the compiler knows a slice of a contiguous row to be contiguous,
+and reads it into vector registers; rows of an array that was sliced before it would read one by one.
 """
 
 from __future__ import annotations
@@ -65,21 +67,23 @@ def _storable(scale, divisor):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _push(rest, shares, first, later, sign):  # type: ignore[no-untyped-def]
-    """later[j] += sign * shares[j] * rest for the columns from `first` on."""
+def _push(rest, shares, first, later, begin, sign):  # type: ignore[no-untyped-def]
+    """later[j] += sign * shares[j] * rest for the columns from `first` on, in the rows from `begin` on."""
+    rows = rest.shape[0]
     for j in range(first, later.shape[0]):
-        share, row = sign * shares[j], later[j]
-        for r in range(rest.shape[0]):
+        share, row = sign * shares[j], later[j, begin : begin + rows]
+        for r in range(rows):
             row[r] = row[r] + share * rest[r]
 
 
 @_jit
-def _round_slab(target, weight, push, scale, zero, group, is_int4, now, codes, left):  # type: ignore[no-untyped-def]
+def _round_slab(target, weight, push, scale, zero, group, is_int4, now, codes, left, begin, end):  # type: ignore[no-untyped-def]
     for i in range(target.shape[0]):
         column = now + i
-        x, w, s, code, rest = target[i], weight[column], scale[group[column]], codes[column], left[column]
+        x, w, s = target[i, begin:end], weight[column, begin:end], scale[group[column], begin:end]
+        code, rest = codes[column, begin:end], left[column, begin:end]
         if zero.shape[0]:
-            z = zero[group[column]]
+            z = zero[group[column], begin:end]
             for r in range(x.shape[0]):
                 code[r], value = _coded(x[r], s[r], z[r], is_int4)
                 rest[r] = w[r] - value
@@ -87,18 +91,20 @@ def _round_slab(target, weight, push, scale, zero, group, is_int4, now, codes, l
             for r in range(x.shape[0]):
                 code[r], value = _coded(x[r], s[r], F32(0), is_int4)
                 rest[r] = w[r] - value
-        _push(rest, push[column, now:], i + 1, target, F32(1))
+        _push(rest, push[column, now:], i + 1, target, begin, F32(1))
 
 
 @_jit
-def _better_scale(slope, codes, scale, divisor, is_int4, first, size, reach, sums):  # type: ignore[no-untyped-def]
+def _better_scale(slope, codes, scale, divisor, is_int4, first, size, reach, now, begin, sums):  # type: ignore[no-untyped-def]
     """See `columns._better_scale`. `first`: of the group, within the block; `sums` is room to work in."""
     rows = scale.shape[0]
+    end = begin + rows
     for i in range(size):
+        code, far, steep = codes[now + first + i, begin:end], reach[first + i, begin:end], slope[first + i, begin:end]
         for r in range(rows):
-            unit = _decoded(codes[first + i, r], F32(1), F32(0), is_int4)
-            sums[0, i, r] = reach[first + i, r] * unit
-            sums[1, i, r] = slope[first + i, r] * unit
+            unit = _decoded(code[r], F32(1), F32(0), is_int4)
+            sums[0, i, r] = far[r] * unit
+            sums[1, i, r] = steep[r] * unit
     half = size // 2
     while half:
         for i in range(half):
@@ -114,42 +120,45 @@ def _better_scale(slope, codes, scale, divisor, is_int4, first, size, reach, sum
         new = new if same and abs(new) < _INF and new != F32(0) and curvature > F32(0) else old
         sums[0, 0, r], scale[r] = new - old, new
     for k in range(slope.shape[0]):
+        steep, far = slope[k, begin:end], reach[k, begin:end]
         for r in range(rows):
-            slope[k, r] = slope[k, r] - sums[0, 0, r] * reach[k, r]
+            steep[r] = steep[r] - sums[0, 0, r] * far[r]
 
 
 @_jit
-def _improve_slab(slope, weight, codes, gram, scale, zero, divisor, is_int4, reach, now, size, left, change):  # type: ignore[no-untyped-def]
-    columns, rows = slope.shape
+def _improve_slab(  # type: ignore[no-untyped-def]
+    slope, weight, codes, gram, scale, zero, divisor, is_int4, reach, now, size, left, change, begin, end
+):
+    rows = end - begin
     sums, step, before = np.empty((2, size, rows), F32), np.empty(rows, F32), np.empty(rows, F32)
-    for first in range(0, columns, size):
-        s, has_zero = scale[(now + first) // size], zero.shape[0] > 0
+    for first in range(0, slope.shape[0], size):
+        s, has_zero = scale[(now + first) // size, begin:end], zero.shape[0] > 0
         before[:] = s
         if reach.shape[0]:
-            _better_scale(slope, codes[now:], s, divisor, is_int4, first, size, reach[first // size], sums)
+            _better_scale(slope, codes, s, divisor, is_int4, first, size, reach[first // size], now, begin, sums)
         for i in range(first, first + size):
             column = now + i
-            code, w, steep, curvature = codes[column], weight[column], slope[i], gram[column, column]
+            code, w, rest = codes[column, begin:end], weight[column, begin:end], left[column, begin:end]
+            steep, changed, curvature = slope[i, begin:end], change[i, begin:end], gram[column, column]
             for r in range(rows):
-                z = zero[column // size, r] if has_zero else F32(0)
+                z = zero[column // size, begin + r] if has_zero else F32(0)
                 old, start = _decoded(code[r], before[r], z, is_int4), _decoded(code[r], s[r], z, is_int4)
                 away = steep[r] / curvature
                 sound = abs(away) < _INF and curvature > F32(0)
                 code[r], value = _coded(start + away if sound else start, s[r], z, is_int4)
-                step[r], left[column, r], change[i, r] = value - start, w[r] - value, old - value
-            _push(step, gram[column, now:], i + 1, slope, F32(-1))
+                step[r], rest[r], changed[r] = value - start, w[r] - value, old - value
+            _push(step, gram[column, now:], i + 1, slope, begin, F32(-1))
 
 
 def round_columns(stack: Columns, now: slice, target: Tensor, group_EI: Tensor) -> None:
     """See `columns.round_columns`."""
     is_int4 = stack.fmt.name == "int4"
 
-    def task(e: int, rows: slice) -> None:
-        zero = _NOTHING if stack.zero is None else stack.zero[e].numpy()[:, rows]
+    def task(e: int, begin: int, end: int) -> None:
+        zero = _NOTHING if stack.zero is None else stack.zero[e].numpy()
         _round_slab(
-            target[e].numpy()[:, rows], stack.weight[e].numpy()[:, rows], stack.matrix[e].numpy()[:, : now.stop],
-            stack.scale[e].numpy()[:, rows], zero, group_EI[e].numpy(), is_int4, now.start,
-            stack.codes[e].numpy()[:, rows], stack.left[0][e].numpy()[:, rows],
+            target[e].numpy(), stack.weight[e].numpy(), stack.matrix[e].numpy(), stack.scale[e].numpy(), zero,
+            group_EI[e].numpy(), is_int4, now.start, stack.codes[e].numpy(), stack.left[0][e].numpy(), begin, end,
         )  # fmt: skip
 
     _over_slabs(task, target)
@@ -159,23 +168,23 @@ def improve_columns(stack: Columns, now: slice, slope: Tensor, reach: Tensor | N
     """See `columns.improve_columns`."""
     change, is_int4 = torch.empty(slope.shape), stack.fmt.name == "int4"
 
-    def task(e: int, rows: slice) -> None:
-        zero = _NOTHING if stack.zero is None else stack.zero[e].numpy()[:, rows]
-        far = _NO_REACH if reach is None else reach[e].numpy()[:, :, rows]
+    def task(e: int, begin: int, end: int) -> None:
+        zero = _NOTHING if stack.zero is None else stack.zero[e].numpy()
+        far = _NO_REACH if reach is None else reach[e].numpy()
         divisor = F32(0 if stack.divisor is None else float(stack.divisor[e]))
         _improve_slab(
-            slope[e].numpy()[:, rows], stack.weight[e].numpy()[:, rows], stack.codes[e].numpy()[:, rows],
-            stack.matrix[e].numpy()[:, : now.stop], stack.scale[e].numpy()[:, rows], zero, divisor, is_int4, far,
-            now.start, stack.fmt.group_size, stack.left[0][e].numpy()[:, rows], change[e].numpy()[:, rows],
+            slope[e].numpy(), stack.weight[e].numpy(), stack.codes[e].numpy(), stack.matrix[e].numpy(),
+            stack.scale[e].numpy(), zero, divisor, is_int4, far, now.start, stack.fmt.group_size,
+            stack.left[0][e].numpy(), change[e].numpy(), begin, end,
         )  # fmt: skip
 
     _over_slabs(task, slope)
     return (change,)
 
 
-def _over_slabs(task: Callable[[int, slice], None], like_EBO: Tensor) -> None:
+def _over_slabs(task: Callable[[int, int, int], None], like_EBO: Tensor) -> None:
     experts, _, rows = like_EBO.shape
-    slabs = [(e, slice(begin, min(begin + _SLAB, rows))) for e in range(experts) for begin in range(0, rows, _SLAB)]
+    slabs = [(e, begin, min(begin + _SLAB, rows)) for e in range(experts) for begin in range(0, rows, _SLAB)]
     for done in [_pool(torch.get_num_threads()).submit(task, *slab) for slab in slabs]:
         done.result()
 

@@ -350,6 +350,7 @@ default_stage:
       mappings: [{smooth_layer: 're:.*layers\.[1-9]\.post_attention_layernorm$', balance_layers: ['re:.*mlp\.gate$',
         're:.*mlp\.experts\.\d+\.gate_proj$', 're:.*mlp\.experts\.\d+\.up_proj$']}]
     QuantizationModifier: {scheme: W4A16, targets: ['re:.*mlp\.experts\.\d+\.(gate|up|down)_proj$']}
+mimoquant: {calibration: {sequences: 8, tokens: 32}}
 """)
     done = call(MICRO, "-r", recipe, "-o", tmp_path / "r.yaml", "--sequences", 8, "--tokens", 32)
     assert done.exit_code == 2 and "folds the norm of layer 1" in done.stderr, done.output

@@ -166,7 +166,7 @@ def assert_nearest(stack: Stack, parts: dict[str, np.ndarray], fmt: Format) -> N
 
 
 @pytest.mark.parametrize(("fmt", "search"), CASES)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(data=st.data())
 def test_same_bytes_and_nearest_values(fmt: Format, search: str, data: st.DataObject) -> None:
     stacks = data.draw(expert_stacks(fmt.group_size))
@@ -190,7 +190,7 @@ def test_every_oddity_at_once_over_several_slabs(fmt: Format) -> None:
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.label)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(data=st.data())
 def test_the_search_never_makes_a_group_worse(fmt: Format, data: st.DataObject) -> None:
     """Squared error of each group, in float64; the slack is what float32 sums and underflowing squares lose.

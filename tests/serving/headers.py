@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import json
 import math
@@ -44,10 +43,12 @@ def published_config(variant: str) -> dict[str, Any]:
 
 
 def output(
-    variant: str, form: str, carve_outs: dict[int, str] | None = None
+    variant: str, form: str, carve_outs: dict[int, str] | None = None, experts: int | None = None
 ) -> tuple[dict[str, Any], dict[str, Header]]:
-    """config.json and headers of what `quantize` writes. `form`: a key of FORMATS."""
+    """config.json and headers of what `quantize` writes. `form`: a key of FORMATS. `experts`: so many a layer, not the
+    published number."""
     source, fmt, kept = published_config(variant), FORMATS[form], carve_outs or {}
+    source["n_routed_experts"] = experts or source["n_routed_experts"]
     container = form if form in CONTAINERS else "compressed-tensors"
     moe = read_geometry(source, variant).moe_layers
     config = output_config(source, container, {n: fmt for n in moe if n not in kept}, kept)
@@ -112,7 +113,3 @@ def at_scale(variant: str, form: str, carve_outs: tuple[tuple[int, str], ...] = 
     """Facts of a whole output."""
     config, tensors = output(variant, form, dict(carve_outs))
     return served(config, tensors, "/models/OUT", {})
-
-
-def copied(config: dict[str, Any], tensors: dict[str, Header]) -> tuple[dict[str, Any], dict[str, Header]]:
-    return copy.deepcopy(config), dict(tensors)

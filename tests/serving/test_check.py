@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from headers import Header, at_scale, copied, output
+from headers import Header, at_scale, output
 from typer.testing import CliRunner
 
 import mimoquant
@@ -26,6 +26,7 @@ from mimoquant.synth import SynthSizes, synth
 
 Headers = dict[str, Header]
 EXPERT = "model.layers.1.mlp.experts.0.gate_proj"
+FEW = 16  # experts a layer where something is planted: what is wrong in one layer is wrong in any number of them
 SMALL = SynthSizes(layers=6, expert_intermediate=256, head_dim=48)
 
 
@@ -253,7 +254,7 @@ def test_a_planted_problem_is_told(
     version: str | None,
     said: str,
 ) -> None:
-    config, tensors = copied(*output("v2.5", form))
+    config, tensors = output("v2.5", form, experts=FEW)
     plant(config, tensors)
     found = check(served(config, tensors, "OUT", {"tp_size": 4}), engine, version, tp)
     assert any(problem.verdict == verdict and said in problem.text for problem in found), found
@@ -261,7 +262,7 @@ def test_a_planted_problem_is_told(
 
 def test_the_anchored_pattern_fails_for_its_prefix_only() -> None:
     """Without towers there is no language_model. before the name, and the same pattern matches."""
-    config, tensors = copied(*output("v2.5-pro", "int4-g128"))
+    config, tensors = output("v2.5-pro", "int4-g128", experts=FEW)
     anchored(config, tensors)
     assert check(served(config, tensors, "OUT", {"tp_size": 4}), "vllm", None, 8) == []
 
@@ -294,7 +295,7 @@ FLASH_CHANGES: list[tuple[str, Any, str]] = [
 
 @pytest.mark.parametrize(("key", "value", "said"), FLASH_CHANGES)
 def test_keys_that_transformers_does_not_read(key: str, value: Any, said: str) -> None:
-    config, tensors = copied(*output("v2-flash", "int4-g128"))
+    config, tensors = output("v2-flash", "int4-g128", experts=FEW)
     if key == "moe_layer_freq":
         config[key] = [0, 0, *config[key][2:]]
         tensors = {
@@ -309,7 +310,7 @@ def test_keys_that_transformers_does_not_read(key: str, value: Any, said: str) -
 
 
 def test_a_pattern_that_is_none_is_refused() -> None:
-    config, tensors = copied(*output("v2.5", "int4-g128"))
+    config, tensors = output("v2.5", "int4-g128", experts=FEW)
     config["quantization_config"]["ignore"] = ["re:(["]
     with pytest.raises(CheckpointError, match=r"'re:\(\[' is no pattern"):
         check(served(config, tensors, "OUT", {"tp_size": 4}), "vllm")
