@@ -71,13 +71,15 @@ def plan(
 def quantize(
     source: Folder, recipe: str, out: Folder, *, device: str = "auto", gpu_memory: float | None = None,
     resume: bool = False, data: Sequence[str] | None = None, sequences: int | None = None, tokens: int | None = None,
-    container: str | None = None, allow_unknown: bool = False,
+    refine: int | None = None, refine_layer: Sequence[int] | None = None, container: str | None = None,
+    allow_unknown: bool = False,
     progress: Callable[[str, int, bool], None] | None = None,
 ) -> Facts:  # fmt: skip
     """Write the 4-bit checkpoint `out`, which appears when it is complete. Returns what `out`/report.json holds.
 
     Args:
         resume: continue what a killed run left in `out`.partial. The others: see `plan`.
+        refine: rounds in which an expert's projections are chosen together at the end; refine_layer: only there.
         progress: called with (unit, its bytes that are written, whether it is finished); a unit is a shard.
     Raises UsageError, RecipeError: nothing was done. CheckpointError: bad data. QualityError: too many starved experts.
     StoppedError: the disk; resumable.
@@ -88,7 +90,7 @@ def quantize(
 
     place = resolve_device(device)
     has = machine(place, gpu_memory)
-    changes = calibration_changes(data, sequences, tokens)
+    changes = calibration_changes(data, sequences, tokens, refine, refine_layer)
     made = fitted_plan(source, recipe, container, allow_unknown, changes, place, has)
     if refused := refusal(made, place, has):
         raise refused
@@ -260,9 +262,13 @@ def synth(
 # --- what the command line shares -------------------------------------------------------------------------------------
 
 
-def calibration_changes(data: Sequence[str] | None, sequences: int | None, tokens: int | None) -> Facts:
+def calibration_changes(
+    data: Sequence[str] | None, sequences: int | None, tokens: int | None, refine: int | None = None,
+    refine_layer: Sequence[int] | None = None,
+) -> Facts:  # fmt: skip
     """What a caller says of calibration, where the recipe says otherwise."""
-    given = {"data": tuple(data) if data else None, "sequences": sequences, "tokens": tokens}
+    given = {"data": tuple(data) if data else None, "sequences": sequences, "tokens": tokens, "reconstruct": refine,
+             "reconstruct_layers": tuple(refine_layer) if refine_layer else None}  # fmt: skip
     return {key: value for key, value in given.items() if value is not None}
 
 

@@ -18,7 +18,7 @@ Left out: the layers' order is the model's; no second pass. Shapes: E experts of
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from mimoquant.calibration import statistics
+from mimoquant.calibration.layer_facts import LayerFacts, starved
 from mimoquant.calibration.tokens import TokenSet
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.errors import CheckpointError, QualityError
@@ -41,6 +42,7 @@ from mimoquant.quant.engine_torch import TorchEngine, amax, nvfp4_global_scale, 
 from mimoquant.quant.expert_methods import Encoded, encode_with, energy, loss
 from mimoquant.quant.formats import Format
 from mimoquant.quant.method import Method
+from mimoquant.quant.reconstruct import reconstruct
 from mimoquant.quant.stack import Stack
 from mimoquant.team import Team
 from mimoquant.units import Experts, Unit
@@ -56,42 +58,6 @@ SAMPLE_PER_COLUMN = 8  # of them, for each column of down_proj
 SHRINKAGES = (0.0, 1.0, 4.0)  # times the width, that are tried
 TOLD_ROWS = 1024  # at least, of a matrix, that tell its relMSE
 COARSE = 5  # one in so many scale multipliers is tried while a fold or a shrinkage is chosen
-
-
-@dataclass
-class LayerFacts:
-    """What is told of a layer: one value an expert in the lists. relMSE = tr(D H Dᵀ) / tr(W H Wᵀ), all projections."""
-
-    layer: int
-    tokens: list[int] = field(default_factory=list)
-    starved: int = 0  # experts: see `starved` below
-    effective: list[float] = field(default_factory=list)
-    shrunk: list[float] = field(default_factory=list)  # lambda
-    relmse_plain: list[float] = field(default_factory=list)  # of absmax rounding
-    relmse: list[float] = field(default_factory=list)
-    shrinkage: float = 0.0  # n0 over the width
-    held_out: dict[str, float] = field(default_factory=dict)
-    damped: int = 0
-    rounded: int = 0
-    folded_channels: int = 0
-    topk_changed: float | None = None  # share of tokens a folded router sends elsewhere; None: no norm is folded
-
-    def as_plain(self) -> dict[str, Any]:
-        lists = {name: [_short(v) for v in getattr(self, name)]
-                 for name in ("tokens", "effective", "shrunk", "relmse_plain", "relmse")}  # fmt: skip
-        routed = {} if self.topk_changed is None else {"topk_changed": _short(self.topk_changed)}
-        return lists | routed | {
-            "starved": self.starved,
-            "shrinkage": self.shrinkage,
-            "held_out": {name: _short(value) for name, value in self.held_out.items()},
-            "damped": self.damped,
-            "rounded": self.rounded,
-            "folded_channels": self.folded_channels,
-        }  # fmt: skip
-
-
-def _short(value: float) -> float:
-    return value if isinstance(value, int) else float(f"{value:.4g}")
 
 
 @dataclass(frozen=True)
@@ -209,9 +175,25 @@ class Calibrator:
         half = ExpertChunk(begin, gate.contiguous(), up.contiguous(), chunk.down)
         inner = self._inner_grams(half, count)
         down = _encode(chunk.down, inner, fmt, self.method)
+        chosen = Chosen(_named(both.parts, down.parts), replace(half, down=down.values), {})
+        if self.settings.reconstructs(self.facts.layer):
+            chosen = self._reconstructed(chunk, chosen, {"gate": gram, "up": gram, "down": inner}, fmt)
+        both, down = replace(both, values=_gate_and_up(chosen.chunk)), replace(down, values=chosen.chunk.down)
         facts = _chunk_facts([(rows, gram, both), (chunk.down, inner, down)], fmt)
         facts |= {"shrunk": statistics.shares(count, n0), "folded_channels": folded}
-        return Chosen(_named(both.parts, down.parts), replace(half, down=down.values), facts)
+        return replace(chosen, facts=chosen.facts | facts)
+
+    def _reconstructed(self, chunk: ExpertChunk, chosen: Chosen, grams: dict[str, Tensor], fmt: Format) -> Chosen:
+        """The chunk's codes chosen once more, for what its experts answer."""
+        begin, end = chunk.begin, chunk.begin + len(chunk.gate)
+        weights = {projection: getattr(chunk, projection) for projection in PROJECTIONS}
+        held = self._seen(held=True) if len(self.tokens.seen) > 1 else []
+        made = reconstruct(weights, _by_projection(chosen.parts), grams, fmt,
+                           statistics.tokens_of(self._seen(), begin, end), statistics.tokens_of(held, begin, end),
+                           self.settings.reconstruct)  # fmt: skip
+        parts = {f"{name} {part}": values for name, of in made.parts.items() for part, values in of.items()}
+        answer = torch.stack((made.before, made.after), dim=1).tolist()
+        return Chosen(parts, decoded_chunk(begin, made.parts, fmt), {"answer": answer})
 
     @torch.no_grad()
     def keep(self, step: Experts, stacks: dict[str, Stack]) -> None:
@@ -438,8 +420,3 @@ def _by_projection(named: dict[str, T]) -> dict[str, dict[str, T]]:
         projection, _, part = name.partition(" ")
         out[projection][part] = values
     return out
-
-
-def starved(counts: list[int], width: int) -> int:
-    """Experts with fewer tokens than half the width of what they see: their own statistics mislead more than help."""
-    return sum(count < width / 2 for count in counts)

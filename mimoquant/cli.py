@@ -36,6 +36,8 @@ from mimoquant.options import (
     PlaceOption,
     QuietOption,
     RecipeOption,
+    RefineLayersOption,
+    RefineOption,
     ResumeOption,
     SequencesOption,
     TokensOption,
@@ -174,6 +176,8 @@ def quantize(
     data: DataOption = None,
     sequences: SequencesOption = None,
     tokens: TokensOption = None,
+    refine: RefineOption = None,
+    refine_layer: RefineLayersOption = None,
     container: ContainerOption = None,
     html: Annotated[Path | None, typer.Option(help="Write what calibration reached here.", metavar="FILE")] = None,
     profile: Annotated[Path | None, typer.Option(help="Write a Chrome trace of the run here.", metavar="FILE")] = None,
@@ -192,7 +196,7 @@ def quantize(
     with Team.from_environment(resolve_device(device)) as team:
         has = machine(team.device, gpu_memory)
         has = replace(has, gpu_bytes=min(team.gather(has.gpu_bytes)))  # chunks must be the same everywhere
-        changes = api.calibration_changes(data, sequences, tokens)
+        changes = api.calibration_changes(data, sequences, tokens, refine, refine_layer)
         made = api.fitted_plan(source, recipe, _value(container), allow_unknown, changes, team.device, has, team.size)
         refused = refusal(made, team.device, has, team.size)
         if refused:

@@ -32,6 +32,12 @@ DataOption = Annotated[
 ]
 SequencesOption = Annotated[int | None, typer.Option(min=1, help="Of calibration tokens, at most.")]
 TokensOption = Annotated[int | None, typer.Option(min=2, help="Of each sequence.")]
+RefineOption = Annotated[
+    int | None, typer.Option(min=0, max=100, help="Rounds of joint refinement after the method.", metavar="ROUNDS")
+]
+RefineLayersOption = Annotated[
+    list[int] | None, typer.Option("--refine-layer", min=0, help="Only there; repeatable.", metavar="LAYER")
+]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
 PlaceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 HeldOutOption = Annotated[

@@ -152,7 +152,20 @@ def _resolve_layers(layout: ModelLayout, recipe: Recipe) -> tuple[dict[int, Form
             f"recipe {recipe.name}: no routed expert of layers {ranges(moe_layers)} matches, nothing to quantize",
             hint="the usual target is 're:.*mlp\\.experts\\.\\d+\\.(gate|up|down)_proj$'",
         )
+    _check_reconstruction(recipe, formats)
     return formats, kept
+
+
+def _check_reconstruction(recipe: Recipe, formats: dict[int, Format]) -> None:
+    held = recipe.calibration
+    strange = sorted(set(held.reconstruct_layers) - formats.keys()) if held else []
+    if strange:
+        raise RecipeError(
+            f"recipe {recipe.name}: layer {strange[0]} cannot be refined, it is not quantized",
+            hint=f"quantized are {ranges(formats)}",
+        )
+    if held and held.reconstruct_layers and not held.reconstruct:
+        raise RecipeError(f"recipe {recipe.name}: layers to refine are named, and no rounds", hint="add --refine 1")
 
 
 def _fate(layout: ModelLayout, recipe: Recipe, layer: int, expert: int, projection: str) -> Format | None:

@@ -54,6 +54,7 @@ _MODIFIER_KEYS = {
 }
 _BLOCK_KEYS = {"version", "scale_search", "container", "calibration", "carve_outs", "provenance", "fold", "refine",
                "signed_scales"}  # fmt: skip
+_OPTIONS = {"reconstruct": "refine", "reconstruct_layers": "refine-layer"}  # what the command line calls them
 _FOLDS = ("pow2", "exact-real", "none")
 _WEIGHT_DEFAULTS: dict[str, tuple[Any, ...]] = {
     "dynamic": (False,),
@@ -117,8 +118,9 @@ class Recipe:
         if not changes:
             return self
         if self.calibration is None:
+            first = next(iter(changes))
             raise RecipeError(
-                f"recipe {self.name}: needs no tokens, --{next(iter(changes))} cannot go with it",
+                f"recipe {self.name}: needs no tokens, --{_OPTIONS.get(first, first)} cannot go with it",
                 hint="leave it out, or choose a recipe that calibrates, such as gptq-int4-g128",
             )
         return replace(self, calibration=replace(self.calibration, **changes))

@@ -18,7 +18,8 @@ MODIFIER_DEFAULTS: dict[str, dict[str, Any]] = {
     "AWQModifier": {"n_grid": AWQ_GRID, "duo_scaling": True},
 }
 MOST_REPETITIONS = 5  # of a pattern
-_CALIBRATION_KEYS = ("set", "data", "sequences", "tokens", "propagate", "shrinkage", "max_starved_experts")
+_CALIBRATION_KEYS = ("set", "data", "sequences", "tokens", "propagate", "shrinkage", "max_starved_experts",
+                     "reconstruct", "reconstruct_layers")  # fmt: skip
 
 
 class Fail(Protocol):
@@ -52,6 +53,8 @@ class Calibration:
 
     shrinkage: how far thin statistics are shrunk, n0 over the width; None lets held-out tokens choose, layer by layer.
     max_starved_experts: more experts than this, in a layer, with fewer tokens than half the width are an error.
+    reconstruct: rounds in which gate, up and down of an expert are chosen together at the end; reconstruct_layers: in
+    which layers, () for all.
     """
 
     data: tuple[str, ...] = ("mixed-v1",)
@@ -60,12 +63,20 @@ class Calibration:
     propagate: str = "quantized"
     shrinkage: float | None = None
     max_starved_experts: int | None = None
+    reconstruct: int = 0
+    reconstruct_layers: tuple[int, ...] = ()
+
+    def reconstructs(self, layer: int) -> bool:
+        return self.reconstruct > 0 and (not self.reconstruct_layers or layer in self.reconstruct_layers)
 
     def as_plain(self) -> dict[str, Any]:
         held = {"set": self.data[0]} if len(self.data) == 1 else {"data": list(self.data)}
+        rounds: dict[str, Any] = {"reconstruct": self.reconstruct} if self.reconstruct else {}
+        if self.reconstruct and self.reconstruct_layers:
+            rounds["reconstruct_layers"] = list(self.reconstruct_layers)
         return held | {"sequences": self.sequences, "tokens": self.tokens, "propagate": self.propagate,
                        "shrinkage": "auto" if self.shrinkage is None else self.shrinkage,
-                       "max_starved_experts": self.max_starved_experts}  # fmt: skip
+                       "max_starved_experts": self.max_starved_experts} | rounds  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -122,7 +133,18 @@ def parse_calibration(block: Any, fail: Fail) -> Calibration | None:
     if starved is not None and (type(starved) is not int or starved < 0):
         fail(f"calibration.max_starved_experts is {starved!r}, expected a number of experts")
     return Calibration(_data(block, fail) or default.data, sizes["sequences"], sizes["tokens"], propagate, shrinkage,
-                       starved)  # fmt: skip
+                       starved, *_reconstruction(block, fail))  # fmt: skip
+
+
+def _reconstruction(block: dict[Any, Any], fail: Fail) -> tuple[int, tuple[int, ...]]:
+    rounds, layers = block.get("reconstruct", 0), block.get("reconstruct_layers", [])
+    if type(rounds) is not int or not 0 <= rounds <= 100:
+        fail(f"calibration.reconstruct is {rounds!r}, expected a number of rounds")
+    if not isinstance(layers, list) or any(type(layer) is not int or layer < 0 for layer in layers):
+        fail(f"calibration.reconstruct_layers is {layers!r}, expected a list of layer numbers")
+    if layers and not rounds:
+        fail("calibration.reconstruct_layers is given and reconstruct is not", "say how many rounds, such as 1")
+    return rounds, tuple(layers)
 
 
 def _data(block: dict[Any, Any], fail: Fail) -> tuple[str, ...]:

@@ -591,3 +591,32 @@ def test_the_journal_carries_the_facts_of_each_layer(gptq: Path) -> None:
     assert lines["layer 0"].facts is None and lines["layer 1"].facts is not None
     record = yaml.safe_load((gptq / "recipe.yaml").read_text())["mimoquant"]["provenance"]["calibration"]
     assert record["name"] == "mixed-v1" and len(record["sequences"]) == 32
+
+
+def test_a_refined_layer_is_told_and_proven(tmp_path: Path) -> None:
+    """Layers before it keep their bytes, its facts say what it brought, and what was written is what is verified."""
+    plan = run(load_recipe("gptq-mxfp4"), tmp_path / "plain")
+    run(load_recipe("gptq-mxfp4"), tmp_path / "refined", reconstruct=1, reconstruct_layers=(2,))
+    plain, refined = (json.loads((tmp_path / name / "report.json").read_text())["calibration"]
+                      for name in ("plain", "refined"))  # fmt: skip
+    assert (
+        "answer" not in refined["layer 1"]
+        and "answer" not in plain["layer 2"]
+        and plain["layer 1"] == refined["layer 1"]
+    )
+    before, after = (sum(column) for column in zip(*refined["layer 2"]["answer"], strict=True))
+    assert after < before and all(new <= old for old, new in refined["layer 2"]["answer"])
+    same = {unit.layer: (tmp_path / "plain" / unit.file).read_bytes() == (tmp_path / "refined" / unit.file).read_bytes()
+            for unit in plan.units if unit.layer is not None}  # fmt: skip
+    assert same[1] and not same[2]
+    assert verify(tmp_path / "refined", MICRO).ok
+
+
+def test_layers_that_cannot_be_refined_are_refused() -> None:
+    recipe = load_recipe("gptq-mxfp4")
+    for changes, said in (({"reconstruct": 1, "reconstruct_layers": (0,)}, "layer 0 cannot be refined"),
+                          ({"reconstruct_layers": (2,)}, "layers to refine are named, and no rounds")):  # fmt: skip
+        with pytest.raises(RecipeError, match=said):
+            make_plan(MICRO, recipe.calibrated_on(changes))
+    with pytest.raises(RecipeError, match="--refine cannot go with it"):
+        load_recipe("mxfp4-mse").calibrated_on({"reconstruct": 1})

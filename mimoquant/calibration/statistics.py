@@ -24,6 +24,7 @@ from torch import Tensor
 
 from mimoquant.model.decoder_layer import Dispatch, ExpertChunk, Routing, float32_parts, product
 
+MOST_TOKENS = 2**15  # of an expert, that its codes are chosen on together
 Rows = Callable[[Tensor, list[int]], Tensor]  # tokens [m, c, H] of the experts named → what a projection sees [m, c, K]
 
 
@@ -51,6 +52,16 @@ def expert_grams(
             rows = torch.where(group.used[..., None], rows, 0)
             places = torch.tensor(group.experts, device=out.device) - begin
             out[places] += gram(rows)
+    return out
+
+
+def tokens_of(blocks: Sequence[tuple[Tensor, Dispatch]], begin: int, end: int, most: int = MOST_TOKENS) -> list[Tensor]:
+    """The tokens [n, H] that each of experts begin..end sees, evenly thinned to `most`."""
+    out = []
+    for expert in range(begin, end):
+        own = [tokens[d.rows[d.begins[expert] : d.begins[expert + 1]]] for tokens, d in blocks]
+        rows = torch.cat(own) if own else torch.empty(0, 0)
+        out.append(rows[:: max(1, -(-len(rows) // most))])
     return out
 
 

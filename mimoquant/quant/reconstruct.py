@@ -1,0 +1,280 @@
+"""Codes and scales chosen once more for what an expert answers: gate, up and down together, on its own tokens.
+
+Key idea: GPTQ lowers the error of each projection's output. What leaves an expert is down · (silu(gate x) ∘ (up x)), so
+an error in row r of gate or up counts for a token by a, the slope of the inner activation there, and by column r of
+down. Around the present codes the expert's squared error is, for one such row, a quadratic with a Gram matrix of its
+own, |down_r|² Σ a² x xᵀ. So blocks of columns are walked with the refinement's loop (`columns.improve_columns`), every
+row under its own matrix. Rows take turns, and after each turn the error is brought up to date, since what they do to
+each other is in no matrix. Down has one Gram matrix, of the quantized inner activations, and aims at the original's
+answer: it makes up for gate and up. A round is down, up, gate.
+
+A row is moved by the few tokens that open it, so its quadratic is shrunk toward the projection's own error, as far as
+its effective number of tokens, (Σ a²)² / Σ a⁴, asks for: without that the error on other tokens rises in deep layers.
+A projection that did not lower an expert's error on the tokens that are walked is taken back. Whether the error falls
+on others is asked of tokens that were held out: an expert for which it does not keeps the codes that it had.
+
+AutoRound minimises the same error by sign gradient descent on the roundings. From GPTQ's codes that raises it: each
+code is the best one, all others given, and descent changes many at once (scripts/RESULTS.md).
+
+Shapes: E experts, T tokens (the most of any of them, zeros behind the others), H hidden, I inner width; R rows and K
+columns of a projection, B columns of a block, G groups. Reference: Cheng et al., SignRound, arXiv 2309.05516.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mimoquant.quant.columns import Columns, improve_columns, units
+from mimoquant.quant.engine_torch import pack_nibbles, unpack_nibbles
+from mimoquant.quant.formats import Format
+from mimoquant.quant.gptq import spans
+from mimoquant.quant.grid import Grid
+from mimoquant.quant.products import zeros
+from mimoquant.quant.refine import refine
+
+Parts = dict[str, Tensor]
+GATE, UP, DOWN = "gate", "up", "down"
+
+_BLOCK = 32  # columns, at least a group: their rows' Gram matrices cost arithmetic with its width
+_TURNS = 4  # of rows: more at once overshoot, since each is blind to what the others do
+_TOKENS, _CUDA_TOKENS = 2**12, 2**15  # of all experts that are walked together: on a CPU, what its cache holds
+_PRIOR = 4.0  # times the width: as many tokens' worth of each projection's own error, against overfitting
+_DAMP = 1e-3  # of a Gram matrix's mean diagonal
+_ENOUGH = 16  # held-out tokens that may judge an expert
+
+
+@dataclass(frozen=True)
+class Reconstructed:
+    """Parts by projection, and of each expert [E] the error on held-out tokens, over its answer's energy: `before`,
+    `after`. Both are zero for one that too few held-out tokens came by."""
+
+    parts: dict[str, Parts]
+    before: Tensor
+    after: Tensor
+
+
+def reconstruct(
+    original: dict[str, Tensor], parts: dict[str, Parts], grams: dict[str, Tensor], fmt: Format,
+    seen: Sequence[Tensor], held: Sequence[Tensor], rounds: int,
+) -> Reconstructed:  # fmt: skip
+    """Walk a chunk of experts `rounds` times.
+
+    Args:
+        original: projection → weights [E, R, K], of any float dtype. parts: projection → stored parts, as `encode_with`
+            makes them. grams: projection → mean Gram matrices [E, K, K] that they were made for.
+        seen, held: of each expert, the tokens [n, H] that are walked, and those that judge.
+    """
+    made = []
+    for own in _together([len(tokens) for tokens in seen], _CUDA_TOKENS if seen[0].is_cuda else _TOKENS):
+        weights = {name: weight[own].to(torch.float32) for name, weight in original.items()}
+        prior = {name: gram[own] for name, gram in grams.items()}
+        stored = {name: {part: values[own] for part, values in of.items()} for name, of in parts.items()}
+        made.append(_reconstruct(weights, stored, prior, fmt, _padded(seen[own]), _padded(held[own]), rounds))
+    whole = {name: {part: torch.cat([one.parts[name][part] for one in made]) for part in of}
+             for name, of in parts.items()}  # fmt: skip
+    return Reconstructed(whole, torch.cat([one.before for one in made]), torch.cat([one.after for one in made]))
+
+
+def _together(counts: list[int], limit: int) -> list[slice]:
+    """Consecutive experts whose tokens, padded, are few enough to be walked together."""
+    out, begin = [], 0
+    for end in range(1, len(counts) + 1):
+        if end == len(counts) or max(counts[begin : end + 1]) * (end + 1 - begin) > limit:
+            out.append(slice(begin, end))
+            begin = end
+    return out
+
+
+def _padded(tokens: Sequence[Tensor]) -> Tensor:
+    """[E, T, H] float32, zeros behind an expert's last token: those answer zero and weigh nothing."""
+    return torch.nn.utils.rnn.pad_sequence([one.to(torch.float32) for one in tokens], batch_first=True)
+
+
+def _reconstruct(
+    weights: dict[str, Tensor], parts: dict[str, Parts], prior: dict[str, Tensor], fmt: Format, seen: Tensor,
+    held: Tensor, rounds: int,
+) -> Reconstructed:  # fmt: skip
+    walk = _Walk(weights, parts, prior, fmt, seen)
+    for _ in range(rounds):
+        walk.down()
+        walk.inner(UP)
+        walk.inner(GATE)
+    enough = (held != 0).any(-1).sum(-1) >= _ENOUGH
+    wanted = _answer(held, weights)
+    energy = wanted.square().sum((1, 2)).clamp(min=1e-30)
+    before, after = (
+        torch.where(
+            enough, (_answer(held, {n: _values(p, fmt) for n, p in of.items()}) - wanted).square().sum((1, 2)), 0
+        )
+        / energy
+        for of in (parts, walk.parts)
+    )
+    worse = after > before
+    kept = {name: {part: _where(worse, parts[name][part], values) for part, values in of.items()}
+            for name, of in walk.parts.items()}  # fmt: skip
+    return Reconstructed(kept, before, torch.where(worse, before, after))
+
+
+def _values(parts: Parts, fmt: Format) -> Tensor:
+    """[E, R, K] float32, as the codes mean them."""
+    return Grid.of(parts, fmt).wide(fmt).decode(unpack_nibbles(parts["codes"]), fmt)
+
+
+def _answer(tokens: Tensor, weights: dict[str, Tensor]) -> Tensor:
+    inner = F.silu(tokens @ weights[GATE].mT) * (tokens @ weights[UP].mT)
+    return inner @ weights[DOWN].mT
+
+
+def _where(these: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """Of the experts `these` [E] the first, of others the second; bytes have no arithmetic, so all go by views."""
+    return torch.where(these.view(-1, *[1] * (one.dim() - 1)), one.view(_bytes(one)), other.view(_bytes(one))).view(
+        one.dtype
+    )
+
+
+def _bytes(values: Tensor) -> torch.dtype:
+    return {1: torch.uint8, 2: torch.int16, 4: torch.int32}[values.element_size()]
+
+
+class _Walk:
+    """Some experts on their way: parts, and for the tokens what gate and up give and how far the answer is off.
+
+    Tokens come last, [E, I, T] and [E, H, T], so that some rows of a projection are a block of memory.
+    """
+
+    def __init__(
+        self, weights: dict[str, Tensor], parts: dict[str, Parts], prior: dict[str, Tensor], fmt: Format, seen: Tensor
+    ) -> None:
+        self.weights, self.prior, self.fmt, self.seen = weights, prior, fmt, seen
+        self.wanted = _answer(seen, weights).mT.contiguous()
+        self._take(dict(parts))
+        self.movable = fmt.name != "mxfp4" and fmt.symmetric
+
+    def _take(self, parts: dict[str, Parts]) -> None:
+        """Parts, and all that follows from them."""
+        self.parts, self.values = parts, {name: _values(of, self.fmt) for name, of in parts.items()}
+        self.given = {name: self.values[name] @ self.seen.mT for name in (GATE, UP)}
+        self.off = self.wanted - self.values[DOWN] @ self._inner()
+        self.loss = torch.linalg.vector_norm(self.off, dim=(1, 2))
+
+    def _inner(self, rows: slice = slice(None)) -> Tensor:
+        return F.silu(self.given[GATE][:, rows]) * self.given[UP][:, rows]
+
+    def _keep_better(self, name: str, new: Parts) -> None:
+        """Take the projection's new parts for the experts whose error they lower."""
+        before, old = self.loss, self.parts
+        self._take(old | {name: new})
+        worse = ~(self.loss < before)
+        if bool(worse.any()):
+            kept = {part: _where(worse, old[name][part], stored) for part, stored in new.items()}
+            self._take(old | {name: kept})
+
+    def down(self) -> None:
+        """The refinement of down_proj toward the weights that answer best from the quantized inner activations."""
+        inner = self._inner()
+        prior = _PRIOR * inner.shape[1] * self.prior[DOWN]
+        gram = _damped(inner @ inner.mT + prior)
+        pull = self.off @ inner.mT + (self.weights[DOWN] - self.values[DOWN]) @ prior
+        wanted = self.values[DOWN] + torch.linalg.solve(gram, pull.mT).mT
+        old = self.parts[DOWN]
+        new, codes = refine(wanted, gram, old, unpack_nibbles(old["codes"]), self.fmt, 1)
+        self._keep_better(DOWN, new | {"codes": pack_nibbles(codes.contiguous())})
+
+    def inner(self, name: str) -> None:
+        """Gate or up: blocks of columns, and in each of them the rows in turns."""
+        parts, size = self.parts[name], self.fmt.group_size
+        grid, codes = Grid.of(parts, self.fmt), unpack_nibbles(parts["codes"])
+        grid = Grid(grid.scale.clone(), grid.zero)
+        for now in (slice(*span) for span in spans(0, codes.shape[-1], max(size, _BLOCK))):
+            groups = slice(now.start // size, now.stop // size)
+            for rows in (slice(*span) for span in spans(0, codes.shape[1], -(-codes.shape[1] // _TURNS))):
+                place = (slice(None), rows, groups)
+                own = Grid(grid.scale[place], None if grid.zero is None else grid.zero[place])
+                codes[:, rows, now], grid.scale[place] = self._block(name, now, rows, codes[:, rows, now], own)
+        new = parts | {"codes": pack_nibbles(codes)}
+        if self.movable:
+            divisor = parts.get("global_scale")
+            stored = grid.scale if divisor is None else grid.scale * divisor.reshape(-1, 1, 1)
+            new |= {"scale": stored.to(parts["scale"].dtype)}
+        self._keep_better(name, new)
+
+    def _block(self, name: str, now: slice, rows: slice, codes: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        """Codes [E, R, B] and scales [E, R, G] of some rows and columns; brings up to date what follows from them."""
+        gate, up, tokens = self.given[GATE][:, rows], self.given[UP][:, rows], self.seen[:, :, now]
+        down, before = self.values[DOWN][:, :, rows], self._inner(rows)
+        slope = F.silu(gate) if name == UP else up * _silu_slope(gate)  # of the inner activation, [E, R, T]
+        pull = ((down.mT @ self.off) * slope) @ tokens  # [E, R, B]
+        gram = torch.stack([_row_grams(*pair) for pair in zip(tokens, slope, strict=True)])
+        reach = down.square().sum(1)
+        gram *= reach[..., None, None]
+        weight = slope.square()
+        doubt = (
+            _PRIOR * self.seen.shape[2] * weight.square().sum(-1) / weight.sum(-1).clamp(min=1e-30) * reach
+        )  # [E, R]
+        prior = self.prior[name][:, :, now]
+        gram += doubt[..., None, None] * prior[:, None, now]
+        pull += doubt[..., None] * ((self.weights[name] - self.values[name])[:, rows] @ prior)
+        new, scale = _improved(codes, grid, pull, _damped(gram), self.fmt, self.movable,
+                               self.parts[name].get("global_scale"))  # fmt: skip
+        values = Grid(scale, grid.zero).wide(self.fmt).decode(new, self.fmt)
+        change = values - self.values[name][:, rows, now]
+        self.given[name][:, rows] += change @ tokens.mT
+        self.values[name][:, rows, now] = values
+        self.off.baddbmm_(down, self._inner(rows) - before, alpha=-1)
+        return new, scale
+
+
+def _silu_slope(x: Tensor) -> Tensor:
+    open_ = torch.sigmoid(x)
+    return open_ * (1 + x * (1 - open_))
+
+
+def _row_grams(tokens_TB: Tensor, slope_RT: Tensor) -> Tensor:
+    """Σ a² x xᵀ for each row, [R, B, B]: one product with all pairs of columns, each pair once. They only say how steep
+    the error is, so on CUDA bfloat16 will do."""
+    width, device, columns = tokens_TB.shape[1], tokens_TB.device, tokens_TB.mT.contiguous()
+    first, second = torch.triu_indices(width, width, device=device)
+    pairs, weight = (columns[first] * columns[second]).mT, slope_RT.square()
+    if pairs.is_cuda:
+        sums = torch.mm(weight.to(torch.bfloat16), pairs.to(torch.bfloat16), out_dtype=torch.float32)
+    else:
+        sums = weight @ pairs
+    place = torch.empty(width, width, dtype=torch.int64, device=device)
+    place[first, second] = place[second, first] = torch.arange(len(first), device=device)
+    return sums[:, place]
+
+
+def _damped(gram: Tensor) -> Tensor:
+    """With a little more on the diagonals of [..., B, B], so that no column without tokens moves."""
+    diagonal = torch.diagonal(gram, dim1=-2, dim2=-1)
+    diagonal += _DAMP * diagonal.mean(-1, keepdim=True) + torch.finfo(torch.float32).tiny
+    return gram
+
+
+def _improved(
+    codes_ERB: Tensor, grid: Grid, pull_ERB: Tensor, gram: Tensor, fmt: Format, movable: bool, divisor: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Codes [E, R, B] and scales [E, R, G] after one walk over a block, each row under its own Gram matrix [B, B]."""
+    experts, rows, width = codes_ERB.shape
+    each = experts * rows  # to the loop a row is an expert with one row
+
+    def alone(values: Tensor) -> Tensor:
+        return values.reshape(each, -1, 1).clone()
+
+    blank = torch.zeros(each, width, 1, device=codes_ERB.device)
+    matrix, codes = gram.reshape(each, width, width), alone(codes_ERB)
+    stack = Columns(blank, matrix, alone(grid.scale), None if grid.zero is None else alone(grid.zero), codes,
+                    zeros(each, width, 1, blank), fmt,
+                    None if divisor is None else divisor.flatten().repeat_interleave(rows))  # fmt: skip
+    reach = None
+    if movable:
+        level = units(codes, fmt)
+        owns = (slice(*span) for span in spans(0, width, fmt.group_size))
+        reach = torch.stack([matrix[:, :, own] @ level[:, own] for own in owns], dim=1)
+    improve_columns(stack, slice(0, width), alone(pull_ERB), reach)
+    return codes.view(codes_ERB.shape), stack.scale.view(grid.scale.shape)
