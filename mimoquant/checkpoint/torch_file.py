@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import pickletools
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from mimoquant.errors import CheckpointError
 _STORAGES = {"torch FloatStorage": "F32", "torch BFloat16Storage": "BF16", "torch HalfStorage": "F16"}
 _MAKERS = {"torch._utils _rebuild_tensor_v2", "collections OrderedDict"}
 _MOST_BYTES = 2**24  # of either member: no vector is larger
+_BROKEN = (OSError, EOFError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error)  # what zipfile raises
 _MEMO = ("BINPUT", "LONG_BINPUT", "MEMOIZE")
 _NAMING = ("GLOBAL", "STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4")  # what asks for a function or class
 
@@ -47,7 +49,7 @@ def read_vector(path: Path) -> SavedVector:
             program, data = archive.read(members["data.pkl"]), archive.read(members["data/0"])
         operations = [(code.name, value) for code, value, _ in pickletools.genops(program) if code.name not in _MEMO]
         storage = operations.index(("BINUNICODE", "storage"))  # then its class, its key, its device, its length
-    except (OSError, KeyError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile, EOFError) as error:
+    except _BROKEN as error:
         raise CheckpointError(f"{path}: is no vector that torch.save wrote ({error})") from error
     named = {str(value) for name, value in operations if name in _NAMING}
     dtypes = [dtype for storage_class, dtype in _STORAGES.items() if storage_class in named]

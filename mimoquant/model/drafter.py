@@ -212,7 +212,7 @@ def read_drafter(config: dict[str, Any], folder: Path) -> Drafter:
 def _number(key: str, where: str, *parts: dict[str, Any], default: float | None = None, above: float = 0) -> float:
     """The first of `parts` that has the key says it."""
     value = next((part[key] for part in parts if part.get(key) is not None), default)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not value > above:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not above < value < 2**62:
         raise CheckpointError(f"{where}: {key} is {value!r}, expected a number above {above}")
     return float(value)
 
@@ -246,7 +246,7 @@ def _check_values(config: dict[str, Any], special: dict[str, Any], where: str) -
         for key, good in values.items():
             if part.get(key) not in good:
                 expected = " or ".join("absent" if value is None else repr(value) for value in good)
-                raise CheckpointError(f"{where}: {prefix}{key} is {part[key]!r}, known is {expected}")
+                raise CheckpointError(f"{where}: {prefix}{key} is {part.get(key)!r}, known is {expected}")
     unknown = sorted(special.keys() - _OTHER_DFLASH_KEYS - _KNOWN_DFLASH.keys())
     if unknown:
         raise CheckpointError(f"{where}: dflash_config.{unknown[0]} is not known, so its drafts could be others")

@@ -21,7 +21,9 @@ import mimoquant
 from mimoquant.calibration.tokenizer import load_tokenizer
 from mimoquant.checkpoint.index import INDEX_NAME, open_index, read_json_object, read_shard_header
 from mimoquant.checkpoint.journal import read_journal
+from mimoquant.checkpoint.torch_file import read_vector
 from mimoquant.errors import MimoquantError
+from mimoquant.model.drafter import open_drafter
 from mimoquant.model.layout import read_layout
 from mimoquant.recipe import load_recipe, parse_recipe, recipes_folder
 from mimoquant.relayout import RECORD_NAME, plan_again
@@ -82,6 +84,19 @@ def _relayout(data: bytes, folder: Path) -> None:
     plan_again(folder, folder)
 
 
+def _drafter(data: bytes, folder: Path) -> None:
+    (folder / "dflash").mkdir(exist_ok=True)
+    for path in _DRAFTER.iterdir():
+        (folder / "dflash" / path.name).write_bytes(data if path.name == "config.json" else path.read_bytes()[:20_000])
+    open_drafter(folder / "dflash")
+
+
+def _vector(data: bytes, folder: Path) -> None:
+    (folder / "v.pt").write_bytes(data)
+    read_vector(folder / "v.pt")
+
+
+_DRAFTER = mimoquant.micro_drafter()
 _CHECKPOINT = Path(tempfile.mkdtemp(prefix="readers-"))
 small_checkpoint(vocab_size=8, hidden_size=32, intermediate_size=32, moe_intermediate_size=32).save(_CHECKPOINT)
 _SHARD = (_CHECKPOINT / "model-1.safetensors").read_bytes()
@@ -115,6 +130,10 @@ READERS = {
     "journal": Reader([json.dumps(_LINE).encode() + b"\n" + json.dumps(_LINE).encode() + b"\n"], _journal),
     "relayout": Reader([b'{"schema_version":1,"qkv":"split","tp":null,"bf16":true,"source_headers_sha256":"0"}'],
                        _relayout, (b'"canonical"', b'"interleaved"', b"true")),
+    "drafter": Reader([(_DRAFTER / "config.json").read_bytes()], _drafter,
+                      (b"1e999", b"NaN", b"4294967296", b'"qwen3"', b'"dflash_config"', b'"sliding_attention"')),
+    "vector": Reader([(_DRAFTER / "mask_embedding.pt").read_bytes()], _vector,
+                     (b"PK\x03\x04", b"PK\x01\x02", b"data.pkl", b"cos\nsystem\n", b"\x93", b"ctorch\nFloatStorage\n")),
 }  # fmt: skip
 
 
