@@ -17,7 +17,7 @@ MODIFIER_DEFAULTS: dict[str, dict[str, Any]] = {
     "GPTQModifier": {"dampening_frac": DAMP, "actorder": "static"},
     "AWQModifier": {"n_grid": AWQ_GRID, "duo_scaling": True},
 }
-MOST_REPETITIONS = 5  # of a pattern
+MOST_REPETITIONS, MOST_GROUPS = 5, 20  # of a pattern
 _CALIBRATION_KEYS = ("set", "data", "sequences", "tokens", "propagate", "shrinkage", "max_starved_experts",
                      "reconstruct", "reconstruct_layers")  # fmt: skip
 
@@ -29,7 +29,10 @@ class Fail(Protocol):
 
 
 def check_pattern(pattern: str) -> None:
-    """Raises re.error for a pattern that is broken or could try a name for hours: repeated groups, many repeats."""
+    """Raises re.error for a pattern that is broken or could try a name for hours: repeated groups, many repeats; or
+    whose groups lie too deep to be read."""
+    if pattern.count("(") > MOST_GROUPS:
+        raise re.error(f"it has more than {MOST_GROUPS} groups")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what a later Python may read otherwise; targets are told by the plan
         re.compile(pattern)

@@ -82,6 +82,7 @@ BOMBS = {
         b"%c: &%c [*%c,*%c]\n" % (98 + i, 98 + i, 97 + i, 97 + i) for i in range(20))),
     "YAML nested without end": ("recipe", b"[" * 20_000),
     "a pattern that never ends": ("recipe", READERS["recipe"].seeds[1].replace(b"'re:.*", b"'re:" + b".*" * 40)),
+    "groups in groups": ("recipe", READERS["recipe"].seeds[1].replace(b"'re:.*", b"'re:" + b"(" * 400 + b")" * 400)),
     "a pattern in a pattern": ("recipe", READERS["recipe"].seeds[1].replace(b"'re:.*", rb"'re:(\w+\.?)+" + b"!")),
     "a Python object": ("recipe", b"!!python/object/apply:os.system ['exit 1']"),
 }  # fmt: skip
