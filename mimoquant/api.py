@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mimoquant.errors import CheckpointError, UsageError
+from mimoquant.errors import UsageError
 
 if TYPE_CHECKING:
     from mimoquant.calibration.tokens import TokenSet
@@ -179,17 +179,13 @@ def eval_kl(
     Raises UsageError: data is missing, or the candidate was calibrated on it. CheckpointError: a checkpoint is bad, or
     the two are not one model.
     """
-    from mimoquant.calibration.tokenizer import load_tokenizer
+    from mimoquant.calibration.tokenizer import decoder_of
     from mimoquant.devices import resolve_device
     from mimoquant.evaluation.evaluate import eval_kl as run
 
     held = _held_out(reference, data, sequences, tokens)
-    try:
-        decode = load_tokenizer(Path(reference)).decode
-    except CheckpointError:  # data that came as ids needs no tokenizer; the worst tokens are shown as ids then
-        decode = None
-    return run(reference, candidate, held, baseline=baseline, noise_floor=noise_floor, decode=decode,
-               device=resolve_device(device))  # fmt: skip
+    return run(reference, candidate, held, baseline=baseline, noise_floor=noise_floor,
+               decode=decoder_of(Path(reference)), device=resolve_device(device))  # fmt: skip
 
 
 def eval_draft(

@@ -178,7 +178,7 @@ class Calibrator:
         chosen = Chosen(_named(both.parts, down.parts), replace(half, down=down.values), {})
         if self.settings.reconstructs(self.facts.layer):
             chosen = self._reconstructed(chunk, chosen, {"gate": gram, "up": gram, "down": inner}, fmt)
-        both, down = replace(both, values=_gate_and_up(chosen.chunk)), replace(down, values=chosen.chunk.down)
+            both, down = replace(both, values=_gate_and_up(chosen.chunk)), replace(down, values=chosen.chunk.down)
         facts = _chunk_facts([(rows, gram, both), (chunk.down, inner, down)], fmt)
         facts |= {"shrunk": statistics.shares(count, n0), "folded_channels": folded}
         return replace(chosen, facts=chosen.facts | facts)
@@ -187,10 +187,10 @@ class Calibrator:
         """The chunk's codes chosen once more, for what its experts answer."""
         begin, end = chunk.begin, chunk.begin + len(chunk.gate)
         weights = {projection: getattr(chunk, projection) for projection in PROJECTIONS}
-        held = self._seen(held=True) if len(self.tokens.seen) > 1 else []
-        made = reconstruct(weights, _by_projection(chosen.parts), grams, fmt,
-                           statistics.tokens_of(self._seen(), begin, end), statistics.tokens_of(held, begin, end),
-                           self.settings.reconstruct)  # fmt: skip
+        seen, *judges = (statistics.tokens_of(of_set, begin, end) for of_set in self.tokens.seen)
+        held = judges[0] if judges else [own[:0] for own in seen]
+        rounds = self.settings.reconstruct
+        made = reconstruct(weights, _by_projection(chosen.parts), grams, fmt, seen, held, rounds)
         parts = {f"{name} {part}": values for name, of in made.parts.items() for part, values in of.items()}
         answer = torch.stack((made.before, made.after), dim=1).tolist()
         return Chosen(parts, decoded_chunk(begin, made.parts, fmt), {"answer": answer})

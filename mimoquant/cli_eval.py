@@ -73,9 +73,8 @@ def evaluate(
     html: Path | None,
 ) -> dict[str, Any] | None:
     """Walk reference and candidate; None on a rank that does not tell."""
-    from mimoquant.calibration.tokenizer import load_tokenizer
+    from mimoquant.calibration.tokenizer import decoder_of
     from mimoquant.devices import resolve_device
-    from mimoquant.errors import CheckpointError
     from mimoquant.evaluation.evaluate import eval_kl as run
     from mimoquant.evaluation.evaluate import kept_bytes, open_layout
     from mimoquant.report import size
@@ -90,13 +89,9 @@ def evaluate(
         if out is not None and team.leads:
             kept = kept_bytes(layout, loaded, 2 if baseline is None else 3, noise_floor)
             tell(f"note: up to {size(2 * kept)} of hidden states will lie in {out}.partial")
-        try:
-            decode = load_tokenizer(reference).decode
-        except CheckpointError:  # data that came as ids needs no tokenizer; the worst tokens are shown as ids then
-            decode = None
         shown = (lambda layer, layers: lines(f"layer {layer}", layer + 1, layers)) if team.leads else None
         facts = run(reference, candidate, loaded, baseline=baseline, device=place, noise_floor=noise_floor,
-                    decode=decode, progress=shown, team=team, out=out, resume=resume)  # fmt: skip
+                    decode=decoder_of(reference), progress=shown, team=team, out=out, resume=resume)  # fmt: skip
     return facts if team.leads else None
 
 

@@ -109,13 +109,10 @@ def ask(folder: str, tp: int, out: str) -> None:
     """The same from vLLM; runs in a process of its own."""
     from vllm import LLM, SamplingParams
 
-    config = json.loads((Path(folder) / "config.json").read_text())
-    same = config["head_dim"] == config["v_head_dim"]
     llm = LLM(folder, skip_tokenizer_init=True, trust_remote_code=True, enforce_eager=True, tensor_parallel_size=tp,
               max_model_len=LENGTHS[0] + 8, max_num_seqs=4, max_logprobs=-1, logprobs_mode="raw_logprobs", seed=0,
               enable_prefix_caching=False, gpu_memory_utilization=0.1, kv_cache_memory_bytes=2**28,
-              attention_backend="TRITON_ATTN" if same else "TRITON_ATTN_DIFFKV",
-              disable_custom_all_reduce=True)  # fmt: skip
+              attention_backend="TRITON_ATTN_DIFFKV", disable_custom_all_reduce=True)  # fmt: skip
     asked = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=-1, detokenize=False)
     replies = llm.generate([{"prompt_token_ids": ids} for ids in prompts()], asked, use_tqdm=False)
     rows: list[Any] = []
@@ -146,7 +143,7 @@ def row(case: Case, tp: int, gpu: int, work: Path, folders: dict[Case, Path], ow
         reason = [line for line in log.splitlines() if re.search(r"\b\w*Error\b", line)]
         return f"| {case} | {tp} | no answer: {(reason or log.splitlines())[-1][-200:]} | | |"
     kl = (np.exp(own[case]) * (own[case] - theirs)).sum(-1)
-    source = own[Case("flash")] if case.source == "flash" else own[case]
+    source = own[Case(case.source)]
     away = (np.exp(source) * (source - own[case])).sum(-1).mean()
     return (f"| {case} | {tp} | {np.abs(own[case] - theirs).max():.3f} | {kl.mean():.1e} | {away:.3f} | "
             f"{'; '.join(spoken)} |")  # fmt: skip
@@ -172,7 +169,7 @@ def judge(work: Path, options: argparse.Namespace) -> None:
     with_remote_code(work / "pro")
     wanted = [case for case in CASES if any(text in str(case) for text in options.only) or case == CASES[0]]
     folders = {case: prepared(case, work) for case in wanted}
-    own = {case: ours(folder) for case, folder in folders.items()}
+    own = {case: ours(folder) for case, folder in folders.items()} | {Case("pro"): ours(work / "pro")}
     gpus = max(1, torch.cuda.device_count())
     print("| output | TP | max abs Δ log p | KL to ours | KL to the source | kernels |\n|---|---|---|---|---|---|")
     with ThreadPoolExecutor(options.at_once) as pool:

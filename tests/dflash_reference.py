@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from mtp_reference import rotated
 from safetensors.torch import load_file, save_file
 
 from mimoquant.model.drafter import read_drafter
@@ -145,13 +146,7 @@ class Reference:
 
     def turned(self, head: Floats, position: int) -> Floats:
         width = int(self.config["head_dim"] * self.config.get("partial_rotary_factor", 1.0))
-        out, half = head.copy(), width // 2
-        for i in range(half):
-            angle = position * self.config["rope_theta"] ** (-2 * i / width)
-            a, b = head[i], head[i + half]
-            out[i] = a * math.cos(angle) - b * math.sin(angle)
-            out[i + half] = b * math.cos(angle) + a * math.sin(angle)
-        return out
+        return rotated(head, position, width, self.config["rope_theta"])
 
     def key_value(self, state: Floats, position: int, group: int, at: str) -> tuple[Floats, Floats]:
         dim = self.config["head_dim"]

@@ -17,6 +17,17 @@ from safetensors import safe_open
 Floats = npt.NDArray[np.float64]
 
 
+def rotated(head: Floats, position: int, width: int, theta: float) -> Floats:
+    """A head [D] whose first `width` channels are turned in pairs, half a width apart."""
+    out, half = head.copy(), width // 2
+    for i in range(half):
+        angle = position * theta ** (-2 * i / width)
+        a, b = head[i], head[i + half]
+        out[i] = a * math.cos(angle) - b * math.sin(angle)
+        out[i + half] = b * math.cos(angle) + a * math.sin(angle)
+    return out
+
+
 class Reference:
     """A checkpoint's MTP layers, spelled out."""
 
@@ -61,13 +72,7 @@ class Reference:
 
     def rotated(self, head: Floats, position: int) -> Floats:
         width = int(self.config["swa_head_dim"] * self.config["partial_rotary_factor"])
-        out, half = head.copy(), width // 2
-        for i in range(half):
-            angle = position * self.config["swa_rope_theta"] ** (-2 * i / width)
-            a, b = head[i], head[i + half]
-            out[i] = a * math.cos(angle) - b * math.sin(angle)
-            out[i + half] = b * math.cos(angle) + a * math.sin(angle)
-        return out
+        return rotated(head, position, width, self.config["swa_rope_theta"])
 
     def attention(self, x: Floats, prefix: str) -> Floats:
         """x [T, H]; window, sinks, scaled values."""

@@ -612,6 +612,12 @@ def test_a_refined_layer_is_told_and_proven(tmp_path: Path) -> None:
     assert verify(tmp_path / "refined", MICRO).ok
 
 
+def test_too_few_sequences_to_hold_some_out_refine_all_the_same(tmp_path: Path) -> None:
+    run(load_recipe("gptq-mxfp4"), tmp_path / "out", sequences=8, reconstruct=1, reconstruct_layers=(2,))
+    told = json.loads((tmp_path / "out" / "report.json").read_text())["calibration"]["layer 2"]["answer"]
+    assert told == [[0.0, 0.0]] * len(told), "nobody judges"
+
+
 def test_layers_that_cannot_be_refined_are_refused() -> None:
     recipe = load_recipe("gptq-mxfp4")
     for changes, said in (({"reconstruct": 1, "reconstruct_layers": (0,)}, "layer 0 cannot be refined"),

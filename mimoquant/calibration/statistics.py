@@ -59,8 +59,7 @@ def tokens_of(blocks: Sequence[tuple[Tensor, Dispatch]], begin: int, end: int, m
     """The tokens [n, H] that each of experts begin..end sees, evenly thinned to `most`."""
     out = []
     for expert in range(begin, end):
-        own = [tokens[d.rows[d.begins[expert] : d.begins[expert + 1]]] for tokens, d in blocks]
-        rows = torch.cat(own) if own else torch.empty(0, 0)
+        rows = torch.cat([tokens[d.rows[d.begins[expert] : d.begins[expert + 1]]] for tokens, d in blocks])
         out.append(rows[:: max(1, -(-len(rows) // most))])
     return out
 

@@ -44,6 +44,14 @@ def go_offline() -> None:
         os.environ.setdefault(name, value)
 
 
+def decoder_of(folder: Path) -> Callable[[list[int]], str] | None:
+    """Ids to text; None where the folder has no tokenizer that can be read: ids themselves are shown then."""
+    try:
+        return load_tokenizer(folder).decode
+    except CheckpointError:
+        return None
+
+
 def load_tokenizer(folder: Path) -> Tokenizer:
     """Raises CheckpointError: the folder has no tokenizer, or none of the two libraries can read it."""
     if not any((folder / name).is_file() for name in _VOCABULARIES):

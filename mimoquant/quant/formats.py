@@ -82,6 +82,11 @@ class Format:
             raise ValueError(f"{self.name} has no group size {self.group_size}")
 
     @property
+    def scales_move(self) -> bool:
+        """Whether a refinement may choose other scales: not powers of two, nor such as have zero points beside them."""
+        return self.name != "mxfp4" and self.symmetric
+
+    @property
     def label(self) -> str:
         if self.name != "int4":
             return self.name

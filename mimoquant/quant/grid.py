@@ -41,9 +41,15 @@ class Grid:
         return Grid(scale, zero)
 
     def turned(self) -> Grid:
-        """[E, O, G] as [E, G, O]."""
+        """[E, O, G] as [E, G, O], or the other way."""
         return Grid(self.scale.transpose(1, 2).contiguous(),
                     None if self.zero is None else self.zero.transpose(1, 2).contiguous())  # fmt: skip
+
+    def stored_scale(self, parts: dict[str, Tensor]) -> Tensor:
+        """The scale [E, O, G] as it stands beside the rest of `parts`; not of mxfp4."""
+        divisor = parts.get("global_scale")
+        scale = self.scale if divisor is None else self.scale * divisor.reshape(-1, 1, 1)
+        return scale.to(parts["scale"].dtype)
 
     def wide(self, fmt: Format, dim: int = -1) -> Grid:
         """The grid of every weight; `dim` is that of the groups."""

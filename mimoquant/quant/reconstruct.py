@@ -152,13 +152,17 @@ class _Walk:
     ) -> None:
         self.weights, self.prior, self.fmt, self.seen = weights, prior, fmt, seen
         self.wanted = _answer(seen, weights).mT.contiguous()
-        self._take(dict(parts))
-        self.movable = fmt.name != "mxfp4" and fmt.symmetric
+        self.parts: dict[str, Parts] = {}
+        self.values: Parts = {}
+        self.given: Parts = {}
+        self._take(parts)
 
-    def _take(self, parts: dict[str, Parts]) -> None:
-        """Parts, and all that follows from them."""
-        self.parts, self.values = parts, {name: _values(of, self.fmt) for name, of in parts.items()}
-        self.given = {name: self.values[name] @ self.seen.mT for name in (GATE, UP)}
+    def _take(self, new: dict[str, Parts]) -> None:
+        """New parts of some projections, and all that follows from them."""
+        for name, parts in new.items():
+            self.parts[name], self.values[name] = parts, _values(parts, self.fmt)
+            if name != DOWN:
+                self.given[name] = self.values[name] @ self.seen.mT
         self.off = self.wanted - self.values[DOWN] @ self._inner()
         self.loss = torch.linalg.vector_norm(self.off, dim=(1, 2))
 
@@ -167,12 +171,11 @@ class _Walk:
 
     def _keep_better(self, name: str, new: Parts) -> None:
         """Take the projection's new parts for the experts whose error they lower."""
-        before, old = self.loss, self.parts
-        self._take(old | {name: new})
+        before, old = self.loss, self.parts[name]
+        self._take({name: new})
         worse = ~(self.loss < before)
         if bool(worse.any()):
-            kept = {part: _where(worse, old[name][part], stored) for part, stored in new.items()}
-            self._take(old | {name: kept})
+            self._take({name: {part: _where(worse, old[part], stored) for part, stored in new.items()}})
 
     def down(self) -> None:
         """The refinement of down_proj toward the weights that answer best from the quantized inner activations."""
@@ -197,10 +200,8 @@ class _Walk:
                 own = Grid(grid.scale[place], None if grid.zero is None else grid.zero[place])
                 codes[:, rows, now], grid.scale[place] = self._block(name, now, rows, codes[:, rows, now], own)
         new = parts | {"codes": pack_nibbles(codes)}
-        if self.movable:
-            divisor = parts.get("global_scale")
-            stored = grid.scale if divisor is None else grid.scale * divisor.reshape(-1, 1, 1)
-            new |= {"scale": stored.to(parts["scale"].dtype)}
+        if self.fmt.scales_move:
+            new |= {"scale": grid.stored_scale(parts)}
         self._keep_better(name, new)
 
     def _block(self, name: str, now: slice, rows: slice, codes: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -213,14 +214,11 @@ class _Walk:
         reach = down.square().sum(1)
         gram *= reach[..., None, None]
         weight = slope.square()
-        doubt = (
-            _PRIOR * self.seen.shape[2] * weight.square().sum(-1) / weight.sum(-1).clamp(min=1e-30) * reach
-        )  # [E, R]
+        doubt = weight.square().sum(-1) / weight.sum(-1).clamp(min=1e-30) * (_PRIOR * self.seen.shape[2] * reach)
         prior = self.prior[name][:, :, now]
         gram += doubt[..., None, None] * prior[:, None, now]
         pull += doubt[..., None] * ((self.weights[name] - self.values[name])[:, rows] @ prior)
-        new, scale = _improved(codes, grid, pull, _damped(gram), self.fmt, self.movable,
-                               self.parts[name].get("global_scale"))  # fmt: skip
+        new, scale = _improved(codes, grid, pull, _damped(gram), self.fmt, self.parts[name].get("global_scale"))
         values = Grid(scale, grid.zero).wide(self.fmt).decode(new, self.fmt)
         change = values - self.values[name][:, rows, now]
         self.given[name][:, rows] += change @ tokens.mT
@@ -257,7 +255,7 @@ def _damped(gram: Tensor) -> Tensor:
 
 
 def _improved(
-    codes_ERB: Tensor, grid: Grid, pull_ERB: Tensor, gram: Tensor, fmt: Format, movable: bool, divisor: Tensor | None
+    codes_ERB: Tensor, grid: Grid, pull_ERB: Tensor, gram: Tensor, fmt: Format, divisor: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Codes [E, R, B] and scales [E, R, G] after one walk over a block, each row under its own Gram matrix [B, B]."""
     experts, rows, width = codes_ERB.shape
@@ -272,7 +270,7 @@ def _improved(
                     zeros(each, width, 1, blank), fmt,
                     None if divisor is None else divisor.flatten().repeat_interleave(rows))  # fmt: skip
     reach = None
-    if movable:
+    if fmt.scales_move:
         level = units(codes, fmt)
         owns = (slice(*span) for span in spans(0, width, fmt.group_size))
         reach = torch.stack([matrix[:, :, own] @ level[:, own] for own in owns], dim=1)

@@ -30,18 +30,17 @@ def refine(
     gram = gram_EII.clone()
     diagonal = torch.diagonal(gram, dim1=-2, dim2=-1)
     diagonal += _DAMP * diagonal.mean(-1, keepdim=True)
-    cost, every, scales = halves(gram), slice(None), fmt.name != "mxfp4" and fmt.symmetric
+    cost, every = halves(gram), slice(None)
     stack = _stack(weight_EOI, gram, parts, codes, fmt)
     for _ in range(rounds):
         for first, end in spans(0, gram.shape[-1], panel_of(gram)):
             slope = product(part(cost, slice(first, end), every), stack.left)
             for now in (slice(*span) for span in spans(first, end, BLOCK)):
-                reach = _reach(stack, part(cost, now, now), now) if scales else None
+                reach = _reach(stack, part(cost, now, now), now) if fmt.scales_move else None
                 change = improve_columns(stack, now, slope[:, now.start - first : now.stop - first], reach)
                 add_product(slope[:, now.stop - first :], part(cost, slice(now.stop, end), now), change)
-    if scales:
-        stored = stack.scale if stack.divisor is None else stack.scale * stack.divisor.reshape(-1, 1, 1)
-        parts = parts | {"scale": stored.transpose(1, 2).contiguous().to(parts["scale"].dtype)}
+    if fmt.scales_move:
+        parts = parts | {"scale": Grid(stack.scale, None).turned().stored_scale(parts)}
     return parts, stack.codes.transpose(1, 2)
 
 
