@@ -46,6 +46,11 @@ class Portion:
     routing: Routing | None = None
 
 
+def _on_host(hidden: Tensor) -> Tensor:
+    """As float32 on the host; of a GPU's, in pinned memory, straight from there."""
+    return torch.empty(hidden.shape, pin_memory=hidden.is_cuda).copy_(hidden)
+
+
 class Portions:
     """Sets of sequences (those that train, those held out) that walk through a model's layers together."""
 
@@ -58,8 +63,7 @@ class Portions:
     def _portion(self, batches: list[Tensor], embedding: Tensor, number: int) -> Portion:
         owner, stream, device = number % self.team.size, None, self.weights.device
         if owner == self.team.rank:
-            hidden = [embedding[batch.to(device)].float().cpu() for batch in batches]
-            stream = Stream(self.weights, [h.pin_memory() for h in hidden] if device.type == "cuda" else hidden)
+            stream = Stream(self.weights, [_on_host(embedding[batch.to(device)]) for batch in batches])
         return Portion(owner, sum(batch.numel() for batch in batches), stream)
 
     @property

@@ -1,9 +1,9 @@
 """How long a run will take: its own steps, done on one chunk of experts and timed.
 
-Key idea: no table of machines. A chunk is read (past the page cache), encoded, hashed and, where a folder is given,
-written; a calibrated recipe takes a few thousand random tokens through the first quantized layer. Reading, computing
-and writing overlap, so the slowest of the three is the run's time. What is timed apart is what grows with something:
-tokens in attention, rows in experts, experts, layers.
+Key idea: no table of machines. Chunks are read (past the page cache), one is encoded, hashed and, where a folder is
+given, written; a calibrated recipe takes some of its number of tokens, at random, through the first quantized layer.
+Reading, computing and writing overlap, so the slowest of the three is the run's time. What is timed apart is what grows
+with something: tokens in attention, rows in experts, experts, layers.
 
 Left out: the page cache (a source that is in it reads faster), other programs, how ranks wait for each other.
 """
@@ -16,8 +16,9 @@ import os
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -39,7 +40,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-TOKENS = {"cpu": 128, "cuda": 1024}  # of each sequence of a rehearsal
+TOKENS = {"cpu": 2**11, "cuda": 2**16}  # of a rehearsal: enough for a GPU to be busy with, and not to wait for kernels
+_READ_S, _MOST_CHUNKS = 0.3, 8  # how long the source is read, and how much of it at most
 _SMALL = 256  # side of the matrices that compilers are warmed up with
 
 
@@ -65,13 +67,11 @@ def rehearse(plan: Plan, device: str, folder: Path | None = None) -> Estimate:
 
     Raises CheckpointError for a source that cannot be read.
     """
-    step = next(step for unit in plan.units for step in unit.steps if isinstance(step, Experts) and step.fmt)
+    steps = [step for unit in plan.units for step in unit.steps if isinstance(step, Experts) and step.fmt]
+    step = steps[0]
     with CheckpointReader(plan.layout.index) as reader, contextlib.closing(make_engine(device)) as engine:
-        _forget(plan, step)
-        seconds, stacks = _timed(
-            lambda: read_experts(reader, plan.layout, step.layer, step.begin, step.end, engine.empty)
-        )
-        read_rate = reader.bytes_read / seconds
+        stacks = _read(plan, reader, engine, step)  # buffers, threads and a GPU's context cost time once
+        read_rate = _read_rate(plan, reader, engine, steps[1:] or steps)
         encoded, rate = _encode(plan, engine, step, stacks)
         write_rate = _write_rate(encoded, WRITE_LANES if device.startswith("cuda") else 1, folder)
         if plan.recipe.calibration is None:
@@ -79,6 +79,21 @@ def rehearse(plan: Plan, device: str, folder: Path | None = None) -> Estimate:
         else:
             computing = _calibrated_seconds(plan, reader, device, step, stacks)
     return Estimate(plan.source_bytes / read_rate, computing, plan.shard_bytes / write_rate, read_rate, write_rate)
+
+
+def _read(plan: Plan, reader: CheckpointReader, engine: Engine, step: Experts) -> dict[str, Stack]:
+    return read_experts(reader, plan.layout, step.layer, step.begin, step.end, engine.empty)
+
+
+def _read_rate(plan: Plan, reader: CheckpointReader, engine: Engine, steps: Sequence[Experts]) -> float:
+    """Bytes a second, of chunk after chunk until that is long enough to be told."""
+    before, seconds = reader.bytes_read, 0.0
+    for step in steps[:_MOST_CHUNKS]:
+        _forget(plan, step)
+        seconds += _timed(partial(_read, plan, reader, engine, step))[0]
+        if seconds > _READ_S:
+            break
+    return (reader.bytes_read - before) / seconds
 
 
 def _timed(work: Callable[[], T]) -> tuple[float, T]:
@@ -160,8 +175,10 @@ def _walk_to(plan: Plan, reader: CheckpointReader, device: str, layer: int) -> t
 
     held = plan.recipe.calibration
     assert held is not None
-    length = min(held.tokens, TOKENS[device.partition(":")[0]])
-    ids = np.random.default_rng(0).integers(0, plan.layout.geometry.vocab, (HELD_OUT, length))
+    most = TOKENS[device.partition(":")[0]]
+    length = min(held.tokens, most // HELD_OUT)
+    count = max(HELD_OUT, min(held.sequences, most // length) // HELD_OUT * HELD_OUT)
+    ids = np.random.default_rng(0).integers(0, plan.layout.geometry.vocab, (count, length))
     lenient = replace(plan, recipe=replace(plan.recipe, calibration=replace(held, max_starved_experts=None)))
     walk = Calibrator(lenient, reader, TokenSet("random", ids, (), "", (), ()), device)
     for earlier in range(layer):
@@ -173,6 +190,7 @@ def _walk_to(plan: Plan, reader: CheckpointReader, device: str, layer: int) -> t
 def _attention_seconds(walk: Calibrator, layer: int) -> tuple[float, float]:
     """Of the tokens' attention and router, and of what else comes before a layer's experts (the choice of a fold)."""
     weights = walk.weights.layer(layer)
+    walk.tokens.attend(weights)  # the first time loads kernels
     attention = _seconds(walk, lambda: walk.tokens.attend(weights))
     return attention, max(0.0, _seconds(walk, lambda: walk.begin(layer)) - attention)
 

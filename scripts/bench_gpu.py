@@ -6,7 +6,8 @@ runs `pipeline.quantize` on them. A layer's seconds are from the end of the laye
 writing and hashing included; the first layer of a row, which pays for compiling Triton's kernels, is not counted.
 
 usage: scripts/bench_gpu.py [--work /dev/shm] [--device cuda] [--experts 256] [--only ROW...] [--out RESULT.md]
-ROW: gptq, awq, mxfp4, nvfp4, million, pro, datafree, peer (llm-compressor's `model_free_ptq` beside datafree).
+ROW: gptq, awq, mxfp4, nvfp4, refine, refine-many, million, pro, datafree, peer (beside datafree, llm-compressor's
+`model_free_ptq`).
 """
 
 from __future__ import annotations
@@ -179,7 +180,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--experts", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=2**20, help="of the row `million`")
-    parser.add_argument("--only", nargs="*", default=["gptq", "awq", "million", "pro", "datafree"])
+    parser.add_argument("--only", nargs="*", default=["gptq", "awq", "million", "pro", "datafree", "refine"])
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
@@ -198,11 +199,14 @@ def measure(options: argparse.Namespace) -> list[str]:
     wanted = set(options.only)
     source = make_source(options.work / "v2.5", "V2.5", 2, options.experts) if wanted - {"pro"} else options.work
     few, many = (16, 512), (options.tokens // 512, 512)
+    refined = load_recipe("gptq-mxfp4").calibrated_on({"reconstruct": 1})
     rows = {
         "gptq": ("V2.5 GPTQ int4 g128", load_recipe("gptq-int4-g128"), few),
         "awq": ("V2.5 AWQ int4 g128", parse_recipe(AWQ, "awq"), few),
         "mxfp4": ("V2.5 GPTQ MXFP4", load_recipe("gptq-mxfp4"), few),
         "nvfp4": ("V2.5 GPTQ NVFP4", load_recipe("gptq-nvfp4"), few),
+        "refine": ("V2.5 GPTQ MXFP4, --refine 1", refined, few),
+        "refine-many": ("V2.5 GPTQ MXFP4, --refine 1", refined, (2**18 // 512, 512)),
         "million": ("V2.5 GPTQ int4 g128", load_recipe("gptq-int4-g128"), many),
     }
     for row in (row for row in rows if row in options.only):

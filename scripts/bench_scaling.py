@@ -1,12 +1,12 @@
 #!/usr/bin/env python
 """What a calibrated layer costs with more tokens, experts and layers: measured, fitted by a line, plotted.
 
-Points are GPTQ int4 g128 runs on V2.5's sizes, as `bench_gpu.py` makes and times them: tokens at the full number of
-experts, experts at 8,192 tokens, and the layers of one run, which must not slow down. The line's constant is told
-beside its slope, with the largest distance of a point from it.
+Points are GPTQ int4 g128 runs on V2.5's sizes, as `bench_gpu.py` makes and times them: experts at 8,192 tokens, tokens
+at V2.5's number of experts, and the layers of the run with the fewest, which must not slow down. The line's constant is
+told beside its slope, with the largest distance of a point from it.
 
-usage: scripts/bench_scaling.py [--work /dev/shm] [--device cuda] [--tokens N...] [--experts N...] [--layers N]
-                                [--hidden 4096] [--inner 2048] [--svg FILE]
+usage: scripts/bench_scaling.py [--work /dev/shm] [--device cuda] [--tokens N...] [--experts N...] [--full N]
+                                [--layers N] [--hidden 4096] [--inner 2048] [--svg FILE]
 """
 
 from __future__ import annotations
@@ -42,16 +42,23 @@ def layer_seconds(source: Path, tokens: int, options: argparse.Namespace) -> lis
 
 def measure(options: argparse.Namespace) -> dict[str, Points]:
     points: dict[str, Points] = {"tokens": [], "experts": [], "layers": []}
+
+    def put(name: str, x: float, seconds: float) -> None:
+        points[name].append((x, seconds))
+        print(f"{name} {x:,.0f}: {seconds:.2f} s a layer", flush=True)
+
     for experts in options.experts:
-        layers = options.layers if experts == max(options.experts) else 2
+        layers = options.layers if experts == min(options.experts) else 2
         source = bench_gpu.make_source(options.work / "source", "V2.5", layers, experts)
         every = layer_seconds(source, options.tokens[0], options)
-        points["experts"].append((experts, float(np.median(every))))
-        if experts == max(options.experts):
-            points["layers"] = [(number, seconds) for number, seconds in enumerate(every, start=2)]
-            points["tokens"].append((options.tokens[0], float(np.median(every))))
+        put("experts", experts, float(np.median(every)))
+        if layers == options.layers:
+            for number, seconds in enumerate(every, start=2):
+                put("layers", number, seconds)
+        if experts == options.full:
+            put("tokens", options.tokens[0], float(np.median(every)))
             for tokens in options.tokens[1:]:
-                points["tokens"].append((tokens, float(np.median(layer_seconds(source, tokens, options)))))
+                put("tokens", tokens, float(np.median(layer_seconds(source, tokens, options))))
         shutil.rmtree(source)
     return points
 
@@ -106,7 +113,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tokens", type=int, nargs="+", default=[2**13, 2**16, 2**18, 2**20])
     parser.add_argument("--experts", type=int, nargs="+", default=[64, 128, 256, 384])
-    parser.add_argument("--layers", type=int, default=4, help="of the run with the most experts")
+    parser.add_argument("--full", type=int, default=256, help="the number of experts that more tokens go through")
+    parser.add_argument("--layers", type=int, default=8, help="of the run with the fewest experts")
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--inner", type=int, default=2048)
     parser.add_argument("--svg", type=Path)

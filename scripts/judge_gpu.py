@@ -13,14 +13,16 @@ All experts see all tokens (top 8 of 8): a rounding that flips a route would say
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,7 @@ from mimoquant.synth import SynthSizes, synth
 SIZES = SynthSizes(layers=6, hidden=512, experts=8, top_k=8, expert_intermediate=512, dense_intermediate=512,
                    vocab=2048, heads=16, kv_heads=2, head_dim=192, v_head_dim=128, mtp_layers=0)  # fmt: skip
 LENGTHS = (96, 96, 96)
+TIMEOUT_S = 200  # of one engine, its kernels' compilation included
 SPOKEN = re.compile(r"(?:Using \S.*?(?:backend|Experts|Marlin|kernel|Method)\S*[^\n]*|\S*Marlin\S*[^\n]*)")
 
 
@@ -127,17 +130,22 @@ def ask(folder: str, tp: int, out: str) -> None:
 def answered(folder: Path, tp: int, gpus: list[int], work: Path) -> tuple[np.ndarray | None, str]:
     """vLLM's rows, or none, and its log."""
     out, port = work / f"{folder.name}-tp{tp}.npy", 20000 + 64 * len(list(work.iterdir()))
-    done = subprocess.run(
-        [sys.executable, __file__, "--ask", str(folder), str(tp), str(out)], text=True, errors="replace", check=False,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=400,
+    log = work / f"{folder.name}-tp{tp}.log"
+    with log.open("w") as told, subprocess.Popen(
+        [sys.executable, __file__, "--ask", str(folder), str(tp), str(out)], stdout=told, stderr=subprocess.STDOUT,
         env=os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)), "VLLM_PORT": str(port)},
-    )  # fmt: skip
-    return (np.load(out).astype(np.float64) if out.exists() else None), done.stdout
+        start_new_session=True,
+    ) as engine:  # fmt: skip
+        try:
+            engine.wait(TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(engine.pid, signal.SIGKILL)  # its workers, too
+            told.write(f"\nTimeoutError: no answer in {TIMEOUT_S} s\n")
+    return (np.load(out).astype(np.float64) if out.exists() else None), log.read_text(errors="replace")
 
 
 def row(case: Case, tp: int, gpu: int, work: Path, folders: dict[Case, Path], own: dict[Case, np.ndarray]) -> str:
     theirs, log = answered(folders[case], tp, list(range(tp)) if tp > 1 else [gpu], work)
-    (work / f"{folders[case].name}-tp{tp}.log").write_text(log)
     spoken = sorted({" ".join(found.split())[:110] for found in SPOKEN.findall(log) if "Using" in found})
     if theirs is None:
         reason = [line for line in log.splitlines() if re.search(r"\b\w*Error\b", line)]
@@ -151,7 +159,7 @@ def row(case: Case, tp: int, gpu: int, work: Path, folders: dict[Case, Path], ow
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--work", type=Path)
+    parser.add_argument("--work", type=Path, help="a folder for checkpoints and logs, kept; else a temporary one")
     parser.add_argument("--tp", type=int, nargs="+", default=[1])
     parser.add_argument("--only", nargs="*", default=[""])
     parser.add_argument("--at-once", type=int, default=6)
@@ -159,7 +167,10 @@ def main() -> None:
     options = parser.parse_args()
     if options.ask:
         return ask(options.ask[0], int(options.ask[1]), options.ask[2])
-    with tempfile.TemporaryDirectory(dir=options.work) as folder:
+    if options.work:
+        options.work.mkdir(parents=True)
+        return judge(options.work, options)
+    with tempfile.TemporaryDirectory() as folder:
         judge(Path(folder), options)
 
 
@@ -173,9 +184,10 @@ def judge(work: Path, options: argparse.Namespace) -> None:
     gpus = max(1, torch.cuda.device_count())
     print("| output | TP | max abs Δ log p | KL to ours | KL to the source | kernels |\n|---|---|---|---|---|---|")
     with ThreadPoolExecutor(options.at_once) as pool:
-        for line in pool.map(lambda job: row(*job[1], job[0] % gpus, work, folders, own),
-                             enumerate((case, tp) for tp in options.tp for case in wanted)):  # fmt: skip
-            print(line, flush=True)
+        jobs = [pool.submit(row, case, tp, number % gpus, work, folders, own)
+                for number, (tp, case) in enumerate(itertools.product(options.tp, wanted))]  # fmt: skip
+        for job in as_completed(jobs):
+            print(job.result(), flush=True)
 
 
 if __name__ == "__main__":

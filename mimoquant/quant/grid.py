@@ -45,6 +45,10 @@ class Grid:
         return Grid(self.scale.transpose(1, 2).contiguous(),
                     None if self.zero is None else self.zero.transpose(1, 2).contiguous())  # fmt: skip
 
+    def part(self, rows: slice, groups: slice) -> Grid:
+        """Of some rows and groups of [E, O, G]."""
+        return Grid(self.scale[:, rows, groups], None if self.zero is None else self.zero[:, rows, groups])
+
     def stored_scale(self, parts: dict[str, Tensor]) -> Tensor:
         """The scale [E, O, G] as it stands beside the rest of `parts`; not of mxfp4."""
         divisor = parts.get("global_scale")

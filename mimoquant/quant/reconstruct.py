@@ -22,8 +22,10 @@ columns of a projection, B columns of a block, G groups. Reference: Cheng et al.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -32,17 +34,20 @@ from torch import Tensor
 from mimoquant.quant.columns import Columns, improve_columns, units
 from mimoquant.quant.engine_torch import pack_nibbles, unpack_nibbles
 from mimoquant.quant.formats import Format
-from mimoquant.quant.gptq import spans
+from mimoquant.quant.gptq import panel_of, spans
 from mimoquant.quant.grid import Grid
-from mimoquant.quant.products import zeros
+from mimoquant.quant.products import add_product, half_dtype, halves, part, zeros
 from mimoquant.quant.refine import refine
 
 Parts = dict[str, Tensor]
 GATE, UP, DOWN = "gate", "up", "down"
 
+MOST_TOKENS = 2**13  # of an expert: time grows with them
+
 _BLOCK = 32  # columns, at least a group: their rows' Gram matrices cost arithmetic with its width
 _TURNS = 4  # of rows: more at once overshoot, since each is blind to what the others do
-_TOKENS, _CUDA_TOKENS = 2**12, 2**15  # of all experts that are walked together: on a CPU, what its cache holds
+_TOKENS, _CUDA_TOKENS = 2**12, 2**16  # of all experts that are walked together: on a CPU, what its cache holds
+_FEWEST = 2**10  # as many tokens are reckoned for any expert: its rows' Gram matrices take memory as well
 _PRIOR = 4.0  # times the width: as many tokens' worth of each projection's own error, against overfitting
 _DAMP = 1e-3  # of a Gram matrix's mean diagonal
 _ENOUGH = 16  # held-out tokens that may judge an expert
@@ -84,7 +89,7 @@ def _together(counts: list[int], limit: int) -> list[slice]:
     """Consecutive experts whose tokens, padded, are few enough to be walked together."""
     out, begin = [], 0
     for end in range(1, len(counts) + 1):
-        if end == len(counts) or max(counts[begin : end + 1]) * (end + 1 - begin) > limit:
+        if end == len(counts) or max(_FEWEST, *counts[begin : end + 1]) * (end + 1 - begin) > limit:
             out.append(slice(begin, end))
             begin = end
     return out
@@ -144,7 +149,8 @@ def _bytes(values: Tensor) -> torch.dtype:
 class _Walk:
     """Some experts on their way: parts, and for the tokens what gate and up give and how far the answer is off.
 
-    Tokens come last, [E, I, T] and [E, H, T], so that some rows of a projection are a block of memory.
+    Tokens come last, [E, I, T] and [E, H, T], so that some rows of a projection are a block of memory. While gate or up
+    is walked, `toward` [E, I, T] stands for `off`: downᵀ · off, which downᵀ · down brings up to date in less work.
     """
 
     def __init__(
@@ -189,42 +195,57 @@ class _Walk:
         self._keep_better(DOWN, new | {"codes": pack_nibbles(codes.contiguous())})
 
     def inner(self, name: str) -> None:
-        """Gate or up: blocks of columns, and in each of them the rows in turns."""
-        parts, size = self.parts[name], self.fmt.group_size
+        """Gate or up: panels of columns, blocks of a panel, and in each block the rows in turns."""
+        parts, down = self.parts[name], self.values[DOWN]
+        self.toward, self.cross = down.mT @ self.off, halves(down.mT @ down)
         grid, codes = Grid.of(parts, self.fmt), unpack_nibbles(parts["codes"])
         grid = Grid(grid.scale.clone(), grid.zero)
-        for now in (slice(*span) for span in spans(0, codes.shape[-1], max(size, _BLOCK))):
-            groups = slice(now.start // size, now.stop // size)
-            for rows in (slice(*span) for span in spans(0, codes.shape[1], -(-codes.shape[1] // _TURNS))):
-                place = (slice(None), rows, groups)
-                own = Grid(grid.scale[place], None if grid.zero is None else grid.zero[place])
-                codes[:, rows, now], grid.scale[place] = self._block(name, now, rows, codes[:, rows, now], own)
+        count, width = codes.shape[1:]
+        turns = [slice(*span) for span in spans(0, count, -(-count // _TURNS))]
+        for panel in (slice(*span) for span in spans(0, width, panel_of(codes))):
+            rest = (self.weights[name] - self.values[name]) @ self.prior[name][:, :, panel]
+            for now in (slice(*span) for span in spans(panel.start, panel.stop, max(self.fmt.group_size, _BLOCK))):
+                groups = slice(now.start // self.fmt.group_size, now.stop // self.fmt.group_size)
+                here, later = (slice(at.start - panel.start, at.stop - panel.start)
+                               for at in (now, slice(now.stop, panel.stop)))  # fmt: skip
+                pairs = _pairs(self.seen[:, :, now])
+                for rows in turns:
+                    own = grid.part(rows, groups)
+                    codes[:, rows, now], grid.scale[:, rows, groups], change = self._block(
+                        name, now, rows, codes[:, rows, now], own, rest[:, rows, here], pairs
+                    )
+                    rest[:, rows, later] -= change @ self.prior[name][:, now, now.stop : panel.stop]
         new = parts | {"codes": pack_nibbles(codes)}
         if self.fmt.scales_move:
             new |= {"scale": grid.stored_scale(parts)}
         self._keep_better(name, new)
 
-    def _block(self, name: str, now: slice, rows: slice, codes: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-        """Codes [E, R, B] and scales [E, R, G] of some rows and columns; brings up to date what follows from them."""
+    def _block(
+        self, name: str, now: slice, rows: slice, codes: Tensor, grid: Grid, rest: Tensor, pairs: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes [E, R, B] and scales [E, R, G] of some rows and columns, and how the values change [E, R, B]. Brings up
+        to date what follows from them.
+
+        Args:
+            rest: [E, R, B], what the values are off times the projection's own Gram matrix. pairs: of the columns.
+        """
         gate, up, tokens = self.given[GATE][:, rows], self.given[UP][:, rows], self.seen[:, :, now]
-        down, before = self.values[DOWN][:, :, rows], self._inner(rows)
+        before = self._inner(rows)
         slope = F.silu(gate) if name == UP else up * _silu_slope(gate)  # of the inner activation, [E, R, T]
-        pull = ((down.mT @ self.off) * slope) @ tokens  # [E, R, B]
-        gram = torch.stack([_row_grams(*pair) for pair in zip(tokens, slope, strict=True)])
-        reach = down.square().sum(1)
-        gram *= reach[..., None, None]
-        weight = slope.square()
+        pull = (self.toward[:, rows] * slope) @ tokens
+        reach = self.values[DOWN][:, :, rows].square().sum(1)
+        weight = slope.square_()
         doubt = weight.square().sum(-1) / weight.sum(-1).clamp(min=1e-30) * (_PRIOR * self.seen.shape[2] * reach)
-        prior = self.prior[name][:, :, now]
-        gram += doubt[..., None, None] * prior[:, None, now]
-        pull += doubt[..., None] * ((self.weights[name] - self.values[name])[:, rows] @ prior)
+        gram = _row_grams(pairs, weight) * reach[..., None, None]
+        gram += doubt[..., None, None] * self.prior[name][:, None, now, now]
+        pull += doubt[..., None] * rest
         new, scale = _improved(codes, grid, pull, _damped(gram), self.fmt, self.parts[name].get("global_scale"))
         values = Grid(scale, grid.zero).wide(self.fmt).decode(new, self.fmt)
         change = values - self.values[name][:, rows, now]
         self.given[name][:, rows] += change @ tokens.mT
         self.values[name][:, rows, now] = values
-        self.off.baddbmm_(down, self._inner(rows) - before, alpha=-1)
-        return new, scale
+        add_product(self.toward, part(self.cross, slice(None), rows), halves(before - self._inner(rows)))
+        return new, scale, change
 
 
 def _silu_slope(x: Tensor) -> Tensor:
@@ -232,19 +253,31 @@ def _silu_slope(x: Tensor) -> Tensor:
     return open_ * (1 + x * (1 - open_))
 
 
-def _row_grams(tokens_TB: Tensor, slope_RT: Tensor) -> Tensor:
-    """Σ a² x xᵀ for each row, [R, B, B]: one product with all pairs of columns, each pair once. They only say how steep
-    the error is, so on CUDA bfloat16 will do."""
-    width, device, columns = tokens_TB.shape[1], tokens_TB.device, tokens_TB.mT.contiguous()
-    first, second = torch.triu_indices(width, width, device=device)
-    pairs, weight = (columns[first] * columns[second]).mT, slope_RT.square()
-    if pairs.is_cuda:
-        sums = torch.mm(weight.to(torch.bfloat16), pairs.to(torch.bfloat16), out_dtype=torch.float32)
+def _pairs(tokens_ETB: Tensor) -> Tensor:
+    """Products of all pairs of columns, each pair once, [E, P, T]; on CUDA in bfloat16."""
+    columns = tokens_ETB.mT.contiguous()
+    first, second, _ = _triangle(columns.shape[1], columns.device)
+    return (columns[:, first] * columns[:, second]).to(half_dtype(columns.device))
+
+
+def _row_grams(pairs_EPT: Tensor, weight_ERT: Tensor) -> Tensor:
+    """Σ a² x xᵀ for each row and its weights a² of tokens, [E, R, B, B], as one product. They only say how steep the
+    error is, so on CUDA bfloat16 will do."""
+    if pairs_EPT.is_cuda:
+        sums = torch.bmm(weight_ERT.to(torch.bfloat16), pairs_EPT.mT, out_dtype=torch.float32)
     else:
-        sums = weight @ pairs
+        sums = weight_ERT @ pairs_EPT.mT
+    width = math.isqrt(2 * pairs_EPT.shape[1])
+    return sums[..., _triangle(width, pairs_EPT.device)[2]]
+
+
+@cache
+def _triangle(width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows and columns of a triangle with its diagonal, and where in it each place [width, width] of a matrix is."""
+    first, second = torch.triu_indices(width, width, device=device)
     place = torch.empty(width, width, dtype=torch.int64, device=device)
     place[first, second] = place[second, first] = torch.arange(len(first), device=device)
-    return sums[:, place]
+    return first, second, place
 
 
 def _damped(gram: Tensor) -> Tensor:
