@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,10 +94,22 @@ def keeps_fp8(container: str) -> bool:
     return container == NATIVE
 
 
+def ignore_qkv(config: dict[str, Any], stems: Iterable[str]) -> None:
+    """Name the q, k, v of these layers (`model.layers.0`) as bf16: under `quant_method: fp8` engines make FP8 modules
+    of all that is not ignored, so they are named as the module that engines build and as its parts."""
+    names = [f"{stem}.self_attn.{part}_proj" for stem in stems for part in ("qkv", "q", "k", "v")]
+    quantization = config["quantization_config"]
+    lists = [key for key in ("ignored_layers", "modules_to_not_convert") if quantization.get(key)]
+    for key in lists or ["ignored_layers"]:
+        quantization[key] = list(dict.fromkeys([*(quantization.get(key) or []), *names]))
+
+
 def output_config(
-    config: dict[str, Any], container: str, formats: dict[int, Format], carve_outs: dict[int, str]
-) -> dict[str, Any]:
-    """The source's config.json with the keys that the output changes. `formats`: MoE layer → format."""
+    config: dict[str, Any], container: str, formats: dict[int, Format], carve_outs: dict[int, str],
+    bf16_qkv: Sequence[int] = (),
+) -> dict[str, Any]:  # fmt: skip
+    """The source's config.json with the keys that the output changes. `formats`: MoE layer → format; `bf16_qkv`: layers
+    whose q, k, v become bf16 in a container that keeps others in FP8."""
     out = copy.deepcopy(config)
     if container == NATIVE:
         quantization = out["quantization_config"]
@@ -106,6 +118,8 @@ def output_config(
         if carve_outs:
             ignored = list(quantization.get("ignored_layers") or [])
             quantization["ignored_layers"] = ignored + [f"model.layers.{n}.mlp.experts" for n in sorted(carve_outs)]
+        if bf16_qkv:
+            ignore_qkv(out, [f"model.layers.{layer}" for layer in bf16_qkv])
         return out
     if out.get("attention_projection_layout") == "fused_qkv":
         out["attention_projection_layout"] = "split"

@@ -109,9 +109,12 @@ def make_plan(
     builder = UnitBuilder(layout, chosen, formats, carve_outs, chunk_bytes)
     units = builder.units()
     notes += _notes(layout, recipe, chosen, carve_outs)
+    if builder.bf16_qkv:
+        notes.append(f"FP8 q, k, v of layers {ranges(builder.bf16_qkv)} become bf16: vLLM puts the block scales of "
+                     "such a k and v on other rows")  # fmt: skip
     plan = Plan(
         layout, recipe, chosen, formats, carve_outs, units, side_files(index.folder), notes,
-        output_config(config, chosen, formats, carve_outs),
+        output_config(config, chosen, formats, carve_outs, builder.bf16_qkv),
     )  # fmt: skip
     metadata = dict(index.metadata) if chosen == NATIVE else {}
     return replace(plan, index_metadata=metadata | {"total_size": plan.tensor_bytes})

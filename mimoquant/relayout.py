@@ -36,7 +36,7 @@ import mimoquant
 from mimoquant.checkpoint.hf_files import MODELOPT_CONFIG_NAME, side_files
 from mimoquant.checkpoint.index import open_index, read_json_object, resolve_inside
 from mimoquant.checkpoint.writer import Entry, file_order
-from mimoquant.container import NATIVE
+from mimoquant.container import NATIVE, ignore_qkv
 from mimoquant.errors import CheckpointError, UsageError
 from mimoquant.model.geometry import Geometry
 from mimoquant.model.layout import PROJECTIONS, ModelLayout, Weight, read_layout
@@ -160,11 +160,7 @@ def _copies(weight: Weight) -> Iterator[Copy]:
 
 
 def _config(plan: RelayoutPlan) -> dict[str, Any]:
-    """config.json for the new layout.
-
-    Under `quant_method: fp8` engines make FP8 modules of all that is not ignored, so a qkv in bf16 is named there: as
-    the module that engines build (MTP: vLLM's name, which is that of the files, and SGLang's) and as its parts.
-    """
+    """config.json for the new layout. MTP's qkv has two names: vLLM's, which is that of the files, and SGLang's."""
     out = copy.deepcopy(plan.layout.config)
     if plan.target.fused_qkv:
         out["attention_projection_layout"] = "fused_qkv"
@@ -176,11 +172,7 @@ def _config(plan: RelayoutPlan) -> dict[str, Any]:
     if plan.layout.geometry.fp8 and stems:
         if any(stem.startswith("model.mtp.") for stem in stems):
             stems.append("model.decoder")
-        names = [f"{stem}.self_attn.{part}_proj" for stem in stems for part in _QKV_ROLES]
-        quantization = out["quantization_config"]
-        lists = [key for key in ("ignored_layers", "modules_to_not_convert") if quantization.get(key)]
-        for key in lists or ["ignored_layers"]:
-            quantization[key] = list(dict.fromkeys([*(quantization.get(key) or []), *names]))
+        ignore_qkv(out, stems)
     return out
 
 

@@ -115,6 +115,7 @@ class UnitBuilder:
     ) -> None:
         self.layout, self.container = layout, container
         self.formats, self.carve_outs, self.chunk_bytes = formats, carve_outs, chunk_bytes
+        self.bf16_qkv = layout.ragged_qkv_layers if keeps_fp8(container) else ()
 
     def units(self) -> list[Unit]:
         return lay_out({name: tuple(self._steps(name)) for name in self.layout.units}, self.layout.index.folder)
@@ -133,7 +134,8 @@ class UnitBuilder:
             geometry = self.layout.geometry
             sliding = layer is None or geometry.sliding[layer]  # MTP layers are sliding
             return [*reorder([weight], geometry, replace(geometry, fused_qkv=False), sliding=sliding, bf16=True)]
-        if not keeps_fp8(self.container) and weight.scale is not None:
+        widened = not keeps_fp8(self.container) or (layer in self.bf16_qkv and weight.role in ("q", "k", "v"))
+        if widened and weight.scale is not None:
             return [Dequantize(weight, (Entry(weight.name, "BF16", weight.info.shape),))]
         return [Copy(weight, info, (Entry(info.name, info.dtype, info.shape),)) for info in weight.infos]
 

@@ -45,7 +45,8 @@ from mimoquant.recipe import load_recipe
 from mimoquant.synth import SynthSizes, synth
 
 SIZES = SynthSizes(layers=6, hidden=512, experts=8, top_k=8, expert_intermediate=512, dense_intermediate=512,
-                   vocab=2048, heads=16, kv_heads=2, head_dim=192, v_head_dim=128, mtp_layers=0)  # fmt: skip
+                   vocab=2048, heads=16, kv_heads=2, swa_kv_heads=2, head_dim=192, v_head_dim=128,
+                   mtp_layers=0)  # fmt: skip
 LENGTHS = (96, 96, 96)
 TIMEOUT_S = 200  # of one engine, its kernels' compilation included
 SPOKEN = re.compile(r"(?:Using \S.*?(?:backend|Experts|Marlin|kernel|Method)\S*[^\n]*|\S*Marlin\S*[^\n]*)")
@@ -64,12 +65,13 @@ class Case:
 
 
 CASES = (
-    Case("flash"),
-    *(Case("flash", recipe) for recipe in ("int4-g128-mse", "int4-g32-mse", "mxfp4-mse", "nvfp4-mse")),
-    *(Case("pro", recipe) for recipe in ("int4-g128-mse", "mxfp4-mse", "nvfp4-mse")),
-    Case("pro", "mxfp4-mse", "native"),
+    Case("flash"), Case("pro"),
+    *(Case("flash", recipe) for recipe in ("int4-g128-mse", "int4-g32-mse", "nvfp4-mse")),
+    *(Case("pro", recipe) for recipe in ("int4-g128-mse", "nvfp4-mse")),
+    *(Case(source, "mxfp4-mse", container)
+      for source in ("flash", "pro") for container in ("native", "compressed-tensors")),
     Case("pro", "nvfp4-mse", "modelopt"),
-)
+)  # fmt: skip
 
 
 def with_remote_code(folder: Path) -> None:
@@ -127,13 +129,13 @@ def ask(folder: str, tp: int, out: str) -> None:
     np.save(out, np.stack(rows))
 
 
-def answered(folder: Path, tp: int, gpus: list[int], work: Path) -> tuple[np.ndarray | None, str]:
-    """vLLM's rows, or none, and its log."""
-    out, port = work / f"{folder.name}-tp{tp}.npy", 20000 + 64 * len(list(work.iterdir()))
-    log = work / f"{folder.name}-tp{tp}.log"
+def answered(folder: Path, tp: int, number: int, work: Path) -> tuple[np.ndarray | None, str]:
+    """vLLM's rows, or none, and its log. `number` tells the GPU and ports of an engine apart from others'."""
+    out, log = (work / f"{folder.name}-tp{tp}.{suffix}" for suffix in ("npy", "log"))
+    gpus = range(tp) if tp > 1 else [number % torch.cuda.device_count()]
     with log.open("w") as told, subprocess.Popen(
         [sys.executable, __file__, "--ask", str(folder), str(tp), str(out)], stdout=told, stderr=subprocess.STDOUT,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)), "VLLM_PORT": str(port)},
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)), "VLLM_PORT": str(20000 + 64 * number)},
         start_new_session=True,
     ) as engine:  # fmt: skip
         try:
@@ -144,8 +146,8 @@ def answered(folder: Path, tp: int, gpus: list[int], work: Path) -> tuple[np.nda
     return (np.load(out).astype(np.float64) if out.exists() else None), log.read_text(errors="replace")
 
 
-def row(case: Case, tp: int, gpu: int, work: Path, folders: dict[Case, Path], own: dict[Case, np.ndarray]) -> str:
-    theirs, log = answered(folders[case], tp, list(range(tp)) if tp > 1 else [gpu], work)
+def row(case: Case, tp: int, number: int, work: Path, folders: dict[Case, Path], own: dict[Case, np.ndarray]) -> str:
+    theirs, log = answered(folders[case], tp, number, work)
     spoken = sorted({" ".join(found.split())[:110] for found in SPOKEN.findall(log) if "Using" in found})
     if theirs is None:
         reason = [line for line in log.splitlines() if re.search(r"\b\w*Error\b", line)]
@@ -178,13 +180,12 @@ def judge(work: Path, options: argparse.Namespace) -> None:
     for layout in ("flash", "pro"):
         synth(work / layout, layout, sizes=SIZES)
     with_remote_code(work / "pro")
-    wanted = [case for case in CASES if any(text in str(case) for text in options.only) or case == CASES[0]]
+    wanted = [case for case in CASES if any(text in str(case) for text in options.only) or case.recipe is None]
     folders = {case: prepared(case, work) for case in wanted}
-    own = {case: ours(folder) for case, folder in folders.items()} | {Case("pro"): ours(work / "pro")}
-    gpus = max(1, torch.cuda.device_count())
+    own = {case: ours(folder) for case, folder in folders.items()}
     print("| output | TP | max abs Δ log p | KL to ours | KL to the source | kernels |\n|---|---|---|---|---|---|")
     with ThreadPoolExecutor(options.at_once) as pool:
-        jobs = [pool.submit(row, case, tp, number % gpus, work, folders, own)
+        jobs = [pool.submit(row, case, tp, number, work, folders, own)
                 for number, (tp, case) in enumerate(itertools.product(options.tp, wanted))]  # fmt: skip
         for job in as_completed(jobs):
             print(job.result(), flush=True)

@@ -63,6 +63,14 @@ class ModelLayout:
     def expert(self, layer: int, expert: int, projection: str) -> Weight:
         return self.experts[layer, expert, projection]
 
+    @property
+    def ragged_qkv_layers(self) -> tuple[int, ...]:
+        """Layers with split FP8 q, k, v of which q or k is not in whole blocks of 128 rows (V2-Flash's global ones)."""
+        return tuple(dict.fromkeys(
+            layer for layer in range(self.geometry.layers) for weight in self.units[f"layer {layer}"]
+            if weight.role in ("q", "k") and weight.scale and weight.scale.shape[0] * FP8_BLOCK != weight.info.shape[0]
+        ))  # fmt: skip
+
 
 def read_layout(
     index: CheckpointIndex, config: dict[str, Any], *, allow_unknown: bool = False, packed: bool = False

@@ -176,7 +176,7 @@ def _encode(values, block_scales, importance, global_scales, tried, steps, packe
         spoiled = (tl.max((held & 0x7F).to(tl.int32), axis=0) == 0x7F) | ~(tl.abs(unit) < float("inf"))
     else:
         x = from_bits(held.to(tl.uint32) << 16)
-        spoiled = tl.zeros_like(row) != 0
+        spoiled = tl.max((held & 0x7FFF).to(tl.int32), axis=0) >= 0x7F80  # `tl.max` of floats passes over NaN
     weigh = x
     if WEIGHTED:
         weigh = tl.load(importance + expert * groups * S + g[None, :] * S + s, mask=there[None, :], other=0.0)

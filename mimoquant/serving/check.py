@@ -7,6 +7,7 @@ compare what it would build with what the files hold.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -400,6 +401,17 @@ class _Check:
                 if heads % self.tp or (kv % self.tp and self.tp % kv):
                     yield Problem(c.REFUSED, f"{kind} attention: {heads} heads and {kv} KV heads do not split over TP "
                                   f"{self.tp}", "QKVParallelLinear")  # fmt: skip
+        tp = self.tp or 1
+        for rows in sorted(self.checkpoint.fp8_k_rows if self.checkpoint.qkv == c.SPLIT else ()):
+            if rows // tp % FP8_BLOCK:
+                stops = tp * math.ceil(rows / tp / FP8_BLOCK) > math.ceil(rows / FP8_BLOCK)
+                yield Problem(c.REFUSED if stops else c.CORRUPTED,
+                              f"self_attn: FP8 k of {rows} rows over TP {tp} is {rows / tp:g} a rank, no multiple of "
+                              f"the block of {FP8_BLOCK}: {self.label} "
+                              + ("stops at its scales" if stops else "puts v's scales on other rows"),
+                              "issue sglang#18003; adjust_block_scale_shard of vLLM 0.32 is the same",
+                              f"use a smaller attention TP and data parallelism, or {c.BF16_QKV}",
+                              other_tp=True)  # fmt: skip
         inner, tp = geometry.expert_intermediate, self.expert_tp or 1
         for group, source in sorted(self._groups().items()):
             if inner % tp or inner // tp % group:

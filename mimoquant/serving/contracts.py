@@ -140,11 +140,14 @@ SPLIT, FUSED_FP8, FUSED_BF16 = "split q, k, v", "fused FP8 qkv", "fused bf16 qkv
 CANONICAL_BF16, OTHER_FP8 = "fused bf16 [Q|K|V]", "fused FP8 qkv that is not in num_key_value_heads chunks"
 PLAIN_MXFP8 = "MXFP8 qkv as [Q|K|V]"  # of ModelOpt's releases
 DECLARED_SPLIT, RANKED_SPLIT = "attention_projection_layout 'split'", "split FP8 k with scale rows of its own per head"
+_OTHER_ROWS = "gets scales of other rows: k at a TP below the chunks, a part of v at TP as many as those"
+BF16_QKV = "mimoquant relayout --qkv split --dtype bf16"
 
 QKV: tuple[Row, ...] = (
     Row(VLLM, SPLIT, RIGHT, RUN, "0.32 on a CPU: KL 0"),
-    Row(VLLM, RANKED_SPLIT, RIGHT, UNVERIFIED, "published commands for V2-Flash use attention TP 4", tp="is the chunks",
-        otherwise=CORRUPTED, what="is sharded as if its scale rows were 128 rows each"),
+    Row(VLLM, RANKED_SPLIT, CORRUPTED, RUN, "0.26 on an H100 at TP 1 and 2 of 2 chunks: KL .0035 and .12, of which "
+        "such rows make .0027 and .12; adjust_block_scale_shard of 0.32 is the same",
+        what=_OTHER_ROWS, hint=BF16_QKV),
     Row(VLLM, FUSED_FP8, RIGHT, READ, "issue #42803, pull request #45200", until=(0, 24), tp="is the chunks",
         otherwise=CORRUPTED, what="is cut into equal parts, which puts rows of q where k and v belong"),
     Row(VLLM, FUSED_FP8, RIGHT, READ, "pull request #45200, release 0.24.0", since=(0, 24), until=(0, 32),
@@ -156,15 +159,15 @@ QKV: tuple[Row, ...] = (
          hint="write split q_proj, k_proj, v_proj: mimoquant relayout --qkv split"),
     Row(VLLM, CANONICAL_BF16, RIGHT, RUN, "0.32 on a CPU: KL 0; its MTP block is right at TP 1 only (read)"),
     Row(VLLM, OTHER_FP8, CORRUPTED, READ, "mimo_v2.py of 0.32, _shard_fp8_qkv_proj: ckpt_tp is num_key_value_heads",
-        what="is read as if it were", hint="mimoquant relayout --qkv split --dtype bf16"),
+        what="is read as if it were", hint=BF16_QKV),
     Row(VLLM, PLAIN_MXFP8, REFUSED, READ, "mimo_v2.py of 0.33, _shard_fp8_qkv_proj",
         what="makes it stop: any FP8 qkv_proj is taken for interleaved 128x128 blocks, whose scale has fewer rows",
         hint="write split q_proj, k_proj, v_proj"),
     Row(SGLANG, SPLIT, RIGHT, RUN, "the loader of 0.5.23 at TP 1, 2 and 4: difference 0.0"),
     Row(SGLANG, DECLARED_SPLIT, REFUSED, UNVERIFIED, "a source older than 0.5.23, which raises for this value",
         until=(0, 5, 23), what="may make it stop: expected 'fused_qkv' or unset"),
-    Row(SGLANG, RANKED_SPLIT, RIGHT, UNVERIFIED, "published commands for V2-Flash use attention TP 4",
-        tp="is the chunks", otherwise=CORRUPTED, what="is sharded as if its scale rows were 128 rows each"),
+    Row(SGLANG, RANKED_SPLIT, CORRUPTED, RUN, "the loader of 0.5.23 at TP 1 and 2: its scales, read in blocks of 128 "
+        "rows, are those of other rows, as in vLLM", what=_OTHER_ROWS, hint=BF16_QKV),
     Row(SGLANG, FUSED_FP8, RIGHT, RUN, "the loader of 0.5.23 at TP 1 and 2 of 2 chunks", tp="divides the chunks",
         what="stops the start: MiMoV2 fused qkv_proj checkpoint is TP-interleaved"),
     Row(SGLANG, FUSED_BF16, RIGHT, RUN, "the loader of 0.5.23: 33-38 % row error at TP 1 and 2 of 4",
@@ -174,7 +177,7 @@ QKV: tuple[Row, ...] = (
         tp="is the chunks", otherwise=CORRUPTED, what="is cut into equal parts, which puts rows of q where k belongs",
         hint="mimoquant relayout --qkv split"),
     Row(SGLANG, OTHER_FP8, CORRUPTED, READ, "model_config.py of 0.5.23: the chunks are num_key_value_heads",
-        what="is read as if it were", hint="mimoquant relayout --qkv split --dtype bf16"),
+        what="is read as if it were", hint=BF16_QKV),
     Row(SGLANG, PLAIN_MXFP8, CORRUPTED, READ, "mimo_v2.py of 0.5.23, load_mimo_v2_qkv_proj_weight", since=(0, 5, 23),
         what="is cut into ranks as if it were interleaved, for config.json says fused_qkv",
         hint="write split q_proj, k_proj, v_proj"),

@@ -52,6 +52,7 @@ class Served:
     missing: list[str]  # parts of a quantized expert that its format calls for
     linears: dict[str, str]  # module of every other matrix in decoder and MTP layers → dtype
     qkv: str  # a subject of contracts.QKV
+    fp8_k_rows: frozenset[int]  # of split k_proj in FP8, in blocks of 128 rows
     mtp_layers: int
     towers: bool
     input_scales: bool = False  # whether experts have what rounds their activations to 4 bits
@@ -126,11 +127,13 @@ def served(config: dict[str, Any], tensors: Mapping[str, Tensor], name: str, met
         for key, tensor in tensors.items()
         if _is_linear(key) and ".mlp.experts." not in key
     }
+    fp8_k_rows = frozenset(tensor.shape[0] for key, tensor in tensors.items()
+                           if key.endswith("self_attn.k_proj.weight") and f"{key}_scale_inv" in tensors)  # fmt: skip
     mtp = {key.split(".")[3] for key in tensors if key.startswith("model.mtp.layers.")}
     sizes: Counter[str] = Counter()
     for key, tensor in tensors.items():
         sizes[_kind(key)] += tensor.size_bytes
-    return Served(name, config, geometry, experts, missing, linears, _qkv(geometry, tensors), len(mtp),
+    return Served(name, config, geometry, experts, missing, linears, _qkv(geometry, tensors), fp8_k_rows, len(mtp),
                   any(key.startswith(TOWER_PREFIXES) for key in tensors),
                   any(key.endswith(".input_scale") for key in tensors), sizes)  # fmt: skip
 

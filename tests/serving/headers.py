@@ -43,15 +43,20 @@ def published_config(variant: str) -> dict[str, Any]:
 
 
 def output(
-    variant: str, form: str, carve_outs: dict[int, str] | None = None, experts: int | None = None
-) -> tuple[dict[str, Any], dict[str, Header]]:
+    variant: str, form: str, carve_outs: dict[int, str] | None = None, experts: int | None = None,
+    published_qkv: bool = False,
+) -> tuple[dict[str, Any], dict[str, Header]]:  # fmt: skip
     """config.json and headers of what `quantize` writes. `form`: a key of FORMATS. `experts`: so many a layer, not the
-    published number."""
+    published number. `published_qkv`: V2-Flash's global q, k, v stay FP8, as `quantize` leaves them nowhere."""
     source, fmt, kept = published_config(variant), FORMATS[form], carve_outs or {}
     source["n_routed_experts"] = experts or source["n_routed_experts"]
     container = form if form in CONTAINERS else "compressed-tensors"
     moe = read_geometry(source, variant).moe_layers
-    config = output_config(source, container, {n: fmt for n in moe if n not in kept}, kept)
+    shown = read_geometry(source, variant)
+    bf16_qkv = (
+        () if published_qkv or variant != "v2-flash" else [n for n in range(shown.layers) if not shown.sliding[n]]
+    )
+    config = output_config(source, container, {n: fmt for n in moe if n not in kept}, kept, bf16_qkv)
     geometry = read_geometry(config, variant, packed=True)
     tensors = {
         "model.embed_tokens.weight": Header("BF16", (geometry.vocab, geometry.hidden)),
@@ -60,7 +65,7 @@ def output(
     }
     for layer in range(geometry.layers):
         for row in _layer_rows(geometry, layer):
-            add(tensors, geometry, container, *row)
+            add(tensors, geometry, container, *row, bf16_qkv=layer in bf16_qkv)
         if geometry.moe[layer]:
             add_experts(tensors, geometry, container, fmt, layer, kept.get(layer))
     for mtp in range(3):
@@ -79,8 +84,10 @@ def add(
     role: str,
     dtypes: tuple[str, ...],
     shape: tuple[int, ...],
+    bf16_qkv: bool = False,
 ) -> None:
-    fp8 = container == NATIVE and dtypes[0] == "F8_E4M3" and role not in ("o", "mtp_projection")
+    kept = ("o", "mtp_projection", *(("q", "k", "v") if bf16_qkv else ()))
+    fp8 = container == NATIVE and dtypes[0] == "F8_E4M3" and role not in kept
     tensors[name] = Header("F8_E4M3" if fp8 else "F32" if "router" in role else "BF16", shape)
     if fp8:
         rows = scale_row_counts(geometry, role, shape[0])

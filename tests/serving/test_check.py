@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from headers import Header, at_scale, output
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import mimoquant
@@ -23,6 +25,7 @@ from mimoquant.serving import contracts
 from mimoquant.serving.check import Problem, check
 from mimoquant.serving.facts import planned, read_served, served
 from mimoquant.synth import SynthSizes, synth
+from mimoquant.verify import verify
 
 Headers = dict[str, Header]
 EXPERT = "model.layers.1.mlp.experts.0.gate_proj"
@@ -53,11 +56,7 @@ SOUND = [
 
 @pytest.mark.parametrize(("engine", "variant", "form", "tp"), SOUND)
 def test_a_sound_output_has_no_problem(engine: str, variant: str, form: str, tp: int | None) -> None:
-    found = check(at_scale(variant, form), engine, None, tp)
-    if (variant, form) == ("v2-flash", "native"):  # nobody here has tried it
-        assert all("not verified" in problem.text for problem in found)
-    else:
-        assert found == []
+    assert check(at_scale(variant, form), engine, None, tp) == []
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
@@ -279,10 +278,20 @@ def test_sglang_takes_a_kept_layer_for_mxfp4() -> None:
     assert found[0].verdict == "corrupted" and "layers 41" in found[0].text and "KeyError" in found[1].text
 
 
-def test_v2_flash_native_is_bound_to_its_ranks_and_not_verified() -> None:
-    for engine in ("vllm", "sglang"):
-        (problem,) = check(at_scale("v2-flash", "native"), engine, None, 8)
-        assert problem.verdict == "warning" and "must be 4" in problem.text and "not verified" in problem.text
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_v2_flash_in_fp8_does_not_split_over_8(engine: str) -> None:
+    (problem,) = check(at_scale("v2-flash", "native"), engine, None, 8)
+    assert problem.verdict == "refused" and "1536 rows over TP 8 is 192 a rank" in problem.text
+    assert check(at_scale("v2-flash", "native"), engine, None, 2) == []
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+@pytest.mark.parametrize("tp", [None, 1, 2, 4])
+def test_v2_flash_as_published_is_read_wrong_at_any_tp(engine: str, tp: int | None) -> None:
+    """Each head of a global k has scale rows of its own; engines lay scales out in blocks of 128 rows throughout."""
+    config, tensors = output("v2-flash", "native", experts=FEW, published_qkv=True)
+    (problem,) = check(served(config, tensors, "x", {}), engine, None, tp)
+    assert problem.verdict == "corrupted" and "scales of other rows" in problem.text and "relayout" in str(problem.hint)
 
 
 FLASH_CHANGES: list[tuple[str, Any, str]] = [
@@ -347,6 +356,24 @@ def test_a_plan_says_what_the_output_is(outputs: dict[str, Path]) -> None:
     for engine in contracts.ENGINES:
         assert check(before, engine, None, 2) == check(after, engine, None, 2)
     assert before.bytes_by_kind == after.bytes_by_kind
+
+
+def test_native_mxfp4_of_v2_flash_has_global_qkv_in_bf16(tmp_path: Path) -> None:
+    """In FP8, as the source has them, engines read them wrong."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    synth(source, "flash", sizes=SynthSizes(layers=6, expert_intermediate=256, head_dim=64))
+    assert [problem.verdict for problem in check(read_served(source), "vllm", None, 2)] == ["corrupted"]
+    plan = make_plan(source, load_recipe("mxfp4-rtn"))
+    assert plan.container == "native" and any("q, k, v of layers 0, 5 become bf16" in note for note in plan.notes)
+    pipeline.quantize(plan, out, device="cpu")
+    for engine in ("vllm", "sglang"):
+        assert check(read_served(out), engine, None, 1) == []
+    assert verify(out, source).ok
+    relayout = call("relayout", source, "--qkv", "split", "--dtype", "bf16", "--out", tmp_path / "bf16")
+    assert relayout.exit_code == 0, relayout.output
+    tensors = [{name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()
+                if "layers.5.self_attn" in name} for folder in (out, tmp_path / "bf16")]  # fmt: skip
+    assert all(torch.equal(value, tensors[0][name]) for name, value in tensors[1].items()), "two ways, one result"
 
 
 def test_verify_with_an_engine(outputs: dict[str, Path]) -> None:

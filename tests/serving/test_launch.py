@@ -84,7 +84,7 @@ def test_sglang_keeps_activations_of_modelopts_container_in_bf16() -> None:
         assert not told or command[command.index("--moe-runner-backend") + 1] == "marlin"
 
 
-def test_vllm_takes_v2_flash_native_at_tp_4_only() -> None:
+def test_vllm_takes_v2_flash_native_at_tp_4_at_most() -> None:
     layout = launch(at_scale("v2-flash", "native"), "vllm", "h100", 8).layout
     assert (layout.attention_tp, layout.dp, layout.ep) == (4, 2, True)
 
