@@ -41,14 +41,16 @@ def inspect(checkpoint: Folder, *, allow_unknown: bool = False) -> Facts:
 def plan(
     source: Folder, recipe: str, *, out: Folder | None = None, device: str = "auto", gpu_memory: float | None = None,
     data: Sequence[str] | None = None, sequences: int | None = None, tokens: int | None = None,
-    container: str | None = None, measure: bool = False, allow_unknown: bool = False,
+    refine: int | None = None, refine_layer: Sequence[int] | None = None, container: str | None = None,
+    measure: bool = False, allow_unknown: bool = False,
 ) -> Facts:  # fmt: skip
     """What `quantize` would do and need, and the result's size to the byte. Reads headers only.
 
     Args:
         recipe: a shipped recipe's name, or the path of a recipe file.
         gpu_memory: GB of the GPU's memory that may be used. out: on whose disk to look for room.
-        data, sequences, tokens: what to calibrate on, where the recipe says otherwise.
+        data, sequences, tokens: what to calibrate on, where the recipe says otherwise. refine, refine_layer: as for
+            `quantize`.
         measure: rehearse the plan's steps on one chunk of experts, to tell the time.
     Raises UsageError, RecipeError, CheckpointError.
     """
@@ -58,7 +60,7 @@ def plan(
 
     place = resolve_device(device)
     has = machine(place, gpu_memory)
-    changes = calibration_changes(data, sequences, tokens)
+    changes = calibration_changes(data, sequences, tokens, refine, refine_layer)
     made = fitted_plan(source, recipe, container, allow_unknown, changes, place, has)
     took = None
     if measure:

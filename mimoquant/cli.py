@@ -147,6 +147,8 @@ def plan(
     data: DataOption = None,
     sequences: SequencesOption = None,
     tokens: TokensOption = None,
+    refine: RefineOption = None,
+    refine_layer: RefineLayersOption = None,
     container: ContainerOption = None,
     measure: Annotated[bool, typer.Option("--measure", help="Rehearse one chunk of experts to tell the time.")] = False,
     as_json: JsonOption = False,
@@ -160,7 +162,8 @@ def plan(
         tell("note: rehearsing the plan's steps on one chunk of experts")
     facts = api.plan(
         source, recipe, out=out, device=device, gpu_memory=gpu_memory, data=data, sequences=sequences, tokens=tokens,
-        container=_value(container), measure=measure, allow_unknown=allow_unknown,
+        refine=refine, refine_layer=refine_layer, container=_value(container), measure=measure,
+        allow_unknown=allow_unknown,
     )  # fmt: skip
     _print(facts, describe.plan_text, as_json)
 

@@ -25,6 +25,10 @@ _USABLE = 0.94  # of a GPU's memory: the rest is the driver's, or lies between a
 _CONTROL_GROUP = Path("/sys/fs/cgroup")
 # How many float32 matrices of the shape of the Gram matrix, and of gate and up together, a method holds an expert.
 _WITH_GPTQ, _SEARCH_ONLY = (5, 7), (3, 4)
+# `--refine` (quant/reconstruct.py): tokens walked together, the fewest that an expert counts for, the most of one; a
+# block's columns, the share of rows that have a turn, and how many float32 matrices of a projection's shape it holds.
+REFINED_TOKENS, REFINED_FEWEST, REFINED_MOST = {"cpu": 2**12, "cuda": 2**16}, 2**10, 2**13
+REFINED_COLUMNS, REFINED_TURNS, _REFINED_MATRICES = 32, 4, 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +50,9 @@ def needs(plan: Plan, device: str = "cpu", ranks: int = 1) -> Needs:
     if plan.recipe.calibration is None:
         return Needs(host, 6 * source if cuda else 0)
     states, seen = _token_bytes(plan, ranks)
-    work = seen + max(_method_bytes(plan, largest_chunk(plan)), _forward_bytes(plan, largest_chunk(plan)))
+    experts = largest_chunk(plan)
+    work = seen + max(_method_bytes(plan, experts), _forward_bytes(plan, experts),
+                      _refine_bytes(plan, experts, "cuda" if cuda else "cpu"))  # fmt: skip
     if cuda:
         return Needs(host + states, work + 2**30)
     return Needs(host + _TORCH_BYTES + states + work, 0)
@@ -75,6 +81,21 @@ def _method_bytes(plan: Plan, experts: int) -> int:
     width, inner = plan.layout.geometry.hidden, plan.layout.geometry.expert_intermediate
     squares, matrices = _WITH_GPTQ if plan.recipe.expert_method().gptq else _SEARCH_ONLY
     return experts * 4 * (squares * width**2 + matrices * 2 * inner * width)
+
+
+def _refine_bytes(plan: Plan, experts: int, device: str) -> int:
+    """A chunk, its Gram matrices and, of the experts that are refined together, what they hold and their tokens."""
+    held, geometry = plan.recipe.calibration, plan.layout.geometry
+    if held is None or not held.reconstruct:
+        return 0
+    width, inner = geometry.hidden, geometry.expert_intermediate
+    most = max(REFINED_TOKENS[device], REFINED_MOST)
+    tokens = min(most, 2 * _tokens(plan) * geometry.top_k * experts // geometry.experts)
+    block = max(REFINED_COLUMNS, *(fmt.group_size for fmt in plan.formats.values()))
+    matrices = _REFINED_MATRICES * inner * width + width**2 + 4 * inner**2 + 3 * inner // REFINED_TURNS * block**2
+    return (experts * (4 * (width**2 + inner**2) + 18 * inner * width)
+            + 4 * min(experts, REFINED_TOKENS[device] // REFINED_FEWEST) * matrices
+            + 4 * tokens * (4 * width + 5 * inner))  # fmt: skip
 
 
 def _forward_bytes(plan: Plan, experts: int) -> int:

@@ -29,6 +29,7 @@ from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.devices import make_engine
 from mimoquant.layer_weights import read_experts
 from mimoquant.model.layout import PROJECTIONS
+from mimoquant.needs import REFINED_MOST
 from mimoquant.pipeline import WRITE_LANES, Parts
 from mimoquant.plan import Plan
 from mimoquant.quant.cast import cast
@@ -159,13 +160,21 @@ def _calibrated_seconds(
     few = replace(step, end=step.end if device.startswith("cuda") else step.begin + 1)
     count = few.end - few.begin
     attention, folding = _attention_seconds(walk, step.layer)
-    choice, method, rows = _expert_seconds(walk, few, {name: _first(stack, count) for name, stack in stacks.items()})
+    own = {name: _first(stack, count) for name, stack in stacks.items()}
+    walk.settings = replace(held, reconstruct=0)
+    choice, method, rows = _expert_seconds(walk, few, own)
     routed = max(1, sum(walk.facts.tokens[few.begin : few.end])) / sum(walk.facts.tokens)
     scale = held.sequences * held.tokens / rehearsed
+    refined = [layer for layer in plan.formats if held.reconstructs(layer)]
+    refining = 0.0
+    if refined:
+        walk.settings = replace(held, reconstruct_layers=())
+        of_expert = max(1.0, min(scale, REFINED_MOST / max(1, max(walk.facts.tokens))))
+        refining = of_expert * max(0.0, _encode_seconds(walk, few, own) - method - rows) / count
     of_tokens = scale * (geometry.layers * attention + len(geometry.moe_layers) * rows / routed)
     sample = min(SAMPLE_EXPERTS, step.end - step.begin)
     of_layer = folding + (choice * sample + method * geometry.experts) / count
-    return of_tokens + len(plan.formats) * of_layer
+    return of_tokens + len(plan.formats) * of_layer + len(refined) * refining * geometry.experts
 
 
 def _walk_to(plan: Plan, reader: CheckpointReader, device: str, layer: int) -> tuple[Calibrator, int]:
@@ -201,8 +210,8 @@ def _expert_seconds(walk: Calibrator, few: Experts, stacks: dict[str, Stack]) ->
 
     geometry = walk.plan.layout.geometry
     _warm_up(walk, few)
-    first = _seconds(walk, lambda: walk.encode([few], stacks))
-    again = _seconds(walk, lambda: walk.encode([few], stacks))  # the shrinkage is chosen once a layer
+    first = _encode_seconds(walk, few, stacks)
+    again = _encode_seconds(walk, few, stacks)  # the shrinkage is chosen once a layer
     chunk, seen = walk.chunk(few, stacks), walk.tokens.seen[0]
 
     def pass_on() -> None:
@@ -212,6 +221,10 @@ def _expert_seconds(walk: Calibrator, few: Experts, stacks: dict[str, Stack]) ->
 
     rows = _seconds(walk, pass_on)
     return max(0.0, first - again), max(0.0, again - rows), rows
+
+
+def _encode_seconds(walk: Calibrator, few: Experts, stacks: dict[str, Stack]) -> float:
+    return _seconds(walk, lambda: walk.encode([few], stacks))
 
 
 def _seconds(walk: Calibrator, work: Callable[[], object]) -> float:

@@ -51,7 +51,7 @@ ALLOWED: dict[str, set[str]] = {
     "relayout": {"errors", "checkpoint", "container", "model", "plan", "recipe", "reorder", "units"},
     "deal": {"plan", "units"},
     "needs": {"errors", "model.layout", "plan", "units"},
-    "rehearsal": {"calibrated", "calibration", "checkpoint", "devices", "layer_weights", "model.layout",
+    "rehearsal": {"calibrated", "calibration", "checkpoint", "devices", "layer_weights", "model.layout", "needs",
                   "pipeline", "plan", "quant", "units"},
     "portions": {"model", "model_weights", "team"},
     "calibrated": {"errors", "calibration", "checkpoint.reader", "layer_weights", "model", "model_weights", "plan",

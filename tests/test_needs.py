@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import mimoquant
 from mimoquant import needs as module
 from mimoquant.needs import Machine, fitting_plan, largest_chunk, machine, needs, refusal
 from mimoquant.plan import Plan, make_plan
+from mimoquant.quant import reconstruct
 from mimoquant.recipe import load_recipe
 from mimoquant.synth import SynthSizes, synth
 from mimoquant.synth_files import ShardFiles
@@ -75,6 +77,23 @@ def test_needs_grow_with_tokens_and_shrink_with_ranks() -> None:
     assert needs(few).gpu_bytes == 0 < needs(few, "cuda").gpu_bytes < needs(many, "cuda").gpu_bytes
     plain = planned(MICRO, "mxfp4-rtn")
     assert needs(plain).host_bytes < needs(few).host_bytes
+
+
+def test_a_joint_refinement_is_reckoned_and_keeps_to_its_sum(tmp_path: Path) -> None:
+    changes = {"sequences": 32, "tokens": 64}
+    plain, refined = (planned(MICRO, "gptq-mxfp4", reconstruct=rounds, **changes) for rounds in (0, 1))
+    on_gpu = [needs(replace(plan, recipe=plan.recipe.calibrated_on({"sequences": 4096, "tokens": 512})), "cuda")
+              for plan in (plain, refined)]  # fmt: skip
+    assert on_gpu[0].gpu_bytes < on_gpu[1].gpu_bytes
+    options = [text for name, value in changes.items() for text in (f"--{name}", str(value))]
+    done = quantize(MICRO, tmp_path / "out", needs(refined).host_bytes, "-r", "gptq-mxfp4", "--refine", "1", *options)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_sum_of_a_refinement_knows_its_constants() -> None:
+    assert tuple(module.REFINED_TOKENS.values()) == (reconstruct._TOKENS, reconstruct._CUDA_TOKENS)
+    assert (reconstruct._FEWEST, reconstruct.MOST_TOKENS) == (module.REFINED_FEWEST, module.REFINED_MOST)
+    assert (reconstruct._BLOCK, reconstruct._TURNS) == (module.REFINED_COLUMNS, module.REFINED_TURNS)
 
 
 def test_chunks_are_the_largest_that_fit_the_gpu(sparse: Path) -> None:
