@@ -166,11 +166,7 @@ def _calibrated_seconds(
     routed = max(1, sum(walk.facts.tokens[few.begin : few.end])) / sum(walk.facts.tokens)
     scale = held.sequences * held.tokens / rehearsed
     refined = [layer for layer in plan.formats if held.reconstructs(layer)]
-    refining = 0.0
-    if refined:
-        walk.settings = replace(held, reconstruct_layers=())
-        of_expert = max(1.0, min(scale, REFINED_MOST / max(1, max(walk.facts.tokens))))
-        refining = of_expert * max(0.0, _encode_seconds(walk, few, own) - method - rows) / count
+    refining = _refining_seconds(walk, few, own, held.reconstruct, scale) / count if refined else 0.0
     of_tokens = scale * (geometry.layers * attention + len(geometry.moe_layers) * rows / routed)
     sample = min(SAMPLE_EXPERTS, step.end - step.begin)
     of_layer = folding + (choice * sample + method * geometry.experts) / count
@@ -221,6 +217,17 @@ def _expert_seconds(walk: Calibrator, few: Experts, stacks: dict[str, Stack]) ->
 
     rows = _seconds(walk, pass_on)
     return max(0.0, first - again), max(0.0, again - rows), rows
+
+
+def _refining_seconds(walk: Calibrator, few: Experts, stacks: dict[str, Stack], rounds: int, scale: float) -> float:
+    """Of the joint refinement of these experts, each with as many tokens as one will have on average: those of the
+    rehearsal, again and again."""
+    own = max(1, sum(walk.facts.tokens[few.begin : few.end])) / (few.end - few.begin)
+    wanted = min(REFINED_MOST, scale * sum(walk.facts.tokens) / len(walk.facts.tokens))
+    walk.tokens.seen = [blocks * max(1, round(wanted / own)) for blocks in walk.tokens.seen]
+    without = _encode_seconds(walk, few, stacks)
+    walk.settings = replace(walk.settings, reconstruct=rounds, reconstruct_layers=())
+    return max(0.0, _encode_seconds(walk, few, stacks) - without)
 
 
 def _encode_seconds(walk: Calibrator, few: Experts, stacks: dict[str, Stack]) -> float:
