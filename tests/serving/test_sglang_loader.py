@@ -12,14 +12,19 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from engine_cases import CASES, PYTHON, Tensors, damaged, hub_order, slug
+from engine_cases import CASES, PYTHON, Tensors, damaged, hub_order, slug, with_remote_code
 from safetensors.torch import load_file
 
+from mimoquant import pipeline
+from mimoquant.plan import make_plan
+from mimoquant.recipe import load_recipe
 from mimoquant.serving.check import check
 from mimoquant.serving.facts import read_served
+from mimoquant.synth import SynthSizes, synth
 
 pytestmark = pytest.mark.engine
 HERE = Path(__file__).parent
@@ -66,20 +71,28 @@ class Loads:
 
 
 @pytest.fixture(scope="module")
-def loads(engine_outputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Loads:
+def sglang() -> None:
     if not PACKAGE.exists():
         pytest.skip("SGLang's package is missing (scripts/setup_sglang)")
+
+
+@pytest.fixture(scope="module")
+def loads(sglang: None, engine_outputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Loads:
     base, folders = tmp_path_factory.mktemp("sglang"), dict(engine_outputs)
     folders[CUT] = folders["native MXFP4"]
     folders[HUB] = damaged(folders["int4 g32"], base / "hub-order", hub_order)
     jobs = [{"checkpoint": str(folders[name]), "tp": tp, "ep": ep_of(name, tp), "out": str(base / f"{slug(name)}-{tp}"),
              "backend": "marlin" if "ModelOpt" in name else "auto"} for name, tp in JOBS]  # fmt: skip
+    run_loader(jobs, base)
+    return Loads(folders, base)
+
+
+def run_loader(jobs: list[dict[str, Any]], base: Path) -> None:
     (base / "jobs.json").write_text(json.dumps(jobs))
     done = subprocess.run([PYTHON, HERE / "sglang_loader.py", base / "jobs.json"], cwd=base, text=True,
                           capture_output=True, env=os.environ | {"PYTHONPATH": str(PACKAGE), "OMP_NUM_THREADS": "1"},
                           check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    return Loads(folders, base)
 
 
 # --- what a rank must hold --------------------------------------------------------------------------------------------
@@ -202,3 +215,37 @@ def test_bf16_in_the_hubs_order_is_right_at_its_own_tp_only(tp: int, loads: Load
 def test_native_experts_are_cut_in_whole_fp8_blocks_only(loads: Loads) -> None:
     assert loads.rank(CUT, 2, 0) is None and "not divisible by weight quantization block_n = 128" in loads.log(CUT, 2)
     assert "refused" in loads.verdicts(CUT, 2)
+
+
+def as_mimo_v2(folder: Path) -> Path:
+    """V2-Flash's layout under the model type whose config this SGLang takes beside newer transformers."""
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "mimo_v2", "architectures": ["MiMoV2ForCausalLM"], "attention_projection_layout": "split"}
+    for key in ("rope_parameters", "layer_types", "mlp_layer_types"):
+        config.pop(key, None)
+    (folder / "config.json").write_text(json.dumps(config))
+    return with_remote_code(folder)
+
+
+def test_scales_of_v2_flashs_global_k_and_v_land_on_other_rows(sglang: None, tmp_path: Path) -> None:
+    """Each head of a published global k has scale rows of its own. Read in blocks of 128 rows, as kernels do, what
+    SGLang lays out is another k, or v at as many ranks as heads; what `quantize` writes is right."""
+    source, out = tmp_path / "source", tmp_path / "native"
+    synth(source, "flash", sizes=SynthSizes(layers=3, heads=4, kv_heads=2, swa_kv_heads=4, head_dim=192, v_head_dim=128,
+                                            expert_intermediate=256, mtp_layers=0))  # fmt: skip
+    pipeline.quantize(make_plan(source, load_recipe("mxfp4-rtn")), out, device="cpu")
+    meant = {name: values for path in out.glob("*.safetensors") for name, values in load_file(path).items()}
+    jobs = [{"checkpoint": str(as_mimo_v2(folder)), "tp": tp, "ep": tp, "backend": "auto",
+             "out": str(tmp_path / f"{folder.name}-{tp}")} for folder in (source, out) for tp in (1, 2)]  # fmt: skip
+    run_loader(jobs, tmp_path)
+    for job in jobs:
+        have = load_file(Path(job["out"]) / "rank0.safetensors")
+        rows = have["model.layers.0.self_attn.qkv_proj.weight"].float()
+        scale = have.get("model.layers.0.self_attn.qkv_proj.weight_scale_inv")
+        if scale is not None:
+            rows = rows * scale.repeat_interleave(128, 0)[: len(rows)].repeat_interleave(128, 1)
+        parts = [meant[f"model.layers.0.self_attn.{part}_proj.weight"].chunk(job["tp"])[0].float() for part in "qkv"]
+        for part, found, values in zip("qkv", rows.split([len(part) for part in parts]), parts, strict=True):
+            wrong = scale is not None and part == {1: "k", 2: "v"}[job["tp"]]
+            off = float((found - values).norm() / values.norm())
+            assert off > 0.02 if wrong else off < 0.005, (job["out"], part, off)
