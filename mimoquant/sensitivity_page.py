@@ -35,6 +35,7 @@ from mimoquant.report_page import (
 Facts = dict[str, Any]
 HEIGHT = 220  # pixels of a plot
 NAMED = 5  # experts named beside a layer, at most
+REFINED = 3  # layers named for `quantize --refine`, which takes time and no bytes
 
 PAGE_CSS = """
 .alone,.o0{fill:#2563b8}.gain,.o1{fill:#b3500b}.o2{fill:#176639}.o3{fill:#7a3fb0}.o4{fill:#8a8f98}
@@ -143,6 +144,9 @@ def sensitivity_text(facts: Facts) -> str:
     lines += [f"note: layer {of['layer']}: {remarks(of)}" for of in facts["layers"] if remarks(of)]
     points = [(of["option"], size(of["bytes"]), number(of["predicted"])) for of in facts["uniform"]]
     lines += ["", *table(("everywhere", "size", "J predicted"), points)]
+    if facts["calibration"]:
+        worst = " ".join(f"--refine-layer {of['layer']}" for of in ranked(facts)[:REFINED])
+        lines += ["", f"in the same bytes: quantize --refine 1 {worst}"]
     return "\n".join(line.rstrip() for line in lines)
 
 

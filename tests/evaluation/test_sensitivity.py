@@ -418,3 +418,7 @@ def test_the_text_fits_a_terminal(found: tuple[dict[str, Any], Path]) -> None:
     text = sensitivity_text(found[0])
     assert max(map(len, text.splitlines())) <= 100
     assert text.startswith("CHOSEN") and "predicted" in text and "measured" in text
+    assert "--refine" not in text, "there is no calibrated method to refine after"
+    first, second, third, *_ = (layer["layer"] for layer in ranked(found[0]))
+    refined = sensitivity_text(found[0] | {"calibration": {"sequences": 16}}).splitlines()[-1]
+    assert refined.endswith(f"--refine 1 --refine-layer {first} --refine-layer {second} --refine-layer {third}")
