@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from engine_cases import HEAD, PYTHON
 from padded_twin import padded_twin
+from safetensors.torch import load_file, save_file
 
 import mimoquant
 from mimoquant.calibration.tokens import TokenSet, load_tokens
@@ -27,6 +29,7 @@ from mimoquant.model.drafter import open_drafter
 pytestmark = pytest.mark.engine
 MICRO = mimoquant.micro_checkpoint()
 SEQUENCES, PROMPT, NEW = 14, 96, 160
+DRAFTER = "dflash_draft_model.safetensors"
 # Of blocks: no longer than the drafter's window, so that nothing hangs on how an engine counts it.
 SHORT_SEQUENCES, SHORT_PROMPT, SHORT_NEW = 56, 16, 40
 
@@ -91,16 +94,26 @@ def test_vllm_accepts_what_we_say(tmp_path: Path) -> None:
     assert 0.5 < accepted / drafted < 0.95
 
 
+def with_one_key_norm(folder: Path) -> Path:
+    """The shipped drafter, with the first layer's norm of keys in all layers: vLLM's kernel for CPUs takes that one for
+    the context's keys of every layer. (Ours, made to do so, drafts as vLLM does with the shipped one.)"""
+    shutil.copytree(mimoquant.micro_drafter(), folder)
+    tensors = load_file(folder / DRAFTER)
+    for name in [name for name in tensors if name.endswith("self_attn.k_norm.weight")]:
+        tensors[name] = tensors["layers.0.self_attn.k_norm.weight"].clone()
+    save_file(tensors, folder / DRAFTER, {"format": "pt"})
+    return folder
+
+
 def test_vllm_accepts_of_blocks_what_we_say(tmp_path: Path) -> None:
     prompts = prompts_of(SHORT_SEQUENCES, SHORT_PROMPT)
-    twin, folder = padded_twin(MICRO, tmp_path / "twin", HEAD), mimoquant.micro_drafter()
+    twin, folder = padded_twin(MICRO, tmp_path / "twin", HEAD), with_one_key_norm(tmp_path / "drafter")
     blocks = Blocks(*open_drafter(folder))
     told = told_by_vllm(tmp_path, twin, prompts, SHORT_NEW, blocks.depth + 1, {
         "method": "dflash", "model": str(folder), "num_speculative_tokens": blocks.depth})  # fmt: skip
     match = matches(twin, prompts, told["generated"], blocks)
     drafted, accepted = np.sum([counted_blocks(row) for row in match], axis=0)
     print(f"\nvLLM drafted {told['drafted']}, accepted {told['accepted']}; ours {drafted}, {accepted}")
-    # A small drafter's two favourites are often a hundredth of a logit apart; in a few of 1,700 steps vLLM takes the
-    # other one; RESULTS.md has what is known of it.
-    assert abs(drafted - told["drafted"]) <= 0.005 * drafted and abs(accepted - told["accepted"]) <= 0.03 * accepted
+    tie = blocks.depth + 1  # may fall either way, and moves all steps after it
+    assert abs(drafted - told["drafted"]) <= tie and abs(accepted - told["accepted"]) <= tie
     assert accepted / (drafted / blocks.depth) > 0.15
