@@ -43,6 +43,7 @@ T = TypeVar("T")
 
 TOKENS = {"cpu": 2**11, "cuda": 2**16}  # of a rehearsal: enough for a GPU to be busy with, and not to wait for kernels
 _READ_S, _MOST_CHUNKS = 0.3, 8  # how long the source is read, and how much of it at most
+_MOST_TIMES = 64  # that tokens of a rehearsal stand for more of them
 _SMALL = 256  # side of the matrices that compilers are warmed up with
 
 
@@ -157,10 +158,10 @@ def _calibrated_seconds(
     held, geometry = plan.recipe.calibration, plan.layout.geometry
     assert held is not None
     walk, rehearsed = _walk_to(plan, reader, device, step.layer)
-    few = replace(step, end=step.end if device.startswith("cuda") else step.begin + 1)
-    count = few.end - few.begin
     attention, folding = _attention_seconds(walk, step.layer)
-    own = {name: _first(stack, count) for name, stack in stacks.items()}
+    few = step if device.startswith("cuda") else _ordinary_expert(step, walk.facts.tokens)
+    count, place = few.end - few.begin, slice(few.begin - step.begin, few.end - step.begin)
+    own = {name: _some(stack, place) for name, stack in stacks.items()}
     walk.settings = replace(held, reconstruct=0)
     choice, method, rows = _expert_seconds(walk, few, own)
     routed = max(1, sum(walk.facts.tokens[few.begin : few.end])) / sum(walk.facts.tokens)
@@ -224,7 +225,8 @@ def _refining_seconds(walk: Calibrator, few: Experts, stacks: dict[str, Stack], 
     rehearsal, again and again."""
     own = max(1, sum(walk.facts.tokens[few.begin : few.end])) / (few.end - few.begin)
     wanted = min(REFINED_MOST, scale * sum(walk.facts.tokens) / len(walk.facts.tokens))
-    walk.tokens.seen = [blocks * max(1, round(wanted / own)) for blocks in walk.tokens.seen]
+    times = min(_MOST_TIMES, max(1, round(wanted / own)))
+    walk.tokens.seen = [blocks * times for blocks in walk.tokens.seen]
     without = _encode_seconds(walk, few, stacks)
     walk.settings = replace(walk.settings, reconstruct=rounds, reconstruct_layers=())
     return max(0.0, _encode_seconds(walk, few, stacks) - without)
@@ -245,8 +247,15 @@ def _seconds(walk: Calibrator, work: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def _first(stack: Stack, count: int) -> Stack:
-    return Stack(stack.values[:count], None if stack.scales is None else stack.scales[:count])
+def _some(stack: Stack, place: slice) -> Stack:
+    return Stack(stack.values[place], None if stack.scales is None else stack.scales[place])
+
+
+def _ordinary_expert(step: Experts, tokens: Sequence[int]) -> Experts:
+    """That one of a chunk whose number of tokens is nearest to what experts have on average."""
+    average = sum(tokens) / len(tokens)
+    expert = min(range(step.begin, step.end), key=lambda expert: abs(tokens[expert] - average))
+    return replace(step, begin=expert, end=expert + 1)
 
 
 def _warm_up(walk: Calibrator, step: Experts) -> None:
