@@ -8,14 +8,19 @@ import typer
 
 from mimoquant.choices import Container
 from mimoquant.progress import hush
+from mimoquant.shipped import shipped_recipes, shipped_sets
+
+DEVICES = ["auto", "cpu", "cuda"]
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 QuietOption = Annotated[
     bool, typer.Option("--quiet", "-q", callback=hush, help="Say nothing on stderr but errors and hints.")
 ]
 RecipeOption = Annotated[
-    str, typer.Option("--recipe", "-r", help="A shipped recipe's name, or a recipe file.", metavar="NAME|FILE")
-]
+    str,
+    typer.Option("--recipe", "-r", help="A shipped recipe's name, or a recipe file.", metavar="NAME|FILE",
+                 autocompletion=shipped_recipes),
+]  # fmt: skip
 VersionOption = Annotated[
     str | None, typer.Option(help="Of the engine; by default the newest that is known here.", metavar="X")
 ]
@@ -23,13 +28,17 @@ UnknownOption = Annotated[bool, typer.Option("--allow-unknown", help="Copy tenso
 ContainerOption = Annotated[
     Container | None, typer.Option(help="How the experts are stored; by default what fits the format.")
 ]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda; the same bytes without calibration.")]
+DeviceOption = Annotated[
+    str, typer.Option(help="auto, cpu or cuda; the same bytes without calibration.", autocompletion=lambda: DEVICES)
+]
 GpuMemoryOption = Annotated[
     float | None, typer.Option(min=0.1, help="At most so much of it; smaller chunks follow.", metavar="GB")
 ]
 DataOption = Annotated[
-    list[str] | None, typer.Option(help="What to calibrate on, instead of the recipe's.", metavar="SET|FILE")
-]
+    list[str] | None,
+    typer.Option(help="What to calibrate on, instead of the recipe's.", metavar="SET|FILE",
+                 autocompletion=shipped_sets),
+]  # fmt: skip
 SequencesOption = Annotated[int | None, typer.Option(min=1, help="Of calibration tokens, at most.")]
 TokensOption = Annotated[int | None, typer.Option(min=2, help="Of each sequence.")]
 RefineOption = Annotated[
@@ -39,10 +48,11 @@ RefineLayersOption = Annotated[
     list[int] | None, typer.Option("--refine-layer", min=0, help="Only there; repeatable.", metavar="LAYER")
 ]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
-PlaceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+PlaceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.", autocompletion=lambda: DEVICES)]
 HeldOutOption = Annotated[
     list[str] | None,
-    typer.Option(help="A shipped set, or .jsonl, .txt, .npy, dataset folder; repeatable.", metavar="SET|FILE"),
-]
+    typer.Option(help="A shipped set, or .jsonl, .txt, .npy, dataset folder; repeatable.", metavar="SET|FILE",
+                 autocompletion=shipped_sets),
+]  # fmt: skip
 HeldOutSequencesOption = Annotated[int | None, typer.Option(min=1, help="At most so many; by default all.")]
 HeldOutTokensOption = Annotated[int, typer.Option(min=2, help="Of each sequence.")]

@@ -31,6 +31,7 @@ from mimoquant.recipe_calibration import (
     match_name,
     parse_calibration,
 )
+from mimoquant.shipped import recipes_folder, shipped_recipes
 
 VERSION = 1
 MAX_RECIPE_BYTES = 1_000_000
@@ -172,17 +173,6 @@ class Recipe:
             block["signed_scales"] = self.signed_scales
         block["carve_outs"] = dict(sorted(self.carve_outs.items()))
         return {"default_stage": {"default_modifiers": modifiers}, "mimoquant": block}
-
-
-def recipes_folder() -> Path:
-    """The shipped recipes: beside the package in a checkout, inside it when installed from a wheel."""
-    package = Path(__file__).parent
-    inside = package / "recipes"
-    return inside if inside.is_dir() else package.parent / "recipes"
-
-
-def shipped_recipes() -> list[str]:
-    return sorted(path.stem for path in recipes_folder().glob("*.yaml"))
 
 
 def load_recipe(name_or_file: str) -> Recipe:

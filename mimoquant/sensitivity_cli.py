@@ -21,6 +21,7 @@ from mimoquant.options import (
 )
 from mimoquant.page_files import check_writable, write_page
 from mimoquant.progress import Lines, hint_to_resume, tell
+from mimoquant.shipped import shipped_recipes, shipped_sets
 
 if TYPE_CHECKING:
     from mimoquant.calibration.tokens import TokenSet
@@ -30,12 +31,23 @@ if TYPE_CHECKING:
 def sensitivity(
     source: Annotated[Path, typer.Argument(help="The checkpoint to quantize.", metavar="SOURCE")],
     recipe: Annotated[
-        str, typer.Option("--recipe", "-r", help="Of one format; its method is used for all.", metavar="NAME|FILE")
+        str,
+        typer.Option(
+            "--recipe",
+            "-r",
+            help="Of one format; its method is used for all.",
+            metavar="NAME|FILE",
+            autocompletion=shipped_recipes,
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The recipe to write; must not exist.", metavar="FILE")],
     data: Annotated[
         list[str] | None,
-        typer.Option(help="What J is measured on: a shipped set or a file; repeatable.", metavar="SET|FILE"),
+        typer.Option(
+            help="What J is measured on: a shipped set or a file; repeatable.",
+            metavar="SET|FILE",
+            autocompletion=shipped_sets,
+        ),
     ] = None,
     sequences: Annotated[int, typer.Option(min=4, help="At most so many.")] = 56,
     tokens: HeldOutTokensOption = 512,

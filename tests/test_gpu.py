@@ -10,7 +10,8 @@ import torch
 import mimoquant
 from mimoquant import pipeline
 from mimoquant.plan import make_plan
-from mimoquant.recipe import load_recipe, shipped_recipes
+from mimoquant.recipe import load_recipe
+from mimoquant.shipped import shipped_recipes
 
 pytestmark = [
     pytest.mark.gpu,

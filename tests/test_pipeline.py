@@ -24,7 +24,8 @@ from mimoquant.describe import drafter_facts, layout_facts, layout_text
 from mimoquant.errors import CheckpointError, UsageError
 from mimoquant.plan import Plan, make_plan
 from mimoquant.quant.engine_torch import TorchEngine
-from mimoquant.recipe import load_recipe, parse_recipe, shipped_recipes
+from mimoquant.recipe import load_recipe, parse_recipe
+from mimoquant.shipped import shipped_recipes
 from mimoquant.verify import verify
 
 MICRO = mimoquant.micro_checkpoint()

@@ -17,7 +17,8 @@ from mimoquant.container import CONTAINERS, EXPERT_TARGET
 from mimoquant.errors import RecipeError
 from mimoquant.plan import make_plan
 from mimoquant.quant.formats import Format
-from mimoquant.recipe import load_recipe, match_name, parse_recipe, recipes_folder, shipped_recipes
+from mimoquant.recipe import load_recipe, match_name, parse_recipe
+from mimoquant.shipped import recipes_folder, shipped_recipes
 
 INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}
 OTHER_RECIPES = {

@@ -30,6 +30,7 @@ import yaml
 
 from mimoquant.calibration.tokenizer import Tokenizer, go_offline, load_tokenizer, one_line
 from mimoquant.errors import CheckpointError, UsageError
+from mimoquant.shipped import calib_folder, shipped_sets
 
 Ids = npt.NDArray[np.int64]
 KEYS = ("input_ids", "messages", "text")  # the first that a record has is used
@@ -120,18 +121,6 @@ def load_tokens(
     if "loaded" in vars(tokenizer):
         origins.append(f"tokenizer: {tokenizer.loaded.origin}")
     return packer.finish("+".join(Path(entry).name or entry for entry in data), origins)
-
-
-def calib_folder() -> Path:
-    """The shipped sets: beside the package in a checkout, inside it when installed from a wheel."""
-    package = Path(__file__).parent.parent
-    inside = package / "calib"
-    return inside if inside.is_dir() else package.parent / "calib"
-
-
-def shipped_sets() -> list[str]:
-    folder = calib_folder()
-    return sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
 
 
 # --- what there is to read --------------------------------------------------------------------------------------------

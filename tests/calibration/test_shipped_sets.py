@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from mimoquant import micro_checkpoint
-from mimoquant.calibration.tokens import calib_folder, load_tokens, shipped_sets
+from mimoquant.calibration.tokens import load_tokens
+from mimoquant.shipped import calib_folder, shipped_sets
 
 pytest.importorskip("tokenizers", reason="the package tokenizers is not installed")
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "make_calib.py"

@@ -20,8 +20,9 @@ import pytest
 import mimoquant.calibration.tokenizer as tokenizer_module
 from mimoquant import micro_checkpoint
 from mimoquant.calibration.tokenizer import load_tokenizer
-from mimoquant.calibration.tokens import TokenSet, calib_folder, load_tokens, shipped_sets
+from mimoquant.calibration.tokens import TokenSet, load_tokens
 from mimoquant.errors import CheckpointError, UsageError
+from mimoquant.shipped import calib_folder, shipped_sets
 
 pytest.importorskip("tokenizers", reason="the package tokenizers is not installed")
 REPOSITORY = Path(__file__).resolve().parents[2]
