@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from mimoquant.describe import coverage, token_count
+from mimoquant.page_style import CSS
 from mimoquant.report import number
-from mimoquant.report_page import CSS, card, escaped, note, percent, tag
+from mimoquant.report_page import card, escaped, note, percent, tag
 
 Facts = dict[str, Any]  # of a layer, as `calibrated.LayerFacts` tells them
 Cell = tuple[str, str]  # classes, tooltip
@@ -57,7 +58,7 @@ color:var(--soft);white-space:nowrap}.map i,.legend i{print-color-adjust:exact;-
 .layers thead th{border-top:0}.layers tr:first-child th+th{text-align:left;padding-left:1.2rem}
 .layers .new{padding-left:1.2rem}.layers tr>:first-child{position:sticky;left:0;background:var(--card)}
 .layers .bad{color:var(--bad);font-weight:700}
-@page{size:landscape}@media print{.map,.layers{overflow:visible}.map>div{width:100%}.map b{position:static}
+@media print{.map,.layers{overflow:visible}.map>div{width:100%}.map b{position:static}
 .layers th,.layers td{font-size:6.5pt;padding:1pt 2pt 1pt 0}.layers .new,.layers tr:first-child th+th{padding-left:3pt}}
 """
 
@@ -73,7 +74,7 @@ def coverage_page(report: dict[str, Any]) -> str:
     cards += [about_card(report)]
     body = "\n".join([figures(layers) if layers else "", tag("div", *cards, class_="cards")])
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
-    style = tag("style", CSS, map_style(layers))
+    style = tag("style", CSS, map_style(layers), "@page{size:landscape}")  # the table of layers is wide
     body = f"<h1>{title}</h1>\n<main>{body}</main>"
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}{style}</head>\n<body>{body}</body></html>\n'
 

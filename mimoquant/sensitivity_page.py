@@ -13,9 +13,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from mimoquant.describe import table
+from mimoquant.page_style import CSS
 from mimoquant.report import number, size
 from mimoquant.report_page import (
-    CSS,
     WIDTH,
     Axis,
     Scale,
@@ -37,16 +37,14 @@ HEIGHT = 220  # pixels of a plot
 NAMED = 5  # experts named beside a layer, at most
 REFINED = 3  # layers named for `quantize --refine`, which takes time and no bytes
 
+# a mark and its key in the legend share a class, which is its colour
 PAGE_CSS = """
-.alone,.o0{fill:#2563b8}.gain,.o1{fill:#b3500b}.o2{fill:#176639}.o3{fill:#7a3fb0}.o4{fill:#8a8f98}
-.whisker{stroke:var(--ink);stroke-width:1.2}.path{stroke:#2563b8;stroke-width:2}.uniform{fill:var(--card);stroke:#176639;
-stroke-width:2}.carved{fill:#b3500b}.chosen{fill:#b3261e;stroke:var(--ink);stroke-width:1.5}
-.key{display:inline-block;width:12px;height:12px;margin:0 .3rem 0 1rem;vertical-align:-1px}
-.key.alone,.key.o0{background:#2563b8}.key.gain,.key.o1,.key.carved{background:#b3500b}.key.o2,.key.uniform{background:#176639}
-.key.o3{background:#7a3fb0}.key.o4{background:#8a8f98}.key.chosen{background:#b3261e}.key.path{background:#2563b8}
-@media screen and (prefers-color-scheme:dark){.alone,.o0{fill:#7fb0ff}.gain,.o1,.carved{fill:#f2a560}.o2{fill:#74d29c}
-.o3{fill:#c79bf2}.path{stroke:#7fb0ff}.key.alone,.key.o0,.key.path{background:#7fb0ff}
-.key.gain,.key.o1,.key.carved{background:#f2a560}.key.o2{background:#74d29c}.key.o3{background:#c79bf2}}
+.alone,.o0,.path{color:var(--bar)}.gain,.o1,.carved{color:var(--other)}.o2,.uniform{color:var(--good)}
+.chosen{color:var(--bad)}.o3{color:#7a3fb0}.o4{color:#8a8f98}@media screen and (prefers-color-scheme:dark){
+.o3{color:#c79bf2}}.plot :is(rect,circle){fill:currentColor}.plot .uniform{fill:var(--card);stroke:currentColor;
+stroke-width:2}.plot .chosen{stroke:var(--ink);stroke-width:1.5}.path{stroke:currentColor;stroke-width:2}
+.whisker{stroke:var(--ink);stroke-width:1.2}.entry{margin-right:1rem}.key{display:inline-block;width:12px;height:12px;
+margin-right:.3rem;vertical-align:-1px;background:currentColor;print-color-adjust:exact}
 """
 
 
@@ -158,7 +156,9 @@ def _estimate(part: Facts) -> str:
 
 
 def legend(entries: Iterable[tuple[str, str]]) -> str:
-    return tag("p", *(tag("span", "", class_=f"key {style}") + escaped(name) for style, name in entries), class_="note")
+    """One key a style. An entry breaks between words, not between key and name."""
+    keys = [tag("span", tag("span", class_=f"key {style}"), escaped(name), class_="entry") for style, name in entries]
+    return tag("p", *keys, class_="note")
 
 
 def columns(layers: Sequence[Facts], series: Sequence[tuple[str, list[Facts]]], label: str) -> str:
@@ -235,7 +235,8 @@ def frontier_card(facts: Facts) -> str:
                 title = tag("title", escaped(f"{name}: J {number(j)} in {size(int(at))}"))
                 marks.append(tag("g", title, tag("circle", cx=across(across_at), cy=up, r=4.5, class_=style)))
                 if style == "uniform":
-                    marks.append(write(across_at, up - 9, name, "name", 6))
+                    side = ("name", 6) if across_at < 0.85 else ("name end", -6)  # towards the middle
+                    marks.append(write(across_at, up - 9, name, *side))
     at, up = place(chosen["bytes"], chosen["measured"]["mean"])
     ends = [HEIGHT * (1 - y.at(chosen["measured"][end])) for end in ("low", "high")]
     title = tag(

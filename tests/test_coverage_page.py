@@ -144,6 +144,7 @@ def test_the_page_is_well_formed_and_fetches_and_runs_nothing(report: dict[str, 
     assert not [name for name in attributes if name.startswith("on")]
     style = page[page.index("<style>") : page.index("</style>")]
     assert not re.search(r"url\(|@import|@font-face|//", style)
+    assert "size:landscape" in style  # or the table of layers would not fit on paper
     assert visible(page.replace("\n", " ").replace("\xa0", " ")) == page.replace("\n", " ").replace("\xa0", " ")
     page.encode()
 

@@ -13,8 +13,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from mimoquant.coverage_page import map_style
 from mimoquant.report import number
 from mimoquant.report_page import Scale, eval_page, eval_text, percent, visible
+from mimoquant.sensitivity_page import PAGE_CSS
 
 Facts = dict[str, Any]
 ELEMENTS = {
@@ -161,6 +163,17 @@ def test_the_page_fetches_and_runs_nothing(facts: Facts) -> None:
     assert not [name for name in attributes if name.startswith(("on", "xlink"))]
     style = reader.text("style")
     assert style and not re.search(r"url\(|@import|@font-face|//", style)
+
+
+def test_paper_is_white_and_upright_and_keeps_the_colours_that_mean_something() -> None:
+    """What a browser would leave out or turn on paper. How pages break was looked at in Chromium; no test sees that."""
+    maps = map_style({"layer 1": {"tokens": [3, 4]}})
+    style = Reader(eval_page(facts_of(), (maps, ""))).text("style") + PAGE_CSS
+    dark = re.findall(r"@media([^{]*)prefers-color-scheme:dark", style)
+    assert dark and all("screen and" in condition for condition in dark)
+    assert "landscape" not in style
+    for mark in ("mark", r"\.key", r"\.map i,\.legend i"):  # backgrounds, which browsers do not print unasked
+        assert re.search(rf"{mark}\{{[^}}]*print-color-adjust:exact", style), mark
 
 
 def test_every_character_is_one_that_shows(facts: Facts) -> None:
