@@ -45,13 +45,13 @@ from mimoquant.options import (
     VersionOption,
 )
 from mimoquant.page_files import check_page, check_profile, write_page
-from mimoquant.progress import Lines, Progress, tell
+from mimoquant.progress import RESUMABLE, Lines, Progress, tell
 from mimoquant.sensitivity_cli import sensitivity
 from mimoquant.synth_cli import synth
 from mimoquant.team import refuse_ranks
 
 EXIT_INTERRUPTED = 130
-_RESUMABLE_VERBS = ("quantize", "relayout")  # the others say themselves when they are
+_RESUMABLE_VERBS = ("quantize", "relayout")  # the others note on the interrupt when they are
 _SHARED_VERBS = ("quantize", "eval-kl", "eval-draft", "sensitivity")  # among ranks
 
 
@@ -71,10 +71,10 @@ class _Group(TyperGroup):
             if error.hint and not error.told:
                 typer.echo(f"hint: {error.hint}", err=True)
             raise typer.Exit(error.exit_code) from None
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
             typer.echo("interrupted", err=True)
-            if ctx.invoked_subcommand in _RESUMABLE_VERBS:
-                typer.echo("hint: run the same command again with --resume to go on where it stopped", err=True)
+            if ctx.invoked_subcommand in _RESUMABLE_VERBS or RESUMABLE in getattr(interrupt, "__notes__", ()):
+                typer.echo(f"hint: {RESUMABLE}", err=True)
             raise typer.Exit(EXIT_INTERRUPTED) from None
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -154,8 +154,8 @@ def plan(
     as_json: JsonOption = False,
     allow_unknown: UnknownOption = False,
 ) -> None:
-    """Show what quantize would do and need, and the result's size to the byte. Reads headers only, or with --measure
-    also some experts."""
+    """Show what quantize would do, need and write. Sizes are to the byte; reads headers only, or with --measure also
+    some experts."""
     from mimoquant import api, describe
 
     if measure:
@@ -239,7 +239,7 @@ def relayout(
     quiet: QuietOption = False,
     allow_unknown: UnknownOption = False,
 ) -> None:
-    """Write q, k and v in another layout, exactly or not at all; every other tensor is copied byte for byte."""
+    """Write q, k and v in another layout. Exactly or not at all; every other tensor is copied byte for byte."""
     from mimoquant import describe, pipeline
     from mimoquant.relayout import make_relayout
     from mimoquant.serving.check import planned_facts, planned_lines
@@ -269,7 +269,7 @@ def verify(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Prove a checkpoint against its source, value by value; or, with --engine, against what an engine accepts."""
+    """Prove a checkpoint against its source, value by value. Or, with --engine, against what an engine accepts."""
     from mimoquant import api, describe
     from mimoquant.errors import CheckpointError
 
@@ -297,7 +297,8 @@ def launch(
     engine_version: VersionOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Print the command that serves a checkpoint: parallelism, back ends, context, parsers. Reads headers only."""
+    """Print the command that serves a checkpoint. It names parallelism, back ends, context and parsers; reads headers
+    only."""
     from mimoquant import api
     from mimoquant.serving.launch import launch_text
 
@@ -335,7 +336,7 @@ def eval_kl(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Measure symmetric KL of a checkpoint (or a server) against its bf16 reference, on held-out tokens.
+    """Measure symmetric KL of a checkpoint or server. The reference is the published one in bf16, the tokens held out.
 
     With --out a killed evaluation can be resumed after its last layer: meanwhile FILE.partial holds the hidden states,
     up to 8 bytes x width for each token and checkpoint.

@@ -32,7 +32,10 @@ def resolve_device(device: str) -> str:
     if device != "cpu" and not re.fullmatch(r"cuda(:\d+)?", device):
         raise UsageError(f"--device {device}: known are auto, cpu and cuda")
     if device != "cpu" and not _torch_sees_cuda():
-        raise UsageError(f"--device {device}: torch sees no CUDA device here", hint="use --device cpu: same bytes")
+        raise UsageError(
+            f"--device {device}: torch sees no CUDA device here",
+            hint="use --device cpu; without calibration it gives the same bytes",
+        )
     return device
 
 

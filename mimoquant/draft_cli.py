@@ -40,7 +40,7 @@ def eval_draft(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Measure how many drafted tokens a quantized backbone accepts, beside its bf16 reference, on held-out tokens."""
+    """Measure how many drafted tokens a backbone accepts. Quantized beside bf16, on held-out tokens."""
     from mimoquant.cli_eval import load_held_out
     from mimoquant.devices import resolve_device
     from mimoquant.draft_text import draft_text

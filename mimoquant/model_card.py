@@ -74,7 +74,7 @@ def _front_matter(release: str | None, report: QuantizeReport, served: Served) -
     yield from ("pipeline_tag: text-generation", "tags:", "- mimoquant")
     if report.container != NATIVE:
         yield f"- {report.container}"
-    yield from (f"- {label.split()[0]}" for label in report.formats)
+    yield from dict.fromkeys(f"- {label.split()[0]}" for label in report.formats)  # a mixture may have int4 twice
     yield "---"
 
 

@@ -188,4 +188,6 @@ def _what_would_fit(plan: Plan, device: str, ranks: int, has: Machine) -> str:
         if wants.host_bytes <= has.host_bytes and wants.gpu_bytes <= has.gpu_bytes:
             return f"--sequences {fewer} would fit"
         fewer //= 2
-    return "a machine with more memory would fit" + (", or a recipe that does not calibrate" if held else "")
+    if held:
+        return "take fewer --tokens a sequence, a machine with more memory, or a recipe that does not calibrate"
+    return "a machine with more memory would fit"

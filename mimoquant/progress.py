@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from mimoquant.timeline import Timeline
     from mimoquant.units import Unit
 
+WIDE = 72  # columns from which on a bar has room for what bounds the run
+RESUMABLE = "run the same command again with --resume to go on where it stopped"
 _quiet = False
 
 
@@ -40,6 +42,7 @@ class Progress:
         self.begin = time.monotonic()
         self.kept = 0  # bytes that an earlier run had written
         self.bar: Bar | None = None
+        self.wide = True
 
     def __enter__(self) -> Progress:
         if sys.stderr.isatty() and not _quiet:
@@ -49,7 +52,9 @@ class Progress:
 
             columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
                        TimeRemainingColumn())  # fmt: skip
-            self.bar = Bar(*columns, console=Console(stderr=True))
+            console = Console(stderr=True)
+            self.wide = console.width >= WIDE
+            self.bar = Bar(*columns, console=console)
             self.bar.start()
             self.task = self.bar.add_task("quantizing", total=self.total)
         return self
@@ -68,7 +73,8 @@ class Progress:
         if finished and self.timeline:
             self.bound = f", bound by {self.timeline.bound[0]}"
         if self.bar:
-            self.bar.update(self.task, completed=written, description=unit.name + self.bound)
+            said = unit.name + (self.bound if self.wide else "")
+            self.bar.update(self.task, completed=written, description=said)
         elif finished:
             elapsed = time.monotonic() - self.begin
             rate = written / elapsed if elapsed else 0
@@ -102,10 +108,10 @@ def tell(line: str) -> None:
 
 @contextlib.contextmanager
 def hint_to_resume(wanted: bool) -> Iterator[None]:
-    """Say, where what is done inside is interrupted, how it goes on."""
+    """Note on an interrupt, where what is done inside can go on after it, how it does."""
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         if wanted:
-            tell("hint: run the same command again with --resume to go on where it stopped")
+            interrupt.add_note(RESUMABLE)
         raise

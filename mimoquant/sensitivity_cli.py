@@ -69,7 +69,7 @@ def sensitivity(
     quiet: QuietOption = False,
     allow_unknown: UnknownOption = False,
 ) -> None:
-    """Measure what each layer's quantization costs, and write a recipe that spends bytes where they buy most."""
+    """Measure what each layer's quantization costs. Writes a recipe that spends bytes where they buy most."""
     from mimoquant import api, sensitivity_page
     from mimoquant.calibration.tokens import load_tokens
     from mimoquant.devices import resolve_device

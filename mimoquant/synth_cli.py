@@ -26,7 +26,7 @@ def synth(
     vocab: Annotated[int | None, typer.Option(min=1, help="Vocabulary size.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a small checkpoint in a real on-disk format, random or converted: for tests, demos and bug reports."""
+    """Write a small checkpoint in a real on-disk format. Random or converted: for tests, demos and bug reports."""
     from mimoquant import api, describe
 
     facts = api.synth(out, layout.value, source=source, seed=seed, layers=layers, experts=experts, hidden=hidden,

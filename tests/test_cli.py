@@ -369,7 +369,7 @@ def test_a_terminal_of_any_width_gets_a_bar(columns: int, colour: bool) -> None:
     code = (
         "import sys, time; from types import SimpleNamespace as N; from mimoquant.progress import Progress\n"
         "unit = N(name='layer 17'); made = N(recipe=N(calibrated=False), units=[unit], shard_bytes=3 * 10**9)\n"
-        "with Progress(made) as bar:\n"
+        "with Progress(made, timeline=N(bound=('computing', 1))) as bar:\n"
         " bar.advance(unit, 10**9, False); time.sleep(.2); bar.advance(unit, 3 * 10**9, True)"
     )
     command = [sys.executable, "-c", code]
@@ -385,6 +385,15 @@ def test_a_terminal_of_any_width_gets_a_bar(columns: int, colour: bool) -> None:
     assert (re.search(r"\x1b\[[0-9;]*3\d", seen) is not None) == colour
     lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen).replace("\r", "\n").splitlines()
     assert max(map(len, lines)) <= columns
+    if columns > 30:  # figures are never cut; what bounds the run is told where there is room for it
+        last = [line for line in lines if line.strip()][-1]
+        assert "3.0/3.0 GB" in last and ("bound by computing" in last) == (columns == 120)
+
+
+def test_the_list_of_verbs_is_whole_in_80_columns() -> None:
+    """click cuts what does not fit, in the middle of a sentence."""
+    verbs = CliRunner().invoke(app, ["--help"], terminal_width=80).stdout.partition("Commands:")[2].strip().splitlines()
+    assert len(verbs) == 10 and [line for line in verbs if not line.endswith(".") or line.endswith("...")] == []
 
 
 def test_version_names_what_numbers_depend_on() -> None:

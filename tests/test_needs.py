@@ -123,6 +123,8 @@ def test_what_cannot_fit_is_refused_with_what_would() -> None:
     assert on_gpu is not None and "GPU memory" in str(on_gpu)
     never = refusal(planned(MICRO, "mxfp4-rtn"), "cpu", Machine(10**8, 10**8))
     assert never is not None and never.hint == "a machine with more memory would fit"
+    long = refusal(planned(MICRO, "gptq-int4-g32", sequences=2, tokens=10**9), "cpu", has)
+    assert long is not None and long.hint is not None and long.hint.startswith("take fewer --tokens")
 
 
 def test_the_machine_is_what_the_control_group_leaves_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -359,7 +359,7 @@ class _Packer:
         largest = max(sizes, key=lambda domain: sizes[domain], default="")
         if sizes.get(largest, 0) < self.tokens:
             problem = f"data {name}: {sizes.get(largest, 0)} tokens, fewer than the {self.tokens} of one sequence"
-            hint = f"the largest of its {len(sizes)} domains is {largest}" if len(sizes) > 1 else None
+            hint = f"that is {largest}, the largest of its {len(sizes)} domains" if len(sizes) > 1 else None
             raise UsageError(problem, hint=hint)
         for domain, ids in self.joined.items():
             whole = len(ids) // self.tokens

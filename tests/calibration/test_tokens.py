@@ -329,7 +329,7 @@ def test_too_few_tokens_gives_both_numbers(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", {"input_ids": [1] * 9, "domain": "x"}, {"input_ids": [1] * 11, "domain": "y"})
     with pytest.raises(UsageError, match=r"data a\.jsonl: 11 tokens, fewer than the 16 of one sequence") as caught:
         load(path)
-    assert caught.value.hint == "the largest of its 2 domains is y"
+    assert caught.value.hint == "that is y, the largest of its 2 domains"
     (tmp_path / "empty.jsonl").write_text("\n\n")
     with pytest.raises(UsageError, match="0 tokens, fewer than the 16"):
         load(tmp_path / "empty.jsonl")

@@ -39,6 +39,13 @@ def test_the_hub_reads_the_front_matter(out: Path) -> None:
     assert data.tags == ["mimoquant", "compressed-tensors", "int4"]
 
 
+def test_a_format_in_two_sizes_is_one_tag() -> None:
+    served = at_scale("v2.5", "mxfp4")
+    formats = {"int4 g128": [1], "int4 g32": [2]}
+    report = QuantizeReport(served.container, "rtn", "absmax", formats, {}, 2 * 10**9, 10**9, {}, [])
+    assert ModelCard(model_card(report, served, real_fold=False)).data.tags == ["mimoquant", served.container, "int4"]
+
+
 @pytest.mark.parametrize(("form", "library"), [("native", None), ("mxfp4", "transformers"), ("nvfp4", None)])
 @pytest.mark.parametrize("variant", ["v2.5", "v2.5-pro"])
 def test_a_real_model_gets_its_base_and_commands_that_serve_it(variant: str, form: str, library: str | None) -> None:
