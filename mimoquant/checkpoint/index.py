@@ -91,7 +91,10 @@ def open_index(folder: Path | str) -> CheckpointIndex:
     folder = Path(folder)
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
-        raise UsageError(f"{folder}: not a checkpoint folder ({what})", hint="give the folder that holds config.json")
+        raise UsageError(
+            f"{folder}: not a checkpoint folder ({what})",
+            hint="give the folder that holds config.json; what is on the Hub has to be downloaded first",
+        )
     weight_map, metadata = _read_weight_map(folder)
     tensors: dict[str, TensorInfo] = {}
     sizes: dict[str, int] = {}
