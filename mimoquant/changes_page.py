@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from mimoquant.coverage_page import map_style, tokens_card
-from mimoquant.report import size
+from mimoquant.report import layers_of_formats, size
 from mimoquant.report_page import card, escaped, note, tag
 
 KEPT = "attention, {}embeddings, lm_head, MTP layers, vision and audio towers have the source's values"
@@ -33,7 +33,7 @@ def changes_part(candidate: Path) -> tuple[str, str]:
 
 
 def _changes_card(report: dict[str, Any], provenance: dict[str, Any]) -> str:
-    formats = "; ".join(f"{label} in {len(layers)} layers" for label, layers in report["formats"].items())
+    formats = layers_of_formats(report["formats"])
     kept = ", ".join(f"those of layer {layer} in {kind}" for layer, kind in report["carve_outs"].items())
     fallbacks = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in report["fallbacks"].items())
     calibration = provenance.get("calibration")

@@ -15,7 +15,7 @@ from typing import Any
 
 from mimoquant.describe import coverage, token_count
 from mimoquant.page_style import CSS
-from mimoquant.report import number
+from mimoquant.report import layers_of_formats, number
 from mimoquant.report_page import card, escaped, note, percent, tag
 
 Facts = dict[str, Any]  # of a layer, as `calibrated.LayerFacts` tells them
@@ -272,7 +272,7 @@ def _cells(facts: Facts, *, folds: bool) -> list[str]:
 
 
 def about_card(report: dict[str, Any]) -> str:
-    formats = "; ".join(f"{label} in {len(layers)} layers" for label, layers in report["formats"].items())
+    formats = layers_of_formats(report["formats"])
     parts = [("experts", f"{formats} ({report['method']}, scales by {report['scale_search']})")]
     parts += [("note", text) for text in report["notes"]]
     parts += [] if report["calibration"] else [("calibration", "no layer was calibrated")]

@@ -20,7 +20,7 @@ from mimoquant.model.layout import ModelLayout
 from mimoquant.needs import Machine, largest_chunk, needs, refusal
 from mimoquant.plan import Plan, ranges
 from mimoquant.relayout import RelayoutPlan
-from mimoquant.report import SCHEMA_VERSION, size
+from mimoquant.report import SCHEMA_VERSION, layers_of_formats, size
 from mimoquant.serving.check import engine_lines, planned_facts, planned_lines
 from mimoquant.serving.facts import planned
 from mimoquant.units import Experts, Shapes
@@ -225,7 +225,7 @@ def duration(seconds: float) -> str:
 
 def quantize_text(facts: dict[str, Any]) -> str:
     before, after, seconds = facts["source_bytes"], facts["output_bytes"], facts["elapsed_s"]
-    formats = "; ".join(f"{label} in {len(layers)} layers" for label, layers in facts["formats"].items())
+    formats = layers_of_formats(facts["formats"])
     return "\n".join(
         [
             f"wrote      {facts['out']}: {len(facts['shards'])} shards, {size(after)} ({after / before:.1%} of source)",

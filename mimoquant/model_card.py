@@ -15,7 +15,7 @@ from typing import Any
 import mimoquant
 from mimoquant.container import NATIVE
 from mimoquant.errors import MimoquantError, UsageError
-from mimoquant.report import QuantizeReport, number, size
+from mimoquant.report import QuantizeReport, layers_of_formats, number, size
 from mimoquant.serving.check import engine_facts
 from mimoquant.serving.contracts import ENGINES, SGLANG, VLLM
 from mimoquant.serving.facts import Served
@@ -30,7 +30,7 @@ def model_card(report: QuantizeReport, served: Served, *, real_fold: bool) -> st
     """The card, its quality not measured yet. `real_fold`: norms and routers were scaled by real factors."""
     release, served = served.geometry.release, replace(served, name=".")
     folded = "their norms and routers are scaled against each other by real factors, and " if real_fold else ""
-    formats = "; ".join(f"{label} in {len(layers)} layers" for label, layers in report.formats.items())
+    formats = layers_of_formats(report.formats)
     kept = ", ".join(f"layer {layer} in {kind}" for layer, kind in report.carve_outs.items()) or "none"
     lines = [
         *_front_matter(release, report, served),

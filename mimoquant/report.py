@@ -53,6 +53,15 @@ class QuantizeReport:
         return {"schema_version": SCHEMA_VERSION, **asdict(self)}
 
 
+def layers_of_formats(formats: dict[str, list[int]]) -> str:
+    """Each format with the number of its layers, as in "int4 g128 in 46 layers"."""
+    return "; ".join(f"{label} in {many(len(layers), 'layer')}" for label, layers in formats.items())
+
+
+def many(count: int, thing: str) -> str:
+    return f"{count} {thing}{'s' * (count != 1)}"
+
+
 def _told(plan: Plan, finished: dict[str, JournalLine]) -> list[JournalLine]:
     return [finished[unit.name] for unit in plan.units if finished[unit.name].facts is not None]
 

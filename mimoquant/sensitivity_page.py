@@ -14,7 +14,7 @@ from typing import Any
 
 from mimoquant.describe import table
 from mimoquant.page_style import CSS
-from mimoquant.report import number, size
+from mimoquant.report import many, number, size
 from mimoquant.report_page import (
     WIDTH,
     Axis,
@@ -59,7 +59,7 @@ def verdict(facts: Facts) -> str:
     kinds: dict[str, int] = {}
     for option in chosen["options"].values():
         kinds[option] = kinds.get(option, 0) + 1
-    mixture = ", ".join(f"{option} in {count} layers" for option, count in kinds.items())
+    mixture = ", ".join(f"{option} in {many(count, 'layer')}" for option, count in kinds.items())
     ratio = chosen["to_all_quantized"]
     j = f"J {number(chosen['measured']['mean'])} ({interval(chosen['measured'])})"
     return (
