@@ -400,7 +400,7 @@ def test_version_names_what_numbers_depend_on() -> None:
     import torch
 
     said = dict(line.split() for line in call("--version").stdout.splitlines())
-    assert said["mimoquant"] == mimoquant.__version__ and said["torch"] == torch.__version__
+    assert said["mimoquant"] == mimoquant.__version__ and torch.__version__.startswith(said["torch"])
     assert {"python", "numba", "numpy", "safetensors", "tokenizers"} <= said.keys()
 
 

@@ -45,6 +45,8 @@ def hook(event: str, arguments: tuple[Any, ...]) -> None:
     try:
         if (event in FORBIDDEN or event in CHANGES or event == "open") and by_numba():
             return
+        if event == "subprocess.Popen" and arguments[1] == ["/sbin/ldconfig", "-p"]:
+            return  # torch for GPUs asks where the driver's library is
         if event in FORBIDDEN:
             told.append(f"{event} {arguments!r:.120}")
         elif event in ("exec", "compile"):
