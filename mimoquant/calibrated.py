@@ -41,8 +41,7 @@ from mimoquant.quant.awq import best_fold, divided_by, inverse, moved, scaled, s
 from mimoquant.quant.engine_torch import TorchEngine, amax, nvfp4_global_scale, stored_parts, to_numpy
 from mimoquant.quant.expert_methods import Encoded, encode_with, energy, loss
 from mimoquant.quant.formats import Format
-from mimoquant.quant.method import Method
-from mimoquant.quant.reconstruct import MOST_TOKENS as REFINED_TOKENS
+from mimoquant.quant.method import WALKED_MOST, Method
 from mimoquant.quant.reconstruct import reconstruct
 from mimoquant.quant.stack import Stack
 from mimoquant.team import Team
@@ -188,7 +187,7 @@ class Calibrator:
         """The chunk's codes chosen once more, for what its experts answer."""
         begin, end = chunk.begin, chunk.begin + len(chunk.gate)
         weights = {projection: getattr(chunk, projection) for projection in PROJECTIONS}
-        seen, *judges = (statistics.tokens_of(of_set, begin, end, REFINED_TOKENS) for of_set in self.tokens.seen)
+        seen, *judges = (statistics.tokens_of(of_set, begin, end, WALKED_MOST) for of_set in self.tokens.seen)
         held = judges[0] if judges else [own[:0] for own in seen]
         rounds = self.settings.reconstruct
         made = reconstruct(weights, _by_projection(chosen.parts), grams, fmt, seen, held, rounds)

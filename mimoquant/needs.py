@@ -17,6 +17,7 @@ from pathlib import Path
 from mimoquant.errors import UsageError
 from mimoquant.model.layout import PROJECTIONS
 from mimoquant.plan import CHUNK_BYTES, CUDA_CHUNK_BYTES, WRITE_QUEUE_BYTES, Plan
+from mimoquant.quant.method import WALKED_COLUMNS, WALKED_FEWEST, WALKED_MOST, WALKED_TOKENS, WALKED_TURNS
 from mimoquant.units import Dequantize, Experts
 
 _INTERPRETER_BYTES, _TORCH_BYTES, _CUDA_BYTES = 320 * 2**20, 400 * 2**20, 2 * 2**30
@@ -25,10 +26,7 @@ _USABLE = 0.94  # of a GPU's memory: the rest is the driver's, or lies between a
 _CONTROL_GROUP = Path("/sys/fs/cgroup")
 # How many float32 matrices of the shape of the Gram matrix, and of gate and up together, a method holds an expert.
 _WITH_GPTQ, _SEARCH_ONLY = (5, 7), (3, 4)
-# `--refine` (quant/reconstruct.py): tokens walked together, the fewest that an expert counts for, the most of one; a
-# block's columns, the share of rows that have a turn, and how many float32 matrices of a projection's shape it holds.
-REFINED_TOKENS, REFINED_FEWEST, REFINED_MOST = {"cpu": 2**12, "cuda": 2**16}, 2**10, 2**13
-REFINED_COLUMNS, REFINED_TURNS, _REFINED_MATRICES = 32, 4, 12
+_REFINED_MATRICES = 12  # of a projection's shape, which the joint refinement holds
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +87,12 @@ def _refine_bytes(plan: Plan, experts: int, device: str) -> int:
     if held is None or not held.reconstruct:
         return 0
     width, inner = geometry.hidden, geometry.expert_intermediate
-    most = max(REFINED_TOKENS[device], REFINED_MOST)
+    most = max(WALKED_TOKENS[device], WALKED_MOST)
     tokens = min(most, 2 * _tokens(plan) * geometry.top_k * experts // geometry.experts)
-    block = max(REFINED_COLUMNS, *(fmt.group_size for fmt in plan.formats.values()))
-    matrices = _REFINED_MATRICES * inner * width + width**2 + 4 * inner**2 + 3 * inner // REFINED_TURNS * block**2
+    block = max(WALKED_COLUMNS, *(fmt.group_size for fmt in plan.formats.values()))
+    matrices = _REFINED_MATRICES * inner * width + width**2 + 4 * inner**2 + 3 * inner // WALKED_TURNS * block**2
     return (experts * (4 * (width**2 + inner**2) + 18 * inner * width)
-            + 4 * min(experts, REFINED_TOKENS[device] // REFINED_FEWEST) * matrices
+            + 4 * min(experts, WALKED_TOKENS[device] // WALKED_FEWEST) * matrices
             + 4 * tokens * (4 * width + 5 * inner))  # fmt: skip
 
 

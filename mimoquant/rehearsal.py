@@ -29,10 +29,10 @@ from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.devices import make_engine
 from mimoquant.layer_weights import read_experts
 from mimoquant.model.layout import PROJECTIONS
-from mimoquant.needs import REFINED_MOST
 from mimoquant.pipeline import WRITE_LANES, Parts
 from mimoquant.plan import Plan
 from mimoquant.quant.cast import cast
+from mimoquant.quant.method import WALKED_MOST
 from mimoquant.quant.stack import Engine, Stack
 from mimoquant.units import Experts
 
@@ -224,7 +224,7 @@ def _refining_seconds(walk: Calibrator, few: Experts, stacks: dict[str, Stack], 
     """Of the joint refinement of these experts, each with as many tokens as one will have on average: those of the
     rehearsal, again and again."""
     own = max(1, sum(walk.facts.tokens[few.begin : few.end])) / (few.end - few.begin)
-    wanted = min(REFINED_MOST, scale * sum(walk.facts.tokens) / len(walk.facts.tokens))
+    wanted = min(WALKED_MOST, scale * sum(walk.facts.tokens) / len(walk.facts.tokens))
     times = min(_MOST_TIMES, max(1, round(wanted / own)))
     walk.tokens.seen = [blocks * times for blocks in walk.tokens.seen]
     without = _encode_seconds(walk, few, stacks)

@@ -15,7 +15,6 @@ import mimoquant
 from mimoquant import needs as module
 from mimoquant.needs import Machine, fitting_plan, largest_chunk, machine, needs, refusal
 from mimoquant.plan import Plan, make_plan
-from mimoquant.quant import reconstruct
 from mimoquant.recipe import load_recipe
 from mimoquant.synth import SynthSizes, synth
 from mimoquant.synth_files import ShardFiles
@@ -88,12 +87,6 @@ def test_a_joint_refinement_is_reckoned_and_keeps_to_its_sum(tmp_path: Path) -> 
     options = [text for name, value in changes.items() for text in (f"--{name}", str(value))]
     done = quantize(MICRO, tmp_path / "out", needs(refined).host_bytes, "-r", "gptq-mxfp4", "--refine", "1", *options)
     assert done.returncode == 0, done.stderr
-
-
-def test_the_sum_of_a_refinement_knows_its_constants() -> None:
-    assert tuple(module.REFINED_TOKENS.values()) == (reconstruct._TOKENS, reconstruct._CUDA_TOKENS)
-    assert (reconstruct._FEWEST, reconstruct.MOST_TOKENS) == (module.REFINED_FEWEST, module.REFINED_MOST)
-    assert (reconstruct._BLOCK, reconstruct._TURNS) == (module.REFINED_COLUMNS, module.REFINED_TURNS)
 
 
 def test_chunks_are_the_largest_that_fit_the_gpu(sparse: Path) -> None:

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from mimoquant.model.decoder_layer import Dispatch, ExpertChunk, Routing, float32_parts, product
 
-MOST_TOKENS = 2**15  # of an expert, that its codes are chosen on together
 Rows = Callable[[Tensor, list[int]], Tensor]  # tokens [m, c, H] of the experts named → what a projection sees [m, c, K]
 
 
@@ -55,7 +54,7 @@ def expert_grams(
     return out
 
 
-def tokens_of(blocks: Sequence[tuple[Tensor, Dispatch]], begin: int, end: int, most: int = MOST_TOKENS) -> list[Tensor]:
+def tokens_of(blocks: Sequence[tuple[Tensor, Dispatch]], begin: int, end: int, most: int) -> list[Tensor]:
     """The tokens [n, H] that each of experts begin..end sees, evenly thinned to `most`."""
     out = []
     for expert in range(begin, end):

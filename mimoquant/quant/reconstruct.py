@@ -36,18 +36,13 @@ from mimoquant.quant.engine_torch import pack_nibbles, unpack_nibbles
 from mimoquant.quant.formats import Format
 from mimoquant.quant.gptq import panel_of, spans
 from mimoquant.quant.grid import Grid
+from mimoquant.quant.method import WALKED_COLUMNS, WALKED_FEWEST, WALKED_TOKENS, WALKED_TURNS
 from mimoquant.quant.products import add_product, half_dtype, halves, part, zeros
 from mimoquant.quant.refine import refine
 
 Parts = dict[str, Tensor]
 GATE, UP, DOWN = "gate", "up", "down"
 
-MOST_TOKENS = 2**13  # of an expert: time grows with them
-
-_BLOCK = 32  # columns, at least a group: their rows' Gram matrices cost arithmetic with its width
-_TURNS = 4  # of rows: more at once overshoot, since each is blind to what the others do
-_TOKENS, _CUDA_TOKENS = 2**12, 2**16  # of all experts that are walked together: on a CPU, what its cache holds
-_FEWEST = 2**10  # as many tokens are reckoned for any expert: its rows' Gram matrices take memory as well
 _PRIOR = 4.0  # times the width: as many tokens' worth of each projection's own error, against overfitting
 _DAMP = 1e-3  # of a Gram matrix's mean diagonal
 _ENOUGH = 16  # held-out tokens that may judge an expert
@@ -75,7 +70,7 @@ def reconstruct(
         seen, held: of each expert, the tokens [n, H] that are walked, and those that judge.
     """
     made = []
-    for own in _together([len(tokens) for tokens in seen], _CUDA_TOKENS if seen[0].is_cuda else _TOKENS):
+    for own in _together([len(tokens) for tokens in seen], WALKED_TOKENS[seen[0].device.type]):
         weights = {name: weight[own].to(torch.float32) for name, weight in original.items()}
         prior = {name: gram[own] for name, gram in grams.items()}
         stored = {name: {part: values[own] for part, values in of.items()} for name, of in parts.items()}
@@ -89,7 +84,7 @@ def _together(counts: list[int], limit: int) -> list[slice]:
     """Consecutive experts whose tokens, padded, are few enough to be walked together."""
     out, begin = [], 0
     for end in range(1, len(counts) + 1):
-        if end == len(counts) or max(_FEWEST, *counts[begin : end + 1]) * (end + 1 - begin) > limit:
+        if end == len(counts) or max(WALKED_FEWEST, *counts[begin : end + 1]) * (end + 1 - begin) > limit:
             out.append(slice(begin, end))
             begin = end
     return out
@@ -201,10 +196,12 @@ class _Walk:
         grid, codes = Grid.of(parts, self.fmt), unpack_nibbles(parts["codes"])
         grid = Grid(grid.scale.clone(), grid.zero)
         count, width = codes.shape[1:]
-        turns = [slice(*span) for span in spans(0, count, -(-count // _TURNS))]
+        turns = [slice(*span) for span in spans(0, count, -(-count // WALKED_TURNS))]
         for panel in (slice(*span) for span in spans(0, width, panel_of(codes))):
             rest = (self.weights[name] - self.values[name]) @ self.prior[name][:, :, panel]
-            for now in (slice(*span) for span in spans(panel.start, panel.stop, max(self.fmt.group_size, _BLOCK))):
+            for now in (
+                slice(*span) for span in spans(panel.start, panel.stop, max(self.fmt.group_size, WALKED_COLUMNS))
+            ):
                 groups = slice(now.start // self.fmt.group_size, now.stop // self.fmt.group_size)
                 here, later = (slice(at.start - panel.start, at.stop - panel.start)
                                for at in (now, slice(now.stop, panel.stop)))  # fmt: skip

@@ -124,6 +124,7 @@ class _Check:
         yield from self._remote_code()
         yield from self._qkv()
         yield from self._widths()
+        yield from self._fp8_blocks()
 
     def _row(self, table: tuple[c.Row, ...], subject: str, where: str, shown: str = "") -> Iterator[Problem]:
         """What a row says; nothing if it is right. `shown`: the subject in words, where its key is none."""
@@ -401,22 +402,24 @@ class _Check:
                 if heads % self.tp or (kv % self.tp and self.tp % kv):
                     yield Problem(c.REFUSED, f"{kind} attention: {heads} heads and {kv} KV heads do not split over TP "
                                   f"{self.tp}", "QKVParallelLinear")  # fmt: skip
-        tp = self.tp or 1
-        for rows in sorted(self.checkpoint.fp8_k_rows if self.checkpoint.qkv == c.SPLIT else ()):
-            if rows // tp % FP8_BLOCK:
-                stops = tp * math.ceil(rows / tp / FP8_BLOCK) > math.ceil(rows / FP8_BLOCK)
-                yield Problem(c.REFUSED if stops else c.CORRUPTED,
-                              f"self_attn: FP8 k of {rows} rows over TP {tp} is {rows / tp:g} a rank, no multiple of "
-                              f"the block of {FP8_BLOCK}: {self.label} "
-                              + ("stops at its scales" if stops else "puts v's scales on other rows"),
-                              "issue sglang#18003; adjust_block_scale_shard of vLLM 0.32 is the same",
-                              f"use a smaller attention TP and data parallelism, or {c.BF16_QKV}",
-                              other_tp=True)  # fmt: skip
         inner, tp = geometry.expert_intermediate, self.expert_tp or 1
         for group, source in sorted(self._groups().items()):
             if inner % tp or inner // tp % group:
                 yield Problem(c.REFUSED, f"experts: {inner} inner channels over TP {tp} are {inner / tp:g} a rank, no "
                               f"multiple of the group of {group}", source, "use expert parallelism")  # fmt: skip
+
+    def _fp8_blocks(self) -> Iterator[Problem]:
+        """Whether a rank's part of k is in whole blocks of scales, which are laid out for q, k and v together."""
+        tp = self.tp or 1
+        for rows in sorted(self.checkpoint.fp8_k_rows if self.checkpoint.qkv == c.SPLIT else ()):
+            if rows // tp % FP8_BLOCK:
+                stops = tp * math.ceil(rows / tp / FP8_BLOCK) > math.ceil(rows / FP8_BLOCK)
+                does = "stops at its scales" if stops else "puts v's scales on other rows"
+                yield Problem(c.REFUSED if stops else c.CORRUPTED, f"self_attn: FP8 k of {rows} rows over TP {tp} is "
+                              f"{rows / tp:g} a rank, no multiple of the block of {FP8_BLOCK}: {self.label} {does}",
+                              "issue sglang#18003; adjust_block_scale_shard of vLLM 0.32 is the same",
+                              f"use a smaller attention TP and data parallelism, or {c.BF16_QKV}",
+                              other_tp=True)  # fmt: skip
 
     def _groups(self) -> dict[int, str]:
         """What a rank's inner channels must be a multiple of, and who says so."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from mimoquant.quant.engine_torch import amax, decode, nvfp4_global_scale
 from mimoquant.quant.expert_methods import encode_with
 from mimoquant.quant.formats import Format
-from mimoquant.quant.method import Method
+from mimoquant.quant.method import WALKED_TOKENS, Method
 from mimoquant.quant.reconstruct import Parts, Reconstructed, reconstruct
 
 EXPERTS, HIDDEN, INNER, TOKENS = 2, 128, 128, 3000
@@ -103,7 +103,7 @@ def test_without_held_out_tokens_the_walk_alone_decides() -> None:
 def test_experts_do_not_know_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     fmt, seen, held = Format("nvfp4", 16), tokens(TOKENS, 3), tokens(1500, 4)
     _, _, alone = walked(fmt, seen, held)
-    monkeypatch.setattr("mimoquant.quant.reconstruct._TOKENS", 10 * TOKENS)
+    monkeypatch.setitem(WALKED_TOKENS, "cpu", 10 * TOKENS)
     given, _, together = walked(fmt, seen, held)
     one, other = error(given, alone.parts, fmt, held), error(given, together.parts, fmt, held)
     assert torch.allclose(one, other, rtol=0.02)  # sums of other shapes round otherwise here and there
