@@ -295,7 +295,7 @@ def mixtures(
     from mimoquant.recipe import load_recipe
 
     loaded = load_recipe(recipe)
-    chunk_bytes = CUDA_CHUNK_BYTES if loaded.calibrated and device.startswith("cuda") else CHUNK_BYTES
+    chunk_bytes = CUDA_CHUNK_BYTES if device.startswith("cuda") else CHUNK_BYTES
     made = make_plan(source, loaded, container=container, allow_unknown=allow_unknown, chunk_bytes=chunk_bytes)
     return Mixtures(made, chunk_bytes, fp8=fp8)
 

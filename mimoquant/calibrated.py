@@ -88,6 +88,7 @@ class Calibrator:
         self.tokens = Portions(self.weights, [ids[part] for part in (~held, held) if bool(part.any())], self.team)
         self.facts = LayerFacts(-1)
         self.norm_fold: Tensor | None = None
+        self._round: tuple[ExpertChunk | None, Tensor | None] | None = None  # what `encode` chose from
 
     @torch.no_grad()
     def begin(self, layer: int, written: CheckpointReader | None = None, weights: LayerWeights | None = None) -> None:
@@ -129,7 +130,8 @@ class Calibrator:
         """
         fmt, out = steps[0].fmt, []
         assert fmt is not None
-        original, inputs = self._own_chunk(steps, stacks)
+        self._round = None  # the one before goes first
+        original, inputs = self._round = self._own_chunk(steps, stacks)
         if self.shrinkage is None:
             self._agree_on_shrinkage(original, inputs, fmt)
         own = None if original is None or inputs is None else self._choose(original, inputs, fmt)
@@ -146,12 +148,13 @@ class Calibrator:
         return out
 
     @torch.no_grad()
-    def encode_as(self, fmt: Format, steps: Sequence[Experts], stacks: dict[str, Stack] | None) -> list[Parts]:
-        """Codes of the round that `encode` has just passed, in another format, by the same statistics and shrinkage."""
-        original, inputs = self._own_chunk(steps, stacks)
+    def encode_as(self, fmt: Format, chunks: int) -> list[Parts]:
+        """Codes of the chunks that `encode` has just passed, in another format; by the same statistics, shrinkage."""
+        assert self._round is not None
+        original, inputs = self._round
         own = None if original is None or inputs is None else self._choose(original, inputs, fmt).parts
         return [_arrays(self.team.share(own if place == self.team.rank else None, place, str(self.device)))
-                for place in range(len(steps))]  # fmt: skip
+                for place in range(chunks)]  # fmt: skip
 
     def _own_chunk(
         self, steps: Sequence[Experts], stacks: dict[str, Stack] | None
@@ -218,6 +221,7 @@ class Calibrator:
     def end(self) -> dict[str, Any] | None:
         """Add what the experts made; returns the layer's facts, if it was quantized."""
         self.tokens.add()
+        self._round = None
         return self.facts.as_plain() if self.facts.relmse else None
 
     # --- the steps of `encode` ----------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def needs(plan: Plan, device: str = "cpu", ranks: int = 1) -> Needs:
         return Needs(host, 6 * source if cuda else 0)
     states, seen = _token_bytes(plan, ranks)
     experts = largest_chunk(plan)
-    work = seen + max(_method_bytes(plan, experts), _forward_bytes(plan, experts),
+    work = seen + max(_method_bytes(plan, experts), forward_bytes(plan, experts, _tokens(plan)),
                       _refine_bytes(plan, experts, "cuda" if cuda else "cpu"))  # fmt: skip
     if cuda:
         return Needs(host + states, work + 2**30)
@@ -96,10 +96,11 @@ def _refine_bytes(plan: Plan, experts: int, device: str) -> int:
             + 4 * tokens * (4 * width + 5 * inner))  # fmt: skip
 
 
-def _forward_bytes(plan: Plan, experts: int) -> int:
-    """A group of tokens on its way through the experts: in, twice inside, out, all float32 and some in parts."""
+def forward_bytes(plan: Plan, experts: int, tokens: int) -> int:
+    """A group of so many tokens on its way through so many experts: in, twice inside, out, all float32 and some in
+    parts."""
     geometry = plan.layout.geometry
-    routed = _tokens(plan) * geometry.top_k * experts // geometry.experts
+    routed = tokens * geometry.top_k * experts // geometry.experts
     weights = experts * 3 * geometry.hidden * geometry.expert_intermediate * 2
     return min(_GROUP_ROWS, 2 * routed) * 4 * (3 * geometry.hidden + 3 * geometry.expert_intermediate) + 2 * weights
 
@@ -166,14 +167,22 @@ def largest_chunk(plan: Plan) -> int:
 
 def refusal(plan: Plan, device: str, has: Machine, ranks: int = 1) -> UsageError | None:
     """Why a plan cannot run on this machine, and what could; None where it can."""
-    wants = needs(plan, device, ranks)
+    short = lacking(needs(plan, device, ranks), has)
+    return too_little(plan, short, _what_would_fit(plan, device, ranks, has)) if short else None
+
+
+def lacking(wants: Needs, has: Machine) -> tuple[str, int, int] | None:
+    """Which memory is short, what is wanted and what there is; None where all is there."""
     pairs = {"memory": (wants.host_bytes, has.host_bytes), "GPU memory": (wants.gpu_bytes, has.gpu_bytes)}
-    for what, (wanted, there) in pairs.items():
-        if wanted > there:
-            sentence = f"needs about {wanted / 1e9:.2f} GB of {what}, here are {there / 1e9:.2f} GB"
-            hint = _what_would_fit(plan, device, ranks, has)
-            return UsageError(f"{plan.layout.index.folder}: {sentence}", hint=hint)
-    return None
+    return next(((what, wanted, there) for what, (wanted, there) in pairs.items() if wanted > there), None)
+
+
+def too_little(plan: Plan, short: tuple[str, int, int], hint: str) -> UsageError:
+    """The refusal for what is `lacking`."""
+    (what, wanted, there), folder = short, plan.layout.index.folder
+    return UsageError(
+        f"{folder}: needs about {wanted / 1e9:.2f} GB of {what}, here are {there / 1e9:.2f} GB", hint=hint
+    )
 
 
 def _what_would_fit(plan: Plan, device: str, ranks: int, has: Machine) -> str:
@@ -182,8 +191,7 @@ def _what_would_fit(plan: Plan, device: str, ranks: int, has: Machine) -> str:
     fewer = held.sequences // 2 if held else 0
     while held and fewer:
         other = replace(plan, recipe=replace(plan.recipe, calibration=replace(held, sequences=fewer)))
-        wants = needs(other, device, ranks)
-        if wants.host_bytes <= has.host_bytes and wants.gpu_bytes <= has.gpu_bytes:
+        if lacking(needs(other, device, ranks), has) is None:
             return f"--sequences {fewer} would fit"
         fewer //= 2
     if held:

@@ -25,6 +25,7 @@ from mimoquant.model.layer_stream import (
     add_blocks,
     attend_and_route,
     dense_layer,
+    on_host,
     portions,
     route_again,
 )
@@ -46,11 +47,6 @@ class Portion:
     routing: Routing | None = None
 
 
-def _on_host(hidden: Tensor) -> Tensor:
-    """As float32 on the host; of a GPU's, in pinned memory, straight from there."""
-    return torch.empty(hidden.shape, pin_memory=hidden.is_cuda).copy_(hidden)
-
-
 class Portions:
     """Sets of sequences (those that train, those held out) that walk through a model's layers together."""
 
@@ -63,7 +59,7 @@ class Portions:
     def _portion(self, batches: list[Tensor], embedding: Tensor, number: int) -> Portion:
         owner, stream, device = number % self.team.size, None, self.weights.device
         if owner == self.team.rank:
-            stream = Stream(self.weights, [_on_host(embedding[batch.to(device)]) for batch in batches])
+            stream = Stream(self.weights, [on_host(embedding[batch.to(device)]) for batch in batches])
         return Portion(owner, sum(batch.numel() for batch in batches), stream)
 
     @property

@@ -84,7 +84,7 @@ ALLOWED: dict[str, set[str]] = {
     "describe": {"checkpoint.journal", "model", "needs", "plan", "rehearsal", "relayout", "report", "serving", "units"},
     "cli_eval": {"errors", "calibration", "checkpoint.writer", "devices", "evaluation", "junit", "model_card",
                  "page_files", "progress", "report", "team"},
-    "sensitivity_cli": {"errors", "api", "calibration.tokens", "choices", "devices", "evaluation", "mixture", "options",
+    "sensitivity_cli": {"errors", "api", "calibration.tokens", "choices", "devices", "evaluation", "mixture", "needs", "options",
                         "page_files", "plan", "progress", "recipe", "sensitivity_page", "serving", "shipped", "team"},
     "draft_cli": {"errors", "cli_eval", "devices", "draft_text", "evaluation", "options", "progress", "team"},
     "synth_cli": {"api", "choices", "describe", "options"},

@@ -291,9 +291,8 @@ def _worst(
 
 def final_hidden(stream: Stream, norm: Tensor) -> Tensor:
     """Normed hidden states of the scored positions (all but each sequence's last), [sequences * (T - 1), H]."""
-    return torch.cat(
-        [rms_norm(hidden, norm, stream.source.config.eps)[:, :-1].flatten(0, 1) for hidden in stream.batches]
-    )
+    normed = (rms_norm(hidden.to(norm.device), norm, stream.source.config.eps) for hidden in stream.batches)
+    return torch.cat([states[:, :-1].flatten(0, 1) for states in normed])
 
 
 def eval_kl(

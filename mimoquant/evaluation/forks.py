@@ -36,7 +36,7 @@ from mimoquant.model.decoder_layer import (
     add_group,
     expert_outputs,
 )
-from mimoquant.model.layer_stream import Block, Stream, add_blocks, attend_and_route, dense_layer
+from mimoquant.model.layer_stream import Block, Stream, add_blocks, attend_and_route, dense_layer, on_host
 from mimoquant.overlap import read_ahead
 from mimoquant.quant.formats import Format
 
@@ -51,12 +51,20 @@ class Trial:
     options: tuple[Option, ...]
 
 
+class HostStream(Stream):
+    """Hidden states that rest on the host, for a GPU has room for one layer's work on every branch, and not for more.
+    They are replaced and never changed: branches share them, and a snapshot may still be reading them."""
+
+    def put(self, batch: int, hidden: Tensor) -> None:
+        self.batches[batch] = on_host(hidden) if hidden.is_cuda else hidden
+
+
 @dataclass
 class Branch:
     """Trials, by number, that have been the same so far, and their hidden states."""
 
     trials: list[int]
-    stream: Stream
+    stream: HostStream
 
 
 @dataclass
@@ -98,8 +106,8 @@ class Lane:
     def begin(self, source: LayerOptions, embedding: Tensor) -> None:
         """All trials are one branch of embedded tokens."""
         device = source.source.device
-        batches = [embedding[ids.to(device)].to(torch.float32) for ids in self.ids]
-        self.branches = [Branch(list(range(len(self.trials))), Stream(source.source, batches))]
+        batches = [on_host(embedding[ids.to(device)]) for ids in self.ids]
+        self.branches = [Branch(list(range(len(self.trials))), HostStream(source.source, batches))]
 
     def parted(self, branch: Branch, layer: int) -> dict[Option, list[int]]:
         """The branch's trials by what they want of a layer."""
@@ -118,10 +126,9 @@ class Lane:
         together: dict[tuple[Option, ...], list[int]] = {}
         for number, trial in enumerate(self.trials):
             together.setdefault(trial.options[:layers], []).append(number)
-        device, count = source.source.device, range(len(self.ids))
-        self.branches = [Branch(trials, Stream(source.source, [state[f"branch {trials[0]} batch {i}"].to(device)
-                                                               for i in count]))
-                         for trials in together.values()]  # fmt: skip
+        held = ((trials, [state[f"branch {trials[0]} batch {i}"] for i in range(len(self.ids))])
+                for trials in together.values())  # fmt: skip
+        self.branches = [Branch(trials, HostStream(source.source, batches)) for trials, batches in held]
 
 
 @torch.no_grad()
@@ -179,7 +186,7 @@ class _Passage:
             if lane.formats and 0 in branch.trials:
                 self.probe = _Probing(blocks, branch.stream.routing, lane.formats)
             for number, (option, trials) in enumerate(lane.parted(branch, layer).items()):
-                stream = Stream(branch.stream.source, list(branch.stream.batches))
+                stream = HostStream(branch.stream.source, list(branch.stream.batches))
                 mine = [replace(block, out=torch.zeros_like(block.out)) for block in blocks] if number else blocks
                 self.parts.append((option, Branch(trials, stream), mine))
         self.lane.branches = [branch for _, branch, _ in self.parts]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -128,18 +129,26 @@ class CalibratedOptions(LayerOptions):
                 self.calibrator.keep(step, stacks)
         else:
             coded[own] = self.calibrator.encode(steps, mine)
-        for option in wanted:
-            if option is not None and option not in coded:
-                coded[option] = self.calibrator.encode_as(option, steps, mine)
+        for option in self._of_any_rank(wanted):
+            if option not in coded:
+                coded[option] = self.calibrator.encode_as(option, len(steps))
         for place, (step, stacks) in enumerate(work):
             yield {option: self._chunk(step, stacks, None) if option is None
                    else self._decoded(step, coded[option][place], option) for option in wanted}  # fmt: skip
+
+    def _of_any_rank(self, wanted: Sequence[Option]) -> list[Format]:
+        """What any rank wants of a round: ranks choose codes together, and only some of them have probes."""
+        told = self.team.gather([astuple(option) for option in wanted if option is not None])
+        return sorted({Format(*fields) for of_rank in told for fields in of_rank}, key=astuple)
 
     def end(self) -> None:
         self.calibrator.end()
 
     def state(self) -> dict[str, Tensor]:
-        return self.calibrator.tokens.state()
+        states = self.calibrator.tokens.state()
+        if self.source.device.type == "cpu":
+            return states
+        return {name: values.clone() for name, values in states.items()}  # the next layer writes into them
 
     def restore(self, state: dict[str, Tensor]) -> None:
         self.calibrator.tokens.restore(state)

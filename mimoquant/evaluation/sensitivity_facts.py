@@ -16,11 +16,9 @@ import yaml
 
 from mimoquant.calibration.tokens import TokenSet
 from mimoquant.evaluation.attribution import Ablation, Estimate, Floats
-from mimoquant.evaluation.forks import PROBE_EVERY, Probe
+from mimoquant.evaluation.forks import Probe
 from mimoquant.evaluation.knapsack import best_options
 from mimoquant.mixture import Mixtures
-from mimoquant.needs import needs
-from mimoquant.report import size
 
 SCHEMA_VERSION = 1
 FAILED = 5.0  # times the median relMSE of its layer: an expert that quantizing ruins
@@ -28,25 +26,6 @@ SUPER = 10.0  # times the median over all experts, and within as much of the lar
 FRONTIER = 24  # points
 
 Facts = dict[str, Any]
-
-
-def foreseen(mixtures: Mixtures, tokens: TokenSet) -> str:
-    """What a run will need, in one sentence."""
-    geometry, count = mixtures.plan.layout.geometry, tokens.ids.size
-    states = count * geometry.hidden * 4 * (2 + len(mixtures.layers) / 2)
-    return (
-        f"the forks take {forward_passes(mixtures):.1f} forward passes of {count} tokens in one read of the checkpoint"
-        f", each choice that is measured one more; memory: {size(int(3 * states))} for hidden states and about "
-        f"{size(needs(mixtures.plan).host_bytes)} for weights; beside --out {size(int(2 * states))} to resume from"
-    )
-
-
-def forward_passes(mixtures: Mixtures) -> float:
-    """Of all tokens, that the forks and the probe take together."""
-    layers, first = mixtures.plan.layout.geometry.layers, mixtures.layers[0]
-    formats = sum(option.fmt is not None for option in mixtures.options)
-    probe = (1 + formats) / (2 * PROBE_EVERY) * len(mixtures.layers)
-    return (first + 2 * (layers - first) + sum(layers - n for n in mixtures.layers) - 1 + probe) / layers
 
 
 def facts_of(

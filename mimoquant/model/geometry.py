@@ -110,6 +110,12 @@ def read_geometry(config: dict[str, Any], where: str, *, packed: bool = False) -
             f"{where}: model_type {model_type!r} is unknown (known: {', '.join(ARCHITECTURES)})",
             hint="mimoquant quantizes the MiMo-V2 family only",
         )
+    named = config.get("architectures")
+    if not (isinstance(named, list) and named and all(isinstance(name, str) for name in named)):
+        raise CheckpointError(
+            f"{where}: architectures is {named!r}, expected a list such as {[ARCHITECTURES[model_type]]}",
+            hint="engines find the model's code by it",
+        )
     _check_values(config, _KNOWN_VALUES, where, "")
     method = _quant_method(config, where, packed=packed)
     modelopt = method in _MODELOPT_METHODS

@@ -73,6 +73,11 @@ class Stream:
             self.batches[batch].copy_(hidden)
 
 
+def on_host(hidden: Tensor) -> Tensor:
+    """As float32 on the host; of a GPU's, in pinned memory, straight from there."""
+    return torch.empty(hidden.shape, pin_memory=hidden.is_cuda).copy_(hidden)
+
+
 @dataclass(frozen=True, slots=True)
 class Block:
     """Consecutive batches' tokens [n, H] on their way through the experts, whose sum is `out` (float32 [n, H])."""

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import shutil
+from dataclasses import astuple
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,14 @@ from mimoquant.devices import make_engine
 from mimoquant.errors import CheckpointError, QualityError, UsageError
 from mimoquant.evaluation import sensitivity as module
 from mimoquant.evaluation.evaluate import eval_kl
+from mimoquant.evaluation.fork_needs import fork_needs, fork_refusal, forward_passes, state_bytes
+from mimoquant.evaluation.layer_options import CalibratedOptions
 from mimoquant.evaluation.sensitivity import Chooser, Walks, halves, sensitivity
-from mimoquant.evaluation.sensitivity_facts import forward_passes
 from mimoquant.evaluation.snapshots import Snapshots
 from mimoquant.mixture import Mixtures
+from mimoquant.needs import Machine
 from mimoquant.plan import make_plan
+from mimoquant.quant.formats import Format
 from mimoquant.recipe import load_recipe, parse_recipe
 from mimoquant.sensitivity_page import ranked, sensitivity_page, sensitivity_text
 from mimoquant.team import Team
@@ -293,6 +297,53 @@ def test_a_killed_run_goes_on_where_it_was(recipe: str, tmp_path: Path, monkeypa
     for name in ("layers", "chosen", "j", "frontier"):
         assert facts[name] == whole[name]
     assert out.read_text() == (tmp_path / "whole.yaml").read_text()
+
+
+def test_what_is_kept_is_as_foreseen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The states of the last layer, of every branch of both halves."""
+    held, tokens, kept = mixtures(), held_out(sequences=8, tokens=32), []
+    save = Snapshots.save
+
+    def weighed(self: Snapshots, walk: str, layer: int, states: dict[str, torch.Tensor], facts: Any) -> None:
+        kept.append(sum(values.nbytes for values in states.values()))
+        save(self, walk, layer, states, facts)
+
+    monkeypatch.setattr(Snapshots, "save", weighed)
+    sensitivity(held, tokens, tmp_path / "r.yaml")
+    assert max(kept) == state_bytes(held, tokens) == 8 * 32 * 256 * 4 * (2 + 4)
+
+
+def test_what_cannot_fit_is_refused_with_a_number_of_sequences_that_would() -> None:
+    held, tokens = mixtures(), held_out(sequences=56, tokens=48)
+    few = fork_needs(held, part_of(tokens, list(range(14))), "cuda")
+    assert fork_needs(held, tokens, "cuda").gpu_bytes > few.gpu_bytes > 0 == fork_needs(held, tokens).gpu_bytes
+    refused = fork_refusal(held, tokens, "cuda", Machine(10**12, 10**12, few.gpu_bytes))
+    assert refused and "GB of GPU memory, here are" in str(refused) and refused.hint == "--sequences 14 would fit"
+    refused = fork_refusal(held, tokens, "cpu", Machine(10**6, 10**6))
+    assert refused and "of memory, here are 0.00 GB" in str(refused) and refused.hint and "--tokens" in refused.hint
+    assert fork_refusal(held, tokens, "cpu", Machine(10**12, 10**12)) is None
+
+
+class _Ranks:
+    """A team in which another rank wants these options."""
+
+    def __init__(self, others: list[Any]) -> None:
+        self.others = others
+
+    def gather(self, mine: Any) -> list[Any]:
+        return json.loads(json.dumps([self.others, mine]))  # type: ignore[no-any-return]
+
+
+def test_ranks_choose_codes_of_a_format_that_only_one_of_them_wants() -> None:
+    """Only some ranks have probes; all of them must make the same calls, in the same order."""
+    g128, g32, mxfp4 = Format("int4", 128), Format("int4", 32), Format("mxfp4", 32)
+    mine, theirs = [None, g128], [mxfp4, g128, g32, None]
+    asked = []
+    for one, other in ((mine, theirs), (theirs, mine)):
+        options = object.__new__(CalibratedOptions)
+        options.team = _Ranks([astuple(option) for option in other if option])  # type: ignore[assignment]
+        asked.append(options._of_any_rank(one))
+    assert asked[0] == asked[1] and set(asked[0]) == {g128, g32, mxfp4}
 
 
 def test_a_source_that_changed_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

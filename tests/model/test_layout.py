@@ -182,6 +182,8 @@ def test_fp8_weights_need_a_quantization_config(tiny_checkpoint: Callable[..., P
     [
         ("model_type", "deepseek_v3", "mimo_v2_flash, mimo_v2"), ("model_type", None, "mimo_v2"),
         ("model_type", ["mimo_v2"], "mimo_v2"),
+        ("architectures", 3, "MiMoV2"), ("architectures", [], "MiMoV2"), ("architectures", [3], "MiMoV2"),
+        ("architectures", None, "MiMoV2"), ("architectures", "MiMoV2ForCausalLM", "a list"),
         ("scoring_func", "softmax", "'sigmoid'"), ("scoring_func", None, "'sigmoid'"),
         ("topk_method", "greedy", "'noaux_tc'"), ("hidden_act", "gelu", "'silu'"), ("n_group", 8, "1"),
         ("topk_group", 4, "1"), ("norm_topk_prob", False, "True"), ("norm_topk_prob", 1, "True"),

@@ -113,6 +113,7 @@ def test_the_published_configs_call_for_these_sizes(
 def small_geometry() -> Geometry:
     """Two ranks of 224 rows (global) and 320 (sliding): two and three blocks, k and v share one."""
     config = {
+        "architectures": ["MiMoV2ForCausalLM"],
         "model_type": "mimo_v2", "attention_projection_layout": "fused_qkv", "hidden_size": 160, "num_hidden_layers": 1,
         "hybrid_layer_pattern": [0], "moe_layer_freq": [0], "intermediate_size": 128, "moe_intermediate_size": 128,
         "n_routed_experts": 2, "num_experts_per_tok": 1, "vocab_size": 8, "scoring_func": "sigmoid",
