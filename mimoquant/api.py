@@ -211,13 +211,15 @@ def eval_draft(
 def sensitivity(
     source: Folder, recipe: str, out: Folder, *, budget_bytes: int | None = None, target_kl: float | None = None,
     data: Sequence[str] = ("heldout-v1",), sequences: int = 56, tokens: int = 512, container: str | None = None,
-    fp8: bool = True, device: str = "auto", resume: bool = False, allow_unknown: bool = False,
+    fp8: bool = True, any_format: bool = False, device: str = "auto", resume: bool = False,
+    allow_unknown: bool = False,
 ) -> Facts:  # fmt: skip
     """Measure what each layer's quantization costs, and write the recipe `out` that spends bytes where they buy most.
 
     Args:
         budget_bytes: of the output's shards at most; by default what the recipe takes. target_kl: instead of it.
-        fp8: whether a layer may stay FP8. resume: take up what a killed run left beside `out`.
+        fp8: whether a layer may stay FP8. any_format: whether int4 may stand beside MXFP4 and NVFP4.
+        resume: take up what a killed run left beside `out`.
     Raises UsageError: nothing fits, or shared data. CheckpointError: bad data. QualityError: the target was missed.
     """
     from mimoquant.devices import resolve_device
@@ -228,7 +230,8 @@ def sensitivity(
         raise UsageError(f"a budget of {budget_bytes} bytes and a target of {target_kl:g}: only one can be the limit")
     team = Team(resolve_device(device))
     held = _held_out(source, data, sequences, tokens)
-    mixed = mixtures(Path(source), recipe, container, team.device, allow_unknown=allow_unknown, fp8=fp8)
+    mixed = mixtures(Path(source), recipe, container, team.device, allow_unknown=allow_unknown, fp8=fp8,
+                     any_format=any_format)  # fmt: skip
     return run(mixed, held, Path(out), budget_bytes=budget_bytes, target_j=target_kl, resume=resume, team=team)
 
 
@@ -287,17 +290,19 @@ def fitted_plan(
 
 
 def mixtures(
-    source: Path, recipe: str, container: str | None, device: str, *, allow_unknown: bool, fp8: bool
+    source: Path, recipe: str, container: str | None, device: str, *, allow_unknown: bool, fp8: bool, any_format: bool
 ) -> Mixtures:
-    """What each layer can become, for `sensitivity`."""
+    """What each layer can become, for `sensitivity`. One container holds all formats; it is the default for them."""
+    from mimoquant.container import COMPRESSED_TENSORS
     from mimoquant.mixture import Mixtures
     from mimoquant.plan import CHUNK_BYTES, CUDA_CHUNK_BYTES, make_plan
     from mimoquant.recipe import load_recipe
 
     loaded = load_recipe(recipe)
     chunk_bytes = CUDA_CHUNK_BYTES if device.startswith("cuda") else CHUNK_BYTES
+    container = container or (COMPRESSED_TENSORS if any_format else None)
     made = make_plan(source, loaded, container=container, allow_unknown=allow_unknown, chunk_bytes=chunk_bytes)
-    return Mixtures(made, chunk_bytes, fp8=fp8)
+    return Mixtures(made, chunk_bytes, fp8=fp8, any_format=any_format)
 
 
 def _held_out(reference: Folder, data: Sequence[str], sequences: int | None, tokens: int) -> TokenSet:

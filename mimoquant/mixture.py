@@ -36,14 +36,19 @@ class Mixtures:
     `plan`: all layers in the recipe's one format, which is option 0. `dropped`: what of the recipe is not in it.
     """
 
-    def __init__(self, plan: Plan, chunk_bytes: int = CHUNK_BYTES, *, fp8: bool = True) -> None:
-        """`fp8`: whether experts may stay FP8. Raises RecipeError for a recipe of several formats, or one MoE layer."""
+    def __init__(
+        self, plan: Plan, chunk_bytes: int = CHUNK_BYTES, *, fp8: bool = True, any_format: bool = False
+    ) -> None:  # fmt: skip
+        """`fp8`: whether experts may stay FP8. `any_format`: int4 beside MXFP4 and NVFP4, whatever the recipe has.
+
+        Raises RecipeError for a recipe of several formats, one MoE layer, or a container that has no other format.
+        """
         self._given, self._chunk_bytes = plan, chunk_bytes
         self.layers = plan.layout.geometry.moe_layers
         own = _one_format(plan)
         self.dropped = [f"the recipe's carve-out of layer {layer} ({kind}) is dropped: layers are chosen anew"
                         for layer, kind in sorted(plan.carve_outs.items())]  # fmt: skip
-        self.options = [option for option in _options(plan, own) if fp8 or option.kept != "fp8"]
+        self.options = [option for option in _options(plan, own, any_format) if fp8 or option.kept != "fp8"]
         self.plan = self.planned([0] * len(self.layers))
         every = [self._bytes(number) for number in range(len(self.options))]
         self.bytes = [[of_option[layer] for of_option in every] for layer in self.layers]  # [layer][option]
@@ -102,13 +107,19 @@ def _one_format(plan: Plan) -> Format:
     return formats.pop()
 
 
-def _options(plan: Plan, own: Format) -> list[LayerOption]:
+def _options(plan: Plan, own: Format, any_format: bool) -> list[LayerOption]:
     """What the container can hold of a layer's experts, the plan's own format first."""
     if plan.container != COMPRESSED_TENSORS:
+        if any_format:
+            raise RecipeError(
+                f"recipe {plan.recipe.name}: the container {plan.container} holds {own.label} and no other format",
+                hint="--container compressed-tensors holds them all",
+            )
         return [LayerOption(own), LayerOption(None, "bf16")]
-    formats = [Format("mxfp4", 32), Format("nvfp4", 16)]
-    if own.name == "int4":
-        formats = [replace(own, group_size=size) for size in sorted(GROUP_SIZES["int4"], reverse=True)]
+    integers = [replace(own if own.name == "int4" else Format("int4", size), group_size=size)
+                for size in sorted(GROUP_SIZES["int4"], reverse=True)]  # fmt: skip
+    floats = [Format("mxfp4", 32), Format("nvfp4", 16)]
+    formats = integers * (any_format or own.name == "int4") + floats * (any_format or own.name != "int4")
     geometry = plan.layout.geometry
     fitting = [fmt for fmt in formats
                if fmt != own and not any(fmt.misfit(*geometry.expert_shape(p)) for p in PROJECTIONS)]  # fmt: skip

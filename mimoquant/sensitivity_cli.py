@@ -65,6 +65,13 @@ def sensitivity(
         bool,
         typer.Option(help="Whether a layer may stay FP8, which engines give FP8 inputs; not all load the mixture."),
     ] = True,
+    any_format: Annotated[
+        bool,
+        typer.Option(
+            "--any-format",
+            help="Offer int4 beside MXFP4 and NVFP4, whatever the recipe has; not all engines load both.",
+        ),
+    ] = False,
     html: Annotated[Path | None, typer.Option(help="Write the report page here.", metavar="FILE")] = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -92,7 +99,7 @@ def sensitivity(
         if team.leads:
             _check_files(source, out, html)
         mixtures = api.mixtures(source, recipe, container.value if container else None, team.device,
-                                allow_unknown=allow_unknown, fp8=fp8)  # fmt: skip
+                                allow_unknown=allow_unknown, fp8=fp8, any_format=any_format)  # fmt: skip
         held = load_tokens(data or ["heldout-v1"], source, sequences=sequences, tokens=tokens,
                            vocab=mixtures.plan.layout.geometry.vocab)  # fmt: skip
         refused = fork_refusal(mixtures, held, team.device, machine(team.device), team.size)

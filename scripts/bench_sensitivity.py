@@ -1,6 +1,7 @@
 """Mixtures that `sensitivity` chooses, beside one format everywhere and one layer in bf16, at equal bytes.
 
-    python scripts/bench_sensitivity.py CHECKPOINT [--recipe NAME] [--sequences 28] [--tokens 256]
+    python scripts/bench_sensitivity.py CHECKPOINT [--recipe NAME] [--any-format] [--sequences 28]
+                                         [--tokens 256]
 
 Half of the sequences choose, the other half tell J. Sizes are those of the finer formats everywhere, and of one
 layer kept in bf16.
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from mimoquant.calibration.tokens import TokenSet, load_tokens
+from mimoquant.container import COMPRESSED_TENSORS
 from mimoquant.devices import make_engine, resolve_device
 from mimoquant.evaluation.attribution import Estimate
 from mimoquant.evaluation.divergence import bootstrap
@@ -41,9 +43,12 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=28)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--any-format", action="store_true")
     chosen = parser.parse_args()
     device, begin = resolve_device(chosen.device), time.monotonic()
-    held = Mixtures(make_plan(chosen.checkpoint, load_recipe(chosen.recipe)))
+    container = COMPRESSED_TENSORS if chosen.any_format else None
+    held = Mixtures(make_plan(chosen.checkpoint, load_recipe(chosen.recipe), container=container),
+                    any_format=chosen.any_format)  # fmt: skip
     every = load_tokens(["heldout-v1"], chosen.checkpoint, sequences=2 * chosen.sequences, tokens=chosen.tokens,
                         vocab=held.plan.layout.geometry.vocab)  # fmt: skip
     calibration = calibration_tokens(held.plan)
@@ -56,9 +61,12 @@ def main() -> None:
             print(f"layer {layer}: alone {Estimate.of(ablation.alone_means[:, place])}, "
                   f"gain {Estimate.of(ablation.gains[:, place])}, ratios {ablation.ratio[place].round(3)}")  # fmt: skip
         choices = compared(held, Chooser(held, ablation, walks.measure))
-        others = Walks(held, parted(every, False), calibration, engine, Team(device))
-        source = (len(held.options) - 1,) * len(held.layers)  # walked first, it is the reference
-        told = others.measure([source, *(choice for _, choice in choices)])[1:]
+        source = (len(held.options) - 1,) * len(held.layers)  # the reference, which needs no calibration
+        clean, others = (Walks(held, parted(every, False), tokens, engine, Team(device))
+                         for tokens in (None, calibration))  # fmt: skip
+        clean.measure([source])
+        others.references = clean.references
+        told = others.measure([choice for _, choice in choices])
     table(held, choices, [np.concatenate(halves) for halves in told])
     print(f"{time.monotonic() - begin:.0f} s")
 
@@ -69,7 +77,7 @@ def compared(held: Mixtures, chooser: Chooser) -> list[tuple[str, Choice]]:
     simple = {f"{option.label} everywhere": (k,) * count for k, option in enumerate(held.options) if option.fmt}
     carved = {f"layer {layer} in bf16": tuple(kept if n == layer else 0 for n in held.layers) for layer in held.layers}
     out = list(simple.items()) + list(carved.items())
-    for budget in sorted({held.size(choice) for _, choice in out} - {held.plan.shard_bytes}):
+    for budget in sorted({held.size(choice) for _, choice in out}):
         choice = chooser.within(budget)
         measured, predicted = chooser.measured[choice][0], chooser.ablation.predicted(choice)[0]
         print(f"{budget} bytes: {[held.options[k].label for k in choice]}, predicted {predicted:.5f}, "

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from compressed_tensors.quantization import QuantizationConfig
 
 import mimoquant
 from mimoquant import pipeline
@@ -32,14 +33,27 @@ def test_options_are_what_the_container_holds() -> None:
     assert labels("nvfp4-mse") == ["nvfp4", "mxfp4", "fp8", "bf16"]
     assert labels("mxfp4-rtn", container="compressed-tensors") == ["mxfp4", "nvfp4", "fp8", "bf16"]
     assert labels("mxfp4-rtn") == ["mxfp4", "bf16"]  # the native container
+    every = Mixtures(make_plan(MICRO, load_recipe("nvfp4-mse")), any_format=True).options
+    assert [option.label for option in every] == [
+        "nvfp4", "int4 g128", "int4 g64", "int4 g32", "mxfp4", "fp8", "bf16"
+    ]  # fmt: skip
+    every = Mixtures(make_plan(MICRO, load_recipe("int4-g32-mse")), any_format=True).options
+    assert [option.label for option in every] == [
+        "int4 g32", "int4 g128", "int4 g64", "mxfp4", "nvfp4", "fp8", "bf16"
+    ]  # fmt: skip
+    with pytest.raises(RecipeError, match="the container native holds mxfp4 and no other format"):
+        Mixtures(make_plan(MICRO, load_recipe("mxfp4-rtn")), any_format=True)
     assert [option.label for option in Mixtures(make_plan(MICRO, load_recipe("int4-g32-mse")), fp8=False).options] == [
         "int4 g32", "int4 g128", "int4 g64", "bf16"
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("any_format", [False, True])
 @pytest.mark.parametrize("recipe", ["int4-g128-mse", "mxfp4-rtn", "nvfp4-mse"])
-def test_bytes_of_any_mixture_are_the_sum_of_its_layers(recipe: str) -> None:
-    held, rng = mixtures(recipe), random.Random(0)
+def test_bytes_of_any_mixture_are_the_sum_of_its_layers(recipe: str, any_format: bool) -> None:
+    container = "compressed-tensors" if any_format else None
+    plan, rng = make_plan(MICRO, load_recipe(recipe), container=container), random.Random(0)
+    held = Mixtures(plan, any_format=any_format)
     for _ in range(12):
         choice = [rng.randrange(len(held.options)) for _ in held.layers]
         choice[rng.randrange(len(choice))] = 0  # something has to be quantized
@@ -56,6 +70,22 @@ def test_a_mixture_is_written_and_proven(tmp_path: Path) -> None:
     report = verify(tmp_path / "out", MICRO)
     assert report.ok, report.problems
     assert sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")) == held.size([1, 3, 0, 2])
+
+
+def test_int4_beside_mxfp4_and_nvfp4_is_written_and_proven(tmp_path: Path) -> None:
+    """By `verify`, and by compressed-tensors, which reads each layer's values by what the config says of its group."""
+    held = Mixtures(make_plan(MICRO, load_recipe("nvfp4-mse")), any_format=True)
+    plan = held.planned([0, 2, 4, 5])
+    pipeline.quantize(plan, tmp_path / "out", device="cpu")
+    report = verify(tmp_path / "out", MICRO)
+    assert report.ok, report.problems
+    groups = QuantizationConfig(**plan.config["quantization_config"]).config_groups.values()
+    told = {target.partition("layers\\.(")[2][0]: (group.format, group.weights.type, group.weights.group_size)
+            for group in groups for target in group.targets}  # fmt: skip
+    assert told == {
+        "1": ("nvfp4-pack-quantized", "float", 16), "2": ("pack-quantized", "int", 64),
+        "3": ("mxfp4-pack-quantized", "float", 32), "4": ("float-quantized", "float", None),
+    }  # fmt: skip
 
 
 def test_the_recipe_reads_back_as_the_same_plan() -> None:

@@ -114,8 +114,9 @@ def _identity(mixtures: Mixtures, tokens: TokenSet, calibration: TokenSet | None
         identity["source"] = mixtures.plan.layout.index.stamps()
     if calibration:
         identity["calibration tokens"] = calibration.sha256
+    formats = [option.label for option in mixtures.options if option.fmt]  # the others need no walk of their own
     return identity | {
-        "tokens a sequence": str(tokens.ids.shape[1]), "tokens": tokens.sha256,
+        "formats": ", ".join(formats), "tokens a sequence": str(tokens.ids.shape[1]), "tokens": tokens.sha256,
         "kind of device": team.device.partition(":")[0], "processes": str(team.size),
     }  # fmt: skip
 
@@ -268,7 +269,8 @@ class Chooser:
         classes = [list(zip(cost, sizes, strict=True))
                    for cost, sizes in zip(self.costs.tolist(), self.mixtures.bytes, strict=True)]  # fmt: skip
         best = self._quantizing(best_options(classes, budget - self.mixtures.rest_bytes), f"a size of {size(budget)}")
-        self.measure([best])
+        if best not in self.measured:
+            self.measure([best])
         for _ in range(ROUNDS):
             near = self._uniform_rivals(best, budget)
             if not self._agrees(best):
@@ -276,10 +278,11 @@ class Chooser:
             near = list(dict.fromkeys(near))[:SWAPS]
             if near:
                 self.measure(near)
-            better = [choice for choice in near if self.measured[choice][0] < self.measured[best][0]]
-            if not better:
+            fitting = (choice for choice in self.measured if self.mixtures.size(choice) <= budget)
+            least = min(fitting, key=lambda choice: self.measured[choice][0])
+            if least == best:
                 break
-            best = min(better, key=lambda choice: self.measured[choice][0])
+            best = least
         return best
 
     def _uniform_rivals(self, choice: Choice, budget: int) -> list[Choice]:

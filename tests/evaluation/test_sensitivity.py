@@ -220,6 +220,24 @@ def test_a_planted_layer_is_found_first(tmp_path: Path) -> None:
     assert facts["chosen"]["measured"]["mean"] <= 0.8 * j_of(held, [1, 1, 1, 1], tokens, tmp_path / "g64")
 
 
+def test_formats_of_another_family_take_off_a_fifth_in_the_same_bytes(tmp_path: Path) -> None:
+    """Of MXFP4 everywhere: the recipe's own size is the budget, unless another one is given."""
+    recipe, out, few = tmp_path / "r.yaml", tmp_path / "out", ("--sequences", 28, "--tokens", 64)
+    told = call(MICRO, "-r", "mxfp4-mse", "-o", recipe, "--any-format", "--json", *few)
+    assert told.exit_code == 0, told.output
+    facts = json.loads(told.stdout)
+    chosen, uniform = facts["chosen"], facts["uniform"][0]
+    assert uniform["option"] == "mxfp4" and chosen["bytes"] <= uniform["bytes"] == facts["budget_bytes"]
+    assert chosen["to_all_quantized"]["mean"] <= 0.8
+    assert {option.partition(" ")[0] for option in chosen["options"].values()} & {"int4"}
+    sglang = next(engine for engine in facts["engines"] if engine["engine"] == "sglang")
+    assert not sglang["ok"], "it takes no int4 beside another format"
+    plan = make_plan(MICRO, load_recipe(str(recipe)))
+    assert pipeline.quantize(plan, out, device="cpu") and verify(out, MICRO).ok
+    native = call(MICRO, "-r", "mxfp4-mse", "-o", tmp_path / "n.yaml", "--any-format", "--container", "native", *few)
+    assert native.exit_code == 2 and "holds mxfp4 and no other format" in native.stderr
+
+
 def test_a_target_is_reached_with_the_least_bytes(tmp_path: Path) -> None:
     source = plant(tmp_path)
     held, tokens = mixtures(source=source), held_out(source)
@@ -359,6 +377,9 @@ def test_a_source_that_changed_is_refused_by_name(tmp_path: Path, monkeypatch: p
         sensitivity(mixtures(source=source), tokens, out)
     with pytest.raises(UsageError, match="tokens a sequence was 32, is now 16"):
         sensitivity(mixtures(source=source), held_out(sequences=16, tokens=16), out, resume=True)
+    with pytest.raises(UsageError, match=r"formats was int4 g128, int4 g64, int4 g32, is now .*, mxfp4, nvfp4"):
+        every = Mixtures(make_plan(source, load_recipe(RECIPE)), any_format=True)
+        sensitivity(every, tokens, out, resume=True)
     os.utime(source / "model_mtp.safetensors", ns=(1, 1))
     with pytest.raises(UsageError, match=r"source\.model_mtp\.safetensors was .*, is now .* of 1970-01-01"):
         sensitivity(mixtures(source=source), tokens, out, resume=True)

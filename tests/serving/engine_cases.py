@@ -35,10 +35,11 @@ Plant = Callable[[dict[str, Any], Tensors], None]
 
 @dataclass(frozen=True)
 class Case:
-    """A container: from which source, by which scheme (see `recipe`), with what else in the recipe."""
+    """A container: from which source, by which scheme (see `recipe`), or one for each layer, with what else in the
+    recipe."""
 
     source: str
-    scheme: str
+    scheme: str | tuple[tuple[int, str], ...]
     settings: str = ""
     container: str = "compressed-tensors"
     method: str = "QuantizationModifier"
@@ -62,15 +63,22 @@ CASES = {
     "native MXFP4": Case("fused", MXFP4, container="native"),
     "int4 g128, a layer bf16": Case("fused", INT4 % 128, "carve_outs: {2: bf16}, "),
     "NVFP4, a layer FP8": Case("fused", NVFP4, "carve_outs: {2: fp8}, "),
+    "int4 g64, FP8, MXFP4, NVFP4 by layers": Case("fused", ((1, INT4 % 64), (3, MXFP4), (4, NVFP4)),
+                                                  "carve_outs: {2: fp8}, "),
     "ModelOpt NVFP4, a layer bf16": Case("fused", NVFP4, "carve_outs: {2: bf16}, ", container="modelopt"),
     "native MXFP4, a layer bf16": Case("fused", MXFP4, "carve_outs: {2: bf16}, ", container="native"),
 }  # fmt: skip
 
 
 def recipe(case: Case) -> str:
+    groups = {"experts": (EXPERTS, case.scheme)}
+    if isinstance(case.scheme, tuple):
+        groups = {f"layer{layer}": (EXPERTS.replace(".*mlp", rf".*layers\.{layer}\.mlp"), scheme)
+                  for layer, scheme in case.scheme}  # fmt: skip
+    written = ", ".join(f"{name}: {{targets: ['{target}'], weights: {scheme}}}"
+                        for name, (target, scheme) in groups.items())  # fmt: skip
     return f"""
-default_stage: {{default_modifiers: {{{case.method}: {{
-  config_groups: {{experts: {{targets: ['{EXPERTS}'], weights: {case.scheme}}}}}}}}}}}
+default_stage: {{default_modifiers: {{{case.method}: {{config_groups: {{{written}}}}}}}}}
 mimoquant: {{{case.settings}version: 1}}
 """
 
