@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mimoquant.checkpoint.journal import JournalLine, free_bytes
+from mimoquant.errors import RecipeError
+from mimoquant.fork_needs import Forks, fork_needs, forward_passes, state_bytes
+from mimoquant.mixture import formats_of
 from mimoquant.model.drafter import carried_drafter
 from mimoquant.model.geometry import Geometry
 from mimoquant.model.layout import ModelLayout
@@ -156,6 +159,7 @@ def plan_facts(
         "gpu_memory_bytes": wants.gpu_bytes,
         "machine": asdict(has),
         "experts_at_once": largest_chunk(plan),
+        "sensitivity": _sensitivity_facts(plan, device),
         "estimate": None
         if took is None
         else asdict(took) | dict(zip(("bound_by", "total_s"), took.bound, strict=True)),
@@ -167,6 +171,17 @@ def plan_facts(
         "notes": notes,
         "engines": planned_facts(planned(plan)),
     }
+
+
+def _sensitivity_facts(plan: Plan, device: str) -> dict[str, Any] | None:
+    """What `sensitivity` would need for this recipe, on as many tokens as it takes by itself; None where it refuses."""
+    try:
+        forks = Forks(plan, len(formats_of(plan)))
+    except RecipeError:
+        return None
+    wants = fork_needs(forks, device)
+    return {"forward_passes": forward_passes(forks), "tokens": forks.tokens, "host_memory_bytes": wants.host_bytes,
+            "gpu_memory_bytes": wants.gpu_bytes, "resume_bytes": 2 * state_bytes(forks)}  # fmt: skip
 
 
 def plan_text(facts: dict[str, Any]) -> str:
@@ -197,7 +212,7 @@ def plan_text(facts: dict[str, Any]) -> str:
 
 
 def _demands(facts: dict[str, Any]) -> list[str]:
-    """Lines on memory and time."""
+    """Lines on memory and time, and on those of `sensitivity`."""
     has, took = facts["machine"], facts["estimate"]
     lines = [f"memory     at most about {size(facts['host_memory_bytes'])} of host memory "
              f"(here {size(has['host_bytes'])}, free {size(has['host_free_bytes'])})"]  # fmt: skip
@@ -212,6 +227,11 @@ def _demands(facts: dict[str, Any]) -> list[str]:
                      f"{duration(took['computing_s'])}, reading {duration(took['reading_s'])} at "
                      f"{size(int(took['read_bytes_per_s']))}/s, writing {duration(took['writing_s'])} at "
                      f"{size(int(took['write_bytes_per_s']))}/s")  # fmt: skip
+    if forks := facts["sensitivity"]:
+        gpu = f" and {size(forks['gpu_memory_bytes'])} of a GPU's" if forks["gpu_memory_bytes"] else ""
+        lines.append(f"forks      sensitivity would take {forks['forward_passes']:.1f} forward passes of "
+                     f"{forks['tokens']} tokens, at most about {size(forks['host_memory_bytes'])} of host memory{gpu}, "
+                     f"{size(forks['resume_bytes'])} to resume from")  # fmt: skip
     return lines
 
 

@@ -93,6 +93,11 @@ def mixed_recipe(recipe: Recipe, options: Mapping[int, LayerOption]) -> Recipe:
     return replace(recipe, groups=tuple(groups), ignore=ignore, carve_outs=kept, provenance={})
 
 
+def formats_of(plan: Plan) -> list[Format]:
+    """What `sensitivity` would choose among, beside what can be kept. Raises RecipeError where it would refuse."""
+    return [option.fmt for option in _options(plan, _one_format(plan), False) if option.fmt]
+
+
 def _one_format(plan: Plan) -> Format:
     formats, name = set(plan.formats.values()), plan.recipe.name
     if len(formats) > 1:

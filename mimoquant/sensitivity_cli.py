@@ -25,8 +25,6 @@ from mimoquant.shipped import shipped_recipes, shipped_sets
 
 if TYPE_CHECKING:
     from mimoquant.calibration.tokens import TokenSet
-    from mimoquant.mixture import Mixtures
-    from mimoquant.team import Team
 
 
 def sensitivity(
@@ -82,8 +80,9 @@ def sensitivity(
     from mimoquant.calibration.tokens import load_tokens
     from mimoquant.devices import resolve_device
     from mimoquant.errors import UsageError
-    from mimoquant.evaluation.fork_needs import fork_refusal
+    from mimoquant.evaluation.sensitivity import forks_of
     from mimoquant.evaluation.sensitivity import sensitivity as run
+    from mimoquant.fork_needs import foreseen, fork_refusal
     from mimoquant.needs import machine
     from mimoquant.serving.check import planned_lines
     from mimoquant.team import Team
@@ -102,11 +101,12 @@ def sensitivity(
                                 allow_unknown=allow_unknown, fp8=fp8, any_format=any_format)  # fmt: skip
         held = load_tokens(data or ["heldout-v1"], source, sequences=sequences, tokens=tokens,
                            vocab=mixtures.plan.layout.geometry.vocab)  # fmt: skip
-        refused = fork_refusal(mixtures, held, team.device, machine(team.device), team.size)
+        forks = forks_of(mixtures, held, team)
+        refused = fork_refusal(forks, len(held.ids), team.device, machine(team.device))
         if refused:
             raise refused
         if team.leads:
-            _tell_needs(mixtures, held, team)
+            _tell([*mixtures.dropped, foreseen(forks, team.device)], held)
         budget = None if budget_gib is None else int(budget_gib * 2**30)
         facts = run(mixtures, held, out, budget_bytes=budget, target_j=target_kl, resume=resume, team=team,
                     progress=_shown() if team.leads else None)  # fmt: skip
@@ -130,10 +130,7 @@ def _check_files(source: Path, out: Path, html: Path | None) -> None:
         check_writable(html, (source, Path(f"{out}.partial")))
 
 
-def _tell_needs(mixtures: Mixtures, tokens: TokenSet, team: Team) -> None:
-    from mimoquant.evaluation.fork_needs import foreseen
-
-    notes = [*mixtures.dropped, foreseen(mixtures, tokens, team.device, team.size)]
+def _tell(notes: list[str], tokens: TokenSet) -> None:
     if tokens.left_out:
         notes.append(f"too few tokens for one sequence of {tokens.ids.shape[1]}: {', '.join(tokens.left_out)}")
     for note in notes:

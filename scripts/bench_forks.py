@@ -24,9 +24,8 @@ import torch
 
 from mimoquant.calibration.tokens import load_tokens
 from mimoquant.devices import resolve_device
-from mimoquant.evaluation.fork_needs import foreseen, forward_passes
-from mimoquant.evaluation.forks import PROBE_EVERY
-from mimoquant.evaluation.sensitivity import sensitivity
+from mimoquant.evaluation.sensitivity import forks_of, sensitivity
+from mimoquant.fork_needs import PROBE_EVERY, foreseen, forward_passes
 from mimoquant.mixture import Mixtures
 from mimoquant.plan import CUDA_CHUNK_BYTES, make_plan
 from mimoquant.recipe import load_recipe
@@ -63,7 +62,7 @@ def measure(options: argparse.Namespace, work: Path, team: Team) -> None:
     data, shape = [str(work / "ids.npy")], {"sequences": options.sequences, "tokens": options.tokens}
     tokens = load_tokens(data, source, **shape, vocab=4096)
     budget = mixtures.size([len(mixtures.options) - 2] + [0] * (options.layers - 1))  # one layer FP8
-    told: dict[str, list[float]] = {}
+    forks, told = forks_of(mixtures, tokens, team), {}
 
     def progress(what: str, done: int, layers: int) -> None:
         told.setdefault(what, []).append(time.perf_counter())
@@ -72,10 +71,7 @@ def measure(options: argparse.Namespace, work: Path, team: Team) -> None:
     facts = sensitivity(mixtures, tokens, work / "recipe.yaml", budget_bytes=budget, team=team, progress=progress)
     if not team.leads:
         return
-    print(
-        f"{options.recipe}: {time.perf_counter() - begin:.1f} s in all; told before: "
-        f"{foreseen(mixtures, tokens, team.device, team.size)}"
-    )
+    print(f"{options.recipe}: {time.perf_counter() - begin:.1f} s in all; told before: {foreseen(forks, team.device)}")
     print(f"  {facts['cost']['walks']}; chosen {list(facts['chosen']['options'].values())}")
     formats = sum(option.fmt is not None for option in mixtures.options)
     rows = [np.diff(times)[2:] for times in (told["ablation"], told["measure"][: options.layers + 2])]
@@ -84,7 +80,7 @@ def measure(options: argparse.Namespace, work: Path, team: Team) -> None:
     pairs = ", ".join(f"{n:.2f} branches {s:.2f}" for n, s in zip(x, rows[0], strict=True))
     print(f"  ablation, seconds a layer: {pairs}")
     print(f"  = {constant:.2f} + {slope:.3f} a branch; measurement {np.median(rows[1]):.2f} s a layer")
-    passes = forward_passes(mixtures) * (options.layers + 1)
+    passes = forward_passes(forks) * (options.layers + 1)
     print(f"  passes foreseen {passes:.2f}, counted here {sum(x) + branches(0, formats) + 1:.2f}")
     every = [branches(place, formats) for place in range(MODEL_LAYERS - 1)]
     print(f"  47 layers: forks {sum(constant + slope * n for n in every) / 60:.1f} min, "

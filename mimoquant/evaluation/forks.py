@@ -25,6 +25,7 @@ from mimoquant.errors import CheckpointError
 from mimoquant.evaluation.divergence import head_divergence
 from mimoquant.evaluation.evaluate import final_hidden
 from mimoquant.evaluation.layer_options import LayerOptions, Option, Round
+from mimoquant.fork_needs import PROBE_EVERY
 from mimoquant.model.decoder_layer import (
     DenseWeights,
     Dispatch,
@@ -39,8 +40,6 @@ from mimoquant.model.decoder_layer import (
 from mimoquant.model.layer_stream import Block, Stream, add_blocks, attend_and_route, dense_layer, on_host
 from mimoquant.overlap import read_ahead
 from mimoquant.quant.formats import Format
-
-PROBE_EVERY = 4  # one in so many of a probed lane's tokens; a sequence's first is among them where T divides
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from mimoquant.evaluation.knapsack import best_options, undominated
 from mimoquant.evaluation.layer_options import CalibratedOptions, LayerOptions
 from mimoquant.evaluation.sensitivity_facts import choice_facts, facts_of, recipe_text
 from mimoquant.evaluation.snapshots import Snapshots
+from mimoquant.fork_needs import Forks
 from mimoquant.mixture import Mixtures
 from mimoquant.model.layer_stream import portions
 from mimoquant.pipeline import calibration_tokens
@@ -119,6 +120,13 @@ def _identity(mixtures: Mixtures, tokens: TokenSet, calibration: TokenSet | None
         "formats": ", ".join(formats), "tokens a sequence": str(tokens.ids.shape[1]), "tokens": tokens.sha256,
         "kind of device": team.device.partition(":")[0], "processes": str(team.size),
     }  # fmt: skip
+
+
+def forks_of(mixtures: Mixtures, tokens: TokenSet, team: Team) -> Forks:
+    """What the run is, for `fork_needs`."""
+    count = 2 * len(portions(torch.empty(-(-len(tokens.ids) // 2), tokens.ids.shape[1], device="meta")))
+    formats = sum(option.fmt is not None for option in mixtures.options)
+    return Forks(mixtures.plan, formats, tokens.ids.size, -(-count // team.size) / count, team.size)
 
 
 def halves(tokens: TokenSet) -> tuple[list[int], list[int]]:

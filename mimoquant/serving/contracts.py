@@ -84,7 +84,7 @@ FORMATS: tuple[Row, ...] = (
     Row(VLLM, CT_NVFP4, RIGHT, RUN, "0.26 on an H100 (Marlin), 0.32 on a CPU", since=(0, 26)),
     Row(VLLM, MO_NVFP4, RIGHT, RUN, "0.32 on a CPU (its config, loader, dequantizer): KL 0; modelopt.py of 0.33",
         since=(0, 32)),
-    Row(VLLM, MIXED, RIGHT, RUN, "0.32 on a CPU: layers of int4, FP8, MXFP4 and NVFP4 in one checkpoint", since=(0, 32)),
+    Row(VLLM, MIXED, RIGHT, RUN, "0.32 on a CPU: int4, FP8, MXFP4, NVFP4 in one checkpoint", since=(0, 32)),
     Row(SGLANG, NATIVE_MXFP4, RIGHT, RUN, "the loader of 0.5.23 at TP 1 and 2", since=(0, 5, 23)),
     Row(SGLANG, INT4, RIGHT, RUN, "the loader of 0.5.23 at TP 1 and 2", since=(0, 5, 23)),
     Row(SGLANG, INT4_ASYMMETRIC, REFUSED, RUN, "the loader of 0.5.23: RuntimeError in _load_w13", since=(0, 5, 23),

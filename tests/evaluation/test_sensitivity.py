@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 import json
 import os
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -23,14 +25,15 @@ from mimoquant import pipeline
 from mimoquant.calibration.tokens import TokenSet, load_tokens
 from mimoquant.checkpoint.index import open_index
 from mimoquant.cli import app
+from mimoquant.describe import plan_facts
 from mimoquant.devices import make_engine
 from mimoquant.errors import CheckpointError, QualityError, UsageError
 from mimoquant.evaluation import sensitivity as module
 from mimoquant.evaluation.evaluate import eval_kl
-from mimoquant.evaluation.fork_needs import fork_needs, fork_refusal, forward_passes, state_bytes
 from mimoquant.evaluation.layer_options import CalibratedOptions
-from mimoquant.evaluation.sensitivity import Chooser, Walks, halves, sensitivity
+from mimoquant.evaluation.sensitivity import Chooser, Walks, forks_of, halves, sensitivity
 from mimoquant.evaluation.snapshots import Snapshots
+from mimoquant.fork_needs import SEQUENCES, TOKENS, Forks, fork_needs, fork_refusal, forward_passes, state_bytes
 from mimoquant.mixture import Mixtures
 from mimoquant.needs import Machine
 from mimoquant.plan import make_plan
@@ -91,7 +94,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Pat
 def test_forks_take_what_was_foreseen_and_read_each_byte_once(found: tuple[dict[str, Any], Path]) -> None:
     facts, _ = found
     walk, layers = facts["cost"]["walks"][0], 5
-    assert walk["forward_passes"] == pytest.approx(forward_passes(mixtures()), rel=0.02)
+    assert walk["forward_passes"] == pytest.approx(forward_passes(Forks(mixtures().plan, 3)), rel=0.02)
     assert walk["forward_passes"] + facts["cost"]["walks"][1]["forward_passes"] <= layers / 2 + 3
     wanted = ("model.layers.", "model.embed_tokens.", "model.norm.", "lm_head.")
     tensors = open_index(MICRO).tensors.items()
@@ -328,18 +331,44 @@ def test_what_is_kept_is_as_foreseen(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(Snapshots, "save", weighed)
     sensitivity(held, tokens, tmp_path / "r.yaml")
-    assert max(kept) == state_bytes(held, tokens) == 8 * 32 * 256 * 4 * (2 + 4)
+    assert max(kept) == state_bytes(forks_of(held, tokens, Team())) == 8 * 32 * 256 * 4 * (2 + 4)
 
 
 def test_what_cannot_fit_is_refused_with_a_number_of_sequences_that_would() -> None:
-    held, tokens = mixtures(), held_out(sequences=56, tokens=48)
-    few = fork_needs(held, part_of(tokens, list(range(14))), "cuda")
-    assert fork_needs(held, tokens, "cuda").gpu_bytes > few.gpu_bytes > 0 == fork_needs(held, tokens).gpu_bytes
-    refused = fork_refusal(held, tokens, "cuda", Machine(10**12, 10**12, few.gpu_bytes))
+    plan, plenty = mixtures().plan, 10**12
+    forks, few = Forks(plan, 3, 56 * 48), Forks(plan, 3, 14 * 48)
+    there = fork_needs(few, "cuda").gpu_bytes
+    assert fork_needs(forks, "cuda").gpu_bytes > there > 0 == fork_needs(forks).gpu_bytes
+    refused = fork_refusal(forks, 56, "cuda", Machine(plenty, plenty, there))
     assert refused and "GB of GPU memory, here are" in str(refused) and refused.hint == "--sequences 14 would fit"
-    refused = fork_refusal(held, tokens, "cpu", Machine(10**6, 10**6))
+    refused = fork_refusal(forks, 56, "cpu", Machine(10**6, 10**6))
     assert refused and "of memory, here are 0.00 GB" in str(refused) and refused.hint and "--tokens" in refused.hint
-    assert fork_refusal(held, tokens, "cpu", Machine(10**12, 10**12)) is None
+    assert fork_refusal(forks, 56, "cpu", Machine(plenty, plenty)) is None
+
+
+def test_ranks_need_less_each() -> None:
+    held, tokens = mixtures(), held_out(sequences=8, tokens=32)
+    team = Team()
+    one = forks_of(held, tokens, team)
+    team.size = 2
+    two = forks_of(held, tokens, team)
+    assert one.share == 1 and two.share == 0.5 and state_bytes(two) == state_bytes(one) // 2
+    team.size = 3  # a half of the sequences is one portion, which is not shared
+    assert forks_of(held, tokens, team).share == 0.5
+
+
+def test_plan_tells_what_a_run_will_need() -> None:
+    """On the tokens that the verb takes by itself, for recipes that it takes."""
+    told = mimoquant.plan(MICRO, RECIPE, device="cpu")
+    wants = fork_needs(Forks(mixtures().plan, 3, SEQUENCES * TOKENS))
+    assert told["sensitivity"]["host_memory_bytes"] == wants.host_bytes > told["host_memory_bytes"]
+    shown = CliRunner().invoke(app, ["plan", str(MICRO), "-r", RECIPE, "--device", "cpu"]).stdout
+    assert f"{told['sensitivity']['forward_passes']:.1f} forward passes of {SEQUENCES * TOKENS} tokens" in shown
+    given = inspect.signature(mimoquant.sensitivity).parameters
+    assert (given["sequences"].default, given["tokens"].default) == (SEQUENCES, TOKENS)
+    mixed = mixtures().planned([1, 0, 0, 0]).recipe.resolved("compressed-tensors")
+    assert plan_facts(make_plan(MICRO, parse_recipe(yaml.safe_dump(mixed), "mixed")), "cpu",
+                      Machine(1, 1))["sensitivity"] is None  # fmt: skip
 
 
 class _Ranks:

@@ -1,0 +1,84 @@
+"""What a sensitivity run needs: passes, memory, disk; and the refusal where a machine has less memory than that.
+
+Key idea: at the last layer there is a branch for every MoE layer, each with hidden states of its own. They rest on the
+host; where a GPU computes, what the experts see and what they add, of every branch, is there while a layer is passed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from mimoquant.errors import UsageError
+from mimoquant.model.layout import PROJECTIONS
+from mimoquant.needs import Machine, Needs, forward_bytes, lacking, largest_chunk, needs, too_little
+from mimoquant.plan import CUDA_CHUNK_BYTES, Plan
+from mimoquant.report import size
+
+SEQUENCES, TOKENS = 56, 512  # that J is measured on, unless told otherwise
+PROBE_EVERY = 4  # one in so many of a probed lane's tokens; a sequence's first is among them where T divides
+
+
+@dataclass(frozen=True, slots=True)
+class Forks:
+    """A run: of the plan's source, on so many tokens, with so many formats to choose among. `share`: of the tokens, on
+    the process that has most of them."""
+
+    plan: Plan
+    formats: int
+    tokens: int = SEQUENCES * TOKENS
+    share: float = 1.0
+    ranks: int = 1
+
+
+def forward_passes(forks: Forks) -> float:
+    """Of all tokens, that the forks and the probe take together."""
+    geometry = forks.plan.layout.geometry
+    layers, moe = geometry.layers, geometry.moe_layers
+    probe = (1 + forks.formats) / (2 * PROBE_EVERY) * len(moe)
+    return (moe[0] + 2 * (layers - moe[0]) + sum(layers - n for n in moe) - 1 + probe) / layers
+
+
+def fork_needs(forks: Forks, device: str = "cpu") -> Needs:
+    """Memory of one process of a run. An upper bound that a run comes near."""
+    plan, cuda, geometry = forks.plan, device.startswith("cuda"), forks.plan.layout.geometry
+    base, states = needs(plan, device, forks.ranks), state_bytes(forks)
+    source = sum(plan.layout.expert(geometry.moe_layers[0], 0, projection).size_bytes for projection in PROJECTIONS)
+    experts = min(geometry.experts, max(1, CUDA_CHUNK_BYTES // source)) if cuda else largest_chunk(plan)
+    values = 2 * 3 * experts * geometry.hidden * geometry.expert_intermediate  # of a chunk, in bfloat16
+    work = (1 + forks.formats) * values + forward_bytes(plan, experts, forks.tokens)
+    work += 2 * 2 * geometry.vocab * geometry.hidden  # embedding and head
+    if cuda:  # resting, and as they were a layer ago while they are being written; what experts see, and what they add
+        return Needs(base.host_bytes + 3 * experts * source + 2 * states,
+                     max(base.gpu_bytes, 6 * experts * source) + 2 * states + work)  # fmt: skip
+    return Needs(base.host_bytes + 4 * states + work, 0)
+
+
+def state_bytes(forks: Forks) -> int:
+    """Hidden states (float32) at the last layer: the source's, those of all layers quantized, and a fork of each."""
+    geometry = forks.plan.layout.geometry
+    return int(forks.share * forks.tokens) * geometry.hidden * 4 * (2 + len(geometry.moe_layers))
+
+
+def foreseen(forks: Forks, device: str = "cpu") -> str:
+    """What a run will need, in one sentence."""
+    wants = fork_needs(forks, device)
+    gpu = f" and {size(wants.gpu_bytes)} of a GPU's" if wants.gpu_bytes else ""
+    return (
+        f"the forks take {forward_passes(forks):.1f} forward passes of {forks.tokens} tokens in one read of the "
+        f"checkpoint, each choice that is measured one more; memory{' a process' if forks.ranks > 1 else ''}: at most "
+        f"{size(wants.host_bytes)}{gpu}; beside --out {size(2 * state_bytes(forks))} to resume from"
+    )
+
+
+def fork_refusal(forks: Forks, sequences: int, device: str, has: Machine) -> UsageError | None:
+    """Why a run cannot fit this machine, and with how many of its `sequences` it would; None where it can."""
+    short = lacking(fork_needs(forks, device), has)
+    if short is None:
+        return None
+    fewer, hint = sequences // 2, "take fewer --tokens, more GPUs by torchrun, or a machine with more memory"
+    while fewer >= 4:
+        if lacking(fork_needs(replace(forks, tokens=forks.tokens // sequences * fewer), device), has) is None:
+            hint = f"--sequences {fewer} would fit"
+            break
+        fewer //= 2
+    return too_little(forks.plan, short, hint)
