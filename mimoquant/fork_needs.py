@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 
 from mimoquant.errors import UsageError
 from mimoquant.model.layout import PROJECTIONS
-from mimoquant.needs import Machine, Needs, forward_bytes, lacking, largest_chunk, needs, too_little
+from mimoquant.needs import Machine, Needs, forward_bytes, lacking, largest_chunk, needs, token_bytes, too_little
 from mimoquant.plan import CUDA_CHUNK_BYTES, Plan
 from mimoquant.report import size
 
 SEQUENCES, TOKENS = 56, 512  # that J is measured on, unless told otherwise
+_MARGIN = 3 * 2**29  # of a GPU's memory: a layer's weights beside its experts, twice, and small things
 PROBE_EVERY = 4  # one in so many of a probed lane's tokens; a sequence's first is among them where T divides
 
 
@@ -45,12 +46,16 @@ def fork_needs(forks: Forks, device: str = "cpu") -> Needs:
     source = sum(plan.layout.expert(geometry.moe_layers[0], 0, projection).size_bytes for projection in PROJECTIONS)
     experts = min(geometry.experts, max(1, CUDA_CHUNK_BYTES // source)) if cuda else largest_chunk(plan)
     values = 2 * 3 * experts * geometry.hidden * geometry.expert_intermediate  # of a chunk, in bfloat16
-    work = (1 + forks.formats) * values + forward_bytes(plan, experts, forks.tokens)
-    work += 2 * 2 * geometry.vocab * geometry.hidden  # embedding and head
-    if cuda:  # resting, and as they were a layer ago while they are being written; what experts see, and what they add
-        return Needs(base.host_bytes + 3 * experts * source + 2 * states,
-                     max(base.gpu_bytes, 6 * experts * source) + 2 * states + work)  # fmt: skip
-    return Needs(base.host_bytes + 4 * states + work, 0)
+    passing = (1 + forks.formats) * values + forward_bytes(plan, experts, forks.tokens)
+    ends = 2 * 2 * geometry.vocab * geometry.hidden  # embedding and head
+    if not cuda:
+        return Needs(base.host_bytes + 4 * states + passing + ends, 0)
+    # The host has the states, and those of a layer ago while they are being written; a GPU what experts see and what
+    # they add. There a format is chosen beside the chunk's values and others', then all tokens pass in every format.
+    choosing = max(base.gpu_bytes, 6 * experts * source) + 3 * values
+    passing += token_bytes(plan, forks.ranks)[1]
+    return Needs(base.host_bytes + 3 * experts * source + 2 * states,
+                 2 * states + max(choosing, passing) + ends + _MARGIN)  # fmt: skip
 
 
 def state_bytes(forks: Forks) -> int:

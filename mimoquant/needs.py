@@ -47,7 +47,7 @@ def needs(plan: Plan, device: str = "cpu", ranks: int = 1) -> Needs:
     host = _INTERPRETER_BYTES + 3 * source + (1 + ranks) * output + queue + (_CUDA_BYTES if cuda else 0)
     if plan.recipe.calibration is None:
         return Needs(host, 6 * source if cuda else 0)
-    states, seen = _token_bytes(plan, ranks)
+    states, seen = token_bytes(plan, ranks)
     experts = largest_chunk(plan)
     work = seen + max(_method_bytes(plan, experts), forward_bytes(plan, experts, _tokens(plan)),
                       _refine_bytes(plan, experts, "cuda" if cuda else "cpu"))  # fmt: skip
@@ -68,7 +68,7 @@ def _tokens(plan: Plan) -> int:
     return held.sequences * held.tokens if held else 0
 
 
-def _token_bytes(plan: Plan, ranks: int) -> tuple[int, int]:
+def token_bytes(plan: Plan, ranks: int) -> tuple[int, int]:
     """Hidden states (float32) on the host, and beside the weights: what experts see (bfloat16, of all ranks) and what
     they add (float32)."""
     tokens, width = _tokens(plan), plan.layout.geometry.hidden
