@@ -223,7 +223,10 @@ def sensitivity(
     Raises UsageError: nothing fits, or shared data. CheckpointError: bad data. QualityError: the target was missed.
     """
     from mimoquant.devices import resolve_device
+    from mimoquant.evaluation.sensitivity import forks_of
     from mimoquant.evaluation.sensitivity import sensitivity as run
+    from mimoquant.fork_needs import fork_refusal
+    from mimoquant.needs import machine
     from mimoquant.team import Team
 
     if budget_bytes is not None and target_kl is not None:
@@ -232,6 +235,8 @@ def sensitivity(
     held = _held_out(source, data, sequences, tokens)
     mixed = mixtures(Path(source), recipe, container, team.device, allow_unknown=allow_unknown, fp8=fp8,
                      any_format=any_format)  # fmt: skip
+    if refused := fork_refusal(forks_of(mixed, held, team), len(held.ids), team.device, machine(team.device)):
+        raise refused
     return run(mixed, held, Path(out), budget_bytes=budget_bytes, target_j=target_kl, resume=resume, team=team)
 
 

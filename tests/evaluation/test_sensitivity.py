@@ -346,6 +346,18 @@ def test_what_cannot_fit_is_refused_with_a_number_of_sequences_that_would() -> N
     assert fork_refusal(forks, 56, "cpu", Machine(plenty, plenty)) is None
 
 
+def test_a_machine_that_is_too_small_is_refused_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mimoquant.needs.machine", lambda *told: Machine(10**7, 10**7))
+    out = tmp_path / "r.yaml"
+    done = call(MICRO, "-r", RECIPE, "-o", out, "--sequences", 8, "--tokens", 32, "--device", "cpu")
+    assert done.exit_code == 2 and "GB of memory, here are 0.01 GB" in done.stderr, done.output
+    with pytest.raises(UsageError, match=r"of memory, here are 0\.01 GB"):
+        mimoquant.sensitivity(MICRO, RECIPE, out, sequences=8, tokens=32, device="cpu")
+    assert not list(tmp_path.iterdir())
+
+
 def test_ranks_need_less_each() -> None:
     held, tokens = mixtures(), held_out(sequences=8, tokens=32)
     team = Team()
