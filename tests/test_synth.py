@@ -110,6 +110,7 @@ def bf16_checkpoint(
     add("model.mtp.layers.0.eh_proj.weight", hidden, 2 * hidden)
     mlp("model.mtp.layers.0.mlp.", dense)
     config = {
+        "architectures": ["MiMoV2ForCausalLM" if fused else "MiMoV2FlashForCausalLM"],
         "model_type": "mimo_v2" if fused else "mimo_v2_flash", "auto_map": {"AutoConfig": "configuration.Config"},
         "hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": dense, "moe_intermediate_size": inner,
         "n_routed_experts": experts, "num_experts_per_tok": 2, "vocab_size": vocab, "head_dim": head_dim,
