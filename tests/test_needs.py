@@ -78,6 +78,7 @@ def test_needs_grow_with_tokens_and_shrink_with_ranks() -> None:
     assert needs(plain).host_bytes < needs(few).host_bytes
 
 
+@pytest.mark.slow
 def test_a_joint_refinement_is_reckoned_and_keeps_to_its_sum(tmp_path: Path) -> None:
     changes = {"sequences": 32, "tokens": 64}
     plain, refined = (planned(MICRO, "gptq-mxfp4", reconstruct=rounds, **changes) for rounds in (0, 1))

@@ -112,6 +112,7 @@ def test_calibrated_runs_write_the_bytes_of_one_process(gptq: Path, tmp_path: Pa
     assert same(gptq, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_folds_kept_layers_and_original_tokens_too(awq: Path, tmp_path: Path) -> None:
     for ranks in (1, 3):
         done = quantize(ranks, str(awq), tmp_path / str(ranks), *SMALL)
