@@ -16,7 +16,6 @@ from mimoquant.report import size
 
 SEQUENCES, TOKENS = 56, 512  # that J is measured on, unless told otherwise
 _MARGIN = 3 * 2**29  # of a GPU's memory: a layer's weights beside its experts, twice, and small things
-PROBE_EVERY = 4  # one in so many of a probed lane's tokens; a sequence's first is among them where T divides
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +30,17 @@ class Forks:
     ranks: int = 1
 
 
+def probe_every(formats: int) -> int:
+    """One in so many of a probed lane's tokens: with more formats fewer, so that all of it stays within half a pass. A
+    sequence's first token is among them where T divides."""
+    return 4 if formats <= 3 else 8
+
+
 def forward_passes(forks: Forks) -> float:
     """Of all tokens, that the forks and the probe take together."""
     geometry = forks.plan.layout.geometry
     layers, moe = geometry.layers, geometry.moe_layers
-    probe = (1 + forks.formats) / (2 * PROBE_EVERY) * len(moe)
+    probe = (1 + forks.formats) / (2 * probe_every(forks.formats)) * len(moe)
     return (moe[0] + 2 * (layers - moe[0]) + sum(layers - n for n in moe) - 1 + probe) / layers
 
 

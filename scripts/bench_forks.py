@@ -25,7 +25,7 @@ import torch
 from mimoquant.calibration.tokens import load_tokens
 from mimoquant.devices import resolve_device
 from mimoquant.evaluation.sensitivity import forks_of, sensitivity
-from mimoquant.fork_needs import PROBE_EVERY, foreseen, forward_passes
+from mimoquant.fork_needs import foreseen, forward_passes, probe_every
 from mimoquant.mixture import Mixtures
 from mimoquant.plan import CUDA_CHUNK_BYTES, make_plan
 from mimoquant.recipe import load_recipe
@@ -43,8 +43,8 @@ def ids(path: Path, sequences: int, tokens: int, seed: int) -> str:
 
 def branches(place: int, formats: int) -> float:
     """Branches of all tokens that pass MoE layer `place` (0 the first): the source, all layers quantized, a fork for
-    each layer so far; and every format for a quarter of one half. In the first layer its fork is all there is."""
-    return (place + 3 if place else 2) + (1 + formats) / (2 * PROBE_EVERY)
+    each layer so far; and every format for some of one half. In the first layer its fork is all there is."""
+    return (place + 3 if place else 2) + (1 + formats) / (2 * probe_every(formats))
 
 
 def measure(options: argparse.Namespace, work: Path, team: Team) -> None:

@@ -25,7 +25,7 @@ from mimoquant.errors import CheckpointError
 from mimoquant.evaluation.divergence import head_divergence
 from mimoquant.evaluation.evaluate import final_hidden
 from mimoquant.evaluation.layer_options import LayerOptions, Option, Round
-from mimoquant.fork_needs import PROBE_EVERY
+from mimoquant.fork_needs import probe_every
 from mimoquant.model.decoder_layer import (
     DenseWeights,
     Dispatch,
@@ -211,16 +211,16 @@ class _Passage:
 
 
 class _Probing:
-    """Every PROBE_EVERY-th token of some blocks, on its way through the experts in all formats."""
+    """Some tokens (`probe_every`) of some blocks, on its way through the experts in all formats."""
 
     def __init__(self, blocks: list[Block], routing: list[Routing], formats: tuple[Format, ...]) -> None:
         self.formats = formats
         experts, device = len(blocks[0].dispatch.begins) - 1, blocks[0].tokens.device
         self.routed = [sum(b.dispatch.begins[e + 1] - b.dispatch.begins[e] for b in blocks) for e in range(experts)]
-        self.blocks = []
+        self.blocks, every = [], probe_every(len(formats))
         for block, chosen in zip(blocks, routing, strict=True):
-            few = Routing(chosen.experts[::PROBE_EVERY], chosen.weights[::PROBE_EVERY])
-            tokens = block.tokens[::PROBE_EVERY]
+            few = Routing(chosen.experts[::every], chosen.weights[::every])
+            tokens = block.tokens[::every]
             outs = {option: torch.zeros_like(tokens) for option in (None, *formats)}
             self.blocks.append((tokens, Dispatch.of(few, experts), outs))
         self.passed = sum(len(tokens) for tokens, _, _ in self.blocks) * (1 + len(formats))

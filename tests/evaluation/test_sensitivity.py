@@ -11,6 +11,7 @@ import shutil
 from dataclasses import astuple
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -223,6 +224,15 @@ def test_a_planted_layer_is_found_first(tmp_path: Path) -> None:
     assert facts["chosen"]["measured"]["mean"] <= 0.8 * j_of(held, [1, 1, 1, 1], tokens, tmp_path / "g64")
 
 
+@pytest.mark.parametrize("formats", [2, 3, 5])
+def test_forks_and_one_choice_are_within_the_bound(formats: int) -> None:
+    """L/2 + 3 forward passes, for V2.5's and Pro's layers, with any number of formats."""
+    for layers in (48, 70):
+        geometry = SimpleNamespace(layers=layers, moe_layers=list(range(1, layers)))
+        plan = SimpleNamespace(layout=SimpleNamespace(geometry=geometry))
+        assert layers / 2 < forward_passes(Forks(plan, formats)) + 1 <= layers / 2 + 3  # type: ignore[arg-type]
+
+
 def test_formats_of_another_family_take_off_a_fifth_in_the_same_bytes(tmp_path: Path) -> None:
     """Of MXFP4 everywhere: the recipe's own size is the budget, unless another one is given."""
     recipe, out, few = tmp_path / "r.yaml", tmp_path / "out", ("--sequences", 28, "--tokens", 64)
@@ -232,6 +242,8 @@ def test_formats_of_another_family_take_off_a_fifth_in_the_same_bytes(tmp_path: 
     chosen, uniform = facts["chosen"], facts["uniform"][0]
     assert uniform["option"] == "mxfp4" and chosen["bytes"] <= uniform["bytes"] == facts["budget_bytes"]
     assert chosen["to_all_quantized"]["mean"] <= 0.8
+    plan = mixtures("mxfp4-mse").plan
+    assert facts["cost"]["walks"][0]["forward_passes"] == pytest.approx(forward_passes(Forks(plan, 5)), rel=0.02)
     assert {option.partition(" ")[0] for option in chosen["options"].values()} & {"int4"}
     sglang = next(engine for engine in facts["engines"] if engine["engine"] == "sglang")
     assert not sglang["ok"], "it takes no int4 beside another format"
