@@ -9,8 +9,18 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from mimoquant.errors import UsageError
-from mimoquant.model.layout import PROJECTIONS
-from mimoquant.needs import Machine, Needs, forward_bytes, lacking, largest_chunk, needs, token_bytes, too_little
+from mimoquant.needs import (
+    Machine,
+    Needs,
+    expert_bytes,
+    fewer_sequences,
+    forward_bytes,
+    lacking,
+    largest_chunk,
+    needs,
+    token_bytes,
+    too_little,
+)
 from mimoquant.plan import CUDA_CHUNK_BYTES, Plan
 from mimoquant.report import size
 
@@ -48,7 +58,7 @@ def fork_needs(forks: Forks, device: str = "cpu") -> Needs:
     """Memory of one process of a run. An upper bound that a run comes near."""
     plan, cuda, geometry = forks.plan, device.startswith("cuda"), forks.plan.layout.geometry
     base, states = needs(plan, device, forks.ranks), state_bytes(forks)
-    source = sum(plan.layout.expert(geometry.moe_layers[0], 0, projection).size_bytes for projection in PROJECTIONS)
+    source = expert_bytes(plan, geometry.moe_layers[0], 0)
     experts = min(geometry.experts, max(1, CUDA_CHUNK_BYTES // source)) if cuda else largest_chunk(plan)
     values = 2 * 3 * experts * geometry.hidden * geometry.expert_intermediate  # of a chunk, in bfloat16
     passing = (1 + forks.formats) * values + forward_bytes(plan, experts, forks.tokens)
@@ -85,10 +95,9 @@ def fork_refusal(forks: Forks, sequences: int, device: str, has: Machine) -> Usa
     short = lacking(fork_needs(forks, device), has)
     if short is None:
         return None
-    fewer, hint = sequences // 2, "take fewer --tokens, more GPUs by torchrun, or a machine with more memory"
-    while fewer >= 4:
-        if lacking(fork_needs(replace(forks, tokens=forks.tokens // sequences * fewer), device), has) is None:
-            hint = f"--sequences {fewer} would fit"
-            break
-        fewer //= 2
-    return too_little(forks.plan, short, hint)
+
+    def wanted(fewer: int) -> Needs:
+        return fork_needs(replace(forks, tokens=forks.tokens // sequences * fewer), device)
+
+    otherwise = "take fewer --tokens, more GPUs by torchrun, or a machine with more memory"
+    return too_little(forks.plan, short, fewer_sequences(sequences, wanted, has, least=4) or otherwise)

@@ -54,6 +54,11 @@ class Mixtures:
         self.bytes = [[of_option[layer] for of_option in every] for layer in self.layers]  # [layer][option]
         self.rest_bytes = self.plan.shard_bytes - sum(of_layer[0] for of_layer in self.bytes)
 
+    @property
+    def formats(self) -> list[Format]:
+        """Of the options that have one, in their order."""
+        return [option.fmt for option in self.options if option.fmt]
+
     def size(self, choice: Sequence[int]) -> int:
         """Bytes of all shards, exactly."""
         return self.rest_bytes + sum(sizes[k] for sizes, k in zip(self.bytes, choice, strict=True))

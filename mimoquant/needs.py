@@ -59,8 +59,12 @@ def needs(plan: Plan, device: str = "cpu", ranks: int = 1) -> Needs:
 def _source_bytes(plan: Plan, step: Experts | Dequantize) -> int:
     if isinstance(step, Dequantize):
         return step.weight.size_bytes
-    one = sum(plan.layout.expert(step.layer, step.begin, projection).size_bytes for projection in PROJECTIONS)
-    return one * (step.end - step.begin)
+    return expert_bytes(plan, step.layer, step.begin) * (step.end - step.begin)
+
+
+def expert_bytes(plan: Plan, layer: int, expert: int) -> int:
+    """An expert of the source, with its scales."""
+    return sum(plan.layout.expert(layer, expert, projection).size_bytes for projection in PROJECTIONS)
 
 
 def _tokens(plan: Plan) -> int:
@@ -188,12 +192,22 @@ def too_little(plan: Plan, short: tuple[str, int, int], hint: str) -> UsageError
 def _what_would_fit(plan: Plan, device: str, ranks: int, has: Machine) -> str:
     """Fewer tokens, if there is a number of them that fits."""
     held = plan.recipe.calibration
-    fewer = held.sequences // 2 if held else 0
-    while held and fewer:
-        other = replace(plan, recipe=replace(plan.recipe, calibration=replace(held, sequences=fewer)))
-        if lacking(needs(other, device, ranks), has) is None:
+    if held is None:
+        return "a machine with more memory would fit"
+
+    def wanted(sequences: int) -> Needs:
+        fewer = replace(held, sequences=sequences)
+        return needs(replace(plan, recipe=replace(plan.recipe, calibration=fewer)), device, ranks)
+
+    otherwise = "take fewer --tokens a sequence, a machine with more memory, or a recipe that does not calibrate"
+    return fewer_sequences(held.sequences, wanted, has) or otherwise
+
+
+def fewer_sequences(sequences: int, wanted: Callable[[int], Needs], has: Machine, least: int = 1) -> str | None:
+    """The hint that names the first of a half, a quarter, ... of the sequences, `least` at least, that fits."""
+    fewer = sequences // 2
+    while fewer >= least:
+        if lacking(wanted(fewer), has) is None:
             return f"--sequences {fewer} would fit"
         fewer //= 2
-    if held:
-        return "take fewer --tokens a sequence, a machine with more memory, or a recipe that does not calibrate"
-    return "a machine with more memory would fit"
+    return None

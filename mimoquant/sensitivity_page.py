@@ -103,11 +103,11 @@ def remarks(layer: Facts) -> str:
 
 def cost(facts: Facts) -> str:
     walks = facts["cost"]["walks"]
-    first, rest, tried = walks[0], walks[1:], len(facts["tried"])
+    first, rest = walks[0], walks[1:]
     return (
         f"{first['forward_passes']:.1f} forward passes and {size(first['bytes_read'])} read for the forks, "
         f"{sum(walk['forward_passes'] for walk in rest):.1f} and {size(sum(walk['bytes_read'] for walk in rest))} "
-        f"for {tried} {'choice' if tried == 1 else 'choices'} measured end to end"
+        f"for {many(len(facts['tried']), 'choice')} measured end to end"
     )
 
 

@@ -73,7 +73,7 @@ def measure(options: argparse.Namespace, work: Path, team: Team) -> None:
         return
     print(f"{options.recipe}: {time.perf_counter() - begin:.1f} s in all; told before: {foreseen(forks, team.device)}")
     print(f"  {facts['cost']['walks']}; chosen {list(facts['chosen']['options'].values())}")
-    formats = sum(option.fmt is not None for option in mixtures.options)
+    formats = len(mixtures.formats)
     rows = [np.diff(times)[2:] for times in (told["ablation"], told["measure"][: options.layers + 2])]
     x = [branches(place, formats) for place in range(1, options.layers)]
     slope, constant = np.polyfit(x, rows[0], 1)

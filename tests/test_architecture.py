@@ -52,7 +52,7 @@ ALLOWED: dict[str, set[str]] = {
     "relayout": {"errors", "checkpoint", "container", "model", "plan", "recipe", "reorder", "units"},
     "deal": {"plan", "units"},
     "needs": {"errors", "model.layout", "plan", "quant.method", "units"},
-    "fork_needs": {"errors", "model.layout", "needs", "plan", "report"},
+    "fork_needs": {"errors", "needs", "plan", "report"},
     "rehearsal": {"calibrated", "calibration", "checkpoint", "devices", "layer_weights", "model.layout",
                   "pipeline", "plan", "quant", "units"},
     "portions": {"model", "model_weights", "team"},

@@ -115,9 +115,9 @@ def _identity(mixtures: Mixtures, tokens: TokenSet, calibration: TokenSet | None
         identity["source"] = mixtures.plan.layout.index.stamps()
     if calibration:
         identity["calibration tokens"] = calibration.sha256
-    formats = [option.label for option in mixtures.options if option.fmt]  # the others need no walk of their own
     return identity | {
-        "formats": ", ".join(formats), "tokens a sequence": str(tokens.ids.shape[1]), "tokens": tokens.sha256,
+        "formats": ", ".join(fmt.label for fmt in mixtures.formats),
+        "tokens a sequence": str(tokens.ids.shape[1]), "tokens": tokens.sha256,
         "kind of device": team.device.partition(":")[0], "processes": str(team.size),
     }  # fmt: skip
 
@@ -125,8 +125,7 @@ def _identity(mixtures: Mixtures, tokens: TokenSet, calibration: TokenSet | None
 def forks_of(mixtures: Mixtures, tokens: TokenSet, team: Team) -> Forks:
     """What the run is, for `fork_needs`."""
     count = 2 * len(portions(torch.empty(-(-len(tokens.ids) // 2), tokens.ids.shape[1], device="meta")))
-    formats = sum(option.fmt is not None for option in mixtures.options)
-    return Forks(mixtures.plan, formats, tokens.ids.size, -(-count // team.size) / count, team.size)
+    return Forks(mixtures.plan, len(mixtures.formats), tokens.ids.size, -(-count // team.size) / count, team.size)
 
 
 def halves(tokens: TokenSet) -> tuple[list[int], list[int]]:
@@ -160,8 +159,7 @@ class Walks:
 
     def ablation(self) -> tuple[Ablation, list[list[Probe]]]:
         """J of every fork, and the probes of each MoE layer."""
-        options = self.mixtures.options
-        formats = tuple(option.fmt for option in options if option.fmt)
+        formats = tuple(self.mixtures.formats)
         trials = [self._forks(half, kept=len(formats)) for half in (0, 1)]
         lanes = [Lane(part, trials[half], () if half else formats) for half, part in self.mine]
         j = self._walk("ablation", self.mixtures.plan, lanes)
@@ -169,7 +167,7 @@ class Walks:
         probes = [[Probe(**one) for one in of_lane] for of_lane in self._in_order(told)]
         by_layer = list(map(list, zip(*filter(None, probes), strict=True)))
         ratio = np.array([[_ratio(of_layer, option.label if option.fmt else None, formats[0].label)
-                           for option in options] for of_layer in by_layer])  # fmt: skip
+                           for option in self.mixtures.options] for of_layer in by_layer])  # fmt: skip
         return Ablation((j[0][1], j[1][1]), j[0][2:], j[1][2:], ratio), by_layer
 
     def _forks(self, half: int, kept: int) -> list[Trial]:
