@@ -24,6 +24,7 @@ from mimoquant.checkpoint.hf_files import copy_side_files
 from mimoquant.checkpoint.index import TensorInfo, open_shard
 from mimoquant.checkpoint.journal import JournalLine, RunFolder, free_bytes
 from mimoquant.checkpoint.reader import CheckpointReader
+from mimoquant.checkpoint.team_folder import opened
 from mimoquant.checkpoint.writer import ShardWriter, write_file_durably
 from mimoquant.container import expert_tensors
 from mimoquant.deal import Task, deal
@@ -39,7 +40,6 @@ from mimoquant.quant.stack import Engine, NonFiniteError, Stack
 from mimoquant.reorder import Reorder, block_values, read_blocks
 from mimoquant.report import QuantizeReport
 from mimoquant.team import Team
-from mimoquant.team_folder import opened
 from mimoquant.timeline import WAIT_READ, WAIT_WRITE, Timeline
 from mimoquant.units import Copy, Dequantize, Experts, Shapes, Step, Unit
 

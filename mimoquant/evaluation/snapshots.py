@@ -22,10 +22,10 @@ from torch import Tensor
 from mimoquant.checkpoint.index import open_shard
 from mimoquant.checkpoint.journal import JournalLine, RunFolder
 from mimoquant.checkpoint.reader import CheckpointReader
+from mimoquant.checkpoint.team_folder import opened
 from mimoquant.checkpoint.writer import Entry, ShardWriter, stopping, write_file_durably
 from mimoquant.errors import MimoquantError, StoppedError
 from mimoquant.team import Team
-from mimoquant.team_folder import opened
 
 _FACTS = "facts"
 
