@@ -1,5 +1,5 @@
 """`python -m mimoquant`."""
 
-from mimoquant.cli import main
+from mimoquant.cli.app import main
 
 main()

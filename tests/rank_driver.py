@@ -51,7 +51,7 @@ def main() -> None:
     if options.kill_at and os.environ.get("RANK", "0") == options.kill_rank:
         kill_at(options.kill_at)
     sys.argv = ["mimoquant", *rest]
-    from mimoquant.cli import main as run
+    from mimoquant.cli.app import main as run
 
     run()
 

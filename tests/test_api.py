@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import mimoquant
 from mimoquant import api
-from mimoquant.cli import app
+from mimoquant.cli.app import app
 from mimoquant.errors import MimoquantError
 
 MICRO = mimoquant.micro_checkpoint()

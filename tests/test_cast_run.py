@@ -14,7 +14,7 @@ import mimoquant
 from mimoquant import pipeline
 from mimoquant.checkpoint.index import open_index
 from mimoquant.checkpoint.journal import file_sha256
-from mimoquant.cli import app
+from mimoquant.cli.app import app
 from mimoquant.errors import CheckpointError, RecipeError
 from mimoquant.plan import make_plan
 from mimoquant.recipe import load_recipe, parse_recipe

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 import mimoquant
 from mimoquant.checkpoint.index import INDEX_NAME
-from mimoquant.cli import app
+from mimoquant.cli.app import app
 
 MICRO = mimoquant.micro_checkpoint()
 EXPERT = "model.layers.2.mlp.experts.3.up_proj.weight"

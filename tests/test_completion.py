@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from mimoquant.choices import Container, Gpu
+from mimoquant.cli.choices import Container, Gpu
 from mimoquant.shipped import shipped_recipes
 
 

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 import mimoquant
 from mimoquant.calibrated import LayerFacts, starved
-from mimoquant.cli import app
+from mimoquant.cli.app import app
 from mimoquant.coverage_page import STEPS, Shades, coverage_page
 from mimoquant.describe import coverage, quantize_text
 from mimoquant.report_page import number, visible

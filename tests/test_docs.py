@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 import mimoquant
 from mimoquant import pipeline
-from mimoquant.cli import app
+from mimoquant.cli.app import app
 from mimoquant.plan import make_plan
 from mimoquant.recipe import load_recipe, parse_recipe
 

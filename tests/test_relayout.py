@@ -24,7 +24,7 @@ import mimoquant
 from mimoquant import pipeline
 from mimoquant.checkpoint.index import open_index
 from mimoquant.checkpoint.reader import CheckpointReader
-from mimoquant.cli import app
+from mimoquant.cli.app import app
 from mimoquant.errors import CheckpointError, UsageError
 from mimoquant.model.layout import Attention, Geometry, read_geometry
 from mimoquant.model.qkv import moved_rows, moved_scale_rows, possible_chunks, scale_row_of, with_chunks

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import mimoquant
 from mimoquant import pipeline
 from mimoquant.checkpoint.index import open_index
-from mimoquant.cli import app
+from mimoquant.cli.app import app
 from mimoquant.deal import deal
 from mimoquant.errors import CheckpointError, StoppedError
 from mimoquant.plan import make_plan

@@ -12,7 +12,7 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 import mimoquant
-from mimoquant.cli import app
+from mimoquant.cli.app import app
 
 NOT_NEEDED = ("pytest", "transformers", "compressed_tensors", "llmcompressor", "datasets", "hypothesis")
 

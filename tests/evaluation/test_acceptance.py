@@ -23,7 +23,7 @@ import mimoquant
 from mimoquant import pipeline
 from mimoquant.calibration.tokens import CalibrationRecord, TokenSet, load_tokens
 from mimoquant.checkpoint.reader import CheckpointReader
-from mimoquant.cli import app
+from mimoquant.cli.app import app
 from mimoquant.errors import CheckpointError, UsageError
 from mimoquant.evaluation import acceptance
 from mimoquant.evaluation.acceptance import DraftScores, compare_drafts, eval_draft, overlap, summarize_drafts

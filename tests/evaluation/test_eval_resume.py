@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import mimoquant
 from mimoquant import pipeline
 from mimoquant.calibration.tokens import TokenSet, load_tokens
-from mimoquant.cli import app
+from mimoquant.cli.app import app
 from mimoquant.errors import UsageError
 from mimoquant.evaluation.evaluate import eval_kl, kept_bytes, open_layout
 from mimoquant.evaluation.snapshots import Snapshots

@@ -21,7 +21,7 @@ import mimoquant
 from mimoquant import pipeline
 from mimoquant.calibration.tokens import TokenSet
 from mimoquant.checkpoint.reader import CheckpointReader
-from mimoquant.cli import app
+from mimoquant.cli.app import app
 from mimoquant.errors import CheckpointError
 from mimoquant.evaluation.evaluate import eval_kl, open_layout
 from mimoquant.model_weights import CheckpointWeights

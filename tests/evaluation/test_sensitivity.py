@@ -25,7 +25,7 @@ import mimoquant
 from mimoquant import pipeline
 from mimoquant.calibration.tokens import TokenSet, load_tokens
 from mimoquant.checkpoint.index import open_index
-from mimoquant.cli import app
+from mimoquant.cli.app import app
 from mimoquant.describe import plan_facts
 from mimoquant.devices import make_engine
 from mimoquant.errors import CheckpointError, QualityError, UsageError

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 import mimoquant
 from mimoquant import pipeline
 from mimoquant.checkpoint.reader import CheckpointReader
-from mimoquant.cli import app
+from mimoquant.cli.app import app
 from mimoquant.errors import CheckpointError, UsageError
 from mimoquant.evaluation import divergence, evaluate, server
 from mimoquant.evaluation.divergence import LumpedScores, head_divergence, lumped_divergence, top_log_probabilities

@@ -68,7 +68,7 @@ def hook(event: str, arguments: tuple[Any, ...]) -> None:
 
 def main() -> None:
     global watching
-    from mimoquant.cli import app
+    from mimoquant.cli.app import app
 
     verbs: list[list[str]] = [[]]
     for argument in sys.argv[3:]:

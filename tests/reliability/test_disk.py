@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from mimoquant import pipeline
 from mimoquant.checkpoint.journal import RUN_NAME, read_journal
-from mimoquant.cli import app
+from mimoquant.cli.app import app
 from mimoquant.errors import StoppedError
 from mimoquant.verify import verify
 

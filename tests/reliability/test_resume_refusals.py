@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import mimoquant
 from mimoquant.checkpoint.index import open_index
 from mimoquant.checkpoint.journal import JOURNAL_NAME
-from mimoquant.cli import app
+from mimoquant.cli.app import app
 from mimoquant.errors import StoppedError, UsageError
 from mimoquant.plan import make_plan
 from mimoquant.recipe import load_recipe

@@ -15,7 +15,7 @@ import pytest
 from dflash_reference import changed, write_headers
 from headers import VARIANTS, at_scale, published_config
 
-from mimoquant.choices import Engine, Gpu, Server
+from mimoquant.cli.choices import Engine, Gpu, Server
 from mimoquant.errors import CheckpointError, MimoquantError, UsageError
 from mimoquant.serving import contracts
 from mimoquant.serving.launch import Launch, launch, launch_text

@@ -21,10 +21,10 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from mimoquant.choices import Container, Engine, Gpu, Qkv, QkvDtype, Server
-from mimoquant.draft_cli import eval_draft
-from mimoquant.errors import MimoquantError, is_disk_trouble, is_out_of_memory
-from mimoquant.options import (
+from mimoquant.cli.choices import Container, Engine, Gpu, Qkv, QkvDtype, Server
+from mimoquant.cli.eval_draft import eval_draft
+from mimoquant.cli.files import check_page, check_profile, write_page
+from mimoquant.cli.options import (
     ContainerOption,
     DataOption,
     DeviceOption,
@@ -44,10 +44,10 @@ from mimoquant.options import (
     UnknownOption,
     VersionOption,
 )
-from mimoquant.page_files import check_page, check_profile, write_page
-from mimoquant.progress import RESUMABLE, Lines, Progress, tell
-from mimoquant.sensitivity_cli import sensitivity
-from mimoquant.synth_cli import synth
+from mimoquant.cli.sensitivity import sensitivity
+from mimoquant.cli.synth_cli import synth
+from mimoquant.cli.terminal import RESUMABLE, Lines, Progress, tell
+from mimoquant.errors import MimoquantError, is_disk_trouble, is_out_of_memory
 from mimoquant.team import refuse_ranks
 
 EXIT_INTERRUPTED = 130
@@ -108,7 +108,7 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from mimoquant.versions import version_text
+        from mimoquant.cli.versions import version_text
 
         typer.echo(version_text())
         raise typer.Exit
@@ -341,20 +341,21 @@ def eval_kl(
     With --out a killed evaluation can be resumed after its last layer: meanwhile FILE.partial holds the hidden states,
     up to 8 bytes x width for each token and checkpoint.
     """
-    from mimoquant import changes_page, cli_eval, report_page, server_text
+    from mimoquant import changes_page, report_page, server_text
+    from mimoquant.cli import eval_kl
     from mimoquant.errors import QualityError
 
     begin = time.monotonic()
-    cli_eval.check_candidate(
+    eval_kl.check_candidate(
         candidate, server, {"--model": model, "--top-k": top_k},
         {"--baseline": baseline, "--html": html, "--out": out, "--resume": resume or None},
     )  # fmt: skip
-    cli_eval.check_outcome(reference, candidate, max_kl, junit, card)
+    eval_kl.check_outcome(reference, candidate, max_kl, junit, card)
     where = (reference, data or ["heldout-v1"], sequences, tokens)
     if candidate is not None:
-        facts = cli_eval.evaluate(*where, candidate, baseline, noise_floor, device, out, resume, html)
+        facts = eval_kl.evaluate(*where, candidate, baseline, noise_floor, device, out, resume, html)
     else:
-        facts = cli_eval.evaluate_server(*where, str(server), model, top_k, device)
+        facts = eval_kl.evaluate_server(*where, str(server), model, top_k, device)
     if facts is None:  # another rank tells
         return
     if facts.get("activations_quantized"):
@@ -366,7 +367,7 @@ def eval_kl(
     if html is not None:
         write_page(html, report_page.eval_page(facts, changes_page.changes_part(Path(facts["candidate"]))))
     _print(facts, report_page.eval_text if candidate is not None else server_text.server_text, as_json)
-    cli_eval.write_outcome(facts, candidate, junit, card)
+    eval_kl.write_outcome(facts, candidate, junit, card)
     if max_kl is not None and j > max_kl:
         least = "at least " if facts.get("server", {}).get("is_lower_bound") else ""
         over = f"{least}{j:.5f} nats a token, {j - max_kl:.5f} above the gate of {max_kl}"

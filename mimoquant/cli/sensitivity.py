@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mimoquant.options import (
+from mimoquant.cli.files import check_writable, write_page
+from mimoquant.cli.options import (
     ContainerOption,
     HeldOutTokensOption,
     JsonOption,
@@ -19,8 +20,7 @@ from mimoquant.options import (
     ResumeOption,
     UnknownOption,
 )
-from mimoquant.page_files import check_writable, write_page
-from mimoquant.progress import Lines, hint_to_resume, tell
+from mimoquant.cli.terminal import Lines, hint_to_resume, tell
 from mimoquant.shipped import shipped_recipes, shipped_sets
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mimoquant.page_files import check_writable, write_page
-from mimoquant.progress import Lines, hint_to_resume, tell
+from mimoquant.cli.files import check_writable, write_page
+from mimoquant.cli.terminal import Lines, hint_to_resume, tell
 
 if TYPE_CHECKING:
     from mimoquant.calibration.tokens import TokenSet

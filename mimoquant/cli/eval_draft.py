@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from mimoquant.options import (
+from mimoquant.cli.options import (
     HeldOutOption,
     HeldOutSequencesOption,
     HeldOutTokensOption,
@@ -18,7 +18,7 @@ from mimoquant.options import (
     PlaceOption,
     QuietOption,
 )
-from mimoquant.progress import Lines
+from mimoquant.cli.terminal import Lines
 
 
 def eval_draft(
@@ -41,7 +41,7 @@ def eval_draft(
     quiet: QuietOption = False,
 ) -> None:
     """Measure how many drafted tokens a backbone accepts. Quantized beside bf16, on held-out tokens."""
-    from mimoquant.cli_eval import load_held_out
+    from mimoquant.cli.eval_kl import load_held_out
     from mimoquant.devices import resolve_device
     from mimoquant.draft_text import draft_text
     from mimoquant.evaluation.acceptance import eval_draft as run

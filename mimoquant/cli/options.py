@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from mimoquant.choices import Container
-from mimoquant.progress import hush
+from mimoquant.cli.choices import Container
+from mimoquant.cli.terminal import hush
 from mimoquant.shipped import shipped_recipes, shipped_sets
 
 DEVICES = ["auto", "cpu", "cuda"]

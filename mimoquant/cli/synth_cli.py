@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from mimoquant.choices import Layout
-from mimoquant.options import JsonOption
+from mimoquant.cli.choices import Layout
+from mimoquant.cli.options import JsonOption
 
 
 def synth(
