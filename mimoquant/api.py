@@ -183,7 +183,7 @@ def eval_kl(
     """
     from mimoquant.calibration.tokenizer import decoder_of
     from mimoquant.devices import resolve_device
-    from mimoquant.evaluation.evaluate import eval_kl as run
+    from mimoquant.evaluation.eval_kl import eval_kl as run
 
     held = _held_out(reference, data, sequences, tokens)
     return run(reference, candidate, held, baseline=baseline, noise_floor=noise_floor,
@@ -202,7 +202,7 @@ def eval_draft(
     Raises UsageError: too deep, a drafter of another backbone, or shared data. CheckpointError: bad checkpoints.
     """
     from mimoquant.devices import resolve_device
-    from mimoquant.evaluation.acceptance import eval_draft as run
+    from mimoquant.evaluation.eval_draft import eval_draft as run
 
     held = _held_out(reference, data, sequences, tokens)
     return run(reference, candidate, held, draft=str(draft), depth=depth, device=resolve_device(device))
@@ -312,7 +312,7 @@ def mixtures(
 
 def _held_out(reference: Folder, data: Sequence[str], sequences: int | None, tokens: int) -> TokenSet:
     from mimoquant.calibration.tokens import load_tokens
-    from mimoquant.evaluation.evaluate import open_layout
+    from mimoquant.evaluation.eval_kl import open_layout
 
     vocab = open_layout(Path(reference)).geometry.vocab
     return load_tokens(data, Path(reference), sequences=sequences, tokens=tokens, vocab=vocab)

@@ -19,7 +19,7 @@ import torch
 
 from mimoquant import pipeline
 from mimoquant.calibration.tokens import TokenSet
-from mimoquant.evaluation.evaluate import eval_kl
+from mimoquant.evaluation.eval_kl import eval_kl
 from mimoquant.plan import make_plan
 from mimoquant.recipe import load_recipe
 from mimoquant.synth import SynthSizes, synth

@@ -259,7 +259,7 @@ def quantize(options: argparse.Namespace, name: str, recipe: str, out: Path) -> 
 def score(options: argparse.Namespace, candidates: list[Path], work: Path) -> list[Floats]:
     """Mean J of each sequence, for each candidate, over all positions of the evaluation ids."""
     from mimoquant.calibration.tokens import load_tokens
-    from mimoquant.evaluation.evaluate import compare, open_layout, refuse_shared_data
+    from mimoquant.evaluation.eval_kl import compare, open_layout, refuse_shared_data
 
     ids = np.load(options.eval)
     longer = np.concatenate([ids, ids[:, :1]], axis=1)  # the id that is appended is never predicted from

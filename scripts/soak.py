@@ -32,7 +32,7 @@ import mimoquant
 from mimoquant import pipeline
 from mimoquant.calibration.tokens import TokenSet, load_tokens
 from mimoquant.checkpoint.journal import file_sha256
-from mimoquant.evaluation.evaluate import eval_kl
+from mimoquant.evaluation.eval_kl import eval_kl
 from mimoquant.plan import make_plan
 from mimoquant.recipe import load_recipe
 

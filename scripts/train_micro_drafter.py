@@ -32,7 +32,7 @@ from torch import Tensor
 import mimoquant
 from mimoquant.calibration.tokens import load_tokens
 from mimoquant.checkpoint.reader import CheckpointReader
-from mimoquant.evaluation.evaluate import open_layout, streams_of
+from mimoquant.evaluation.eval_kl import open_layout, streams_of
 from mimoquant.model.decoder_layer import DenseWeights, rms_norm
 from mimoquant.model.dflash import DrafterWeights, DraftLayer, draft_blocks, fuse
 from mimoquant.model.drafter import Drafter, open_drafter, read_drafter

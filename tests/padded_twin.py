@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from mimoquant.checkpoint.reader import CheckpointReader
-from mimoquant.evaluation.evaluate import open_layout
+from mimoquant.evaluation.eval_kl import open_layout
 from mimoquant.model.decoder_layer import AttentionWeights, DenseWeights
 from mimoquant.model.mtp import MtpWeights
 from mimoquant.model_weights import CheckpointWeights

@@ -185,7 +185,7 @@ def test_a_chosen_mixture_loads_in_llmcompressor(tmp_path: Path) -> None:
 def test_eval_kl_reads_the_peers_output(source: Path, tmp_path: Path) -> None:
     """Whatever its sharding and ignore list. Equal weights (MXFP4) give an equal J, few other codes a near one."""
     from mimoquant.calibration.tokens import load_tokens
-    from mimoquant.evaluation.evaluate import eval_kl
+    from mimoquant.evaluation.eval_kl import eval_kl
 
     ids = tmp_path / "ids.npy"
     np.save(ids, np.random.default_rng(0).integers(0, 1024, (4, 48)))

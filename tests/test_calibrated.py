@@ -22,7 +22,7 @@ from mimoquant.checkpoint.journal import RunFolder, read_journal
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.describe import verify_text
 from mimoquant.errors import QualityError, RecipeError, UsageError
-from mimoquant.evaluation.evaluate import eval_kl, open_layout
+from mimoquant.evaluation.eval_kl import eval_kl, open_layout
 from mimoquant.model.decoder_layer import Dispatch, ExpertChunk, Router, Routing, add_experts, attention_block, route
 from mimoquant.model.layer_stream import Stream, add_blocks, attend_and_route, dense_layer
 from mimoquant.model.layout import norm_name, router_name

@@ -44,9 +44,9 @@ def eval_draft(
     from mimoquant.cli.eval_kl import load_held_out
     from mimoquant.devices import resolve_device
     from mimoquant.draft_text import draft_text
-    from mimoquant.evaluation.acceptance import eval_draft as run
     from mimoquant.evaluation.drafts import choose_draft
-    from mimoquant.evaluation.evaluate import open_layout
+    from mimoquant.evaluation.eval_draft import eval_draft as run
+    from mimoquant.evaluation.eval_kl import open_layout
     from mimoquant.team import Team
 
     begin, lines = time.monotonic(), Lines()

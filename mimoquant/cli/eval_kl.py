@@ -75,8 +75,8 @@ def evaluate(
     """Walk reference and candidate; None on a rank that does not tell."""
     from mimoquant.calibration.tokenizer import decoder_of
     from mimoquant.devices import resolve_device
-    from mimoquant.evaluation.evaluate import eval_kl as run
-    from mimoquant.evaluation.evaluate import kept_bytes, open_layout
+    from mimoquant.evaluation.eval_kl import eval_kl as run
+    from mimoquant.evaluation.eval_kl import kept_bytes, open_layout
     from mimoquant.report import size
     from mimoquant.team import Team
 
@@ -107,8 +107,8 @@ def evaluate_server(
 ) -> dict[str, Any]:
     """Walk the reference, and ask a server for what it makes of the same tokens."""
     from mimoquant.devices import resolve_device
-    from mimoquant.evaluation.evaluate import open_layout
-    from mimoquant.evaluation.served import eval_server
+    from mimoquant.evaluation.eval_kl import open_layout
+    from mimoquant.evaluation.eval_server import eval_server
     from mimoquant.evaluation.server import connect
     from mimoquant.team import refuse_ranks
 

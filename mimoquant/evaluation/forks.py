@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mimoquant.errors import CheckpointError
 from mimoquant.evaluation.divergence import head_divergence
-from mimoquant.evaluation.evaluate import final_hidden
+from mimoquant.evaluation.eval_kl import final_hidden
 from mimoquant.evaluation.layer_options import LayerOptions, Option, Round
 from mimoquant.fork_needs import probe_every
 from mimoquant.model.decoder_layer import (

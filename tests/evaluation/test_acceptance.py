@@ -25,11 +25,11 @@ from mimoquant.calibration.tokens import CalibrationRecord, TokenSet, load_token
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.cli.app import app
 from mimoquant.errors import CheckpointError, UsageError
-from mimoquant.evaluation import acceptance
-from mimoquant.evaluation.acceptance import DraftScores, compare_drafts, eval_draft, overlap, summarize_drafts
+from mimoquant.evaluation import eval_draft as acceptance
 from mimoquant.evaluation.divergence import bootstrap
 from mimoquant.evaluation.drafts import Mtp, choose_draft
-from mimoquant.evaluation.evaluate import open_layout
+from mimoquant.evaluation.eval_draft import DraftScores, compare_drafts, eval_draft, overlap, summarize_drafts
+from mimoquant.evaluation.eval_kl import open_layout
 from mimoquant.model.layer_stream import Stream, walk
 from mimoquant.model_weights import CheckpointWeights
 from mimoquant.plan import make_plan

@@ -22,7 +22,7 @@ from mimoquant import pipeline
 from mimoquant.calibration.tokens import TokenSet, load_tokens
 from mimoquant.cli.app import app
 from mimoquant.errors import UsageError
-from mimoquant.evaluation.evaluate import eval_kl, kept_bytes, open_layout
+from mimoquant.evaluation.eval_kl import eval_kl, kept_bytes, open_layout
 from mimoquant.evaluation.snapshots import Snapshots
 from mimoquant.plan import make_plan
 from mimoquant.recipe import load_recipe

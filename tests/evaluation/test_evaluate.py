@@ -17,8 +17,8 @@ from mimoquant.calibration.tokens import CalibrationRecord, TokenSet, load_token
 from mimoquant.checkpoint.index import open_index
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.errors import CheckpointError, UsageError
-from mimoquant.evaluation import evaluate
-from mimoquant.evaluation.evaluate import eval_kl, open_layout
+from mimoquant.evaluation import eval_kl as evaluate
+from mimoquant.evaluation.eval_kl import eval_kl, open_layout
 from mimoquant.evaluation.held_out import refuse_shared_data
 from mimoquant.model.decoder_layer import linear, rms_norm
 from mimoquant.model.layer_stream import Stream, walk

@@ -18,7 +18,7 @@ import torch
 
 from mimoquant.calibration.tokens import load_tokens
 from mimoquant.errors import CheckpointError
-from mimoquant.evaluation.evaluate import eval_kl, open_layout
+from mimoquant.evaluation.eval_kl import eval_kl, open_layout
 
 pytest.importorskip("llmcompressor", reason="llm-compressor is not installed (scripts/setup --dev)")
 pytestmark = pytest.mark.slow

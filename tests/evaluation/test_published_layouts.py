@@ -23,7 +23,7 @@ from mimoquant.calibration.tokens import TokenSet
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.cli.app import app
 from mimoquant.errors import CheckpointError
-from mimoquant.evaluation.evaluate import eval_kl, open_layout
+from mimoquant.evaluation.eval_kl import eval_kl, open_layout
 from mimoquant.model_weights import CheckpointWeights
 from mimoquant.plan import make_plan
 from mimoquant.recipe import load_recipe

@@ -30,7 +30,7 @@ from mimoquant.describe import plan_facts
 from mimoquant.devices import make_engine
 from mimoquant.errors import CheckpointError, QualityError, UsageError
 from mimoquant.evaluation import sensitivity as module
-from mimoquant.evaluation.evaluate import eval_kl
+from mimoquant.evaluation.eval_kl import eval_kl
 from mimoquant.evaluation.layer_options import CalibratedOptions
 from mimoquant.evaluation.sensitivity import Chooser, Walks, forks_of, halves, sensitivity
 from mimoquant.evaluation.snapshots import Snapshots

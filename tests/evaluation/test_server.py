@@ -25,7 +25,7 @@ from mimoquant import pipeline
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.cli.app import app
 from mimoquant.errors import CheckpointError, UsageError
-from mimoquant.evaluation import divergence, evaluate, server
+from mimoquant.evaluation import divergence, eval_kl, server
 from mimoquant.evaluation.divergence import LumpedScores, head_divergence, lumped_divergence, top_log_probabilities
 from mimoquant.model.layer_stream import walk
 from mimoquant.model_weights import CheckpointWeights
@@ -143,15 +143,15 @@ def test_top_log_probabilities_in_blocks(k: int, monkeypatch: pytest.MonkeyPatch
 @torch.no_grad()
 def log_probabilities(folder: Path) -> Callable[[tuple[int, ...]], np.ndarray]:
     """Token ids → what a server of that checkpoint thinks, float32 [T, vocab]; by our own forward."""
-    layout, held = evaluate.open_layout(folder), {}
+    layout, held = eval_kl.open_layout(folder), {}
 
     def compute(tokens: tuple[int, ...]) -> np.ndarray:
         if tokens not in held:
             with CheckpointReader(layout.index) as reader, torch.no_grad():
                 weights = CheckpointWeights(reader, layout, torch.device("cpu"))
-                streams = evaluate.streams_of(weights, [[torch.tensor([[*tokens, 0]])]])
+                streams = eval_kl.streams_of(weights, [[torch.tensor([[*tokens, 0]])]])
                 walk(streams)
-                final = evaluate.final_hidden(streams[0], weights.tensor("model.norm.weight"))
+                final = eval_kl.final_hidden(streams[0], weights.tensor("model.norm.weight"))
                 logits = final @ weights.tensor("lm_head.weight").to(final.dtype).T
             held[tokens] = logits.log_softmax(-1).numpy()
         return held[tokens]

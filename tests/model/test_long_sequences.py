@@ -15,7 +15,7 @@ import torch
 import mimoquant
 from mimoquant import pipeline
 from mimoquant.calibration.tokens import TokenSet
-from mimoquant.evaluation.evaluate import compare, open_layout
+from mimoquant.evaluation.eval_kl import compare, open_layout
 from mimoquant.model import decoder_layer
 from mimoquant.model.decoder_layer import AttentionWeights, ForwardConfig, attention, rotary_table, rotate
 from mimoquant.plan import make_plan

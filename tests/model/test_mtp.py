@@ -15,7 +15,7 @@ import mimoquant
 from mimoquant import pipeline
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.evaluation.drafts import draft_chain
-from mimoquant.evaluation.evaluate import open_layout
+from mimoquant.evaluation.eval_kl import open_layout
 from mimoquant.model.mtp import MtpWeights
 from mimoquant.model_weights import CheckpointWeights
 from mimoquant.plan import make_plan

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 import mimoquant
 from mimoquant.calibration.tokens import load_tokens
 from mimoquant.checkpoint.reader import CheckpointReader
-from mimoquant.evaluation.evaluate import final_hidden, open_layout, streams_of
+from mimoquant.evaluation.eval_kl import final_hidden, open_layout, streams_of
 from mimoquant.model.decoder_layer import linear
 from mimoquant.model.layer_stream import walk
 from mimoquant.model_weights import CheckpointWeights, packed_format

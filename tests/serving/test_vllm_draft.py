@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 
 import mimoquant
 from mimoquant.calibration.tokens import TokenSet, load_tokens
-from mimoquant.evaluation.acceptance import compare_drafts
 from mimoquant.evaluation.drafts import Blocks, Draft, Mtp
-from mimoquant.evaluation.evaluate import open_layout
+from mimoquant.evaluation.eval_draft import compare_drafts
+from mimoquant.evaluation.eval_kl import open_layout
 from mimoquant.model.drafter import open_drafter
 
 pytestmark = pytest.mark.engine

@@ -18,7 +18,7 @@ import torch
 
 from mimoquant.calibration.tokens import TokenSet
 from mimoquant.checkpoint.reader import CheckpointReader
-from mimoquant.evaluation import evaluate
+from mimoquant.evaluation import eval_kl
 from mimoquant.evaluation.divergence import (
     LumpedScores,
     TokenScores,
@@ -44,9 +44,9 @@ def reference_top(
     ids = torch.from_numpy(tokens.ids)
     with CheckpointReader(reference.index) as reader:
         weights = CheckpointWeights(reader, reference, torch.device(device))
-        streams = evaluate.streams_of(weights, [torch.split(ids, batch_sequences(ids.shape[1]))])
+        streams = eval_kl.streams_of(weights, [torch.split(ids, batch_sequences(ids.shape[1]))])
         walk(streams, progress)
-        final = evaluate.final_hidden(streams[0], weights.tensor("model.norm.weight"))
+        final = eval_kl.final_hidden(streams[0], weights.tensor("model.norm.weight"))
         head = weights.tensor("lm_head.weight")
         return top_log_probabilities(final, head, k, ids[:, 1:].flatten().to(final.device))
 
@@ -85,7 +85,7 @@ def eval_server(
         progress: called with (layer just passed, layers). asked: with (sequences answered, sequences).
     Raises CheckpointError: the checkpoint is bad, or the server fails.
     """
-    layout = evaluate.open_layout(Path(reference))
+    layout = eval_kl.open_layout(Path(reference))
     top = reference_top(
         layout, tokens, server.top_k, device=device,
         progress=(lambda number: progress(number, layout.geometry.layers)) if progress else None,
@@ -97,7 +97,7 @@ def eval_server(
             asked(number + 1, len(tokens.ids))
     scores, lumped = score(top, answers, layout.geometry.vocab)
     return {
-        "schema_version": evaluate.SCHEMA_VERSION,
+        "schema_version": eval_kl.SCHEMA_VERSION,
         "reference": str(reference),
         "candidate": server.link.url,
         "recipe": None,
