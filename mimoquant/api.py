@@ -55,7 +55,7 @@ def plan(
     Raises UsageError, RecipeError, CheckpointError.
     """
     from mimoquant import describe
-    from mimoquant.devices import resolve_device
+    from mimoquant.machine.devices import resolve_device
     from mimoquant.needs import machine
 
     place = resolve_device(device)
@@ -87,7 +87,7 @@ def quantize(
     StoppedError: the disk; resumable.
     """
     from mimoquant import pipeline
-    from mimoquant.devices import resolve_device
+    from mimoquant.machine.devices import resolve_device
     from mimoquant.needs import machine, refusal
 
     place = resolve_device(device)
@@ -182,8 +182,8 @@ def eval_kl(
     the two are not one model.
     """
     from mimoquant.calibration.tokenizer import decoder_of
-    from mimoquant.devices import resolve_device
     from mimoquant.evaluation.eval_kl import eval_kl as run
+    from mimoquant.machine.devices import resolve_device
 
     held = _held_out(reference, data, sequences, tokens)
     return run(reference, candidate, held, baseline=baseline, noise_floor=noise_floor,
@@ -201,8 +201,8 @@ def eval_draft(
         depth: MTP layers in the chain; by default all, at most 3. The others: see `eval_kl`.
     Raises UsageError: too deep, a drafter of another backbone, or shared data. CheckpointError: bad checkpoints.
     """
-    from mimoquant.devices import resolve_device
     from mimoquant.evaluation.eval_draft import eval_draft as run
+    from mimoquant.machine.devices import resolve_device
 
     held = _held_out(reference, data, sequences, tokens)
     return run(reference, candidate, held, draft=str(draft), depth=depth, device=resolve_device(device))
@@ -222,12 +222,12 @@ def sensitivity(
         resume: take up what a killed run left beside `out`.
     Raises UsageError: nothing fits, or shared data. CheckpointError: bad data. QualityError: the target was missed.
     """
-    from mimoquant.devices import resolve_device
     from mimoquant.evaluation.sensitivity import forks_of
     from mimoquant.evaluation.sensitivity import sensitivity as run
     from mimoquant.fork_needs import fork_refusal
+    from mimoquant.machine.devices import resolve_device
+    from mimoquant.machine.team import Team
     from mimoquant.needs import machine
-    from mimoquant.team import Team
 
     if budget_bytes is not None and target_kl is not None:
         raise UsageError(f"a budget of {budget_bytes} bytes and a target of {target_kl:g}: only one can be the limit")

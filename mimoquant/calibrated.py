@@ -32,6 +32,7 @@ from mimoquant.calibration.tokens import TokenSet
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.errors import CheckpointError, QualityError
 from mimoquant.layer_weights import not_finite, read_experts, read_parts
+from mimoquant.machine.team import Team
 from mimoquant.model.decoder_layer import DenseWeights, ExpertChunk, LayerWeights, Router
 from mimoquant.model.layout import PROJECTIONS, norm_name, router_name
 from mimoquant.model_weights import CheckpointWeights, decoded_chunk
@@ -44,7 +45,6 @@ from mimoquant.quant.formats import Format
 from mimoquant.quant.method import WALKED_MOST, Method
 from mimoquant.quant.reconstruct import reconstruct
 from mimoquant.quant.stack import Stack
-from mimoquant.team import Team
 from mimoquant.units import Experts, Unit
 
 Array = npt.NDArray[Any]

@@ -28,19 +28,19 @@ from mimoquant.checkpoint.team_folder import opened
 from mimoquant.checkpoint.writer import ShardWriter, write_file_durably
 from mimoquant.container import expert_tensors
 from mimoquant.deal import Task, deal
-from mimoquant.devices import make_engine, resolve_device
 from mimoquant.errors import CheckpointError, StoppedError, UsageError
 from mimoquant.layer_weights import dequantize, not_finite, read_experts, read_matrix
+from mimoquant.machine.devices import make_engine, resolve_device
+from mimoquant.machine.overlap import WriteBehind, read_ahead
+from mimoquant.machine.team import Team
+from mimoquant.machine.timeline import WAIT_READ, WAIT_WRITE, Timeline
 from mimoquant.model.layout import PROJECTIONS
 from mimoquant.output_texts import written_texts
-from mimoquant.overlap import WriteBehind, read_ahead
 from mimoquant.plan import WRITE_QUEUE_BYTES, Plan
 from mimoquant.quant.cast import InexactError, cast
 from mimoquant.quant.stack import Engine, NonFiniteError, Stack
 from mimoquant.reorder import Reorder, block_values, read_blocks
 from mimoquant.report import QuantizeReport
-from mimoquant.team import Team
-from mimoquant.timeline import WAIT_READ, WAIT_WRITE, Timeline
 from mimoquant.units import Copy, Dequantize, Experts, Shapes, Step, Unit
 
 if TYPE_CHECKING:

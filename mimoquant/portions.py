@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from mimoquant.machine.team import Team
 from mimoquant.model.decoder_layer import Dispatch, ExpertChunk, LayerWeights, Router, Routing, add_experts
 from mimoquant.model.layer_stream import (
     BLOCK_TOKENS,
@@ -30,7 +31,6 @@ from mimoquant.model.layer_stream import (
     route_again,
 )
 from mimoquant.model_weights import CheckpointWeights
-from mimoquant.team import Team
 
 Seen = list[tuple[Tensor, Dispatch]]  # blocks of tokens [n, H] bf16, and where they go
 

@@ -26,8 +26,8 @@ import numpy as np
 
 from mimoquant.checkpoint.journal import existing_parent
 from mimoquant.checkpoint.reader import CheckpointReader
-from mimoquant.devices import make_engine
 from mimoquant.layer_weights import read_experts
+from mimoquant.machine.devices import make_engine
 from mimoquant.model.layout import PROJECTIONS
 from mimoquant.pipeline import WRITE_LANES, Parts
 from mimoquant.plan import Plan

@@ -23,13 +23,13 @@ import numpy as np
 import torch
 
 from mimoquant.calibration.tokens import load_tokens
-from mimoquant.devices import resolve_device
 from mimoquant.evaluation.sensitivity import forks_of, sensitivity
 from mimoquant.fork_needs import foreseen, forward_passes, probe_every
+from mimoquant.machine.devices import resolve_device
+from mimoquant.machine.team import Team
 from mimoquant.mixture import Mixtures
 from mimoquant.plan import CUDA_CHUNK_BYTES, make_plan
 from mimoquant.recipe import load_recipe
-from mimoquant.team import Team
 
 MODEL_LAYERS = 48  # V2.5's, the first of them dense
 

@@ -29,9 +29,9 @@ import numpy as np
 import torch
 
 from mimoquant import pipeline, synth_weights
+from mimoquant.machine.timeline import Timeline
 from mimoquant.plan import CUDA_CHUNK_BYTES, Plan, Unit, make_plan
 from mimoquant.recipe import load_recipe, parse_recipe
-from mimoquant.timeline import Timeline
 
 synth = importlib.import_module("mimoquant.synth")  # the module: `mimoquant.synth` is the verb
 EXPERTS = 8  # different ones

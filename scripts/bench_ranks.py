@@ -22,9 +22,9 @@ import numpy as np
 
 from mimoquant import pipeline
 from mimoquant.checkpoint.journal import file_sha256
+from mimoquant.machine.team import Team
 from mimoquant.plan import CHUNK_BYTES, CUDA_CHUNK_BYTES, Plan, Unit, make_plan
 from mimoquant.recipe import load_recipe
-from mimoquant.team import Team
 
 
 def folder_sha256(folder: Path) -> str:

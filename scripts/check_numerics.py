@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "reliability")]
 
 from edge_weights import EDGES, FORMATS, NOT_FINITE, SEARCHES, outcome, same  # noqa: E402
 
-from mimoquant.devices import make_engine  # noqa: E402
+from mimoquant.machine.devices import make_engine  # noqa: E402
 from mimoquant.quant.engine_torch import TorchEngine  # noqa: E402
 
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from mimoquant.overlap import WriteBehind
+from mimoquant.machine.overlap import WriteBehind
 
 
 def test_a_lane_keeps_its_order_and_lanes_do_not_wait_for_each_other() -> None:

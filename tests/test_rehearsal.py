@@ -10,10 +10,10 @@ import pytest
 import mimoquant
 from mimoquant import pipeline
 from mimoquant.calibrated import Calibrator
+from mimoquant.machine.timeline import Timeline
 from mimoquant.plan import make_plan
 from mimoquant.recipe import load_recipe
 from mimoquant.rehearsal import Estimate, rehearse
-from mimoquant.timeline import Timeline
 
 MICRO = mimoquant.micro_checkpoint()
 

@@ -21,9 +21,9 @@ from mimoquant.checkpoint.index import open_index
 from mimoquant.cli.app import app
 from mimoquant.deal import deal
 from mimoquant.errors import CheckpointError, StoppedError
+from mimoquant.machine.team import Team
 from mimoquant.plan import make_plan
 from mimoquant.recipe import load_recipe
-from mimoquant.team import Team
 
 MICRO = mimoquant.micro_checkpoint()
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import mimoquant
 from mimoquant import pipeline
+from mimoquant.machine.timeline import WAIT_READ, WAIT_WRITE, Timeline
 from mimoquant.plan import make_plan
 from mimoquant.recipe import load_recipe
-from mimoquant.timeline import WAIT_READ, WAIT_WRITE, Timeline
 
 
 def test_the_longest_wait_is_the_bound() -> None:

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 from mimoquant.checkpoint.journal import JournalLine, RunFolder
-from mimoquant.team import Team
+from mimoquant.machine.team import Team
 
 
 @contextlib.contextmanager

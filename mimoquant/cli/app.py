@@ -48,7 +48,7 @@ from mimoquant.cli.sensitivity import sensitivity
 from mimoquant.cli.synth_cli import synth
 from mimoquant.cli.terminal import RESUMABLE, Lines, Progress, tell
 from mimoquant.errors import MimoquantError, is_disk_trouble, is_out_of_memory
-from mimoquant.team import refuse_ranks
+from mimoquant.machine.team import refuse_ranks
 
 EXIT_INTERRUPTED = 130
 _RESUMABLE_VERBS = ("quantize", "relayout")  # the others note on the interrupt when they are
@@ -190,10 +190,10 @@ def quantize(
 ) -> None:
     """Write the 4-bit checkpoint. The folder appears only when it is complete; an interrupted run can be resumed."""
     from mimoquant import api, coverage_page, describe, pipeline
-    from mimoquant.devices import resolve_device
+    from mimoquant.machine.devices import resolve_device
+    from mimoquant.machine.team import Team
+    from mimoquant.machine.timeline import Timeline
     from mimoquant.needs import machine, refusal
-    from mimoquant.team import Team
-    from mimoquant.timeline import Timeline
 
     begin = time.monotonic()
     with Team.from_environment(resolve_device(device)) as team:

@@ -74,11 +74,11 @@ def evaluate(
 ) -> dict[str, Any] | None:
     """Walk reference and candidate; None on a rank that does not tell."""
     from mimoquant.calibration.tokenizer import decoder_of
-    from mimoquant.devices import resolve_device
     from mimoquant.evaluation.eval_kl import eval_kl as run
     from mimoquant.evaluation.eval_kl import kept_bytes, open_layout
+    from mimoquant.machine.devices import resolve_device
+    from mimoquant.machine.team import Team
     from mimoquant.report import size
-    from mimoquant.team import Team
 
     place, lines = resolve_device(device), Lines()
     with Team.from_environment(place) as team, hint_to_resume(out is not None and team.leads):
@@ -106,11 +106,11 @@ def evaluate_server(
     device: str,
 ) -> dict[str, Any]:
     """Walk the reference, and ask a server for what it makes of the same tokens."""
-    from mimoquant.devices import resolve_device
     from mimoquant.evaluation.eval_kl import open_layout
     from mimoquant.evaluation.eval_server import eval_server
     from mimoquant.evaluation.server import connect
-    from mimoquant.team import refuse_ranks
+    from mimoquant.machine.devices import resolve_device
+    from mimoquant.machine.team import refuse_ranks
 
     refuse_ranks("eval-kl --server")
 

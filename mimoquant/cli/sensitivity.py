@@ -78,14 +78,14 @@ def sensitivity(
     """Measure what each layer's quantization costs. Writes a recipe that spends bytes where they buy most."""
     from mimoquant import api, sensitivity_page
     from mimoquant.calibration.tokens import load_tokens
-    from mimoquant.devices import resolve_device
     from mimoquant.errors import UsageError
     from mimoquant.evaluation.sensitivity import forks_of
     from mimoquant.evaluation.sensitivity import sensitivity as run
     from mimoquant.fork_needs import foreseen, fork_refusal
+    from mimoquant.machine.devices import resolve_device
+    from mimoquant.machine.team import Team
     from mimoquant.needs import machine
     from mimoquant.serving.check import planned_lines
-    from mimoquant.team import Team
 
     begin = time.monotonic()
     if budget_gib is not None and target_kl is not None:

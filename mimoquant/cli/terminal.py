@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
+    from mimoquant.machine.timeline import Timeline
     from mimoquant.plan import Plan
-    from mimoquant.timeline import Timeline
     from mimoquant.units import Unit
 
 WIDE = 72  # columns from which on a bar has room for what bounds the run

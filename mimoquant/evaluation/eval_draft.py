@@ -47,11 +47,11 @@ from mimoquant.evaluation.divergence import bootstrap
 from mimoquant.evaluation.drafts import Draft, Drafts, choose_draft
 from mimoquant.evaluation.eval_kl import open_layout, recipe_name, same_model, streams_of
 from mimoquant.evaluation.held_out import refuse_shared_data
+from mimoquant.machine.team import Team
 from mimoquant.model.decoder_layer import linear, rms_norm
 from mimoquant.model.layer_stream import Stream, portions, walk
 from mimoquant.model.layout import ModelLayout
 from mimoquant.model_weights import CheckpointWeights
-from mimoquant.team import Team
 
 SCHEMA_VERSION = 1
 _LOGITS = 2**25  # of one distribution's that are held at once

@@ -35,12 +35,12 @@ from mimoquant.evaluation.divergence import TokenScores, head_divergence
 from mimoquant.evaluation.held_out import refuse_shared_data
 from mimoquant.evaluation.snapshots import Snapshots
 from mimoquant.evaluation.summary import paired_difference, summarize
+from mimoquant.machine.team import Team
 from mimoquant.model.decoder_layer import linear, rms_norm
 from mimoquant.model.layer_stream import Stream, portions, walk
 from mimoquant.model.layout import ModelLayout, read_layout
 from mimoquant.model_weights import CheckpointWeights
 from mimoquant.plan import read_config
-from mimoquant.team import Team
 
 SCHEMA_VERSION = 1
 NOISE = 2.0**-9

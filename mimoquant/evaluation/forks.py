@@ -26,6 +26,7 @@ from mimoquant.evaluation.divergence import head_divergence
 from mimoquant.evaluation.eval_kl import final_hidden
 from mimoquant.evaluation.layer_options import LayerOptions, Option, Round
 from mimoquant.fork_needs import probe_every
+from mimoquant.machine.overlap import read_ahead
 from mimoquant.model.decoder_layer import (
     DenseWeights,
     Dispatch,
@@ -38,7 +39,6 @@ from mimoquant.model.decoder_layer import (
     expert_outputs,
 )
 from mimoquant.model.layer_stream import Block, Stream, add_blocks, attend_and_route, dense_layer, on_host
-from mimoquant.overlap import read_ahead
 from mimoquant.quant.formats import Format
 
 

@@ -22,6 +22,7 @@ from mimoquant.calibration.tokens import TokenSet
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.errors import RecipeError
 from mimoquant.layer_weights import not_finite, read_experts
+from mimoquant.machine.team import Team
 from mimoquant.model.decoder_layer import ExpertChunk, LayerWeights
 from mimoquant.model.layout import PROJECTIONS
 from mimoquant.model_weights import CheckpointWeights, decoded_chunk
@@ -29,7 +30,6 @@ from mimoquant.plan import Plan
 from mimoquant.quant.engine_torch import TorchEngine, stored_parts
 from mimoquant.quant.formats import Format
 from mimoquant.quant.stack import Engine, NonFiniteError, Stack
-from mimoquant.team import Team
 from mimoquant.units import Experts
 
 Option = Format | None

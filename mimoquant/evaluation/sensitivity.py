@@ -25,7 +25,6 @@ from torch import Tensor
 
 from mimoquant.calibration.tokens import CalibrationRecord, TokenSet
 from mimoquant.checkpoint.reader import CheckpointReader
-from mimoquant.devices import make_engine
 from mimoquant.errors import QualityError, UsageError
 from mimoquant.evaluation.attribution import Ablation, Estimate, Floats
 from mimoquant.evaluation.forks import Lane, Probe, Trial, finals_of, mean_j, walk_forks
@@ -35,13 +34,14 @@ from mimoquant.evaluation.layer_options import CalibratedOptions, LayerOptions
 from mimoquant.evaluation.sensitivity_facts import choice_facts, facts_of, recipe_text
 from mimoquant.evaluation.snapshots import Snapshots
 from mimoquant.fork_needs import Forks
+from mimoquant.machine.devices import make_engine
+from mimoquant.machine.team import Team
 from mimoquant.mixture import Mixtures
 from mimoquant.model.layer_stream import portions
 from mimoquant.pipeline import calibration_tokens
 from mimoquant.plan import Plan
 from mimoquant.quant.stack import Engine
 from mimoquant.report import size
-from mimoquant.team import Team
 
 Choice = tuple[int, ...]
 Progress = Callable[[str, int, int], None]  # what is walked, layers passed (0: it begins), layers

@@ -25,7 +25,7 @@ from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.checkpoint.team_folder import opened
 from mimoquant.checkpoint.writer import Entry, ShardWriter, stopping, write_file_durably
 from mimoquant.errors import MimoquantError, StoppedError
-from mimoquant.team import Team
+from mimoquant.machine.team import Team
 
 _FACTS = "facts"
 

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from mimoquant.machine.overlap import read_ahead
 from mimoquant.model.decoder_layer import (
     DenseWeights,
     Dispatch,
@@ -32,7 +33,6 @@ from mimoquant.model.decoder_layer import (
     rms_norm,
     route,
 )
-from mimoquant.overlap import read_ahead
 
 Weights = LayerWeights | ExpertChunk
 BATCH_TOKENS = 2**13  # that go through attention together

@@ -27,7 +27,6 @@ from mimoquant.calibration.tokens import TokenSet, load_tokens
 from mimoquant.checkpoint.index import open_index
 from mimoquant.cli.app import app
 from mimoquant.describe import plan_facts
-from mimoquant.devices import make_engine
 from mimoquant.errors import CheckpointError, QualityError, UsageError
 from mimoquant.evaluation import sensitivity as module
 from mimoquant.evaluation.eval_kl import eval_kl
@@ -35,13 +34,14 @@ from mimoquant.evaluation.layer_options import CalibratedOptions
 from mimoquant.evaluation.sensitivity import Chooser, Walks, forks_of, halves, sensitivity
 from mimoquant.evaluation.snapshots import Snapshots
 from mimoquant.fork_needs import SEQUENCES, TOKENS, Forks, fork_needs, fork_refusal, forward_passes, state_bytes
+from mimoquant.machine.devices import make_engine
+from mimoquant.machine.team import Team
 from mimoquant.mixture import Mixtures
 from mimoquant.needs import Machine
 from mimoquant.plan import make_plan
 from mimoquant.quant.formats import Format
 from mimoquant.recipe import load_recipe, parse_recipe
 from mimoquant.sensitivity_page import ranked, sensitivity_page, sensitivity_text
-from mimoquant.team import Team
 from mimoquant.verify import verify
 
 MICRO = mimoquant.micro_checkpoint()
