@@ -16,7 +16,7 @@ from mimoquant.errors import UsageError
 
 if TYPE_CHECKING:
     from mimoquant.calibration.tokens import TokenSet
-    from mimoquant.mixture import Mixtures
+    from mimoquant.mixing.mixtures import Mixtures
     from mimoquant.needs import Machine
     from mimoquant.plan import Plan
 
@@ -222,11 +222,11 @@ def sensitivity(
         resume: take up what a killed run left beside `out`.
     Raises UsageError: nothing fits, or shared data. CheckpointError: bad data. QualityError: the target was missed.
     """
-    from mimoquant.evaluation.sensitivity import forks_of
-    from mimoquant.evaluation.sensitivity import sensitivity as run
-    from mimoquant.fork_needs import fork_refusal
     from mimoquant.machine.devices import resolve_device
     from mimoquant.machine.team import Team
+    from mimoquant.mixing.needs import fork_refusal
+    from mimoquant.mixing.run import forks_of
+    from mimoquant.mixing.run import sensitivity as run
     from mimoquant.needs import machine
 
     if budget_bytes is not None and target_kl is not None:
@@ -299,7 +299,7 @@ def mixtures(
 ) -> Mixtures:
     """What each layer can become, for `sensitivity`. One container holds all formats; it is the default for them."""
     from mimoquant.container import COMPRESSED_TENSORS
-    from mimoquant.mixture import Mixtures
+    from mimoquant.mixing.mixtures import Mixtures
     from mimoquant.plan import CHUNK_BYTES, CUDA_CHUNK_BYTES, make_plan
     from mimoquant.recipe import load_recipe
 

@@ -15,8 +15,8 @@ import numpy as np
 
 from mimoquant.checkpoint.journal import JournalLine, free_bytes
 from mimoquant.errors import RecipeError
-from mimoquant.fork_needs import Forks, fork_needs, forward_passes, state_bytes
-from mimoquant.mixture import formats_of
+from mimoquant.mixing.mixtures import formats_of
+from mimoquant.mixing.needs import Forks, fork_needs, forward_passes, state_bytes
 from mimoquant.model.drafter import carried_drafter
 from mimoquant.model.geometry import Geometry
 from mimoquant.model.layout import ModelLayout

@@ -23,11 +23,11 @@ import numpy as np
 import torch
 
 from mimoquant.calibration.tokens import load_tokens
-from mimoquant.evaluation.sensitivity import forks_of, sensitivity
-from mimoquant.fork_needs import foreseen, forward_passes, probe_every
 from mimoquant.machine.devices import resolve_device
 from mimoquant.machine.team import Team
-from mimoquant.mixture import Mixtures
+from mimoquant.mixing.mixtures import Mixtures
+from mimoquant.mixing.needs import foreseen, forward_passes, probe_every
+from mimoquant.mixing.run import forks_of, sensitivity
 from mimoquant.plan import CUDA_CHUNK_BYTES, make_plan
 from mimoquant.recipe import load_recipe
 

@@ -19,12 +19,12 @@ import numpy as np
 
 from mimoquant.calibration.tokens import TokenSet, load_tokens
 from mimoquant.container import COMPRESSED_TENSORS
-from mimoquant.evaluation.attribution import Estimate
 from mimoquant.evaluation.divergence import bootstrap
-from mimoquant.evaluation.sensitivity import Choice, Chooser, Walks
 from mimoquant.machine.devices import make_engine, resolve_device
 from mimoquant.machine.team import Team
-from mimoquant.mixture import Mixtures
+from mimoquant.mixing.attribution import Estimate
+from mimoquant.mixing.mixtures import Mixtures
+from mimoquant.mixing.run import Choice, Chooser, Walks
 from mimoquant.pipeline import calibration_tokens
 from mimoquant.plan import make_plan
 from mimoquant.recipe import load_recipe

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import mimoquant
-from mimoquant.mixture import Mixtures
+from mimoquant.mixing.mixtures import Mixtures
 from mimoquant.plan import make_plan
 from mimoquant.recipe import load_recipe
 

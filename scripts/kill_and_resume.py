@@ -75,8 +75,8 @@ def run(kind: str, out: Path, resume: bool, rank: int, ranks: int, port: int) ->
 
             eval_kl(MICRO, out.parent / "candidate", held_out(), out=out, resume=resume, team=team)
         elif kind == "sensitivity":
-            from mimoquant.evaluation.sensitivity import sensitivity
-            from mimoquant.mixture import Mixtures
+            from mimoquant.mixing.mixtures import Mixtures
+            from mimoquant.mixing.run import sensitivity
 
             sensitivity(Mixtures(plan, 2**18), held_out(), out, resume=resume, team=team)
         else:
@@ -179,7 +179,7 @@ def main() -> None:
     if options.calibrated or options.ranks or options.evaluation or options.sensitivity:  # loaded before any fork
         import rank_driver
 
-        import mimoquant.evaluation.sensitivity  # noqa: F401
+        import mimoquant.mixing.run  # noqa: F401
 
         rank_driver.shrink_sizes()
     dice = random.Random(options.seed)

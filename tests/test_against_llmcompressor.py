@@ -164,7 +164,7 @@ def test_the_written_recipe_loads_in_llmcompressor(tmp_path: Path) -> None:
 def test_a_chosen_mixture_loads_in_llmcompressor(tmp_path: Path) -> None:
     from llmcompressor.recipe import Recipe
 
-    from mimoquant.mixture import Mixtures
+    from mimoquant.mixing.mixtures import Mixtures
     from mimoquant.recipe import load_recipe
 
     plan = Mixtures(make_plan(mimoquant.micro_checkpoint(), load_recipe("int4-g128-mse"))).planned([1, 3, 0, 2])

@@ -12,7 +12,7 @@ from compressed_tensors.quantization import QuantizationConfig
 import mimoquant
 from mimoquant import pipeline
 from mimoquant.errors import RecipeError
-from mimoquant.mixture import Mixtures
+from mimoquant.mixing.mixtures import Mixtures
 from mimoquant.plan import make_plan
 from mimoquant.recipe import load_recipe, parse_recipe
 from mimoquant.verify import verify

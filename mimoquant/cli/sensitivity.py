@@ -79,11 +79,11 @@ def sensitivity(
     from mimoquant import api, sensitivity_page
     from mimoquant.calibration.tokens import load_tokens
     from mimoquant.errors import UsageError
-    from mimoquant.evaluation.sensitivity import forks_of
-    from mimoquant.evaluation.sensitivity import sensitivity as run
-    from mimoquant.fork_needs import foreseen, fork_refusal
     from mimoquant.machine.devices import resolve_device
     from mimoquant.machine.team import Team
+    from mimoquant.mixing.needs import foreseen, fork_refusal
+    from mimoquant.mixing.run import forks_of
+    from mimoquant.mixing.run import sensitivity as run
     from mimoquant.needs import machine
     from mimoquant.serving.check import planned_lines
 

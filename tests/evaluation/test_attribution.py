@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mimoquant.evaluation.attribution import Ablation, Estimate, Floats
+from mimoquant.mixing.attribution import Ablation, Estimate, Floats
 
 LAYERS, SEQUENCES = 6, 40
 RATIO = np.array([[1.0, 0.8, 0.6, 0.0]] * LAYERS)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mimoquant.evaluation.knapsack import Item, best_options
+from mimoquant.mixing.knapsack import Item, best_options
 
 items = st.tuples(st.integers(-5, 30), st.integers(0, 30)).map(lambda pair: (float(pair[0]), float(pair[1])))
 problems = st.lists(st.lists(items, min_size=1, max_size=5), min_size=1, max_size=5)

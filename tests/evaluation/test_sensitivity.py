@@ -28,15 +28,15 @@ from mimoquant.checkpoint.index import open_index
 from mimoquant.cli.app import app
 from mimoquant.describe import plan_facts
 from mimoquant.errors import CheckpointError, QualityError, UsageError
-from mimoquant.evaluation import sensitivity as module
 from mimoquant.evaluation.eval_kl import eval_kl
-from mimoquant.evaluation.layer_options import CalibratedOptions
-from mimoquant.evaluation.sensitivity import Chooser, Walks, forks_of, halves, sensitivity
 from mimoquant.evaluation.snapshots import Snapshots
-from mimoquant.fork_needs import SEQUENCES, TOKENS, Forks, fork_needs, fork_refusal, forward_passes, state_bytes
 from mimoquant.machine.devices import make_engine
 from mimoquant.machine.team import Team
-from mimoquant.mixture import Mixtures
+from mimoquant.mixing import run as module
+from mimoquant.mixing.layer_options import CalibratedOptions
+from mimoquant.mixing.mixtures import Mixtures
+from mimoquant.mixing.needs import SEQUENCES, TOKENS, Forks, fork_needs, fork_refusal, forward_passes, state_bytes
+from mimoquant.mixing.run import Chooser, Walks, forks_of, halves, sensitivity
 from mimoquant.needs import Machine
 from mimoquant.plan import make_plan
 from mimoquant.quant.formats import Format
@@ -498,7 +498,7 @@ def test_a_target_out_of_reach_keeps_the_run(tmp_path: Path, monkeypatch: pytest
 
 
 def test_broken_logits_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mimoquant.evaluation import forks
+    from mimoquant.mixing import forks
 
     finals = forks.finals_of
 

@@ -26,17 +26,17 @@ from torch import Tensor
 from mimoquant.calibration.tokens import CalibrationRecord, TokenSet
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.errors import QualityError, UsageError
-from mimoquant.evaluation.attribution import Ablation, Estimate, Floats
-from mimoquant.evaluation.forks import Lane, Probe, Trial, finals_of, mean_j, walk_forks
 from mimoquant.evaluation.held_out import refuse_shared
-from mimoquant.evaluation.knapsack import best_options, undominated
-from mimoquant.evaluation.layer_options import CalibratedOptions, LayerOptions
-from mimoquant.evaluation.sensitivity_facts import choice_facts, facts_of, recipe_text
 from mimoquant.evaluation.snapshots import Snapshots
-from mimoquant.fork_needs import Forks
 from mimoquant.machine.devices import make_engine
 from mimoquant.machine.team import Team
-from mimoquant.mixture import Mixtures
+from mimoquant.mixing.attribution import Ablation, Estimate, Floats
+from mimoquant.mixing.facts import choice_facts, facts_of, recipe_text
+from mimoquant.mixing.forks import Lane, Probe, Trial, finals_of, mean_j, walk_forks
+from mimoquant.mixing.knapsack import best_options, undominated
+from mimoquant.mixing.layer_options import CalibratedOptions, LayerOptions
+from mimoquant.mixing.mixtures import Mixtures
+from mimoquant.mixing.needs import Forks
 from mimoquant.model.layer_stream import portions
 from mimoquant.pipeline import calibration_tokens
 from mimoquant.plan import Plan

@@ -24,9 +24,9 @@ from torch import Tensor
 from mimoquant.errors import CheckpointError
 from mimoquant.evaluation.divergence import head_divergence
 from mimoquant.evaluation.eval_kl import final_hidden
-from mimoquant.evaluation.layer_options import LayerOptions, Option, Round
-from mimoquant.fork_needs import probe_every
 from mimoquant.machine.overlap import read_ahead
+from mimoquant.mixing.layer_options import LayerOptions, Option, Round
+from mimoquant.mixing.needs import probe_every
 from mimoquant.model.decoder_layer import (
     DenseWeights,
     Dispatch,

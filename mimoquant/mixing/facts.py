@@ -15,10 +15,10 @@ import numpy as np
 import yaml
 
 from mimoquant.calibration.tokens import TokenSet
-from mimoquant.evaluation.attribution import Ablation, Estimate, Floats
-from mimoquant.evaluation.forks import Probe
-from mimoquant.evaluation.knapsack import best_options
-from mimoquant.mixture import Mixtures
+from mimoquant.mixing.attribution import Ablation, Estimate, Floats
+from mimoquant.mixing.forks import Probe
+from mimoquant.mixing.knapsack import best_options
+from mimoquant.mixing.mixtures import Mixtures
 
 SCHEMA_VERSION = 1
 FAILED = 5.0  # times the median relMSE of its layer: an expert that quantizing ruins
