@@ -140,7 +140,7 @@ def verify(
         raise UsageError("--engine-version and --tp are about an --engine", hint="name one, such as --engine vllm")
     facts: Facts = {"schema_version": 1, "out": str(out), "ok": True, "problems": []}
     if source is not None:
-        from mimoquant.verify import verify as run
+        from mimoquant.output.verify import verify as run
 
         facts |= run(out, source, progress=progress).as_json()
     if engine is not None and facts["ok"]:  # what a damaged file would do in an engine is nobody's question

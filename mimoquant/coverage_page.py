@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from mimoquant.describe import coverage, token_count
+from mimoquant.output.quantize_report import layers_of_formats, number
 from mimoquant.page_style import CSS
-from mimoquant.report import layers_of_formats, number
 from mimoquant.report_page import card, escaped, note, percent, tag
 
 Facts = dict[str, Any]  # of a layer, as `calibrated.LayerFacts` tells them

@@ -21,9 +21,9 @@ from mimoquant.model.drafter import carried_drafter
 from mimoquant.model.geometry import Geometry
 from mimoquant.model.layout import ModelLayout
 from mimoquant.needs import Machine, largest_chunk, needs, refusal
+from mimoquant.output.quantize_report import SCHEMA_VERSION, layers_of_formats, size
 from mimoquant.plan import Plan, ranges
 from mimoquant.relayout import RelayoutPlan
-from mimoquant.report import SCHEMA_VERSION, layers_of_formats, size
 from mimoquant.serving.check import engine_lines, planned_facts, planned_lines
 from mimoquant.serving.facts import planned
 from mimoquant.units import Experts, Shapes

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mimoquant.describe import table
-from mimoquant.report import number
+from mimoquant.output.quantize_report import number
 from mimoquant.report_page import NAME_CHARS, WIDTH, origin, percent, visible
 
 Facts = dict[str, Any]

@@ -35,12 +35,12 @@ from mimoquant.machine.overlap import WriteBehind, read_ahead
 from mimoquant.machine.team import Team
 from mimoquant.machine.timeline import WAIT_READ, WAIT_WRITE, Timeline
 from mimoquant.model.layout import PROJECTIONS
-from mimoquant.output_texts import written_texts
+from mimoquant.output.quantize_report import QuantizeReport
+from mimoquant.output.small_files import written_texts
 from mimoquant.plan import WRITE_QUEUE_BYTES, Plan
 from mimoquant.quant.cast import InexactError, cast
 from mimoquant.quant.stack import Engine, NonFiniteError, Stack
 from mimoquant.reorder import Reorder, block_values, read_blocks
-from mimoquant.report import QuantizeReport
 from mimoquant.units import Copy, Dequantize, Experts, Shapes, Step, Unit
 
 if TYPE_CHECKING:

@@ -63,7 +63,7 @@ def cycle(number: int, folder: Path, device: str, tokens: TokenSet) -> str:
         recipe = recipe.calibrated_on({"data": (str(folder / "calibration.npy"),), "tokens": tokens.ids.shape[1]})
     pipeline.quantize(make_plan(source, recipe), out, device=device)
     if HAS_NUMBA:
-        from mimoquant.verify import verify
+        from mimoquant.output.verify import verify
 
         report = verify(out, source)
         assert report.ok, report.problems

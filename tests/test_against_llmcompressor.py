@@ -15,9 +15,10 @@ import pytest
 import torch
 
 import mimoquant
-from mimoquant import output_texts, pipeline
+from mimoquant import pipeline
 from mimoquant.checkpoint.index import open_index
 from mimoquant.checkpoint.reader import CheckpointReader
+from mimoquant.output import small_files
 from mimoquant.plan import make_plan
 from mimoquant.quant.engine_torch import decode, unpack_nibbles
 from mimoquant.quant.formats import Format
@@ -152,7 +153,7 @@ def test_the_written_recipe_loads_in_llmcompressor(tmp_path: Path) -> None:
     for name in ("int4-g32-mse", "mxfp4-rtn", "nvfp4-mse"):
         plan = make_plan(mimoquant.micro_checkpoint(), load_recipe(name))
         path = tmp_path / f"{name}.yaml"
-        path.write_text(output_texts.resolved_recipe(plan, {}, None))
+        path.write_text(small_files.resolved_recipe(plan, {}, None))
         modifiers = Recipe.create_instance(str(path)).modifiers
         assert [type(modifier).__name__ for modifier in modifiers] == ["QuantizationModifier"]
         (scheme,) = modifiers[0].resolved_config.config_groups.values()
@@ -171,7 +172,7 @@ def test_a_chosen_mixture_loads_in_llmcompressor(tmp_path: Path) -> None:
     evidence = {"sensitivity": {"bytes": 1, "layers": {1: {"option": "int4 g64", "alone": [0.1, 0.0, 0.2]}}}}
     path = tmp_path / "recipe.yaml"
     path.write_text(
-        output_texts.resolved_recipe(replace(plan, recipe=replace(plan.recipe, provenance=evidence)), {}, None)
+        small_files.resolved_recipe(replace(plan, recipe=replace(plan.recipe, provenance=evidence)), {}, None)
     )
     assert "alone" in path.read_text()
     (modifier,) = Recipe.create_instance(str(path)).modifiers

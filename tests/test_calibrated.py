@@ -27,12 +27,12 @@ from mimoquant.model.decoder_layer import Dispatch, ExpertChunk, Router, Routing
 from mimoquant.model.layer_stream import Stream, add_blocks, attend_and_route, dense_layer
 from mimoquant.model.layout import norm_name, router_name
 from mimoquant.model_weights import CheckpointWeights
+from mimoquant.output.verify import verify
 from mimoquant.plan import CHUNK_BYTES, Plan, make_plan
 from mimoquant.quant.expert_methods import encode_with, loss
 from mimoquant.quant.formats import Format
 from mimoquant.quant.method import Method
 from mimoquant.recipe import Recipe, load_recipe, parse_recipe
-from mimoquant.verify import verify
 
 MICRO = mimoquant.micro_checkpoint()
 TARGETS = r"targets: ['re:.*mlp\.experts\.\d+\.(gate|up|down)_proj$']"

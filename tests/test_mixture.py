@@ -13,9 +13,9 @@ import mimoquant
 from mimoquant import pipeline
 from mimoquant.errors import RecipeError
 from mimoquant.mixing.mixtures import Mixtures
+from mimoquant.output.verify import verify
 from mimoquant.plan import make_plan
 from mimoquant.recipe import load_recipe, parse_recipe
-from mimoquant.verify import verify
 
 MICRO = mimoquant.micro_checkpoint()
 

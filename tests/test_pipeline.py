@@ -22,11 +22,11 @@ from mimoquant.checkpoint.index import open_index
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.describe import drafter_facts, layout_facts, layout_text
 from mimoquant.errors import CheckpointError, UsageError
+from mimoquant.output.verify import verify
 from mimoquant.plan import Plan, make_plan
 from mimoquant.quant.engine_torch import TorchEngine
 from mimoquant.recipe import load_recipe, parse_recipe
 from mimoquant.shipped import shipped_recipes
-from mimoquant.verify import verify
 
 MICRO = mimoquant.micro_checkpoint()
 RUNNABLE = [name for name in shipped_recipes() if name.endswith(("-rtn", "-mse"))]

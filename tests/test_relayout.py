@@ -28,13 +28,13 @@ from mimoquant.cli.app import app
 from mimoquant.errors import CheckpointError, UsageError
 from mimoquant.model.layout import Attention, Geometry, read_geometry
 from mimoquant.model.qkv import moved_rows, moved_scale_rows, possible_chunks, scale_row_of, with_chunks
+from mimoquant.output.verify import verify
 from mimoquant.plan import make_plan
 from mimoquant.recipe import load_recipe
 from mimoquant.relayout import LAYOUTS, make_relayout
 from mimoquant.reorder import read_blocks
 from mimoquant.serving.check import check
 from mimoquant.serving.facts import read_served
-from mimoquant.verify import verify
 
 MICRO = mimoquant.micro_checkpoint()
 BIG = {"swa_head_dim": 128, "swa_v_head_dim": 128, "head_dim": 128, "v_head_dim": 128}  # heads on whole FP8 blocks

@@ -14,7 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mimoquant.coverage_page import map_style
-from mimoquant.report import number
+from mimoquant.output.quantize_report import number
 from mimoquant.report_page import Scale, eval_page, eval_text, percent, visible
 from mimoquant.sensitivity_page import PAGE_CSS
 

@@ -78,7 +78,7 @@ def evaluate(
     from mimoquant.evaluation.eval_kl import kept_bytes, open_layout
     from mimoquant.machine.devices import resolve_device
     from mimoquant.machine.team import Team
-    from mimoquant.report import size
+    from mimoquant.output.quantize_report import size
 
     place, lines = resolve_device(device), Lines()
     with Team.from_environment(place) as team, hint_to_resume(out is not None and team.leads):
@@ -139,7 +139,7 @@ def check_outcome(
     if card and candidate is None:
         raise UsageError("--card cannot go with --server", hint="a model card lies in a CANDIDATE folder")
     if card and candidate is not None:
-        from mimoquant.model_card import quality_place
+        from mimoquant.output.model_card import quality_place
 
         quality_place(_read_card(candidate))
 
@@ -152,7 +152,7 @@ def write_outcome(facts: dict[str, Any], candidate: Path | None, junit: Path | N
         write_page(junit, junit_text(facts), "--junit")
     if card and candidate is not None:
         from mimoquant.checkpoint.writer import write_file_durably
-        from mimoquant.model_card import with_quality
+        from mimoquant.output.model_card import with_quality
 
         write_file_durably(candidate / "README.md", with_quality(_read_card(candidate), facts).encode())
 

@@ -65,7 +65,7 @@ class Progress:
 
     def advance(self, unit: Unit, size_bytes: int, finished: bool) -> None:
         """Called by the run; `size_bytes` of the unit are written."""
-        from mimoquant.report import size
+        from mimoquant.output.quantize_report import size
 
         self.done[unit.name] = size_bytes
         written = sum(self.done.values())

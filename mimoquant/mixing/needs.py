@@ -21,8 +21,8 @@ from mimoquant.needs import (
     token_bytes,
     too_little,
 )
+from mimoquant.output.quantize_report import size
 from mimoquant.plan import CUDA_CHUNK_BYTES, Plan
-from mimoquant.report import size
 
 SEQUENCES, TOKENS = 56, 512  # that J is measured on, unless told otherwise
 _MARGIN = 3 * 2**29  # of a GPU's memory: a layer's weights beside its experts, twice, and small things

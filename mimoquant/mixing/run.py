@@ -38,10 +38,10 @@ from mimoquant.mixing.layer_options import CalibratedOptions, LayerOptions
 from mimoquant.mixing.mixtures import Mixtures
 from mimoquant.mixing.needs import Forks
 from mimoquant.model.layer_stream import portions
+from mimoquant.output.quantize_report import size
 from mimoquant.pipeline import calibration_tokens
 from mimoquant.plan import Plan
 from mimoquant.quant.stack import Engine
-from mimoquant.report import size
 
 Choice = tuple[int, ...]
 Progress = Callable[[str, int, int], None]  # what is walked, layers passed (0: it begins), layers

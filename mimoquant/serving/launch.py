@@ -19,7 +19,7 @@ from typing import Any
 
 from mimoquant.errors import CheckpointError, UsageError
 from mimoquant.model.drafter import Drafter, open_drafter
-from mimoquant.report import SCHEMA_VERSION, size
+from mimoquant.output.quantize_report import SCHEMA_VERSION, size
 from mimoquant.serving import contracts as c
 from mimoquant.serving.check import Problem, check
 from mimoquant.serving.facts import Served

@@ -38,11 +38,11 @@ from mimoquant.mixing.mixtures import Mixtures
 from mimoquant.mixing.needs import SEQUENCES, TOKENS, Forks, fork_needs, fork_refusal, forward_passes, state_bytes
 from mimoquant.mixing.run import Chooser, Walks, forks_of, halves, sensitivity
 from mimoquant.needs import Machine
+from mimoquant.output.verify import verify
 from mimoquant.plan import make_plan
 from mimoquant.quant.formats import Format
 from mimoquant.recipe import load_recipe, parse_recipe
 from mimoquant.sensitivity_page import ranked, sensitivity_page, sensitivity_text
-from mimoquant.verify import verify
 
 MICRO = mimoquant.micro_checkpoint()
 RECIPE = "int4-g128-mse"

@@ -20,7 +20,7 @@ from mimoquant import pipeline
 from mimoquant.checkpoint.journal import RUN_NAME, read_journal
 from mimoquant.cli.app import app
 from mimoquant.errors import StoppedError
-from mimoquant.verify import verify
+from mimoquant.output.verify import verify
 
 TROUBLE = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS)
 

@@ -22,9 +22,9 @@ from test_cli import edit_json
 import mimoquant
 from mimoquant.checkpoint.index import INDEX_NAME, open_index
 from mimoquant.errors import CheckpointError, MimoquantError, RecipeError
+from mimoquant.output.verify import verify
 from mimoquant.plan import make_plan
 from mimoquant.recipe import load_recipe, parse_recipe
-from mimoquant.verify import verify
 
 
 @pytest.mark.parametrize("name", READERS)

@@ -19,13 +19,13 @@ import mimoquant
 from mimoquant import pipeline
 from mimoquant.cli.app import app
 from mimoquant.errors import CheckpointError
+from mimoquant.output.verify import verify
 from mimoquant.plan import make_plan
 from mimoquant.recipe import load_recipe
 from mimoquant.serving import contracts
 from mimoquant.serving.check import Problem, check
 from mimoquant.serving.facts import planned, read_served, served
 from mimoquant.synth import SynthSizes, synth
-from mimoquant.verify import verify
 
 Headers = dict[str, Header]
 EXPERT = "model.layers.1.mlp.experts.0.gate_proj"

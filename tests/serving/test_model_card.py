@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 import mimoquant
 from mimoquant.cli.app import app
-from mimoquant.model_card import model_card, without_quality
-from mimoquant.report import QuantizeReport
+from mimoquant.output.model_card import model_card, without_quality
+from mimoquant.output.quantize_report import QuantizeReport
 
 MICRO = mimoquant.micro_checkpoint()
 FEW = ("--sequences", "7", "--tokens", "32", "--device", "cpu", "--no-noise-floor")

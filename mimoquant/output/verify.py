@@ -27,7 +27,7 @@ from mimoquant.checkpoint.writer import Entry
 from mimoquant.errors import CheckpointError, MimoquantError, UsageError
 from mimoquant.layer_weights import dequantize, read_experts, read_matrix, read_parts
 from mimoquant.model.layout import PROJECTIONS, norm_name, router_name
-from mimoquant.output_texts import is_as_written, written_texts
+from mimoquant.output.small_files import is_as_written, written_texts
 from mimoquant.plan import Plan, make_plan
 from mimoquant.quant.engine_cpu import CpuEngine
 from mimoquant.quant.stack import Audit
@@ -77,7 +77,7 @@ def verify(
     out, report = Path(out), VerifyReport()
     plan = plan_again(out, source) if (out / RECORD_NAME).is_file() else _planned_by_recipe(out, source)
     if plan.recipe.calibrated:
-        from mimoquant.verify_calibrated import unproven
+        from mimoquant.output.verify_calibrated import unproven
 
         report.unproven = unproven(plan.recipe, plan.formats)
     tell = progress or (lambda name, done, total: None)
@@ -216,7 +216,7 @@ class _Values:
         """What AWQ divided the layer's norm by, where the recipe lets it."""
         if not self.plan.recipe.folds_norm(layer):
             return None
-        from mimoquant.verify_calibrated import norm_fold
+        from mimoquant.output.verify_calibrated import norm_fold
 
         name, real = norm_name(layer), self.plan.recipe.real_fold
         found = norm_fold(self.ours.read(name), self._read(name), self.ours.index.tensors[name].dtype, real=real)
@@ -229,7 +229,7 @@ class _Values:
         """Whether a copied tensor is the norm or router of a folded layer; then it is checked here."""
         if self.fold is None or info.name not in (norm_name(layer), router_name(layer)):
             return False
-        from mimoquant.verify_calibrated import misscaled
+        from mimoquant.output.verify_calibrated import misscaled
 
         self.report.checked["folded tensors"] += 1
         if info.name == router_name(layer):
@@ -292,7 +292,7 @@ class _Values:
         geometry, container = self.plan.layout.geometry, self.plan.container
         stored = read_parts(self.theirs, names, step.end - step.begin, step.fmt, container, geometry)
         if self.plan.recipe.calibrated:
-            from mimoquant.verify_calibrated import audits
+            from mimoquant.output.verify_calibrated import audits
 
             judged = audits(stored, stacks, step.fmt, self.plan.recipe, self.fold)
         elif self.plan.recipe.casts:

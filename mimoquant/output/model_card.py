@@ -15,7 +15,7 @@ from typing import Any
 import mimoquant
 from mimoquant.container import NATIVE
 from mimoquant.errors import MimoquantError, UsageError
-from mimoquant.report import QuantizeReport, layers_of_formats, number, size
+from mimoquant.output.quantize_report import QuantizeReport, layers_of_formats, number, size
 from mimoquant.serving.check import engine_facts
 from mimoquant.serving.contracts import ENGINES, SGLANG, VLLM
 from mimoquant.serving.facts import Served

@@ -15,10 +15,10 @@ from mimoquant.checkpoint.hf_files import CONFIG_NAME, MODELOPT_CONFIG_NAME
 from mimoquant.checkpoint.index import INDEX_NAME
 from mimoquant.checkpoint.journal import JournalLine
 from mimoquant.container import MODELOPT, hf_quant_config
-from mimoquant.model_card import model_card, without_quality
+from mimoquant.output.model_card import model_card, without_quality
+from mimoquant.output.quantize_report import QuantizeReport, fallbacks
 from mimoquant.plan import Plan
 from mimoquant.relayout import RelayoutPlan, relayout_texts
-from mimoquant.report import QuantizeReport, fallbacks
 from mimoquant.serving.facts import planned
 
 
