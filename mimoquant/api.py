@@ -17,8 +17,8 @@ from mimoquant.errors import UsageError
 if TYPE_CHECKING:
     from mimoquant.calibration.tokens import TokenSet
     from mimoquant.mixing.mixtures import Mixtures
-    from mimoquant.needs import Machine
-    from mimoquant.plan import Plan
+    from mimoquant.planning.needs import Machine
+    from mimoquant.planning.plan import Plan
 
 Facts = dict[str, Any]  # plain data, as `--json` prints it
 Folder = Path | str
@@ -29,10 +29,10 @@ def inspect(checkpoint: Folder, *, allow_unknown: bool = False) -> Facts:
 
     Raises UsageError: no such folder. CheckpointError: it is broken, or of no known family.
     """
-    from mimoquant import describe
     from mimoquant.checkpoint.index import open_index
     from mimoquant.model.layout import read_layout
-    from mimoquant.plan import read_config
+    from mimoquant.planning import facts as describe
+    from mimoquant.planning.plan import read_config
 
     index = open_index(checkpoint)
     return describe.layout_facts(read_layout(index, read_config(index), allow_unknown=allow_unknown, packed=True))
@@ -54,9 +54,9 @@ def plan(
         measure: rehearse the plan's steps on one chunk of experts, to tell the time.
     Raises UsageError, RecipeError, CheckpointError.
     """
-    from mimoquant import describe
     from mimoquant.machine.devices import resolve_device
-    from mimoquant.needs import machine
+    from mimoquant.planning import facts as describe
+    from mimoquant.planning.needs import machine
 
     place = resolve_device(device)
     has = machine(place, gpu_memory)
@@ -88,7 +88,7 @@ def quantize(
     """
     from mimoquant import pipeline
     from mimoquant.machine.devices import resolve_device
-    from mimoquant.needs import machine, refusal
+    from mimoquant.planning.needs import machine, refusal
 
     place = resolve_device(device)
     has = machine(place, gpu_memory)
@@ -110,8 +110,9 @@ def relayout(
         tp: chunks of `interleaved`; by default the KV heads. bf16: an FP8 qkv becomes bf16.
     Raises UsageError: nothing would change, or not exactly. CheckpointError: the source. StoppedError: the disk.
     """
-    from mimoquant import describe, pipeline
-    from mimoquant.relayout import make_relayout
+    from mimoquant import pipeline
+    from mimoquant.planning import facts as describe
+    from mimoquant.planning.relayout import make_relayout
     from mimoquant.serving.check import planned_facts
     from mimoquant.serving.facts import planned
 
@@ -227,7 +228,7 @@ def sensitivity(
     from mimoquant.mixing.needs import fork_refusal
     from mimoquant.mixing.run import forks_of
     from mimoquant.mixing.run import sensitivity as run
-    from mimoquant.needs import machine
+    from mimoquant.planning.needs import machine
 
     if budget_bytes is not None and target_kl is not None:
         raise UsageError(f"a budget of {budget_bytes} bytes and a target of {target_kl:g}: only one can be the limit")
@@ -283,9 +284,9 @@ def fitted_plan(
     has: Machine, ranks: int = 1,
 ) -> Plan:  # fmt: skip
     """The plan in chunks that fit a machine; `calibration` from `calibration_changes`."""
-    from mimoquant.needs import fitting_plan
-    from mimoquant.plan import make_plan
-    from mimoquant.recipe import load_recipe
+    from mimoquant.planning.needs import fitting_plan
+    from mimoquant.planning.plan import make_plan
+    from mimoquant.planning.recipe import load_recipe
 
     loaded = load_recipe(recipe).calibrated_on(calibration)
     return fitting_plan(
@@ -300,8 +301,8 @@ def mixtures(
     """What each layer can become, for `sensitivity`. One container holds all formats; it is the default for them."""
     from mimoquant.container import COMPRESSED_TENSORS
     from mimoquant.mixing.mixtures import Mixtures
-    from mimoquant.plan import CHUNK_BYTES, CUDA_CHUNK_BYTES, make_plan
-    from mimoquant.recipe import load_recipe
+    from mimoquant.planning.plan import CHUNK_BYTES, CUDA_CHUNK_BYTES, make_plan
+    from mimoquant.planning.recipe import load_recipe
 
     loaded = load_recipe(recipe)
     chunk_bytes = CUDA_CHUNK_BYTES if device.startswith("cuda") else CHUNK_BYTES

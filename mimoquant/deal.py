@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from mimoquant.plan import Plan
-from mimoquant.units import Experts, Step, Unit
+from mimoquant.planning.plan import Plan
+from mimoquant.planning.units import Experts, Step, Unit
 
 
 @dataclass(frozen=True)

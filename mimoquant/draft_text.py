@@ -6,8 +6,8 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
-from mimoquant.describe import table
 from mimoquant.output.quantize_report import number
+from mimoquant.planning.facts import table
 from mimoquant.report_page import NAME_CHARS, WIDTH, origin, percent, visible
 
 Facts = dict[str, Any]

@@ -37,11 +37,11 @@ from mimoquant.machine.timeline import WAIT_READ, WAIT_WRITE, Timeline
 from mimoquant.model.layout import PROJECTIONS
 from mimoquant.output.quantize_report import QuantizeReport
 from mimoquant.output.small_files import written_texts
-from mimoquant.plan import WRITE_QUEUE_BYTES, Plan
+from mimoquant.planning.plan import WRITE_QUEUE_BYTES, Plan
+from mimoquant.planning.reorder import Reorder, block_values, read_blocks
+from mimoquant.planning.units import Copy, Dequantize, Experts, Shapes, Step, Unit
 from mimoquant.quant.cast import InexactError, cast
 from mimoquant.quant.stack import Engine, NonFiniteError, Stack
-from mimoquant.reorder import Reorder, block_values, read_blocks
-from mimoquant.units import Copy, Dequantize, Experts, Shapes, Step, Unit
 
 if TYPE_CHECKING:
     from mimoquant.calibrated import Calibrator

@@ -30,11 +30,11 @@ from mimoquant.layer_weights import read_experts
 from mimoquant.machine.devices import make_engine
 from mimoquant.model.layout import PROJECTIONS
 from mimoquant.pipeline import WRITE_LANES, Parts
-from mimoquant.plan import Plan
+from mimoquant.planning.plan import Plan
+from mimoquant.planning.units import Experts
 from mimoquant.quant.cast import cast
 from mimoquant.quant.method import WALKED_MOST
 from mimoquant.quant.stack import Engine, Stack
-from mimoquant.units import Experts
 
 if TYPE_CHECKING:
     from mimoquant.calibrated import Calibrator

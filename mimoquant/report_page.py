@@ -16,9 +16,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mimoquant.describe import table
 from mimoquant.output.quantize_report import number, size
 from mimoquant.page_style import CSS
+from mimoquant.planning.facts import table
 
 Facts = dict[str, Any]
 Axis = tuple[str, list[tuple[float, str]]]  # title; (place in 0..1, label) of each tick

@@ -12,9 +12,9 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from mimoquant.describe import table
 from mimoquant.output.quantize_report import many, number, size
 from mimoquant.page_style import CSS
+from mimoquant.planning.facts import table
 from mimoquant.report_page import (
     WIDTH,
     Axis,

@@ -8,8 +8,8 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
-from mimoquant.describe import table
 from mimoquant.output.quantize_report import number
+from mimoquant.planning.facts import table
 from mimoquant.report_page import NAME_CHARS, QUANTILES, WIDTH, interval, key_figures, origin, percent, visible
 
 Facts = dict[str, Any]

@@ -20,8 +20,8 @@ import torch
 from mimoquant import pipeline
 from mimoquant.calibration.tokens import TokenSet
 from mimoquant.evaluation.eval_kl import eval_kl
-from mimoquant.plan import make_plan
-from mimoquant.recipe import load_recipe
+from mimoquant.planning.plan import make_plan
+from mimoquant.planning.recipe import load_recipe
 from mimoquant.synth import SynthSizes, synth
 
 

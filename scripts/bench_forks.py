@@ -28,8 +28,8 @@ from mimoquant.machine.team import Team
 from mimoquant.mixing.mixtures import Mixtures
 from mimoquant.mixing.needs import foreseen, forward_passes, probe_every
 from mimoquant.mixing.run import forks_of, sensitivity
-from mimoquant.plan import CUDA_CHUNK_BYTES, make_plan
-from mimoquant.recipe import load_recipe
+from mimoquant.planning.plan import CUDA_CHUNK_BYTES, make_plan
+from mimoquant.planning.recipe import load_recipe
 
 MODEL_LAYERS = 48  # V2.5's, the first of them dense
 

@@ -30,8 +30,8 @@ import torch
 
 from mimoquant import pipeline, synth_weights
 from mimoquant.machine.timeline import Timeline
-from mimoquant.plan import CUDA_CHUNK_BYTES, Plan, Unit, make_plan
-from mimoquant.recipe import load_recipe, parse_recipe
+from mimoquant.planning.plan import CUDA_CHUNK_BYTES, Plan, Unit, make_plan
+from mimoquant.planning.recipe import load_recipe, parse_recipe
 
 synth = importlib.import_module("mimoquant.synth")  # the module: `mimoquant.synth` is the verb
 EXPERTS = 8  # different ones

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from bench_machine import versions
 
-from mimoquant.plan import CUDA_CHUNK_BYTES, make_plan
-from mimoquant.recipe import load_recipe
+from mimoquant.planning.plan import CUDA_CHUNK_BYTES, make_plan
+from mimoquant.planning.recipe import load_recipe
 
 Points = list[tuple[float, float]]  # what grows, seconds
 SEQUENCE = 512

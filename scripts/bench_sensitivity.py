@@ -26,8 +26,8 @@ from mimoquant.mixing.attribution import Estimate
 from mimoquant.mixing.mixtures import Mixtures
 from mimoquant.mixing.run import Choice, Chooser, Walks
 from mimoquant.pipeline import calibration_tokens
-from mimoquant.plan import make_plan
-from mimoquant.recipe import load_recipe
+from mimoquant.planning.plan import make_plan
+from mimoquant.planning.recipe import load_recipe
 
 
 def parted(tokens: TokenSet, first: bool) -> TokenSet:

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import mimoquant
 from mimoquant import pipeline
-from mimoquant.plan import make_plan
-from mimoquant.recipe import load_recipe, parse_recipe
+from mimoquant.planning.plan import make_plan
+from mimoquant.planning.recipe import load_recipe, parse_recipe
 from mimoquant.shipped import shipped_recipes
 from mimoquant.synth import SynthSizes, synth
 

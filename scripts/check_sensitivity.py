@@ -21,8 +21,8 @@ from typing import Any
 
 import mimoquant
 from mimoquant.mixing.mixtures import Mixtures
-from mimoquant.plan import make_plan
-from mimoquant.recipe import load_recipe
+from mimoquant.planning.plan import make_plan
+from mimoquant.planning.recipe import load_recipe
 
 GPTQ = r"""
 default_stage:

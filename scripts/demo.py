@@ -18,8 +18,8 @@ from typing import Any
 from rich.console import Console
 
 import mimoquant
-from mimoquant.describe import table
 from mimoquant.output.quantize_report import size
+from mimoquant.planning.facts import table
 
 RECIPES = ("int4-g128-rtn", "int4-g128-mse", "int4-g32-mse", "mxfp4-mse", "nvfp4-mse")
 console = Console(highlight=False)

@@ -40,8 +40,8 @@ from mimoquant.evaluation.eval_kl import final_hidden, open_layout, streams_of
 from mimoquant.model.decoder_layer import linear
 from mimoquant.model.layer_stream import walk
 from mimoquant.model_weights import CheckpointWeights
-from mimoquant.plan import make_plan
-from mimoquant.recipe import load_recipe
+from mimoquant.planning.plan import make_plan
+from mimoquant.planning.recipe import load_recipe
 from mimoquant.synth import SynthSizes, synth
 
 SIZES = SynthSizes(layers=6, hidden=512, experts=8, top_k=8, expert_intermediate=512, dense_intermediate=512,

@@ -37,8 +37,8 @@ from mimoquant.checkpoint.index import open_shard  # noqa: E402
 from mimoquant.checkpoint.journal import RUN_NAME, read_journal  # noqa: E402
 from mimoquant.errors import CheckpointError  # noqa: E402
 from mimoquant.machine.team import Team  # noqa: E402
-from mimoquant.plan import make_plan  # noqa: E402
-from mimoquant.recipe import load_recipe  # noqa: E402
+from mimoquant.planning.plan import make_plan  # noqa: E402
+from mimoquant.planning.recipe import load_recipe  # noqa: E402
 
 MICRO = mimoquant.micro_checkpoint()
 MOST_KILLS = 3  # of one run

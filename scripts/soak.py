@@ -33,8 +33,8 @@ from mimoquant import pipeline
 from mimoquant.calibration.tokens import TokenSet, load_tokens
 from mimoquant.checkpoint.journal import file_sha256
 from mimoquant.evaluation.eval_kl import eval_kl
-from mimoquant.plan import make_plan
-from mimoquant.recipe import load_recipe
+from mimoquant.planning.plan import make_plan
+from mimoquant.planning.recipe import load_recipe
 
 RECIPES = ("int4-g128-mse", "mxfp4-mse", "nvfp4-mse", "gptq-int4-g128")
 HAS_NUMBA = importlib.util.find_spec("numba") is not None

@@ -13,14 +13,15 @@ import os
 import signal
 import sys
 
-from mimoquant import needs, portions
+from mimoquant import portions
 from mimoquant.checkpoint.journal import JournalLine, RunFolder
 from mimoquant.model import layer_stream
+from mimoquant.planning import needs
 
 CHUNK_BYTES = 2**18  # two or three experts of the micro checkpoint
 SIZES = [
     (layer_stream, "BATCH_TOKENS", 256), (layer_stream, "PORTION_TOKENS", 512), (portions, "BLOCK_TOKENS", 1024),
-    (importlib.import_module("mimoquant.plan"), "CHUNK_BYTES", CHUNK_BYTES), (needs, "CHUNK_BYTES", CHUNK_BYTES),
+    (importlib.import_module("mimoquant.planning.plan"), "CHUNK_BYTES", CHUNK_BYTES), (needs, "CHUNK_BYTES", CHUNK_BYTES),
 ]  # fmt: skip
 
 

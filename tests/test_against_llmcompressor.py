@@ -19,10 +19,10 @@ from mimoquant import pipeline
 from mimoquant.checkpoint.index import open_index
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.output import small_files
-from mimoquant.plan import make_plan
+from mimoquant.planning.plan import make_plan
+from mimoquant.planning.recipe import parse_recipe
 from mimoquant.quant.engine_torch import decode, unpack_nibbles
 from mimoquant.quant.formats import Format
-from mimoquant.recipe import parse_recipe
 from mimoquant.synth import SynthSizes, synth
 
 pytest.importorskip("llmcompressor", reason="llm-compressor is not installed (scripts/setup --dev)")
@@ -148,7 +148,7 @@ def test_nvfp4_differs_from_the_peers_in_the_known_ways_only(source: Path, tmp_p
 def test_the_written_recipe_loads_in_llmcompressor(tmp_path: Path) -> None:
     from llmcompressor.recipe import Recipe
 
-    from mimoquant.recipe import load_recipe
+    from mimoquant.planning.recipe import load_recipe
 
     for name in ("int4-g32-mse", "mxfp4-rtn", "nvfp4-mse"):
         plan = make_plan(mimoquant.micro_checkpoint(), load_recipe(name))
@@ -166,7 +166,7 @@ def test_a_chosen_mixture_loads_in_llmcompressor(tmp_path: Path) -> None:
     from llmcompressor.recipe import Recipe
 
     from mimoquant.mixing.mixtures import Mixtures
-    from mimoquant.recipe import load_recipe
+    from mimoquant.planning.recipe import load_recipe
 
     plan = Mixtures(make_plan(mimoquant.micro_checkpoint(), load_recipe("int4-g128-mse"))).planned([1, 3, 0, 2])
     evidence = {"sensitivity": {"bytes": 1, "layers": {1: {"option": "int4 g64", "alone": [0.1, 0.0, 0.2]}}}}

@@ -20,7 +20,6 @@ from mimoquant.calibration.tokens import TokenSet, load_tokens
 from mimoquant.checkpoint.index import INDEX_NAME, open_index
 from mimoquant.checkpoint.journal import RunFolder, read_journal
 from mimoquant.checkpoint.reader import CheckpointReader
-from mimoquant.describe import verify_text
 from mimoquant.errors import QualityError, RecipeError, UsageError
 from mimoquant.evaluation.eval_kl import eval_kl, open_layout
 from mimoquant.model.decoder_layer import Dispatch, ExpertChunk, Router, Routing, add_experts, attention_block, route
@@ -28,11 +27,12 @@ from mimoquant.model.layer_stream import Stream, add_blocks, attend_and_route, d
 from mimoquant.model.layout import norm_name, router_name
 from mimoquant.model_weights import CheckpointWeights
 from mimoquant.output.verify import verify
-from mimoquant.plan import CHUNK_BYTES, Plan, make_plan
+from mimoquant.planning.facts import verify_text
+from mimoquant.planning.plan import CHUNK_BYTES, Plan, make_plan
+from mimoquant.planning.recipe import Recipe, load_recipe, parse_recipe
 from mimoquant.quant.expert_methods import encode_with, loss
 from mimoquant.quant.formats import Format
 from mimoquant.quant.method import Method
-from mimoquant.recipe import Recipe, load_recipe, parse_recipe
 
 MICRO = mimoquant.micro_checkpoint()
 TARGETS = r"targets: ['re:.*mlp\.experts\.\d+\.(gate|up|down)_proj$']"

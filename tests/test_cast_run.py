@@ -17,9 +17,9 @@ from mimoquant.checkpoint.journal import file_sha256
 from mimoquant.cli.app import app
 from mimoquant.errors import CheckpointError, RecipeError
 from mimoquant.output.verify import verify
-from mimoquant.plan import make_plan
-from mimoquant.recipe import load_recipe, parse_recipe
-from mimoquant.units import Unit
+from mimoquant.planning.plan import make_plan
+from mimoquant.planning.recipe import load_recipe, parse_recipe
+from mimoquant.planning.units import Unit
 
 MICRO = mimoquant.micro_checkpoint()
 EXPERT = "model.layers.2.mlp.experts.3.down_proj"

@@ -21,7 +21,7 @@ import mimoquant
 from mimoquant.calibrated import LayerFacts, starved
 from mimoquant.cli.app import app
 from mimoquant.coverage_page import STEPS, Shades, coverage_page
-from mimoquant.describe import coverage, quantize_text
+from mimoquant.planning.facts import coverage, quantize_text
 from mimoquant.report_page import number, visible
 
 MICRO = mimoquant.micro_checkpoint()

@@ -21,8 +21,8 @@ from typer.testing import CliRunner
 import mimoquant
 from mimoquant import pipeline
 from mimoquant.cli.app import app
-from mimoquant.plan import make_plan
-from mimoquant.recipe import load_recipe, parse_recipe
+from mimoquant.planning.plan import make_plan
+from mimoquant.planning.recipe import load_recipe, parse_recipe
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 FOLDERS = ("*.md", "recipes/*.md", "calib/*.md", "mimoquant/*/*.md")

@@ -9,8 +9,8 @@ import torch
 
 import mimoquant
 from mimoquant import pipeline
-from mimoquant.plan import make_plan
-from mimoquant.recipe import load_recipe
+from mimoquant.planning.plan import make_plan
+from mimoquant.planning.recipe import load_recipe
 from mimoquant.shipped import shipped_recipes
 
 pytestmark = [

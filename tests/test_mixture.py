@@ -14,8 +14,8 @@ from mimoquant import pipeline
 from mimoquant.errors import RecipeError
 from mimoquant.mixing.mixtures import Mixtures
 from mimoquant.output.verify import verify
-from mimoquant.plan import make_plan
-from mimoquant.recipe import load_recipe, parse_recipe
+from mimoquant.planning.plan import make_plan
+from mimoquant.planning.recipe import load_recipe, parse_recipe
 
 MICRO = mimoquant.micro_checkpoint()
 

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 import mimoquant
-from mimoquant import needs as module
-from mimoquant.needs import Machine, fitting_plan, largest_chunk, machine, needs, refusal
-from mimoquant.plan import Plan, make_plan
-from mimoquant.recipe import load_recipe
+from mimoquant.planning import needs as module
+from mimoquant.planning.needs import Machine, fitting_plan, largest_chunk, machine, needs, refusal
+from mimoquant.planning.plan import Plan, make_plan
+from mimoquant.planning.recipe import load_recipe
 from mimoquant.synth import SynthSizes, synth
 from mimoquant.synth_files import ShardFiles
 

@@ -20,12 +20,12 @@ import mimoquant
 from mimoquant import pipeline
 from mimoquant.checkpoint.index import open_index
 from mimoquant.checkpoint.reader import CheckpointReader
-from mimoquant.describe import drafter_facts, layout_facts, layout_text
 from mimoquant.errors import CheckpointError, UsageError
 from mimoquant.output.verify import verify
-from mimoquant.plan import Plan, make_plan
+from mimoquant.planning.facts import drafter_facts, layout_facts, layout_text
+from mimoquant.planning.plan import Plan, make_plan
+from mimoquant.planning.recipe import load_recipe, parse_recipe
 from mimoquant.quant.engine_torch import TorchEngine
-from mimoquant.recipe import load_recipe, parse_recipe
 from mimoquant.shipped import shipped_recipes
 
 MICRO = mimoquant.micro_checkpoint()

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from mimoquant.container import CONTAINERS, EXPERT_TARGET
 from mimoquant.errors import RecipeError
-from mimoquant.plan import make_plan
+from mimoquant.planning.plan import make_plan
+from mimoquant.planning.recipe import load_recipe, match_name, parse_recipe
 from mimoquant.quant.formats import Format
-from mimoquant.recipe import load_recipe, match_name, parse_recipe
 from mimoquant.shipped import recipes_folder, shipped_recipes
 
 INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}

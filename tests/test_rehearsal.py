@@ -11,8 +11,8 @@ import mimoquant
 from mimoquant import pipeline
 from mimoquant.calibrated import Calibrator
 from mimoquant.machine.timeline import Timeline
-from mimoquant.plan import make_plan
-from mimoquant.recipe import load_recipe
+from mimoquant.planning.plan import make_plan
+from mimoquant.planning.recipe import load_recipe
 from mimoquant.rehearsal import Estimate, rehearse
 
 MICRO = mimoquant.micro_checkpoint()

@@ -29,10 +29,10 @@ from mimoquant.errors import CheckpointError, UsageError
 from mimoquant.model.layout import Attention, Geometry, read_geometry
 from mimoquant.model.qkv import moved_rows, moved_scale_rows, possible_chunks, scale_row_of, with_chunks
 from mimoquant.output.verify import verify
-from mimoquant.plan import make_plan
-from mimoquant.recipe import load_recipe
-from mimoquant.relayout import LAYOUTS, make_relayout
-from mimoquant.reorder import read_blocks
+from mimoquant.planning.plan import make_plan
+from mimoquant.planning.recipe import load_recipe
+from mimoquant.planning.relayout import LAYOUTS, make_relayout
+from mimoquant.planning.reorder import read_blocks
 from mimoquant.serving.check import check
 from mimoquant.serving.facts import read_served
 

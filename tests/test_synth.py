@@ -17,14 +17,14 @@ from safetensors.torch import save_file
 
 from mimoquant.checkpoint.index import open_index, read_json_object
 from mimoquant.checkpoint.reader import CheckpointReader
-from mimoquant.describe import expert_placement
 from mimoquant.errors import CheckpointError, MimoquantError, UsageError
 from mimoquant.layer_weights import dequantize, read_matrix, split_qkv
 from mimoquant.model.geometry import read_geometry
 from mimoquant.model.layout import TOWER_PREFIXES, ModelLayout, read_layout
-from mimoquant.plan import make_plan
+from mimoquant.planning.facts import expert_placement
+from mimoquant.planning.plan import make_plan
+from mimoquant.planning.recipe import load_recipe
 from mimoquant.quant.engine_torch import TorchEngine
-from mimoquant.recipe import load_recipe
 from mimoquant.synth import LAYOUTS, SynthSizes, _stored, synth
 from mimoquant.synth_files import PLACEMENTS, ShardFiles
 from mimoquant.synth_weights import RandomWeights, encode_fp8

@@ -22,8 +22,8 @@ from mimoquant.cli.app import app
 from mimoquant.deal import deal
 from mimoquant.errors import CheckpointError, StoppedError
 from mimoquant.machine.team import Team
-from mimoquant.plan import make_plan
-from mimoquant.recipe import load_recipe
+from mimoquant.planning.plan import make_plan
+from mimoquant.planning.recipe import load_recipe
 
 MICRO = mimoquant.micro_checkpoint()
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -11,8 +11,8 @@ from pathlib import Path
 import mimoquant
 from mimoquant import pipeline
 from mimoquant.machine.timeline import WAIT_READ, WAIT_WRITE, Timeline
-from mimoquant.plan import make_plan
-from mimoquant.recipe import load_recipe
+from mimoquant.planning.plan import make_plan
+from mimoquant.planning.recipe import load_recipe
 
 
 def test_the_longest_wait_is_the_bound() -> None:

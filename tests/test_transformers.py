@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from mimoquant import pipeline
 from mimoquant.checkpoint.index import open_index
 from mimoquant.checkpoint.reader import CheckpointReader
-from mimoquant.plan import make_plan
+from mimoquant.planning.plan import make_plan
+from mimoquant.planning.recipe import load_recipe, parse_recipe
 from mimoquant.quant.engine_torch import decode
-from mimoquant.recipe import load_recipe, parse_recipe
 from mimoquant.serving.check import check
 from mimoquant.serving.facts import read_served
 from mimoquant.synth import SynthSizes, synth

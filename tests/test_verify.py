@@ -16,8 +16,8 @@ from mimoquant.checkpoint.index import INDEX_NAME, TensorInfo, open_index
 from mimoquant.checkpoint.journal import file_sha256
 from mimoquant.errors import CheckpointError, UsageError
 from mimoquant.output.verify import VerifyReport, verify
-from mimoquant.plan import make_plan
-from mimoquant.recipe import load_recipe
+from mimoquant.planning.plan import make_plan
+from mimoquant.planning.recipe import load_recipe
 
 MICRO = mimoquant.micro_checkpoint()
 EXPERT = "model.layers.2.mlp.experts.3.up_proj"

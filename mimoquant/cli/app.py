@@ -132,7 +132,8 @@ def inspect(
     allow_unknown: UnknownOption = False,
 ) -> None:
     """Say what a checkpoint holds. Reads headers only."""
-    from mimoquant import api, describe
+    from mimoquant import api
+    from mimoquant.planning import facts as describe
 
     _print(api.inspect(checkpoint, allow_unknown=allow_unknown), describe.layout_text, as_json)
 
@@ -156,7 +157,8 @@ def plan(
 ) -> None:
     """Show what quantize would do, need and write. Sizes are to the byte; reads headers only, or with --measure also
     some experts."""
-    from mimoquant import api, describe
+    from mimoquant import api
+    from mimoquant.planning import facts as describe
 
     if measure:
         tell("note: rehearsing the plan's steps on one chunk of experts")
@@ -189,11 +191,12 @@ def quantize(
     allow_unknown: UnknownOption = False,
 ) -> None:
     """Write the 4-bit checkpoint. The folder appears only when it is complete; an interrupted run can be resumed."""
-    from mimoquant import api, coverage_page, describe, pipeline
+    from mimoquant import api, coverage_page, pipeline
     from mimoquant.machine.devices import resolve_device
     from mimoquant.machine.team import Team
     from mimoquant.machine.timeline import Timeline
-    from mimoquant.needs import machine, refusal
+    from mimoquant.planning import facts as describe
+    from mimoquant.planning.needs import machine, refusal
 
     begin = time.monotonic()
     with Team.from_environment(resolve_device(device)) as team:
@@ -240,8 +243,9 @@ def relayout(
     allow_unknown: UnknownOption = False,
 ) -> None:
     """Write q, k and v in another layout. Exactly or not at all; every other tensor is copied byte for byte."""
-    from mimoquant import describe, pipeline
-    from mimoquant.relayout import make_relayout
+    from mimoquant import pipeline
+    from mimoquant.planning import facts as describe
+    from mimoquant.planning.relayout import make_relayout
     from mimoquant.serving.check import planned_facts, planned_lines
     from mimoquant.serving.facts import planned
 
@@ -270,8 +274,9 @@ def verify(
     quiet: QuietOption = False,
 ) -> None:
     """Prove a checkpoint against its source, value by value. Or, with --engine, against what an engine accepts."""
-    from mimoquant import api, describe
+    from mimoquant import api
     from mimoquant.errors import CheckpointError
+    from mimoquant.planning import facts as describe
 
     facts = api.verify(out, source, engine=engine.value if engine else None, engine_version=engine_version, tp=tp,
                        progress=Lines())  # fmt: skip

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from mimoquant.errors import UsageError
 
 if TYPE_CHECKING:
-    from mimoquant.plan import Plan
+    from mimoquant.planning.plan import Plan
 
 
 def check_page(path: Path, made: Plan, out: Path) -> None:

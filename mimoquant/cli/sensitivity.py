@@ -84,7 +84,7 @@ def sensitivity(
     from mimoquant.mixing.needs import foreseen, fork_refusal
     from mimoquant.mixing.run import forks_of
     from mimoquant.mixing.run import sensitivity as run
-    from mimoquant.needs import machine
+    from mimoquant.planning.needs import machine
     from mimoquant.serving.check import planned_lines
 
     begin = time.monotonic()
@@ -139,8 +139,8 @@ def _tell(notes: list[str], tokens: TokenSet) -> None:
 
 def _engines(source: Path, out: Path, allow_unknown: bool) -> list[dict[str, Any]]:
     """What engines would make of the recipe's output, for not all load layers of several formats."""
-    from mimoquant.plan import make_plan
-    from mimoquant.recipe import load_recipe
+    from mimoquant.planning.plan import make_plan
+    from mimoquant.planning.recipe import load_recipe
     from mimoquant.serving.check import planned_facts
     from mimoquant.serving.facts import planned
 

@@ -27,7 +27,8 @@ def synth(
     as_json: JsonOption = False,
 ) -> None:
     """Write a small checkpoint in a real on-disk format. Random or converted: for tests, demos and bug reports."""
-    from mimoquant import api, describe
+    from mimoquant import api
+    from mimoquant.planning import facts as describe
 
     facts = api.synth(out, layout.value, source=source, seed=seed, layers=layers, experts=experts, hidden=hidden,
                       expert_intermediate=expert_intermediate, vocab=vocab)  # fmt: skip

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
     from mimoquant.machine.timeline import Timeline
-    from mimoquant.plan import Plan
-    from mimoquant.units import Unit
+    from mimoquant.planning.plan import Plan
+    from mimoquant.planning.units import Unit
 
 WIDE = 72  # columns from which on a bar has room for what bounds the run
 RESUMABLE = "run the same command again with --resume to go on where it stopped"

@@ -26,11 +26,11 @@ from mimoquant.machine.team import Team
 from mimoquant.model.decoder_layer import ExpertChunk, LayerWeights
 from mimoquant.model.layout import PROJECTIONS
 from mimoquant.model_weights import CheckpointWeights, decoded_chunk
-from mimoquant.plan import Plan
+from mimoquant.planning.plan import Plan
+from mimoquant.planning.units import Experts
 from mimoquant.quant.engine_torch import TorchEngine, stored_parts
 from mimoquant.quant.formats import Format
 from mimoquant.quant.stack import Engine, NonFiniteError, Stack
-from mimoquant.units import Experts
 
 Option = Format | None
 Round = list[tuple[Experts, dict[str, Stack]]]  # chunks that are quantized together, with their bytes as stored

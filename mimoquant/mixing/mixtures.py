@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from mimoquant.container import COMPRESSED_TENSORS, EXPERT_TARGET, layers_target
 from mimoquant.errors import RecipeError
 from mimoquant.model.layout import PROJECTIONS
-from mimoquant.plan import CHUNK_BYTES, Plan, make_plan
+from mimoquant.planning.calibration_settings import match_name
+from mimoquant.planning.plan import CHUNK_BYTES, Plan, make_plan
+from mimoquant.planning.recipe import Group, Recipe
 from mimoquant.quant.formats import GROUP_SIZES, Format
-from mimoquant.recipe import Group, Recipe
-from mimoquant.recipe_calibration import match_name
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from mimoquant.errors import UsageError
-from mimoquant.needs import (
+from mimoquant.output.quantize_report import size
+from mimoquant.planning.needs import (
     Machine,
     Needs,
     expert_bytes,
@@ -21,8 +22,7 @@ from mimoquant.needs import (
     token_bytes,
     too_little,
 )
-from mimoquant.output.quantize_report import size
-from mimoquant.plan import CUDA_CHUNK_BYTES, Plan
+from mimoquant.planning.plan import CUDA_CHUNK_BYTES, Plan
 
 SEQUENCES, TOKENS = 56, 512  # that J is measured on, unless told otherwise
 _MARGIN = 3 * 2**29  # of a GPU's memory: a layer's weights beside its experts, twice, and small things

@@ -40,7 +40,7 @@ from mimoquant.mixing.needs import Forks
 from mimoquant.model.layer_stream import portions
 from mimoquant.output.quantize_report import size
 from mimoquant.pipeline import calibration_tokens
-from mimoquant.plan import Plan
+from mimoquant.planning.plan import Plan
 from mimoquant.quant.stack import Engine
 
 Choice = tuple[int, ...]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mimoquant.checkpoint.journal import JournalLine
 
 if TYPE_CHECKING:
-    from mimoquant.plan import Plan
+    from mimoquant.planning.plan import Plan
 
 SCHEMA_VERSION = 1
 

@@ -17,8 +17,8 @@ from mimoquant.checkpoint.journal import JournalLine
 from mimoquant.container import MODELOPT, hf_quant_config
 from mimoquant.output.model_card import model_card, without_quality
 from mimoquant.output.quantize_report import QuantizeReport, fallbacks
-from mimoquant.plan import Plan
-from mimoquant.relayout import RelayoutPlan, relayout_texts
+from mimoquant.planning.plan import Plan
+from mimoquant.planning.relayout import RelayoutPlan, relayout_texts
 from mimoquant.serving.facts import planned
 
 

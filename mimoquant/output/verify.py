@@ -28,13 +28,13 @@ from mimoquant.errors import CheckpointError, MimoquantError, UsageError
 from mimoquant.layer_weights import dequantize, read_experts, read_matrix, read_parts
 from mimoquant.model.layout import PROJECTIONS, norm_name, router_name
 from mimoquant.output.small_files import is_as_written, written_texts
-from mimoquant.plan import Plan, make_plan
+from mimoquant.planning.plan import Plan, make_plan
+from mimoquant.planning.recipe import load_recipe
+from mimoquant.planning.relayout import RECORD_NAME, plan_again
+from mimoquant.planning.reorder import Reorder, block_values, read_blocks
+from mimoquant.planning.units import Copy, Dequantize, Experts, Shapes, Unit
 from mimoquant.quant.engine_cpu import CpuEngine
 from mimoquant.quant.stack import Audit
-from mimoquant.recipe import load_recipe
-from mimoquant.relayout import RECORD_NAME, plan_again
-from mimoquant.reorder import Reorder, block_values, read_blocks
-from mimoquant.units import Copy, Dequantize, Experts, Shapes, Unit
 
 Array = npt.NDArray[Any]
 SCHEMA_VERSION = 1

@@ -19,12 +19,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from mimoquant.planning.recipe import Recipe
 from mimoquant.quant.awq import LIMIT, divided_by, inverse, scaled
 from mimoquant.quant.engine_torch import TorchEngine, decode, stored_parts, unpack_nibbles
 from mimoquant.quant.formats import E2M1_VALUES, Format
 from mimoquant.quant.grid import Grid
 from mimoquant.quant.stack import Audit, Stack
-from mimoquant.recipe import Recipe
 
 Array = npt.NDArray[Any]
 BF16_ROUNDING = 2.0**-8  # largest relative change; it has room for what float32 adds

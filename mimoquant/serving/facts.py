@@ -17,7 +17,7 @@ from mimoquant.container import COMPRESSED_TENSORS, MODELOPT, NATIVE, expert_ten
 from mimoquant.model.geometry import FP8_BLOCK, Attention, Geometry, read_geometry
 from mimoquant.model.layout import PROJECTIONS, TOWER_PREFIXES, read_layout
 from mimoquant.model.qkv import with_chunks
-from mimoquant.plan import Plan, read_config
+from mimoquant.planning.plan import Plan, read_config
 from mimoquant.quant.formats import Format
 from mimoquant.serving import contracts
 

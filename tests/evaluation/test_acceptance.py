@@ -32,8 +32,8 @@ from mimoquant.evaluation.eval_draft import DraftScores, compare_drafts, eval_dr
 from mimoquant.evaluation.eval_kl import open_layout
 from mimoquant.model.layer_stream import Stream, walk
 from mimoquant.model_weights import CheckpointWeights
-from mimoquant.plan import make_plan
-from mimoquant.recipe import load_recipe
+from mimoquant.planning.plan import make_plan
+from mimoquant.planning.recipe import load_recipe
 
 MICRO = mimoquant.micro_checkpoint()
 

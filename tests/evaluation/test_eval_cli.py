@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 import mimoquant
 from mimoquant import pipeline
 from mimoquant.cli.app import app
-from mimoquant.plan import make_plan
-from mimoquant.recipe import load_recipe
+from mimoquant.planning.plan import make_plan
+from mimoquant.planning.recipe import load_recipe
 
 MICRO = mimoquant.micro_checkpoint()
 # J in nats a token of every data-free recipe on the micro checkpoint, 28 x 128 tokens of heldout-v1. The outputs are

@@ -24,8 +24,8 @@ from mimoquant.cli.app import app
 from mimoquant.errors import UsageError
 from mimoquant.evaluation.eval_kl import eval_kl, kept_bytes, open_layout
 from mimoquant.evaluation.snapshots import Snapshots
-from mimoquant.plan import make_plan
-from mimoquant.recipe import load_recipe
+from mimoquant.planning.plan import make_plan
+from mimoquant.planning.recipe import load_recipe
 
 MICRO = mimoquant.micro_checkpoint()
 

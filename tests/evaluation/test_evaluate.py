@@ -23,9 +23,9 @@ from mimoquant.evaluation.held_out import refuse_shared_data
 from mimoquant.model.decoder_layer import linear, rms_norm
 from mimoquant.model.layer_stream import Stream, walk
 from mimoquant.model_weights import CheckpointWeights
-from mimoquant.plan import make_plan
+from mimoquant.planning.plan import make_plan
+from mimoquant.planning.recipe import load_recipe, parse_recipe
 from mimoquant.quant.engine_torch import decode
-from mimoquant.recipe import load_recipe, parse_recipe
 from mimoquant.synth import SynthSizes, synth
 
 MICRO = mimoquant.micro_checkpoint()

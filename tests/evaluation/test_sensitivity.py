@@ -26,7 +26,6 @@ from mimoquant import pipeline
 from mimoquant.calibration.tokens import TokenSet, load_tokens
 from mimoquant.checkpoint.index import open_index
 from mimoquant.cli.app import app
-from mimoquant.describe import plan_facts
 from mimoquant.errors import CheckpointError, QualityError, UsageError
 from mimoquant.evaluation.eval_kl import eval_kl
 from mimoquant.evaluation.snapshots import Snapshots
@@ -37,11 +36,12 @@ from mimoquant.mixing.layer_options import CalibratedOptions
 from mimoquant.mixing.mixtures import Mixtures
 from mimoquant.mixing.needs import SEQUENCES, TOKENS, Forks, fork_needs, fork_refusal, forward_passes, state_bytes
 from mimoquant.mixing.run import Chooser, Walks, forks_of, halves, sensitivity
-from mimoquant.needs import Machine
 from mimoquant.output.verify import verify
-from mimoquant.plan import make_plan
+from mimoquant.planning.facts import plan_facts
+from mimoquant.planning.needs import Machine
+from mimoquant.planning.plan import make_plan
+from mimoquant.planning.recipe import load_recipe, parse_recipe
 from mimoquant.quant.formats import Format
-from mimoquant.recipe import load_recipe, parse_recipe
 from mimoquant.sensitivity_page import ranked, sensitivity_page, sensitivity_text
 
 MICRO = mimoquant.micro_checkpoint()
@@ -361,7 +361,7 @@ def test_what_cannot_fit_is_refused_with_a_number_of_sequences_that_would() -> N
 def test_a_machine_that_is_too_small_is_refused_before_anything_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mimoquant.needs.machine", lambda *told: Machine(10**7, 10**7))
+    monkeypatch.setattr("mimoquant.planning.needs.machine", lambda *told: Machine(10**7, 10**7))
     out = tmp_path / "r.yaml"
     done = call(MICRO, "-r", RECIPE, "-o", out, "--sequences", 8, "--tokens", 32, "--device", "cpu")
     assert done.exit_code == 2 and "GB of memory, here are 0.01 GB" in done.stderr, done.output

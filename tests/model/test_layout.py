@@ -17,12 +17,12 @@ import pytest
 
 import mimoquant
 from mimoquant.checkpoint.index import open_index
-from mimoquant.describe import expert_placement
 from mimoquant.errors import CheckpointError
 from mimoquant.model.geometry import read_geometry
 from mimoquant.model.layout import ModelLayout, read_layout
-from mimoquant.plan import make_plan
-from mimoquant.recipe import load_recipe
+from mimoquant.planning.facts import expert_placement
+from mimoquant.planning.plan import make_plan
+from mimoquant.planning.recipe import load_recipe
 
 GATE = "model.layers.1.mlp.experts.2.gate_proj.weight"
 DENSE = "model.layers.0.mlp.up_proj.weight"

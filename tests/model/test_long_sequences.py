@@ -18,8 +18,8 @@ from mimoquant.calibration.tokens import TokenSet
 from mimoquant.evaluation.eval_kl import compare, open_layout
 from mimoquant.model import decoder_layer
 from mimoquant.model.decoder_layer import AttentionWeights, ForwardConfig, attention, rotary_table, rotate
-from mimoquant.plan import make_plan
-from mimoquant.recipe import load_recipe
+from mimoquant.planning.plan import make_plan
+from mimoquant.planning.recipe import load_recipe
 
 TOKENS, WINDOW = 8192, 128
 CONFIG = ForwardConfig(eps=1e-5, rope_theta=5e6, sliding_rope_theta=1e4, partial_rotary_factor=0.5, window=WINDOW,

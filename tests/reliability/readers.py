@@ -25,8 +25,8 @@ from mimoquant.checkpoint.torch_file import read_vector
 from mimoquant.errors import MimoquantError
 from mimoquant.model.drafter import open_drafter
 from mimoquant.model.layout import read_layout
-from mimoquant.recipe import load_recipe, parse_recipe
-from mimoquant.relayout import RECORD_NAME, plan_again
+from mimoquant.planning.recipe import load_recipe, parse_recipe
+from mimoquant.planning.relayout import RECORD_NAME, plan_again
 from mimoquant.shipped import recipes_folder
 
 

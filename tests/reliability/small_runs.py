@@ -7,8 +7,8 @@ from pathlib import Path
 from conftest import Checkpoint, make_checkpoint
 
 from mimoquant import pipeline
-from mimoquant.plan import make_plan
-from mimoquant.recipe import Recipe, load_recipe, parse_recipe
+from mimoquant.planning.plan import make_plan
+from mimoquant.planning.recipe import Recipe, load_recipe, parse_recipe
 
 RECIPE = "int4-g128-rtn"
 

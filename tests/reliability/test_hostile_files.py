@@ -23,8 +23,8 @@ import mimoquant
 from mimoquant.checkpoint.index import INDEX_NAME, open_index
 from mimoquant.errors import CheckpointError, MimoquantError, RecipeError
 from mimoquant.output.verify import verify
-from mimoquant.plan import make_plan
-from mimoquant.recipe import load_recipe, parse_recipe
+from mimoquant.planning.plan import make_plan
+from mimoquant.planning.recipe import load_recipe, parse_recipe
 
 
 @pytest.mark.parametrize("name", READERS)

@@ -18,8 +18,8 @@ from mimoquant.checkpoint.index import open_index
 from mimoquant.checkpoint.journal import JOURNAL_NAME
 from mimoquant.cli.app import app
 from mimoquant.errors import StoppedError, UsageError
-from mimoquant.plan import make_plan
-from mimoquant.recipe import load_recipe
+from mimoquant.planning.plan import make_plan
+from mimoquant.planning.recipe import load_recipe
 
 SHARD = "model-1.safetensors"
 

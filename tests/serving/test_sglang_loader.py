@@ -20,8 +20,8 @@ from engine_cases import CASES, PYTHON, Tensors, damaged, hub_order, slug, with_
 from safetensors.torch import load_file
 
 from mimoquant import pipeline
-from mimoquant.plan import make_plan
-from mimoquant.recipe import load_recipe
+from mimoquant.planning.plan import make_plan
+from mimoquant.planning.recipe import load_recipe
 from mimoquant.serving.check import check
 from mimoquant.serving.facts import read_served
 from mimoquant.synth import SynthSizes, synth

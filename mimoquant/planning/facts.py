@@ -20,13 +20,13 @@ from mimoquant.mixing.needs import Forks, fork_needs, forward_passes, state_byte
 from mimoquant.model.drafter import carried_drafter
 from mimoquant.model.geometry import Geometry
 from mimoquant.model.layout import ModelLayout
-from mimoquant.needs import Machine, largest_chunk, needs, refusal
 from mimoquant.output.quantize_report import SCHEMA_VERSION, layers_of_formats, size
-from mimoquant.plan import Plan, ranges
-from mimoquant.relayout import RelayoutPlan
+from mimoquant.planning.needs import Machine, largest_chunk, needs, refusal
+from mimoquant.planning.plan import Plan, ranges
+from mimoquant.planning.relayout import RelayoutPlan
+from mimoquant.planning.units import Experts, Shapes
 from mimoquant.serving.check import engine_lines, planned_facts, planned_lines
 from mimoquant.serving.facts import planned
-from mimoquant.units import Experts, Shapes
 
 if TYPE_CHECKING:
     from mimoquant.rehearsal import Estimate

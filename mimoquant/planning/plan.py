@@ -19,9 +19,9 @@ from mimoquant.errors import RecipeError
 from mimoquant.layer_weights import packed_format
 from mimoquant.model.drafter import carried_drafter
 from mimoquant.model.layout import PROJECTIONS, ModelLayout, read_layout
+from mimoquant.planning.recipe import Recipe
+from mimoquant.planning.units import Unit, UnitBuilder
 from mimoquant.quant.formats import Format
-from mimoquant.recipe import Recipe
-from mimoquant.units import Unit, UnitBuilder
 
 CHUNK_BYTES = 96 * 2**20  # source bytes of the experts that are in memory together
 CUDA_CHUNK_BYTES = 800 * 2**20  # the same, where a GPU calibrates: some thirty experts, V2.5's in eight chunks

@@ -41,10 +41,10 @@ from mimoquant.errors import CheckpointError, UsageError
 from mimoquant.model.geometry import Geometry
 from mimoquant.model.layout import PROJECTIONS, ModelLayout, Weight, read_layout
 from mimoquant.model.qkv import possible_chunks
-from mimoquant.plan import Plan, read_config
-from mimoquant.recipe import Recipe
-from mimoquant.reorder import Reorder, reorder
-from mimoquant.units import Copy, Step, lay_out, layer_of
+from mimoquant.planning.plan import Plan, read_config
+from mimoquant.planning.recipe import Recipe
+from mimoquant.planning.reorder import Reorder, reorder
+from mimoquant.planning.units import Copy, Step, lay_out, layer_of
 
 SPLIT, CANONICAL, INTERLEAVED = LAYOUTS = ("split", "canonical", "interleaved")
 RECORD_NAME = "relayout.json"

@@ -19,9 +19,7 @@ import yaml
 
 from mimoquant.container import CONTAINERS, format_weights
 from mimoquant.errors import RecipeError
-from mimoquant.quant.formats import GROUP_SIZES, SEARCHES, Format
-from mimoquant.quant.method import Method
-from mimoquant.recipe_calibration import (
+from mimoquant.planning.calibration_settings import (
     DAMP,
     MODIFIER_DEFAULTS,
     Awq,
@@ -31,6 +29,8 @@ from mimoquant.recipe_calibration import (
     match_name,
     parse_calibration,
 )
+from mimoquant.quant.formats import GROUP_SIZES, SEARCHES, Format
+from mimoquant.quant.method import Method
 from mimoquant.shipped import recipes_folder, shipped_recipes
 
 VERSION = 1

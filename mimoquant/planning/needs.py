@@ -16,9 +16,9 @@ from pathlib import Path
 
 from mimoquant.errors import UsageError
 from mimoquant.model.layout import PROJECTIONS
-from mimoquant.plan import CHUNK_BYTES, CUDA_CHUNK_BYTES, WRITE_QUEUE_BYTES, Plan
+from mimoquant.planning.plan import CHUNK_BYTES, CUDA_CHUNK_BYTES, WRITE_QUEUE_BYTES, Plan
+from mimoquant.planning.units import Dequantize, Experts
 from mimoquant.quant.method import WALKED_COLUMNS, WALKED_FEWEST, WALKED_MOST, WALKED_TOKENS, WALKED_TURNS
-from mimoquant.units import Dequantize, Experts
 
 _INTERPRETER_BYTES, _TORCH_BYTES, _CUDA_BYTES = 320 * 2**20, 400 * 2**20, 2 * 2**30
 _GROUP_ROWS = 2**16  # of tokens that go through a group of experts at once (`decoder_layer`)
