@@ -340,7 +340,7 @@ def test_a_nan_in_a_copied_weight_stops_the_run(tmp_path: Path) -> None:
 
 
 def test_kernels_compile_where_nothing_can_be_cached(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mimoquant.quant import cpu_kernels
+    from mimoquant.quant.kernels import encode_cpu
 
     calls = []
 
@@ -350,5 +350,5 @@ def test_kernels_compile_where_nothing_can_be_cached(monkeypatch: pytest.MonkeyP
             raise RuntimeError("no locator available")
         return lambda function: function
 
-    monkeypatch.setattr(cpu_kernels, "njit", njit)
-    assert cpu_kernels.compiled()(len) is len and [call.get("cache") for call in calls] == [True, None]
+    monkeypatch.setattr(encode_cpu, "njit", njit)
+    assert encode_cpu.compiled()(len) is len and [call.get("cache") for call in calls] == [True, None]

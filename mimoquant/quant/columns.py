@@ -76,14 +76,14 @@ def improve_columns(stack: Columns, now: slice, slope_EBO: Tensor, reach_EGBO: T
 def _kernels(device: str) -> Any:
     """The module with compiled loops for a kind of device, or None."""
     if device == "cpu":
-        from mimoquant.quant import column_kernels_cpu
+        from mimoquant.quant.kernels import columns_cpu
 
-        return column_kernels_cpu
+        return columns_cpu
     try:
-        from mimoquant.quant import column_kernels_cuda
+        from mimoquant.quant.kernels import columns_cuda
     except ImportError:  # no Triton here
         return None
-    return column_kernels_cuda
+    return columns_cuda
 
 
 def units(codes: Tensor, fmt: Format, dtype: torch.dtype = torch.float32) -> Tensor:

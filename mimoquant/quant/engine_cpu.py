@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mimoquant.quant import cpu_kernels as kernels
 from mimoquant.quant.cast import nonzero_blocks
 from mimoquant.quant.formats import E2M1_VALUES, NVFP4_RANGE, Format, multipliers
+from mimoquant.quant.kernels import encode_cpu as kernels
 from mimoquant.quant.stack import Audit, NonFiniteError, Stack
 
 Array = npt.NDArray[Any]

@@ -297,10 +297,10 @@ def _encode_nvfp4(
 def cuda_kernels() -> Any:
     """The module with `encode` and `dequantize` compiled for CUDA, or None where there is no Triton."""
     try:
-        from mimoquant.quant import encode_kernels_cuda
+        from mimoquant.quant.kernels import encode_cuda
     except ImportError:
         return None
-    return encode_kernels_cuda
+    return encode_cuda
 
 
 class TorchEngine:

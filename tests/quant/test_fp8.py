@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from mimoquant.quant import cpu_kernels
 from mimoquant.quant.engine_cpu import CpuEngine
 from mimoquant.quant.engine_torch import TorchEngine, dequantize_fp8
+from mimoquant.quant.kernels import encode_cpu
 from mimoquant.quant.stack import Engine, NonFiniteError
 
 SHAPES = [(128, 128), (1, 1), (136, 128), (128, 160), (200, 330), (5, 7), (257, 129), (1100, 16)]
@@ -137,5 +137,5 @@ def test_the_kernels_own_e4m3_rounding_is_the_dtypes() -> None:
     points = np.concatenate([points, np.nextafter(points, inf), np.nextafter(points, -inf), [449, 464, 1e30]])
     points = points[points >= 0].astype(np.float32)
     expected = torch.from_numpy(points).clamp(max=448).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
-    assert [int(cpu_kernels.e4m3_byte(point)) for point in points] == expected.tolist()
-    assert [float(cpu_kernels.e4m3_value(np.uint32(code))) for code in range(0x7F)] == numbers.tolist()
+    assert [int(encode_cpu.e4m3_byte(point)) for point in points] == expected.tolist()
+    assert [float(encode_cpu.e4m3_value(np.uint32(code))) for code in range(0x7F)] == numbers.tolist()

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mimoquant.quant.engine_torch import pack_zero_points
 from mimoquant.quant.formats import INT4_ZERO_SCALE, MXFP4_ROUND_UP, NVFP4_SMALLEST_SCALE, NVFP4_ZERO_SCALE, Format
-from mimoquant.quant.gpu_arithmetic import (
+from mimoquant.quant.kernels.arithmetic_cuda import (
     FP8_UNIT,
     NO_FUSION,
     bits_of,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mimoquant.quant.columns import Columns
 from mimoquant.quant.formats import NVFP4_SMALLEST_SCALE
-from mimoquant.quant.gpu_arithmetic import (
+from mimoquant.quant.kernels.arithmetic_cuda import (
     NO_FUSION,
     e2m1_code,
     e2m1_value,

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from mimoquant.quant.columns import Columns
-from mimoquant.quant.cpu_kernels import (
+from mimoquant.quant.formats import E2M1_VALUES, NVFP4_SMALLEST_SCALE
+from mimoquant.quant.kernels.encode_cpu import (
     F32,
     I32,
     U32,
@@ -29,7 +30,6 @@ from mimoquant.quant.cpu_kernels import (
     round_e2m1,
     round_level,
 )
-from mimoquant.quant.formats import E2M1_VALUES, NVFP4_SMALLEST_SCALE
 from mimoquant.quant.products import Halves
 
 _SLAB = 128  # rows of a task: with a block of 128 columns, 64 KB an array
