@@ -20,9 +20,9 @@ from typer.testing import CliRunner
 import mimoquant
 from mimoquant.calibrated import LayerFacts, starved
 from mimoquant.cli.app import app
-from mimoquant.coverage_page import STEPS, Shades, coverage_page
 from mimoquant.planning.facts import coverage, quantize_text
-from mimoquant.report_page import number, visible
+from mimoquant.report.coverage_page import STEPS, Shades, coverage_page
+from mimoquant.report.eval_page import number, visible
 
 MICRO = mimoquant.micro_checkpoint()
 HOSTILE = "</title></style><script src='http://x'>alert(1)</script>\"'&\x00\u202e\n"

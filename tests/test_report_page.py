@@ -13,10 +13,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from mimoquant.coverage_page import map_style
 from mimoquant.output.quantize_report import number
-from mimoquant.report_page import Scale, eval_page, eval_text, percent, visible
-from mimoquant.sensitivity_page import PAGE_CSS
+from mimoquant.report.coverage_page import map_style
+from mimoquant.report.eval_page import Scale, eval_page, eval_text, percent, visible
+from mimoquant.report.sensitivity_page import PAGE_CSS
 
 Facts = dict[str, Any]
 ELEMENTS = {

@@ -191,12 +191,13 @@ def quantize(
     allow_unknown: UnknownOption = False,
 ) -> None:
     """Write the 4-bit checkpoint. The folder appears only when it is complete; an interrupted run can be resumed."""
-    from mimoquant import api, coverage_page, pipeline
+    from mimoquant import api, pipeline
     from mimoquant.machine.devices import resolve_device
     from mimoquant.machine.team import Team
     from mimoquant.machine.timeline import Timeline
     from mimoquant.planning import facts as describe
     from mimoquant.planning.needs import machine, refusal
+    from mimoquant.report import coverage_page
 
     begin = time.monotonic()
     with Team.from_environment(resolve_device(device)) as team:
@@ -346,9 +347,9 @@ def eval_kl(
     With --out a killed evaluation can be resumed after its last layer: meanwhile FILE.partial holds the hidden states,
     up to 8 bytes x width for each token and checkpoint.
     """
-    from mimoquant import changes_page, report_page, server_text
     from mimoquant.cli import eval_kl
     from mimoquant.errors import QualityError
+    from mimoquant.report import changes_card, eval_page, server_text
 
     begin = time.monotonic()
     eval_kl.check_candidate(
@@ -370,8 +371,8 @@ def eval_kl(
     facts["elapsed_s"] = round(time.monotonic() - begin, 3)
     facts["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if html is not None:
-        write_page(html, report_page.eval_page(facts, changes_page.changes_part(Path(facts["candidate"]))))
-    _print(facts, report_page.eval_text if candidate is not None else server_text.server_text, as_json)
+        write_page(html, eval_page.eval_page(facts, changes_card.changes_part(Path(facts["candidate"]))))
+    _print(facts, eval_page.eval_text if candidate is not None else server_text.server_text, as_json)
     eval_kl.write_outcome(facts, candidate, junit, card)
     if max_kl is not None and j > max_kl:
         least = "at least " if facts.get("server", {}).get("is_lower_bound") else ""

@@ -42,12 +42,12 @@ def eval_draft(
 ) -> None:
     """Measure how many drafted tokens a backbone accepts. Quantized beside bf16, on held-out tokens."""
     from mimoquant.cli.eval_kl import load_held_out
-    from mimoquant.draft_text import draft_text
     from mimoquant.evaluation.drafts import choose_draft
     from mimoquant.evaluation.eval_draft import eval_draft as run
     from mimoquant.evaluation.eval_kl import open_layout
     from mimoquant.machine.devices import resolve_device
     from mimoquant.machine.team import Team
+    from mimoquant.report.draft_text import draft_text
 
     begin, lines = time.monotonic(), Lines()
     with Team.from_environment(resolve_device(device)) as team:

@@ -147,7 +147,7 @@ def check_outcome(
 def write_outcome(facts: dict[str, Any], candidate: Path | None, junit: Path | None, card: bool) -> None:
     """What `--junit` and `--card` ask for."""
     if junit is not None:
-        from mimoquant.junit import junit_text
+        from mimoquant.report.junit import junit_text
 
         write_page(junit, junit_text(facts), "--junit")
     if card and candidate is not None:

@@ -76,7 +76,7 @@ def sensitivity(
     allow_unknown: UnknownOption = False,
 ) -> None:
     """Measure what each layer's quantization costs. Writes a recipe that spends bytes where they buy most."""
-    from mimoquant import api, sensitivity_page
+    from mimoquant import api
     from mimoquant.calibration.tokens import load_tokens
     from mimoquant.errors import UsageError
     from mimoquant.machine.devices import resolve_device
@@ -85,6 +85,7 @@ def sensitivity(
     from mimoquant.mixing.run import forks_of
     from mimoquant.mixing.run import sensitivity as run
     from mimoquant.planning.needs import machine
+    from mimoquant.report import sensitivity_page
     from mimoquant.serving.check import planned_lines
 
     begin = time.monotonic()

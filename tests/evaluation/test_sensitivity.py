@@ -42,7 +42,7 @@ from mimoquant.planning.needs import Machine
 from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import load_recipe, parse_recipe
 from mimoquant.quant.formats import Format
-from mimoquant.sensitivity_page import ranked, sensitivity_page, sensitivity_text
+from mimoquant.report.sensitivity_page import ranked, sensitivity_page, sensitivity_text
 
 MICRO = mimoquant.micro_checkpoint()
 RECIPE = "int4-g128-mse"

@@ -10,7 +10,7 @@ from typing import Any
 
 from mimoquant.output.quantize_report import number
 from mimoquant.planning.facts import table
-from mimoquant.report_page import NAME_CHARS, QUANTILES, WIDTH, interval, key_figures, origin, percent, visible
+from mimoquant.report.eval_page import NAME_CHARS, QUANTILES, WIDTH, interval, key_figures, origin, percent, visible
 
 Facts = dict[str, Any]
 

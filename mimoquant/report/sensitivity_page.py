@@ -13,9 +13,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from mimoquant.output.quantize_report import many, number, size
-from mimoquant.page_style import CSS
 from mimoquant.planning.facts import table
-from mimoquant.report_page import (
+from mimoquant.report.drawing import CSS
+from mimoquant.report.eval_page import (
     WIDTH,
     Axis,
     Scale,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 from xml.etree import ElementTree
 
-from mimoquant.report_page import verdict, visible
+from mimoquant.report.eval_page import verdict, visible
 
 
 def junit_text(facts: dict[str, Any]) -> str:

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from mimoquant.output.quantize_report import layers_of_formats, number
-from mimoquant.page_style import CSS
 from mimoquant.planning.facts import coverage, token_count
-from mimoquant.report_page import card, escaped, note, percent, tag
+from mimoquant.report.drawing import CSS
+from mimoquant.report.eval_page import card, escaped, note, percent, tag
 
 Facts = dict[str, Any]  # of a layer, as `calibrated.LayerFacts` tells them
 Cell = tuple[str, str]  # classes, tooltip

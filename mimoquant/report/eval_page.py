@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mimoquant.output.quantize_report import number, size
-from mimoquant.page_style import CSS
 from mimoquant.planning.facts import table
+from mimoquant.report.drawing import CSS
 
 Facts = dict[str, Any]
 Axis = tuple[str, list[tuple[float, str]]]  # title; (place in 0..1, label) of each tick

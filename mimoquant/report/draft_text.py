@@ -8,7 +8,7 @@ from typing import Any
 
 from mimoquant.output.quantize_report import number
 from mimoquant.planning.facts import table
-from mimoquant.report_page import NAME_CHARS, WIDTH, origin, percent, visible
+from mimoquant.report.eval_page import NAME_CHARS, WIDTH, origin, percent, visible
 
 Facts = dict[str, Any]
 
