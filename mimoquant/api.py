@@ -64,7 +64,7 @@ def plan(
     made = fitted_plan(source, recipe, container, allow_unknown, changes, place, has)
     took = None
     if measure:
-        from mimoquant.rehearsal import rehearse
+        from mimoquant.run.rehearsal import rehearse
 
         took = rehearse(made, place, None if out is None else Path(out))
     return describe.plan_facts(made, place, has, took, None if out is None else Path(out))

@@ -27,7 +27,6 @@ from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.checkpoint.team_folder import opened
 from mimoquant.checkpoint.writer import ShardWriter, write_file_durably
 from mimoquant.container import expert_tensors
-from mimoquant.deal import Task, deal
 from mimoquant.errors import CheckpointError, StoppedError, UsageError
 from mimoquant.layer_weights import dequantize, not_finite, read_experts, read_matrix
 from mimoquant.machine.devices import make_engine, resolve_device
@@ -42,9 +41,10 @@ from mimoquant.planning.reorder import Reorder, block_values, read_blocks
 from mimoquant.planning.units import Copy, Dequantize, Experts, Shapes, Step, Unit
 from mimoquant.quant.cast import InexactError, cast
 from mimoquant.quant.stack import Engine, NonFiniteError, Stack
+from mimoquant.run.deal import Task, deal
 
 if TYPE_CHECKING:
-    from mimoquant.calibrated import Calibrator
+    from mimoquant.run.calibrated import Calibrator
 
 Array = npt.NDArray[Any]
 Produced = Iterator[tuple[str, Array]]
@@ -221,7 +221,7 @@ class _Walk:
     """Keeps the calibration tokens beside the units: a layer's are there when its shard begins, also after a resume."""
 
     def __init__(self, plan: Plan, run: RunFolder, reader: CheckpointReader, tokens: TokenSet, team: Team) -> None:
-        from mimoquant.calibrated import Calibrator  # torch is loaded only where it is needed
+        from mimoquant.run.calibrated import Calibrator  # torch is loaded only where it is needed
 
         self.plan, self.run = plan, run
         self.calibrator = Calibrator(plan, reader, tokens, team.device, team)

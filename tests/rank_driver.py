@@ -13,10 +13,10 @@ import os
 import signal
 import sys
 
-from mimoquant import portions
 from mimoquant.checkpoint.journal import JournalLine, RunFolder
 from mimoquant.model import layer_stream
 from mimoquant.planning import needs
+from mimoquant.run import portions
 
 CHUNK_BYTES = 2**18  # two or three experts of the micro checkpoint
 SIZES = [

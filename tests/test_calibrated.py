@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import mimoquant
-from mimoquant import calibrated, pipeline
+from mimoquant import pipeline
 from mimoquant.calibration import statistics
 from mimoquant.calibration.tokens import TokenSet, load_tokens
 from mimoquant.checkpoint.index import INDEX_NAME, open_index
@@ -33,6 +33,7 @@ from mimoquant.planning.recipe import Recipe, load_recipe, parse_recipe
 from mimoquant.quant.expert_methods import encode_with, loss
 from mimoquant.quant.formats import Format
 from mimoquant.quant.method import Method
+from mimoquant.run import calibrated
 
 MICRO = mimoquant.micro_checkpoint()
 TARGETS = r"targets: ['re:.*mlp\.experts\.\d+\.(gate|up|down)_proj$']"

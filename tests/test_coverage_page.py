@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import mimoquant
-from mimoquant.calibrated import LayerFacts, starved
 from mimoquant.cli.app import app
 from mimoquant.planning.facts import coverage, quantize_text
 from mimoquant.report.coverage_page import STEPS, Shades, coverage_page
 from mimoquant.report.eval_page import number, visible
+from mimoquant.run.calibrated import LayerFacts, starved
 
 MICRO = mimoquant.micro_checkpoint()
 HOSTILE = "</title></style><script src='http://x'>alert(1)</script>\"'&\x00\u202e\n"

@@ -9,11 +9,11 @@ import pytest
 
 import mimoquant
 from mimoquant import pipeline
-from mimoquant.calibrated import Calibrator
 from mimoquant.machine.timeline import Timeline
 from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import load_recipe
-from mimoquant.rehearsal import Estimate, rehearse
+from mimoquant.run.calibrated import Calibrator
+from mimoquant.run.rehearsal import Estimate, rehearse
 
 MICRO = mimoquant.micro_checkpoint()
 

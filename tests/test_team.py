@@ -19,11 +19,11 @@ import mimoquant
 from mimoquant import pipeline
 from mimoquant.checkpoint.index import open_index
 from mimoquant.cli.app import app
-from mimoquant.deal import deal
 from mimoquant.errors import CheckpointError, StoppedError
 from mimoquant.machine.team import Team
 from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import load_recipe
+from mimoquant.run.deal import deal
 
 MICRO = mimoquant.micro_checkpoint()
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mimoquant.calibrated import Calibrator
 from mimoquant.calibration.tokens import TokenSet
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.errors import RecipeError
@@ -31,6 +30,7 @@ from mimoquant.planning.units import Experts
 from mimoquant.quant.engine_torch import TorchEngine, stored_parts
 from mimoquant.quant.formats import Format
 from mimoquant.quant.stack import Engine, NonFiniteError, Stack
+from mimoquant.run.calibrated import Calibrator
 
 Option = Format | None
 Round = list[tuple[Experts, dict[str, Stack]]]  # chunks that are quantized together, with their bytes as stored

@@ -29,7 +29,7 @@ from mimoquant.serving.check import engine_lines, planned_facts, planned_lines
 from mimoquant.serving.facts import planned
 
 if TYPE_CHECKING:
-    from mimoquant.rehearsal import Estimate
+    from mimoquant.run.rehearsal import Estimate
 
 
 def layout_facts(layout: ModelLayout) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from mimoquant.quant.method import WALKED_MOST
 from mimoquant.quant.stack import Engine, Stack
 
 if TYPE_CHECKING:
-    from mimoquant.calibrated import Calibrator
+    from mimoquant.run.calibrated import Calibrator
 
 T = TypeVar("T")
 
@@ -153,7 +153,7 @@ def _calibrated_seconds(
     plan: Plan, reader: CheckpointReader, device: str, step: Experts, stacks: dict[str, Stack]
 ) -> float:
     """Of one process: attention of all tokens, experts of all routed tokens, and the method on all experts."""
-    from mimoquant.calibrated import SAMPLE_EXPERTS
+    from mimoquant.run.calibrated import SAMPLE_EXPERTS
 
     held, geometry = plan.recipe.calibration, plan.layout.geometry
     assert held is not None
@@ -176,8 +176,8 @@ def _calibrated_seconds(
 
 def _walk_to(plan: Plan, reader: CheckpointReader, device: str, layer: int) -> tuple[Calibrator, int]:
     """Random tokens before a layer, and how many. What they are does not matter, so they pass no experts on the way."""
-    from mimoquant.calibrated import HELD_OUT, Calibrator
     from mimoquant.calibration.tokens import TokenSet
+    from mimoquant.run.calibrated import HELD_OUT, Calibrator
 
     held = plan.recipe.calibration
     assert held is not None

@@ -38,7 +38,6 @@ from mimoquant.model.layout import PROJECTIONS, norm_name, router_name
 from mimoquant.model_weights import CheckpointWeights, decoded_chunk
 from mimoquant.planning.plan import Plan
 from mimoquant.planning.units import Experts, Unit
-from mimoquant.portions import Portions, Seen
 from mimoquant.quant.awq import best_fold, divided_by, inverse, moved, scaled, settled
 from mimoquant.quant.engine_torch import TorchEngine, amax, nvfp4_global_scale, stored_parts, to_numpy
 from mimoquant.quant.expert_methods import Encoded, encode_with, energy, loss
@@ -46,6 +45,7 @@ from mimoquant.quant.formats import Format
 from mimoquant.quant.method import WALKED_MOST, Method
 from mimoquant.quant.reconstruct import reconstruct
 from mimoquant.quant.stack import Stack
+from mimoquant.run.portions import Portions, Seen
 
 Array = npt.NDArray[Any]
 Parts = dict[str, dict[str, Array]]  # projection → part → [E, ...]
