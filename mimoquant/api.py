@@ -114,7 +114,7 @@ def relayout(
     from mimoquant.planning import facts as describe
     from mimoquant.planning.relayout import make_relayout
     from mimoquant.serving.check import planned_facts
-    from mimoquant.serving.facts import planned
+    from mimoquant.serving.served import planned
 
     made = make_relayout(source, qkv, tp=tp, bf16=bf16, allow_unknown=allow_unknown)
     finished = pipeline.execute(made, out, device="cpu", resume=resume)
@@ -146,7 +146,7 @@ def verify(
         facts |= run(out, source, progress=progress).as_json()
     if engine is not None and facts["ok"]:  # what a damaged file would do in an engine is nobody's question
         from mimoquant.serving.check import engine_facts
-        from mimoquant.serving.facts import read_served
+        from mimoquant.serving.served import read_served
 
         facts["engine"] = engine_facts(read_served(out), engine, engine_version, tp)
     return facts
@@ -162,8 +162,8 @@ def launch(
         mtp: speculate with the checkpoint's MTP layers. dflash: speculate with this draft model.
     Raises UsageError: it does not fit there. CheckpointError: the engine would refuse or corrupt it.
     """
-    from mimoquant.serving.facts import read_served
     from mimoquant.serving.launch import launch as make
+    from mimoquant.serving.served import read_served
 
     draft = None if dflash is None else Path(dflash)
     return make(read_served(out), engine, gpu, gpus, version=engine_version, mtp=mtp, dflash=draft).as_json()

@@ -34,7 +34,7 @@ from mimoquant.planning.recipe import load_recipe
 from mimoquant.planning.relayout import LAYOUTS, make_relayout
 from mimoquant.planning.reorder import read_blocks
 from mimoquant.serving.check import check
-from mimoquant.serving.facts import read_served
+from mimoquant.serving.served import read_served
 
 MICRO = mimoquant.micro_checkpoint()
 BIG = {"swa_head_dim": 128, "swa_v_head_dim": 128, "head_dim": 128, "v_head_dim": 128}  # heads on whole FP8 blocks

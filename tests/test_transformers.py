@@ -21,7 +21,7 @@ from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import load_recipe, parse_recipe
 from mimoquant.quant.engine_torch import decode
 from mimoquant.serving.check import check
-from mimoquant.serving.facts import read_served
+from mimoquant.serving.served import read_served
 from mimoquant.synth import SynthSizes, synth
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (scripts/setup --dev)")

@@ -248,7 +248,7 @@ def relayout(
     from mimoquant.planning import facts as describe
     from mimoquant.planning.relayout import make_relayout
     from mimoquant.serving.check import planned_facts, planned_lines
-    from mimoquant.serving.facts import planned
+    from mimoquant.serving.served import planned
 
     begin = time.monotonic()
     made = make_relayout(source, qkv.value, tp=tp, bf16=dtype is QkvDtype.BF16, allow_unknown=allow_unknown)

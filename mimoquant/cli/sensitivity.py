@@ -143,7 +143,7 @@ def _engines(source: Path, out: Path, allow_unknown: bool) -> list[dict[str, Any
     from mimoquant.planning.plan import make_plan
     from mimoquant.planning.recipe import load_recipe
     from mimoquant.serving.check import planned_facts
-    from mimoquant.serving.facts import planned
+    from mimoquant.serving.served import planned
 
     return planned_facts(planned(make_plan(source, load_recipe(str(out)), allow_unknown=allow_unknown)))
 

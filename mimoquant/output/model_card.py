@@ -18,8 +18,8 @@ from mimoquant.errors import MimoquantError, UsageError
 from mimoquant.output.quantize_report import QuantizeReport, layers_of_formats, number, size
 from mimoquant.serving.check import engine_facts
 from mimoquant.serving.contracts import ENGINES, SGLANG, VLLM
-from mimoquant.serving.facts import Served
 from mimoquant.serving.launch import launch
+from mimoquant.serving.served import Served
 
 BEGIN, END = "<!-- eval-kl begins -->", "<!-- eval-kl ends -->"
 _UNMEASURED = "Not measured yet: `mimoquant eval-kl SOURCE THIS --card` writes symmetric KL here."

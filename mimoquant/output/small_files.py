@@ -19,7 +19,7 @@ from mimoquant.output.model_card import model_card, without_quality
 from mimoquant.output.quantize_report import QuantizeReport, fallbacks
 from mimoquant.planning.plan import Plan
 from mimoquant.planning.relayout import RelayoutPlan, relayout_texts
-from mimoquant.serving.facts import planned
+from mimoquant.serving.served import planned
 
 
 def written_texts(plan: Plan, finished: dict[str, JournalLine], calibration: dict[str, Any] | None) -> dict[str, bytes]:

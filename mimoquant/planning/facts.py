@@ -26,7 +26,7 @@ from mimoquant.planning.plan import Plan, ranges
 from mimoquant.planning.relayout import RelayoutPlan
 from mimoquant.planning.units import Experts, Shapes
 from mimoquant.serving.check import engine_lines, planned_facts, planned_lines
-from mimoquant.serving.facts import planned
+from mimoquant.serving.served import planned
 
 if TYPE_CHECKING:
     from mimoquant.run.rehearsal import Estimate

@@ -21,7 +21,7 @@ from mimoquant.model.geometry import FP8_BLOCK
 from mimoquant.model.layout import PROJECTIONS, expert_module
 from mimoquant.planning.plan import ranges
 from mimoquant.serving import contracts as c
-from mimoquant.serving.facts import Served, Stored
+from mimoquant.serving.served import Served, Stored
 from mimoquant.serving.transformers_config import config_problems
 
 WARNING = "warning"

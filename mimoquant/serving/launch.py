@@ -22,7 +22,7 @@ from mimoquant.model.drafter import Drafter, open_drafter
 from mimoquant.output.quantize_report import SCHEMA_VERSION, size
 from mimoquant.serving import contracts as c
 from mimoquant.serving.check import Problem, check
-from mimoquant.serving.facts import Served
+from mimoquant.serving.served import Served
 
 GIB = 2**30
 RESERVE_BYTES = 5 * GIB  # activations, CUDA graphs, communication buffers; an assumption

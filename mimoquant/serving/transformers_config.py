@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mimoquant.serving import contracts as c
-from mimoquant.serving.facts import Served
+from mimoquant.serving.served import Served
 
 Found = tuple[str, str, str, str | None]  # verdict, text, source, hint
 _SOURCE = "transformers 5.17, configuration of mimo_v2_flash"

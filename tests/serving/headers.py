@@ -14,7 +14,7 @@ from mimoquant.container import CONTAINERS, NATIVE, expert_tensors, output_confi
 from mimoquant.model.geometry import Geometry, read_geometry
 from mimoquant.model.layout import PROJECTIONS, _layer_rows, _mtp_rows, scale_row_counts
 from mimoquant.quant.formats import Format
-from mimoquant.serving.facts import Served, served
+from mimoquant.serving.served import Served, served
 
 CONFIGS = Path(__file__).parent / "configs"
 VARIANTS = ("v2-flash", "v2.5", "v2.5-pro")

@@ -24,7 +24,7 @@ from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import load_recipe
 from mimoquant.serving import contracts
 from mimoquant.serving.check import Problem, check
-from mimoquant.serving.facts import planned, read_served, served
+from mimoquant.serving.served import planned, read_served, served
 from mimoquant.synth import SynthSizes, synth
 
 Headers = dict[str, Header]

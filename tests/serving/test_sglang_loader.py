@@ -23,7 +23,7 @@ from mimoquant import pipeline
 from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import load_recipe
 from mimoquant.serving.check import check
-from mimoquant.serving.facts import read_served
+from mimoquant.serving.served import read_served
 from mimoquant.synth import SynthSizes, synth
 
 pytestmark = pytest.mark.engine
