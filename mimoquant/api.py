@@ -252,8 +252,8 @@ def synth(
         source: convert this bf16 checkpoint, which then says all sizes. seed: of random weights.
     Raises UsageError: `out` exists, or sizes that cannot be. CheckpointError: the source. StoppedError: the disk.
     """
-    from mimoquant.synth import SynthSizes
-    from mimoquant.synth import synth as run
+    from mimoquant.synthetic.checkpoint import SynthSizes
+    from mimoquant.synthetic.checkpoint import synth as run
 
     given = {"layers": layers, "experts": experts, "hidden": hidden, "expert_intermediate": expert_intermediate,
              "vocab": vocab}  # fmt: skip

@@ -115,7 +115,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
         work = Path(folder)
-        from mimoquant.synth import SynthSizes, synth
+        from mimoquant.synthetic.checkpoint import SynthSizes, synth
 
         sizes = SynthSizes(layers=options.layers, experts=options.experts, hidden=4096, expert_intermediate=2048,
                            head_dim=128, v_head_dim=128)  # fmt: skip

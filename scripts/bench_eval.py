@@ -22,7 +22,7 @@ from mimoquant.calibration.tokens import TokenSet
 from mimoquant.evaluation.eval_kl import eval_kl
 from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import load_recipe
-from mimoquant.synth import SynthSizes, synth
+from mimoquant.synthetic.checkpoint import SynthSizes, synth
 
 
 def read_seconds(*folders: Path) -> float:

@@ -28,12 +28,13 @@ import bench_datafree
 import numpy as np
 import torch
 
-from mimoquant import pipeline, synth_weights
+from mimoquant import pipeline
 from mimoquant.machine.timeline import Timeline
 from mimoquant.planning.plan import CUDA_CHUNK_BYTES, Plan, Unit, make_plan
 from mimoquant.planning.recipe import load_recipe, parse_recipe
+from mimoquant.synthetic import weights
 
-synth = importlib.import_module("mimoquant.synth")  # the module: `mimoquant.synth` is the verb
+synth = importlib.import_module("mimoquant.synthetic.checkpoint")  # the module: `mimoquant.synth` is the verb
 EXPERTS = 8  # different ones
 INNER = 2048  # width inside an expert
 PEER = {"mxfp4-rtn": "MXFP4A16", "int4-g128-rtn": "W4A16"}  # its name of the format
@@ -58,7 +59,7 @@ default_stage:
 """
 
 
-class FewExperts(synth_weights.RandomWeights):
+class FewExperts(weights.RandomWeights):
     """Experts are drawn once for all layers and all but the first eight; drawing takes far longer than quantizing."""
 
     def read(self, name: str, shape: tuple[int, ...], dtype: str) -> Any:

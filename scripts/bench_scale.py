@@ -47,7 +47,7 @@ def headers(checkpoints: list[str]) -> None:
 
 
 def memory(gigabytes: float, folder: Path | None) -> None:
-    from mimoquant.synth import SynthSizes, synth
+    from mimoquant.synthetic.checkpoint import SynthSizes, synth
 
     with tempfile.TemporaryDirectory(dir=folder) as work:
         expert = 3 * 4096 * 2048

@@ -21,7 +21,7 @@ from mimoquant import pipeline
 from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import load_recipe, parse_recipe
 from mimoquant.shipped import shipped_recipes
-from mimoquant.synth import SynthSizes, synth
+from mimoquant.synthetic.checkpoint import SynthSizes, synth
 
 ASYMMETRIC = r"""
 default_stage: {default_modifiers: {QuantizationModifier: {scheme: W4A16_ASYM,

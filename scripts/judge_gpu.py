@@ -42,7 +42,7 @@ from mimoquant.model.layer_stream import walk
 from mimoquant.model_weights import CheckpointWeights
 from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import load_recipe
-from mimoquant.synth import SynthSizes, synth
+from mimoquant.synthetic.checkpoint import SynthSizes, synth
 
 SIZES = SynthSizes(layers=6, hidden=512, experts=8, top_k=8, expert_intermediate=512, dense_intermediate=512,
                    vocab=2048, heads=16, kv_heads=2, swa_kv_heads=2, head_dim=192, v_head_dim=128,

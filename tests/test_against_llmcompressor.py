@@ -23,7 +23,7 @@ from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import parse_recipe
 from mimoquant.quant.engine_torch import decode, unpack_nibbles
 from mimoquant.quant.formats import Format
-from mimoquant.synth import SynthSizes, synth
+from mimoquant.synthetic.checkpoint import SynthSizes, synth
 
 pytest.importorskip("llmcompressor", reason="llm-compressor is not installed (scripts/setup --dev)")
 

@@ -16,8 +16,8 @@ from mimoquant.planning import needs as module
 from mimoquant.planning.needs import Machine, fitting_plan, largest_chunk, machine, needs, refusal
 from mimoquant.planning.plan import Plan, make_plan
 from mimoquant.planning.recipe import load_recipe
-from mimoquant.synth import SynthSizes, synth
-from mimoquant.synth_files import ShardFiles
+from mimoquant.synthetic.checkpoint import SynthSizes, synth
+from mimoquant.synthetic.files import ShardFiles
 
 GB = 10**9
 MICRO = mimoquant.micro_checkpoint()

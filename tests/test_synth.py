@@ -25,9 +25,9 @@ from mimoquant.planning.facts import expert_placement
 from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import load_recipe
 from mimoquant.quant.engine_torch import TorchEngine
-from mimoquant.synth import LAYOUTS, SynthSizes, _stored, synth
-from mimoquant.synth_files import PLACEMENTS, ShardFiles
-from mimoquant.synth_weights import RandomWeights, encode_fp8
+from mimoquant.synthetic.checkpoint import LAYOUTS, SynthSizes, _stored, synth
+from mimoquant.synthetic.files import PLACEMENTS, ShardFiles
+from mimoquant.synthetic.weights import RandomWeights, encode_fp8
 
 SHARED = Path(__file__).parents[2] / "shared"
 SMALL = SynthSizes(layers=4, hidden=128, experts=4, top_k=2, vocab=64, dense_intermediate=160, mtp_layers=1)

@@ -22,7 +22,7 @@ from mimoquant.planning.recipe import load_recipe, parse_recipe
 from mimoquant.quant.engine_torch import decode
 from mimoquant.serving.check import check
 from mimoquant.serving.served import read_served
-from mimoquant.synth import SynthSizes, synth
+from mimoquant.synthetic.checkpoint import SynthSizes, synth
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (scripts/setup --dev)")
 pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed (scripts/setup --dev)")

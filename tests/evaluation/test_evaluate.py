@@ -26,7 +26,7 @@ from mimoquant.model_weights import CheckpointWeights
 from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import load_recipe, parse_recipe
 from mimoquant.quant.engine_torch import decode
-from mimoquant.synth import SynthSizes, synth
+from mimoquant.synthetic.checkpoint import SynthSizes, synth
 
 MICRO = mimoquant.micro_checkpoint()
 

@@ -15,7 +15,7 @@ from small_runs import quantize
 from mimoquant.calibration.tokens import TokenSet, load_tokens
 from mimoquant.errors import StoppedError
 from mimoquant.evaluation.eval_kl import eval_kl
-from mimoquant.synth import SynthSizes, synth
+from mimoquant.synthetic.checkpoint import SynthSizes, synth
 
 
 @pytest.fixture(scope="module")

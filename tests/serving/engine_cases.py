@@ -23,7 +23,7 @@ import mimoquant
 from mimoquant import pipeline
 from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import parse_recipe
-from mimoquant.synth import synth
+from mimoquant.synthetic.checkpoint import synth
 
 PYTHON = Path(__file__).parents[2] / ".vllm-cpu/bin/python"  # scripts/setup_vllm_cpu
 HEAD = 128  # a multiple of the FP8 block, so that a fused qkv can be cut without rounding it again

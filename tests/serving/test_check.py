@@ -25,7 +25,7 @@ from mimoquant.planning.recipe import load_recipe
 from mimoquant.serving import contracts
 from mimoquant.serving.check import Problem, check
 from mimoquant.serving.served import planned, read_served, served
-from mimoquant.synth import SynthSizes, synth
+from mimoquant.synthetic.checkpoint import SynthSizes, synth
 
 Headers = dict[str, Header]
 EXPERT = "model.layers.1.mlp.experts.0.gate_proj"

@@ -24,7 +24,7 @@ from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import load_recipe
 from mimoquant.serving.check import check
 from mimoquant.serving.served import read_served
-from mimoquant.synth import SynthSizes, synth
+from mimoquant.synthetic.checkpoint import SynthSizes, synth
 
 pytestmark = pytest.mark.engine
 HERE = Path(__file__).parent

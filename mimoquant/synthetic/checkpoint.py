@@ -37,8 +37,8 @@ from mimoquant.errors import StoppedError, UsageError
 from mimoquant.layer_weights import not_finite
 from mimoquant.model.geometry import ARCHITECTURES, FP8_BLOCK, Geometry, read_geometry
 from mimoquant.model.layout import TOWER_PREFIXES
-from mimoquant.synth_files import PLACEMENTS, ShardFiles
-from mimoquant.synth_weights import PATTERNS, ConvertedWeights, RandomWeights, encode_fp8
+from mimoquant.synthetic.files import PLACEMENTS, ShardFiles
+from mimoquant.synthetic.weights import PATTERNS, ConvertedWeights, RandomWeights, encode_fp8
 
 Array = npt.NDArray[Any]
 LAYOUTS = {"flash": "mimo_v2_flash", "v2.5": "mimo_v2", "pro": "mimo_v2"}
