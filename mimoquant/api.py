@@ -299,10 +299,10 @@ def mixtures(
     source: Path, recipe: str, container: str | None, device: str, *, allow_unknown: bool, fp8: bool, any_format: bool
 ) -> Mixtures:
     """What each layer can become, for `sensitivity`. One container holds all formats; it is the default for them."""
-    from mimoquant.container import COMPRESSED_TENSORS
     from mimoquant.mixing.mixtures import Mixtures
     from mimoquant.planning.plan import CHUNK_BYTES, CUDA_CHUNK_BYTES, make_plan
     from mimoquant.planning.recipe import load_recipe
+    from mimoquant.weights.container import COMPRESSED_TENSORS
 
     loaded = load_recipe(recipe)
     chunk_bytes = CUDA_CHUNK_BYTES if device.startswith("cuda") else CHUNK_BYTES

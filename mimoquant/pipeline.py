@@ -26,9 +26,7 @@ from mimoquant.checkpoint.journal import JournalLine, RunFolder, free_bytes
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.checkpoint.team_folder import opened
 from mimoquant.checkpoint.writer import ShardWriter, write_file_durably
-from mimoquant.container import expert_tensors
 from mimoquant.errors import CheckpointError, StoppedError, UsageError
-from mimoquant.layer_weights import dequantize, not_finite, read_experts, read_matrix
 from mimoquant.machine.devices import make_engine, resolve_device
 from mimoquant.machine.overlap import WriteBehind, read_ahead
 from mimoquant.machine.team import Team
@@ -42,6 +40,8 @@ from mimoquant.planning.units import Copy, Dequantize, Experts, Shapes, Step, Un
 from mimoquant.quant.cast import InexactError, cast
 from mimoquant.quant.stack import Engine, NonFiniteError, Stack
 from mimoquant.run.deal import Task, deal
+from mimoquant.weights.container import expert_tensors
+from mimoquant.weights.stored import dequantize, not_finite, read_experts, read_matrix
 
 if TYPE_CHECKING:
     from mimoquant.run.calibrated import Calibrator

@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 
 from mimoquant.calibration.tokens import TokenSet, load_tokens
-from mimoquant.container import COMPRESSED_TENSORS
 from mimoquant.evaluation.divergence import bootstrap
 from mimoquant.machine.devices import make_engine, resolve_device
 from mimoquant.machine.team import Team
@@ -28,6 +27,7 @@ from mimoquant.mixing.run import Choice, Chooser, Walks
 from mimoquant.pipeline import calibration_tokens
 from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import load_recipe
+from mimoquant.weights.container import COMPRESSED_TENSORS
 
 
 def parted(tokens: TokenSet, first: bool) -> TokenSet:

@@ -39,10 +39,10 @@ from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.evaluation.eval_kl import final_hidden, open_layout, streams_of
 from mimoquant.model.decoder_layer import linear
 from mimoquant.model.layer_stream import walk
-from mimoquant.model_weights import CheckpointWeights
 from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import load_recipe
 from mimoquant.synthetic.checkpoint import SynthSizes, synth
+from mimoquant.weights.decoded import CheckpointWeights
 
 SIZES = SynthSizes(layers=6, hidden=512, experts=8, top_k=8, expert_intermediate=512, dense_intermediate=512,
                    vocab=2048, heads=16, kv_heads=2, swa_kv_heads=2, head_dim=192, v_head_dim=128,

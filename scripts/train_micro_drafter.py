@@ -37,7 +37,7 @@ from mimoquant.model.decoder_layer import DenseWeights, rms_norm
 from mimoquant.model.dflash import DrafterWeights, DraftLayer, draft_blocks, fuse
 from mimoquant.model.drafter import Drafter, open_drafter, read_drafter
 from mimoquant.model.layer_stream import batch_sequences, walk
-from mimoquant.model_weights import CheckpointWeights
+from mimoquant.weights.decoded import CheckpointWeights
 
 CONFIG: dict[str, Any] = {
     "architectures": ["DFlashDraftModel"],

@@ -20,7 +20,7 @@ from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.evaluation.eval_kl import open_layout
 from mimoquant.model.decoder_layer import AttentionWeights, DenseWeights
 from mimoquant.model.mtp import MtpWeights
-from mimoquant.model_weights import CheckpointWeights
+from mimoquant.weights.decoded import CheckpointWeights
 
 
 def padded_twin(folder: Path, twin: Path, head: int, *, mtp: bool = False) -> Path:

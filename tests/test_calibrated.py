@@ -25,7 +25,6 @@ from mimoquant.evaluation.eval_kl import eval_kl, open_layout
 from mimoquant.model.decoder_layer import Dispatch, ExpertChunk, Router, Routing, add_experts, attention_block, route
 from mimoquant.model.layer_stream import Stream, add_blocks, attend_and_route, dense_layer
 from mimoquant.model.layout import norm_name, router_name
-from mimoquant.model_weights import CheckpointWeights
 from mimoquant.output.verify import verify
 from mimoquant.planning.facts import verify_text
 from mimoquant.planning.plan import CHUNK_BYTES, Plan, make_plan
@@ -34,6 +33,7 @@ from mimoquant.quant.expert_methods import encode_with, loss
 from mimoquant.quant.formats import Format
 from mimoquant.quant.method import Method
 from mimoquant.run import calibrated
+from mimoquant.weights.decoded import CheckpointWeights
 
 MICRO = mimoquant.micro_checkpoint()
 TARGETS = r"targets: ['re:.*mlp\.experts\.\d+\.(gate|up|down)_proj$']"

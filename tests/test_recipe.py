@@ -13,12 +13,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mimoquant.container import CONTAINERS, EXPERT_TARGET
 from mimoquant.errors import RecipeError
 from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import load_recipe, match_name, parse_recipe
 from mimoquant.quant.formats import Format
 from mimoquant.shipped import recipes_folder, shipped_recipes
+from mimoquant.weights.container import CONTAINERS, EXPERT_TARGET
 
 INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}
 OTHER_RECIPES = {
@@ -129,7 +129,7 @@ def test_presets_are_those_of_compressed_tensors(preset: str, fmt: Format) -> No
     text = {"default_stage": {"default_modifiers": {"QuantizationModifier": {"scheme": preset, "targets": ["x"]}}}}
     assert parsed(text).groups[0].fmt == fmt
     quantization = pytest.importorskip("compressed_tensors.quantization")
-    from mimoquant.container import format_weights
+    from mimoquant.weights.container import format_weights
 
     theirs = quantization.preset_name_to_scheme(preset, ["x"]).weights
     ours = quantization.QuantizationArgs(**format_weights(fmt))

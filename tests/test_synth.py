@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 from mimoquant.checkpoint.index import open_index, read_json_object
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.errors import CheckpointError, MimoquantError, UsageError
-from mimoquant.layer_weights import dequantize, read_matrix, split_qkv
 from mimoquant.model.geometry import read_geometry
 from mimoquant.model.layout import TOWER_PREFIXES, ModelLayout, read_layout
 from mimoquant.planning.facts import expert_placement
@@ -28,6 +27,7 @@ from mimoquant.quant.engine_torch import TorchEngine
 from mimoquant.synthetic.checkpoint import LAYOUTS, SynthSizes, _stored, synth
 from mimoquant.synthetic.files import PLACEMENTS, ShardFiles
 from mimoquant.synthetic.weights import RandomWeights, encode_fp8
+from mimoquant.weights.stored import dequantize, read_matrix, split_qkv
 
 SHARED = Path(__file__).parents[2] / "shared"
 SMALL = SynthSizes(layers=4, hidden=128, experts=4, top_k=2, vocab=64, dense_intermediate=160, mtp_layers=1)

@@ -27,7 +27,7 @@ from mimoquant.model.drafter import Drafter, open_drafter
 from mimoquant.model.layer_stream import Stream
 from mimoquant.model.layout import ModelLayout
 from mimoquant.model.mtp import MtpWeights, mtp_forward
-from mimoquant.model_weights import CheckpointWeights, read_drafter_weights
+from mimoquant.weights.decoded import CheckpointWeights, read_drafter_weights
 
 MAX_DEPTH = 3  # of a chain of MTP layers
 

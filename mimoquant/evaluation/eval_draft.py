@@ -51,7 +51,7 @@ from mimoquant.machine.team import Team
 from mimoquant.model.decoder_layer import linear, rms_norm
 from mimoquant.model.layer_stream import Stream, portions, walk
 from mimoquant.model.layout import ModelLayout
-from mimoquant.model_weights import CheckpointWeights
+from mimoquant.weights.decoded import CheckpointWeights
 
 SCHEMA_VERSION = 1
 _LOGITS = 2**25  # of one distribution's that are held at once

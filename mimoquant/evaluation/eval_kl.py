@@ -39,8 +39,8 @@ from mimoquant.machine.team import Team
 from mimoquant.model.decoder_layer import linear, rms_norm
 from mimoquant.model.layer_stream import Stream, portions, walk
 from mimoquant.model.layout import ModelLayout, read_layout
-from mimoquant.model_weights import CheckpointWeights
 from mimoquant.planning.plan import read_config
+from mimoquant.weights.decoded import CheckpointWeights
 
 SCHEMA_VERSION = 1
 NOISE = 2.0**-9

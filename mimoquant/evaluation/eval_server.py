@@ -30,7 +30,7 @@ from mimoquant.evaluation.server import MODES, Answer, Server
 from mimoquant.evaluation.summary import summarize
 from mimoquant.model.layer_stream import batch_sequences, walk
 from mimoquant.model.layout import ModelLayout
-from mimoquant.model_weights import CheckpointWeights
+from mimoquant.weights.decoded import CheckpointWeights
 
 
 @torch.no_grad()

@@ -20,17 +20,17 @@ from torch import Tensor
 from mimoquant.calibration.tokens import TokenSet
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.errors import RecipeError
-from mimoquant.layer_weights import not_finite, read_experts
 from mimoquant.machine.team import Team
 from mimoquant.model.decoder_layer import ExpertChunk, LayerWeights
 from mimoquant.model.layout import PROJECTIONS
-from mimoquant.model_weights import CheckpointWeights, decoded_chunk
 from mimoquant.planning.plan import Plan
 from mimoquant.planning.units import Experts
 from mimoquant.quant.engine_torch import TorchEngine, stored_parts
 from mimoquant.quant.formats import Format
 from mimoquant.quant.stack import Engine, NonFiniteError, Stack
 from mimoquant.run.calibrated import Calibrator
+from mimoquant.weights.decoded import CheckpointWeights, decoded_chunk
+from mimoquant.weights.stored import not_finite, read_experts
 
 Option = Format | None
 Round = list[tuple[Experts, dict[str, Stack]]]  # chunks that are quantized together, with their bytes as stored

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from mimoquant.container import COMPRESSED_TENSORS, EXPERT_TARGET, layers_target
 from mimoquant.errors import RecipeError
 from mimoquant.model.layout import PROJECTIONS
 from mimoquant.planning.calibration_settings import match_name
 from mimoquant.planning.plan import CHUNK_BYTES, Plan, make_plan
 from mimoquant.planning.recipe import Group, Recipe
 from mimoquant.quant.formats import GROUP_SIZES, Format
+from mimoquant.weights.container import COMPRESSED_TENSORS, EXPERT_TARGET, layers_target
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,13 +13,13 @@ from dataclasses import replace
 from typing import Any
 
 import mimoquant
-from mimoquant.container import NATIVE
 from mimoquant.errors import MimoquantError, UsageError
 from mimoquant.output.quantize_report import QuantizeReport, layers_of_formats, number, size
 from mimoquant.serving.check import engine_facts
 from mimoquant.serving.contracts import ENGINES, SGLANG, VLLM
 from mimoquant.serving.launch import launch
 from mimoquant.serving.served import Served
+from mimoquant.weights.container import NATIVE
 
 BEGIN, END = "<!-- eval-kl begins -->", "<!-- eval-kl ends -->"
 _UNMEASURED = "Not measured yet: `mimoquant eval-kl SOURCE THIS --card` writes symmetric KL here."

@@ -14,12 +14,12 @@ import mimoquant
 from mimoquant.checkpoint.hf_files import CONFIG_NAME, MODELOPT_CONFIG_NAME
 from mimoquant.checkpoint.index import INDEX_NAME
 from mimoquant.checkpoint.journal import JournalLine
-from mimoquant.container import MODELOPT, hf_quant_config
 from mimoquant.output.model_card import model_card, without_quality
 from mimoquant.output.quantize_report import QuantizeReport, fallbacks
 from mimoquant.planning.plan import Plan
 from mimoquant.planning.relayout import RelayoutPlan, relayout_texts
 from mimoquant.serving.served import planned
+from mimoquant.weights.container import MODELOPT, hf_quant_config
 
 
 def written_texts(plan: Plan, finished: dict[str, JournalLine], calibration: dict[str, Any] | None) -> dict[str, bytes]:

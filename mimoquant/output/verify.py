@@ -25,7 +25,6 @@ from mimoquant.checkpoint.journal import JOURNAL_NAME, file_sha256, read_journal
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.checkpoint.writer import Entry
 from mimoquant.errors import CheckpointError, MimoquantError, UsageError
-from mimoquant.layer_weights import dequantize, read_experts, read_matrix, read_parts
 from mimoquant.model.layout import PROJECTIONS, norm_name, router_name
 from mimoquant.output.small_files import is_as_written, written_texts
 from mimoquant.planning.plan import Plan, make_plan
@@ -35,6 +34,7 @@ from mimoquant.planning.reorder import Reorder, block_values, read_blocks
 from mimoquant.planning.units import Copy, Dequantize, Experts, Shapes, Unit
 from mimoquant.quant.engine_cpu import CpuEngine
 from mimoquant.quant.stack import Audit
+from mimoquant.weights.stored import dequantize, read_experts, read_matrix, read_parts
 
 Array = npt.NDArray[Any]
 SCHEMA_VERSION = 1

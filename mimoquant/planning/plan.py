@@ -14,14 +14,14 @@ from typing import Any
 import mimoquant
 from mimoquant.checkpoint.hf_files import CONFIG_NAME, side_files
 from mimoquant.checkpoint.index import CheckpointIndex, open_index, read_json_object, resolve_inside
-from mimoquant.container import COMPRESSED_TENSORS, MODELOPT, NATIVE, keeps_fp8, output_config
 from mimoquant.errors import RecipeError
-from mimoquant.layer_weights import packed_format
 from mimoquant.model.drafter import carried_drafter
 from mimoquant.model.layout import PROJECTIONS, ModelLayout, read_layout
 from mimoquant.planning.recipe import Recipe
 from mimoquant.planning.units import Unit, UnitBuilder
 from mimoquant.quant.formats import Format
+from mimoquant.weights.container import COMPRESSED_TENSORS, MODELOPT, NATIVE, keeps_fp8, output_config
+from mimoquant.weights.stored import packed_format
 
 CHUNK_BYTES = 96 * 2**20  # source bytes of the experts that are in memory together
 CUDA_CHUNK_BYTES = 800 * 2**20  # the same, where a GPU calibrates: some thirty experts, V2.5's in eight chunks

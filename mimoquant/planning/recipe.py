@@ -17,7 +17,6 @@ from typing import Any, NoReturn
 
 import yaml
 
-from mimoquant.container import CONTAINERS, format_weights
 from mimoquant.errors import RecipeError
 from mimoquant.planning.calibration_settings import (
     DAMP,
@@ -32,6 +31,7 @@ from mimoquant.planning.calibration_settings import (
 from mimoquant.quant.formats import GROUP_SIZES, SEARCHES, Format
 from mimoquant.quant.method import Method
 from mimoquant.shipped import recipes_folder, shipped_recipes
+from mimoquant.weights.container import CONTAINERS, format_weights
 
 VERSION = 1
 MAX_RECIPE_BYTES = 1_000_000

@@ -36,7 +36,6 @@ import mimoquant
 from mimoquant.checkpoint.hf_files import MODELOPT_CONFIG_NAME, side_files
 from mimoquant.checkpoint.index import open_index, read_json_object, resolve_inside
 from mimoquant.checkpoint.writer import Entry, file_order
-from mimoquant.container import NATIVE, ignore_qkv
 from mimoquant.errors import CheckpointError, UsageError
 from mimoquant.model.geometry import Geometry
 from mimoquant.model.layout import PROJECTIONS, ModelLayout, Weight, read_layout
@@ -45,6 +44,7 @@ from mimoquant.planning.plan import Plan, read_config
 from mimoquant.planning.recipe import Recipe
 from mimoquant.planning.reorder import Reorder, reorder
 from mimoquant.planning.units import Copy, Step, lay_out, layer_of
+from mimoquant.weights.container import NATIVE, ignore_qkv
 
 SPLIT, CANONICAL, INTERLEAVED = LAYOUTS = ("split", "canonical", "interleaved")
 RECORD_NAME = "relayout.json"

@@ -21,11 +21,11 @@ from mimoquant.checkpoint.index import TensorInfo
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.checkpoint.writer import Entry
 from mimoquant.errors import UsageError
-from mimoquant.layer_weights import not_finite, scale_rows
 from mimoquant.model.geometry import Geometry
 from mimoquant.model.layout import Weight, scale_row_counts
 from mimoquant.model.qkv import Indexes, moved_rows, moved_scale_rows
 from mimoquant.quant.stack import Engine, NonFiniteError
+from mimoquant.weights.stored import not_finite, scale_rows
 
 Array = npt.NDArray[Any]
 BLOCK_BYTES = 32 * 2**20

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from mimoquant.checkpoint.index import TensorInfo
 from mimoquant.checkpoint.writer import Entry, file_order, shard_header
-from mimoquant.container import expert_tensors, keeps_fp8, shape_tensor
 from mimoquant.errors import CheckpointError
 from mimoquant.model.layout import PROJECTIONS, ModelLayout, Weight, expert_module
 from mimoquant.planning.reorder import Reorder, reorder
 from mimoquant.quant.formats import Format
+from mimoquant.weights.container import expert_tensors, keeps_fp8, shape_tensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,11 +31,9 @@ from mimoquant.calibration.layer_facts import LayerFacts, starved
 from mimoquant.calibration.tokens import TokenSet
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.errors import CheckpointError, QualityError
-from mimoquant.layer_weights import not_finite, read_experts, read_parts
 from mimoquant.machine.team import Team
 from mimoquant.model.decoder_layer import DenseWeights, ExpertChunk, LayerWeights, Router
 from mimoquant.model.layout import PROJECTIONS, norm_name, router_name
-from mimoquant.model_weights import CheckpointWeights, decoded_chunk
 from mimoquant.planning.plan import Plan
 from mimoquant.planning.units import Experts, Unit
 from mimoquant.quant.awq import best_fold, divided_by, inverse, moved, scaled, settled
@@ -46,6 +44,8 @@ from mimoquant.quant.method import WALKED_MOST, Method
 from mimoquant.quant.reconstruct import reconstruct
 from mimoquant.quant.stack import Stack
 from mimoquant.run.portions import Portions, Seen
+from mimoquant.weights.decoded import CheckpointWeights, decoded_chunk
+from mimoquant.weights.stored import not_finite, read_experts, read_parts
 
 Array = npt.NDArray[Any]
 Parts = dict[str, dict[str, Array]]  # projection → part → [E, ...]

@@ -30,7 +30,7 @@ from mimoquant.model.layer_stream import (
     portions,
     route_again,
 )
-from mimoquant.model_weights import CheckpointWeights
+from mimoquant.weights.decoded import CheckpointWeights
 
 Seen = list[tuple[Tensor, Dispatch]]  # blocks of tokens [n, H] bf16, and where they go
 

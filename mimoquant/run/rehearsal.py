@@ -26,7 +26,6 @@ import numpy as np
 
 from mimoquant.checkpoint.journal import existing_parent
 from mimoquant.checkpoint.reader import CheckpointReader
-from mimoquant.layer_weights import read_experts
 from mimoquant.machine.devices import make_engine
 from mimoquant.model.layout import PROJECTIONS
 from mimoquant.pipeline import WRITE_LANES, Parts
@@ -35,6 +34,7 @@ from mimoquant.planning.units import Experts
 from mimoquant.quant.cast import cast
 from mimoquant.quant.method import WALKED_MOST
 from mimoquant.quant.stack import Engine, Stack
+from mimoquant.weights.stored import read_experts
 
 if TYPE_CHECKING:
     from mimoquant.run.calibrated import Calibrator

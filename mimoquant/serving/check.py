@@ -15,7 +15,6 @@ from fnmatch import fnmatch
 from functools import cached_property
 from typing import Any
 
-from mimoquant.container import COMPRESSED_TENSORS, MODELOPT
 from mimoquant.errors import CheckpointError
 from mimoquant.model.geometry import FP8_BLOCK
 from mimoquant.model.layout import PROJECTIONS, expert_module
@@ -23,6 +22,7 @@ from mimoquant.planning.plan import ranges
 from mimoquant.serving import contracts as c
 from mimoquant.serving.served import Served, Stored
 from mimoquant.serving.transformers_config import config_problems
+from mimoquant.weights.container import COMPRESSED_TENSORS, MODELOPT
 
 WARNING = "warning"
 

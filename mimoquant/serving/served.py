@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mimoquant.checkpoint.index import open_index
-from mimoquant.container import COMPRESSED_TENSORS, MODELOPT, NATIVE, expert_tensors, shape_tensor
 from mimoquant.model.geometry import FP8_BLOCK, Attention, Geometry, read_geometry
 from mimoquant.model.layout import PROJECTIONS, TOWER_PREFIXES, read_layout
 from mimoquant.model.qkv import with_chunks
 from mimoquant.planning.plan import Plan, read_config
 from mimoquant.quant.formats import Format
 from mimoquant.serving import contracts
+from mimoquant.weights.container import COMPRESSED_TENSORS, MODELOPT, NATIVE, expert_tensors, shape_tensor
 
 
 class Tensor(Protocol):

@@ -34,11 +34,11 @@ from mimoquant.checkpoint.index import INDEX_NAME, open_index
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.checkpoint.writer import Entry, fsync_folder
 from mimoquant.errors import StoppedError, UsageError
-from mimoquant.layer_weights import not_finite
 from mimoquant.model.geometry import ARCHITECTURES, FP8_BLOCK, Geometry, read_geometry
 from mimoquant.model.layout import TOWER_PREFIXES
 from mimoquant.synthetic.files import PLACEMENTS, ShardFiles
 from mimoquant.synthetic.weights import PATTERNS, ConvertedWeights, RandomWeights, encode_fp8
+from mimoquant.weights.stored import not_finite
 
 Array = npt.NDArray[Any]
 LAYOUTS = {"flash": "mimo_v2_flash", "v2.5": "mimo_v2", "pro": "mimo_v2"}

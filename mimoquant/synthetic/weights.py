@@ -21,9 +21,9 @@ from mimoquant.checkpoint.hf_files import CONFIG_NAME
 from mimoquant.checkpoint.index import read_json_object, resolve_inside
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.errors import CheckpointError, UsageError
-from mimoquant.layer_weights import split_qkv
 from mimoquant.model.geometry import FP8_BLOCK
 from mimoquant.model.layout import TOWER_PREFIXES, read_layout
+from mimoquant.weights.stored import split_qkv
 
 Array = npt.NDArray[Any]
 _E4M3_MAX = np.float32(448)

@@ -31,9 +31,9 @@ from mimoquant.evaluation.drafts import Mtp, choose_draft
 from mimoquant.evaluation.eval_draft import DraftScores, compare_drafts, eval_draft, overlap, summarize_drafts
 from mimoquant.evaluation.eval_kl import open_layout
 from mimoquant.model.layer_stream import Stream, walk
-from mimoquant.model_weights import CheckpointWeights
 from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import load_recipe
+from mimoquant.weights.decoded import CheckpointWeights
 
 MICRO = mimoquant.micro_checkpoint()
 

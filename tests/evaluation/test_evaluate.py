@@ -22,11 +22,11 @@ from mimoquant.evaluation.eval_kl import eval_kl, open_layout
 from mimoquant.evaluation.held_out import refuse_shared_data
 from mimoquant.model.decoder_layer import linear, rms_norm
 from mimoquant.model.layer_stream import Stream, walk
-from mimoquant.model_weights import CheckpointWeights
 from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import load_recipe, parse_recipe
 from mimoquant.quant.engine_torch import decode
 from mimoquant.synthetic.checkpoint import SynthSizes, synth
+from mimoquant.weights.decoded import CheckpointWeights
 
 MICRO = mimoquant.micro_checkpoint()
 

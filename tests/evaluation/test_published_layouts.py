@@ -24,9 +24,9 @@ from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.cli.app import app
 from mimoquant.errors import CheckpointError
 from mimoquant.evaluation.eval_kl import eval_kl, open_layout
-from mimoquant.model_weights import CheckpointWeights
 from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import load_recipe
+from mimoquant.weights.decoded import CheckpointWeights
 
 MICRO = mimoquant.micro_checkpoint()
 WRITERS = {"native": published.native_mxfp4, "modelopt": published.modelopt_nvfp4}

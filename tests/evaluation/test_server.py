@@ -28,9 +28,9 @@ from mimoquant.errors import CheckpointError, UsageError
 from mimoquant.evaluation import divergence, eval_kl, server
 from mimoquant.evaluation.divergence import LumpedScores, head_divergence, lumped_divergence, top_log_probabilities
 from mimoquant.model.layer_stream import walk
-from mimoquant.model_weights import CheckpointWeights
 from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import load_recipe
+from mimoquant.weights.decoded import CheckpointWeights
 
 MICRO = mimoquant.micro_checkpoint()
 VOCAB = 1024

@@ -20,7 +20,7 @@ from mimoquant.errors import CheckpointError, UsageError
 from mimoquant.model.dflash import draft_blocks, fuse
 from mimoquant.model.drafter import open_drafter, read_drafter
 from mimoquant.model.geometry import Geometry, read_geometry
-from mimoquant.model_weights import read_drafter_weights
+from mimoquant.weights.decoded import read_drafter_weights
 
 SLIDING = {"layer_types": ["sliding_attention"] * 2, "is_causal": False, "use_sliding_window": True}
 KINDS: dict[str, dict[str, Any]] = {

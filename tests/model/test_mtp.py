@@ -17,9 +17,9 @@ from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.evaluation.drafts import draft_chain
 from mimoquant.evaluation.eval_kl import open_layout
 from mimoquant.model.mtp import MtpWeights
-from mimoquant.model_weights import CheckpointWeights
 from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import load_recipe
+from mimoquant.weights.decoded import CheckpointWeights
 
 MICRO = mimoquant.micro_checkpoint()
 TOKENS, DEPTHS = 150, 3  # more than twice the window of 64

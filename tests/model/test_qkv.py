@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from mimoquant.checkpoint.index import TensorInfo
-from mimoquant.layer_weights import dequantize, split_qkv
 from mimoquant.model.geometry import Geometry, read_geometry
 from mimoquant.model.layout import Weight, scale_row_counts
 from mimoquant.model.qkv import deinterleave_rows, scale_row_of
 from mimoquant.quant.engine_cpu import CpuEngine
 from mimoquant.quant.engine_torch import TorchEngine
 from mimoquant.quant.stack import Engine, Stack
+from mimoquant.weights.stored import dequantize, split_qkv
 
 # name → (rows of q, k, v), ranks, weight rows, scale rows as published
 PUBLISHED = {

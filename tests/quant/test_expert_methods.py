@@ -117,7 +117,7 @@ def test_compressed_tensors_reads_negative_scales(group_size: int, name: str) ->
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
-    from mimoquant.container import COMPRESSED_TENSORS, expert_tensors, output_config
+    from mimoquant.weights.container import COMPRESSED_TENSORS, expert_tensors, output_config
 
     fmt, method = Format("int4", group_size), METHODS[name]
     encoded = run(fmt, Method(method.search, method.gptq, method.damp, method.refine, signed=True))

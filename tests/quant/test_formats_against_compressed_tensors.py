@@ -30,11 +30,11 @@ from compressed_tensors.quantization.utils import calculate_qparams, generate_gp
 from safetensors.torch import load_file
 
 from mimoquant.checkpoint.writer import Entry, ShardWriter
-from mimoquant.container import COMPRESSED_TENSORS, expert_tensors, format_weights, output_config
 from mimoquant.quant import engine_torch
 from mimoquant.quant.engine_torch import TorchEngine, decode, encode
 from mimoquant.quant.formats import INT4_ZERO_SCALE, Format
 from mimoquant.quant.stack import Stack
+from mimoquant.weights.container import COMPRESSED_TENSORS, expert_tensors, format_weights, output_config
 
 FORMATS = [
     Format("int4", 32), Format("int4", 64), Format("int4", 128),

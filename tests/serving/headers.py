@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from mimoquant.checkpoint.index import DTYPE_BYTES
-from mimoquant.container import CONTAINERS, NATIVE, expert_tensors, output_config, shape_tensor
 from mimoquant.model.geometry import Geometry, read_geometry
 from mimoquant.model.layout import PROJECTIONS, _layer_rows, _mtp_rows, scale_row_counts
 from mimoquant.quant.formats import Format
 from mimoquant.serving.served import Served, served
+from mimoquant.weights.container import CONTAINERS, NATIVE, expert_tensors, output_config, shape_tensor
 
 CONFIGS = Path(__file__).parent / "configs"
 VARIANTS = ("v2-flash", "v2.5", "v2.5-pro")

@@ -28,7 +28,7 @@ from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.evaluation.eval_kl import final_hidden, open_layout, streams_of
 from mimoquant.model.decoder_layer import linear
 from mimoquant.model.layer_stream import walk
-from mimoquant.model_weights import CheckpointWeights, packed_format
+from mimoquant.weights.decoded import CheckpointWeights, packed_format
 
 pytestmark = pytest.mark.engine
 HERE = Path(__file__).parent

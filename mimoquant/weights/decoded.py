@@ -15,7 +15,6 @@ from mimoquant.checkpoint.index import CheckpointIndex, TensorInfo, resolve_insi
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.checkpoint.torch_file import read_vector
 from mimoquant.errors import CheckpointError
-from mimoquant.layer_weights import dequantize, packed_format, part_name, read_matrix, read_stack
 from mimoquant.model.decoder_layer import (
     AttentionWeights,
     DenseWeights,
@@ -32,6 +31,7 @@ from mimoquant.model.mtp import MtpWeights
 from mimoquant.model.qkv import deinterleave_rows
 from mimoquant.quant.engine_torch import TorchEngine, decode, dequantize_fp8, exp2
 from mimoquant.quant.formats import Format
+from mimoquant.weights.stored import dequantize, packed_format, part_name, read_matrix, read_stack
 
 CHUNK_ELEMENTS = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}  # weights of the experts that are decoded together
 

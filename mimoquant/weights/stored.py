@@ -14,13 +14,13 @@ import numpy.typing as npt
 
 from mimoquant.checkpoint.index import DTYPE_BYTES, TensorInfo
 from mimoquant.checkpoint.reader import CheckpointReader
-from mimoquant.container import expert_tensors
 from mimoquant.errors import CheckpointError
 from mimoquant.model.geometry import FP8_BLOCK, Geometry
 from mimoquant.model.layout import PROJECTIONS, ModelLayout, Weight
 from mimoquant.model.qkv import Indexes, deinterleave_rows, scale_row_of
 from mimoquant.quant.formats import Format
 from mimoquant.quant.stack import Engine, NonFiniteError, Stack
+from mimoquant.weights.container import expert_tensors
 
 Array = npt.NDArray[Any]
 
