@@ -237,7 +237,7 @@ def test_errors_have_one_tree_and_the_documented_exit_codes() -> None:
                      "QualityError": 5}  # fmt: skip
 
 
-needs_cli = pytest.mark.skipif(not (PACKAGE / "cli.py").exists(), reason="mimoquant/cli/app.py is not there yet")
+needs_cli = pytest.mark.skipif(not (PACKAGE / "cli" / "app.py").exists(), reason="the command line is not there yet")
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:

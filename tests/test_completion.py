@@ -16,7 +16,7 @@ def run(line: str, *options: str) -> subprocess.CompletedProcess[str]:
     """What bash would call to complete the last word of `line`."""
     words = line.split(" ")
     asked = {"_MIMOQUANT_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)}
-    command = [sys.executable, *options, "-c", "from mimoquant.cli import app; app(prog_name='mimoquant')"]
+    command = [sys.executable, *options, "-c", "from mimoquant.cli.app import app; app(prog_name='mimoquant')"]
     return subprocess.run(command, env=os.environ | asked, capture_output=True, text=True, check=True)
 
 
@@ -51,7 +51,7 @@ def test_completing_loads_nothing_heavy() -> None:
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_the_script_for_a_shell_asks_this_program(shell: str) -> None:
-    command = [sys.executable, "-c", "from mimoquant.cli import app; app(prog_name='mimoquant')", "--show-completion"]
+    command = [sys.executable, "-c", "from mimoquant.cli.app import app; app(prog_name='mimoquant')", "--show-completion"]
     asked = {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
     script = subprocess.run(
         [*command, shell], env=os.environ | asked, capture_output=True, text=True, check=True

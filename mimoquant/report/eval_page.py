@@ -27,7 +27,8 @@ Bar = tuple[float, float, float | None, str, str]  # left and right in 0..1, val
 Row = tuple[str, float | None, float | None, float | None, str]  # name, value, interval, tooltip
 
 WIDTH = 100  # columns of a terminal
-CONTEXT_CHARS, TOKEN_CHARS, NAME_CHARS = 300, 60, 24
+CONTEXT_CHARS, TOKEN_CHARS = 300, 60
+NAME_CHARS = 24
 QUANTILES = {"median": "median", "mean": "mean", "p90": "p90", "p99": "p99", "p99_9": "p99.9", "max": "max"}
 HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}  # Unicode categories that act on their neighbours, or vanish
 
