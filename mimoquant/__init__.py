@@ -6,10 +6,10 @@ Key idea: they load when they are first asked for, so that `import mimoquant` an
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from mimoquant.__version__ import __version__ as __version__
 
 if TYPE_CHECKING:
     from mimoquant.api import eval_draft as eval_draft
@@ -23,9 +23,20 @@ if TYPE_CHECKING:
     from mimoquant.api import synth as synth
     from mimoquant.api import verify as verify
 
-__version__ = "0.1.0"
-__all__ = ["eval_draft", "eval_kl", "inspect", "launch", "micro_checkpoint", "micro_drafter", "plan", "quantize",
-           "relayout", "sensitivity", "synth", "verify"]  # fmt: skip
+__all__ = [
+    "eval_draft",
+    "eval_kl",
+    "inspect",
+    "launch",
+    "micro_checkpoint",
+    "micro_drafter",
+    "plan",
+    "quantize",
+    "relayout",
+    "sensitivity",
+    "synth",
+    "verify",
+]
 
 
 def micro_checkpoint() -> Path:
@@ -44,14 +55,3 @@ def __getattr__(name: str) -> Any:
     from mimoquant import api
 
     return getattr(api, name)
-
-
-class _Package(ModuleType):
-    """Importing the module `mimoquant.plan` would set `plan` here; the name stays the verb's."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in __all__ and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -12,12 +12,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mimoquant.__version__ import SCHEMA_VERSION
 from mimoquant.errors import UsageError
 
 if TYPE_CHECKING:
     from mimoquant.calibration.tokens import TokenSet
+    from mimoquant.machine.memory import Machine
     from mimoquant.mixing.mixtures import Mixtures
-    from mimoquant.planning.needs import Machine
     from mimoquant.planning.plan import Plan
 
 Facts = dict[str, Any]  # plain data, as `--json` prints it
@@ -31,19 +32,29 @@ def inspect(checkpoint: Folder, *, allow_unknown: bool = False) -> Facts:
     """
     from mimoquant.checkpoint.index import open_index
     from mimoquant.model.layout import read_layout
-    from mimoquant.planning import facts as describe
+    from mimoquant.planning.facts import layout_facts
     from mimoquant.planning.plan import read_config
 
     index = open_index(checkpoint)
-    return describe.layout_facts(read_layout(index, read_config(index), allow_unknown=allow_unknown, packed=True))
+    return layout_facts(read_layout(index, read_config(index), allow_unknown=allow_unknown, packed=True))
 
 
 def plan(
-    source: Folder, recipe: str, *, out: Folder | None = None, device: str = "auto", gpu_memory: float | None = None,
-    data: Sequence[str] | None = None, sequences: int | None = None, tokens: int | None = None,
-    refine: int | None = None, refine_layer: Sequence[int] | None = None, container: str | None = None,
-    measure: bool = False, allow_unknown: bool = False,
-) -> Facts:  # fmt: skip
+    source: Folder,
+    recipe: str,
+    *,
+    out: Folder | None = None,
+    device: str = "auto",
+    gpu_memory: float | None = None,
+    data: Sequence[str] | None = None,
+    sequences: int | None = None,
+    tokens: int | None = None,
+    refine: int | None = None,
+    refine_layer: Sequence[int] | None = None,
+    container: str | None = None,
+    measure: bool = False,
+    allow_unknown: bool = False,
+) -> Facts:
     """What `quantize` would do and need, and the result's size to the byte. Reads headers only.
 
     Args:
@@ -55,8 +66,11 @@ def plan(
     Raises UsageError, RecipeError, CheckpointError.
     """
     from mimoquant.machine.devices import resolve_device
-    from mimoquant.planning import facts as describe
-    from mimoquant.planning.needs import machine
+    from mimoquant.machine.memory import machine
+    from mimoquant.mixing.needs import sensitivity_facts
+    from mimoquant.planning.facts import plan_facts
+    from mimoquant.serving.check import planned_facts
+    from mimoquant.serving.served import planned
 
     place = resolve_device(device)
     has = machine(place, gpu_memory)
@@ -67,16 +81,34 @@ def plan(
         from mimoquant.run.rehearsal import rehearse
 
         took = rehearse(made, place, None if out is None else Path(out))
-    return describe.plan_facts(made, place, has, took, None if out is None else Path(out))
+    return plan_facts(
+        made,
+        place,
+        has,
+        engines=planned_facts(planned(made)),
+        sensitivity=sensitivity_facts(made, place),
+        took=took,
+        folder=None if out is None else Path(out),
+    )
 
 
 def quantize(
-    source: Folder, recipe: str, out: Folder, *, device: str = "auto", gpu_memory: float | None = None,
-    resume: bool = False, data: Sequence[str] | None = None, sequences: int | None = None, tokens: int | None = None,
-    refine: int | None = None, refine_layer: Sequence[int] | None = None, container: str | None = None,
+    source: Folder,
+    recipe: str,
+    out: Folder,
+    *,
+    device: str = "auto",
+    gpu_memory: float | None = None,
+    resume: bool = False,
+    data: Sequence[str] | None = None,
+    sequences: int | None = None,
+    tokens: int | None = None,
+    refine: int | None = None,
+    refine_layer: Sequence[int] | None = None,
+    container: str | None = None,
     allow_unknown: bool = False,
     progress: Callable[[str, int, bool], None] | None = None,
-) -> Facts:  # fmt: skip
+) -> Facts:
     """Write the 4-bit checkpoint `out`, which appears when it is complete. Returns what `out`/report.json holds.
 
     Args:
@@ -88,7 +120,8 @@ def quantize(
     """
     from mimoquant import pipeline
     from mimoquant.machine.devices import resolve_device
-    from mimoquant.planning.needs import machine, refusal
+    from mimoquant.machine.memory import machine
+    from mimoquant.planning.needs import refusal
 
     place = resolve_device(device)
     has = machine(place, gpu_memory)
@@ -101,9 +134,15 @@ def quantize(
 
 
 def relayout(
-    source: Folder, out: Folder, *, qkv: str, tp: int | None = None, bf16: bool = False, resume: bool = False,
+    source: Folder,
+    out: Folder,
+    *,
+    qkv: str,
+    tp: int | None = None,
+    bf16: bool = False,
+    resume: bool = False,
     allow_unknown: bool = False,
-) -> Facts:  # fmt: skip
+) -> Facts:
     """Write q, k and v in another layout (`split`, `canonical`, `interleaved`); all else is copied byte for byte.
 
     Args:
@@ -111,20 +150,25 @@ def relayout(
     Raises UsageError: nothing would change, or not exactly. CheckpointError: the source. StoppedError: the disk.
     """
     from mimoquant import pipeline
-    from mimoquant.planning import facts as describe
+    from mimoquant.planning.facts import relayout_facts
     from mimoquant.planning.relayout import make_relayout
     from mimoquant.serving.check import planned_facts
     from mimoquant.serving.served import planned
 
     made = make_relayout(source, qkv, tp=tp, bf16=bf16, allow_unknown=allow_unknown)
     finished = pipeline.execute(made, out, device="cpu", resume=resume)
-    return describe.relayout_facts(made, finished, planned_facts(planned(made)))
+    return relayout_facts(made, finished, planned_facts(planned(made)))
 
 
 def verify(
-    out: Folder, source: Folder | None = None, *, engine: str | None = None, engine_version: str | None = None,
-    tp: int | None = None, progress: Callable[[str, int, int], None] | None = None,
-) -> Facts:  # fmt: skip
+    out: Folder,
+    source: Folder | None = None,
+    *,
+    engine: str | None = None,
+    engine_version: str | None = None,
+    tp: int | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Facts:
     """Hold a checkpoint against its source, value by value, or against what an engine accepts, or both.
 
     What is wrong is told, not raised: `ok` and `problems`, and the same of `engine`, which is left out where files are
@@ -139,7 +183,7 @@ def verify(
         raise UsageError(f"there is nothing to hold {out} against", hint="give --source, --engine, or both")
     if engine is None and (engine_version or tp):
         raise UsageError("--engine-version and --tp are about an --engine", hint="name one, such as --engine vllm")
-    facts: Facts = {"schema_version": 1, "out": str(out), "ok": True, "problems": []}
+    facts: Facts = {"schema_version": SCHEMA_VERSION, "out": str(out), "ok": True, "problems": []}
     if source is not None:
         from mimoquant.output.verify import verify as run
 
@@ -153,9 +197,15 @@ def verify(
 
 
 def launch(
-    out: Folder, engine: str, gpu: str, gpus: int, *, mtp: bool = False, dflash: Folder | None = None,
+    out: Folder,
+    engine: str,
+    gpu: str,
+    gpus: int,
+    *,
+    mtp: bool = False,
+    dflash: Folder | None = None,
     engine_version: str | None = None,
-) -> Facts:  # fmt: skip
+) -> Facts:
     """The command that serves a checkpoint on `gpus` of a kind (`h100`, ...), and what to expect. Reads headers only.
 
     Args:
@@ -170,9 +220,16 @@ def launch(
 
 
 def eval_kl(
-    reference: Folder, candidate: Folder, *, data: Sequence[str] = ("heldout-v1",), sequences: int | None = None,
-    tokens: int = 512, baseline: Folder | None = None, noise_floor: bool = True, device: str = "auto",
-) -> Facts:  # fmt: skip
+    reference: Folder,
+    candidate: Folder,
+    *,
+    data: Sequence[str] = ("heldout-v1",),
+    sequences: int | None = None,
+    tokens: int = 512,
+    baseline: Folder | None = None,
+    noise_floor: bool = True,
+    device: str = "auto",
+) -> Facts:
     """Symmetric KL of a checkpoint against its reference on held-out tokens, in nats a token: `["j"]["mean"]`.
 
     Args:
@@ -187,14 +244,28 @@ def eval_kl(
     from mimoquant.machine.devices import resolve_device
 
     held = _held_out(reference, data, sequences, tokens)
-    return run(reference, candidate, held, baseline=baseline, noise_floor=noise_floor,
-               decode=decoder_of(Path(reference)), device=resolve_device(device))  # fmt: skip
+    return run(
+        reference,
+        candidate,
+        held,
+        baseline=baseline,
+        noise_floor=noise_floor,
+        decode=decoder_of(Path(reference)),
+        device=resolve_device(device),
+    )
 
 
 def eval_draft(
-    reference: Folder, candidate: Folder, *, draft: Folder = "mtp", data: Sequence[str] = ("heldout-v1",),
-    sequences: int | None = None, tokens: int = 512, depth: int | None = None, device: str = "auto",
-) -> Facts:  # fmt: skip
+    reference: Folder,
+    candidate: Folder,
+    *,
+    draft: Folder = "mtp",
+    data: Sequence[str] = ("heldout-v1",),
+    sequences: int | None = None,
+    tokens: int = 512,
+    depth: int | None = None,
+    device: str = "auto",
+) -> Facts:
     """How many drafted tokens a quantized backbone accepts, beside its reference.
 
     Args:
@@ -210,11 +281,22 @@ def eval_draft(
 
 
 def sensitivity(
-    source: Folder, recipe: str, out: Folder, *, budget_bytes: int | None = None, target_kl: float | None = None,
-    data: Sequence[str] = ("heldout-v1",), sequences: int = 56, tokens: int = 512, container: str | None = None,
-    fp8: bool = True, any_format: bool = False, device: str = "auto", resume: bool = False,
+    source: Folder,
+    recipe: str,
+    out: Folder,
+    *,
+    budget_bytes: int | None = None,
+    target_kl: float | None = None,
+    data: Sequence[str] = ("heldout-v1",),
+    sequences: int = 56,
+    tokens: int = 512,
+    container: str | None = None,
+    fp8: bool = True,
+    any_format: bool = False,
+    device: str = "auto",
+    resume: bool = False,
     allow_unknown: bool = False,
-) -> Facts:  # fmt: skip
+) -> Facts:
     """Measure what each layer's quantization costs, and write the recipe `out` that spends bytes where they buy most.
 
     Args:
@@ -224,28 +306,36 @@ def sensitivity(
     Raises UsageError: nothing fits, or shared data. CheckpointError: bad data. QualityError: the target was missed.
     """
     from mimoquant.machine.devices import resolve_device
+    from mimoquant.machine.memory import machine
     from mimoquant.machine.team import Team
     from mimoquant.mixing.needs import fork_refusal
     from mimoquant.mixing.run import forks_of
     from mimoquant.mixing.run import sensitivity as run
-    from mimoquant.planning.needs import machine
 
     if budget_bytes is not None and target_kl is not None:
         raise UsageError(f"a budget of {budget_bytes} bytes and a target of {target_kl:g}: only one can be the limit")
     team = Team(resolve_device(device))
     held = _held_out(source, data, sequences, tokens)
-    mixed = mixtures(Path(source), recipe, container, team.device, allow_unknown=allow_unknown, fp8=fp8,
-                     any_format=any_format)  # fmt: skip
+    mixed = mixtures(
+        Path(source), recipe, container, team.device, allow_unknown=allow_unknown, fp8=fp8, any_format=any_format
+    )
     if refused := fork_refusal(forks_of(mixed, held, team), len(held.ids), team.device, machine(team.device)):
         raise refused
     return run(mixed, held, Path(out), budget_bytes=budget_bytes, target_j=target_kl, resume=resume, team=team)
 
 
 def synth(
-    out: Folder, layout: str, *, source: Folder | None = None, seed: int = 0, layers: int | None = None,
-    experts: int | None = None, hidden: int | None = None, expert_intermediate: int | None = None,
+    out: Folder,
+    layout: str,
+    *,
+    source: Folder | None = None,
+    seed: int = 0,
+    layers: int | None = None,
+    experts: int | None = None,
+    hidden: int | None = None,
+    expert_intermediate: int | None = None,
     vocab: int | None = None,
-) -> Facts:  # fmt: skip
+) -> Facts:
     """Write a small checkpoint in a published on-disk format (`flash`, `v2.5`, `pro`): for tests, demos, bug reports.
 
     Args:
@@ -255,34 +345,53 @@ def synth(
     from mimoquant.synthetic.checkpoint import SynthSizes
     from mimoquant.synthetic.checkpoint import synth as run
 
-    given = {"layers": layers, "experts": experts, "hidden": hidden, "expert_intermediate": expert_intermediate,
-             "vocab": vocab}  # fmt: skip
+    given = {
+        "layers": layers,
+        "experts": experts,
+        "hidden": hidden,
+        "expert_intermediate": expert_intermediate,
+        "vocab": vocab,
+    }
     chosen = {key: value for key, value in given.items() if value is not None}
     if source is not None and chosen:
         option = next(iter(chosen)).replace("_", "-")
         raise UsageError(f"--from takes the sizes of {source}; --{option} cannot go with it")
     sizes = SynthSizes(**chosen) if source is None else None
     report = run(Path(out), layout, source=None if source is None else Path(source), sizes=sizes, seed=seed)
-    return {"schema_version": 1, "out": str(out), **asdict(report)}
+    return {"schema_version": SCHEMA_VERSION, "out": str(out), **asdict(report)}
 
 
 # --- what the command line shares -------------------------------------------------------------------------------------
 
 
 def calibration_changes(
-    data: Sequence[str] | None, sequences: int | None, tokens: int | None, refine: int | None = None,
+    data: Sequence[str] | None,
+    sequences: int | None,
+    tokens: int | None,
+    refine: int | None = None,
     refine_layer: Sequence[int] | None = None,
-) -> Facts:  # fmt: skip
+) -> Facts:
     """What a caller says of calibration, where the recipe says otherwise."""
-    given = {"data": tuple(data) if data else None, "sequences": sequences, "tokens": tokens, "reconstruct": refine,
-             "reconstruct_layers": tuple(refine_layer) if refine_layer else None}  # fmt: skip
+    given = {
+        "data": tuple(data) if data else None,
+        "sequences": sequences,
+        "tokens": tokens,
+        "reconstruct": refine,
+        "reconstruct_layers": tuple(refine_layer) if refine_layer else None,
+    }
     return {key: value for key, value in given.items() if value is not None}
 
 
 def fitted_plan(
-    source: Folder, recipe: str, container: str | None, allow_unknown: bool, calibration: Facts, device: str,
-    has: Machine, ranks: int = 1,
-) -> Plan:  # fmt: skip
+    source: Folder,
+    recipe: str,
+    container: str | None,
+    allow_unknown: bool,
+    calibration: Facts,
+    device: str,
+    has: Machine,
+    ranks: int = 1,
+) -> Plan:
     """The plan in chunks that fit a machine; `calibration` from `calibration_changes`."""
     from mimoquant.planning.needs import fitting_plan
     from mimoquant.planning.plan import make_plan
@@ -291,8 +400,10 @@ def fitted_plan(
     loaded = load_recipe(recipe).calibrated_on(calibration)
     return fitting_plan(
         lambda size: make_plan(source, loaded, container=container, allow_unknown=allow_unknown, chunk_bytes=size),
-        device, has, ranks,
-    )  # fmt: skip
+        device,
+        has,
+        ranks,
+    )
 
 
 def mixtures(

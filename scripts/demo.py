@@ -18,8 +18,7 @@ from typing import Any
 from rich.console import Console
 
 import mimoquant
-from mimoquant.output.quantize_report import size
-from mimoquant.planning.facts import table
+from mimoquant.wording import size, table
 
 RECIPES = ("int4-g128-rtn", "int4-g128-mse", "int4-g32-mse", "mxfp4-mse", "nvfp4-mse")
 console = Console(highlight=False)
@@ -60,8 +59,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = keep or Path(temporary)
         run("inspect", source)
-        rows = [row(source, recipe, folder / recipe, show=recipe == "mxfp4-mse") for recipe in sorted(
-            RECIPES, key=lambda recipe: recipe != "mxfp4-mse")]  # fmt: skip
+        rows = [
+            row(source, recipe, folder / recipe, show=recipe == "mxfp4-mse")
+            for recipe in sorted(RECIPES, key=lambda recipe: recipe != "mxfp4-mse")
+        ]
     head = ("recipe", "container", "output", "relMSE", "half steps", "proven", "seconds")
     cells = [
         (

@@ -27,9 +27,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
-               "VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_HOST_IP": "127.0.0.1",
-               "CUDA_CACHE_MAXSIZE": str(4 << 30)}  # fmt: skip
+os.environ |= {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    "VLLM_HOST_IP": "127.0.0.1",
+    "CUDA_CACHE_MAXSIZE": str(4 << 30),
+}
 
 import numpy as np
 import torch
@@ -44,9 +49,21 @@ from mimoquant.planning.recipe import load_recipe
 from mimoquant.synthetic.checkpoint import SynthSizes, synth
 from mimoquant.weights.decoded import CheckpointWeights
 
-SIZES = SynthSizes(layers=6, hidden=512, experts=8, top_k=8, expert_intermediate=512, dense_intermediate=512,
-                   vocab=2048, heads=16, kv_heads=2, swa_kv_heads=2, head_dim=192, v_head_dim=128,
-                   mtp_layers=0)  # fmt: skip
+SIZES = SynthSizes(
+    layers=6,
+    hidden=512,
+    experts=8,
+    top_k=8,
+    expert_intermediate=512,
+    dense_intermediate=512,
+    vocab=2048,
+    heads=16,
+    kv_heads=2,
+    swa_kv_heads=2,
+    head_dim=192,
+    v_head_dim=128,
+    mtp_layers=0,
+)
 LENGTHS = (96, 96, 96)
 TIMEOUT_S = 200  # of one engine, its kernels' compilation included
 SPOKEN = re.compile(r"(?:Using \S.*?(?:backend|Experts|Marlin|kernel|Method)\S*[^\n]*|\S*Marlin\S*[^\n]*)")
@@ -65,13 +82,17 @@ class Case:
 
 
 CASES = (
-    Case("flash"), Case("pro"),
+    Case("flash"),
+    Case("pro"),
     *(Case("flash", recipe) for recipe in ("int4-g128-mse", "int4-g32-mse", "nvfp4-mse")),
     *(Case("pro", recipe) for recipe in ("int4-g128-mse", "nvfp4-mse")),
-    *(Case(source, "mxfp4-mse", container)
-      for source in ("flash", "pro") for container in ("native", "compressed-tensors")),
+    *(
+        Case(source, "mxfp4-mse", container)
+        for source in ("flash", "pro")
+        for container in ("native", "compressed-tensors")
+    ),
     Case("pro", "nvfp4-mse", "modelopt"),
-)  # fmt: skip
+)
 
 
 def with_remote_code(folder: Path) -> None:
@@ -114,10 +135,23 @@ def ask(folder: str, tp: int, out: str) -> None:
     """The same from vLLM; runs in a process of its own."""
     from vllm import LLM, SamplingParams
 
-    llm = LLM(folder, skip_tokenizer_init=True, trust_remote_code=True, enforce_eager=True, tensor_parallel_size=tp,
-              max_model_len=LENGTHS[0] + 8, max_num_seqs=4, max_logprobs=-1, logprobs_mode="raw_logprobs", seed=0,
-              enable_prefix_caching=False, gpu_memory_utilization=0.1, kv_cache_memory_bytes=2**28,
-              attention_backend="TRITON_ATTN_DIFFKV", disable_custom_all_reduce=True)  # fmt: skip
+    llm = LLM(
+        folder,
+        skip_tokenizer_init=True,
+        trust_remote_code=True,
+        enforce_eager=True,
+        tensor_parallel_size=tp,
+        max_model_len=LENGTHS[0] + 8,
+        max_num_seqs=4,
+        max_logprobs=-1,
+        logprobs_mode="raw_logprobs",
+        seed=0,
+        enable_prefix_caching=False,
+        gpu_memory_utilization=0.1,
+        kv_cache_memory_bytes=2**28,
+        attention_backend="TRITON_ATTN_DIFFKV",
+        disable_custom_all_reduce=True,
+    )
     asked = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=-1, detokenize=False)
     replies = llm.generate([{"prompt_token_ids": ids} for ids in prompts()], asked, use_tqdm=False)
     rows: list[Any] = []
@@ -133,11 +167,16 @@ def answered(folder: Path, tp: int, number: int, work: Path) -> tuple[np.ndarray
     """vLLM's rows, or none, and its log. `number` tells the GPU and ports of an engine apart from others'."""
     out, log = (work / f"{folder.name}-tp{tp}.{suffix}" for suffix in ("npy", "log"))
     gpus = range(tp) if tp > 1 else [number % torch.cuda.device_count()]
-    with log.open("w") as told, subprocess.Popen(
-        [sys.executable, __file__, "--ask", str(folder), str(tp), str(out)], stdout=told, stderr=subprocess.STDOUT,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)), "VLLM_PORT": str(20000 + 64 * number)},
-        start_new_session=True,
-    ) as engine:  # fmt: skip
+    with (
+        log.open("w") as told,
+        subprocess.Popen(
+            [sys.executable, __file__, "--ask", str(folder), str(tp), str(out)],
+            stdout=told,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)), "VLLM_PORT": str(20000 + 64 * number)},
+            start_new_session=True,
+        ) as engine,
+    ):
         try:
             engine.wait(TIMEOUT_S)
         except subprocess.TimeoutExpired:
@@ -155,8 +194,10 @@ def row(case: Case, tp: int, number: int, work: Path, folders: dict[Case, Path],
     kl = (np.exp(own[case]) * (own[case] - theirs)).sum(-1)
     source = own[Case(case.source)]
     away = (np.exp(source) * (source - own[case])).sum(-1).mean()
-    return (f"| {case} | {tp} | {np.abs(own[case] - theirs).max():.3f} | {kl.mean():.1e} | {away:.3f} | "
-            f"{'; '.join(spoken)} |")  # fmt: skip
+    return (
+        f"| {case} | {tp} | {np.abs(own[case] - theirs).max():.3f} | {kl.mean():.1e} | {away:.3f} | "
+        f"{'; '.join(spoken)} |"
+    )
 
 
 def main() -> None:
@@ -185,8 +226,10 @@ def judge(work: Path, options: argparse.Namespace) -> None:
     own = {case: ours(folder) for case, folder in folders.items()}
     print("| output | TP | max abs Δ log p | KL to ours | KL to the source | kernels |\n|---|---|---|---|---|---|")
     with ThreadPoolExecutor(options.at_once) as pool:
-        jobs = [pool.submit(row, case, tp, number, work, folders, own)
-                for number, (tp, case) in enumerate(itertools.product(options.tp, wanted))]  # fmt: skip
+        jobs = [
+            pool.submit(row, case, tp, number, work, folders, own)
+            for number, (tp, case) in enumerate(itertools.product(options.tp, wanted))
+        ]
         for job in as_completed(jobs):
             print(job.result(), flush=True)
 

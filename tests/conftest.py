@@ -108,16 +108,39 @@ class Checkpoint:
 def flash_config(**changes: Any) -> dict[str, Any]:
     """A mimo_v2_flash config: layer 0 dense, 1 sliding MoE, 2 global MoE, 4 experts of width 128, hidden 128."""
     config: dict[str, Any] = {
-        "architectures": ["MiMoV2FlashForCausalLM"], "model_type": "mimo_v2_flash", "torch_dtype": "bfloat16",
-        "vocab_size": 64, "hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 128,
-        "num_hidden_layers": 3, "hybrid_layer_pattern": [0, 1, 0], "moe_layer_freq": [0, 1, 1],
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24, "v_head_dim": 16,
-        "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_head_dim": 24, "swa_v_head_dim": 16,
-        "add_full_attention_sink_bias": False, "add_swa_attention_sink_bias": True,
-        "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": None, "hidden_act": "silu",
-        "scoring_func": "sigmoid", "topk_method": "noaux_tc", "n_group": 1, "topk_group": 1, "norm_topk_prob": True,
-        "routed_scaling_factor": None, "tie_word_embeddings": False, "attention_bias": False,
-    }  # fmt: skip
+        "architectures": ["MiMoV2FlashForCausalLM"],
+        "model_type": "mimo_v2_flash",
+        "torch_dtype": "bfloat16",
+        "vocab_size": 64,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "moe_intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "hybrid_layer_pattern": [0, 1, 0],
+        "moe_layer_freq": [0, 1, 1],
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 24,
+        "v_head_dim": 16,
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 4,
+        "swa_head_dim": 24,
+        "swa_v_head_dim": 16,
+        "add_full_attention_sink_bias": False,
+        "add_swa_attention_sink_bias": True,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": None,
+        "hidden_act": "silu",
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": None,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+    }
     return config | changes
 
 
@@ -135,8 +158,11 @@ def make_checkpoint(
     """
     config = flash_config(**changes)
     if fused:
-        config |= {"model_type": "mimo_v2", "architectures": ["MiMoV2ForCausalLM"],
-                   "attention_projection_layout": "fused_qkv"}  # fmt: skip
+        config |= {
+            "model_type": "mimo_v2",
+            "architectures": ["MiMoV2ForCausalLM"],
+            "attention_projection_layout": "fused_qkv",
+        }
     if fp8:
         config.setdefault("quantization_config", dict(FP8_CONFIG))
     rng = np.random.default_rng(seed)

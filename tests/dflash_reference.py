@@ -69,9 +69,19 @@ def changed(dflash: dict[str, Any] | None = None, **values: Any) -> dict[str, An
 
 def small(dflash: dict[str, Any] | None = None, **values: Any) -> dict[str, Any]:
     """A drafter for the micro checkpoint, by its config."""
-    sizes = {"hidden_size": 256, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "head_dim": 12, "v_head_dim": 12, "num_target_layers": 5, "vocab_size": 1024,
-             "block_size": 5, "sliding_window": 7}  # fmt: skip
+    sizes = {
+        "hidden_size": 256,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 12,
+        "v_head_dim": 12,
+        "num_target_layers": 5,
+        "vocab_size": 1024,
+        "block_size": 5,
+        "sliding_window": 7,
+    }
     own = {"target_layer_ids": [0, 3, 4], "mask_token_id": 211, "block_size": 5, "swa_window_size": 7}
     return changed(own | (dflash or {}), **(sizes | values))
 
@@ -90,8 +100,12 @@ def write_drafter(folder: Path, config: dict[str, Any], *, mask: bool = True, se
     tensors |= {name: normal(hidden, around=1.0, spread=0.3) for name in ("hidden_norm.weight", "norm.weight")}
     for n in range(config["num_hidden_layers"]):
         at = f"layers.{n}."
-        for name, rows, columns in (("q", heads * dim, hidden), ("k", kv * dim, hidden), ("v", kv * dim, hidden),
-                                    ("o", hidden, heads * dim)):  # fmt: skip
+        for name, rows, columns in (
+            ("q", heads * dim, hidden),
+            ("k", kv * dim, hidden),
+            ("v", kv * dim, hidden),
+            ("o", hidden, heads * dim),
+        ):
             tensors[f"{at}self_attn.{name}_proj.weight"] = normal(rows, columns, spread=columns**-0.5)
         for name, rows, columns in (("gate", inner, hidden), ("up", inner, hidden), ("down", hidden, inner)):
             tensors[f"{at}mlp.{name}_proj.weight"] = normal(rows, columns, spread=columns**-0.5)

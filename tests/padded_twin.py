@@ -54,9 +54,10 @@ def padded_twin(folder: Path, twin: Path, head: int, *, mtp: bool = False) -> Pa
             tensors |= mtp_layer(weights.mtp_layer(number), f"model.mtp.layers.{number}.", head)
     twin.mkdir()
     save_file(
-        {name: tensor.contiguous().clone() for name, tensor in tensors.items()}, twin / "model.safetensors",
+        {name: tensor.contiguous().clone() for name, tensor in tensors.items()},
+        twin / "model.safetensors",
         {"format": "pt"},
-    )  # fmt: skip
+    )
     (twin / "config.json").write_text(json.dumps(config(layout.config, head)))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(folder / name, twin / name)
@@ -65,10 +66,12 @@ def padded_twin(folder: Path, twin: Path, head: int, *, mtp: bool = False) -> Pa
 
 def attention(weights: AttentionWeights, head: int) -> dict[str, torch.Tensor]:
     factor = math.sqrt(head / (weights.q.shape[0] // weights.heads))
-    parts = {"q_proj.weight": padded(weights.q, weights.heads, head, factor),
-             "k_proj.weight": padded(weights.k, weights.kv_heads, head),
-             "v_proj.weight": padded(weights.v, weights.kv_heads, head),
-             "o_proj.weight": padded(weights.o.T.contiguous(), weights.heads, head).T}  # fmt: skip
+    parts = {
+        "q_proj.weight": padded(weights.q, weights.heads, head, factor),
+        "k_proj.weight": padded(weights.k, weights.kv_heads, head),
+        "v_proj.weight": padded(weights.v, weights.kv_heads, head),
+        "o_proj.weight": padded(weights.o.T.contiguous(), weights.heads, head).T,
+    }
     return parts if weights.sink is None else parts | {"attention_sink_bias": weights.sink}
 
 
@@ -76,11 +79,17 @@ def mtp_layer(weights: MtpWeights, prefix: str, head: int) -> dict[str, torch.Te
     mlp = weights.layer.mlp
     assert isinstance(mlp, DenseWeights)
     parts = {f"self_attn.{name}": tensor for name, tensor in attention(weights.layer.attention, head).items()}
-    parts |= {"enorm.weight": weights.embedding_norm, "hnorm.weight": weights.hidden_norm,
-              "eh_proj.weight": weights.projection, "input_layernorm.weight": weights.layer.input_norm,
-              "pre_mlp_layernorm.weight": weights.layer.post_norm, "final_layernorm.weight": weights.final_norm,
-              "mlp.gate_proj.weight": mlp.gate, "mlp.up_proj.weight": mlp.up,
-              "mlp.down_proj.weight": mlp.down}  # fmt: skip
+    parts |= {
+        "enorm.weight": weights.embedding_norm,
+        "hnorm.weight": weights.hidden_norm,
+        "eh_proj.weight": weights.projection,
+        "input_layernorm.weight": weights.layer.input_norm,
+        "pre_mlp_layernorm.weight": weights.layer.post_norm,
+        "final_layernorm.weight": weights.final_norm,
+        "mlp.gate_proj.weight": mlp.gate,
+        "mlp.up_proj.weight": mlp.up,
+        "mlp.down_proj.weight": mlp.down,
+    }
     return {f"{prefix}{name}": tensor for name, tensor in parts.items()}
 
 

@@ -20,9 +20,12 @@ from mimoquant.run import portions
 
 CHUNK_BYTES = 2**18  # two or three experts of the micro checkpoint
 SIZES = [
-    (layer_stream, "BATCH_TOKENS", 256), (layer_stream, "PORTION_TOKENS", 512), (portions, "BLOCK_TOKENS", 1024),
-    (importlib.import_module("mimoquant.planning.plan"), "CHUNK_BYTES", CHUNK_BYTES), (needs, "CHUNK_BYTES", CHUNK_BYTES),
-]  # fmt: skip
+    (layer_stream, "BATCH_TOKENS", 256),
+    (layer_stream, "PORTION_TOKENS", 512),
+    (portions, "BLOCK_TOKENS", 1024),
+    (importlib.import_module("mimoquant.planning.plan"), "CHUNK_BYTES", CHUNK_BYTES),
+    (needs, "CHUNK_BYTES", CHUNK_BYTES),
+]
 
 
 def shrink_sizes() -> None:

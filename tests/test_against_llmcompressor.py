@@ -41,8 +41,14 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(folder: Path) -> Tensors:
-    kinds = {"BF16": torch.bfloat16, "F32": torch.float32, "I32": torch.int32, "I64": torch.int64, "U8": torch.uint8,
-             "F8_E4M3": torch.float8_e4m3fn}  # fmt: skip
+    kinds = {
+        "BF16": torch.bfloat16,
+        "F32": torch.float32,
+        "I32": torch.int32,
+        "I64": torch.int64,
+        "U8": torch.uint8,
+        "F8_E4M3": torch.float8_e4m3fn,
+    }
     index = open_index(folder)
     with CheckpointReader(index) as reader:
         return {
@@ -61,8 +67,9 @@ def both(source: Path, scheme: str, out: Path) -> tuple[Tensors, Tensors]:
     pipeline.quantize(make_plan(source, parse_recipe(recipe, scheme)), out / "ours", device="cpu")
     fp8 = [EXPERTS, r"re:.*self_attn\.[qkv]_proj$", r"re:.*mlp\.(gate|up|down)_proj$"]
     others = [r"re:(?!.*mlp\.experts\.).*"]
-    model_free_ptq(source, out / "peer", scheme=scheme, ignore=others, device="cpu",
-                   converter=FP8BlockDequantizer(targets=fp8))  # fmt: skip
+    model_free_ptq(
+        source, out / "peer", scheme=scheme, ignore=others, device="cpu", converter=FP8BlockDequantizer(targets=fp8)
+    )
     return load(out / "ours"), load(out / "peer")
 
 
@@ -178,8 +185,10 @@ def test_a_chosen_mixture_loads_in_llmcompressor(tmp_path: Path) -> None:
     (modifier,) = Recipe.create_instance(str(path)).modifiers
     groups = modifier.resolved_config.config_groups
     assert {name: scheme.weights.group_size for name, scheme in groups.items()} == {
-        "int4_g64": 64, "int4_g128": 128, "int4_g32": 32
-    }  # fmt: skip
+        "int4_g64": 64,
+        "int4_g128": 128,
+        "int4_g32": 32,
+    }
     assert modifier.ignore == [r"re:.*layers\.2\.mlp\.experts\..*"]
 
 
@@ -193,6 +202,8 @@ def test_eval_kl_reads_the_peers_output(source: Path, tmp_path: Path) -> None:
     tokens = load_tokens([str(ids)], source, sequences=None, tokens=48, vocab=1024)
     for scheme, tolerance in (("MXFP4A16", 0.0), ("W4A16", 0.1)):
         both(source, scheme, tmp_path / scheme)
-        ours, peer = (eval_kl(source, tmp_path / scheme / side, tokens, noise_floor=False)["j"]["mean"]
-                      for side in ("ours", "peer"))  # fmt: skip
+        ours, peer = (
+            eval_kl(source, tmp_path / scheme / side, tokens, noise_floor=False)["j"]["mean"]
+            for side in ("ours", "peer")
+        )
         assert 0 < peer == pytest.approx(ours, rel=tolerance)

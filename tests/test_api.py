@@ -22,8 +22,19 @@ from mimoquant.errors import MimoquantError
 MICRO = mimoquant.micro_checkpoint()
 VERBS: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
 # what only a command line has: how to print, what to write beside it, a gate's exit code, a server as the candidate
-OF_THE_COMMAND_LINE = {"as_json", "help", "html", "profile", "quiet", "max_kl", "junit", "card", "server", "model",
-                       "top_k"}  # fmt: skip
+OF_THE_COMMAND_LINE = {
+    "as_json",
+    "help",
+    "html",
+    "profile",
+    "quiet",
+    "max_kl",
+    "junit",
+    "card",
+    "server",
+    "model",
+    "top_k",
+}
 RENAMED = {"dtype": "bf16", "budget_gib": "budget_bytes"}
 CHANGING = ("elapsed_s", "peak_rss_bytes", "machine", "bound_by", "max_kl", "passed")
 

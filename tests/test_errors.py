@@ -15,8 +15,11 @@ from mimoquant import errors
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).with_name("errors.txt")
-KINDS = {name: kind.exit_code for name, kind in vars(errors).items()
-         if isinstance(kind, type) and issubclass(kind, errors.MimoquantError)} | {"Refusal": 3}  # fmt: skip
+KINDS = {
+    name: kind.exit_code
+    for name, kind in vars(errors).items()
+    if isinstance(kind, type) and issubclass(kind, errors.MimoquantError)
+} | {"Refusal": 3}
 HEAD = """Every sentence that an error can say, by module. The number is the exit code, {...} is filled in.
 2: usage or recipe wrong, nothing done. 3: checkpoint or data wrong. 4: stopped, resumable. 5: quality gate.
 """
@@ -46,8 +49,13 @@ def raised(path: Path) -> Iterator[tuple[int, str, str]]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     for function in functions:
-        said = {target.id: node.value for node in ast.walk(function) if isinstance(node, ast.Assign)
-                for target in node.targets if isinstance(target, ast.Name)}  # fmt: skip
+        said = {
+            target.id: node.value
+            for node in ast.walk(function)
+            if isinstance(node, ast.Assign)
+            for target in node.targets
+            if isinstance(target, ast.Name)
+        }
         for node in ast.walk(function):
             if not isinstance(node, ast.Call) or not node.args:
                 continue

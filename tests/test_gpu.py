@@ -1,4 +1,4 @@
-"""CPU and GPU write the same bytes. Needs a CUDA device; `scripts/check_devices.py` does it across machines."""
+"""CPU and GPU write the same bytes. Needs a CUDA device; `scripts/stress/check_devices.py` does it across machines."""
 
 from __future__ import annotations
 

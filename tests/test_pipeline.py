@@ -22,10 +22,11 @@ from mimoquant.checkpoint.index import open_index
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.errors import CheckpointError, UsageError
 from mimoquant.output.verify import verify
-from mimoquant.planning.facts import drafter_facts, layout_facts, layout_text
+from mimoquant.planning.facts import drafter_facts, layout_facts
 from mimoquant.planning.plan import Plan, make_plan
 from mimoquant.planning.recipe import load_recipe, parse_recipe
 from mimoquant.quant.engine_torch import TorchEngine
+from mimoquant.report.verb_text import layout_text
 from mimoquant.shipped import shipped_recipes
 
 MICRO = mimoquant.micro_checkpoint()
@@ -311,11 +312,14 @@ def test_a_drafter_goes_through_untouched_and_is_told_of(tmp_path: Path) -> None
     assert "dflash/dflash_draft_model.safetensors: differs from the source's" in verify(out, source).problems
 
 
-@pytest.mark.parametrize(("change", "told"), [
-    ({"hidden_size": 128}, "fc.weight is BF16[256, 512], expected is BF16[128, 256]"),
-    ({"num_target_layers": 48}, "its num_target_layers is 48, the backbone's is 5"),
-    (None, "is not valid JSON"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"hidden_size": 128}, "fc.weight is BF16[256, 512], expected is BF16[128, 256]"),
+        ({"num_target_layers": 48}, "its num_target_layers is 48, the backbone's is 5"),
+        (None, "is not valid JSON"),
+    ],
+)
 def test_a_drafter_that_does_not_fit_is_told_of_and_copied(
     change: dict[str, int] | None, told: str, tmp_path: Path
 ) -> None:

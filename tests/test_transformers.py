@@ -96,11 +96,14 @@ def test_what_we_say_it_loads_wrongly_it_does(
 ) -> None:
     """`verify --engine transformers` fails on these; here transformers itself loads them, or stops."""
     synth(tmp_path / "source", "flash", sizes=SynthSizes(layers=3, experts=2, top_k=2))
-    recipe = parse_recipe(f"""
+    recipe = parse_recipe(
+        f"""
 default_stage: {{default_modifiers: {{QuantizationModifier: {{scheme: {scheme},
   targets: ['re:.*mlp\\.experts\\.\\d+\\.(gate|up|down)_proj$']}}}}}}
 mimoquant: {{{settings}version: 1}}
-""", name)  # fmt: skip
+""",
+        name,
+    )
     plan = make_plan(tmp_path / "source", recipe, container=container)
     pipeline.quantize(plan, tmp_path / "out", device="cpu")
     assert verdict in {problem.verdict for problem in check(read_served(tmp_path / "out"), "transformers")}
@@ -118,8 +121,12 @@ mimoquant: {{{settings}version: 1}}
         assert {key for key in missing if "layers.2.mlp.experts" in key} == missing and missing
     else:
         suffix = told.removeprefix("unexpected ")
-        lost = {f"model.layers.{layer}.mlp.experts.{expert}.{part}_proj.{suffix}"
-                for layer in (1, 2) for expert in (0, 1) for part in ("gate", "up", "down")}  # fmt: skip
+        lost = {
+            f"model.layers.{layer}.mlp.experts.{expert}.{part}_proj.{suffix}"
+            for layer in (1, 2)
+            for expert in (0, 1)
+            for part in ("gate", "up", "down")
+        }
         assert lost <= unexpected
 
 

@@ -26,18 +26,25 @@ class LayerFacts:
     topk_changed: float | None = None  # share of tokens a folded router sends elsewhere; None: no norm is folded
 
     def as_plain(self) -> dict[str, Any]:
-        lists = {name: [_short(v) for v in getattr(self, name)]
-                 for name in ("tokens", "effective", "shrunk", "relmse_plain", "relmse")}  # fmt: skip
+        lists = {
+            name: [_short(v) for v in getattr(self, name)]
+            for name in ("tokens", "effective", "shrunk", "relmse_plain", "relmse")
+        }
         routed = {} if self.topk_changed is None else {"topk_changed": _short(self.topk_changed)}
         walked = {"answer": [[_short(v) for v in pair] for pair in self.answer]} if self.answer else {}
-        return lists | walked | routed | {
-            "starved": self.starved,
-            "shrinkage": self.shrinkage,
-            "held_out": {name: _short(value) for name, value in self.held_out.items()},
-            "damped": self.damped,
-            "rounded": self.rounded,
-            "folded_channels": self.folded_channels,
-        }  # fmt: skip
+        return (
+            lists
+            | walked
+            | routed
+            | {
+                "starved": self.starved,
+                "shrinkage": self.shrinkage,
+                "held_out": {name: _short(value) for name, value in self.held_out.items()},
+                "damped": self.damped,
+                "rounded": self.rounded,
+                "folded_channels": self.folded_channels,
+            }
+        )
 
 
 def _short(value: float) -> float:

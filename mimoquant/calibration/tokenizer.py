@@ -21,8 +21,12 @@ from typing import Any
 from mimoquant.errors import CheckpointError
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-_OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1"}  # fmt: skip
+_OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
 _QUIET = {"TRANSFORMERS_VERBOSITY": "error"}  # it warns of every config.json that it has no class for
 
 
@@ -114,8 +118,11 @@ def _plain_tokenizer(folder: Path) -> Tokenizer:
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     config_file = folder / "tokenizer_config.json"
     config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
-    special = {key: value["content"] if isinstance(value, dict) else value
-               for key, value in config.items() if key in ("bos_token", "eos_token", "pad_token")}  # fmt: skip
+    special = {
+        key: value["content"] if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key in ("bos_token", "eos_token", "pad_token")
+    }
     template_file = folder / "chat_template.jinja"
     template = template_file.read_text(encoding="utf-8") if template_file.is_file() else config.get("chat_template")
     if isinstance(template, list):  # several templates by name

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,7 @@ import yaml
 
 from mimoquant.calibration.tokenizer import Tokenizer, go_offline, load_tokenizer, one_line
 from mimoquant.errors import CheckpointError, UsageError
+from mimoquant.model.layout import ModelLayout
 from mimoquant.shipped import calib_folder, shipped_sets
 
 Ids = npt.NDArray[np.int64]
@@ -71,14 +72,19 @@ class CalibrationRecord:
         """None where the recipe, by this program or another, tells of no calibration."""
         try:
             held = yaml.safe_load(recipe.read_text(encoding="utf-8"))["mimoquant"]["provenance"]["calibration"]
-            return CalibrationRecord(str(held["name"]), str(held["tokens_sha256"]), tuple(held["origins"]),
-                                     tuple(held["sequences"]))  # fmt: skip
+            return CalibrationRecord(
+                str(held["name"]), str(held["tokens_sha256"]), tuple(held["origins"]), tuple(held["sequences"])
+            )
         except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError, KeyError, TypeError):
             return None
 
     def as_plain(self) -> dict[str, Any]:
-        return {"name": self.name, "tokens_sha256": self.tokens_sha256, "origins": list(self.origins),
-                "sequences": list(self.sequences)}  # fmt: skip
+        return {
+            "name": self.name,
+            "tokens_sha256": self.tokens_sha256,
+            "origins": list(self.origins),
+            "sequences": list(self.sequences),
+        }
 
     def shared_with(self, tokens: TokenSet) -> tuple[int, list[str]]:
         """How many sequences of `tokens` are among these, and the files that both were read from."""
@@ -304,9 +310,11 @@ def _check_range(low: int, high: int, vocab: int, where: str) -> None:
 
 def _chat_text(record: _Record, tokenizer: Tokenizer) -> str:
     messages = record.fields["messages"]
-    if not isinstance(messages, list) or not messages or not all(
-        isinstance(turn, dict) and isinstance(turn.get("role"), str) for turn in messages
-    ):  # fmt: skip
+    if (
+        not isinstance(messages, list)
+        or not messages
+        or not all(isinstance(turn, dict) and isinstance(turn.get("role"), str) for turn in messages)
+    ):
         raise CheckpointError(f"{record.where} has messages that are not a list of turns with a role")
     turns = [{key: value for key, value in turn.items() if value is not None} for turn in messages]
     if tokenizer.render is not None:
@@ -381,3 +389,23 @@ class _Packer:
             origins=tuple(origins),
             left_out=tuple(domain for domain, size in sizes.items() if size < self.tokens),
         )
+
+
+class Wanted(Protocol):
+    """What a recipe says of its calibration tokens."""
+
+    @property
+    def data(self) -> tuple[str, ...]: ...
+    @property
+    def sequences(self) -> int: ...
+    @property
+    def tokens(self) -> int: ...
+
+
+def calibration_tokens(wanted: Wanted | None, layout: ModelLayout) -> TokenSet | None:
+    """What a recipe calibrates on; None for a recipe that needs none. The tokenizer is the source's own."""
+    if wanted is None:
+        return None
+    return load_tokens(
+        wanted.data, layout.index.folder, sequences=wanted.sequences, tokens=wanted.tokens, vocab=layout.geometry.vocab
+    )

@@ -1,1 +1,4 @@
-"""Bytes on disk: index, reader, writer, journal, side files. Knows no model and no quantization."""
+"""Bytes on disk: index, reader, writer, journal, side files.
+
+May import machine. Knows no model and no quantization.
+"""

@@ -16,8 +16,17 @@ from mimoquant.errors import CheckpointError
 
 CONFIG_NAME = "config.json"
 MODELOPT_CONFIG_NAME = "hf_quant_config.json"  # what ModelOpt says of a checkpoint, beside config.json
-_WRITTEN_ANEW = {CONFIG_NAME, INDEX_NAME, MODELOPT_CONFIG_NAME, "README.md", "recipe.yaml", "report.json",
-                 "report.html", "journal.jsonl", "relayout.json"}  # fmt: skip
+_WRITTEN_ANEW = {
+    CONFIG_NAME,
+    INDEX_NAME,
+    MODELOPT_CONFIG_NAME,
+    "README.md",
+    "recipe.yaml",
+    "report.json",
+    "report.html",
+    "journal.jsonl",
+    "relayout.json",
+}
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".onnx", ".h5", ".msgpack")
 
 

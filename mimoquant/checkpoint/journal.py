@@ -22,6 +22,7 @@ import json
 import os
 import shutil
 import threading
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from mimoquant.checkpoint.writer import (
     write_file_durably,
 )
 from mimoquant.errors import CheckpointError, UsageError, is_disk_trouble
+from mimoquant.machine.team import Team
 
 JOURNAL_NAME = "journal.jsonl"
 RANK_JOURNALS = "journal-*.jsonl"  # of the ranks from 1 on
@@ -176,8 +178,10 @@ class RunFolder:
         """Take part in the run that rank 0 has opened."""
         path = self.path(RUN_NAME)
         if not path.is_file():
-            raise UsageError(f"{self.partial}: rank {self._rank} does not see the folder that rank 0 made",
-                             hint="several nodes need one folder that all of them see")  # fmt: skip
+            raise UsageError(
+                f"{self.partial}: rank {self._rank} does not see the folder that rank 0 made",
+                hint="several nodes need one folder that all of them see",
+            )
         self._check_identity(path)
         self._open_journal()
 
@@ -268,3 +272,18 @@ def existing_parent(folder: Path) -> Path:
     """`folder`, or the nearest of its parents that is there."""
     probe = folder.absolute()
     return next((parent for parent in (probe, *probe.parents) if parent.exists()), probe)
+
+
+@contextlib.contextmanager
+def opened(run: RunFolder, team: Team, check: Callable[[RunFolder], None] | None = None) -> Iterator[RunFolder]:
+    """`run` of this rank, open on all ranks. `check` is called by rank 0 before the others join, and may refuse."""
+    with contextlib.ExitStack() as stack:
+        if team.leads:
+            stack.enter_context(run)
+            if check:
+                check(run)
+        kept = team.gather([line.as_plain() for line in run.finished.values()])[0]
+        if not team.leads:
+            stack.enter_context(run)
+            run.finished = {line["unit"]: JournalLine(**line) for line in kept}
+        yield run

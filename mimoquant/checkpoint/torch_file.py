@@ -57,6 +57,7 @@ def read_vector(path: Path) -> SavedVector:
         raise CheckpointError(f"{path}: holds {foreign if dtypes else 'no floats'}, expected is one plain tensor")
     rest = operations[:storage] + operations[storage + 5 :]
     keys = {value for name, value in rest if name not in _NAMING and isinstance(value, str)}
-    numbers = {str(key): value for (_, key), (_, value) in itertools.pairwise(rest)
-               if key in keys and isinstance(value, int)}  # fmt: skip
+    numbers = {
+        str(key): value for (_, key), (_, value) in itertools.pairwise(rest) if key in keys and isinstance(value, int)
+    }
     return SavedVector(keys, numbers, dtypes[0], np.frombuffer(data, np.uint8).copy())

@@ -1,4 +1,7 @@
-"""PARSE, CALL, PRINT: the command line, which nothing imports."""
+"""Parse, call, print: the command line.
+
+May import everything; nothing imports it. Computes nothing.
+"""
 
 from __future__ import annotations
 

@@ -56,8 +56,9 @@ def eval_draft(
         vocab = layouts[0].geometry.vocab
         loaded = load_held_out(reference, data or ["heldout-v1"], sequences, tokens, vocab, team.leads)
         shown = (lambda layer, layers: lines(f"layer {layer}", layer + 1, layers)) if team.leads else None
-        facts = run(reference, candidate, loaded, draft=draft, depth=depth, device=team.device, progress=shown,
-                    team=team)  # fmt: skip
+        facts = run(
+            reference, candidate, loaded, draft=draft, depth=depth, device=team.device, progress=shown, team=team
+        )
     if not team.leads:
         return
     facts["elapsed_s"] = round(time.monotonic() - begin, 3)

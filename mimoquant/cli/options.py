@@ -1,14 +1,71 @@
-"""Options that several verbs have, each described once."""
+"""Options that several verbs have, each described once; the values that options take."""
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated
 
 import typer
 
-from mimoquant.cli.choices import Container
 from mimoquant.cli.terminal import hush
 from mimoquant.shipped import shipped_recipes, shipped_sets
+
+
+class Container(StrEnum):
+    """`--container`; None lets recipe, format and source decide."""
+
+    COMPRESSED_TENSORS = "compressed-tensors"
+    NATIVE = "native"
+    MODELOPT = "modelopt"
+
+
+class Layout(StrEnum):
+    """`synth --layout`: the published on-disk formats."""
+
+    FLASH = "flash"
+    V25 = "v2.5"
+    PRO = "pro"
+
+
+class Qkv(StrEnum):
+    """`relayout --qkv`: how q, k and v lie on disk."""
+
+    SPLIT = "split"
+    CANONICAL = "canonical"
+    INTERLEAVED = "interleaved"
+
+
+class QkvDtype(StrEnum):
+    """`relayout --dtype`."""
+
+    SOURCE = "source"
+    BF16 = "bf16"
+
+
+class Engine(StrEnum):
+    """`verify --engine`."""
+
+    VLLM = "vllm"
+    SGLANG = "sglang"
+    TRANSFORMERS = "transformers"
+
+
+class Server(StrEnum):
+    """`launch --engine`: those that have a server."""
+
+    VLLM = "vllm"
+    SGLANG = "sglang"
+
+
+class Gpu(StrEnum):
+    """`launch --gpu`."""
+
+    A100 = "a100"
+    H100 = "h100"
+    H200 = "h200"
+    B200 = "b200"
+    GB10 = "gb10"
+
 
 DEVICES = ["auto", "cpu", "cuda"]
 
@@ -18,9 +75,14 @@ QuietOption = Annotated[
 ]
 RecipeOption = Annotated[
     str,
-    typer.Option("--recipe", "-r", help="A shipped recipe's name, or a recipe file.", metavar="NAME|FILE",
-                 autocompletion=shipped_recipes),
-]  # fmt: skip
+    typer.Option(
+        "--recipe",
+        "-r",
+        help="A shipped recipe's name, or a recipe file.",
+        metavar="NAME|FILE",
+        autocompletion=shipped_recipes,
+    ),
+]
 VersionOption = Annotated[
     str | None, typer.Option(help="Of the engine; by default the newest that is known here.", metavar="X")
 ]
@@ -36,9 +98,10 @@ GpuMemoryOption = Annotated[
 ]
 DataOption = Annotated[
     list[str] | None,
-    typer.Option(help="What to calibrate on, instead of the recipe's.", metavar="SET|FILE",
-                 autocompletion=shipped_sets),
-]  # fmt: skip
+    typer.Option(
+        help="What to calibrate on, instead of the recipe's.", metavar="SET|FILE", autocompletion=shipped_sets
+    ),
+]
 SequencesOption = Annotated[int | None, typer.Option(min=1, help="Of calibration tokens, at most.")]
 TokensOption = Annotated[int | None, typer.Option(min=2, help="Of each sequence.")]
 RefineOption = Annotated[
@@ -51,8 +114,16 @@ ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue an interr
 PlaceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.", autocompletion=lambda: DEVICES)]
 HeldOutOption = Annotated[
     list[str] | None,
-    typer.Option(help="A shipped set, or .jsonl, .txt, .npy, dataset folder; repeatable.", metavar="SET|FILE",
-                 autocompletion=shipped_sets),
-]  # fmt: skip
+    typer.Option(
+        help="A shipped set, or .jsonl, .txt, .npy, dataset folder; repeatable.",
+        metavar="SET|FILE",
+        autocompletion=shipped_sets,
+    ),
+]
 HeldOutSequencesOption = Annotated[int | None, typer.Option(min=1, help="At most so many; by default all.")]
 HeldOutTokensOption = Annotated[int, typer.Option(min=2, help="Of each sequence.")]
+
+
+def option_value(choice: StrEnum | None) -> str | None:
+    """What was chosen, as the functions behind the verbs take it."""
+    return choice.value if choice else None

@@ -80,13 +80,13 @@ def sensitivity(
     from mimoquant.calibration.tokens import load_tokens
     from mimoquant.errors import UsageError
     from mimoquant.machine.devices import resolve_device
+    from mimoquant.machine.memory import machine
     from mimoquant.machine.team import Team
     from mimoquant.mixing.needs import foreseen, fork_refusal
     from mimoquant.mixing.run import forks_of
     from mimoquant.mixing.run import sensitivity as run
-    from mimoquant.planning.needs import machine
     from mimoquant.report import sensitivity_page
-    from mimoquant.serving.check import planned_lines
+    from mimoquant.report.verb_text import planned_lines
 
     begin = time.monotonic()
     if budget_gib is not None and target_kl is not None:
@@ -98,10 +98,22 @@ def sensitivity(
     with Team.from_environment(resolve_device(device)) as team, hint_to_resume(team.leads):
         if team.leads:
             _check_files(source, out, html)
-        mixtures = api.mixtures(source, recipe, container.value if container else None, team.device,
-                                allow_unknown=allow_unknown, fp8=fp8, any_format=any_format)  # fmt: skip
-        held = load_tokens(data or ["heldout-v1"], source, sequences=sequences, tokens=tokens,
-                           vocab=mixtures.plan.layout.geometry.vocab)  # fmt: skip
+        mixtures = api.mixtures(
+            source,
+            recipe,
+            container.value if container else None,
+            team.device,
+            allow_unknown=allow_unknown,
+            fp8=fp8,
+            any_format=any_format,
+        )
+        held = load_tokens(
+            data or ["heldout-v1"],
+            source,
+            sequences=sequences,
+            tokens=tokens,
+            vocab=mixtures.plan.layout.geometry.vocab,
+        )
         forks = forks_of(mixtures, held, team)
         refused = fork_refusal(forks, len(held.ids), team.device, machine(team.device))
         if refused:
@@ -109,12 +121,23 @@ def sensitivity(
         if team.leads:
             _tell([*mixtures.dropped, foreseen(forks, team.device)], held)
         budget = None if budget_gib is None else int(budget_gib * 2**30)
-        facts = run(mixtures, held, out, budget_bytes=budget, target_j=target_kl, resume=resume, team=team,
-                    progress=_shown() if team.leads else None)  # fmt: skip
+        facts = run(
+            mixtures,
+            held,
+            out,
+            budget_bytes=budget,
+            target_j=target_kl,
+            resume=resume,
+            team=team,
+            progress=_shown() if team.leads else None,
+        )
     if not team.leads:
         return
-    facts |= {"out": str(out), "elapsed_s": round(time.monotonic() - begin, 3),
-              "engines": _engines(source, out, allow_unknown)}  # fmt: skip
+    facts |= {
+        "out": str(out),
+        "elapsed_s": round(time.monotonic() - begin, 3),
+        "engines": _engines(source, out, allow_unknown),
+    }
     if html is not None:
         write_page(html, sensitivity_page.sensitivity_page(facts))
     lines = [sensitivity_page.sensitivity_text(facts), *planned_lines(facts["engines"])]

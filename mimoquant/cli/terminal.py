@@ -6,10 +6,13 @@ Key idea: what a run says while it works goes through `tell`, so `--quiet` is on
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 import time
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import typer
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -50,8 +53,13 @@ class Progress:
             from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
             from rich.progress import Progress as Bar
 
-            columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
-                       TimeRemainingColumn())  # fmt: skip
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                DownloadColumn(),
+                TransferSpeedColumn(),
+                TimeRemainingColumn(),
+            )
             console = Console(stderr=True)
             self.wide = console.width >= WIDE
             self.bar = Bar(*columns, console=console)
@@ -65,7 +73,7 @@ class Progress:
 
     def advance(self, unit: Unit, size_bytes: int, finished: bool) -> None:
         """Called by the run; `size_bytes` of the unit are written."""
-        from mimoquant.output.quantize_report import size
+        from mimoquant.wording import size
 
         self.done[unit.name] = size_bytes
         written = sum(self.done.values())
@@ -115,3 +123,8 @@ def hint_to_resume(wanted: bool) -> Iterator[None]:
         if wanted:
             interrupt.add_note(RESUMABLE)
         raise
+
+
+def print_document(document: Any, to_text: Callable[[Any], str], as_json: bool) -> None:
+    """A verb's result on stdout: one JSON document, or the text that is made from it."""
+    typer.echo(json.dumps(document, indent=2) if as_json else to_text(document))

@@ -143,8 +143,14 @@ def head_divergence(
     parts = []
     for start in range(0, len(labels), TOKEN_BLOCK):
         rows = slice(start, start + TOKEN_BLOCK)
-        parts.append(token_divergence(logits(reference[rows], reference_head), logits(candidate[rows], candidate_head),
-                                      len(reference_head), labels[rows]))  # fmt: skip
+        parts.append(
+            token_divergence(
+                logits(reference[rows], reference_head),
+                logits(candidate[rows], candidate_head),
+                len(reference_head),
+                labels[rows],
+            )
+        )
     return TokenScores.joined(parts)
 
 

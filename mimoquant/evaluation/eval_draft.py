@@ -40,6 +40,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from mimoquant.__version__ import SCHEMA_VERSION
 from mimoquant.calibration.tokens import TokenSet
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.errors import CheckpointError
@@ -53,7 +54,6 @@ from mimoquant.model.layer_stream import Stream, portions, walk
 from mimoquant.model.layout import ModelLayout
 from mimoquant.weights.decoded import CheckpointWeights
 
-SCHEMA_VERSION = 1
 _LOGITS = 2**25  # of one distribution's that are held at once
 
 _Floats = npt.NDArray[np.float64]
@@ -94,8 +94,10 @@ def score_chain(final_BTH: Tensor, drafted: Sequence[Tensor], head: Tensor) -> t
     for begin in range(0, starts, step):
         end = min(begin + step, starts)
         p = linear(final_BTH[:, begin + 1 : end + depths], head).softmax(-1)
-        rows = [overlap(p[:, d : d + end - begin], linear(hidden[:, begin:end], head).softmax(-1))
-                for d, hidden in enumerate(drafted)]  # fmt: skip
+        rows = [
+            overlap(p[:, d : d + end - begin], linear(hidden[:, begin:end], head).softmax(-1))
+            for d, hidden in enumerate(drafted)
+        ]
         accepted, match = (torch.stack(of_depths, -1) for of_depths in zip(*rows, strict=True))
         parts.append((accepted, match))
     accepted, match = (torch.cat(of_blocks, 1) for of_blocks in zip(*parts, strict=True))
@@ -149,8 +151,10 @@ def compare_drafts(
 
         if mine:
             walk([stream for of_source in streams for stream in of_source], after_layer)
-        parts = [_score(source, mine, of_source, drafts)
-                 for source, of_source, drafts in zip(weights, streams, beside, strict=True)]  # fmt: skip
+        parts = [
+            _score(source, mine, of_source, drafts)
+            for source, of_source, drafts in zip(weights, streams, beside, strict=True)
+        ]
     ours, theirs = (_joined(of_source, len(every), team) for of_source in parts)
     return ours, theirs
 
@@ -212,8 +216,10 @@ def summarize_drafts(reference: DraftScores, candidate: DraftScores, tokens: Tok
     if not finite.any():
         raise CheckpointError("no position has finite logits, in the reference or in the candidate")
     domain = np.array(tokens.domains)
-    by_domain = [{"domain": str(name), **_figures(reference, candidate, finite & (domain == name)[:, None])}
-                 for name in np.unique(domain[finite.any(-1)])]  # fmt: skip
+    by_domain = [
+        {"domain": str(name), **_figures(reference, candidate, finite & (domain == name)[:, None])}
+        for name in np.unique(domain[finite.any(-1)])
+    ]
     return {
         "depth": reference.acceptance.shape[-1],
         "sequence_tokens": tokens.ids.shape[1],
@@ -228,13 +234,20 @@ def _figures(reference: DraftScores, candidate: DraftScores, inside: npt.NDArray
     sequence = np.nonzero(inside)[0]
 
     def paired(ours: _Floats, theirs: _Floats) -> dict[str, dict[str, float]]:
-        return {"reference": _mean(ours[inside], sequence), "candidate": _mean(theirs[inside], sequence),
-                "difference": _mean((theirs - ours)[inside], sequence)}  # fmt: skip
+        return {
+            "reference": _mean(ours[inside], sequence),
+            "candidate": _mean(theirs[inside], sequence),
+            "difference": _mean((theirs - ours)[inside], sequence),
+        }
 
-    depths = [{"depth": d + 1,
-               "acceptance": paired(reference.acceptance[..., d], candidate.acceptance[..., d]),
-               "greedy_match": paired(reference.match[..., d], candidate.match[..., d])}
-              for d in range(reference.acceptance.shape[-1])]  # fmt: skip
+    depths = [
+        {
+            "depth": d + 1,
+            "acceptance": paired(reference.acceptance[..., d], candidate.acceptance[..., d]),
+            "greedy_match": paired(reference.match[..., d], candidate.match[..., d]),
+        }
+        for d in range(reference.acceptance.shape[-1])
+    ]
     lengths = zip(("sampling", "greedy"), reference.lengths(), candidate.lengths(), strict=True)
     return {
         "sequences": len(np.unique(sequence)),

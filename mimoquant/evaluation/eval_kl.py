@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import mimoquant
+from mimoquant.__version__ import SCHEMA_VERSION, __version__
 from mimoquant.calibration.tokens import TokenSet
 from mimoquant.checkpoint.index import open_index
 from mimoquant.checkpoint.reader import CheckpointReader
@@ -42,7 +42,6 @@ from mimoquant.model.layout import ModelLayout, read_layout
 from mimoquant.planning.plan import read_config
 from mimoquant.weights.decoded import CheckpointWeights
 
-SCHEMA_VERSION = 1
 NOISE = 2.0**-9
 FLOOR_SEQUENCES = 16  # how many sequences of the first portion the noise floor is measured on
 WORST = 20
@@ -114,8 +113,10 @@ def compare(
     place, ids = torch.device(team.device), torch.from_numpy(tokens.ids)
     readers = [CheckpointReader(layout.index) for layout in (reference, *candidates)]
     try:
-        weights = [CheckpointWeights(reader, layout, place)
-                   for reader, layout in zip(readers, (reference, *candidates), strict=True)]  # fmt: skip
+        weights = [
+            CheckpointWeights(reader, layout, place)
+            for reader, layout in zip(readers, (reference, *candidates), strict=True)
+        ]
         every = portions(ids)
         mine = every[team.rank :: team.size]
         floor = torch.cat(every[0])[:FLOOR_SEQUENCES] if noise_floor and team.leads else None
@@ -167,8 +168,12 @@ def _walk(
 
 def _states(held: list[list[Stream]]) -> dict[str, Tensor]:
     """Hidden states by numbers: of the checkpoint, of its stream, of the batch."""
-    return {f"{source} {job} {batch}": hidden for source, streams in enumerate(held)
-            for job, stream in enumerate(streams) for batch, hidden in enumerate(stream.batches)}  # fmt: skip
+    return {
+        f"{source} {job} {batch}": hidden
+        for source, streams in enumerate(held)
+        for job, stream in enumerate(streams)
+        for batch, hidden in enumerate(stream.batches)
+    }
 
 
 def _taken_up(
@@ -230,8 +235,10 @@ def _trace(reference: Stream, candidate: Stream) -> tuple[float, float, float, i
     for ours, theirs in zip(reference.batches, candidate.batches, strict=True):
         error2 += float((theirs - ours).square().sum(dtype=torch.float64))
         norm2 += float(ours.square().sum(dtype=torch.float64))
-    shared = [float((a.experts[:, :, None] == b.experts[:, None, :]).any(-1).double().sum())
-              for a, b in zip(reference.routing, candidate.routing, strict=True)]  # fmt: skip
+    shared = [
+        float((a.experts[:, :, None] == b.experts[:, None, :]).any(-1).double().sum())
+        for a, b in zip(reference.routing, candidate.routing, strict=True)
+    ]
     return error2, norm2, sum(shared), sum(routing.experts.numel() for routing in reference.routing)
 
 
@@ -269,8 +276,10 @@ def _score(
         if extra and place == 0:
             others = [final_hidden(stream, norms[0]) for stream in extra]
             few = len(others[0])
-            means = [float(head_divergence(finals[0][:few], other, heads[0], heads[0], labels[:few]).j.mean())
-                     for other in others]  # fmt: skip
+            means = [
+                float(head_divergence(finals[0][:few], other, heads[0], heads[0], labels[:few]).j.mean())
+                for other in others
+            ]
             floor = {"batch": means[0], "relative_noise": means[1]}
     return floor
 
@@ -285,8 +294,10 @@ def _worst(
         probabilities = linear(hidden[rows], head).softmax(-1)
         values, ids = probabilities.topk(min(5, len(head)), dim=-1)
         tops.append([list(zip(i, v, strict=True)) for i, v in zip(ids.tolist(), values.tolist(), strict=True)])
-    return [WorstToken(int(index), float(scores.j[index]), *pair)
-            for index, pair in zip(order, zip(*tops, strict=True), strict=True)]  # fmt: skip
+    return [
+        WorstToken(int(index), float(scores.j[index]), *pair)
+        for index, pair in zip(order, zip(*tops, strict=True), strict=True)
+    ]
 
 
 def final_hidden(stream: Stream, norm: Tensor) -> Tensor:
@@ -333,9 +344,14 @@ def eval_kl(
     kept = contextlib.nullcontext() if out is None else Snapshots.beside(out, identity, resume=resume, team=team)
     with kept as snapshots:
         comparisons, floor = compare(
-            first, others, tokens, noise_floor=noise_floor, team=team, snapshots=snapshots,
+            first,
+            others,
+            tokens,
+            noise_floor=noise_floor,
+            team=team,
+            snapshots=snapshots,
             progress=(lambda number: progress(number, first.geometry.layers)) if progress else None,
-        )  # fmt: skip
+        )
         named = (reference, candidate, baseline)
         facts = _facts(named, others, tokens, comparisons, decode) | {"noise_floor": floor, "device": device}
         if snapshots:
@@ -346,15 +362,18 @@ def eval_kl(
 def _identity(layouts: dict[str, ModelLayout], tokens: TokenSet, noise_floor: bool, team: Team) -> dict[str, Any]:
     """What an evaluation that is taken up must share with the one that began. Other ranks may read copies of the
     checkpoints with times of their own."""
-    identity: dict[str, Any] = {"version": mimoquant.__version__, "baseline": None}
+    identity: dict[str, Any] = {"version": __version__, "baseline": None}
     for name, layout in layouts.items():
         identity[name] = {"headers": layout.index.headers_fingerprint(), "config": layout.config}
         if team.leads:
             identity[f"{name} files"] = layout.index.stamps()
     return identity | {
-        "tokens a sequence": str(tokens.ids.shape[1]), "tokens": tokens.sha256, "noise floor": str(noise_floor),
-        "kind of device": team.device.partition(":")[0], "processes": str(team.size),
-    }  # fmt: skip
+        "tokens a sequence": str(tokens.ids.shape[1]),
+        "tokens": tokens.sha256,
+        "noise floor": str(noise_floor),
+        "kind of device": team.device.partition(":")[0],
+        "processes": str(team.size),
+    }
 
 
 def kept_bytes(layout: ModelLayout, tokens: TokenSet, checkpoints: int, noise_floor: bool) -> int:
@@ -365,9 +384,12 @@ def kept_bytes(layout: ModelLayout, tokens: TokenSet, checkpoints: int, noise_fl
 
 
 def _facts(
-    named: tuple[Path | str, Path | str, Path | str | None], others: list[ModelLayout], tokens: TokenSet,
-    comparisons: list[Comparison], decode: Callable[[list[int]], str] | None,
-) -> dict[str, Any]:  # fmt: skip
+    named: tuple[Path | str, Path | str, Path | str | None],
+    others: list[ModelLayout],
+    tokens: TokenSet,
+    comparisons: list[Comparison],
+    decode: Callable[[list[int]], str] | None,
+) -> dict[str, Any]:
     """Of the `named` reference, candidate and baseline; `others`: the layouts of the last two."""
     reference, candidate, baseline = named
     scores = comparisons[0].scores

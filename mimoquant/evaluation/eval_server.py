@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mimoquant.__version__ import SCHEMA_VERSION
 from mimoquant.calibration.tokens import TokenSet
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.evaluation import eval_kl
@@ -87,9 +88,12 @@ def eval_server(
     """
     layout = eval_kl.open_layout(Path(reference))
     top = reference_top(
-        layout, tokens, server.top_k, device=device,
+        layout,
+        tokens,
+        server.top_k,
+        device=device,
         progress=(lambda number: progress(number, layout.geometry.layers)) if progress else None,
-    )  # fmt: skip
+    )
     answers, length = [], tokens.ids.shape[1] - 1
     for number, row in enumerate(tokens.ids):
         answers.append(server.ask(row, top.ids[number * length : (number + 1) * length]))
@@ -97,7 +101,7 @@ def eval_server(
             asked(number + 1, len(tokens.ids))
     scores, lumped = score(top, answers, layout.geometry.vocab)
     return {
-        "schema_version": eval_kl.SCHEMA_VERSION,
+        "schema_version": SCHEMA_VERSION,
         "reference": str(reference),
         "candidate": server.link.url,
         "recipe": None,

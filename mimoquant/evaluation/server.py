@@ -294,11 +294,19 @@ def _probe(server: Server) -> Refusal | None:
 
 def _vllm_ids(server: Server, tokens: Ids, ids: Ids) -> Answer:
     """Each position's own ids; `prompt_logprobs` of 1 adds the most likely one and the token that follows."""
-    said = server.link.call("/inference/v1/generate", {
-        "model": server.model, "token_ids": tokens.tolist(),
-        "sampling_params": {"max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 1,
-                            "prompt_logprob_token_ids": ids.tolist()},
-    })  # fmt: skip
+    said = server.link.call(
+        "/inference/v1/generate",
+        {
+            "model": server.model,
+            "token_ids": tokens.tolist(),
+            "sampling_params": {
+                "max_tokens": 1,
+                "temperature": 1.0,
+                "prompt_logprobs": 1,
+                "prompt_logprob_token_ids": ids.tolist(),
+            },
+        },
+    )
     raw = io.BytesIO(base64.b64decode(said["prompt_token_id_logprobs"], validate=True))
     scores = np.load(raw, allow_pickle=False).astype(np.float64)
     _, label, top = _prompt_logprobs(server, said["prompt_logprobs"], tokens, ids[:, :0])
@@ -308,10 +316,16 @@ def _vllm_ids(server: Server, tokens: Ids, ids: Ids) -> Answer:
 def _vllm_top(server: Server, tokens: Ids, ids: Ids) -> Answer:
     """The server's own most likely ids (all of them in mode whole-vocabulary) and the token that follows."""
     whole = server.mode == "whole-vocabulary"
-    said = server.link.call("/v1/completions", {
-        "model": server.model, "prompt": tokens.tolist(), "max_tokens": 1, "temperature": 1.0,
-        "prompt_logprobs": -1 if whole else ids.shape[1],
-    })  # fmt: skip
+    said = server.link.call(
+        "/v1/completions",
+        {
+            "model": server.model,
+            "prompt": tokens.tolist(),
+            "max_tokens": 1,
+            "temperature": 1.0,
+            "prompt_logprobs": -1 if whole else ids.shape[1],
+        },
+    )
     given = said["choices"][0]["prompt_logprobs"]
     if whole and len(given[1]) != server.vocab:
         raise server.complaint(f"has {len(given[1])} ids, the reference's vocabulary is {server.vocab}")
@@ -343,18 +357,27 @@ def _sglang_ids(server: Server, tokens: Ids, ids: Ids) -> Answer:
     What stands before a window comes out of the server's prefix cache, so windows cost little compute.
     """
     step = max(8, int((_WINDOW_ENTRIES / max(1, ids.shape[1])) ** 0.5))
-    parts = [_sglang_window(server, tokens[: begin + step + 1], ids[begin : begin + step], begin)
-             for begin in range(0, len(ids), step)]  # fmt: skip
+    parts = [
+        _sglang_window(server, tokens[: begin + step + 1], ids[begin : begin + step], begin)
+        for begin in range(0, len(ids), step)
+    ]
     return Answer(*(np.concatenate(part) for part in zip(*parts, strict=True)))
 
 
 def _sglang_window(server: Server, tokens: Ids, ids: Ids, begin: int) -> tuple[Floats, Floats, Ids]:
     """`begin`: the first position. Lists start there with an entry that says nothing; values are [logprob, id, …]."""
     names, places = np.unique(ids, return_inverse=True)
-    said = server.link.call("/generate", {
-        "input_ids": tokens.tolist(), "sampling_params": {"max_new_tokens": 1, "temperature": 1.0},
-        "return_logprob": True, "logprob_start_len": begin, "top_logprobs_num": 1, "token_ids_logprob": names.tolist(),
-    })["meta_info"]  # fmt: skip
+    said = server.link.call(
+        "/generate",
+        {
+            "input_ids": tokens.tolist(),
+            "sampling_params": {"max_new_tokens": 1, "temperature": 1.0},
+            "return_logprob": True,
+            "logprob_start_len": begin,
+            "top_logprobs_num": 1,
+            "token_ids_logprob": names.tolist(),
+        },
+    )["meta_info"]
     rows = [[value[0] for value in row] for row in said["input_token_ids_logprobs"][1:]]
     table = np.array(rows, np.float64).reshape(len(ids), len(names))  # null, for what is not finite, becomes NaN
     followers = said["input_token_logprobs"][1:]
@@ -368,5 +391,9 @@ def _sglang_window(server: Server, tokens: Ids, ids: Ids, begin: int) -> tuple[F
     return np.where(np.isfinite(scores), scores, np.nan), label, top
 
 
-_WAYS = {("vllm", "reference-ids"): _vllm_ids, ("vllm", "whole-vocabulary"): _vllm_top,
-         ("vllm", "server-top"): _vllm_top, ("sglang", "reference-ids"): _sglang_ids}  # fmt: skip
+_WAYS = {
+    ("vllm", "reference-ids"): _vllm_ids,
+    ("vllm", "whole-vocabulary"): _vllm_top,
+    ("vllm", "server-top"): _vllm_top,
+    ("sglang", "reference-ids"): _sglang_ids,
+}

@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from mimoquant.checkpoint.index import open_shard
-from mimoquant.checkpoint.journal import JournalLine, RunFolder
+from mimoquant.checkpoint.journal import JournalLine, RunFolder, opened
 from mimoquant.checkpoint.reader import CheckpointReader
-from mimoquant.checkpoint.team_folder import opened
 from mimoquant.checkpoint.writer import Entry, ShardWriter, stopping, write_file_durably
 from mimoquant.errors import MimoquantError, StoppedError
 from mimoquant.machine.team import Team
@@ -125,8 +124,11 @@ class Snapshots:
                 self.run.path(self._file(walk, before)).unlink(missing_ok=True)
         index = open_shard(self.run.path(self._file(walk, layer)))
         with CheckpointReader(index) as reader:
-            states = {name: torch.from_numpy(reader.read(name).view(np.float32)).view(info.shape)
-                      for name, info in index.tensors.items() if name != _FACTS}  # fmt: skip
+            states = {
+                name: torch.from_numpy(reader.read(name).view(np.float32)).view(info.shape)
+                for name, info in index.tensors.items()
+                if name != _FACTS
+            }
             facts = json.loads(reader.read(_FACTS).tobytes())
         return layer + 1, states, facts
 

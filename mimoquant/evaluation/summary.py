@@ -92,8 +92,15 @@ def _domain(
     name: str, j: _Floats, agree: npt.NDArray[np.bool_], sequence: _Ints, inside: npt.NDArray[np.bool_]
 ) -> dict[str, Any]:
     low, high = bootstrap(j[inside], sequence[inside])
-    return {"domain": str(name), "tokens": int(inside.sum()), "sequences": len(np.unique(sequence[inside])),
-            "j": float(j[inside].mean()), "low": low, "high": high, "top1": float(agree[inside].mean())}  # fmt: skip
+    return {
+        "domain": str(name),
+        "tokens": int(inside.sum()),
+        "sequences": len(np.unique(sequence[inside])),
+        "j": float(j[inside].mean()),
+        "low": low,
+        "high": high,
+        "top1": float(agree[inside].mean()),
+    }
 
 
 def _by_position(position: _Ints, j: _Floats, length: int) -> list[dict[str, Any]]:

@@ -77,8 +77,10 @@ class Team:
         if self.device.startswith("cuda"):
             local, gpus = int(os.environ.get("LOCAL_RANK", self.rank)), torch.cuda.device_count()
             if local >= gpus:
-                raise UsageError(f"rank {local} of this node has no GPU: there are {gpus}",
-                                 hint="start as many processes a node as it has GPUs")  # fmt: skip
+                raise UsageError(
+                    f"rank {local} of this node has no GPU: there are {gpus}",
+                    hint="start as many processes a node as it has GPUs",
+                )
             self.device, backend = f"cuda:{local}", "cpu:gloo,cuda:nccl"
             torch.cuda.set_device(local)
         try:
@@ -163,8 +165,12 @@ class Team:
 
     def _tell(self, error: BaseException) -> bool:
         """Leave the error for the other ranks; whether this rank was the first to."""
-        failure = {"rank": self.rank, "kind": type(error).__name__, "message": str(error),
-                   "hint": getattr(error, "hint", None)}  # fmt: skip
+        failure = {
+            "rank": self.rank,
+            "kind": type(error).__name__,
+            "message": str(error),
+            "hint": getattr(error, "hint", None),
+        }
         if not isinstance(error, MimoquantError):
             what = "was interrupted" if isinstance(error, KeyboardInterrupt) else "failed, see its traceback"
             failure |= {"kind": "StoppedError", "message": f"rank {self.rank} {what}", "hint": RESUME}
@@ -180,9 +186,7 @@ class Team:
             self._board.wait([_BOARD], timedelta(seconds=GRACE_S))
             failure = json.loads(self._board.get(_BOARD))
         except RuntimeError:
-            return StoppedError(
-                f"rank {self.rank}: another process of this run has died ({_line(error)})", hint=RESUME
-            )  # fmt: skip
+            return StoppedError(f"rank {self.rank}: another process of this run has died ({_line(error)})", hint=RESUME)
         ended: MimoquantError = getattr(errors, failure["kind"])(failure["message"], hint=failure["hint"])
         ended.told = True
         return ended

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import yaml
 
+from mimoquant.__version__ import SCHEMA_VERSION
 from mimoquant.calibration.tokens import TokenSet
 from mimoquant.mixing.attribution import Ablation, Estimate, Floats
 from mimoquant.mixing.forks import Probe
 from mimoquant.mixing.knapsack import best_options
 from mimoquant.mixing.mixtures import Mixtures
 
-SCHEMA_VERSION = 1
 FAILED = 5.0  # times the median relMSE of its layer: an expert that quantizing ruins
 SUPER = 10.0  # times the median over all experts, and within as much of the largest: what such an expert puts out
 FRONTIER = 24  # points
@@ -29,9 +29,14 @@ Facts = dict[str, Any]
 
 
 def facts_of(
-    mixtures: Mixtures, tokens: TokenSet, ablation: Ablation, probes: Sequence[Sequence[Probe]],
-    *, budget_bytes: int | None, target_j: float | None,
-) -> Facts:  # fmt: skip
+    mixtures: Mixtures,
+    tokens: TokenSet,
+    ablation: Ablation,
+    probes: Sequence[Sequence[Probe]],
+    *,
+    budget_bytes: int | None,
+    target_j: float | None,
+) -> Facts:
     """What was measured, and what it predicts."""
     plan = mixtures.plan
     return {
@@ -42,8 +47,13 @@ def facts_of(
         "calibration": plan.recipe.calibration.as_plain() if plan.recipe.calibration else None,
         "container": plan.container,
         "options": [option.label for option in mixtures.options],
-        "data": {"name": tokens.name, "sha256": tokens.sha256, "sequences": len(tokens.ids),
-                 "sequence_tokens": tokens.ids.shape[1], "origins": list(tokens.origins)},
+        "data": {
+            "name": tokens.name,
+            "sha256": tokens.sha256,
+            "sequences": len(tokens.ids),
+            "sequence_tokens": tokens.ids.shape[1],
+            "origins": list(tokens.origins),
+        },
         "budget_bytes": budget_bytes,
         "target_j": target_j,
         "notes": mixtures.dropped,
@@ -51,11 +61,13 @@ def facts_of(
         "sum_alone": asdict(Estimate.of(_share_sum(ablation, ablation.alone_means, 0))),
         "sum_gains": asdict(Estimate.of(_share_sum(ablation, ablation.gains, 1))),
         "layers": _layers(mixtures, ablation, probes),
-        "uniform": [_point(mixtures, ablation, [k] * len(mixtures.layers)) | {"option": option.label}
-                    for k, option in enumerate(mixtures.options)],
+        "uniform": [
+            _point(mixtures, ablation, [k] * len(mixtures.layers)) | {"option": option.label}
+            for k, option in enumerate(mixtures.options)
+        ],
         "carve_outs": _carve_outs(mixtures, ablation),
         "frontier": _frontier(mixtures, ablation),
-    }  # fmt: skip
+    }
 
 
 def choice_facts(mixtures: Mixtures, ablation: Ablation, choice: Sequence[int], measured: Floats) -> Facts:
@@ -90,36 +102,46 @@ def _layers(mixtures: Mixtures, ablation: Ablation, probes: Sequence[Sequence[Pr
     bound = max(SUPER * median, max(max(of_layer["largest"]) for of_layer in experts) / SUPER)
     out: list[Facts] = []
     for place, layer in enumerate(mixtures.layers):
-        alone, gain, own = (Estimate.of(values[:, place])
-                            for values in (ablation.alone_means, ablation.gains, ablation.contributions))  # fmt: skip
+        alone, gain, own = (
+            Estimate.of(values[:, place]) for values in (ablation.alone_means, ablation.gains, ablation.contributions)
+        )
         relmse = [value for value in experts[place]["relmse"] if value is not None]
         usual = float(np.median(relmse)) if relmse else 0.0
-        energy, error = (sum(values) for values in ([p.energy for p in probes[place]],
-                                                    [p.error[base] for p in probes[place]]))  # fmt: skip
-        options = [{"option": option.label, "bytes": of_option, "ratio": ratio, "predicted": own.mean * ratio}
-                   for option, of_option, ratio in zip(mixtures.options, mixtures.bytes[place],
-                                                       ablation.ratio[place].tolist(), strict=True)]  # fmt: skip
-        out.append({
-            "layer": layer,
-            "kind": "sliding" if geometry.sliding[layer] else "global",
-            "alone": asdict(alone),
-            "gain": asdict(gain),
-            "contribution": asdict(own),
-            "options": options,
-            "relative_error": error / max(energy, 1e-30),
-            "median_relmse": usual,
-            "failed_experts": [e for e, value in enumerate(experts[place]["relmse"]) if (value or 0) > FAILED * usual],
-            "super_experts": [e for e, value in enumerate(experts[place]["largest"]) if value > bound],
-            "experts": experts[place],
-        })  # fmt: skip
+        energy, error = (
+            sum(values) for values in ([p.energy for p in probes[place]], [p.error[base] for p in probes[place]])
+        )
+        options = [
+            {"option": option.label, "bytes": of_option, "ratio": ratio, "predicted": own.mean * ratio}
+            for option, of_option, ratio in zip(
+                mixtures.options, mixtures.bytes[place], ablation.ratio[place].tolist(), strict=True
+            )
+        ]
+        out.append(
+            {
+                "layer": layer,
+                "kind": "sliding" if geometry.sliding[layer] else "global",
+                "alone": asdict(alone),
+                "gain": asdict(gain),
+                "contribution": asdict(own),
+                "options": options,
+                "relative_error": error / max(energy, 1e-30),
+                "median_relmse": usual,
+                "failed_experts": [
+                    e for e, value in enumerate(experts[place]["relmse"]) if (value or 0) > FAILED * usual
+                ],
+                "super_experts": [e for e, value in enumerate(experts[place]["largest"]) if value > bound],
+                "experts": experts[place],
+            }
+        )
     return out
 
 
 def _experts(probes: Sequence[Probe], base: str) -> dict[str, list[Any]]:
     """One value an expert: relMSE of its output (None where no probed token saw it), share of the routing, largest
     |output|."""
-    energy, error = (np.sum(values, axis=0) for values in
-                     ([p.expert_energy for p in probes], [p.expert_error[base] for p in probes]))  # fmt: skip
+    energy, error = (
+        np.sum(values, axis=0) for values in ([p.expert_energy for p in probes], [p.expert_error[base] for p in probes])
+    )
     routed = np.sum([p.routed for p in probes], axis=0)
     return {
         "relmse": [float(e / n) if n else None for e, n in zip(error, energy, strict=True)],
@@ -160,16 +182,27 @@ def recipe_text(mixtures: Mixtures, choice: Sequence[int], facts: Facts) -> str:
     plan = mixtures.planned(choice)
     document = plan.recipe.resolved(plan.container)
     chosen, data = facts["chosen"], facts["data"]
-    document["mimoquant"]["provenance"] = {"sensitivity": {
-        "recipe": facts["recipe"],
-        "source_headers_sha256": plan.layout.index.headers_fingerprint(),
-        "data": {key: data[key] for key in ("name", "sha256", "sequences", "sequence_tokens")},
-        "bytes": chosen["bytes"],
-        "j": {"all_quantized": _short(facts["j"]), "predicted": _short(chosen["predicted"]),
-              "measured": _short(chosen["measured"])},
-        "layers": {of["layer"]: {"option": chosen["options"][str(of["layer"])], "alone": _short(of["alone"]),
-                                 "gain": _short(of["gain"])} for of in facts["layers"]},
-    }}  # fmt: skip
+    document["mimoquant"]["provenance"] = {
+        "sensitivity": {
+            "recipe": facts["recipe"],
+            "source_headers_sha256": plan.layout.index.headers_fingerprint(),
+            "data": {key: data[key] for key in ("name", "sha256", "sequences", "sequence_tokens")},
+            "bytes": chosen["bytes"],
+            "j": {
+                "all_quantized": _short(facts["j"]),
+                "predicted": _short(chosen["predicted"]),
+                "measured": _short(chosen["measured"]),
+            },
+            "layers": {
+                of["layer"]: {
+                    "option": chosen["options"][str(of["layer"])],
+                    "alone": _short(of["alone"]),
+                    "gain": _short(of["gain"]),
+                }
+                for of in facts["layers"]
+            },
+        }
+    }
     head = (
         f"# Chosen by measurement from {facts['recipe']}: J {chosen['measured']['mean']:.4g} nats a token on "
         f"{data['name']}, where all layers in\n# {facts['options'][0]} have {facts['j']['mean']:.4g}. "

@@ -117,16 +117,21 @@ class Lane:
 
     def state(self) -> dict[str, Tensor]:
         """Hidden states by branch (its first trial) and batch."""
-        return {f"branch {branch.trials[0]} batch {i}": hidden for branch in self.branches
-                for i, hidden in enumerate(branch.stream.batches)}  # fmt: skip
+        return {
+            f"branch {branch.trials[0]} batch {i}": hidden
+            for branch in self.branches
+            for i, hidden in enumerate(branch.stream.batches)
+        }
 
     def restore(self, source: LayerOptions, layers: int, state: dict[str, Tensor]) -> None:
         """The branches as they are after `layers` layers."""
         together: dict[tuple[Option, ...], list[int]] = {}
         for number, trial in enumerate(self.trials):
             together.setdefault(trial.options[:layers], []).append(number)
-        held = ((trials, [state[f"branch {trials[0]} batch {i}"] for i in range(len(self.ids))])
-                for trials in together.values())  # fmt: skip
+        held = (
+            (trials, [state[f"branch {trials[0]} batch {i}"] for i in range(len(self.ids))])
+            for trials in together.values()
+        )
         self.branches = [Branch(trials, HostStream(source.source, batches)) for trials, batches in held]
 
 
@@ -243,12 +248,19 @@ class _Probing:
                     self.error[fmt][experts] += _energy(change, group.gains)
 
     def told(self, layer: int) -> Probe:
-        whole = {option: sum(float(outs[option].square().sum(dtype=torch.float64)) for _, _, outs in self.blocks)
-                 for option in (None, *self.formats)}  # fmt: skip
+        whole = {
+            option: sum(float(outs[option].square().sum(dtype=torch.float64)) for _, _, outs in self.blocks)
+            for option in (None, *self.formats)
+        }
         return Probe(
-            layer, whole[None], {fmt.label: whole[fmt] for fmt in self.formats}, self.energy.tolist(),
-            {fmt.label: self.error[fmt].tolist() for fmt in self.formats}, self.largest.tolist(), self.routed,
-        )  # fmt: skip
+            layer,
+            whole[None],
+            {fmt.label: whole[fmt] for fmt in self.formats},
+            self.energy.tolist(),
+            {fmt.label: self.error[fmt].tolist() for fmt in self.formats},
+            self.largest.tolist(),
+            self.routed,
+        )
 
 
 def _energy(outputs: Tensor, gains: Tensor) -> Tensor:

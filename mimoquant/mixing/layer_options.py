@@ -133,8 +133,12 @@ class CalibratedOptions(LayerOptions):
             if option not in coded:
                 coded[option] = self.calibrator.encode_as(option, len(steps))
         for place, (step, stacks) in enumerate(work):
-            yield {option: self._chunk(step, stacks, None) if option is None
-                   else self._decoded(step, coded[option][place], option) for option in wanted}  # fmt: skip
+            yield {
+                option: self._chunk(step, stacks, None)
+                if option is None
+                else self._decoded(step, coded[option][place], option)
+                for option in wanted
+            }
 
     def _of_any_rank(self, wanted: Sequence[Option]) -> list[Format]:
         """What any rank wants of a round: ranks choose codes together, and only some of them have probes."""

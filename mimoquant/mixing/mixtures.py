@@ -38,7 +38,7 @@ class Mixtures:
 
     def __init__(
         self, plan: Plan, chunk_bytes: int = CHUNK_BYTES, *, fp8: bool = True, any_format: bool = False
-    ) -> None:  # fmt: skip
+    ) -> None:
         """`fp8`: whether experts may stay FP8. `any_format`: int4 beside MXFP4 and NVFP4, whatever the recipe has.
 
         Raises RecipeError for a recipe of several formats, one MoE layer, or a container that has no other format.
@@ -46,8 +46,10 @@ class Mixtures:
         self._given, self._chunk_bytes = plan, chunk_bytes
         self.layers = plan.layout.geometry.moe_layers
         own = _one_format(plan)
-        self.dropped = [f"the recipe's carve-out of layer {layer} ({kind}) is dropped: layers are chosen anew"
-                        for layer, kind in sorted(plan.carve_outs.items())]  # fmt: skip
+        self.dropped = [
+            f"the recipe's carve-out of layer {layer} ({kind}) is dropped: layers are chosen anew"
+            for layer, kind in sorted(plan.carve_outs.items())
+        ]
         self.options = [option for option in _options(plan, own, any_format) if fp8 or option.kept != "fp8"]
         self.plan = self.planned([0] * len(self.layers))
         every = [self._bytes(number) for number in range(len(self.options))]
@@ -70,8 +72,13 @@ class Mixtures:
     def planned(self, choice: Sequence[int]) -> Plan:
         """Raises RecipeError where nothing is quantized."""
         layout, recipe = self._given.layout, mixed_recipe(self._given.recipe, self.named(choice))
-        return make_plan(layout.index.folder, recipe, container=self._given.container,
-                         allow_unknown=bool(layout.unknown), chunk_bytes=self._chunk_bytes)  # fmt: skip
+        return make_plan(
+            layout.index.folder,
+            recipe,
+            container=self._given.container,
+            allow_unknown=bool(layout.unknown),
+            chunk_bytes=self._chunk_bytes,
+        )
 
     def _bytes(self, option: int) -> dict[int, int]:
         """MoE layer → bytes of its shard with an option."""
@@ -90,8 +97,10 @@ def mixed_recipe(recipe: Recipe, options: Mapping[int, LayerOption]) -> Recipe:
         if option.fmt:
             by_format.setdefault(option.fmt, []).append(layer)
     alike = len(by_format) == 1 and all(option.fmt for option in options.values())
-    groups = [Group(fmt.label.replace(" ", "_"), (EXPERT_TARGET if alike else layers_target(layers),), fmt)
-              for fmt, layers in sorted(by_format.items(), key=lambda item: item[0].label)]  # fmt: skip
+    groups = [
+        Group(fmt.label.replace(" ", "_"), (EXPERT_TARGET if alike else layers_target(layers),), fmt)
+        for fmt, layers in sorted(by_format.items(), key=lambda item: item[0].label)
+    ]
     experts = [f"model.layers.{layer}.mlp.experts.0.{p}_proj" for layer in options for p in PROJECTIONS]
     ignore = tuple(p for p in recipe.ignore if not any(match_name(name, p) for name in experts))
     kept = {layer: option.kept for layer, option in options.items() if option.kept}
@@ -126,13 +135,16 @@ def _options(plan: Plan, own: Format, any_format: bool) -> list[LayerOption]:
                 hint="--container compressed-tensors holds them all",
             )
         return [LayerOption(own), LayerOption(None, "bf16")]
-    integers = [replace(own if own.name == "int4" else Format("int4", size), group_size=size)
-                for size in sorted(GROUP_SIZES["int4"], reverse=True)]  # fmt: skip
+    integers = [
+        replace(own if own.name == "int4" else Format("int4", size), group_size=size)
+        for size in sorted(GROUP_SIZES["int4"], reverse=True)
+    ]
     floats = [Format("mxfp4", 32), Format("nvfp4", 16)]
     formats = integers * (any_format or own.name == "int4") + floats * (any_format or own.name != "int4")
     geometry = plan.layout.geometry
-    fitting = [fmt for fmt in formats
-               if fmt != own and not any(fmt.misfit(*geometry.expert_shape(p)) for p in PROJECTIONS)]  # fmt: skip
+    fitting = [
+        fmt for fmt in formats if fmt != own and not any(fmt.misfit(*geometry.expert_shape(p)) for p in PROJECTIONS)
+    ]
     fp8 = all(plan.layout.expert(layer, 0, p).scale for layer in geometry.moe_layers for p in PROJECTIONS)
     kept = [LayerOption(None, "fp8")] if fp8 else []
     return [LayerOption(own), *map(LayerOption, fitting), *kept, LayerOption(None, "bf16")]

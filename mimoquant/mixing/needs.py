@@ -7,11 +7,12 @@ host; where a GPU computes, what the experts see and what they add, of every bra
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
-from mimoquant.errors import UsageError
-from mimoquant.output.quantize_report import size
+from mimoquant.errors import RecipeError, UsageError
+from mimoquant.machine.memory import Machine
+from mimoquant.mixing.mixtures import formats_of
 from mimoquant.planning.needs import (
-    Machine,
     Needs,
     expert_bytes,
     fewer_sequences,
@@ -23,6 +24,7 @@ from mimoquant.planning.needs import (
     too_little,
 )
 from mimoquant.planning.plan import CUDA_CHUNK_BYTES, Plan
+from mimoquant.wording import size
 
 SEQUENCES, TOKENS = 56, 512  # that J is measured on, unless told otherwise
 _MARGIN = 3 * 2**29  # of a GPU's memory: a layer's weights beside its experts, twice, and small things
@@ -69,8 +71,9 @@ def fork_needs(forks: Forks, device: str = "cpu") -> Needs:
     # they add. There a format is chosen beside the chunk's values and others', then all tokens pass in every format.
     choosing = max(base.gpu_bytes, 6 * experts * source) + 3 * values
     passing += token_bytes(plan, forks.ranks)[1]
-    return Needs(base.host_bytes + 3 * experts * source + 2 * states,
-                 2 * states + max(choosing, passing) + ends + _MARGIN)  # fmt: skip
+    return Needs(
+        base.host_bytes + 3 * experts * source + 2 * states, 2 * states + max(choosing, passing) + ends + _MARGIN
+    )
 
 
 def state_bytes(forks: Forks) -> int:
@@ -101,3 +104,19 @@ def fork_refusal(forks: Forks, sequences: int, device: str, has: Machine) -> Usa
 
     otherwise = "take fewer --tokens, more GPUs by torchrun, or a machine with more memory"
     return too_little(forks.plan, short, fewer_sequences(sequences, wanted, has, least=4) or otherwise)
+
+
+def sensitivity_facts(plan: Plan, device: str) -> dict[str, Any] | None:
+    """What `sensitivity` would need for this recipe, on as many tokens as it takes by itself; None where it refuses."""
+    try:
+        forks = Forks(plan, len(formats_of(plan)))
+    except RecipeError:
+        return None
+    wants = fork_needs(forks, device)
+    return {
+        "forward_passes": forward_passes(forks),
+        "tokens": forks.tokens,
+        "host_memory_bytes": wants.host_bytes,
+        "gpu_memory_bytes": wants.gpu_bytes,
+        "resume_bytes": 2 * state_bytes(forks),
+    }

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,37 +22,38 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mimoquant.calibration.tokens import CalibrationRecord, TokenSet
+from mimoquant.calibration.tokens import CalibrationRecord, TokenSet, calibration_tokens
 from mimoquant.checkpoint.reader import CheckpointReader
-from mimoquant.errors import QualityError, UsageError
+from mimoquant.errors import UsageError
 from mimoquant.evaluation.held_out import refuse_shared
 from mimoquant.evaluation.snapshots import Snapshots
 from mimoquant.machine.devices import make_engine
 from mimoquant.machine.team import Team
-from mimoquant.mixing.attribution import Ablation, Estimate, Floats
+from mimoquant.mixing.attribution import Ablation, Floats
+from mimoquant.mixing.choose import Choice, Chooser
 from mimoquant.mixing.facts import choice_facts, facts_of, recipe_text
 from mimoquant.mixing.forks import Lane, Probe, Trial, finals_of, mean_j, walk_forks
-from mimoquant.mixing.knapsack import best_options, undominated
 from mimoquant.mixing.layer_options import CalibratedOptions, LayerOptions
 from mimoquant.mixing.mixtures import Mixtures
 from mimoquant.mixing.needs import Forks
 from mimoquant.model.layer_stream import portions
-from mimoquant.output.quantize_report import size
-from mimoquant.pipeline import calibration_tokens
 from mimoquant.planning.plan import Plan
 from mimoquant.quant.stack import Engine
 
-Choice = tuple[int, ...]
 Progress = Callable[[str, int, int], None]  # what is walked, layers passed (0: it begins), layers
-ROUNDS = 2  # of swaps, at most
-SWAPS = 2  # choices that are measured in one of them
-RIVAL = 1.1  # times the predicted J of what is chosen: predictions err by some 5 %
 
 
 def sensitivity(
-    mixtures: Mixtures, tokens: TokenSet, out: Path, *, budget_bytes: int | None = None,
-    target_j: float | None = None, resume: bool = False, progress: Progress | None = None, team: Team | None = None,
-) -> dict[str, Any]:  # fmt: skip
+    mixtures: Mixtures,
+    tokens: TokenSet,
+    out: Path,
+    *,
+    budget_bytes: int | None = None,
+    target_j: float | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+    team: Team | None = None,
+) -> dict[str, Any]:
     """Measure, choose, measure again, and write the recipe `out`.
 
     Args:
@@ -64,7 +64,7 @@ def sensitivity(
     Returns the facts, as plain data; the same on every rank of `team`.
     Raises UsageError: nothing fits, or data is shared; CheckpointError: bad data; QualityError: the target was missed.
     """
-    team, calibration = team or Team("cpu"), calibration_tokens(mixtures.plan)
+    team, calibration = team or Team("cpu"), calibration_tokens(mixtures.plan.recipe.calibration, mixtures.plan.layout)
     budget = mixtures.plan.shard_bytes if budget_bytes is None and target_j is None else budget_bytes
     _refuse(mixtures, tokens, calibration, budget)
     identity = _identity(mixtures, tokens, calibration, team)
@@ -104,8 +104,10 @@ def _refuse(mixtures: Mixtures, tokens: TokenSet, calibration: TokenSet | None, 
             f"a budget of {budget / 2**30:.6g} GiB is below the {least / 2**30:.6g} of the smallest mixture"
         )
     if budget >= kept:
-        raise UsageError(f"a budget of {budget / 2**30:.6g} GiB takes no quantization: with all experts kept the "
-                         f"checkpoint has {kept / 2**30:.6g}")  # fmt: skip
+        raise UsageError(
+            f"a budget of {budget / 2**30:.6g} GiB takes no quantization: with all experts kept the "
+            f"checkpoint has {kept / 2**30:.6g}"
+        )
 
 
 def _identity(mixtures: Mixtures, tokens: TokenSet, calibration: TokenSet | None, team: Team) -> dict[str, Any]:
@@ -117,9 +119,11 @@ def _identity(mixtures: Mixtures, tokens: TokenSet, calibration: TokenSet | None
         identity["calibration tokens"] = calibration.sha256
     return identity | {
         "formats": ", ".join(fmt.label for fmt in mixtures.formats),
-        "tokens a sequence": str(tokens.ids.shape[1]), "tokens": tokens.sha256,
-        "kind of device": team.device.partition(":")[0], "processes": str(team.size),
-    }  # fmt: skip
+        "tokens a sequence": str(tokens.ids.shape[1]),
+        "tokens": tokens.sha256,
+        "kind of device": team.device.partition(":")[0],
+        "processes": str(team.size),
+    }
 
 
 def forks_of(mixtures: Mixtures, tokens: TokenSet, team: Team) -> Forks:
@@ -144,9 +148,15 @@ class Walks:
     taken up."""
 
     def __init__(
-        self, mixtures: Mixtures, tokens: TokenSet, calibration: TokenSet | None, engine: Engine, team: Team,
-        snapshots: Snapshots | None = None, progress: Progress | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        mixtures: Mixtures,
+        tokens: TokenSet,
+        calibration: TokenSet | None,
+        engine: Engine,
+        team: Team,
+        snapshots: Snapshots | None = None,
+        progress: Progress | None = None,
+    ) -> None:
         self.mixtures, self.calibration, self.engine, self.team = mixtures, calibration, engine, team
         self.snapshots, self.progress = snapshots, progress or (lambda *told: None)
         self.geometry = mixtures.plan.layout.geometry
@@ -166,8 +176,15 @@ class Walks:
         told = self.team.gather([[vars(probe) for probe in lane.probes] for lane in lanes])
         probes = [[Probe(**one) for one in of_lane] for of_lane in self._in_order(told)]
         by_layer = list(map(list, zip(*filter(None, probes), strict=True)))
-        ratio = np.array([[_ratio(of_layer, option.label if option.fmt else None, formats[0].label)
-                           for option in self.mixtures.options] for of_layer in by_layer])  # fmt: skip
+        ratio = np.array(
+            [
+                [
+                    _ratio(of_layer, option.label if option.fmt else None, formats[0].label)
+                    for option in self.mixtures.options
+                ]
+                for of_layer in by_layer
+            ]
+        )
         return Ablation((j[0][1], j[1][1]), j[0][2:], j[1][2:], ratio), by_layer
 
     def _forks(self, half: int, kept: int) -> list[Trial]:
@@ -175,8 +192,10 @@ class Walks:
         with the source's values."""
         layers, count = self.mixtures.layers, len(self.mixtures.layers)
         one, others, name = (kept, 0, "all but") if half else (0, kept, "only")
-        forks = [self._trial(f"{name} layer {layer} quantized", [one if n == layer else others for n in layers])
-                 for layer in layers]  # fmt: skip
+        forks = [
+            self._trial(f"{name} layer {layer} quantized", [one if n == layer else others for n in layers])
+            for layer in layers
+        ]
         return [self._trial("the source", [kept] * count), self._trial("all layers quantized", [0] * count), *forks]
 
     def measure(self, choices: Sequence[Choice]) -> list[tuple[Floats, Floats]]:
@@ -206,15 +225,24 @@ class Walks:
             walk_forks(source, lanes, first=first, after_layer=lambda layer: self._save(name, layer, source, lanes))
             norm, head = (source.source.tensor(key) for key in ("model.norm.weight", "lm_head.weight"))
             self.references = self.references or [finals_of(lane, 0, norm) for lane in lanes]
-            mine = [mean_j(lane, reference, norm, head)
-                    for lane, reference in zip(lanes, self.references, strict=True)]  # fmt: skip
+            mine = [mean_j(lane, reference, norm, head) for lane, reference in zip(lanes, self.references, strict=True)]
             passed = sum(self.team.gather(sum(lane.passed for lane in lanes))) / self.tokens
             layers = self.geometry.layers
-            self.told.append({"walk": name, "forward_passes": passed / layers, "bytes_read": reader.bytes_read,
-                              "layers_walked": layers - first})  # fmt: skip
+            self.told.append(
+                {
+                    "walk": name,
+                    "forward_passes": passed / layers,
+                    "bytes_read": reader.bytes_read,
+                    "layers_walked": layers - first,
+                }
+            )
         ordered = self._in_order(self.team.gather(mine))
-        return tuple(np.concatenate([np.array(j) for (half, _), j in zip(self.every, ordered, strict=True)
-                                     if half == wanted], axis=1) for wanted in (0, 1))  # type: ignore[return-value]  # fmt: skip
+        return tuple(
+            np.concatenate(
+                [np.array(j) for (half, _), j in zip(self.every, ordered, strict=True) if half == wanted], axis=1
+            )
+            for wanted in (0, 1)
+        )  # type: ignore[return-value]
 
     def _options(self, plan: Plan, reader: CheckpointReader) -> LayerOptions:
         if self.calibration is None:
@@ -232,15 +260,19 @@ class Walks:
     ) -> int:
         source.restore(states)
         for number, (lane, (passed, probes)) in enumerate(zip(lanes, facts, strict=True)):
-            held = {key.removeprefix(f"lane {number} "): values for key, values in states.items()
-                    if key.startswith(f"lane {number} ")}  # fmt: skip
+            held = {
+                key.removeprefix(f"lane {number} "): values
+                for key, values in states.items()
+                if key.startswith(f"lane {number} ")
+            }
             lane.restore(source, layers, held)
             lane.passed, lane.probes = passed, [Probe(**one) for one in probes]
         return layers
 
     def _save(self, name: str, layer: int, source: LayerOptions, lanes: list[Lane]) -> None:
-        states = source.state() | {f"lane {number} {key}": values for number, lane in enumerate(lanes)
-                                   for key, values in lane.state().items()}  # fmt: skip
+        states = source.state() | {
+            f"lane {number} {key}": values for number, lane in enumerate(lanes) for key, values in lane.state().items()
+        }
         facts = [(lane.passed, [vars(probe) for probe in lane.probes]) for lane in lanes]
         if self.snapshots:
             self.snapshots.save(name, layer, states, facts)
@@ -257,94 +289,3 @@ def _ratio(probes: Sequence[Probe], label: str | None, base: str) -> float:
     if label is None:
         return 0.0
     return sum(probe.error[label] for probe in probes) / whole if whole else 1.0
-
-
-class Chooser:
-    """The choice, and every choice that was measured on the way to it."""
-
-    def __init__(
-        self, mixtures: Mixtures, ablation: Ablation,
-        measure: Callable[[Sequence[Choice]], list[tuple[Floats, Floats]]],
-    ) -> None:  # fmt: skip
-        self.mixtures, self.ablation, self._measure = mixtures, ablation, measure
-        self.costs = ablation.costs()
-        self.measured: dict[Choice, Floats] = {}  # [1 + resamples] J
-
-    def within(self, budget: int) -> Choice:
-        """The least J within a budget of bytes."""
-        classes = [list(zip(cost, sizes, strict=True))
-                   for cost, sizes in zip(self.costs.tolist(), self.mixtures.bytes, strict=True)]  # fmt: skip
-        best = self._quantizing(best_options(classes, budget - self.mixtures.rest_bytes), f"a size of {size(budget)}")
-        if best not in self.measured:
-            self.measure([best])
-        for _ in range(ROUNDS):
-            near = self._uniform_rivals(best, budget)
-            if not self._agrees(best):
-                near += self._neighbours(best, budget)
-            near = list(dict.fromkeys(near))[:SWAPS]
-            if near:
-                self.measure(near)
-            fitting = (choice for choice in self.measured if self.mixtures.size(choice) <= budget)
-            least = min(fitting, key=lambda choice: self.measured[choice][0])
-            if least == best:
-                break
-            best = least
-        return best
-
-    def _uniform_rivals(self, choice: Choice, budget: int) -> list[Choice]:
-        """One option everywhere, where it fits and is predicted to be about as good: whoever looks at the result will
-        ask for it."""
-        count, limit = len(choice), RIVAL * self.ablation.predicted(choice)[0]
-        every = [(k,) * count for k, option in enumerate(self.mixtures.options) if option.fmt]
-        return [one for one in every if one not in self.measured and self.mixtures.size(one) <= budget
-                and self.ablation.predicted(one)[0] <= limit]  # fmt: skip
-
-    def below(self, target: float) -> Choice:
-        """The least bytes with J below a target. What was measured corrects what is asked of the prediction."""
-        classes = [list(zip(sizes, cost, strict=True))
-                   for cost, sizes in zip(self.costs.tolist(), self.mixtures.bytes, strict=True)]  # fmt: skip
-        asked = target
-        for _ in range(1 + ROUNDS):
-            best = self._quantizing(best_options(classes, self.ablation.cost_of(asked)), f"a J of {target:g}")
-            if best not in self.measured:
-                self.measure([best])
-            if self.measured[best][0] <= target:
-                return best
-            asked *= 0.98 * target / self.measured[best][0]
-        closest = min(values[0] for values in self.measured.values())
-        raise QualityError(
-            f"J {closest:.5f} is the least of the {len(self.measured)} choices measured, the target is {target:g}",
-            hint="the run is kept: go on with --resume and a lower --target-kl, or with --budget-gib",
-        )
-
-    def measure(self, choices: Sequence[Choice]) -> None:
-        for choice, (first, second) in zip(choices, self._measure(choices), strict=True):
-            self.measured[choice] = self.ablation.mean(first, second)
-
-    def _agrees(self, choice: Choice) -> bool:
-        """Whether prediction and measurement are within the interval of their difference."""
-        off = Estimate.of(self.measured[choice] - self.ablation.predicted(choice))
-        return off.low <= 0 <= off.high
-
-    def _quantizing(self, choice: list[int] | None, what: str) -> Choice:
-        if choice is None or not any(self.mixtures.options[k].fmt for k in choice):
-            problem = "cannot be reached" if choice is None else "takes no quantization: all layers can be kept"
-            raise UsageError(f"{what} {problem}", hint="the run is kept: go on with --resume and another limit")
-        return tuple(choice)
-
-    def _neighbours(self, choice: Choice, budget: int) -> list[Choice]:
-        """Choices that differ in one or two layers and fit, by predicted J; those that are measured left out."""
-        sizes, room = self.mixtures.bytes, budget - self.mixtures.size(choice)
-        moves = [(layer, k) for layer, now in enumerate(choice)
-                 for k in undominated(list(zip(self.costs[layer], sizes[layer], strict=True))) if k != now]  # fmt: skip
-        found: dict[Choice, float] = {}
-        for some in itertools.chain(itertools.combinations(moves, 1), itertools.combinations(moves, 2)):
-            near = list(choice)
-            for layer, k in some:
-                near[layer] = k
-            more = sum(sizes[layer][k] - sizes[layer][choice[layer]] for layer, k in some)
-            if len({layer for layer, _ in some}) == len(some) and more <= room:
-                found[tuple(near)] = sum(float(self.costs[layer, k] - self.costs[layer, choice[layer]])
-                                         for layer, k in some)  # fmt: skip
-        fitting = (near for near in found if any(self.mixtures.options[k].fmt for k in near))
-        return sorted((near for near in fitting if near not in self.measured), key=lambda near: found[near])

@@ -1,1 +1,4 @@
-"""Names and geometry of the MiMo-V2 family: which tensor is what, and how fused qkv rows are ordered."""
+"""Names, geometry and the forward pass of the MiMo-V2 family.
+
+May import checkpoint and machine. Knows no format and no method of quantization.
+"""

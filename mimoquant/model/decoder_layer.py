@@ -159,8 +159,15 @@ def attention(hidden_BTH: Tensor, weights: AttentionWeights, config: ForwardConf
     chunk = min(max(_QUERY_CHUNK_BYTES // row_bytes, 16), window)
     for begin in range(0, tokens, chunk):
         end, first = min(begin + chunk, tokens), max(0, begin - window + 1)
-        part = _attend(query[..., begin:end, :], key[..., first:end, :], value[..., first:end, :], weights.sink,
-                       begin - first, window, scale)  # fmt: skip
+        part = _attend(
+            query[..., begin:end, :],
+            key[..., first:end, :],
+            value[..., first:end, :],
+            weights.sink,
+            begin - first,
+            window,
+            scale,
+        )
         out[:, begin:end] = part.permute(0, 3, 1, 2, 4).flatten(2, 3)
     return linear(out.flatten(2), weights.o)
 

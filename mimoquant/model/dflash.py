@@ -112,9 +112,13 @@ def _turned(
 
 
 def _attention(
-    normed: Tensor, layer: DraftLayer, context_kv: tuple[Tensor, Tensor], starts: Tensor, drafter: Drafter,
+    normed: Tensor,
+    layer: DraftLayer,
+    context_kv: tuple[Tensor, Tensor],
+    starts: Tensor,
+    drafter: Drafter,
     table: tuple[Tensor, Tensor],
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """normed [B, S*b, H], the blocks one after another; each sees its context and itself. Softmax in float32."""
     (key, value), kv_heads, dim = context_kv, drafter.kv_heads, drafter.head_dim
     batch, rows, tokens = *normed.shape[:2], key.shape[2]
@@ -124,8 +128,9 @@ def _attention(
     query = linear(normed, layer.q).view(batch, rows, drafter.heads, dim)
     query = _turned(query, layer.q_norm, drafter, table, positions)
     query = query.view(batch, rows, kv_heads, groups, dim).permute(0, 2, 3, 1, 4)  # [B, K, G, S*b, D]
-    own_key, own_value = (part.reshape(batch, kv_heads, 1, *block, dim)
-                          for part in _keys_values(normed, layer, drafter, table, positions))  # fmt: skip
+    own_key, own_value = (
+        part.reshape(batch, kv_heads, 1, *block, dim) for part in _keys_values(normed, layer, drafter, table, positions)
+    )
     to_context = (query @ key.unsqueeze(2).transpose(-1, -2)).masked_fill(
         ~_visible(starts, positions, tokens, drafter), float("-inf")
     )

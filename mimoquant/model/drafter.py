@@ -51,9 +51,20 @@ _KNOWN_DFLASH: dict[str, tuple[Any, ...]] = {
     "use_aux_hidden_state": (True, None),
 }
 # read below, or of no consequence for the forward
-_OTHER_DFLASH_KEYS = {"target_layer_ids", "mask_token_id", "mask_token", "block_size", "num_target_layers", "use_swa",
-                      "swa_window_size", "attention_value_scale", "attention_sink_bias", "num_anchors",
-                      "loss_decay_gamma", "backbone_rotary_base"}  # fmt: skip
+_OTHER_DFLASH_KEYS = {
+    "target_layer_ids",
+    "mask_token_id",
+    "mask_token",
+    "block_size",
+    "num_target_layers",
+    "use_swa",
+    "swa_window_size",
+    "attention_value_scale",
+    "attention_sink_bias",
+    "num_anchors",
+    "loss_decay_gamma",
+    "backbone_rotary_base",
+}
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
@@ -112,8 +123,10 @@ class Drafter:
 
     def misfit(self, backbone: Geometry) -> str | None:
         """Why this drafter cannot draft for a backbone, in words that follow "does not fit the backbone: "."""
-        for name, ours, theirs in (("hidden_size", self.hidden, backbone.hidden),
-                                   ("num_target_layers", self.target_layers, backbone.layers)):  # fmt: skip
+        for name, ours, theirs in (
+            ("hidden_size", self.hidden, backbone.hidden),
+            ("num_target_layers", self.target_layers, backbone.layers),
+        ):
             if ours not in (None, theirs):
                 return f"its {name} is {ours}, the backbone's is {theirs}"
         if self.captured[-1] >= backbone.layers:
@@ -226,8 +239,9 @@ def _size(key: str, where: str, part: dict[str, Any], above: int = 0) -> int:
 
 def _heads(config: dict[str, Any], rope: dict[str, Any], where: str) -> tuple[int, int, int, int]:
     """Query heads, key-value heads, their width, and how much of it is turned."""
-    heads, kv_heads, head_dim = (_size(key, where, config) for key in ("num_attention_heads", "num_key_value_heads",
-                                                                       "head_dim"))  # fmt: skip
+    heads, kv_heads, head_dim = (
+        _size(key, where, config) for key in ("num_attention_heads", "num_key_value_heads", "head_dim")
+    )
     v_head_dim = config.get("v_head_dim", head_dim)
     turned = int(head_dim * _number("partial_rotary_factor", where, config, rope, default=1.0))
     if heads % kv_heads or v_head_dim != head_dim or not 0 < turned <= head_dim or turned % 2:
@@ -240,8 +254,16 @@ def _heads(config: dict[str, Any], rope: dict[str, Any], where: str) -> tuple[in
 
 def _check_values(config: dict[str, Any], special: dict[str, Any], where: str) -> None:
     known = [(config, "", _KNOWN_VALUES), (special, "dflash_config.", _KNOWN_DFLASH)]
-    known.append((config, "", {"target_hidden_size": (None, config.get("hidden_size")),
-                               "draft_vocab_size": (None, config.get("vocab_size"))}))  # fmt: skip
+    known.append(
+        (
+            config,
+            "",
+            {
+                "target_hidden_size": (None, config.get("hidden_size")),
+                "draft_vocab_size": (None, config.get("vocab_size")),
+            },
+        )
+    )
     for part, prefix, values in known:
         for key, good in values.items():
             if part.get(key) not in good:

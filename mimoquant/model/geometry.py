@@ -27,7 +27,7 @@ _KNOWN_VALUES: dict[str, tuple[Any, ...]] = {
     "tie_word_embeddings": (False, None),
     "attention_bias": (False, None),
     "attention_projection_layout": (None, "split", "fused_qkv"),
-}  # fmt: skip
+}
 _KNOWN_QUANTIZATION: dict[str, tuple[Any, ...]] = {
     "quant_method": ("fp8",),
     "fmt": ("e4m3", None),
@@ -146,16 +146,22 @@ def read_geometry(config: dict[str, Any], where: str, *, packed: bool = False) -
         sliding=_pattern(config, "hybrid_layer_pattern", "layer_types", "sliding_attention", layers, where),
         moe=_pattern(config, "moe_layer_freq", "mlp_layer_types", "sparse", layers, where),
         global_attention=Attention(
-            size("num_attention_heads"), size("num_key_value_heads"), size("head_dim"), size("v_head_dim"),
+            size("num_attention_heads"),
+            size("num_key_value_heads"),
+            size("head_dim"),
+            size("v_head_dim"),
             bool(config.get("add_full_attention_sink_bias", False)),
         ),
         sliding_attention=Attention(
-            size("swa_num_attention_heads"), size("swa_num_key_value_heads"), size("swa_head_dim"),
-            size("swa_v_head_dim"), bool(config.get("add_swa_attention_sink_bias", False)),
+            size("swa_num_attention_heads"),
+            size("swa_num_key_value_heads"),
+            size("swa_head_dim"),
+            size("swa_v_head_dim"),
+            bool(config.get("add_swa_attention_sink_bias", False)),
         ),
         fp8=method == "fp8",
         mxfp8=modelopt,
-    )  # fmt: skip
+    )
     for attention in (geometry.global_attention, geometry.sliding_attention):
         if geometry.fused_qkv and any(count % geometry.qkv_chunks for count in attention.rows):
             raise CheckpointError(

@@ -23,8 +23,14 @@ from mimoquant.model.qkv import with_chunks
 TOWER_PREFIXES = ("visual.", "audio_encoder.", "speech_embeddings.")
 PROJECTIONS = ("gate", "up", "down")
 
-_PACKED_SUFFIXES = ("weight_scale", "weight_zero_point", "weight_global_scale", "weight_shape",
-                    "weight_scale_2", "input_scale")  # fmt: skip
+_PACKED_SUFFIXES = (
+    "weight_scale",
+    "weight_zero_point",
+    "weight_global_scale",
+    "weight_shape",
+    "weight_scale_2",
+    "input_scale",
+)
 _NORM, _ROUTER, _PLAIN, _SCALED = ("BF16", "F32"), ("F32", "BF16"), ("BF16",), ("F8_E4M3", "BF16")
 
 
@@ -66,10 +72,16 @@ class ModelLayout:
     @property
     def ragged_qkv_layers(self) -> tuple[int, ...]:
         """Layers with split FP8 q, k, v of which q or k is not in whole blocks of 128 rows (V2-Flash's global ones)."""
-        return tuple(dict.fromkeys(
-            layer for layer in range(self.geometry.layers) for weight in self.units[f"layer {layer}"]
-            if weight.role in ("q", "k") and weight.scale and weight.scale.shape[0] * FP8_BLOCK != weight.info.shape[0]
-        ))  # fmt: skip
+        return tuple(
+            dict.fromkeys(
+                layer
+                for layer in range(self.geometry.layers)
+                for weight in self.units[f"layer {layer}"]
+                if weight.role in ("q", "k")
+                and weight.scale
+                and weight.scale.shape[0] * FP8_BLOCK != weight.info.shape[0]
+            )
+        )
 
 
 def read_layout(
@@ -85,8 +97,9 @@ def read_layout(
     left = dict(index.tensors)
     claim = _Claims(left, geometry, where)
     take_expert = claim.take_packed if packed else claim.take
-    units: dict[str, list[Weight]] = {"embeddings": [claim.take("model.embed_tokens.weight", "embedding", _PLAIN,
-                                                               (geometry.vocab, geometry.hidden))]}  # fmt: skip
+    units: dict[str, list[Weight]] = {
+        "embeddings": [claim.take("model.embed_tokens.weight", "embedding", _PLAIN, (geometry.vocab, geometry.hidden))]
+    }
     experts: dict[tuple[int, int, str], Weight] = {}
     for layer in range(geometry.layers):
         units[f"layer {layer}"] = [claim.take(*row) for row in _layer_rows(geometry, layer)]
@@ -164,8 +177,13 @@ def _mtp_rows(geometry: Geometry, i: int) -> Iterator[Row]:
 
 
 def _count_mtp(names: dict[str, TensorInfo]) -> int:
-    indexes = {int(part) for name in names if name.startswith("model.mtp.layers.")
-               for part in [name.split(".")[3]] if part.isdecimal()}  # fmt: skip
+    indexes = {
+        int(part)
+        for name in names
+        if name.startswith("model.mtp.layers.")
+        for part in [name.split(".")[3]]
+        if part.isdecimal()
+    }
     return max(indexes) + 1 if indexes and max(indexes) < 64 else 0
 
 

@@ -12,14 +12,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import mimoquant
+from mimoquant.__version__ import __version__
 from mimoquant.errors import MimoquantError, UsageError
-from mimoquant.output.quantize_report import QuantizeReport, layers_of_formats, number, size
+from mimoquant.output.quantize_report import QuantizeReport
 from mimoquant.serving.check import engine_facts
 from mimoquant.serving.contracts import ENGINES, SGLANG, VLLM
 from mimoquant.serving.launch import launch
 from mimoquant.serving.served import Served
 from mimoquant.weights.container import NATIVE
+from mimoquant.wording import layers_of_formats, number, size
 
 BEGIN, END = "<!-- eval-kl begins -->", "<!-- eval-kl ends -->"
 _UNMEASURED = "Not measured yet: `mimoquant eval-kl SOURCE THIS --card` writes symmetric KL here."
@@ -37,7 +38,7 @@ def model_card(report: QuantizeReport, served: Served, *, real_fold: bool) -> st
         "",
         f"# {release.split('/')[-1] if release else 'MiMo-V2 checkpoint'}, routed experts in 4 bits",
         "",
-        f"Written by mimoquant {mimoquant.__version__}. Only the routed experts were quantized; {folded}the value of "
+        f"Written by mimoquant {__version__}. Only the routed experts were quantized; {folded}the value of "
         "every other weight is the source's.",
         "",
         f"- experts: {formats} ({report.method}, scales by {report.scale_search}), container {report.container}",

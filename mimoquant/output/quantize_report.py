@@ -5,16 +5,14 @@ Key idea: nothing here depends on the machine or the clock, so a report is as re
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from mimoquant.__version__ import SCHEMA_VERSION
 from mimoquant.checkpoint.journal import JournalLine
 
 if TYPE_CHECKING:
     from mimoquant.planning.plan import Plan
-
-SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -53,15 +51,6 @@ class QuantizeReport:
         return {"schema_version": SCHEMA_VERSION, **asdict(self)}
 
 
-def layers_of_formats(formats: dict[str, list[int]]) -> str:
-    """Each format with the number of its layers, as in "int4 g128 in 46 layers"."""
-    return "; ".join(f"{label} in {many(len(layers), 'layer')}" for label, layers in formats.items())
-
-
-def many(count: int, thing: str) -> str:
-    return f"{count} {thing}{'s' * (count != 1)}"
-
-
 def _told(plan: Plan, finished: dict[str, JournalLine]) -> list[JournalLine]:
     return [finished[unit.name] for unit in plan.units if finished[unit.name].facts is not None]
 
@@ -76,19 +65,3 @@ def fallbacks(finished: dict[str, JournalLine]) -> dict[str, int]:
         "gptq_damped_more": sum(facts["damped"] for facts in told),
         "gptq_rounded_plainly": sum(facts["rounded"] for facts in told),
     }
-
-
-def size(count: int) -> str:
-    """Bytes for people: decimal units, three digits."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 999.5:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} TB" if value < 999.5 else f"{value:.0f} TB"
-
-
-def number(value: float | None, digits: int = 4) -> str:
-    """A figure for people: so many digits, a short exponent, n/a for None."""
-    text = "n/a" if value is None else f"{value:.{digits}g}"
-    return re.sub(r"e([+-])0*", r"e\1", text).replace("e+", "e")

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-import mimoquant
+from mimoquant.__version__ import __version__
 from mimoquant.checkpoint.hf_files import CONFIG_NAME, MODELOPT_CONFIG_NAME
 from mimoquant.checkpoint.index import INDEX_NAME
 from mimoquant.checkpoint.journal import JournalLine
@@ -39,7 +39,7 @@ def written_texts(plan: Plan, finished: dict[str, JournalLine], calibration: dic
         real_fold = plan.recipe.real_fold and any(map(plan.recipe.folds_norm, plan.formats))
         texts["README.md"] = model_card(report, planned(plan), real_fold=real_fold)
     if plan.container == MODELOPT:
-        texts[MODELOPT_CONFIG_NAME] = json.dumps(hf_quant_config(plan.config, mimoquant.__version__), indent=2)
+        texts[MODELOPT_CONFIG_NAME] = json.dumps(hf_quant_config(plan.config, __version__), indent=2)
     return {name: (text.rstrip("\n") + "\n").encode() for name, text in texts.items()}
 
 
@@ -54,7 +54,7 @@ def resolved_recipe(plan: Plan, finished: dict[str, JournalLine], calibration: d
     """`OUT/recipe.yaml`: every default written out, and where the source came from. Reading it back repeats the run."""
     document = plan.recipe.resolved(plan.container)
     document["mimoquant"]["provenance"] = {
-        "mimoquant": mimoquant.__version__,
+        "mimoquant": __version__,
         "release": plan.layout.geometry.release,
         "source_headers_sha256": plan.layout.index.headers_fingerprint(),
         "quantized_layers": len(plan.formats),

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mimoquant.__version__ import SCHEMA_VERSION
 from mimoquant.checkpoint.index import CheckpointIndex, TensorInfo, open_index
 from mimoquant.checkpoint.journal import JOURNAL_NAME, file_sha256, read_journal
 from mimoquant.checkpoint.reader import CheckpointReader
@@ -37,7 +38,6 @@ from mimoquant.quant.stack import Audit
 from mimoquant.weights.stored import dequantize, read_experts, read_matrix, read_parts
 
 Array = npt.NDArray[Any]
-SCHEMA_VERSION = 1
 _BLOCK = 32 * 2**20
 RELATIVE_ERROR_LIMIT = 0.1  # squared, of calibrated weights, which need not be the nearest; 4 bits have .005 to .02
 

@@ -117,8 +117,9 @@ def _audits(
     elif nearest:
         codes, wanted = unpack_nibbles(parts["codes"]), grid.wide(fmt).encode(source.to(torch.bfloat16).float(), fmt)
         outside = (codes != wanted).flatten(1).sum(1)
-    return [Audit(0.0, *row) for row in zip(outside.tolist(), error2.tolist(), weight2.tolist(), good.tolist(),
-                                            strict=True)]  # fmt: skip
+    return [
+        Audit(0.0, *row) for row in zip(outside.tolist(), error2.tolist(), weight2.tolist(), good.tolist(), strict=True)
+    ]
 
 
 def norm_fold(source: Array, stored: Array, dtype: str, *, real: bool) -> Array | None:
@@ -150,8 +151,10 @@ def unproven(recipe: Recipe, layers: Iterable[int]) -> list[str]:
         return []
     told, between = [], "the factors between up_proj and down_proj, which no tensor holds: "
     if any(recipe.folds_norm(layer) for layer in layers):
-        told.append("the share of tokens whose top-k changed: norm and router make up for each other but for one "
-                    "rounding, and what that does to routing takes the tokens to measure")  # fmt: skip
+        told.append(
+            "the share of tokens whose top-k changed: norm and router make up for each other but for one "
+            "rounding, and what that does to routing takes the tokens to measure"
+        )
     if recipe.folds_down and recipe.method == "awq":
         told.append(f"{between}each channel has one with which all its codes are the nearest, but for bf16's rounding")
     elif recipe.folds_down:

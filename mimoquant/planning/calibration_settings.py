@@ -18,8 +18,17 @@ MODIFIER_DEFAULTS: dict[str, dict[str, Any]] = {
     "AWQModifier": {"n_grid": AWQ_GRID, "duo_scaling": True},
 }
 MOST_REPETITIONS, MOST_GROUPS = 5, 20  # of a pattern
-_CALIBRATION_KEYS = ("set", "data", "sequences", "tokens", "propagate", "shrinkage", "max_starved_experts",
-                     "reconstruct", "reconstruct_layers")  # fmt: skip
+_CALIBRATION_KEYS = (
+    "set",
+    "data",
+    "sequences",
+    "tokens",
+    "propagate",
+    "shrinkage",
+    "max_starved_experts",
+    "reconstruct",
+    "reconstruct_layers",
+)
 
 
 class Fail(Protocol):
@@ -77,9 +86,17 @@ class Calibration:
         rounds: dict[str, Any] = {"reconstruct": self.reconstruct} if self.reconstruct else {}
         if self.reconstruct and self.reconstruct_layers:
             rounds["reconstruct_layers"] = list(self.reconstruct_layers)
-        return held | {"sequences": self.sequences, "tokens": self.tokens, "propagate": self.propagate,
-                       "shrinkage": "auto" if self.shrinkage is None else self.shrinkage,
-                       "max_starved_experts": self.max_starved_experts} | rounds  # fmt: skip
+        return (
+            held
+            | {
+                "sequences": self.sequences,
+                "tokens": self.tokens,
+                "propagate": self.propagate,
+                "shrinkage": "auto" if self.shrinkage is None else self.shrinkage,
+                "max_starved_experts": self.max_starved_experts,
+            }
+            | rounds
+        )
 
 
 @dataclass(frozen=True)
@@ -96,15 +113,23 @@ class Awq:
         smoothed = [mapping["smooth_layer"] for mapping in settings.get("mappings") or []]
         ups = [pattern for pattern in smoothed if match_name(_MODULES["up"], pattern)]
         norms = tuple(pattern for pattern in smoothed if pattern not in ups)
-        return Awq(int(settings.get("n_grid", AWQ_GRID)), bool(settings.get("duo_scaling", True)),
-                   bool(ups) or not smoothed, norms)  # fmt: skip
+        return Awq(
+            int(settings.get("n_grid", AWQ_GRID)),
+            bool(settings.get("duo_scaling", True)),
+            bool(ups) or not smoothed,
+            norms,
+        )
 
     def names_norm(self, layer: int) -> bool:
         return any(match_name(_norm(layer), pattern) for pattern in self.norms)
 
 
-_MODULES = {"router": "model.layers.1.mlp.gate", "gate": "model.layers.1.mlp.experts.0.gate_proj",
-            "up": "model.layers.1.mlp.experts.0.up_proj", "down": "model.layers.1.mlp.experts.0.down_proj"}  # fmt: skip
+_MODULES = {
+    "router": "model.layers.1.mlp.gate",
+    "gate": "model.layers.1.mlp.experts.0.gate_proj",
+    "up": "model.layers.1.mlp.experts.0.up_proj",
+    "down": "model.layers.1.mlp.experts.0.down_proj",
+}
 
 
 def _norm(layer: int) -> str:
@@ -135,8 +160,15 @@ def parse_calibration(block: Any, fail: Fail) -> Calibration | None:
     starved = block.get("max_starved_experts")
     if starved is not None and (type(starved) is not int or starved < 0):
         fail(f"calibration.max_starved_experts is {starved!r}, expected a number of experts")
-    return Calibration(_data(block, fail) or default.data, sizes["sequences"], sizes["tokens"], propagate, shrinkage,
-                       starved, *_reconstruction(block, fail))  # fmt: skip
+    return Calibration(
+        _data(block, fail) or default.data,
+        sizes["sequences"],
+        sizes["tokens"],
+        propagate,
+        shrinkage,
+        starved,
+        *_reconstruction(block, fail),
+    )
 
 
 def _reconstruction(block: dict[Any, Any], fail: Fail) -> tuple[int, tuple[int, ...]]:
@@ -172,8 +204,10 @@ def check_settings(extra: dict[str, dict[str, Any]], fail: Fail) -> None:
     if isinstance(damp, bool) or not isinstance(damp, int | float) or not 0 < damp <= 1:
         fail(f"dampening_frac is {damp!r}, expected a number above 0 and at most 1")
     if gptq.get("actorder", "static") not in ("static", "weight"):
-        fail(f"actorder {gptq['actorder']!r} is not supported",
-                  "columns are ordered by activation without an index in the file: static")  # fmt: skip
+        fail(
+            f"actorder {gptq['actorder']!r} is not supported",
+            "columns are ordered by activation without an index in the file: static",
+        )
     if gptq.get("block_size", 128) != 128:
         fail(f"block_size is {gptq['block_size']!r}; columns go in blocks of 128")
     grid = awq.get("n_grid", AWQ_GRID)
@@ -204,14 +238,18 @@ def _check_mapping(mapping: Any, number: int, fail: Fail) -> None:
     if layers and all(_found(layer, balanced) == {"router", "gate", "up"} for layer in layers):
         return
     if layers and any("router" not in _found(layer, balanced) for layer in layers):
-        fail(f"mapping {number} scales post_attention_layernorm and leaves the router (mlp.gate) as it is",
-             r"the router would see other inputs and choose other experts: add 're:.*mlp\.gate$'")  # fmt: skip
+        fail(
+            f"mapping {number} scales post_attention_layernorm and leaves the router (mlp.gate) as it is",
+            r"the router would see other inputs and choose other experts: add 're:.*mlp\.gate$'",
+        )
     ups = [(layer, expert) for layer in (1, 2, 30, 69) for expert in (0, 1, 17, 255)]
     named = [match_name(f"model.layers.{n}.mlp.experts.{e}.up_proj", smooth) for n, e in ups]
     if layers or not all(named) or any(_found(layer, balanced) != {"down"} for layer, _ in ups):
-        fail(f"mapping {number} ({smooth}) is not supported",
-             "known are up_proj to down_proj, of all layers and experts, and post_attention_layernorm to mlp.gate, "
-             "gate_proj and up_proj of the same layers")  # fmt: skip
+        fail(
+            f"mapping {number} ({smooth}) is not supported",
+            "known are up_proj to down_proj, of all layers and experts, and post_attention_layernorm to mlp.gate, "
+            "gate_proj and up_proj of the same layers",
+        )
 
 
 def _found(layer: int, patterns: list[Any]) -> set[str]:

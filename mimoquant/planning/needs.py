@@ -8,13 +8,11 @@ for what cannot fit at all; what other programs occupy at the moment may be free
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from mimoquant.errors import UsageError
+from mimoquant.machine.memory import Machine
 from mimoquant.model.layout import PROJECTIONS
 from mimoquant.planning.plan import CHUNK_BYTES, CUDA_CHUNK_BYTES, WRITE_QUEUE_BYTES, Plan
 from mimoquant.planning.units import Dequantize, Experts
@@ -22,8 +20,6 @@ from mimoquant.quant.method import WALKED_COLUMNS, WALKED_FEWEST, WALKED_MOST, W
 
 _INTERPRETER_BYTES, _TORCH_BYTES, _CUDA_BYTES = 320 * 2**20, 400 * 2**20, 2 * 2**30
 _GROUP_ROWS = 2**16  # of tokens that go through a group of experts at once (`decoder_layer`)
-_USABLE = 0.94  # of a GPU's memory: the rest is the driver's, or lies between allocations
-_CONTROL_GROUP = Path("/sys/fs/cgroup")
 # How many float32 matrices of the shape of the Gram matrix, and of gate and up together, a method holds an expert.
 _WITH_GPTQ, _SEARCH_ONLY = (5, 7), (3, 4)
 _REFINED_MATRICES = 12  # of a projection's shape, which the joint refinement holds
@@ -49,8 +45,11 @@ def needs(plan: Plan, device: str = "cpu", ranks: int = 1) -> Needs:
         return Needs(host, 6 * source if cuda else 0)
     states, seen = token_bytes(plan, ranks)
     experts = largest_chunk(plan)
-    work = seen + max(_method_bytes(plan, experts), forward_bytes(plan, experts, _tokens(plan)),
-                      _refine_bytes(plan, experts, "cuda" if cuda else "cpu"))  # fmt: skip
+    work = seen + max(
+        _method_bytes(plan, experts),
+        forward_bytes(plan, experts, _tokens(plan)),
+        _refine_bytes(plan, experts, "cuda" if cuda else "cpu"),
+    )
     if cuda:
         return Needs(host + states, work + 2**30)
     return Needs(host + _TORCH_BYTES + states + work, 0)
@@ -95,9 +94,11 @@ def _refine_bytes(plan: Plan, experts: int, device: str) -> int:
     tokens = min(most, 2 * _tokens(plan) * geometry.top_k * experts // geometry.experts)
     block = max(WALKED_COLUMNS, *(fmt.group_size for fmt in plan.formats.values()))
     matrices = _REFINED_MATRICES * inner * width + width**2 + 4 * inner**2 + 3 * inner // WALKED_TURNS * block**2
-    return (experts * (4 * (width**2 + inner**2) + 18 * inner * width)
-            + 4 * min(experts, WALKED_TOKENS[device] // WALKED_FEWEST) * matrices
-            + 4 * tokens * (4 * width + 5 * inner))  # fmt: skip
+    return (
+        experts * (4 * (width**2 + inner**2) + 18 * inner * width)
+        + 4 * min(experts, WALKED_TOKENS[device] // WALKED_FEWEST) * matrices
+        + 4 * tokens * (4 * width + 5 * inner)
+    )
 
 
 def forward_bytes(plan: Plan, experts: int, tokens: int) -> int:
@@ -107,48 +108,6 @@ def forward_bytes(plan: Plan, experts: int, tokens: int) -> int:
     routed = tokens * geometry.top_k * experts // geometry.experts
     weights = experts * 3 * geometry.hidden * geometry.expert_intermediate * 2
     return min(_GROUP_ROWS, 2 * routed) * 4 * (3 * geometry.hidden + 3 * geometry.expert_intermediate) + 2 * weights
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """What there is at most (`host_bytes`, `gpu_bytes`), and how much of the host's memory is free at the moment."""
-
-    host_bytes: int
-    host_free_bytes: int
-    gpu_bytes: int = 0
-
-
-def machine(device: str, gpu_memory_gb: float | None = None) -> Machine:
-    """This machine, as far as a process may use it: of the host's memory, its share among those that torchrun starts.
-
-    Args:
-        gpu_memory_gb: what the user grants of a GPU's memory.
-    """
-    host, free = _host_memory()
-    if not device.startswith("cuda"):
-        return Machine(host, free)
-    import torch
-
-    total = torch.cuda.get_device_properties(torch.device(device)).total_memory
-    return Machine(host, free, min(int(_USABLE * total), int(gpu_memory_gb * 1e9) if gpu_memory_gb else total))
-
-
-def _host_memory() -> tuple[int, int]:
-    """Total and free bytes, of the machine or of the control group that this process is in, whichever is less."""
-    page = os.sysconf("SC_PAGE_SIZE")
-    total, free = page * os.sysconf("SC_PHYS_PAGES"), page * os.sysconf("SC_AVPHYS_PAGES")
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
-    old = "memory/memory."
-    for limit, used in (("memory.max", "memory.current"), (f"{old}limit_in_bytes", f"{old}usage_in_bytes")):
-        with contextlib.suppress(OSError, ValueError):  # no such file, or no limit ("max")
-            bound = int((_CONTROL_GROUP / limit).read_text())
-            if bound < total:
-                total = bound
-                free = min(free, bound - int((_CONTROL_GROUP / used).read_text()))
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return total // processes, max(free, 0) // processes
 
 
 def fitting_plan(make: Callable[[int], Plan], device: str, has: Machine, ranks: int = 1) -> Plan:
@@ -211,3 +170,20 @@ def fewer_sequences(sequences: int, wanted: Callable[[int], Needs], has: Machine
             return f"--sequences {fewer} would fit"
         fewer //= 2
     return None
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Seconds that a run spends reading, computing and writing, all at once; and what the two rates were."""
+
+    reading_s: float
+    computing_s: float
+    writing_s: float
+    read_bytes_per_s: float
+    write_bytes_per_s: float  # of hashing alone, where no folder was given
+
+    @property
+    def bound(self) -> tuple[str, float]:
+        """What takes longest, and how long."""
+        times = {"reading": self.reading_s, "computing": self.computing_s, "writing": self.writing_s}
+        return max(times.items(), key=lambda item: item[1])

@@ -6,12 +6,11 @@ a terabyte is planned in seconds, and it fixes every output tensor, file and byt
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import mimoquant
+from mimoquant.__version__ import __version__
 from mimoquant.checkpoint.hf_files import CONFIG_NAME, side_files
 from mimoquant.checkpoint.index import CheckpointIndex, open_index, read_json_object, resolve_inside
 from mimoquant.errors import RecipeError
@@ -22,6 +21,7 @@ from mimoquant.planning.units import Unit, UnitBuilder
 from mimoquant.quant.formats import Format
 from mimoquant.weights.container import COMPRESSED_TENSORS, MODELOPT, NATIVE, keeps_fp8, output_config
 from mimoquant.weights.stored import packed_format
+from mimoquant.wording import ranges
 
 CHUNK_BYTES = 96 * 2**20  # source bytes of the experts that are in memory together
 CUDA_CHUNK_BYTES = 800 * 2**20  # the same, where a GPU calibrates: some thirty experts, V2.5's in eight chunks
@@ -72,7 +72,7 @@ class Plan:
         resolved = self.recipe.resolved(self.container)
         resolved["mimoquant"].get("calibration", {}).pop("max_starved_experts", None)  # stops a run, changes no byte
         return {
-            "version": mimoquant.__version__,
+            "version": __version__,
             "source headers": self.layout.index.headers_fingerprint(),
             "container": self.container,
             "recipe": resolved,
@@ -110,12 +110,21 @@ def make_plan(
     units = builder.units()
     notes += _notes(layout, recipe, chosen, carve_outs)
     if builder.bf16_qkv:
-        notes.append(f"FP8 q, k, v of layers {ranges(builder.bf16_qkv)} become bf16: vLLM puts the block scales of "
-                     "such a k and v on other rows")  # fmt: skip
+        notes.append(
+            f"FP8 q, k, v of layers {ranges(builder.bf16_qkv)} become bf16: vLLM puts the block scales of "
+            "such a k and v on other rows"
+        )
     plan = Plan(
-        layout, recipe, chosen, formats, carve_outs, units, side_files(index.folder), notes,
+        layout,
+        recipe,
+        chosen,
+        formats,
+        carve_outs,
+        units,
+        side_files(index.folder),
+        notes,
         output_config(config, chosen, formats, carve_outs, builder.bf16_qkv),
-    )  # fmt: skip
+    )
     metadata = dict(index.metadata) if chosen == NATIVE else {}
     return replace(plan, index_metadata=metadata | {"total_size": plan.tensor_bytes})
 
@@ -301,12 +310,4 @@ def _notes(layout: ModelLayout, recipe: Recipe, container: str, carve_outs: dict
     return notes
 
 
-def ranges(numbers: Iterable[int]) -> str:
-    """1, 2, 3, 7 → '1-3, 7'."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs) or "none"
+WRITE_LANES = 3  # shards that are written and hashed at once where a GPU fills them faster than one thread hashes

@@ -44,17 +44,38 @@ _PRESETS = {
     "MXFP4A16": Format("mxfp4", 32),
     "NVFP4A16": Format("nvfp4", 16),
 }
-_OBSERVERS = {"minmax": "absmax", "memoryless_minmax": "absmax", "static_minmax": "absmax",
-              "mse": "mse", "memoryless_mse": "mse"}  # fmt: skip
-_QUANTIZATION_KEYS = {"targets", "ignore", "scheme", "config_groups", "kv_cache_scheme", "bypass_divisibility_checks",
-                      "requires_calibration_data"}  # fmt: skip
+_OBSERVERS = {
+    "minmax": "absmax",
+    "memoryless_minmax": "absmax",
+    "static_minmax": "absmax",
+    "mse": "mse",
+    "memoryless_mse": "mse",
+}
+_QUANTIZATION_KEYS = {
+    "targets",
+    "ignore",
+    "scheme",
+    "config_groups",
+    "kv_cache_scheme",
+    "bypass_divisibility_checks",
+    "requires_calibration_data",
+}
 _MODIFIER_KEYS = {
     "QuantizationModifier": _QUANTIZATION_KEYS,
     "GPTQModifier": _QUANTIZATION_KEYS | {"block_size", "dampening_frac", "actorder", "offload_hessians"},
     "AWQModifier": _QUANTIZATION_KEYS | {"mappings", "offload_device", "duo_scaling", "n_grid"},
 }
-_BLOCK_KEYS = {"version", "scale_search", "container", "calibration", "carve_outs", "provenance", "fold", "refine",
-               "signed_scales"}  # fmt: skip
+_BLOCK_KEYS = {
+    "version",
+    "scale_search",
+    "container",
+    "calibration",
+    "carve_outs",
+    "provenance",
+    "fold",
+    "refine",
+    "signed_scales",
+}
 _OPTIONS = {"reconstruct": "refine", "reconstruct_layers": "refine-layer"}  # what the command line calls them
 _FOLDS = ("pow2", "exact-real", "none")
 _WEIGHT_DEFAULTS: dict[str, tuple[Any, ...]] = {
@@ -307,11 +328,14 @@ class _Parser:
         if carrier.get("kv_cache_scheme") is not None:
             self.fail("kv_cache_scheme is not supported: only routed experts are quantized")
         groups, searches = self.groups(carrier, carriers[0])
-        ignore = tuple(pattern for settings in modifiers.values()
-                       for pattern in self.strings(settings.get("ignore"), "ignore"))  # fmt: skip
+        ignore = tuple(
+            pattern for settings in modifiers.values() for pattern in self.strings(settings.get("ignore"), "ignore")
+        )
         methods = [METHODS[key] for key in ("AWQModifier", "GPTQModifier") if key in modifiers]
-        extra = {key: {k: v for k, v in settings.items() if k not in _QUANTIZATION_KEYS}
-                 for key, settings in modifiers.items()}  # fmt: skip
+        extra = {
+            key: {k: v for k, v in settings.items() if k not in _QUANTIZATION_KEYS}
+            for key, settings in modifiers.items()
+        }
         check_settings(extra, self.fail)
         for key, defaults in MODIFIER_DEFAULTS.items():
             if key in extra:
@@ -347,8 +371,10 @@ class _Parser:
             groups.append(Group(str(name), self.strings(group.get("targets"), "targets"), self.format(weights, name)))
             observer = weights.get("observer")
             if observer is not None and (not isinstance(observer, str) or observer not in _OBSERVERS):
-                self.fail(f"{name} has the observer {observer!r}, which is not supported",
-                          f"supported are {', '.join(_OBSERVERS)}")  # fmt: skip
+                self.fail(
+                    f"{name} has the observer {observer!r}, which is not supported",
+                    f"supported are {', '.join(_OBSERVERS)}",
+                )
             searches.add(None if observer is None else _OBSERVERS[observer])
         if not groups:
             self.fail("config_groups is empty")
@@ -357,8 +383,11 @@ class _Parser:
         return tuple(groups), {search for search in searches if search is not None}
 
     def format(self, weights: dict[str, Any], where: str) -> Format:
-        self.known(weights, {"num_bits", "type", "symmetric", "strategy", "group_size", "observer", *_WEIGHT_DEFAULTS},
-                   f"{where}.weights")  # fmt: skip
+        self.known(
+            weights,
+            {"num_bits", "type", "symmetric", "strategy", "group_size", "observer", *_WEIGHT_DEFAULTS},
+            f"{where}.weights",
+        )
         for key, allowed in _WEIGHT_DEFAULTS.items():
             if key in weights and weights[key] not in allowed:
                 self.fail(f"{where}.weights.{key} is {weights[key]!r}, which is not supported")
@@ -418,8 +447,12 @@ class _Parser:
             signed_scales=signed,
             provenance=self.mapping(block.get("provenance") or {}, "provenance"),
         )
-        unused = {"calibration": not recipe.calibrated, "signed_scales": not recipe.calibrated,
-                  "fold": "awq" not in recipe.method, "refine": "gptq" not in recipe.method}  # fmt: skip
+        unused = {
+            "calibration": not recipe.calibrated,
+            "signed_scales": not recipe.calibrated,
+            "fold": "awq" not in recipe.method,
+            "refine": "gptq" not in recipe.method,
+        }
         for key in unused:
             if unused[key] and block.get(key) is not None:
                 self.fail(f"mimoquant.{key} has no meaning for the method {recipe.method} by {recipe.scale_search}")

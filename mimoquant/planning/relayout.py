@@ -32,7 +32,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import mimoquant
+from mimoquant.__version__ import SCHEMA_VERSION, __version__
 from mimoquant.checkpoint.hf_files import MODELOPT_CONFIG_NAME, side_files
 from mimoquant.checkpoint.index import open_index, read_json_object, resolve_inside
 from mimoquant.checkpoint.writer import Entry, file_order
@@ -48,7 +48,6 @@ from mimoquant.weights.container import NATIVE, ignore_qkv
 
 SPLIT, CANONICAL, INTERLEAVED = LAYOUTS = ("split", "canonical", "interleaved")
 RECORD_NAME = "relayout.json"
-SCHEMA_VERSION = 1
 _NOTHING = Recipe("relayout", "rtn", groups=(), ignore=(), scale_search="absmax")
 _HEADING = "## Layout of qkv"
 _QKV_ROLES = ("qkv", "q", "k", "v")
@@ -66,7 +65,7 @@ class RelayoutPlan(Plan):
         """What was asked for, and of which source: `OUT/relayout.json`."""
         return {
             "schema_version": SCHEMA_VERSION,
-            "mimoquant": mimoquant.__version__,
+            "mimoquant": __version__,
             "qkv": self.qkv,
             "tp": self.target.qkv_chunks if self.qkv == INTERLEAVED else None,
             "bf16": self.bf16,
@@ -96,8 +95,9 @@ def make_relayout(
     config = read_config(index)
     layout = read_layout(index, config, allow_unknown=allow_unknown, packed=True)
     target = _target(layout, qkv, tp)
-    dequantized = bf16 and any(weight.scale for weights in layout.units.values() for weight in weights
-                               if weight.role in _QKV_ROLES)  # fmt: skip
+    dequantized = bf16 and any(
+        weight.scale for weights in layout.units.values() for weight in weights if weight.role in _QKV_ROLES
+    )
     before = layout.geometry
     if (before.fused_qkv, before.qkv_chunks) == (target.fused_qkv, target.qkv_chunks) and not dequantized:
         chunks = f" over {target.qkv_chunks}" if qkv == INTERLEAVED else ""
@@ -111,9 +111,19 @@ def make_relayout(
         if (index.folder / name).is_file():
             carried[name] = resolve_inside(index.folder, name).stat().st_size
     plan = RelayoutPlan(
-        layout, _NOTHING, NATIVE, {}, {}, lay_out(steps, index.folder), carried, [], {},
-        target=target, qkv=qkv, bf16=bf16,
-    )  # fmt: skip
+        layout,
+        _NOTHING,
+        NATIVE,
+        {},
+        {},
+        lay_out(steps, index.folder),
+        carried,
+        [],
+        {},
+        target=target,
+        qkv=qkv,
+        bf16=bf16,
+    )
     metadata = {key: value for key, value in index.metadata.items() if key != "tp_size"}
     metadata |= {"total_size": plan.tensor_bytes} | ({"tp_size": target.qkv_chunks} if target.fused_qkv else {})
     return replace(plan, config=_config(plan), index_metadata=metadata, notes=_notes(plan))
@@ -128,8 +138,10 @@ def _target(layout: ModelLayout, qkv: str, tp: int | None) -> Geometry:
         return replace(geometry, fused_qkv=qkv == CANONICAL, qkv_chunks=1 if qkv == CANONICAL else published)
     chunks, possible = tp or published, possible_chunks(geometry)
     if chunks not in possible:
-        kinds = ", ".join(f"{kind.heads} heads with {kind.kv_heads} KV heads"
-                          for kind in (geometry.global_attention, geometry.sliding_attention))  # fmt: skip
+        kinds = ", ".join(
+            f"{kind.heads} heads with {kind.kv_heads} KV heads"
+            for kind in (geometry.global_attention, geometry.sliding_attention)
+        )
         raise UsageError(
             f"--tp {chunks}: {layout.index.folder} has {kinds}, which do not split over {chunks} chunks",
             hint=f"give {' or '.join(map(str, possible))}",
@@ -185,8 +197,9 @@ def _notes(plan: RelayoutPlan) -> list[str]:
     if kept:
         notes.append(f"qkv of {kept} layers stays FP8: codes and scales are moved, nothing is computed")
     if plan.layout.unknown:
-        notes.append(f"{len(plan.layout.unknown)} unknown tensors are copied as they are, first "
-                     f"{plan.layout.unknown[0]}")  # fmt: skip
+        notes.append(
+            f"{len(plan.layout.unknown)} unknown tensors are copied as they are, first {plan.layout.unknown[0]}"
+        )
     return notes
 
 
@@ -201,7 +214,7 @@ def relayout_texts(plan: RelayoutPlan) -> dict[str, str]:
         *([card, ""] if card else []),
         _HEADING,
         "",
-        f"`mimoquant relayout` {mimoquant.__version__} wrote q, k and v as `{plan.qkv}`{chunks}, whatever else is said "
+        f"`mimoquant relayout` {__version__} wrote q, k and v as `{plan.qkv}`{chunks}, whatever else is said "
         "of their layout. Every other tensor is the source's, byte for byte.",
         "",
         *(f"- {note}" for note in plan.notes),

@@ -79,16 +79,20 @@ def reorder(weights: list[Weight], before: Geometry, after: Geometry, *, sliding
         raise UsageError(f"{found}: they cannot be moved together", hint="convert such a layer's weights to one dtype")
     scales = tuple(weight.scale for weight in weights if weight.scale)
     starts = np.cumsum([0, *(scale.shape[0] for scale in scales)])
-    scale_of = np.concatenate([
-        start + scale_rows(weight.role, weight.info.shape[0], scale.shape[0], before)
-        for weight, scale, start in zip(weights, scales, starts, strict=False)
-    ])[order]  # fmt: skip
+    scale_of = np.concatenate(
+        [
+            start + scale_rows(weight.role, weight.info.shape[0], scale.shape[0], before)
+            for weight, scale, start in zip(weights, scales, starts, strict=False)
+        ]
+    )[order]
     if bf16:
         return [Reorder(first, infos, entries("BF16"), order, scales, scale_of)]
     kept = _kept_scales(entries("F8_E4M3"), scale_of, after)
     blocks = tuple(Entry(f"{entry.name}_scale_inv", "F32", (len(rows), scales[0].shape[1])) for entry, rows in kept)
-    return [Reorder(first, scales, blocks, np.concatenate([rows for _, rows in kept])),
-            Reorder(first, infos, entries("F8_E4M3"), order)]  # fmt: skip
+    return [
+        Reorder(first, scales, blocks, np.concatenate([rows for _, rows in kept])),
+        Reorder(first, infos, entries("F8_E4M3"), order),
+    ]
 
 
 def _chunks(geometry: Geometry) -> int:

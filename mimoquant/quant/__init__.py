@@ -1,5 +1,4 @@
-"""Numbers: FP8 blocks, 4-bit formats, scale search. Arrays in, arrays out; knows no file and no model.
+"""Numbers: FP8 blocks, 4-bit formats, searches, methods. Arrays in, arrays out.
 
-`engine_cpu` (fused, compiled) and `engine_torch` (any device, the plain reference) do the same arithmetic in the same
-order in float32, so they give the same bytes; a test holds that.
+Imports nothing of ours; knows no file and no model. Both engines do the same float32 arithmetic in the same order.
 """

@@ -43,8 +43,10 @@ def cast(stacks: dict[str, Stack]) -> dict[str, dict[str, Array]]:
     live = {projection: nonzero_blocks(stack.values, 16) for projection, stack in stacks.items()}
     top = {projection: _largest(projection, stack, live[projection]) for projection, stack in stacks.items()}
     top["gate"] = top["up"] = np.maximum(top["gate"], top["up"])
-    return {p: _parts(p, stack, live[p], np.where(top[p] < 0, _UNSCALED, np.maximum(top[p], _LEAST)))
-            for p, stack in stacks.items()}  # fmt: skip
+    return {
+        p: _parts(p, stack, live[p], np.where(top[p] < 0, _UNSCALED, np.maximum(top[p], _LEAST)))
+        for p, stack in stacks.items()
+    }
 
 
 def nonzero_blocks(codes: Array, block_bytes: int) -> Array:

@@ -10,36 +10,17 @@ Shapes: E experts, I columns of the weight, O its rows, B columns of the block `
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mimoquant.quant.engine_torch import halving_sum
 from mimoquant.quant.formats import NVFP4_SMALLEST_SCALE, Format
 from mimoquant.quant.grid import Grid, e2m1
+from mimoquant.quant.kernels.columns import Columns
+from mimoquant.quant.kernels.rounding import halving_sum
 from mimoquant.quant.products import Halves, halves, put
-
-
-@dataclass(frozen=True)
-class Columns:
-    """A stack of weights on its way to codes, all of it contiguous.
-
-    weight: float32 [E, I, O]. matrix: float32 [E, I, I], what the loop pushes errors by. scale, zero: float32
-    [E, G, O]. codes: uint8 [E, I, O]. left: weight - value, as `products.halves` [E, I, O]. divisor: [E], nvfp4's
-    global scale.
-    """
-
-    weight: Tensor
-    matrix: Tensor
-    scale: Tensor
-    zero: Tensor | None
-    codes: Tensor
-    left: Halves
-    fmt: Format
-    divisor: Tensor | None = None
 
 
 def round_columns(stack: Columns, now: slice, target_EBO: Tensor, group_EI: Tensor) -> None:

@@ -25,10 +25,13 @@ Array = npt.NDArray[Any]
 # adds a half), smallest multiplier .45; mxfp4: mantissa below 1.75, or an exponent one lower; nvfp4: multiplier .6, and
 # an E4M3 subnormal may be a third below what was wanted.
 _OVERSHOOT = {
-    ("int4", "absmax"): 0.54, ("int4", "mse"): 9.8,
-    ("mxfp4", "absmax"): 1.001, ("mxfp4", "mse"): 10.001,
-    ("nvfp4", "absmax"): 3.001, ("nvfp4", "mse"): 9.001,
-}  # fmt: skip
+    ("int4", "absmax"): 0.54,
+    ("int4", "mse"): 9.8,
+    ("mxfp4", "absmax"): 1.001,
+    ("mxfp4", "mse"): 10.001,
+    ("nvfp4", "absmax"): 3.001,
+    ("nvfp4", "mse"): 9.001,
+}
 _ASYMMETRIC_OVERSHOOT = {"absmax": 0.6, "mse": 19.0}
 
 
@@ -231,8 +234,9 @@ def _encode_rows(
     source, codes, scale = _source(stack, expert), parts["codes"][expert], parts["scale"][expert]
     if fmt.name == "int4":
         zero = parts["zero_point"][expert]
-        return int(kernels.encode_int4(*source, begin, end, fmt.group_size, fmt.symmetric, tried, weigh,
-                                       codes, scale, zero))  # fmt: skip
+        return int(
+            kernels.encode_int4(*source, begin, end, fmt.group_size, fmt.symmetric, tried, weigh, codes, scale, zero)
+        )
     if fmt.name == "mxfp4":
         return int(kernels.encode_mxfp4(*source, begin, end, len(tried) > 1, weigh, codes, scale))
     global_scale = np.float32(parts["global_scale"][expert, 0])

@@ -27,6 +27,7 @@ from mimoquant.quant.formats import (
     Format,
     multipliers,
 )
+from mimoquant.quant.kernels.rounding import halving_sum, pack_zero_points, round_e2m1
 from mimoquant.quant.stack import NonFiniteError, Stack
 
 Array = npt.NDArray[Any]
@@ -130,28 +131,11 @@ def unpack_nibbles(packed: Tensor) -> Tensor:
     return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
 
 
-def pack_zero_points(zero_EOG: Tensor) -> Tensor:
-    """int8-valued zero points [E, O, G] in -8..7 → int32 [E, O/8, G], packed along the rows, row 0 lowest."""
-    experts, rows, groups = zero_EOG.shape
-    nibbles = (zero_EOG.to(torch.int64) + 8).reshape(experts, rows // 8, 8, groups)
-    shifts = torch.arange(0, 32, 4, device=zero_EOG.device).reshape(1, 1, 8, 1)
-    packed = (nibbles << shifts).sum(dim=2)
-    return torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32)
-
-
 def unpack_zero_points(packed: Tensor) -> Tensor:
     """The inverse of `pack_zero_points`, int8."""
     shifts = torch.arange(0, 32, 4, device=packed.device).reshape(1, 1, 8, 1)
     nibbles = (packed[:, :, None, :].to(torch.int64) >> shifts) & 15
     return (nibbles - 8).to(torch.int8).flatten(1, 2)
-
-
-def halving_sum(error: Tensor) -> Tensor:
-    """Sum over the last dimension (a power of two) by adding halves: the same order on every device."""
-    while error.shape[-1] > 1:
-        half = error.shape[-1] // 2
-        error = error[..., :half] + error[..., half:]
-    return error[..., 0]
 
 
 def _divisor(value: float, like: Tensor) -> Tensor:
@@ -210,13 +194,6 @@ def _int4_error(grouped: Tensor, candidate: tuple[Tensor, ...], weigh: Tensor | 
 def _squared(difference: Tensor, weigh: Tensor | None) -> Tensor:
     squares = difference * difference
     return halving_sum(squares if weigh is None else squares * weigh)
-
-
-def round_e2m1(magnitude: Tensor) -> Tensor:
-    """Nearest of {0 .. 6}, ties to the even code; `magnitude` >= 0."""
-    y = magnitude.clamp(max=6.0)
-    fine, middle, coarse = (y * 2.0).round() * 0.5, y.round(), (y * 0.5).round() * 2.0
-    return torch.where(y < 2.0, fine, torch.where(y < 4.0, middle, coarse))
 
 
 def e2m1_codes(grouped: Tensor, rounded: Tensor) -> Tensor:

@@ -21,9 +21,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mimoquant.quant.columns import Columns, round_columns
+from mimoquant.quant.columns import round_columns
 from mimoquant.quant.formats import Format
 from mimoquant.quant.grid import Grid
+from mimoquant.quant.kernels.columns import Columns
 from mimoquant.quant.products import add_product, halves, part, transposed, zeros
 
 BLOCK = 128  # columns that are rounded before what is left of them is pushed onto the rest of their panel

@@ -12,8 +12,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from mimoquant.quant.engine_torch import e2m1_codes, exp2, round_e2m1, unpack_zero_points
+from mimoquant.quant.engine_torch import e2m1_codes, exp2, unpack_zero_points
 from mimoquant.quant.formats import E2M1_VALUES, Format
+from mimoquant.quant.kernels.rounding import round_e2m1
 
 
 @cache
@@ -42,8 +43,10 @@ class Grid:
 
     def turned(self) -> Grid:
         """[E, O, G] as [E, G, O], or the other way."""
-        return Grid(self.scale.transpose(1, 2).contiguous(),
-                    None if self.zero is None else self.zero.transpose(1, 2).contiguous())  # fmt: skip
+        return Grid(
+            self.scale.transpose(1, 2).contiguous(),
+            None if self.zero is None else self.zero.transpose(1, 2).contiguous(),
+        )
 
     def part(self, rows: slice, groups: slice) -> Grid:
         """Of some rows and groups of [E, O, G]."""
@@ -58,8 +61,10 @@ class Grid:
     def wide(self, fmt: Format, dim: int = -1) -> Grid:
         """The grid of every weight; `dim` is that of the groups."""
         size = fmt.group_size
-        return Grid(self.scale.repeat_interleave(size, dim),
-                    None if self.zero is None else self.zero.repeat_interleave(size, dim))  # fmt: skip
+        return Grid(
+            self.scale.repeat_interleave(size, dim),
+            None if self.zero is None else self.zero.repeat_interleave(size, dim),
+        )
 
     def encode(self, values: Tensor, fmt: Format) -> Tensor:
         """The nearest codes, uint8 0..15."""

@@ -31,11 +31,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mimoquant.quant.columns import Columns, improve_columns, units
+from mimoquant.quant.columns import improve_columns, units
 from mimoquant.quant.engine_torch import pack_nibbles, unpack_nibbles
 from mimoquant.quant.formats import Format
 from mimoquant.quant.gptq import panel_of, spans
 from mimoquant.quant.grid import Grid
+from mimoquant.quant.kernels.columns import Columns
 from mimoquant.quant.method import WALKED_COLUMNS, WALKED_FEWEST, WALKED_TOKENS, WALKED_TURNS
 from mimoquant.quant.products import add_product, half_dtype, halves, part, zeros
 from mimoquant.quant.refine import refine
@@ -59,9 +60,14 @@ class Reconstructed:
 
 
 def reconstruct(
-    original: dict[str, Tensor], parts: dict[str, Parts], grams: dict[str, Tensor], fmt: Format,
-    seen: Sequence[Tensor], held: Sequence[Tensor], rounds: int,
-) -> Reconstructed:  # fmt: skip
+    original: dict[str, Tensor],
+    parts: dict[str, Parts],
+    grams: dict[str, Tensor],
+    fmt: Format,
+    seen: Sequence[Tensor],
+    held: Sequence[Tensor],
+    rounds: int,
+) -> Reconstructed:
     """Walk a chunk of experts `rounds` times.
 
     Args:
@@ -75,8 +81,9 @@ def reconstruct(
         prior = {name: gram[own] for name, gram in grams.items()}
         stored = {name: {part: values[own] for part, values in of.items()} for name, of in parts.items()}
         made.append(_reconstruct(weights, stored, prior, fmt, _padded(seen[own]), _padded(held[own]), rounds))
-    whole = {name: {part: torch.cat([one.parts[name][part] for one in made]) for part in of}
-             for name, of in parts.items()}  # fmt: skip
+    whole = {
+        name: {part: torch.cat([one.parts[name][part] for one in made]) for part in of} for name, of in parts.items()
+    }
     return Reconstructed(whole, torch.cat([one.before for one in made]), torch.cat([one.after for one in made]))
 
 
@@ -96,9 +103,14 @@ def _padded(tokens: Sequence[Tensor]) -> Tensor:
 
 
 def _reconstruct(
-    weights: dict[str, Tensor], parts: dict[str, Parts], prior: dict[str, Tensor], fmt: Format, seen: Tensor,
-    held: Tensor, rounds: int,
-) -> Reconstructed:  # fmt: skip
+    weights: dict[str, Tensor],
+    parts: dict[str, Parts],
+    prior: dict[str, Tensor],
+    fmt: Format,
+    seen: Tensor,
+    held: Tensor,
+    rounds: int,
+) -> Reconstructed:
     walk = _Walk(weights, parts, prior, fmt, seen)
     for _ in range(rounds):
         walk.down()
@@ -115,8 +127,10 @@ def _reconstruct(
         for of in (parts, walk.parts)
     )
     worse = after > before
-    kept = {name: {part: _where(worse, parts[name][part], values) for part, values in of.items()}
-            for name, of in walk.parts.items()}  # fmt: skip
+    kept = {
+        name: {part: _where(worse, parts[name][part], values) for part, values in of.items()}
+        for name, of in walk.parts.items()
+    }
     return Reconstructed(kept, before, torch.where(worse, before, after))
 
 
@@ -203,8 +217,9 @@ class _Walk:
                 slice(*span) for span in spans(panel.start, panel.stop, max(self.fmt.group_size, WALKED_COLUMNS))
             ):
                 groups = slice(now.start // self.fmt.group_size, now.stop // self.fmt.group_size)
-                here, later = (slice(at.start - panel.start, at.stop - panel.start)
-                               for at in (now, slice(now.stop, panel.stop)))  # fmt: skip
+                here, later = (
+                    slice(at.start - panel.start, at.stop - panel.start) for at in (now, slice(now.stop, panel.stop))
+                )
                 pairs = _pairs(self.seen[:, :, now])
                 for rows in turns:
                     own = grid.part(rows, groups)
@@ -296,9 +311,16 @@ def _improved(
 
     blank = torch.zeros(each, width, 1, device=codes_ERB.device)
     matrix, codes = gram.reshape(each, width, width), alone(codes_ERB)
-    stack = Columns(blank, matrix, alone(grid.scale), None if grid.zero is None else alone(grid.zero), codes,
-                    zeros(each, width, 1, blank), fmt,
-                    None if divisor is None else divisor.flatten().repeat_interleave(rows))  # fmt: skip
+    stack = Columns(
+        blank,
+        matrix,
+        alone(grid.scale),
+        None if grid.zero is None else alone(grid.zero),
+        codes,
+        zeros(each, width, 1, blank),
+        fmt,
+        None if divisor is None else divisor.flatten().repeat_interleave(rows),
+    )
     reach = None
     if fmt.scales_move:
         level = units(codes, fmt)

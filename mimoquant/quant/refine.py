@@ -14,10 +14,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mimoquant.quant.columns import Columns, improve_columns, units
+from mimoquant.quant.columns import improve_columns, units
 from mimoquant.quant.formats import Format
 from mimoquant.quant.gptq import BLOCK, panel_of, spans
 from mimoquant.quant.grid import Grid
+from mimoquant.quant.kernels.columns import Columns
 from mimoquant.quant.products import Halves, add_product, half_dtype, halves, part, product
 
 _DAMP = 1e-3  # of the mean diagonal: keeps a column that no token used from moving
@@ -59,5 +60,13 @@ def _stack(weight_EOI: Tensor, gram: Tensor, parts: dict[str, Tensor], codes_EOI
     turned = Grid.of(parts, fmt).turned()
     weight, codes = weight_EOI.mT.contiguous(), codes_EOI.mT.clone(memory_format=torch.contiguous_format)
     left = weight - turned.wide(fmt, 1).decode(codes, fmt)
-    return Columns(weight, gram, turned.scale, turned.zero, codes, halves(left), fmt,
-                   None if divisor is None else divisor.flatten())  # fmt: skip
+    return Columns(
+        weight,
+        gram,
+        turned.scale,
+        turned.zero,
+        codes,
+        halves(left),
+        fmt,
+        None if divisor is None else divisor.flatten(),
+    )

@@ -12,9 +12,9 @@ from typing import Any
 
 import yaml
 
-from mimoquant.output.quantize_report import layers_of_formats, size
 from mimoquant.report.coverage_page import map_style, tokens_card
-from mimoquant.report.eval_page import card, escaped, note, tag
+from mimoquant.report.drawing import card, escaped, note, tag
+from mimoquant.wording import layers_of_formats, size
 
 KEPT = "attention, {}embeddings, lm_head, MTP layers, vision and audio towers have the source's values"
 FOLDED = "; norms and routers of {} layers are scaled against each other"

@@ -13,18 +13,27 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from mimoquant.output.quantize_report import layers_of_formats, number
-from mimoquant.planning.facts import coverage, token_count
-from mimoquant.report.drawing import CSS
-from mimoquant.report.eval_page import card, escaped, note, percent, tag
+from mimoquant.report.coverage_text import coverage, token_count
+from mimoquant.report.drawing import CSS, card, escaped, note, tag
+from mimoquant.wording import layers_of_formats, number, percent
 
 Facts = dict[str, Any]  # of a layer, as `calibrated.LayerFacts` tells them
 Cell = tuple[str, str]  # classes, tooltip
 
 COLOURS = (
-    "#440154", "#482173", "#433e85", "#38588c", "#2d708e", "#25858e", "#1e9b8a", "#2ab07f", "#52c569", "#86d549",
-    "#c2df23", "#fde725",
-)  # fmt: skip
+    "#440154",
+    "#482173",
+    "#433e85",
+    "#38588c",
+    "#2d708e",
+    "#25858e",
+    "#1e9b8a",
+    "#2ab07f",
+    "#52c569",
+    "#86d549",
+    "#c2df23",
+    "#fde725",
+)
 STEPS = "abcdefghijkl"  # the colours' classes, dark to bright
 SMALLEST = 1e-30  # below it a value has no place of its own on a logarithmic scale
 LEAST_RANGE = 2.0  # a scale spans at least this factor, or noise would look like a pattern
@@ -171,8 +180,10 @@ def legend(
 ) -> str:
     """The colours in four groups between the values where they meet, then the marks."""
     bounds, few = shades.bounds(), len(steps) // 4
-    parts = [tag("span", escaped(write(bounds[k])), *(tag("i", class_=step) for step in steps[k : k + few]))
-             for k in range(0, len(steps), few)]  # fmt: skip
+    parts = [
+        tag("span", escaped(write(bounds[k])), *(tag("i", class_=step) for step in steps[k : k + few]))
+        for k in range(0, len(steps), few)
+    ]
     scale = tag("span", *parts, tag("span", escaped(f"{write(bounds[-1])} (log)")))
     rest = [tag("span", *(tag("i", class_=style) for style in styles), escaped(f" {text}")) for styles, text in marks]
     return tag("div", scale, *rest, class_="legend")
@@ -183,9 +194,12 @@ def heat_map(layers: dict[str, Facts], cells: Callable[[Facts], Iterable[Cell]],
     experts, rows = _experts(layers), []
     for name, facts in layers.items():
         layer = escaped(name.removeprefix("layer "))
-        row = [f'<i class="{style}" title="L{layer} E{expert}: {said}"></i>' if " " in style
-               else f'<i class={style} title="L{layer} E{expert}: {said}"></i>'
-               for expert, (style, said) in enumerate(cells(facts))]  # fmt: skip
+        row = [
+            f'<i class="{style}" title="L{layer} E{expert}: {said}"></i>'
+            if " " in style
+            else f'<i class={style} title="L{layer} E{expert}: {said}"></i>'
+            for expert, (style, said) in enumerate(cells(facts))
+        ]
         rows.append(tag("div", f"<b>{layer}</b>", *row))
     ticks = [tag("u", str(expert)) for expert in range(0, experts, _tick_step(experts))]
     said = note("Rows: layers. Columns: experts, by number.")
@@ -229,11 +243,16 @@ def layers_card(layers: dict[str, Facts]) -> str:
     folds = any("topk_changed" in facts for facts in layers.values())
     groups = (*GROUPS, FOLD_GROUP) if folds else GROUPS
     upper = [tag("th", escaped(name), colspan=str(len(below)), scope="colgroup") for name, below in groups]
-    lower = [tag("th", escaped(name), scope="col", class_="new" if k == 0 else "")
-             for _, below in groups for k, name in enumerate(below)]  # fmt: skip
+    lower = [
+        tag("th", escaped(name), scope="col", class_="new" if k == 0 else "")
+        for _, below in groups
+        for k, name in enumerate(below)
+    ]
     first = tag("th", "layer", scope="col", rowspan="2")
-    lines = [tag("tr", tag("th", escaped(name.removeprefix("layer ")), scope="row"), *_cells(facts, folds=folds))
-             for name, facts in layers.items()]  # fmt: skip
+    lines = [
+        tag("tr", tag("th", escaped(name.removeprefix("layer ")), scope="row"), *_cells(facts, folds=folds))
+        for name, facts in layers.items()
+    ]
     numbers = tag("table", tag("thead", tag("tr", first, *upper), tag("tr", *lower)), tag("tbody", *lines))
     said = (
         "Effective: (sum g)² / sum g² of the routing weights g. Lambda: how much of an expert's statistics is its "

@@ -6,9 +6,8 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
-from mimoquant.output.quantize_report import number
-from mimoquant.planning.facts import table
-from mimoquant.report.eval_page import NAME_CHARS, WIDTH, origin, percent, visible
+from mimoquant.report.eval_text import origin
+from mimoquant.wording import NAME_CHARS, WIDTH, number, percent, table, visible
 
 Facts = dict[str, Any]
 

@@ -8,15 +8,23 @@ from __future__ import annotations
 from typing import Any
 from xml.etree import ElementTree
 
-from mimoquant.report.eval_page import verdict, visible
+from mimoquant.report.eval_text import verdict
+from mimoquant.wording import visible
 
 
 def junit_text(facts: dict[str, Any]) -> str:
     """`facts` of an `eval-kl` with a limit: whether J keeps it, and whether every row is finite."""
     over, broken = facts["j"]["mean"] > facts["max_kl"], facts["nonfinite_share"] > 0
     cases = {"symmetric KL keeps the limit": over, "every row is finite": broken}
-    suite = ElementTree.Element("testsuite", name="mimoquant eval-kl", tests=str(len(cases)), errors="0", skipped="0",
-                                failures=str(over + broken), time=f"{facts['elapsed_s']:.3f}")  # fmt: skip
+    suite = ElementTree.Element(
+        "testsuite",
+        name="mimoquant eval-kl",
+        tests=str(len(cases)),
+        errors="0",
+        skipped="0",
+        failures=str(over + broken),
+        time=f"{facts['elapsed_s']:.3f}",
+    )
     sentence = visible(verdict(facts)[2])
     for name, failed in cases.items():
         case = ElementTree.SubElement(suite, "testcase", classname=visible(facts["candidate"]), name=name)

@@ -12,25 +12,8 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from mimoquant.output.quantize_report import many, number, size
-from mimoquant.planning.facts import table
-from mimoquant.report.drawing import CSS
-from mimoquant.report.eval_page import (
-    WIDTH,
-    Axis,
-    Scale,
-    across,
-    card,
-    escaped,
-    interval,
-    line,
-    note,
-    percent,
-    plot,
-    tag,
-    visible,
-    write,
-)
+from mimoquant.report.drawing import CSS, Axis, Scale, across, card, escaped, line, note, plot, tag, write
+from mimoquant.wording import WIDTH, interval, many, number, percent, size, table, visible
 
 Facts = dict[str, Any]
 HEIGHT = 220  # pixels of a plot
@@ -118,26 +101,44 @@ def origin(facts: Facts) -> list[tuple[str, str]]:
         ("source", facts["source"]),
         ("recipe", f"{facts['recipe']} ({facts['method']}), container {facts['container']}"),
         *calibrated,
-        ("data", f"{data['name']}: {data['sequences']} sequences of {data['sequence_tokens']} tokens, which choose; "
-                 "tell J of the result on others"),
+        (
+            "data",
+            f"{data['name']}: {data['sequences']} sequences of {data['sequence_tokens']} tokens, which choose; "
+            "tell J of the result on others",
+        ),
         ("sha256", data["sha256"]),
         ("cost", cost(facts)),
         *(("note", text) for text in facts["notes"]),
-    ]  # fmt: skip
+    ]
 
 
 def sensitivity_text(facts: Facts) -> str:
     """The report for a terminal."""
     carved = best_carve_out(facts)
-    said = [("CHOSEN", verdict(facts)), ("prediction", agreement(facts)),
-            ("one layer", f"bf16 for layer {carved['layer']} alone: J {number(carved['j']['mean'])} "
-                          f"({interval(carved['j'])}) in {size(carved['bytes'])}"), *origin(facts)]  # fmt: skip
+    said = [
+        ("CHOSEN", verdict(facts)),
+        ("prediction", agreement(facts)),
+        (
+            "one layer",
+            f"bf16 for layer {carved['layer']} alone: J {number(carved['j']['mean'])} "
+            f"({interval(carved['j'])}) in {size(carved['bytes'])}",
+        ),
+        *origin(facts),
+    ]
     lines: list[str] = []
     for name, text in said:
         lines += textwrap.wrap(visible(text), WIDTH, initial_indent=f"{name:<13}", subsequent_indent=" " * 13)
-    rows = [(str(of["layer"]), of["kind"], _estimate(of["alone"]), _estimate(of["gain"]),
-             number(of["contribution"]["mean"], 3), facts["chosen"]["options"][str(of["layer"])])
-            for of in ranked(facts)]  # fmt: skip
+    rows = [
+        (
+            str(of["layer"]),
+            of["kind"],
+            _estimate(of["alone"]),
+            _estimate(of["gain"]),
+            number(of["contribution"]["mean"], 3),
+            facts["chosen"]["options"][str(of["layer"])],
+        )
+        for of in ranked(facts)
+    ]
     lines += ["", *table(("layer", "attention", "J alone", "J that restoring it buys", "share", "chosen"), rows)]
     lines += [f"note: layer {of['layer']}: {remarks(of)}" for of in facts["layers"] if remarks(of)]
     points = [(of["option"], size(of["bytes"]), number(of["predicted"])) for of in facts["uniform"]]
@@ -209,8 +210,9 @@ def options_card(facts: Facts) -> str:
         rows.append(tag("tr", *(tag("td", escaped(cell)) for cell in cells)))
     numbers = tag("div", tag("table", tag("thead", head), tag("tbody", *rows)), class_="numbers")
     key = legend((f"o{place}", name) for place, (_, name) in enumerate(shown))
-    return card("What each option leaves", said, key, columns(layers, series, "J by layer and option"), numbers,
-                kind="wide")  # fmt: skip
+    return card(
+        "What each option leaves", said, key, columns(layers, series, "J by layer and option"), numbers, kind="wide"
+    )
 
 
 def frontier_card(facts: Facts) -> str:
@@ -242,32 +244,55 @@ def frontier_card(facts: Facts) -> str:
     title = tag(
         "title", escaped(f"chosen: J {number(chosen['measured']['mean'])} in {size(chosen['bytes'])}, measured")
     )
-    marks += [line(at, ends[0], at, ends[1], "whisker"),
-              tag("g", title, tag("circle", cx=across(at), cy=up, r=6.0, class_="chosen"))]  # fmt: skip
+    marks += [
+        line(at, ends[0], at, ends[1], "whisker"),
+        tag("g", title, tag("circle", cx=across(at), cy=up, r=6.0, class_="chosen")),
+    ]
     ticks = [(k / 4, size(int(x.low + (x.high - x.low) * k / 4))) for k in range(5)]
     drawn = plot(HEIGHT, marks, "J over bytes", ("size of the checkpoint", ticks), y.axis("J, nats per token"))
-    named = (("path", "best mixtures, predicted"), ("uniform", "one format everywhere, predicted (the first measured)"),
-             ("carved", "one layer in bf16, measured"), ("chosen", "chosen, measured"))  # fmt: skip
+    named = (
+        ("path", "best mixtures, predicted"),
+        ("uniform", "one format everywhere, predicted (the first measured)"),
+        ("carved", "one layer in bf16, measured"),
+        ("chosen", "chosen, measured"),
+    )
     return card("J and bytes", legend(named), drawn, kind="wide")
 
 
 def experts_card(facts: Facts) -> str:
     """Experts by layer, so that one that quantizing ruins is not taken for a sensitive layer."""
-    head = ("layer", "relMSE median", "worst", "its expert", "largest |output|", "its expert", "token share",
-            "to look at")  # fmt: skip
+    head = (
+        "layer",
+        "relMSE median",
+        "worst",
+        "its expert",
+        "largest |output|",
+        "its expert",
+        "token share",
+        "to look at",
+    )
     rows = []
     for of in facts["layers"]:
         experts = of["experts"]
         relmse = [value if value is not None else -1.0 for value in experts["relmse"]]
         worst, largest = (max(range(len(values)), key=values.__getitem__) for values in (relmse, experts["largest"]))
         share = experts["token_share"]
-        cells = (str(of["layer"]), number(of["median_relmse"], 3), number(relmse[worst], 3), str(worst),
-                 number(experts["largest"][largest], 3), str(largest),
-                 f"{percent(min(share))} to {percent(max(share))}", remarks(of) or "none")  # fmt: skip
+        cells = (
+            str(of["layer"]),
+            number(of["median_relmse"], 3),
+            number(relmse[worst], 3),
+            str(worst),
+            number(experts["largest"][largest], 3),
+            str(largest),
+            f"{percent(min(share))} to {percent(max(share))}",
+            remarks(of) or "none",
+        )
         rows.append(tag("tr", *(tag("td", escaped(cell)) for cell in cells)))
-    said = note("relMSE: squared error of an expert's output over its square, in the first option, on the tokens that "
-                "are routed to it. An expert far above its layer's median wants another method, not more bytes. Huge "
-                "outputs are a trait of the model: such experts carry massive activations.")  # fmt: skip
+    said = note(
+        "relMSE: squared error of an expert's output over its square, in the first option, on the tokens that "
+        "are routed to it. An expert far above its layer's median wants another method, not more bytes. Huge "
+        "outputs are a trait of the model: such experts carry massive activations."
+    )
     top = tag("thead", tag("tr", *(tag("th", escaped(name)) for name in head)))
     return card("Experts", said, tag("div", tag("table", top, tag("tbody", *rows)), class_="numbers"), kind="wide")
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
-from mimoquant.output.quantize_report import number
-from mimoquant.planning.facts import table
-from mimoquant.report.eval_page import NAME_CHARS, QUANTILES, WIDTH, interval, key_figures, origin, percent, visible
+from mimoquant.report.eval_text import QUANTILES, key_figures, origin
+from mimoquant.wording import NAME_CHARS, WIDTH, interval, number, percent, table, visible
 
 Facts = dict[str, Any]
 
@@ -22,14 +21,21 @@ def server_text(facts: Facts) -> str:
     for name, text in rows:
         lines += textwrap.wrap(visible(text), WIDTH, initial_indent=f"{name:<13}", subsequent_indent=" " * 13)
     least = "at least" if facts["server"]["is_lower_bound"] else ""
-    figures = [(name, remark, f"{least if name in BOUNDS else ''} {value}".strip())
-               for name, remark, value in key_figures(facts)]  # fmt: skip
-    figures += [(name, "J of a token", f"{least} {number(facts['j'][key])}".strip())
-                for key, name in QUANTILES.items() if key != "mean"]  # fmt: skip
+    figures = [
+        (name, remark, f"{least if name in BOUNDS else ''} {value}".strip())
+        for name, remark, value in key_figures(facts)
+    ]
+    figures += [
+        (name, "J of a token", f"{least} {number(facts['j'][key])}".strip())
+        for key, name in QUANTILES.items()
+        if key != "mean"
+    ]
     lines += ["", *table(("figure", "", "value"), figures)]
     head = ("domain", f"J {least}".strip(), "95 % interval", "same top-1", "tokens")
-    domains = [(visible(d["domain"])[:NAME_CHARS], number(d["j"]), interval(d), percent(d["top1"]), str(d["tokens"]))
-               for d in facts["by_domain"]]  # fmt: skip
+    domains = [
+        (visible(d["domain"])[:NAME_CHARS], number(d["j"]), interval(d), percent(d["top1"]), str(d["tokens"]))
+        for d in facts["by_domain"]
+    ]
     return "\n".join(line.rstrip() for line in [*lines, "", *table(head, domains)])
 
 

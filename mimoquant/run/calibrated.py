@@ -75,9 +75,14 @@ class Calibrator:
     Ranks of a team call the same, in the same order."""
 
     def __init__(
-        self, plan: Plan, reader: CheckpointReader, tokens: TokenSet, device: str, team: Team | None = None,
+        self,
+        plan: Plan,
+        reader: CheckpointReader,
+        tokens: TokenSet,
+        device: str,
+        team: Team | None = None,
         weights: CheckpointWeights | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         assert plan.recipe.calibration is not None
         self.plan, self.settings, self.device = plan, plan.recipe.calibration, torch.device(device)
         self.weights, self.engine = weights or CheckpointWeights(reader, plan.layout, self.device), TorchEngine(device)
@@ -153,8 +158,10 @@ class Calibrator:
         assert self._round is not None
         original, inputs = self._round
         own = None if original is None or inputs is None else self._choose(original, inputs, fmt).parts
-        return [_arrays(self.team.share(own if place == self.team.rank else None, place, str(self.device)))
-                for place in range(chunks)]  # fmt: skip
+        return [
+            _arrays(self.team.share(own if place == self.team.rank else None, place, str(self.device)))
+            for place in range(chunks)
+        ]
 
     def _own_chunk(
         self, steps: Sequence[Experts], stacks: dict[str, Stack] | None
@@ -304,8 +311,15 @@ class Calibrator:
         count = [self.facts.tokens[e] for e in sample]
         gram = _finite(statistics.shrink(grams, count, self.pooled, float(len(self.pooled))), layer)
         recipe = self.plan.recipe
-        fold = best_fold(torch.stack(weights), gram, self._loss_of(fmt), n_grid=recipe.awq.n_grid, duo=recipe.awq.duo,
-                         shared=True, real=recipe.real_fold)  # fmt: skip
+        fold = best_fold(
+            torch.stack(weights),
+            gram,
+            self._loss_of(fmt),
+            n_grid=recipe.awq.n_grid,
+            duo=recipe.awq.duo,
+            shared=True,
+            real=recipe.real_fold,
+        )
         return settled(fold, self.weights.tensor(norm_name(layer)))
 
     def _written_fold(self, layer: int, written: CheckpointReader) -> Tensor:
@@ -332,8 +346,11 @@ class Calibrator:
             return
         self.norm_fold, self.facts.folded_channels = fold, int(moved(fold).sum())
         router = scaled(self.weights.tensor(router_name(self.facts.layer)), fold)  # rounded to what it is stored in
-        written = replace(weights, post_norm=scaled(weights.post_norm, inverse(fold)),
-                          mlp=replace(weights.mlp, weight=router.to(torch.float32)))  # fmt: skip
+        written = replace(
+            weights,
+            post_norm=scaled(weights.post_norm, inverse(fold)),
+            mlp=replace(weights.mlp, weight=router.to(torch.float32)),
+        )
         before = self.tokens.routing
         self.tokens.route_again(written)
         self.facts.topk_changed = statistics.changed(before, self.tokens.routing)
@@ -342,8 +359,15 @@ class Calibrator:
     def _folded_down(self, chunk: ExpertChunk, fmt: Format, count: list[int]) -> tuple[ExpertChunk, int]:
         """up and down with each intermediate channel scaled, up down and down up; and how many are."""
         recipe = self.plan.recipe
-        fold = best_fold(chunk.down, self._inner_grams(chunk, count), self._loss_of(fmt), n_grid=recipe.awq.n_grid,
-                         duo=recipe.awq.duo, shared=False, real=recipe.real_fold)  # fmt: skip
+        fold = best_fold(
+            chunk.down,
+            self._inner_grams(chunk, count),
+            self._loss_of(fmt),
+            n_grid=recipe.awq.n_grid,
+            duo=recipe.awq.duo,
+            shared=False,
+            real=recipe.real_fold,
+        )
         up, down = scaled(chunk.up, inverse(fold)[:, :, None]), scaled(chunk.down, fold[:, None, :])
         return replace(chunk, up=up, down=down), int(moved(fold).sum())
 

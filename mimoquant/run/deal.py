@@ -29,8 +29,11 @@ def deal(plan: Plan, finished: Collection[str], rank: int, size: int) -> list[Ta
     if plan.recipe.calibration is None:
         return [Task(unit, [(step,) for step in unit.steps], True) for unit in _largest_first(todo, size)[rank]]
     numbered = ((unit, plan.units.index(unit) % size == rank) for unit in todo)
-    return [Task(unit, _rounds(unit, size, writes), writes) for unit, writes in numbered
-            if writes or unit.name.startswith("layer ")]  # fmt: skip
+    return [
+        Task(unit, _rounds(unit, size, writes), writes)
+        for unit, writes in numbered
+        if writes or unit.name.startswith("layer ")
+    ]
 
 
 def _largest_first(units: list[Unit], size: int) -> list[list[Unit]]:

@@ -96,8 +96,11 @@ class Portions:
 
     def state(self) -> dict[str, Tensor]:
         """This rank's hidden states between two layers, by name."""
-        return {f"calibration {i} {j}": hidden for i, (stream, _) in enumerate(self._own())
-                for j, hidden in enumerate(stream.batches)}  # fmt: skip
+        return {
+            f"calibration {i} {j}": hidden
+            for i, (stream, _) in enumerate(self._own())
+            for j, hidden in enumerate(stream.batches)
+        }
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """The inverse of `state`."""
@@ -120,8 +123,12 @@ class Portions:
         self.clear()
         groups = [list(_grouped(members)) for members in self.sets]
         held = [[self._memory(group, weights) for group in of_set] for of_set in groups]
-        every = [pair for of_set, memory in zip(groups, held, strict=True)
-                 for group, block in zip(of_set, memory, strict=True) for pair in _rows(group, block)]  # fmt: skip
+        every = [
+            pair
+            for of_set, memory in zip(groups, held, strict=True)
+            for group, block in zip(of_set, memory, strict=True)
+            for pair in _rows(group, block)
+        ]
         for portion, rows in every:
             self._own_rows(portion, rows, walk, weights)
         for portion, rows in every:
@@ -130,8 +137,10 @@ class Portions:
                 self.team.broadcast(tensor, portion.owner)
         assert isinstance(weights.mlp, Router)
         experts = len(weights.mlp.weight)
-        self.seen = [[(block, _dispatch(group, experts)) for group, block in zip(of_set, memory, strict=True)]
-                     for of_set, memory in zip(groups, held, strict=True)]  # fmt: skip
+        self.seen = [
+            [(block, _dispatch(group, experts)) for group, block in zip(of_set, memory, strict=True)]
+            for of_set, memory in zip(groups, held, strict=True)
+        ]
 
     def _memory(self, group: list[Portion], weights: LayerWeights) -> Tensor:
         count = sum(portion.tokens for portion in group)
@@ -143,8 +152,10 @@ class Portions:
         """Walk a portion of ours and put its tokens into `rows`, which its block then looks at; or make room."""
         if portion.stream is None:
             shape = (portion.tokens, self.weights.config.top_k)
-            portion.routing = Routing(torch.empty(shape, dtype=torch.int64, device=rows.device),
-                                      torch.empty(shape, dtype=torch.float32, device=rows.device))  # fmt: skip
+            portion.routing = Routing(
+                torch.empty(shape, dtype=torch.int64, device=rows.device),
+                torch.empty(shape, dtype=torch.float32, device=rows.device),
+            )
             return
         (block,) = walk(portion.stream, weights, torch.bfloat16)
         portion.block = replace(block, tokens=rows.copy_(block.tokens))
@@ -170,5 +181,6 @@ def _rows(group: list[Portion], block: Tensor) -> Iterator[tuple[Portion, Tensor
 
 def _dispatch(group: list[Portion], experts: int) -> Dispatch:
     routings = [portion.routing for portion in group if portion.routing is not None]
-    return Dispatch.of(Routing(torch.cat([r.experts for r in routings]), torch.cat([r.weights for r in routings])),
-                       experts)  # fmt: skip
+    return Dispatch.of(
+        Routing(torch.cat([r.experts for r in routings]), torch.cat([r.weights for r in routings])), experts
+    )

@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -28,12 +28,13 @@ from mimoquant.checkpoint.journal import existing_parent
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.machine.devices import make_engine
 from mimoquant.model.layout import PROJECTIONS
-from mimoquant.pipeline import WRITE_LANES, Parts
-from mimoquant.planning.plan import Plan
+from mimoquant.planning.needs import Estimate
+from mimoquant.planning.plan import WRITE_LANES, Plan
 from mimoquant.planning.units import Experts
 from mimoquant.quant.cast import cast
 from mimoquant.quant.method import WALKED_MOST
 from mimoquant.quant.stack import Engine, Stack
+from mimoquant.run.steps import Parts
 from mimoquant.weights.stored import read_experts
 
 if TYPE_CHECKING:
@@ -45,23 +46,6 @@ TOKENS = {"cpu": 2**11, "cuda": 2**16}  # of a rehearsal: enough for a GPU to be
 _READ_S, _MOST_CHUNKS = 0.3, 8  # how long the source is read, and how much of it at most
 _MOST_TIMES = 64  # that tokens of a rehearsal stand for more of them
 _SMALL = 256  # side of the matrices that compilers are warmed up with
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """Seconds that a run spends reading, computing and writing, all at once; and what the two rates were."""
-
-    reading_s: float
-    computing_s: float
-    writing_s: float
-    read_bytes_per_s: float
-    write_bytes_per_s: float  # of hashing alone, where no folder was given
-
-    @property
-    def bound(self) -> tuple[str, float]:
-        """What takes longest, and how long."""
-        times = {"reading": self.reading_s, "computing": self.computing_s, "writing": self.writing_s}
-        return max(times.items(), key=lambda item: item[1])
 
 
 def rehearse(plan: Plan, device: str, folder: Path | None = None) -> Estimate:

@@ -18,11 +18,11 @@ from typing import Any
 from mimoquant.errors import CheckpointError
 from mimoquant.model.geometry import FP8_BLOCK
 from mimoquant.model.layout import PROJECTIONS, expert_module
-from mimoquant.planning.plan import ranges
 from mimoquant.serving import contracts as c
 from mimoquant.serving.served import Served, Stored
 from mimoquant.serving.transformers_config import config_problems
 from mimoquant.weights.container import COMPRESSED_TENSORS, MODELOPT
+from mimoquant.wording import ranges
 
 WARNING = "warning"
 
@@ -79,29 +79,6 @@ def planned_facts(checkpoint: Served) -> list[dict[str, Any]]:
     return [engine_facts(checkpoint, engine, None, None) for engine in (c.VLLM, c.SGLANG)]
 
 
-def engine_lines(facts: dict[str, Any]) -> list[str]:
-    """`engine_facts` as text."""
-    at = f" at TP {facts['tp']}" if facts["tp"] else ""
-    head = f"{c.ENGINES[facts['engine']].label} {facts['version']}{at}"
-    if not facts["problems"]:
-        return [f"{head}: nothing is known against it"]
-    lines = []
-    for problem in facts["problems"]:
-        lines.append(f"{head}: {problem['verdict']}: {problem['text']} [{problem['source']}]")
-        if problem["hint"]:
-            lines.append(f"  hint: {problem['hint']}")
-    return lines
-
-
-def planned_lines(engines: list[dict[str, Any]]) -> list[str]:
-    """`planned_facts` as text, short: sources and hints are in `verify --engine`."""
-    return [
-        f"{c.ENGINES[facts['engine']].label}: {problem['verdict']}: {problem['text']}"
-        for facts in engines
-        for problem in facts["problems"]
-    ]
-
-
 class _Check:
     """One check; every method yields problems."""
 
@@ -133,8 +110,11 @@ class _Check:
         if row is None:
             known = [row for row in table if row.engine == self.engine and row.subject == subject and row.since]
             since = ".".join(map(str, min(row.since for row in known))) if known else "no version"
-            yield Problem(WARNING, f"{where} is not verified in {self.label}, known from {since} on",
-                          "no contract for this version")  # fmt: skip
+            yield Problem(
+                WARNING,
+                f"{where} is not verified in {self.label}, known from {since} on",
+                "no contract for this version",
+            )
         elif row.evidence == c.UNVERIFIED:
             yield Problem(WARNING, f"{where} {row.what or 'should be right'} ({self.label}, not verified)", row.source)
         elif row.verdict != c.RIGHT:
@@ -144,19 +124,28 @@ class _Check:
         for layer, forms in self.checkpoint.experts.items():
             if len(forms) > 1:
                 names = ", ".join(f"{form.subject} g{form.group_size}" for form in forms)
-                yield Problem(c.REFUSED, f"layer {layer}: its experts have {len(forms)} formats ({names}), "
-                              f"{self.label} loads 1", "the scheme is looked up for expert 0 of a layer")  # fmt: skip
+                yield Problem(
+                    c.REFUSED,
+                    f"layer {layer}: its experts have {len(forms)} formats ({names}), {self.label} loads 1",
+                    "the scheme is looked up for expert 0 of a layer",
+                )
 
     def _parts(self) -> Iterator[Problem]:
         shapes = [name for name in self.checkpoint.missing if name.endswith(".weight_shape")]
         rest = [name for name in self.checkpoint.missing if not name.endswith(".weight_shape")]
         if rest:
-            yield Problem(c.CORRUPTED, f"{rest[0]} is missing, as are {len(rest) - 1} others of the experts: "
-                          f"{self.label} does not notice, and computes with memory that nothing was written to",
-                          "coverage is checked for unquantized models only")  # fmt: skip
+            yield Problem(
+                c.CORRUPTED,
+                f"{rest[0]} is missing, as are {len(rest) - 1} others of the experts: "
+                f"{self.label} does not notice, and computes with memory that nothing was written to",
+                "coverage is checked for unquantized models only",
+            )
         if shapes:
-            yield Problem(WARNING, f"{shapes[0]} is missing, as are {len(shapes) - 1} others: loaders that track "
-                          "weights stop there", "vLLM 0.32 with enable_weights_track")  # fmt: skip
+            yield Problem(
+                WARNING,
+                f"{shapes[0]} is missing, as are {len(shapes) - 1} others: loaders that track weights stop there",
+                "vLLM 0.32 with enable_weights_track",
+            )
 
     def _formats(self) -> Iterator[Problem]:
         for subject in self.checkpoint.subjects:
@@ -170,8 +159,14 @@ class _Check:
         subjects = self.checkpoint.subjects
         for kind in sorted(set(self.checkpoint.kept.values())) if subjects else ():
             layers = [layer for layer, other in self.checkpoint.kept.items() if other == kind]
-            named = next((s for s in subjects if any(r.engine == self.engine and r.subject == f"{s}: {kind}"
-                                                     for r in c.CARVE_OUTS)), "any")  # fmt: skip
+            named = next(
+                (
+                    s
+                    for s in subjects
+                    if any(r.engine == self.engine and r.subject == f"{s}: {kind}" for r in c.CARVE_OUTS)
+                ),
+                "any",
+            )
             yield from self._row(
                 c.CARVE_OUTS, f"{named}: {kind}", f"layers {ranges(layers)}", f"a layer kept in {kind}"
             )
@@ -183,18 +178,26 @@ class _Check:
             return
         algos = {self._algo(f"model.layers.{layer}.mlp.experts") for layer in self.checkpoint.experts}
         if "NVFP4" in algos and not self.checkpoint.input_scales:
-            yield Problem(WARNING, f"quantization_config declares activations in 4 bits (NVFP4) and there is no "
-                          f"input_scale: {self.label} scales them by memory not written to, or not at all, where its "
-                          "kernels round activations (Blackwell)", "modelopt.py of 0.33, modelopt_quant.py of 0.5.23",
-                          "declare W4A16_NVFP4")  # fmt: skip
+            yield Problem(
+                WARNING,
+                f"quantization_config declares activations in 4 bits (NVFP4) and there is no "
+                f"input_scale: {self.label} scales them by memory not written to, or not at all, where its "
+                "kernels round activations (Blackwell)",
+                "modelopt.py of 0.33, modelopt_quant.py of 0.5.23",
+                "declare W4A16_NVFP4",
+            )
         for layer, forms in self.checkpoint.experts.items():
             module = f"model.layers.{layer}.mlp.experts"
             if len(forms) != 1:
                 continue  # told already
             found = [self._declared_form(expert_module(layer, 0, projection), module) for projection in PROJECTIONS]
             if len(set(found)) > 1:
-                yield Problem(c.REFUSED, f"layer {layer}: quantization_config gives its 3 projections "
-                              f"{len(set(found))} schemes, {self.label} takes 1", "get_moe_method")  # fmt: skip
+                yield Problem(
+                    c.REFUSED,
+                    f"layer {layer}: quantization_config gives its 3 projections "
+                    f"{len(set(found))} schemes, {self.label} takes 1",
+                    "get_moe_method",
+                )
             elif found[0] != forms[0]:
                 yield self._contradiction(layer, found[0], forms[0])
 
@@ -248,10 +251,14 @@ class _Check:
             verdict, then = c.CORRUPTED, "drops what it does not expect and draws random weights"
         else:
             verdict, then = c.REFUSED, "stops with KeyError at the first tensor it has no name for"
-        return Problem(verdict, f"layer {layer}: experts are {have}, quantization_config makes them {said}: "
-                       f"{self.label} {then}", "load_weights of this family",
-                       "the patterns in targets and ignore must match names with what the engine puts before them"
-                       if self.prefix else None)  # fmt: skip
+        return Problem(
+            verdict,
+            f"layer {layer}: experts are {have}, quantization_config makes them {said}: {self.label} {then}",
+            "load_weights of this family",
+            "the patterns in targets and ignore must match names with what the engine puts before them"
+            if self.prefix
+            else None,
+        )
 
     def _linears(self) -> Iterator[Problem]:
         """Matrices beside the experts: in bf16 under compressed-tensors, in FP8 unless ignored under native."""
@@ -287,30 +294,47 @@ class _Check:
             if bool(declared) != any(self.checkpoint.linears[part] == "F8_E4M3" for part in parts):
                 wrong.append(module)
         if wrong:
-            yield Problem(c.CORRUPTED, f"{wrong[0]} and {len(wrong) - 1} others: their dtype is not what "
-                          f"quantization_config says, {self.label} builds another layer for them",
-                          "get_quant_method of its ModelOpt config")  # fmt: skip
+            yield Problem(
+                c.CORRUPTED,
+                f"{wrong[0]} and {len(wrong) - 1} others: their dtype is not what "
+                f"quantization_config says, {self.label} builds another layer for them",
+                "get_quant_method of its ModelOpt config",
+            )
 
     def _linear_problems(
         self, scaled: list[str], untargeted: list[str], claimed: list[str], compressed: bool
     ) -> Iterator[Problem]:
         if scaled:
-            yield Problem(c.CORRUPTED, f"{scaled[0]} and {len(scaled) - 1} others are FP8: compressed-tensors has no "
-                          f"parameter for their weight_scale_inv, {self.label} loads them without scales",
-                          "load_weights of this family", "write them in bf16")  # fmt: skip
+            yield Problem(
+                c.CORRUPTED,
+                f"{scaled[0]} and {len(scaled) - 1} others are FP8: compressed-tensors has no "
+                f"parameter for their weight_scale_inv, {self.label} loads them without scales",
+                "load_weights of this family",
+                "write them in bf16",
+            )
         if untargeted:
-            yield Problem(c.REFUSED, f"{untargeted[0]} and {len(untargeted) - 1} others are in neither targets nor "
-                          f"ignore of quantization_config: {self.label} stops with 'Unable to find matching target'",
-                          "compressed_tensors/utils.py of 0.5.23, find_matched_target (run)",
-                          "add a pattern to ignore that matches every module but the experts")  # fmt: skip
+            yield Problem(
+                c.REFUSED,
+                f"{untargeted[0]} and {len(untargeted) - 1} others are in neither targets nor "
+                f"ignore of quantization_config: {self.label} stops with 'Unable to find matching target'",
+                "compressed_tensors/utils.py of 0.5.23, find_matched_target (run)",
+                "add a pattern to ignore that matches every module but the experts",
+            )
         if claimed and compressed:
-            yield Problem(c.REFUSED, f"{claimed[0]} and {len(claimed) - 1} others are bf16, and quantization_config "
-                          f"targets them: {self.label} wants packed weights there", "vLLM 0.32 on a CPU (run)",
-                          "name them in ignore (self_attn.qkv_proj too), or target the experts by regex")  # fmt: skip
+            yield Problem(
+                c.REFUSED,
+                f"{claimed[0]} and {len(claimed) - 1} others are bf16, and quantization_config "
+                f"targets them: {self.label} wants packed weights there",
+                "vLLM 0.32 on a CPU (run)",
+                "name them in ignore (self_attn.qkv_proj too), or target the experts by regex",
+            )
         elif claimed:
-            yield Problem(c.CORRUPTED, f"{claimed[0]} and {len(claimed) - 1} others: their dtype is not what "
-                          f"ignored_layers says, {self.label} loads them without scales",
-                          "fp8.py, is_layer_skipped")  # fmt: skip
+            yield Problem(
+                c.CORRUPTED,
+                f"{claimed[0]} and {len(claimed) - 1} others: their dtype is not what "
+                f"ignored_layers says, {self.label} loads them without scales",
+                "fp8.py, is_layer_skipped",
+            )
 
     def _modules(self) -> Iterator[tuple[str, list[str]]]:
         """Linear modules as engines build them, with the matrices on disk that make them up."""
@@ -328,8 +352,9 @@ class _Check:
 
     def _targeted(self, name: str) -> bool:
         groups = (self.config.get("config_groups") or {}).values()
-        return any("Linear" in (group.get("targets") or ()) or self._matches(group.get("targets"), name)
-                   for group in groups)  # fmt: skip
+        return any(
+            "Linear" in (group.get("targets") or ()) or self._matches(group.get("targets"), name) for group in groups
+        )
 
     def _matches(self, patterns: Iterable[str] | None, name: str) -> bool:
         """As compressed-tensors matches: `re:` patterns from the start of the name as the engine has it, else equal."""
@@ -355,10 +380,13 @@ class _Check:
         if model_type == "mimo_v2" and not self.checkpoint.config.get("auto_map"):
             verdict = c.REFUSED if self.engine == c.VLLM else WARNING
             unsure = "" if verdict == c.REFUSED else f" ({self.label}, not verified)"
-            yield Problem(verdict, f"config.json: model_type {model_type!r} has no class in transformers, and no "
-                          f"auto_map names one{unsure}",
-                          "issue vllm#41519",
-                          "copy configuration_mimo_v2.py and its auto_map from the source")  # fmt: skip
+            yield Problem(
+                verdict,
+                f"config.json: model_type {model_type!r} has no class in transformers, and no "
+                f"auto_map names one{unsure}",
+                "issue vllm#41519",
+                "copy configuration_mimo_v2.py and its auto_map from the source",
+            )
 
     def _qkv(self) -> Iterator[Problem]:
         if self.checkpoint.declared_split and c.rows_for(c.QKV, self.engine, c.DECLARED_SPLIT, self.version):
@@ -370,9 +398,13 @@ class _Check:
             return
         kv_heads = self.checkpoint.geometry.sliding_attention.kv_heads
         if row.same_kv_heads and kv_heads != chunks:
-            yield Problem(c.REFUSED, f"self_attn: {subject} is in {chunks} chunks, sliding-window layers have "
-                          f"{kv_heads} KV heads: {self.label} stops at their scales", "pull requests #53242 and #57508",
-                          "use 0.32.0 or newer")  # fmt: skip
+            yield Problem(
+                c.REFUSED,
+                f"self_attn: {subject} is in {chunks} chunks, sliding-window layers have "
+                f"{kv_heads} KV heads: {self.label} stops at their scales",
+                "pull requests #53242 and #57508",
+                "use 0.32.0 or newer",
+            )
             return
         allowed = f"{'must be' if row.tp == 'is the chunks' else 'must divide'} {chunks}"
         if self.tp is None:
@@ -400,13 +432,21 @@ class _Check:
             for kind, attention in (("global", geometry.global_attention), ("sliding", geometry.sliding_attention)):
                 heads, kv = attention.heads, attention.kv_heads
                 if heads % self.tp or (kv % self.tp and self.tp % kv):
-                    yield Problem(c.REFUSED, f"{kind} attention: {heads} heads and {kv} KV heads do not split over TP "
-                                  f"{self.tp}", "QKVParallelLinear")  # fmt: skip
+                    yield Problem(
+                        c.REFUSED,
+                        f"{kind} attention: {heads} heads and {kv} KV heads do not split over TP {self.tp}",
+                        "QKVParallelLinear",
+                    )
         inner, tp = geometry.expert_intermediate, self.expert_tp or 1
         for group, source in sorted(self._groups().items()):
             if inner % tp or inner // tp % group:
-                yield Problem(c.REFUSED, f"experts: {inner} inner channels over TP {tp} are {inner / tp:g} a rank, no "
-                              f"multiple of the group of {group}", source, "use expert parallelism")  # fmt: skip
+                yield Problem(
+                    c.REFUSED,
+                    f"experts: {inner} inner channels over TP {tp} are {inner / tp:g} a rank, no "
+                    f"multiple of the group of {group}",
+                    source,
+                    "use expert parallelism",
+                )
 
     def _fp8_blocks(self) -> Iterator[Problem]:
         """Whether a rank's part of k is in whole blocks of scales, which are laid out for q, k and v together."""
@@ -415,11 +455,14 @@ class _Check:
             if rows // tp % FP8_BLOCK:
                 stops = tp * math.ceil(rows / tp / FP8_BLOCK) > math.ceil(rows / FP8_BLOCK)
                 does = "stops at its scales" if stops else "puts v's scales on other rows"
-                yield Problem(c.REFUSED if stops else c.CORRUPTED, f"self_attn: FP8 k of {rows} rows over TP {tp} is "
-                              f"{rows / tp:g} a rank, no multiple of the block of {FP8_BLOCK}: {self.label} {does}",
-                              "issue sglang#18003; adjust_block_scale_shard of vLLM 0.32 is the same",
-                              f"use a smaller attention TP and data parallelism, or {c.BF16_QKV}",
-                              other_tp=True)  # fmt: skip
+                yield Problem(
+                    c.REFUSED if stops else c.CORRUPTED,
+                    f"self_attn: FP8 k of {rows} rows over TP {tp} is "
+                    f"{rows / tp:g} a rank, no multiple of the block of {FP8_BLOCK}: {self.label} {does}",
+                    "issue sglang#18003; adjust_block_scale_shard of vLLM 0.32 is the same",
+                    f"use a smaller attention TP and data parallelism, or {c.BF16_QKV}",
+                    other_tp=True,
+                )
 
     def _groups(self) -> dict[int, str]:
         """What a rank's inner channels must be a multiple of, and who says so."""
@@ -435,8 +478,13 @@ class _Check:
 def _fused(name: str) -> str:
     """q_proj, k_proj, v_proj → qkv_proj; gate_proj, up_proj → gate_up_proj."""
     head, _, last = name.rpartition(".")
-    fused = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj",
-             "up_proj": "gate_up_proj"}.get(last, last)  # fmt: skip
+    fused = {
+        "q_proj": "qkv_proj",
+        "k_proj": "qkv_proj",
+        "v_proj": "qkv_proj",
+        "gate_proj": "gate_up_proj",
+        "up_proj": "gate_up_proj",
+    }.get(last, last)
     return f"{head}.{fused}"
 
 

@@ -11,18 +11,18 @@ sequence's KV cache and a flat reserve, and was not measured.
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mimoquant.__version__ import SCHEMA_VERSION
 from mimoquant.errors import CheckpointError, UsageError
 from mimoquant.model.drafter import Drafter, open_drafter
-from mimoquant.output.quantize_report import SCHEMA_VERSION, size
 from mimoquant.serving import contracts as c
 from mimoquant.serving.check import Problem, check
 from mimoquant.serving.served import Served
+from mimoquant.wording import size
 
 GIB = 2**30
 RESERVE_BYTES = 5 * GIB  # activations, CUDA graphs, communication buffers; an assumption
@@ -97,13 +97,26 @@ def launch(
     layout, problems = maker.layout()
     context, weights, kv = maker.context(layout)
     return Launch(
-        SCHEMA_VERSION, checkpoint.name, engine, maker.version, maker.evidence(), maker.minimum_version(),
-        maker.gpu.label, layout,
-        c.ENGINES[engine].image.format(maker.version), dict(maker.environment()),
-        maker.command(layout, context, mtp, drafter), maker.moe_backend(), maker.attention(), context, weights, kv,
-        list(maker.expect()), [*(problem.text for problem in problems), *maker.notes(mtp, drafter)],
+        SCHEMA_VERSION,
+        checkpoint.name,
+        engine,
+        maker.version,
+        maker.evidence(),
+        maker.minimum_version(),
+        maker.gpu.label,
+        layout,
+        c.ENGINES[engine].image.format(maker.version),
+        dict(maker.environment()),
+        maker.command(layout, context, mtp, drafter),
+        maker.moe_backend(),
+        maker.attention(),
+        context,
+        weights,
+        kv,
+        list(maker.expect()),
+        [*(problem.text for problem in problems), *maker.notes(mtp, drafter)],
         [{"what": p.what, "not_needed_from": p.since, "source": p.source} for p in maker.patches(gpu)],
-    )  # fmt: skip
+    )
 
 
 def _check_options(checkpoint: Served, mtp: bool, dflash: Path | None) -> Drafter | None:
@@ -318,41 +331,3 @@ class _Maker:
 
     def patches(self, gpu: str) -> list[c.Patch]:
         return [patch for patch in c.PATCHES if patch.gpu == gpu and self.engine == c.VLLM]
-
-
-def launch_text(facts: dict[str, Any]) -> str:
-    """`Launch` as text; the command is on lines of its own, to be copied."""
-    layout = facts["layout"]
-    shared = f"attention TP {layout['attention_tp']}, data parallel {layout['dp']}, experts " + (
-        "whole on their GPU" if layout["ep"] else f"cut in {layout['gpus']}"
-    )
-    engine = f"{c.ENGINES[facts['engine']].label} {facts['version']}"
-    lines = [
-        f"{engine} on {layout['gpus']} x {facts['gpu']}: {shared}",
-        f"format     {facts['evidence']}",
-        f"image      {facts['image']} (tag not verified); least version {facts['minimum_version']}",
-        f"memory     {size(facts['weights_bytes'])} of weights and {facts['kv_bytes_per_token']} bytes of KV cache a "
-        f"token on each GPU: {facts['context']} tokens of context",
-        f"back ends  attention {facts['attention_backend']}, MoE {facts['moe_backend'] or 'chosen by the engine'}",
-        "",
-        *(f"export {name}={shlex.quote(value)}" for name, value in facts["environment"].items()),
-        *_command_lines(facts["command"]),
-        "",
-        *(f"expect     {line}" for line in facts["expect"]),
-        *(f"note: {note}" for note in facts["notes"]),
-    ]
-    for patch in facts["patches"]:
-        since = f"not needed from vLLM {patch['not_needed_from']} on" if patch["not_needed_from"] else "version unknown"
-        lines.append(f"patch once needed: {patch['what']}; {since} [{patch['source']}]")
-    return "\n".join(lines)
-
-
-def _command_lines(command: list[str]) -> list[str]:
-    """One option a line, its value beside it."""
-    lines: list[list[str]] = [[]]
-    for word in command:
-        if word.startswith("--") and lines[-1]:
-            lines.append([])
-        lines[-1].append(word if word.startswith("<") else shlex.quote(word))
-    joined = [" ".join(words) for words in lines]
-    return [("  " if i else "") + text + (" \\" if i < len(joined) - 1 else "") for i, text in enumerate(joined)]

@@ -127,15 +127,29 @@ def served(config: dict[str, Any], tensors: Mapping[str, Tensor], name: str, met
         for key, tensor in tensors.items()
         if _is_linear(key) and ".mlp.experts." not in key
     }
-    fp8_k_rows = frozenset(tensor.shape[0] for key, tensor in tensors.items()
-                           if key.endswith("self_attn.k_proj.weight") and f"{key}_scale_inv" in tensors)  # fmt: skip
+    fp8_k_rows = frozenset(
+        tensor.shape[0]
+        for key, tensor in tensors.items()
+        if key.endswith("self_attn.k_proj.weight") and f"{key}_scale_inv" in tensors
+    )
     mtp = {key.split(".")[3] for key in tensors if key.startswith("model.mtp.layers.")}
     sizes: Counter[str] = Counter()
     for key, tensor in tensors.items():
         sizes[_kind(key)] += tensor.size_bytes
-    return Served(name, config, geometry, experts, missing, linears, _qkv(geometry, tensors), fp8_k_rows, len(mtp),
-                  any(key.startswith(TOWER_PREFIXES) for key in tensors),
-                  any(key.endswith(".input_scale") for key in tensors), sizes)  # fmt: skip
+    return Served(
+        name,
+        config,
+        geometry,
+        experts,
+        missing,
+        linears,
+        _qkv(geometry, tensors),
+        fp8_k_rows,
+        len(mtp),
+        any(key.startswith(TOWER_PREFIXES) for key in tensors),
+        any(key.endswith(".input_scale") for key in tensors),
+        sizes,
+    )
 
 
 def _is_linear(key: str) -> bool:
@@ -192,8 +206,14 @@ def _stored(module: str, width: int, tensors: Mapping[str, Tensor]) -> Stored:
     return Stored(contracts.FP8 if weight and weight.dtype == "F8_E4M3" else contracts.BF16)
 
 
-_FORMATS = {contracts.INT4: "int4", contracts.INT4_ASYMMETRIC: "int4", contracts.CT_MXFP4: "mxfp4",
-            contracts.CT_NVFP4: "nvfp4", contracts.NATIVE_MXFP4: "mxfp4", contracts.MO_NVFP4: "nvfp4"}  # fmt: skip
+_FORMATS = {
+    contracts.INT4: "int4",
+    contracts.INT4_ASYMMETRIC: "int4",
+    contracts.CT_MXFP4: "mxfp4",
+    contracts.CT_NVFP4: "nvfp4",
+    contracts.NATIVE_MXFP4: "mxfp4",
+    contracts.MO_NVFP4: "nvfp4",
+}
 
 
 def _parts(form: Stored, module: str, shape: tuple[int, int]) -> list[str]:

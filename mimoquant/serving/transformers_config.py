@@ -25,11 +25,20 @@ def config_problems(checkpoint: Served) -> Iterator[Found]:
     config, geometry = checkpoint.config, checkpoint.geometry
     if geometry.model_type != "mimo_v2_flash":
         if not config.get("auto_map"):
-            yield (c.REFUSED, f"config.json: model_type {geometry.model_type!r} has no class in transformers 5.17 and "
-                   "no auto_map names one", "transformers 5.17", "copy the published remote code")  # fmt: skip
+            yield (
+                c.REFUSED,
+                f"config.json: model_type {geometry.model_type!r} has no class in transformers 5.17 and "
+                "no auto_map names one",
+                "transformers 5.17",
+                "copy the published remote code",
+            )
         else:
-            yield ("warning", f"config.json: model_type {geometry.model_type!r} loads by its remote code, which is not "
-                   "verified", "transformers 5.17", None)  # fmt: skip
+            yield (
+                "warning",
+                f"config.json: model_type {geometry.model_type!r} loads by its remote code, which is not verified",
+                "transformers 5.17",
+                None,
+            )
         return
     layers = geometry.layers
     if "layer_types" not in config:

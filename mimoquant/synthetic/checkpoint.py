@@ -43,21 +43,56 @@ from mimoquant.weights.stored import not_finite
 Array = npt.NDArray[Any]
 LAYOUTS = {"flash": "mimo_v2_flash", "v2.5": "mimo_v2", "pro": "mimo_v2"}
 _FIXED_CONFIG: dict[str, Any] = {
-    "hidden_act": "silu", "max_position_embeddings": 4096, "initializer_range": 0.02, "layernorm_epsilon": 1e-05,
-    "use_cache": True, "tie_word_embeddings": False, "attention_bias": False, "attention_dropout": 0.0,
-    "swa_rope_theta": 10000, "partial_rotary_factor": 0.334, "add_full_attention_sink_bias": False,
-    "add_swa_attention_sink_bias": True, "n_shared_experts": None, "n_group": 1, "topk_group": 1,
-    "topk_method": "noaux_tc", "scoring_func": "sigmoid", "norm_topk_prob": True, "routed_scaling_factor": None,
-    "eos_token_id": 0, "pad_token_id": 0,
-}  # fmt: skip
+    "hidden_act": "silu",
+    "max_position_embeddings": 4096,
+    "initializer_range": 0.02,
+    "layernorm_epsilon": 1e-05,
+    "use_cache": True,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "swa_rope_theta": 10000,
+    "partial_rotary_factor": 0.334,
+    "add_full_attention_sink_bias": False,
+    "add_swa_attention_sink_bias": True,
+    "n_shared_experts": None,
+    "n_group": 1,
+    "topk_group": 1,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": None,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
 _TOWER_CONFIG: dict[str, Any] = {  # as published: speech_vocab_size is a string
-    "audio_config": {"audio_channels": 2, "group_size": 4, "input_local_attn_heads": 4, "input_local_dim": 32,
-                     "input_local_head_dim": 8, "input_local_intermediate_size": 64, "input_local_layers": 2,
-                     "projection_layers": 2, "speech_vocab_size": "16", "speech_zeroemb_idx": "15"},
-    "vision_config": {"depth": 2, "fullatt_block_indexes": [0], "hidden_act": "silu", "hidden_size": 32, "in_chans": 3,
-                      "intermediate_size": 64, "num_heads": 4, "num_key_value_heads": 1, "patch_size": 4,
-                      "spatial_merge_size": 2, "temporal_patch_size": 2, "use_sink": True},
-}  # fmt: skip
+    "audio_config": {
+        "audio_channels": 2,
+        "group_size": 4,
+        "input_local_attn_heads": 4,
+        "input_local_dim": 32,
+        "input_local_head_dim": 8,
+        "input_local_intermediate_size": 64,
+        "input_local_layers": 2,
+        "projection_layers": 2,
+        "speech_vocab_size": "16",
+        "speech_zeroemb_idx": "15",
+    },
+    "vision_config": {
+        "depth": 2,
+        "fullatt_block_indexes": [0],
+        "hidden_act": "silu",
+        "hidden_size": 32,
+        "in_chans": 3,
+        "intermediate_size": 64,
+        "num_heads": 4,
+        "num_key_value_heads": 1,
+        "patch_size": 4,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "use_sink": True,
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -275,8 +310,11 @@ def _towers(hidden: int) -> Iterator[_Stored]:
             yield _plain(f"visual.blocks.{i}.{name}", 4 if name == "attn.sinks" else 32)
         for name, shape in (mlp | {f"self_attn.{letter}_proj": (32, 32) for letter in "qkvo"}).items():
             yield _plain(f"{local}layers.{i}.{name}.weight", *shape)
-        for name in (*(f"self_attn.{letter}_proj.bias" for letter in "qkv"), "input_layernorm.weight",
-                     "post_attention_layernorm.weight"):  # fmt: skip
+        for name in (
+            *(f"self_attn.{letter}_proj.bias" for letter in "qkv"),
+            "input_layernorm.weight",
+            "post_attention_layernorm.weight",
+        ):
             yield _plain(f"{local}layers.{i}.{name}", 32)
         yield _plain(f"speech_embeddings.{i}.weight", 16, 32)
     yield _plain("visual.patch_embed.proj.weight", 32, 3, 2, 4, 4)
@@ -299,19 +337,34 @@ def _random_config(sizes: SynthSizes, layout: str) -> dict[str, Any]:
         raise UsageError(f"{sizes.layers} layers and {sizes.mtp_layers} MTP layers are more than 4096 and 64")
     stride = 8 if layout == "pro" else 6
     ends = (0, sizes.layers - 1)
-    return {
-        "vocab_size": sizes.vocab, "hidden_size": sizes.hidden, "intermediate_size": sizes.dense_intermediate,
-        "num_hidden_layers": sizes.layers, "num_attention_heads": sizes.heads, "num_key_value_heads": sizes.kv_heads,
-        "head_dim": sizes.head_dim, "v_head_dim": sizes.v_head_dim, "swa_num_attention_heads": sizes.heads,
-        "swa_num_key_value_heads": sizes.sliding_kv_heads, "swa_head_dim": sizes.head_dim,
-        "swa_v_head_dim": sizes.v_head_dim, "n_routed_experts": sizes.experts, "num_experts_per_tok": sizes.top_k,
-        "moe_intermediate_size": sizes.expert_intermediate, "sliding_window": sizes.window,
-        "sliding_window_size": sizes.window, "attention_chunk_size": sizes.window,
-        "rope_theta": 5000000 if layout == "flash" else 10000000,
-        "attention_value_scale": 0.612 if layout == "pro" else 0.707,
-        "hybrid_layer_pattern": [int(i not in ends and i % stride != stride - 1) for i in range(sizes.layers)],
-        "moe_layer_freq": [int(i > 0) for i in range(sizes.layers)],
-    } | _FIXED_CONFIG | (_TOWER_CONFIG if layout == "v2.5" else {})  # fmt: skip
+    return (
+        {
+            "vocab_size": sizes.vocab,
+            "hidden_size": sizes.hidden,
+            "intermediate_size": sizes.dense_intermediate,
+            "num_hidden_layers": sizes.layers,
+            "num_attention_heads": sizes.heads,
+            "num_key_value_heads": sizes.kv_heads,
+            "head_dim": sizes.head_dim,
+            "v_head_dim": sizes.v_head_dim,
+            "swa_num_attention_heads": sizes.heads,
+            "swa_num_key_value_heads": sizes.sliding_kv_heads,
+            "swa_head_dim": sizes.head_dim,
+            "swa_v_head_dim": sizes.v_head_dim,
+            "n_routed_experts": sizes.experts,
+            "num_experts_per_tok": sizes.top_k,
+            "moe_intermediate_size": sizes.expert_intermediate,
+            "sliding_window": sizes.window,
+            "sliding_window_size": sizes.window,
+            "attention_chunk_size": sizes.window,
+            "rope_theta": 5000000 if layout == "flash" else 10000000,
+            "attention_value_scale": 0.612 if layout == "pro" else 0.707,
+            "hybrid_layer_pattern": [int(i not in ends and i % stride != stride - 1) for i in range(sizes.layers)],
+            "moe_layer_freq": [int(i > 0) for i in range(sizes.layers)],
+        }
+        | _FIXED_CONFIG
+        | (_TOWER_CONFIG if layout == "v2.5" else {})
+    )
 
 
 def _published_config(config: dict[str, Any], layout: str) -> dict[str, Any]:
@@ -338,10 +391,13 @@ def _published_config(config: dict[str, Any], layout: str) -> dict[str, Any]:
     modules = [*(f"layers.{layer}" for layer in range(out["num_hidden_layers"])), "decoder"]
     store_dtype = {"store_dtype": "fp8"} if layout == "v2.5" else {}
     out["quantization_config"] = {
-        "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", **store_dtype,
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        **store_dtype,
         "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
         "ignored_layers": [f"model.{module}.self_attn.o_proj" for module in modules],
-    }  # fmt: skip
+    }
     return out
 
 

@@ -40,11 +40,15 @@ FORMAT_VERSION = "0.19.0"  # of compressed-tensors, whose layout this is
 
 # Part of a format → its suffix on disk, in the order in which the parts of a module are written.
 _SUFFIXES = {
-    COMPRESSED_TENSORS: {"global_scale": "weight_global_scale", "codes": "weight_packed",
-                         "zero_point": "weight_zero_point", "scale": "weight_scale"},
+    COMPRESSED_TENSORS: {
+        "global_scale": "weight_global_scale",
+        "codes": "weight_packed",
+        "zero_point": "weight_zero_point",
+        "scale": "weight_scale",
+    },
     NATIVE: {"codes": "weight", "scale": "weight_scale"},
     MODELOPT: {"global_scale": "weight_scale_2", "codes": "weight", "scale": "weight_scale"},
-}  # fmt: skip
+}
 _COMPRESSED_FORMAT = {"int4": "pack-quantized", "mxfp4": "mxfp4-pack-quantized", "nvfp4": "nvfp4-pack-quantized"}
 
 
@@ -105,9 +109,12 @@ def ignore_qkv(config: dict[str, Any], stems: Iterable[str]) -> None:
 
 
 def output_config(
-    config: dict[str, Any], container: str, formats: dict[int, Format], carve_outs: dict[int, str],
+    config: dict[str, Any],
+    container: str,
+    formats: dict[int, Format],
+    carve_outs: dict[int, str],
     bf16_qkv: Sequence[int] = (),
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """The source's config.json with the keys that the output changes. `formats`: MoE layer → format; `bf16_qkv`: layers
     whose q, k, v become bf16 in a container that keeps others in FP8."""
     out = copy.deepcopy(config)
@@ -141,8 +148,12 @@ def hf_quant_config(config: dict[str, Any], version: str) -> dict[str, Any]:
 def _modelopt_settings(config: dict[str, Any], layers: Iterable[int]) -> dict[str, Any]:
     """What is not in `quantized_layers` is left alone by both engines: attention, MTP (also under the draft's own
     prefix), head and towers need no entry."""
-    modules = (expert_module(layer, expert, projection) for layer in sorted(layers)
-               for expert in range(config["n_routed_experts"]) for projection in PROJECTIONS)  # fmt: skip
+    modules = (
+        expert_module(layer, expert, projection)
+        for layer in sorted(layers)
+        for expert in range(config["n_routed_experts"])
+        for projection in PROJECTIONS
+    )
     return {
         "quant_algo": "MIXED_PRECISION",
         "kv_cache_quant_algo": None,
@@ -184,8 +195,13 @@ def layers_target(layers: list[int]) -> str:
 
 
 def _group(target: str, kind: str, weights: dict[str, Any], inputs: dict[str, Any] | None) -> dict[str, Any]:
-    return {"targets": [target], "format": kind, "weights": weights, "input_activations": inputs,
-            "output_activations": None}  # fmt: skip
+    return {
+        "targets": [target],
+        "format": kind,
+        "weights": weights,
+        "input_activations": inputs,
+        "output_activations": None,
+    }
 
 
 def format_weights(fmt: Format) -> dict[str, Any]:
@@ -203,7 +219,19 @@ def format_weights(fmt: Format) -> dict[str, Any]:
     }
 
 
-_FP8_WEIGHTS = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "block", "block_structure": [128, 128],
-                "dynamic": False}  # fmt: skip
-_FP8_INPUT = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "group", "group_size": 128,
-              "dynamic": True}  # fmt: skip
+_FP8_WEIGHTS = {
+    "num_bits": 8,
+    "type": "float",
+    "symmetric": True,
+    "strategy": "block",
+    "block_structure": [128, 128],
+    "dynamic": False,
+}
+_FP8_INPUT = {
+    "num_bits": 8,
+    "type": "float",
+    "symmetric": True,
+    "strategy": "group",
+    "group_size": 128,
+    "dynamic": True,
+}

@@ -76,8 +76,10 @@ class CheckpointWeights:
         mlp: DenseWeights | Router
         if geometry.moe[number]:
             gate = f"{prefix}mlp.gate."
-            mlp = Router(self.tensor(f"{gate}weight", torch.float32),
-                         self.tensor(f"{gate}e_score_correction_bias", torch.float32))  # fmt: skip
+            mlp = Router(
+                self.tensor(f"{gate}weight", torch.float32),
+                self.tensor(f"{gate}e_score_correction_bias", torch.float32),
+            )
         else:
             mlp = self._dense(prefix)
         return LayerWeights(
@@ -177,16 +179,26 @@ def read_drafter_weights(drafter: Drafter, index: CheckpointIndex, device: torch
             for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
         )
         return DraftLayer(
-            tensors[f"{prefix}input_layernorm.weight"], tensors[f"{prefix}post_attention_layernorm.weight"],
-            q, k, v, o, q_norm, k_norm, tensors.get(f"{prefix}self_attn.attention_sink_bias"),
+            tensors[f"{prefix}input_layernorm.weight"],
+            tensors[f"{prefix}post_attention_layernorm.weight"],
+            q,
+            k,
+            v,
+            o,
+            q_norm,
+            k_norm,
+            tensors.get(f"{prefix}self_attn.attention_sink_bias"),
             DenseWeights(*(tensors[f"{prefix}mlp.{p}_proj.weight"] for p in PROJECTIONS)),
-        )  # fmt: skip
+        )
 
     mask = _mask_embedding(drafter)
     return DrafterWeights(
-        tensors["fc.weight"], tensors["hidden_norm.weight"], [layer(f"layers.{n}.") for n in range(drafter.layers)],
-        tensors["norm.weight"], None if mask is None else mask.to(device),
-    )  # fmt: skip
+        tensors["fc.weight"],
+        tensors["hidden_norm.weight"],
+        [layer(f"layers.{n}.") for n in range(drafter.layers)],
+        tensors["norm.weight"],
+        None if mask is None else mask.to(device),
+    )
 
 
 def _mask_embedding(drafter: Drafter) -> torch.Tensor | None:
@@ -205,6 +217,12 @@ def _mask_embedding(drafter: Drafter) -> torch.Tensor | None:
     return torch.from_numpy(held.data).view(_TORCH[held.dtype])
 
 
-_TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I32": torch.int32, "U8": torch.uint8,
-          "F8_E4M3": torch.float8_e4m3fn}  # fmt: skip
+_TORCH = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
 _NOT_OF_WEIGHTS = ("shape", "input_scale")

@@ -21,13 +21,24 @@ from mimoquant.calibration.tokens import load_tokens
 from mimoquant.shipped import calib_folder, shipped_sets
 
 pytest.importorskip("tokenizers", reason="the package tokenizers is not installed")
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "make_calib.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts/make/calib.py"
 HANDBOOK = Path("/usr/share/doc")  # where Debian's package debian-handbook puts its pages
 DOMAINS = {
     "heldout-v1": {"chat", "chinese", "code", "french", "maths", "prose", "tools"},
-    "mixed-v1": {"agents", "chat", "chinese", "code", "european", "languages", "long", "manuals", "maths", "prose",
-                 "tools"},
-}  # fmt: skip
+    "mixed-v1": {
+        "agents",
+        "chat",
+        "chinese",
+        "code",
+        "european",
+        "languages",
+        "long",
+        "manuals",
+        "maths",
+        "prose",
+        "tools",
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +72,9 @@ def test_every_set_has_its_files() -> None:
 def test_the_files_are_those_that_are_listed() -> None:
     lines = (calib_folder() / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
     listed = {name: digest for digest, name in (line.split("  ") for line in lines)}
-    found = {f"{name}/{file.name}": hashlib.sha256(file.read_bytes()).hexdigest()
-             for name in DOMAINS for file in files(name)}  # fmt: skip
+    found = {
+        f"{name}/{file.name}": hashlib.sha256(file.read_bytes()).hexdigest() for name in DOMAINS for file in files(name)
+    }
     assert found == listed
 
 
@@ -124,8 +136,11 @@ def test_nothing_held_out_is_in_the_calibration_set(script: ModuleType) -> None:
     """No 13 words in a row, in any record: sharing less than 1 % of them would have been enough."""
     held_out = set().union(*(script.shingles(record) for record in script.read_set("heldout-v1")))
     assert len(held_out) > 100_000
-    shared_passages = [(record["domain"], passage) for record in script.read_set("mixed-v1")
-                       for passage in script.shingles(record) & held_out]  # fmt: skip
+    shared_passages = [
+        (record["domain"], passage)
+        for record in script.read_set("mixed-v1")
+        for passage in script.shingles(record) & held_out
+    ]
     assert shared_passages == []
 
 

@@ -49,8 +49,9 @@ def encode() -> Any:
     return load_tokenizer(micro_checkpoint()).encode
 
 
-def load(*data: str | Path, sequences: int | None = None, tokens: int = 16, vocab: int = VOCAB,
-         folder: Path | None = None) -> TokenSet:  # fmt: skip
+def load(
+    *data: str | Path, sequences: int | None = None, tokens: int = 16, vocab: int = VOCAB, folder: Path | None = None
+) -> TokenSet:
     return load_tokens(
         [str(entry) for entry in data], folder or micro_checkpoint(), sequences=sequences, tokens=tokens, vocab=vocab
     )
@@ -106,8 +107,14 @@ def test_compressed_files_read_the_same(tmp_path: Path) -> None:
 
 def test_records_are_separated_by_the_end_of_text(tmp_path: Path, encode: Any) -> None:
     eos = load_tokenizer(micro_checkpoint()).eos
-    path = jsonl(tmp_path / "a.jsonl", {"text": TEXT}, {"text": ""}, {"text": "One."}, {"input_ids": [3, 4, eos]},
-                 {"input_ids": [5] * 20})  # fmt: skip
+    path = jsonl(
+        tmp_path / "a.jsonl",
+        {"text": TEXT},
+        {"text": ""},
+        {"text": "One."},
+        {"input_ids": [3, 4, eos]},
+        {"input_ids": [5] * 20},
+    )
     expected = [*encode(TEXT), eos, *encode("One."), eos, 3, 4, eos, *[5] * 20]
     found = load(path, tokens=8).ids.ravel().tolist()
     assert found == expected[: len(expected) // 8 * 8]
@@ -484,7 +491,7 @@ def test_the_script_rebuilds_the_shipped_set(shared: Path, tmp_path: Path) -> No
     sources = shared / "text" / "heldout"
     if not sources.is_dir():
         pytest.skip("the source texts are not beside this clone")
-    script = REPOSITORY / "scripts" / "make_calib.py"
+    script = REPOSITORY / "scripts" / "scripts/make/calib.py"
     subprocess.run([sys.executable, script, sources, "--out", tmp_path / "again"], check=True, capture_output=True)
     ours = {file.name: file.read_bytes() for file in (calib_folder() / "heldout-v1").iterdir()}
     assert {file.name: file.read_bytes() for file in (tmp_path / "again").iterdir()} == ours

@@ -176,17 +176,35 @@ def test_the_links_of_a_hub_snapshot_are_followed(tmp_path: Path) -> None:
         (lambda p: write_shard(p, [1]), ["list"]),
         (lambda p: write_shard(p, {"a": F32_PAIR}, bytes(7)), ["has {size}"]),
         (lambda p: write_shard(p, {"a": F32_PAIR}, bytes(9)), ["has {size}"]),
-        (lambda p: write_shard(p, {"a": F32_PAIR, "b": {**F32_NEXT, "data_offsets": [4, 12]}}, bytes(16)),
-         ["b at byte", "overlaps"]),
-        (lambda p: write_shard(p, {"a": F32_PAIR, "b": {**F32_NEXT, "data_offsets": [12, 20]}}, bytes(20)),
-         ["b at byte", "hole"]),
+        (
+            lambda p: write_shard(p, {"a": F32_PAIR, "b": {**F32_NEXT, "data_offsets": [4, 12]}}, bytes(16)),
+            ["b at byte", "overlaps"],
+        ),
+        (
+            lambda p: write_shard(p, {"a": F32_PAIR, "b": {**F32_NEXT, "data_offsets": [12, 20]}}, bytes(20)),
+            ["b at byte", "hole"],
+        ),
         (lambda p: write_shard(p, {"a": {**F32_PAIR, "data_offsets": [4, 12]}}, bytes(12)), ["a at byte", "hole"]),
         (lambda p: write_shard(p, {"a": F32_PAIR, "b": F32_PAIR}, bytes(8)), ["overlaps"]),
     ],
-    ids=["seven bytes", "empty", "header longer than the file", "header of 2^63", "header of 2^64-1", "header cut",
-         "not UTF-8", "deep nesting", "a list", "truncated", "trailing byte", "overlap", "hole", "hole at the start",
-         "same place twice"],
-)  # fmt: skip
+    ids=[
+        "seven bytes",
+        "empty",
+        "header longer than the file",
+        "header of 2^63",
+        "header of 2^64-1",
+        "header cut",
+        "not UTF-8",
+        "deep nesting",
+        "a list",
+        "truncated",
+        "trailing byte",
+        "overlap",
+        "hole",
+        "hole at the start",
+        "same place twice",
+    ],
+)
 def test_a_damaged_shard_is_refused(tmp_path: Path, write: Callable[[Path], object], fragments: list[str]) -> None:
     path = tmp_path / "model.safetensors"
     write(path)
@@ -247,9 +265,23 @@ def test_every_dtype_has_the_width_that_safetensors_gives_it(tmp_path: Path) -> 
     torch = pytest.importorskip("torch")
     from safetensors.torch import save_file
 
-    dtypes = [torch.bool, torch.uint8, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2, torch.uint16, torch.int16,
-              torch.float16, torch.bfloat16, torch.uint32, torch.int32, torch.float32, torch.uint64, torch.int64,
-              torch.float64]  # fmt: skip
+    dtypes = [
+        torch.bool,
+        torch.uint8,
+        torch.int8,
+        torch.float8_e4m3fn,
+        torch.float8_e5m2,
+        torch.uint16,
+        torch.int16,
+        torch.float16,
+        torch.bfloat16,
+        torch.uint32,
+        torch.int32,
+        torch.float32,
+        torch.uint64,
+        torch.int64,
+        torch.float64,
+    ]
     tensors = {str(dtype): torch.zeros(3, 5, dtype=torch.uint8).to(dtype) for dtype in dtypes}
     save_file(tensors, tmp_path / "model.safetensors")
     index = open_index(tmp_path)

@@ -49,12 +49,15 @@ def test_a_journal_that_is_not_there_has_no_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        "not json", "[]", "{}", '{"unit": "a", "file": 1, "size_bytes": 1, "sha256": ""}',
+        "not json",
+        "[]",
+        "{}",
+        '{"unit": "a", "file": 1, "size_bytes": 1, "sha256": ""}',
         '{"unit": "a", "file": "f", "size_bytes": "1", "sha256": ""}',
         '{"unit": "a", "file": "f", "size_bytes": 1, "sha256": "", "more": 1}',
         '{"unit": ["a"], "file": "f", "size_bytes": 1, "sha256": ""}',
     ],
-)  # fmt: skip
+)
 def test_a_damaged_line_inside_is_an_error_with_its_number(tmp_path: Path, line: str) -> None:
     good = json.dumps({"unit": "a", "file": "f", "size_bytes": 1, "sha256": "0"})
     (tmp_path / "j").write_text(f"{good}\n{line}\n{good}\n")

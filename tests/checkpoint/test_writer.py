@@ -45,11 +45,14 @@ def test_safetensors_reads_back_equal_values(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("dtype", "values"),
     [
-        ("F32", np.array([1.5, -0.0, np.inf], np.float32)), ("I32", np.array([-1, 2**31 - 1, 0], np.int32)),
-        ("U8", np.array([0, 255, 7], np.uint8)), ("F64", np.array([np.pi, 1e300, -1], np.float64)),
-        ("BOOL", np.array([True, False, True])), ("I64", np.array([-(2**63), 0, 5], np.int64)),
+        ("F32", np.array([1.5, -0.0, np.inf], np.float32)),
+        ("I32", np.array([-1, 2**31 - 1, 0], np.int32)),
+        ("U8", np.array([0, 255, 7], np.uint8)),
+        ("F64", np.array([np.pi, 1e300, -1], np.float64)),
+        ("BOOL", np.array([True, False, True])),
+        ("I64", np.array([-(2**63), 0, 5], np.int64)),
     ],
-)  # fmt: skip
+)
 def test_every_dtype_comes_back_as_its_bytes(tmp_path: Path, dtype: str, values: np.ndarray) -> None:
     from safetensors.numpy import load_file
 
@@ -105,7 +108,10 @@ def test_empty_tensors_are_entries_without_bytes(tmp_path: Path) -> None:
     writer.write("last", np.empty((3, 0), np.uint8))
     writer.close()
     assert {name: tensor.shape for name, tensor in load_file(tmp_path / "s").items()} == {
-        "first": (0, 4), "x": (2,), "last": (3, 0)}  # fmt: skip
+        "first": (0, 4),
+        "x": (2,),
+        "last": (3, 0),
+    }
 
 
 def test_the_header_is_padded_and_has_one_metadata_key() -> None:

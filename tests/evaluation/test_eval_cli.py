@@ -35,8 +35,19 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("recipe", list(GOLDEN_J))
 def test_j_of_every_recipe_is_the_golden_one(outputs: Path, recipe: str) -> None:
-    result = call("eval-kl", MICRO, outputs / recipe, "--sequences", "28", "--tokens", "128", "--no-noise-floor",
-                  "--device", "cpu", "--json")  # fmt: skip
+    result = call(
+        "eval-kl",
+        MICRO,
+        outputs / recipe,
+        "--sequences",
+        "28",
+        "--tokens",
+        "128",
+        "--no-noise-floor",
+        "--device",
+        "cpu",
+        "--json",
+    )
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["j"]["mean"] == pytest.approx(GOLDEN_J[recipe], rel=2e-3)
 

@@ -47,8 +47,10 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for recipe in ("mxfp4-rtn", "nvfp4-mse"):
         pipeline.quantize(make_plan(MICRO, load_recipe(recipe)), folder / recipe, device="cpu")
     shutil.copytree(MICRO, folder / "source")
-    return {name: folder / of for name, of in
-            (("reference", "source"), ("candidate", "mxfp4-rtn"), ("baseline", "nvfp4-mse"))}  # fmt: skip
+    return {
+        name: folder / of
+        for name, of in (("reference", "source"), ("candidate", "mxfp4-rtn"), ("baseline", "nvfp4-mse"))
+    }
 
 
 def stop_after(layer: int, patch: pytest.MonkeyPatch, *, torn: bool = False) -> None:
@@ -152,7 +154,7 @@ def test_mistakes_end_in_one_sentence(killed: Path, outputs: dict[str, Path], tm
         ((*base, "--out", tmp_path / "no" / "x.json"), "cannot be written"),
         ((*base, "--out", killed), "an unfinished run is there"),
         (("eval-kl", MICRO, "--server", "http://h", "--out", tmp_path / "x"), "--out cannot go with --server"),
-    ]  # fmt: skip
+    ]
     for arguments, message in cases:
         done = CliRunner().invoke(app, [str(argument) for argument in arguments])
         assert done.exit_code == 2 and message in done.stderr and "Traceback" not in done.output, done.output
@@ -163,8 +165,23 @@ def test_an_interrupt_exits_130_and_tells_how_to_resume(
     number: signal.Signals, outputs: dict[str, Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "out.json"
-    command = [sys.executable, "-m", "mimoquant", "eval-kl", str(MICRO), str(outputs["candidate"]), "--device", "cpu",
-               "--sequences", "28", "--tokens", "128", "--no-noise-floor", "--out", str(out)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "mimoquant",
+        "eval-kl",
+        str(MICRO),
+        str(outputs["candidate"]),
+        "--device",
+        "cpu",
+        "--sequences",
+        "28",
+        "--tokens",
+        "128",
+        "--no-noise-floor",
+        "--out",
+        str(out),
+    ]
     run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     journal, deadline = tmp_path / "out.json.partial" / "journal.jsonl", time.monotonic() + 60
     while time.monotonic() < deadline and run.poll() is None and not (journal.exists() and journal.stat().st_size):

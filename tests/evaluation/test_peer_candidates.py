@@ -103,8 +103,11 @@ def plain_copy(folder: Path, out: Path) -> Path:
     from safetensors.torch import save_file
 
     out.mkdir()
-    save_file({name: value.contiguous() for name, value in decoded(folder).items()}, out / "model.safetensors",
-              metadata={"format": "pt"})  # fmt: skip
+    save_file(
+        {name: value.contiguous() for name, value in decoded(folder).items()},
+        out / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     del config["quantization_config"]
     (out / "config.json").write_text(json.dumps(config))

@@ -225,8 +225,14 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(raw)
 
     def models(self, body: Any) -> Any:
-        card = {"object": "model", "created": 1, "owned_by": self.server.engine, "root": "/m", "parent": None,
-                "max_model_len": self.server.context}  # fmt: skip
+        card = {
+            "object": "model",
+            "created": 1,
+            "owned_by": self.server.engine,
+            "root": "/m",
+            "parent": None,
+            "max_model_len": self.server.context,
+        }
         return {"object": "list", "data": [{"id": "m", **card}, {"id": "adapter", **card, "parent": "m"}]}
 
     def thought(self, tokens: list[int]) -> np.ndarray:
@@ -238,8 +244,11 @@ class Handler(BaseHTTPRequestHandler):
     def vllm_prompt_logprobs(self, tokens: list[int], count: int) -> list[Any]:
         limit = self.server.max_logprobs
         if (VOCAB if count == -1 else count) > (VOCAB if limit == -1 else limit):
-            raise Refuse(400, f"Requested prompt logprobs of {count}, which is greater than max allowed: {limit} "
-                              f"(parameter=prompt_logprobs, value={count})")  # fmt: skip
+            raise Refuse(
+                400,
+                f"Requested prompt logprobs of {count}, which is greater than max allowed: {limit} "
+                f"(parameter=prompt_logprobs, value={count})",
+            )
         out: list[Any] = [None]
         for row, token in zip(self.thought(tokens), tokens[1:], strict=True):
             order = np.argsort(-row, kind="stable")
@@ -260,14 +269,21 @@ class Handler(BaseHTTPRequestHandler):
         tokens, asked = body["token_ids"], body["sampling_params"]
         ids = np.array(asked["prompt_logprob_token_ids"])
         if ids.shape[1] > self.server.max_logprobs:
-            raise Refuse(400, f"Requested {ids.shape[1]} token ids per row in prompt_logprob_token_ids, which is "
-                              f"greater than max allowed: {self.server.max_logprobs}. Set max_logprobs")  # fmt: skip
+            raise Refuse(
+                400,
+                f"Requested {ids.shape[1]} token ids per row in prompt_logprob_token_ids, which is "
+                f"greater than max allowed: {self.server.max_logprobs}. Set max_logprobs",
+            )
         buffer = io.BytesIO()
         np.save(buffer, np.take_along_axis(self.thought(tokens), ids, 1).astype(np.float32))
-        return {"request_id": "1", "model": body["model"], "prompt_token_ids": None,
-                "prompt_logprobs": self.vllm_prompt_logprobs(tokens, asked["prompt_logprobs"]),
-                "prompt_token_id_logprobs": base64.b64encode(buffer.getvalue()).decode(),
-                "choices": [{"index": 0, "logprobs": None, "finish_reason": "length", "token_ids": [1]}]}  # fmt: skip
+        return {
+            "request_id": "1",
+            "model": body["model"],
+            "prompt_token_ids": None,
+            "prompt_logprobs": self.vllm_prompt_logprobs(tokens, asked["prompt_logprobs"]),
+            "prompt_token_id_logprobs": base64.b64encode(buffer.getvalue()).decode(),
+            "choices": [{"index": 0, "logprobs": None, "finish_reason": "length", "token_ids": [1]}],
+        }
 
     def sglang_generate(self, body: Any) -> Any:
         assert body["return_logprob"] is True and body["top_logprobs_num"] == 1
@@ -276,12 +292,19 @@ class Handler(BaseHTTPRequestHandler):
         rows = self.thought(tokens)[begin:]
         following = [[None, tokens[begin], None]]
         following += [[float(row[t]), t, None] for row, t in zip(rows, tokens[begin + 1 :], strict=True)]
-        return {"text": "x", "output_ids": [1], "meta_info": {
-            "id": "1", "finish_reason": {"type": "length", "length": 1}, "prompt_tokens": len(tokens),
-            "input_token_logprobs": following, "output_token_logprobs": [[-1.0, 1, None]],
-            "input_top_logprobs": [None, *([[float(row.max()), int(row.argmax()), None]] for row in rows)],
-            "input_token_ids_logprobs": [None, *([[float(row[i]), i, None] for i in ids] for row in rows)],
-        }}  # fmt: skip
+        return {
+            "text": "x",
+            "output_ids": [1],
+            "meta_info": {
+                "id": "1",
+                "finish_reason": {"type": "length", "length": 1},
+                "prompt_tokens": len(tokens),
+                "input_token_logprobs": following,
+                "output_token_logprobs": [[-1.0, 1, None]],
+                "input_top_logprobs": [None, *([[float(row.max()), int(row.argmax()), None]] for row in rows)],
+                "input_token_ids_logprobs": [None, *([[float(row[i]), i, None] for i in ids] for row in rows)],
+            },
+        }
 
 
 @pytest.fixture(scope="module")
@@ -460,28 +483,47 @@ FAILURES: dict[str, tuple[dict[str, Any], tuple[str, ...], int, str]] = {
     "broken": ({"answers": {"/v1/completions": (500, b"out of memory")}}, (), 3, "answered 500: out of memory"),
     "no prompt logprobs": (
         {"answers": {"/v1/completions": change(lambda said: said["choices"][0].update(prompt_logprobs=None), True)}},
-        (), 3, "does not have the shape",
+        (),
+        3,
+        "does not have the shape",
     ),
     "a token too few": (
         {"answers": {"/v1/completions": change(lambda said: said["choices"][0]["prompt_logprobs"].pop())}},
-        (), 3, "does not have the shape",
+        (),
+        3,
+        "does not have the shape",
     ),
     "foreign vocabulary": (
-        {"answers": {"/v1/completions": change(
-            lambda said: said["choices"][0]["prompt_logprobs"][3].update({"5000": {"logprob": -1e-9}}))}},
-        (), 3, "id 5000, outside the reference's vocabulary of 1024",
+        {
+            "answers": {
+                "/v1/completions": change(
+                    lambda said: said["choices"][0]["prompt_logprobs"][3].update({"5000": {"logprob": -1e-9}})
+                )
+            }
+        },
+        (),
+        3,
+        "id 5000, outside the reference's vocabulary of 1024",
     ),
     "other tokens": (
-        {"engine": "sglang", "answers": {"/generate": change(set_label)}}, (), 3, "is about token 3 where",
+        {"engine": "sglang", "answers": {"/generate": change(set_label)}},
+        (),
+        3,
+        "is about token 3 where",
     ),
     "no log-probabilities": (
-        {"answers": {"/v1/completions": change(raise_all)}}, (), 3, "sum to .*--logprobs-mode raw_logprobs",
+        {"answers": {"/v1/completions": change(raise_all)}},
+        (),
+        3,
+        "sum to .*--logprobs-mode raw_logprobs",
     ),
     "token refused": (
         {"answers": {"/v1/completions": (400, b'{"error":{"message":"Token id 900 is out of vocabulary"}}')}},
-        (), 3, "answered 400: Token id 900 is out of vocabulary",
+        (),
+        3,
+        "answered 400: Token id 900 is out of vocabulary",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", list(FAILURES))

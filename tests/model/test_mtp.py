@@ -33,16 +33,27 @@ def inputs(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     return final, embedding[torch.from_numpy(rng.integers(0, len(embedding), (1, TOKENS)))]
 
 
-NOT_OF_A_LAYER = ("model_type", "architectures", "quantization_config", "num_hidden_layers", "hybrid_layer_pattern",
-                  "moe_layer_freq", "layer_types", "mlp_layer_types", "auto_map")  # fmt: skip
-NAMES = {"layers.0.input_layernorm.weight": "input_layernorm.weight",
-         "layers.0.post_attention_layernorm.weight": "pre_mlp_layernorm.weight",
-         "layers.0.self_attn.o_proj.weight": "self_attn.o_proj.weight",
-         "layers.0.self_attn.sinks": "self_attn.attention_sink_bias",
-         "layers.0.mlp.gate_proj.weight": "mlp.gate_proj.weight",
-         "layers.0.mlp.up_proj.weight": "mlp.up_proj.weight",
-         "layers.0.mlp.down_proj.weight": "mlp.down_proj.weight",
-         "norm.weight": "final_layernorm.weight"}  # fmt: skip  # transformers' name → that in the MTP layer
+NOT_OF_A_LAYER = (
+    "model_type",
+    "architectures",
+    "quantization_config",
+    "num_hidden_layers",
+    "hybrid_layer_pattern",
+    "moe_layer_freq",
+    "layer_types",
+    "mlp_layer_types",
+    "auto_map",
+)
+NAMES = {
+    "layers.0.input_layernorm.weight": "input_layernorm.weight",
+    "layers.0.post_attention_layernorm.weight": "pre_mlp_layernorm.weight",
+    "layers.0.self_attn.o_proj.weight": "self_attn.o_proj.weight",
+    "layers.0.self_attn.sinks": "self_attn.attention_sink_bias",
+    "layers.0.mlp.gate_proj.weight": "mlp.gate_proj.weight",
+    "layers.0.mlp.up_proj.weight": "mlp.up_proj.weight",
+    "layers.0.mlp.down_proj.weight": "mlp.down_proj.weight",
+    "norm.weight": "final_layernorm.weight",
+}  # transformers' name → that in the MTP layer
 Change = Callable[[MtpWeights], MtpWeights]
 
 
@@ -117,8 +128,10 @@ def test_what_follows_the_projection_is_a_whole_model_of_transformers() -> None:
     config = {key: value for key, value in judge.config.items() if key not in NOT_OF_A_LAYER}
     one = {"num_hidden_layers": 1, "layer_types": ["sliding_attention"], "mlp_layer_types": ["dense"]}
     model = transformers.MiMoV2FlashModel(transformers.MiMoV2FlashConfig(**config | one)).eval()
-    held = {f"layers.0.self_attn.{letter}_proj.weight": matrix
-            for letter, matrix in zip("qkv", judge.qkv(f"{prefix}self_attn."), strict=True)}  # fmt: skip
+    held = {
+        f"layers.0.self_attn.{letter}_proj.weight": matrix
+        for letter, matrix in zip("qkv", judge.qkv(f"{prefix}self_attn."), strict=True)
+    }
     for name, mine in NAMES.items():
         held[name] = judge.matrix(f"{prefix}{mine}")
     held["embed_tokens.weight"] = judge.matrix("model.embed_tokens.weight")

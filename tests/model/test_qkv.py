@@ -114,14 +114,30 @@ def small_geometry() -> Geometry:
     """Two ranks of 224 rows (global) and 320 (sliding): two and three blocks, k and v share one."""
     config = {
         "architectures": ["MiMoV2ForCausalLM"],
-        "model_type": "mimo_v2", "attention_projection_layout": "fused_qkv", "hidden_size": 160, "num_hidden_layers": 1,
-        "hybrid_layer_pattern": [0], "moe_layer_freq": [0], "intermediate_size": 128, "moe_intermediate_size": 128,
-        "n_routed_experts": 2, "num_experts_per_tok": 1, "vocab_size": 8, "scoring_func": "sigmoid",
-        "topk_method": "noaux_tc", "norm_topk_prob": True,
-        "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 48, "v_head_dim": 32,
-        "swa_num_attention_heads": 6, "swa_num_key_value_heads": 4, "swa_head_dim": 56, "swa_v_head_dim": 20,
+        "model_type": "mimo_v2",
+        "attention_projection_layout": "fused_qkv",
+        "hidden_size": 160,
+        "num_hidden_layers": 1,
+        "hybrid_layer_pattern": [0],
+        "moe_layer_freq": [0],
+        "intermediate_size": 128,
+        "moe_intermediate_size": 128,
+        "n_routed_experts": 2,
+        "num_experts_per_tok": 1,
+        "vocab_size": 8,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "norm_topk_prob": True,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 48,
+        "v_head_dim": 32,
+        "swa_num_attention_heads": 6,
+        "swa_num_key_value_heads": 4,
+        "swa_head_dim": 56,
+        "swa_v_head_dim": 20,
         "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
-    }  # fmt: skip
+    }
     return read_geometry(config, "config.json")
 
 

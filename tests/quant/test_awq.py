@@ -164,8 +164,12 @@ def test_a_layer_folded_by_real_factors_is_the_same_function() -> None:
         return routing.experts, out
 
     chosen, expected = layer(norm, router, ExpertChunk(0, gate, up, down))
-    folded = ExpertChunk(0, scaled(gate, outside), scaled(scaled(up, outside), inverse(inside)[:, :, None]),
-                         scaled(down, inside[:, None, :]))  # fmt: skip
+    folded = ExpertChunk(
+        0,
+        scaled(gate, outside),
+        scaled(scaled(up, outside), inverse(inside)[:, :, None]),
+        scaled(down, inside[:, None, :]),
+    )
     again, out = layer(scaled(norm, inverse(outside)), scaled(router, outside), folded)
     assert (factors(outside) - 1).abs().max() > 10 and torch.equal(chosen, again)
     assert torch.allclose(out, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))

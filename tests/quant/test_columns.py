@@ -11,19 +11,26 @@ import torch
 from torch import Tensor
 
 from mimoquant.quant import columns
-from mimoquant.quant.columns import Columns
 from mimoquant.quant.engine_cpu import CpuEngine
 from mimoquant.quant.engine_torch import amax, encode, nvfp4_global_scale, stored_parts, to_numpy
 from mimoquant.quant.formats import Format, multipliers
 from mimoquant.quant.grid import Grid
+from mimoquant.quant.kernels.columns import Columns
 from mimoquant.quant.products import halves
 from mimoquant.quant.stack import Stack
 
 FORMATS = [*stored_formats.FORMATS, Format("int4", 64)]
 every_format = pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.label)
-DEVICES = ["cpu", pytest.param("cuda", marks=[
-    pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is here"),
-])]  # fmt: skip
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is here"),
+        ],
+    ),
+]
 every_device = pytest.mark.parametrize("device", DEVICES)
 SIZES = [(3, 40, 256), (2, 264, 128)]  # experts, rows, width: no multiples of a slab or a tile
 
@@ -78,8 +85,11 @@ def test_compiled_loops_give_the_bytes_of_the_plain_ones(fmt: Format, size: tupl
     order = torch.stack([torch.randperm(size[2], generator=torch.Generator().manual_seed(e)) for e in range(size[0])])
     groups = (order // fmt.group_size).to(torch.int32).to(device)
     mine, plain, alone = copy(start), copy(start), replace(copy(start), matrix=0 * start.matrix)
-    for stack, loop in ((mine, columns.round_columns), (plain, columns.round_columns_plainly),
-                        (alone, columns.round_columns)):  # fmt: skip
+    for stack, loop in (
+        (mine, columns.round_columns),
+        (plain, columns.round_columns_plainly),
+        (alone, columns.round_columns),
+    ):
         loop(stack, now, stack.weight[:, now].clone(), groups)
     assert same(mine, plain) and (mine.codes != alone.codes).any()
 
@@ -105,9 +115,12 @@ def test_the_weighted_search_gives_the_bytes_of_the_plain_engine(fmt: Format, ev
     expected = encode(weight, fmt, "gram", scale, importance, signed=fmt.symmetric, every=every)
     tried = multipliers(fmt.name, "gram", signed=fmt.symmetric, every=every)
     parts = CpuEngine(2).encode_weighted(
-        Stack(to_numpy(weight), None), fmt, tried, None if scale is None else scale.numpy(),
+        Stack(to_numpy(weight), None),
+        fmt,
+        tried,
+        None if scale is None else scale.numpy(),
         None if importance is None else np.asarray(importance),
-    )  # fmt: skip
+    )
     mine = stored_parts(parts, fmt, weight.device)
     assert mine.keys() == expected.keys()
     for name, values in expected.items():

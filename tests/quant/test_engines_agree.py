@@ -28,8 +28,20 @@ FORMATS = [Format("int4", size, symmetric) for size in (32, 64, 128) for symmetr
 ]
 CASES = [pytest.param(fmt, search, id=f"{fmt.label} {search}") for fmt in FORMATS for search in ("absmax", "mse")]
 PROJECTIONS = ("gate", "up", "down")
-ODDITIES = ("zero rows", "zero groups", "one-hot", "huge", "subnormal", "tiny", "equal", "negative zeros", "outliers",
-            "ties", "positive", "saturated")  # fmt: skip
+ODDITIES = (
+    "zero rows",
+    "zero groups",
+    "one-hot",
+    "huge",
+    "subnormal",
+    "tiny",
+    "equal",
+    "negative zeros",
+    "outliers",
+    "ties",
+    "positive",
+    "saturated",
+)
 Parts = dict[str, dict[str, np.ndarray]]
 
 

@@ -103,8 +103,9 @@ def test_the_signed_search_is_never_worse_by_its_own_measure() -> None:
         assert (errors[1] <= errors[0] * (1 + 1e-6)).all() and (errors[1] < 0.9 * errors[0]).any()
 
 
-@pytest.mark.parametrize("fmt", [Format("int4", 32, symmetric=False), Format("mxfp4", 32), Format("nvfp4", 16)],
-                         ids=lambda fmt: fmt.label)  # fmt: skip
+@pytest.mark.parametrize(
+    "fmt", [Format("int4", 32, symmetric=False), Format("mxfp4", 32), Format("nvfp4", 16)], ids=lambda fmt: fmt.label
+)
 def test_signed_means_nothing_to_other_formats(fmt: Format) -> None:
     plain, signed = run(fmt, Method("gram")), run(fmt, Method("gram", signed=True))
     assert all(torch.equal(plain.parts[name].float(), signed.parts[name].float()) for name in plain.parts)

@@ -37,10 +37,15 @@ from mimoquant.quant.stack import Stack
 from mimoquant.weights.container import COMPRESSED_TENSORS, expert_tensors, format_weights, output_config
 
 FORMATS = [
-    Format("int4", 32), Format("int4", 64), Format("int4", 128),
-    Format("int4", 32, symmetric=False), Format("int4", 64, symmetric=False), Format("int4", 128, symmetric=False),
-    Format("mxfp4", 32), Format("nvfp4", 16),
-]  # fmt: skip
+    Format("int4", 32),
+    Format("int4", 64),
+    Format("int4", 128),
+    Format("int4", 32, symmetric=False),
+    Format("int4", 64, symmetric=False),
+    Format("int4", 128, symmetric=False),
+    Format("mxfp4", 32),
+    Format("nvfp4", 16),
+]
 CASES = [pytest.param(fmt, search, id=f"{fmt.label} {search}") for fmt in FORMATS for search in ("absmax", "mse")]
 ROWS, WIDTH = 48, 384
 SHAPES = {"gate": (ROWS, WIDTH), "up": (ROWS, WIDTH), "down": (WIDTH, 128)}
@@ -187,10 +192,13 @@ def test_codes_are_their_quantize_in_float32(fmt: Format, search: str) -> None:
         scale = torch.pow(2.0, scale.double() - 127).float()
     zero = engine_torch.unpack_zero_points(parts["zero_point"])[0] if not fmt.symmetric else None
     theirs = quantize(
-        weight.float(), scale, zero, QuantizationArgs(**format_weights(fmt)),
+        weight.float(),
+        scale,
+        zero,
+        QuantizationArgs(**format_weights(fmt)),
         dtype=torch.int8 if fmt.name == "int4" else None,
         global_scale=global_scale if fmt.name == "nvfp4" else None,
-    )  # fmt: skip
+    )
     if fmt.name == "int4":
         assert torch.equal(parts["codes"][0].view(torch.int32), pack_to_int32(theirs, 4))
         return

@@ -91,10 +91,14 @@ def write_golden_files() -> None:
 
     GOLDEN.mkdir(exist_ok=True)
     levels = torch.from_numpy(rng.integers(-8, 8, (16, 16)).astype(np.int8))
-    write("int4_packing.json", {
-        "levels": levels.tolist(), "packed": pack_to_int32(levels, 4).tolist(),
-        "packed_along_rows": pack_to_int32(levels, 4, packed_dim=0).tolist(),
-    })  # fmt: skip
+    write(
+        "int4_packing.json",
+        {
+            "levels": levels.tolist(),
+            "packed": pack_to_int32(levels, 4).tolist(),
+            "packed_along_rows": pack_to_int32(levels, 4, packed_dim=0).tolist(),
+        },
+    )
 
     values = rng.normal(0, 0.02, (8, 64)).astype(np.float32)
     values[1], values[2] = rng.integers(1, 24, 64) / 4, np.abs(values[2])
@@ -103,9 +107,14 @@ def write_golden_files() -> None:
     schemes = {
         "int4": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32},
         "mxfp4": {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "scale_dtype": torch.uint8},
-        "nvfp4": {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16,
-                  "scale_dtype": torch.float8_e4m3fn},
-    }  # fmt: skip
+        "nvfp4": {
+            "num_bits": 4,
+            "type": "float",
+            "strategy": "tensor_group",
+            "group_size": 16,
+            "scale_dtype": torch.float8_e4m3fn,
+        },
+    }
     for name, scheme in schemes.items():
         args, x = QuantizationArgs(symmetric=True, **scheme), weight.float()
         grouped = x.unflatten(-1, (-1, args.group_size))

@@ -139,9 +139,7 @@ def test_experts_do_not_depend_on_their_company(fmt: Format) -> None:
         alone = gptq(weight[own], gram[own], Grid.of(part, fmt), fmt, DAMP)
         rows = (alone.codes[0] != together.codes[expert]).any(1)
         assert int(rows.sum()) <= 1, "a tie may fall the other way where sums have another order"
-        mine, theirs = (
-            loss(weight[own], codes, part, gram[own], fmt) for codes in (alone.codes, together.codes[own])
-        )  # fmt: skip
+        mine, theirs = (loss(weight[own], codes, part, gram[own], fmt) for codes in (alone.codes, together.codes[own]))
         assert abs(float(mine / theirs) - 1) < 1e-2
 
 
@@ -182,8 +180,17 @@ def bad_gram(kind: str, good: Tensor) -> Tensor:
     return bad
 
 
-KINDS = {"no tokens": None, "nan": "rounded", "inf": "rounded", "a bit negative": "damped", "negative": "rounded",
-         "indefinite": "rounded", "one direction": None, "huge": "rounded", "tiny": None}  # fmt: skip
+KINDS = {
+    "no tokens": None,
+    "nan": "rounded",
+    "inf": "rounded",
+    "a bit negative": "damped",
+    "negative": "rounded",
+    "indefinite": "rounded",
+    "one direction": None,
+    "huge": "rounded",
+    "tiny": None,
+}
 
 
 @pytest.mark.parametrize(("kind", "fate"), KINDS.items(), ids=KINDS)

@@ -103,9 +103,7 @@ def levels(fmt: Format, zero: float) -> list[float]:
     levels_in=st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=50),
 )
 @settings(deadline=None, max_examples=150)
-def test_no_grid_value_is_nearer(
-    fmt: Format, scale: float, negative: bool, zero: int, levels_in: list[float]
-) -> None:  # fmt: skip
+def test_no_grid_value_is_nearer(fmt: Format, scale: float, negative: bool, zero: int, levels_in: list[float]) -> None:
     signed = -scale if negative and fmt.name == "int4" else scale
     zero_point = None if fmt.symmetric else torch.tensor(float(zero))
     grid = Grid(torch.tensor(signed, dtype=torch.float32), zero_point)

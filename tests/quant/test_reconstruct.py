@@ -30,8 +30,9 @@ def tokens(count: int, seed: int) -> list[Tensor]:
 def weights() -> Weights:
     draw = torch.Generator().manual_seed(2)
     shapes = {"gate": (INNER, HIDDEN), "up": (INNER, HIDDEN), "down": (HIDDEN, INNER)}
-    return {name: (torch.randn(EXPERTS, *shape, generator=draw) / 8).to(torch.bfloat16)
-            for name, shape in shapes.items()}  # fmt: skip
+    return {
+        name: (torch.randn(EXPERTS, *shape, generator=draw) / 8).to(torch.bfloat16) for name, shape in shapes.items()
+    }
 
 
 def inner(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:

@@ -13,11 +13,36 @@ import sys
 from typing import Any
 
 source, work = (os.path.realpath(path) for path in sys.argv[1:3])
-FORBIDDEN = ("pickle.find_class", "socket.connect", "socket.bind", "socket.getaddrinfo", "socket.sendto",
-             "subprocess.Popen", "os.system", "os.exec", "os.fork", "os.posix_spawn", "ctypes.dlopen.checkpoint",
-             "webbrowser.open", "urllib.Request", "ftplib.connect", "http.client.connect")  # fmt: skip
-CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.link", "os.symlink", "os.truncate",
-           "os.utime", "shutil.rmtree", "shutil.copyfile")  # fmt: skip
+FORBIDDEN = (
+    "pickle.find_class",
+    "socket.connect",
+    "socket.bind",
+    "socket.getaddrinfo",
+    "socket.sendto",
+    "subprocess.Popen",
+    "os.system",
+    "os.exec",
+    "os.fork",
+    "os.posix_spawn",
+    "ctypes.dlopen.checkpoint",
+    "webbrowser.open",
+    "urllib.Request",
+    "ftplib.connect",
+    "http.client.connect",
+)
+CHANGES = (
+    "os.mkdir",
+    "os.rename",
+    "os.remove",
+    "os.rmdir",
+    "os.chmod",
+    "os.link",
+    "os.symlink",
+    "os.truncate",
+    "os.utime",
+    "shutil.rmtree",
+    "shutil.copyfile",
+)
 told: list[str] = []
 watching = False
 

@@ -45,8 +45,10 @@ class FaultLayer:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[FaultLayer]:
-        wrapped = {name: getattr(self, f"_{name}") for name in
-                   ("open", "close", "write", "fsync", "replace", "rename", "mkdir", "unlink")}  # fmt: skip
+        wrapped = {
+            name: getattr(self, f"_{name}")
+            for name in ("open", "close", "write", "fsync", "replace", "rename", "mkdir", "unlink")
+        }
         self._real = {name: getattr(os, name) for name in wrapped}
         with contextlib.ExitStack() as stack:
             for name, function in wrapped.items():

@@ -104,8 +104,10 @@ _SHARD = (_CHECKPOINT / "model-1.safetensors").read_bytes()
 _TOKENIZER = json.loads((mimoquant.micro_checkpoint() / "tokenizer.json").read_bytes())
 _FEW = {word: number for word, number in _TOKENIZER["model"]["vocab"].items() if number < 300}
 TOKENIZER = json.dumps(_TOKENIZER | {"model": _TOKENIZER["model"] | {"vocab": _FEW, "merges": []}}).encode()
-_HEADER = {"a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]},
-           "b": {"dtype": "U8", "shape": [3], "data_offsets": [16, 19]}}  # fmt: skip
+_HEADER = {
+    "a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]},
+    "b": {"dtype": "U8", "shape": [3], "data_offsets": [16, 19]},
+}
 _LINE = {"unit": "layer 0", "file": "a.safetensors", "size_bytes": 3, "sha256": "0" * 64, "facts": {"x": [1, 2.5]}}
 
 
@@ -115,27 +117,52 @@ def header_file(header: object, payload: int = 19) -> bytes:
 
 
 READERS = {
-    "header": Reader([header_file(_HEADER), header_file({"__metadata__": {"format": "pt"}}, 0)], _header,
-                     (b'"BF16"', b'"shape"', b"[0]", b"[18446744073709551616]", b'"data_offsets"')),
-    "index": Reader([(_CHECKPOINT / INDEX_NAME).read_bytes(), b'{"metadata":{"tp_size":2},"weight_map":{"a":"b"}}'],
-                    _index, (b'"../x"', b'"/etc/passwd"', b'"\\ud800"', b'"a\\u0000b"', b'"model-1.safetensors"')),
-    "config": Reader([(_CHECKPOINT / "config.json").read_bytes(),
-                      (mimoquant.micro_checkpoint() / "config.json").read_bytes()], _config,
-                     (b"1e999", b"NaN", b"4294967296", b'"fused_qkv"', b'"modelopt"', b'"quantization_config"')),
-    "recipe": Reader([path.read_bytes() for path in sorted(recipes_folder().glob("*.yaml"))], _recipe,
-                     (b"&a ", b"*a", b"!!python/object", b"re:(", b"<<: ", b"!!bool x", b"0x", b"? ", b"|\n")),
+    "header": Reader(
+        [header_file(_HEADER), header_file({"__metadata__": {"format": "pt"}}, 0)],
+        _header,
+        (b'"BF16"', b'"shape"', b"[0]", b"[18446744073709551616]", b'"data_offsets"'),
+    ),
+    "index": Reader(
+        [(_CHECKPOINT / INDEX_NAME).read_bytes(), b'{"metadata":{"tp_size":2},"weight_map":{"a":"b"}}'],
+        _index,
+        (b'"../x"', b'"/etc/passwd"', b'"\\ud800"', b'"a\\u0000b"', b'"model-1.safetensors"'),
+    ),
+    "config": Reader(
+        [(_CHECKPOINT / "config.json").read_bytes(), (mimoquant.micro_checkpoint() / "config.json").read_bytes()],
+        _config,
+        (b"1e999", b"NaN", b"4294967296", b'"fused_qkv"', b'"modelopt"', b'"quantization_config"'),
+    ),
+    "recipe": Reader(
+        [path.read_bytes() for path in sorted(recipes_folder().glob("*.yaml"))],
+        _recipe,
+        (b"&a ", b"*a", b"!!python/object", b"re:(", b"<<: ", b"!!bool x", b"0x", b"? ", b"|\n"),
+    ),
     "tokenizer": Reader([TOKENIZER], _tokenizer, (b'"type"', b'"BPE"', b'"Unigram"', b"\\ud800", b'"content"')),
-    "tokenizer config": Reader([b'{"eos_token":"<|im_end|>","chat_template":"{{ messages }}"}',
-                                b'{"chat_template":[{"name":"default","template":"{% for m in x %}{% endfor %}"}]}'],
-                               _tokenizer_config, (b"{%", b"%}", b"{{", b"**", b'"content"')),
+    "tokenizer config": Reader(
+        [
+            b'{"eos_token":"<|im_end|>","chat_template":"{{ messages }}"}',
+            b'{"chat_template":[{"name":"default","template":"{% for m in x %}{% endfor %}"}]}',
+        ],
+        _tokenizer_config,
+        (b"{%", b"%}", b"{{", b"**", b'"content"'),
+    ),
     "journal": Reader([json.dumps(_LINE).encode() + b"\n" + json.dumps(_LINE).encode() + b"\n"], _journal),
-    "relayout": Reader([b'{"schema_version":1,"qkv":"split","tp":null,"bf16":true,"source_headers_sha256":"0"}'],
-                       _relayout, (b'"canonical"', b'"interleaved"', b"true")),
-    "drafter": Reader([(_DRAFTER / "config.json").read_bytes()], _drafter,
-                      (b"1e999", b"NaN", b"4294967296", b'"qwen3"', b'"dflash_config"', b'"sliding_attention"')),
-    "vector": Reader([(_DRAFTER / "mask_embedding.pt").read_bytes()], _vector,
-                     (b"PK\x03\x04", b"PK\x01\x02", b"data.pkl", b"cos\nsystem\n", b"\x93", b"ctorch\nFloatStorage\n")),
-}  # fmt: skip
+    "relayout": Reader(
+        [b'{"schema_version":1,"qkv":"split","tp":null,"bf16":true,"source_headers_sha256":"0"}'],
+        _relayout,
+        (b'"canonical"', b'"interleaved"', b"true"),
+    ),
+    "drafter": Reader(
+        [(_DRAFTER / "config.json").read_bytes()],
+        _drafter,
+        (b"1e999", b"NaN", b"4294967296", b'"qwen3"', b'"dflash_config"', b'"sliding_attention"'),
+    ),
+    "vector": Reader(
+        [(_DRAFTER / "mask_embedding.pt").read_bytes()],
+        _vector,
+        (b"PK\x03\x04", b"PK\x01\x02", b"data.pkl", b"cos\nsystem\n", b"\x93", b"ctorch\nFloatStorage\n"),
+    ),
+}
 
 
 def check(reader: Reader, data: bytes, folder: Path) -> str | None:
@@ -155,14 +182,57 @@ def check(reader: Reader, data: bytes, folder: Path) -> str | None:
     return None
 
 
-_WORDS = (b"null", b"[]", b"{}", b'""', b"-1", b"0", b"1e400", b"9" * 40, b"true", b"[[[[", b"\\u0000",
-          b"\xff\xfe", b"\r\n", b"\x00\x00\x00\x00\x00\x00\x00\x80", b"\xff" * 8, b'{"a":', b",",
-          b"\xe2\x80\xae", b"\x1b[2J")  # fmt: skip
+_WORDS = (
+    b"null",
+    b"[]",
+    b"{}",
+    b'""',
+    b"-1",
+    b"0",
+    b"1e400",
+    b"9" * 40,
+    b"true",
+    b"[[[[",
+    b"\\u0000",
+    b"\xff\xfe",
+    b"\r\n",
+    b"\x00\x00\x00\x00\x00\x00\x00\x80",
+    b"\xff" * 8,
+    b'{"a":',
+    b",",
+    b"\xe2\x80\xae",
+    b"\x1b[2J",
+)
 
 
-_VALUES = (None, True, 0, -1, 1, 2**31, 2**63, 2**64 - 1, 0.5, float("nan"), float("inf"), "", "a", [], {},
-           [[]], [0] * 9, "x" * 3000, "../a", "/etc/passwd", "a\nb\x1b[2J", "\ud800", "\0", {"a": {}}, ["a"],
-           [2**62] * 5)  # fmt: skip
+_VALUES = (
+    None,
+    True,
+    0,
+    -1,
+    1,
+    2**31,
+    2**63,
+    2**64 - 1,
+    0.5,
+    float("nan"),
+    float("inf"),
+    "",
+    "a",
+    [],
+    {},
+    [[]],
+    [0] * 9,
+    "x" * 3000,
+    "../a",
+    "/etc/passwd",
+    "a\nb\x1b[2J",
+    "\ud800",
+    "\0",
+    {"a": {}},
+    ["a"],
+    [2**62] * 5,
+)
 
 
 def _edited(value: Any, dice: random.Random) -> Any:

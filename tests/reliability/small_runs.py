@@ -22,8 +22,13 @@ def with_nested_files(folder: Path) -> Path:
 
 def small_checkpoint(**settings: object) -> Checkpoint:
     """One dense layer, one with two experts."""
-    sizes = {"num_hidden_layers": 2, "hybrid_layer_pattern": [0, 1], "moe_layer_freq": [0, 1], "n_routed_experts": 2,
-             "num_experts_per_tok": 1}  # fmt: skip
+    sizes = {
+        "num_hidden_layers": 2,
+        "hybrid_layer_pattern": [0, 1],
+        "moe_layer_freq": [0, 1],
+        "n_routed_experts": 2,
+        "num_experts_per_tok": 1,
+    }
     return make_checkpoint(**(sizes | settings))  # type: ignore[arg-type]
 
 

@@ -38,14 +38,17 @@ def test_readers_answer_or_refuse(name: str, tmp_path: Path) -> None:
 
 _json = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4), max_leaves=12,
-)  # fmt: skip
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
 _entry = st.fixed_dictionaries(
     {},
-    optional={"dtype": st.sampled_from(["F32", "U8", "BF16", "F4"]) | _json,
-              "shape": st.lists(st.integers(-1, 2**70), max_size=10) | _json,
-              "data_offsets": st.lists(st.integers(-1, 2**70), min_size=1, max_size=3) | _json},
-)  # fmt: skip
+    optional={
+        "dtype": st.sampled_from(["F32", "U8", "BF16", "F4"]) | _json,
+        "shape": st.lists(st.integers(-1, 2**70), max_size=10) | _json,
+        "data_offsets": st.lists(st.integers(-1, 2**70), min_size=1, max_size=3) | _json,
+    },
+)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -65,12 +68,22 @@ BOMBS = {
     "a header of 2^63 bytes": ("header", struct.pack("<Q", 2**63) + b"{}"),
     "a header of 2^64 - 1 bytes": ("header", b"\xff" * 8 + b"{}"),
     "a big-endian length": ("header", struct.pack(">Q", 40) + b"{}" + bytes(100)),
-    "a shape that overflows": ("header", header_file({"a": {"dtype": "U8", "shape": [2**32, 2**32, 2**32],
-                                                            "data_offsets": [0, 0]}}, 0)),
-    "200 000 dimensions": ("header", header_file({"a": {"dtype": "U8", "shape": [2**62] * 200_000,
-                                                          "data_offsets": [0, 0]}}, 0)),
-    "a name twice": ("header", header_file(b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},'
-                                           b'"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', 1)),
+    "a shape that overflows": (
+        "header",
+        header_file({"a": {"dtype": "U8", "shape": [2**32, 2**32, 2**32], "data_offsets": [0, 0]}}, 0),
+    ),
+    "200 000 dimensions": (
+        "header",
+        header_file({"a": {"dtype": "U8", "shape": [2**62] * 200_000, "data_offsets": [0, 0]}}, 0),
+    ),
+    "a name twice": (
+        "header",
+        header_file(
+            b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},'
+            b'"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}',
+            1,
+        ),
+    ),
     "nested without end": ("header", header_file(b'{"a":' * 100_000, 0)),
     "a number of a million digits": ("config", b'{"vocab_size": ' + b"9" * 1_000_000 + b"}"),
     "a journal nested without end": ("journal", b"[" * 100_000 + b"\n" + b"[" * 100_000 + b"\n{}\n"),
@@ -78,14 +91,16 @@ BOMBS = {
     "half a character in the config": ("config", b'{"model_type": "\\udfff"}'),
     "a name of terminal codes": ("header", header_file({"\x1b[2J\nerror: all is well": 3}, 0)),
     "a name of a megabyte": ("header", header_file({"x" * 2**20: 3}, 0)),
-    "billions of laughs": ("recipe", b"a: &a [x,x]\n" + b"".join(
-        b"%c: &%c [*%c,*%c]\n" % (98 + i, 98 + i, 97 + i, 97 + i) for i in range(20))),
+    "billions of laughs": (
+        "recipe",
+        b"a: &a [x,x]\n" + b"".join(b"%c: &%c [*%c,*%c]\n" % (98 + i, 98 + i, 97 + i, 97 + i) for i in range(20)),
+    ),
     "YAML nested without end": ("recipe", b"[" * 20_000),
     "a pattern that never ends": ("recipe", READERS["recipe"].seeds[1].replace(b"'re:.*", b"'re:" + b".*" * 40)),
     "groups in groups": ("recipe", READERS["recipe"].seeds[1].replace(b"'re:.*", b"'re:" + b"(" * 400 + b")" * 400)),
     "a pattern in a pattern": ("recipe", READERS["recipe"].seeds[1].replace(b"'re:.*", rb"'re:(\w+\.?)+" + b"!")),
     "a Python object": ("recipe", b"!!python/object/apply:os.system ['exit 1']"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BOMBS)
@@ -169,7 +184,7 @@ def spoil_values(folder: Path, dice: random.Random) -> None:
         count = dice.choice((1, info.size_bytes // size))
         begin = info.offset + dice.randrange(info.size_bytes // size - count + 1) * size
         raw[begin : begin + count * size] = dice.choice(value).to_bytes(size, "little") * count
-        (folder / info.file).write_bytes(raw)  # fmt: skip
+        (folder / info.file).write_bytes(raw)
 
 
 def resize(folder: Path, dice: random.Random) -> None:
@@ -244,9 +259,12 @@ def shipped_source(number: int, folder: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("make", "count"),
-    [(small_source, 120), pytest.param(small_source, 2000, marks=pytest.mark.slow),
-     pytest.param(shipped_source, 240, marks=pytest.mark.slow)],
-)  # fmt: skip
+    [
+        (small_source, 120),
+        pytest.param(small_source, 2000, marks=pytest.mark.slow),
+        pytest.param(shipped_source, 240, marks=pytest.mark.slow),
+    ],
+)
 def test_spoiled_checkpoints_are_refused_or_proven(
     make: Callable[[int, Path], Path], count: int, tmp_path: Path
 ) -> None:

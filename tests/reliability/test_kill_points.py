@@ -117,7 +117,7 @@ def test_a_folder_of_somebody_else_is_not_taken_over(source: Path, tmp_path: Pat
 
 
 def kill_and_resume(*arguments: str) -> str:
-    command = [sys.executable, str(REPOSITORY / "scripts" / "kill_and_resume.py"), *arguments]
+    command = [sys.executable, str(REPOSITORY / "scripts" / "scripts/stress/kill_and_resume.py"), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=3000)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -129,7 +129,8 @@ def test_some_kills_by_the_system() -> None:
 
 @pytest.mark.slow
 def test_many_kills_by_the_system() -> None:
-    told = kill_and_resume("--data-free", "30", "--calibrated", "20", "--ranks", "6", "--evaluation", "12",
-                           "--sensitivity", "6")  # fmt: skip
+    told = kill_and_resume(
+        "--data-free", "30", "--calibrated", "20", "--ranks", "6", "--evaluation", "12", "--sensitivity", "6"
+    )
     assert "calibrated, 1 rank: 20 kills" in told and "calibrated, 2 ranks: 6 kills" in told
     assert "evaluation, 1 rank: 12 kills" in told and "sensitivity, 1 rank: 6 kills" in told

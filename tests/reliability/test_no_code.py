@@ -23,8 +23,11 @@ FEW = ("--sequences", "8", "--tokens", "32", "--device", "cpu")
 
 def state(folder: Path) -> dict[str, tuple[int, int, str]]:
     """Mode, time of change and hash of every file."""
-    return {str(path): (path.stat().st_mode, path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest())
-            for path in sorted(folder.rglob("*")) if path.is_file()}  # fmt: skip
+    return {
+        str(path): (path.stat().st_mode, path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest())
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 @pytest.fixture
@@ -37,8 +40,10 @@ def source(tmp_path: Path) -> Path:
     (folder / "sub" / "__init__.py").write_text(FOREIGN)
     (folder / "training_args.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
     (folder / "sub" / "state.pkl").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
-    for name, key, target in (("config.json", "AutoModelForCausalLM", "modeling_mimo.Model"),
-                              ("tokenizer_config.json", "AutoTokenizer", "tokenization_mimo.Tokenizer")):  # fmt: skip
+    for name, key, target in (
+        ("config.json", "AutoModelForCausalLM", "modeling_mimo.Model"),
+        ("tokenizer_config.json", "AutoTokenizer", "tokenization_mimo.Tokenizer"),
+    ):
         held = json.loads((folder / name).read_text())
         held["auto_map"] = {key: target, "AutoConfig": "configuration_mimo.Config"}
         (folder / name).write_text(json.dumps(held))
@@ -61,8 +66,14 @@ def test_the_whole_pipeline_runs_no_code_of_a_checkpoint(source: Path, tmp_path:
     ]
     arguments = [word for verb in verbs for word in ("--", *verb)][1:]
     env = os.environ | {"PYTHONPATH": str(HERE.parents[1]), "PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": str(work)}
-    done = subprocess.run([sys.executable, str(HERE / "audited_run.py"), str(source), str(work), *arguments],
-                          capture_output=True, text=True, env=env, cwd=work, timeout=300)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, str(HERE / "audited_run.py"), str(source), str(work), *arguments],
+        capture_output=True,
+        text=True,
+        env=env,
+        cwd=work,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     strays = done.stdout.partition("\nTOLD\n")[2].split("\n")
     assert [line for line in strays if line] == []
@@ -87,8 +98,9 @@ def test_the_hook_sees_what_it_should(source: Path, tmp_path: Path) -> None:
         "pickle.loads(b'cbuiltins\\nlen\\n.')\n"
         f"open({str(tmp_path / 'stray')!r}, 'w')\nglobals_['watching'] = False\nprint(globals_['told'])\n"
     )
-    done = subprocess.run([sys.executable, str(probe), str(source), str(tmp_path / "work")], capture_output=True,
-                          text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, str(probe), str(source), str(tmp_path / "work")], capture_output=True, text=True
+    )
     for event in ("compile", "socket.", "pickle.find_class", "open for writing"):
         assert event in done.stdout, done.stdout + done.stderr
 

@@ -65,8 +65,11 @@ ZERO_SCALES = {"int4": np.uint16(0x3C00), "mxfp4": np.uint8(0), "nvfp4": np.uint
 
 @cases
 @searches
-@pytest.mark.parametrize("stack", [fp8_stack(0x7E, 0.0), fp8_stack(0xFE, -0.0), fp8_stack(0x80, 3.0)],
-                         ids=["scale 0", "scale -0", "codes -0"])  # fmt: skip
+@pytest.mark.parametrize(
+    "stack",
+    [fp8_stack(0x7E, 0.0), fp8_stack(0xFE, -0.0), fp8_stack(0x80, 3.0)],
+    ids=["scale 0", "scale -0", "codes -0"],
+)
 def test_a_scale_of_zero_makes_a_row_of_zeros(stack: Stack, search: str, fmt: Format) -> None:
     """Their scale is compressed-tensors' for zeros, and the global scale 1, or its own power of two."""
     parts = encoded(CpuEngine(1), stack, fmt, search)

@@ -98,8 +98,10 @@ def test_a_run_that_was_resumed_is_as_safe(source: Path, whole: Whole, tmp_path:
     with FaultLayer(tmp_path / "run").active() as second:
         quantize(source, tmp_path / "run" / "deep" / "out", resume=True)
     log = [*first.calls[:middle], *second.calls]
-    found = {verdict(tree, tmp_path / "disk", source, files): where
-             for where, tree in states(tmp_path / "run", log, 0, False)}  # fmt: skip
+    found = {
+        verdict(tree, tmp_path / "disk", source, files): where
+        for where, tree in states(tmp_path / "run", log, 0, False)
+    }
     assert found.keys() == {"complete", "resumed"}, found
 
 
@@ -108,8 +110,12 @@ def test_the_checker_sees_an_fsync_that_is_missing(left_out: str, source: Path, 
     files, root, calls = whole
 
     def missing(call: Call) -> bool:
-        kinds = {"shards": call.path.suffix == ".safetensors", "folders": call.path.name == "out.partial",
-                 "journal": call.path.name.startswith("journal"), "between": call.path.name == "draft"}  # fmt: skip
+        kinds = {
+            "shards": call.path.suffix == ".safetensors",
+            "folders": call.path.name == "out.partial",
+            "journal": call.path.name.startswith("journal"),
+            "between": call.path.name == "draft",
+        }
         return call.kind == "fsync" and kinds[left_out]
 
     for _, tree in states(root, [call for call in calls if not missing(call)], 10, False):

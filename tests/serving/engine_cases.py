@@ -55,28 +55,33 @@ CASES = {
     "int4 g128, split source": Case("split", INT4 % 128),
     "int4 g32": Case("fused", INT4 % 32),
     "int4 g32 asymmetric": Case("fused", ASYMMETRIC),
-    "int4 g128 GPTQ, negative scales": Case("split", INT4 % 128, CALIBRATED + "signed_scales: true, ",
-                                            method="GPTQModifier"),
+    "int4 g128 GPTQ, negative scales": Case(
+        "split", INT4 % 128, CALIBRATED + "signed_scales: true, ", method="GPTQModifier"
+    ),
     "MXFP4": Case("fused", MXFP4),
     "NVFP4": Case("fused", NVFP4),
     "ModelOpt NVFP4": Case("fused", NVFP4, container="modelopt"),
     "native MXFP4": Case("fused", MXFP4, container="native"),
     "int4 g128, a layer bf16": Case("fused", INT4 % 128, "carve_outs: {2: bf16}, "),
     "NVFP4, a layer FP8": Case("fused", NVFP4, "carve_outs: {2: fp8}, "),
-    "int4 g64, FP8, MXFP4, NVFP4 by layers": Case("fused", ((1, INT4 % 64), (3, MXFP4), (4, NVFP4)),
-                                                  "carve_outs: {2: fp8}, "),
+    "int4 g64, FP8, MXFP4, NVFP4 by layers": Case(
+        "fused", ((1, INT4 % 64), (3, MXFP4), (4, NVFP4)), "carve_outs: {2: fp8}, "
+    ),
     "ModelOpt NVFP4, a layer bf16": Case("fused", NVFP4, "carve_outs: {2: bf16}, ", container="modelopt"),
     "native MXFP4, a layer bf16": Case("fused", MXFP4, "carve_outs: {2: bf16}, ", container="native"),
-}  # fmt: skip
+}
 
 
 def recipe(case: Case) -> str:
     groups = {"experts": (EXPERTS, case.scheme)}
     if isinstance(case.scheme, tuple):
-        groups = {f"layer{layer}": (EXPERTS.replace(".*mlp", rf".*layers\.{layer}\.mlp"), scheme)
-                  for layer, scheme in case.scheme}  # fmt: skip
-    written = ", ".join(f"{name}: {{targets: ['{target}'], weights: {scheme}}}"
-                        for name, (target, scheme) in groups.items())  # fmt: skip
+        groups = {
+            f"layer{layer}": (EXPERTS.replace(".*mlp", rf".*layers\.{layer}\.mlp"), scheme)
+            for layer, scheme in case.scheme
+        }
+    written = ", ".join(
+        f"{name}: {{targets: ['{target}'], weights: {scheme}}}" for name, (target, scheme) in groups.items()
+    )
     return f"""
 default_stage: {{default_modifiers: {{{case.method}: {{config_groups: {{{written}}}}}}}}}
 mimoquant: {{{case.settings}version: 1}}

@@ -18,9 +18,15 @@ from mimoquant.weights.container import CONTAINERS, NATIVE, expert_tensors, outp
 
 CONFIGS = Path(__file__).parent / "configs"
 VARIANTS = ("v2-flash", "v2.5", "v2.5-pro")
-FORMATS = {"native": Format("mxfp4", 32), "int4-g128": Format("int4", 128), "int4-g32": Format("int4", 32),
-           "int4-g32-asymmetric": Format("int4", 32, False), "mxfp4": Format("mxfp4", 32),
-           "nvfp4": Format("nvfp4", 16), "modelopt": Format("nvfp4", 16)}  # fmt: skip
+FORMATS = {
+    "native": Format("mxfp4", 32),
+    "int4-g128": Format("int4", 128),
+    "int4-g32": Format("int4", 32),
+    "int4-g32-asymmetric": Format("int4", 32, False),
+    "mxfp4": Format("mxfp4", 32),
+    "nvfp4": Format("nvfp4", 16),
+    "modelopt": Format("nvfp4", 16),
+}
 TOWER_BYTES = 1_977_000_000  # of V2.5, about
 
 
@@ -43,9 +49,12 @@ def published_config(variant: str) -> dict[str, Any]:
 
 
 def output(
-    variant: str, form: str, carve_outs: dict[int, str] | None = None, experts: int | None = None,
+    variant: str,
+    form: str,
+    carve_outs: dict[int, str] | None = None,
+    experts: int | None = None,
     published_qkv: bool = False,
-) -> tuple[dict[str, Any], dict[str, Header]]:  # fmt: skip
+) -> tuple[dict[str, Any], dict[str, Header]]:
     """config.json and headers of what `quantize` writes. `form`: a key of FORMATS. `experts`: so many a layer, not the
     published number. `published_qkv`: V2-Flash's global q, k, v stay FP8, as `quantize` leaves them nowhere."""
     source, fmt, kept = published_config(variant), FORMATS[form], carve_outs or {}

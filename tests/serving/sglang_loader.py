@@ -91,9 +91,16 @@ def load(checkpoint: str, tp: int, ep: int, backend: str, rank: int, meeting: Pa
     arguments = arguments.install()
     initialize_moe_config()
     get_parallel().override_permanently(
-        **derive_spawn_ranks(world_rank=rank, tp_size=tp, ep_join_rank_offset=0, attn_cp_size=1, attn_tp_size=tp,
-                             moe_dp_size=1, moe_ep_size=ep)
-    )  # fmt: skip
+        **derive_spawn_ranks(
+            world_rank=rank,
+            tp_size=tp,
+            ep_join_rank_offset=0,
+            attn_cp_size=1,
+            attn_tp_size=tp,
+            moe_dp_size=1,
+            moe_ep_size=ep,
+        )
+    )
     parallel_state.init_distributed_environment(tp, rank, f"file://{meeting}", rank, "gloo")
     parallel_state.initialize_model_parallel()
     initialize_dp_attention(arguments)

@@ -44,14 +44,26 @@ def failures(problems: list[Problem]) -> list[str]:
 # --- sound outputs ----------------------------------------------------------------------------------------------------
 
 SOUND = [
-    ("vllm", "v2.5", "native", 8), ("vllm", "v2.5-pro", "native", 16), ("vllm", "v2-flash", "native", 4),
-    ("vllm", "v2.5", "int4-g128", 16), ("vllm", "v2.5", "int4-g32-asymmetric", 4), ("vllm", "v2.5-pro", "mxfp4", 8),
-    ("vllm", "v2-flash", "nvfp4", 8), ("sglang", "v2.5", "native", 4), ("sglang", "v2.5", "native", 2),
-    ("sglang", "v2.5-pro", "native", 8), ("sglang", "v2.5", "int4-g128", 8), ("sglang", "v2-flash", "nvfp4", 8),
-    ("vllm", "v2.5", "modelopt", 8), ("vllm", "v2.5-pro", "modelopt", 16), ("vllm", "v2-flash", "modelopt", 8),
-    ("sglang", "v2.5", "modelopt", 8), ("sglang", "v2-flash", "modelopt", 4),
-    ("transformers", "v2-flash", "int4-g128", None), ("transformers", "v2-flash", "mxfp4", None),
-]  # fmt: skip
+    ("vllm", "v2.5", "native", 8),
+    ("vllm", "v2.5-pro", "native", 16),
+    ("vllm", "v2-flash", "native", 4),
+    ("vllm", "v2.5", "int4-g128", 16),
+    ("vllm", "v2.5", "int4-g32-asymmetric", 4),
+    ("vllm", "v2.5-pro", "mxfp4", 8),
+    ("vllm", "v2-flash", "nvfp4", 8),
+    ("sglang", "v2.5", "native", 4),
+    ("sglang", "v2.5", "native", 2),
+    ("sglang", "v2.5-pro", "native", 8),
+    ("sglang", "v2.5", "int4-g128", 8),
+    ("sglang", "v2-flash", "nvfp4", 8),
+    ("vllm", "v2.5", "modelopt", 8),
+    ("vllm", "v2.5-pro", "modelopt", 16),
+    ("vllm", "v2-flash", "modelopt", 8),
+    ("sglang", "v2.5", "modelopt", 8),
+    ("sglang", "v2-flash", "modelopt", 4),
+    ("transformers", "v2-flash", "int4-g128", None),
+    ("transformers", "v2-flash", "mxfp4", None),
+]
 
 
 @pytest.mark.parametrize(("engine", "variant", "form", "tp"), SOUND)
@@ -193,8 +205,15 @@ PLANTED: list[Row] = [  # engine, form, verdict, what is done to V2.5, TP, versi
     ("vllm", "int4-g128", "warning", lose("weight_shape"), 8, None, "weight_shape is missing"),
     ("vllm", "int4-g128", "refused", mixed_experts, 8, None, "layer 1: its experts have 2 formats"),
     ("vllm", "int4-g128", "refused", exact_targets, 8, None, "are bf16, and quantization_config targets them"),
-    ("vllm", "int4-g128", "corrupted", anchored, 8, None, "layer 1: experts are compressed-tensors int4 g128, "
-     "quantization_config makes them bf16"),
+    (
+        "vllm",
+        "int4-g128",
+        "corrupted",
+        anchored,
+        8,
+        None,
+        "layer 1: experts are compressed-tensors int4 g128, quantization_config makes them bf16",
+    ),
     ("vllm", "int4-g128", "corrupted", one_layer_ignored, 8, None, "layer 7: experts are compressed-tensors int4 g128"),
     ("sglang", "int4-g128", "refused", one_layer_ignored, 8, None, "layer 7: experts are compressed-tensors int4 g128"),
     ("transformers", "int4-g128", "corrupted", one_layer_ignored, None, None, "draws random weights"),
@@ -229,8 +248,15 @@ PLANTED: list[Row] = [  # engine, form, verdict, what is done to V2.5, TP, versi
     ("transformers", "int4-g32-asymmetric", "refused", nothing, None, None, "passes no weight_zero_point"),
     ("transformers", "int4-g128", "warning", nothing, None, None, "loads by its remote code"),
     ("vllm", "modelopt", "corrupted", lose("weight_scale_2"), 8, None, "weight_scale_2 is missing, as are 0 others"),
-    ("vllm", "modelopt", "corrupted", unnamed_layer, 8, None, "layer 7: experts are modelopt nvfp4 g16, "
-     "quantization_config makes them bf16"),
+    (
+        "vllm",
+        "modelopt",
+        "corrupted",
+        unnamed_layer,
+        8,
+        None,
+        "layer 7: experts are modelopt nvfp4 g16, quantization_config makes them bf16",
+    ),
     ("sglang", "modelopt", "refused", unnamed_layer, 8, None, "quantization_config makes them bf16"),
     ("vllm", "modelopt", "corrupted", unshared_algo, 8, None, "quantization_config makes them MXFP8"),
     ("vllm", "modelopt", "corrupted", named_attention, 8, None, "3.self_attn.qkv_proj and 0 others: their dtype is"),
@@ -240,7 +266,7 @@ PLANTED: list[Row] = [  # engine, form, verdict, what is done to V2.5, TP, versi
     ("vllm", "modelopt", "warning", four_bit_activations, 8, None, "there is no input_scale"),
     ("vllm", "modelopt", "warning", nothing, 8, "0.31", "not verified in vLLM 0.31, known from 0.32 on"),
     ("transformers", "modelopt", "refused", nothing, None, None, "quant_method modelopt is unknown to it"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("engine", "form", "verdict", "plant", "tp", "version", "said"), PLANTED)
@@ -343,8 +369,11 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     synth(base / "flash", "flash", sizes=SMALL)
     synth(base / "v2.5", "v2.5", sizes=SMALL)
     made = {}
-    for name, source, recipe in (("int4", "flash", "int4-g128-rtn"), ("nvfp4", "flash", "nvfp4-mse"),
-                                 ("native", "v2.5", "mxfp4-rtn")):  # fmt: skip
+    for name, source, recipe in (
+        ("int4", "flash", "int4-g128-rtn"),
+        ("nvfp4", "flash", "nvfp4-mse"),
+        ("native", "v2.5", "mxfp4-rtn"),
+    ):
         made[name] = base / f"out-{name}"
         pipeline.quantize(make_plan(base / source, load_recipe(recipe)), made[name], device="cpu")
     return made | {"flash": base / "flash", "v2.5": base / "v2.5"}
@@ -371,8 +400,15 @@ def test_native_mxfp4_of_v2_flash_has_global_qkv_in_bf16(tmp_path: Path) -> None
     assert verify(out, source).ok
     relayout = call("relayout", source, "--qkv", "split", "--dtype", "bf16", "--out", tmp_path / "bf16")
     assert relayout.exit_code == 0, relayout.output
-    tensors = [{name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()
-                if "layers.5.self_attn" in name} for folder in (out, tmp_path / "bf16")]  # fmt: skip
+    tensors = [
+        {
+            name: value
+            for path in folder.glob("*.safetensors")
+            for name, value in load_file(path).items()
+            if "layers.5.self_attn" in name
+        }
+        for folder in (out, tmp_path / "bf16")
+    ]
     assert all(torch.equal(value, tensors[0][name]) for name, value in tensors[1].items()), "two ways, one result"
 
 
@@ -394,8 +430,11 @@ def test_verify_with_a_source_and_an_engine(outputs: dict[str, Path]) -> None:
 
 
 def test_verify_wants_something_to_hold_against(outputs: dict[str, Path]) -> None:
-    for arguments, said in (((), "nothing to hold"), (("--source", "x", "--tp", "2"), "are about an --engine"),
-                            (("--engine", "vllm", "--engine-version", "x"), "is no version")):  # fmt: skip
+    for arguments, said in (
+        ((), "nothing to hold"),
+        (("--source", "x", "--tp", "2"), "are about an --engine"),
+        (("--engine", "vllm", "--engine-version", "x"), "is no version"),
+    ):
         result = call("verify", outputs["int4"], *arguments)
         assert result.exit_code == 2 and said in result.stderr, result.output
 
@@ -410,8 +449,9 @@ def test_plan_warns(outputs: dict[str, Path]) -> None:
 def test_launch_prints_a_command(outputs: dict[str, Path]) -> None:
     text = call("launch", outputs["int4"], "--engine", "vllm", "--gpu", "h100", "--gpus", "2", "--mtp")
     assert text.exit_code == 0 and f"vllm serve {outputs['int4']} \\" in text.stdout, text.output
-    facts = json.loads(call("launch", outputs["int4"], "--engine", "sglang", "--gpu", "a100", "--gpus", "1",
-                            "--json").stdout)  # fmt: skip
+    facts = json.loads(
+        call("launch", outputs["int4"], "--engine", "sglang", "--gpu", "a100", "--gpus", "1", "--json").stdout
+    )
     assert facts["schema_version"] == 1 and facts["command"][:3] == ["python3", "-m", "sglang.launch_server"]
     refused = call("launch", outputs["flash"], "--engine", "vllm", "--gpu", "h100", "--gpus", "1")
     assert refused.exit_code == 3 and "holds no 4-bit experts" in refused.stderr

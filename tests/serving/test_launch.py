@@ -15,10 +15,11 @@ import pytest
 from dflash_reference import changed, write_headers
 from headers import VARIANTS, at_scale, published_config
 
-from mimoquant.cli.choices import Engine, Gpu, Server
+from mimoquant.cli.options import Engine, Gpu, Server
 from mimoquant.errors import CheckpointError, MimoquantError, UsageError
+from mimoquant.report.verb_text import launch_text
 from mimoquant.serving import contracts
-from mimoquant.serving.launch import Launch, launch, launch_text
+from mimoquant.serving.launch import Launch, launch
 
 GOLDEN = Path(__file__).parent / "golden"
 GPUS = {"a100": 8, "h100": 8, "h200": 4, "b200": 4, "gb10": 2}
@@ -171,8 +172,11 @@ def test_the_choices_are_those_of_the_tables() -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_configs_are_the_published_ones(variant: str, shared: Path) -> None:
-    folder = {"v2-flash": "MiMo-V2-Flash/config.assembled.json", "v2.5": "MiMo-V2.5/config.json",
-              "v2.5-pro": "MiMo-V2.5-Pro/config.json"}[variant]  # fmt: skip
+    folder = {
+        "v2-flash": "MiMo-V2-Flash/config.assembled.json",
+        "v2.5": "MiMo-V2.5/config.json",
+        "v2.5-pro": "MiMo-V2.5-Pro/config.json",
+    }[variant]
     theirs, ours = json.loads((shared / "mimo" / folder).read_text()), published_config(variant)
     left_out = {"_note", "audio_config", "vision_config", "processor_config", "quantization_config"}
     assert {key: value for key, value in theirs.items() if key not in left_out} == {

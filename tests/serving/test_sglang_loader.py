@@ -31,12 +31,25 @@ HERE = Path(__file__).parent
 PACKAGE = HERE.parents[1] / ".sglang-cpu"
 HUB = "bf16 qkv in the hub's order"
 LOADED = [name for name, case in CASES.items() if case.source == "fused"]
-NOT_LOADED = {"w13_weight_shape", "w2_weight_shape", "w13_weight_g_idx", "w2_weight_g_idx", "k_scale", "v_scale",
-              "w13_g_idx_sort_indices", "w2_g_idx_sort_indices", "w13_input_scale", "w2_input_scale",
-              "w13_blockscale_swizzled", "w2_blockscale_swizzled"}  # fmt: skip
+NOT_LOADED = {
+    "w13_weight_shape",
+    "w2_weight_shape",
+    "w13_weight_g_idx",
+    "w2_weight_g_idx",
+    "k_scale",
+    "v_scale",
+    "w13_g_idx_sort_indices",
+    "w2_g_idx_sort_indices",
+    "w13_input_scale",
+    "w2_input_scale",
+    "w13_blockscale_swizzled",
+    "w2_blockscale_swizzled",
+}
 RANKS = 2  # of the fused source
-STOPS = {"MXFP4": "KeyError: 'model.layers.1.mlp.experts.w13_weight_packed'",
-         "int4 g32 asymmetric": "RuntimeError: The size of tensor a"}  # fmt: skip
+STOPS = {
+    "MXFP4": "KeyError: 'model.layers.1.mlp.experts.w13_weight_packed'",
+    "int4 g32 asymmetric": "RuntimeError: The size of tensor a",
+}
 CUT = "native MXFP4, experts cut"
 JOBS = [*((name, tp) for name in [*LOADED, HUB] for tp in (1, 2)), (CUT, 2)]
 
@@ -81,17 +94,30 @@ def loads(sglang: None, engine_outputs: dict[str, Path], tmp_path_factory: pytes
     base, folders = tmp_path_factory.mktemp("sglang"), dict(engine_outputs)
     folders[CUT] = folders["native MXFP4"]
     folders[HUB] = damaged(folders["int4 g32"], base / "hub-order", hub_order)
-    jobs = [{"checkpoint": str(folders[name]), "tp": tp, "ep": ep_of(name, tp), "out": str(base / f"{slug(name)}-{tp}"),
-             "backend": "marlin" if "ModelOpt" in name else "auto"} for name, tp in JOBS]  # fmt: skip
+    jobs = [
+        {
+            "checkpoint": str(folders[name]),
+            "tp": tp,
+            "ep": ep_of(name, tp),
+            "out": str(base / f"{slug(name)}-{tp}"),
+            "backend": "marlin" if "ModelOpt" in name else "auto",
+        }
+        for name, tp in JOBS
+    ]
     run_loader(jobs, base)
     return Loads(folders, base)
 
 
 def run_loader(jobs: list[dict[str, Any]], base: Path) -> None:
     (base / "jobs.json").write_text(json.dumps(jobs))
-    done = subprocess.run([PYTHON, HERE / "sglang_loader.py", base / "jobs.json"], cwd=base, text=True,
-                          capture_output=True, env=os.environ | {"PYTHONPATH": str(PACKAGE), "OMP_NUM_THREADS": "1"},
-                          check=False)  # fmt: skip
+    done = subprocess.run(
+        [PYTHON, HERE / "sglang_loader.py", base / "jobs.json"],
+        cwd=base,
+        text=True,
+        capture_output=True,
+        env=os.environ | {"PYTHONPATH": str(PACKAGE), "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -144,8 +170,10 @@ class Shard:
         mine = range(count)[count // self.ep * self.rank :][: count // self.ep] if self.ep > 1 else range(count)
         named = [[f"{module}.{e}.{part}_proj.{suffix}" for part in ("gate", "up", "down")] for e in mine]
         if self.files[named[0][0]].numel() == 1:
-            yield f"{module}.w13_{suffix}", torch.stack([torch.cat([self.files[n].flatten() for n in names[:2]])
-                                                         for names in named])  # fmt: skip
+            yield (
+                f"{module}.w13_{suffix}",
+                torch.stack([torch.cat([self.files[n].flatten() for n in names[:2]]) for names in named]),
+            )
             yield f"{module}.w2_{suffix}", torch.cat([self.files[names[2]].flatten() for names in named])
             return
         w13 = torch.stack([torch.cat([self.rows(gate), self.rows(up)]) for gate, up, _ in named])
@@ -231,12 +259,33 @@ def test_scales_of_v2_flashs_global_k_and_v_land_on_other_rows(sglang: None, tmp
     """Each head of a published global k has scale rows of its own. Read in blocks of 128 rows, as kernels do, what
     SGLang lays out is another k, or v at as many ranks as heads; what `quantize` writes is right."""
     source, out = tmp_path / "source", tmp_path / "native"
-    synth(source, "flash", sizes=SynthSizes(layers=3, heads=4, kv_heads=2, swa_kv_heads=4, head_dim=192, v_head_dim=128,
-                                            expert_intermediate=256, mtp_layers=0))  # fmt: skip
+    synth(
+        source,
+        "flash",
+        sizes=SynthSizes(
+            layers=3,
+            heads=4,
+            kv_heads=2,
+            swa_kv_heads=4,
+            head_dim=192,
+            v_head_dim=128,
+            expert_intermediate=256,
+            mtp_layers=0,
+        ),
+    )
     pipeline.quantize(make_plan(source, load_recipe("mxfp4-rtn")), out, device="cpu")
     meant = {name: values for path in out.glob("*.safetensors") for name, values in load_file(path).items()}
-    jobs = [{"checkpoint": str(as_mimo_v2(folder)), "tp": tp, "ep": tp, "backend": "auto",
-             "out": str(tmp_path / f"{folder.name}-{tp}")} for folder in (source, out) for tp in (1, 2)]  # fmt: skip
+    jobs = [
+        {
+            "checkpoint": str(as_mimo_v2(folder)),
+            "tp": tp,
+            "ep": tp,
+            "backend": "auto",
+            "out": str(tmp_path / f"{folder.name}-{tp}"),
+        }
+        for folder in (source, out)
+        for tp in (1, 2)
+    ]
     run_loader(jobs, tmp_path)
     for job in jobs:
         have = load_file(Path(job["out"]) / "rank0.safetensors")

@@ -180,8 +180,14 @@ def answers(engine_outputs: dict[str, Path], tmp_path_factory: pytest.TempPathFa
     out.mkdir()
     jobs = {"ids": ids.tolist(), "out": str(out), "checkpoints": {slug(name): str(folders[name]) for name in asked}}
     (base / "jobs.json").write_text(json.dumps(jobs))
-    done = subprocess.run([PYTHON, HERE / "vllm_judge.py", base / "jobs.json"], cwd=base, text=True,
-                          capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)  # fmt: skip
+    done = subprocess.run(
+        [PYTHON, HERE / "vllm_judge.py", base / "jobs.json"],
+        cwd=base,
+        text=True,
+        capture_output=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return Answers(folders, ids, out)
 

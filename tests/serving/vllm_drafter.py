@@ -15,8 +15,14 @@ import os
 import sys
 from pathlib import Path
 
-os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1",
-               "VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1"}  # fmt: skip
+os.environ |= {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "TORCHDYNAMO_DISABLE": "1",
+    "HF_HUB_OFFLINE": "1",
+}
 
 from vllm import LLM, SamplingParams
 
@@ -24,9 +30,18 @@ from vllm import LLM, SamplingParams
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     longest = len(job["ids"][0]) + job["new"] + job["more"]
-    llm = LLM(job["checkpoint"], skip_tokenizer_init=True, dtype="float32", enforce_eager=True, seed=0,
-              max_model_len=longest + 16, max_num_seqs=len(job["ids"]), disable_log_stats=False,
-              enable_prefix_caching=False, speculative_config=job["speculative"])  # fmt: skip
+    llm = LLM(
+        job["checkpoint"],
+        skip_tokenizer_init=True,
+        dtype="float32",
+        enforce_eager=True,
+        seed=0,
+        max_model_len=longest + 16,
+        max_num_seqs=len(job["ids"]),
+        disable_log_stats=False,
+        enable_prefix_caching=False,
+        speculative_config=job["speculative"],
+    )
 
     def generated(count: int) -> list[list[int]]:
         asked = SamplingParams(max_tokens=count, temperature=0, ignore_eos=True, detokenize=False)
@@ -37,8 +52,11 @@ def main() -> None:
     counts = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
     if job["more"]:
         text = generated(job["new"] + job["more"])
-    told = {"generated": text, "drafted": counts["vllm:spec_decode_num_draft_tokens"],
-            "accepted": counts["vllm:spec_decode_num_accepted_tokens"]}  # fmt: skip
+    told = {
+        "generated": text,
+        "drafted": counts["vllm:spec_decode_num_draft_tokens"],
+        "accepted": counts["vllm:spec_decode_num_accepted_tokens"],
+    }
     Path(job["out"]).write_text(json.dumps(told))
 
 

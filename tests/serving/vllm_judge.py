@@ -23,8 +23,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1",
-               "VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1"}  # fmt: skip
+os.environ |= {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "TORCHDYNAMO_DISABLE": "1",
+    "HF_HUB_OFFLINE": "1",
+}
 
 import numpy as np
 import torch
@@ -65,25 +71,33 @@ def int4(layer: Any) -> Experts:
 
 
 def mxfp4_packed(layer: Any) -> Experts:
-    return (_dequant_mxfp4_experts(layer.w13_weight_packed, layer.w13_weight_scale),
-            _dequant_mxfp4_experts(layer.w2_weight_packed, layer.w2_weight_scale))  # fmt: skip
+    return (
+        _dequant_mxfp4_experts(layer.w13_weight_packed, layer.w13_weight_scale),
+        _dequant_mxfp4_experts(layer.w2_weight_packed, layer.w2_weight_scale),
+    )
 
 
 def mxfp4_native(layer: Any) -> Experts:
-    return (_dequant_mxfp4_experts(layer.w13_weight, layer.w13_weight_scale),
-            _dequant_mxfp4_experts(layer.w2_weight, layer.w2_weight_scale))  # fmt: skip
+    return (
+        _dequant_mxfp4_experts(layer.w13_weight, layer.w13_weight_scale),
+        _dequant_mxfp4_experts(layer.w2_weight, layer.w2_weight_scale),
+    )
 
 
 def nvfp4(layer: Any) -> Experts:
     """As the method itself does, gate's global scale counts for up too."""
-    return (_nvfp4(layer.w13_weight_packed, layer.w13_weight_scale, 1.0 / layer.w13_weight_global_scale[:, 0]),
-            _nvfp4(layer.w2_weight_packed, layer.w2_weight_scale, 1.0 / layer.w2_weight_global_scale))  # fmt: skip
+    return (
+        _nvfp4(layer.w13_weight_packed, layer.w13_weight_scale, 1.0 / layer.w13_weight_global_scale[:, 0]),
+        _nvfp4(layer.w2_weight_packed, layer.w2_weight_scale, 1.0 / layer.w2_weight_global_scale),
+    )
 
 
 def nvfp4_modelopt(layer: Any) -> Experts:
     """The same, of multipliers."""
-    return (_nvfp4(layer.w13_weight, layer.w13_weight_scale, layer.w13_weight_scale_2[:, 0]),
-            _nvfp4(layer.w2_weight, layer.w2_weight_scale, layer.w2_weight_scale_2))  # fmt: skip
+    return (
+        _nvfp4(layer.w13_weight, layer.w13_weight_scale, layer.w13_weight_scale_2[:, 0]),
+        _nvfp4(layer.w2_weight, layer.w2_weight_scale, layer.w2_weight_scale_2),
+    )
 
 
 def _nvfp4(codes: torch.Tensor, scale: torch.Tensor, multiplier: torch.Tensor) -> torch.Tensor:
@@ -188,10 +202,20 @@ def never_given(layer: Any) -> Iterator[str]:
 
 def answer(checkpoint: str, ids: list[list[int]]) -> np.ndarray:
     """Log-probabilities of the whole vocabulary after all tokens but the last, float32 [sequences, tokens - 1, V]."""
-    llm = LLM(checkpoint, skip_tokenizer_init=True, trust_remote_code=True, dtype="float32", enforce_eager=True,
-              max_model_len=len(ids[0]) + 8, max_num_seqs=len(ids), max_logprobs=-1, logprobs_mode="raw_logprobs",
-              enable_prefix_caching=False, seed=0,
-              model_loader_extra_config={"enable_weights_track": True})  # fmt: skip
+    llm = LLM(
+        checkpoint,
+        skip_tokenizer_init=True,
+        trust_remote_code=True,
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=len(ids[0]) + 8,
+        max_num_seqs=len(ids),
+        max_logprobs=-1,
+        logprobs_mode="raw_logprobs",
+        enable_prefix_caching=False,
+        seed=0,
+        model_loader_extra_config={"enable_weights_track": True},
+    )
     asked = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=-1, flat_logprobs=True, detokenize=False)
     replies = llm.generate([{"prompt_token_ids": sequence} for sequence in ids], asked, use_tqdm=False)
     out = np.full((len(ids), len(ids[0]), llm.llm_engine.model_config.get_vocab_size()), np.nan, np.float32)

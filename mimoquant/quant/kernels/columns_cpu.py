@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mimoquant.quant.columns import Columns
 from mimoquant.quant.formats import E2M1_VALUES, NVFP4_SMALLEST_SCALE
+from mimoquant.quant.kernels.columns import Columns
 from mimoquant.quant.kernels.encode_cpu import (
     F32,
     I32,
@@ -157,9 +157,19 @@ def round_columns(stack: Columns, now: slice, target: Tensor, group_EI: Tensor) 
     def task(e: int, begin: int, end: int) -> None:
         zero = _NOTHING if stack.zero is None else stack.zero[e].numpy()
         _round_slab(
-            target[e].numpy(), stack.weight[e].numpy(), stack.matrix[e].numpy(), stack.scale[e].numpy(), zero,
-            group_EI[e].numpy(), is_int4, now.start, stack.codes[e].numpy(), stack.left[0][e].numpy(), begin, end,
-        )  # fmt: skip
+            target[e].numpy(),
+            stack.weight[e].numpy(),
+            stack.matrix[e].numpy(),
+            stack.scale[e].numpy(),
+            zero,
+            group_EI[e].numpy(),
+            is_int4,
+            now.start,
+            stack.codes[e].numpy(),
+            stack.left[0][e].numpy(),
+            begin,
+            end,
+        )
 
     _over_slabs(task, target)
 
@@ -173,10 +183,22 @@ def improve_columns(stack: Columns, now: slice, slope: Tensor, reach: Tensor | N
         far = _NO_REACH if reach is None else reach[e].numpy()
         divisor = F32(0 if stack.divisor is None else float(stack.divisor[e]))
         _improve_slab(
-            slope[e].numpy(), stack.weight[e].numpy(), stack.codes[e].numpy(), stack.matrix[e].numpy(),
-            stack.scale[e].numpy(), zero, divisor, is_int4, far, now.start, stack.fmt.group_size,
-            stack.left[0][e].numpy(), change[e].numpy(), begin, end,
-        )  # fmt: skip
+            slope[e].numpy(),
+            stack.weight[e].numpy(),
+            stack.codes[e].numpy(),
+            stack.matrix[e].numpy(),
+            stack.scale[e].numpy(),
+            zero,
+            divisor,
+            is_int4,
+            far,
+            now.start,
+            stack.fmt.group_size,
+            stack.left[0][e].numpy(),
+            change[e].numpy(),
+            begin,
+            end,
+        )
 
     _over_slabs(task, slope)
     return (change,)

@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mimoquant.quant.columns import Columns
 from mimoquant.quant.formats import NVFP4_SMALLEST_SCALE
 from mimoquant.quant.kernels.arithmetic_cuda import (
     NO_FUSION,
@@ -29,6 +28,7 @@ from mimoquant.quant.kernels.arithmetic_cuda import (
     round_level,
     steps,
 )
+from mimoquant.quant.kernels.columns import Columns
 from mimoquant.quant.products import Halves
 
 _ROWS = 32  # of a program: one a thread, if the compiler cannot see that they lie next to each other
@@ -64,8 +64,7 @@ def _keep(rest, high, low, place, there):
 
 
 @triton.jit
-def _to_round(scale, weight, zero, group, expert, i, now, end, width, rows, groups, r,
-              HAS_ZERO: tl.constexpr):  # fmt: skip
+def _to_round(scale, weight, zero, group, expert, i, now, end, width, rows, groups, r, HAS_ZERO: tl.constexpr):
     """Scale, value and zero point of column i of the block."""
     column = tl.minimum(now + i, end - 1)
     there = r < rows
@@ -106,9 +105,28 @@ def _column(strip, j, W: tl.constexpr):
 
 
 @triton.jit
-def _round_columns(target, weight, push, scale, zero, group, codes, high, low, steps, panel, now, end, width, rows,
-                   groups, IS_INT4: tl.constexpr, HAS_ZERO: tl.constexpr, W: tl.constexpr,
-                   ROWS: tl.constexpr):  # fmt: skip
+def _round_columns(
+    target,
+    weight,
+    push,
+    scale,
+    zero,
+    group,
+    codes,
+    high,
+    low,
+    steps,
+    panel,
+    now,
+    end,
+    width,
+    rows,
+    groups,
+    IS_INT4: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    W: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     expert, r = tl.program_id(1).to(tl.int64), tl.program_id(0) * ROWS + tl.load(steps + tl.arange(0, ROWS))
     there, tile = r < rows, target + expert * panel
     s, w, z = _to_round(scale, weight, zero, group, expert, 0, now, end, width, rows, groups, r, HAS_ZERO)
@@ -129,8 +147,24 @@ def _round_columns(target, weight, push, scale, zero, group, codes, high, low, s
 
 
 @triton.jit
-def _better_scale(slope, codes, scale, divisors, reaches, panel, now, first, columns, width, rows, groups,
-                  IS_INT4: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+def _better_scale(
+    slope,
+    codes,
+    scale,
+    divisors,
+    reaches,
+    panel,
+    now,
+    first,
+    columns,
+    width,
+    rows,
+    groups,
+    IS_INT4: tl.constexpr,
+    S: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """See `columns._better_scale`. `first`: of the group, within the block."""
     expert, r = tl.program_id(1).to(tl.int64), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     k, s, there = tl.arange(0, BLOCK), first + tl.arange(0, S), r < rows
@@ -171,9 +205,33 @@ def _to_improve(codes, weight, gram, expert, i, now, end, width, rows, r):
 
 
 @triton.jit
-def _improve_columns(slope, weight, gram, scale, before, zero, codes, high, low, change_high, change_low, steps, panel,
-                     now, begin, end, stop, width, rows, groups, IS_INT4: tl.constexpr, HAS_ZERO: tl.constexpr,
-                     S: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+def _improve_columns(
+    slope,
+    weight,
+    gram,
+    scale,
+    before,
+    zero,
+    codes,
+    high,
+    low,
+    change_high,
+    change_low,
+    steps,
+    panel,
+    now,
+    begin,
+    end,
+    stop,
+    width,
+    rows,
+    groups,
+    IS_INT4: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    S: tl.constexpr,
+    W: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """Columns begin..end of the block now..stop; those after them are moved and left to another launch.
 
     `before`: the scales that codes had.
@@ -210,14 +268,31 @@ def _improve_columns(slope, weight, gram, scale, before, zero, codes, high, low,
 
 def round_columns(stack: Columns, now: slice, target: Tensor, group_EI: Tensor) -> None:
     """See `columns.round_columns`."""
-    arrays = (stack.weight, stack.matrix, stack.scale, _or(stack.zero, stack.scale), group_EI, stack.codes, *stack.left,
-              steps(target.device))  # fmt: skip
+    arrays = (
+        stack.weight,
+        stack.matrix,
+        stack.scale,
+        _or(stack.zero, stack.scale),
+        group_EI,
+        stack.codes,
+        *stack.left,
+        steps(target.device),
+    )
     _check(stack, arrays, target)
     _, width, rows = stack.weight.shape
     _round_columns[_grid(stack)](
-        target, *arrays, target.stride(0), now.start, now.stop, width, rows, stack.scale.shape[1],
-        HAS_ZERO=stack.zero is not None, W=_STRIP, **_options(stack),
-    )  # fmt: skip
+        target,
+        *arrays,
+        target.stride(0),
+        now.start,
+        now.stop,
+        width,
+        rows,
+        stack.scale.shape[1],
+        HAS_ZERO=stack.zero is not None,
+        W=_STRIP,
+        **_options(stack),
+    )
 
 
 def improve_columns(stack: Columns, now: slice, slope: Tensor, reach: Tensor | None) -> Halves:
@@ -225,22 +300,55 @@ def improve_columns(stack: Columns, now: slice, slope: Tensor, reach: Tensor | N
     _, width, rows = stack.weight.shape
     change = tuple(torch.empty(slope.shape, dtype=torch.bfloat16, device=slope.device) for _ in range(2))
     before = stack.scale if reach is None else stack.scale.clone()
-    arrays = (stack.weight, stack.matrix, stack.scale, before, _or(stack.zero, before), stack.codes, *stack.left,
-              *change, steps(slope.device))  # fmt: skip
+    arrays = (
+        stack.weight,
+        stack.matrix,
+        stack.scale,
+        before,
+        _or(stack.zero, before),
+        stack.codes,
+        *stack.left,
+        *change,
+        steps(slope.device),
+    )
     _check(stack, arrays, slope)
     size, groups = stack.fmt.group_size, stack.scale.shape[1]
     for begin in range(now.start, now.stop, now.stop - now.start if reach is None else size):
         if reach is not None:
             _better_scale[_grid(stack)](
-                slope, stack.codes, stack.scale, _or(stack.divisor, before), reach, slope.stride(0), now.start,
-                begin - now.start, now.stop - now.start, width, rows, groups, S=size, BLOCK=_block(now),
+                slope,
+                stack.codes,
+                stack.scale,
+                _or(stack.divisor, before),
+                reach,
+                slope.stride(0),
+                now.start,
+                begin - now.start,
+                now.stop - now.start,
+                width,
+                rows,
+                groups,
+                S=size,
+                BLOCK=_block(now),
                 **_options(stack),
-            )  # fmt: skip
+            )
         end = now.stop if reach is None else begin + size
         _improve_columns[_grid(stack)](
-            slope, *arrays, slope.stride(0), now.start, begin, end, now.stop, width, rows, groups,
-            HAS_ZERO=stack.zero is not None, S=size, W=_STRIP, **_options(stack),
-        )  # fmt: skip
+            slope,
+            *arrays,
+            slope.stride(0),
+            now.start,
+            begin,
+            end,
+            now.stop,
+            width,
+            rows,
+            groups,
+            HAS_ZERO=stack.zero is not None,
+            S=size,
+            W=_STRIP,
+            **_options(stack),
+        )
     return change
 
 

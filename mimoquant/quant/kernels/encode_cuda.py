@@ -22,7 +22,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mimoquant.quant.engine_torch import pack_zero_points
 from mimoquant.quant.formats import INT4_ZERO_SCALE, MXFP4_ROUND_UP, NVFP4_SMALLEST_SCALE, NVFP4_ZERO_SCALE, Format
 from mimoquant.quant.kernels.arithmetic_cuda import (
     FP8_UNIT,
@@ -38,6 +37,7 @@ from mimoquant.quant.kernels.arithmetic_cuda import (
     round_level,
     steps,
 )
+from mimoquant.quant.kernels.rounding import pack_zero_points
 
 _THREADS = 32  # of a program: a warp, which need not wait for others
 _LONGEST = 32  # weights that a thread holds
@@ -107,8 +107,18 @@ def _quotient(x, scale, wide, QUICK: tl.constexpr):
 
 
 @triton.jit
-def _error(x, scale, zero, weigh, KIND: tl.constexpr, WEIGHTED: tl.constexpr, QUICK: tl.constexpr,
-           K: tl.constexpr, N: tl.constexpr, L: tl.constexpr):  # fmt: skip
+def _error(
+    x,
+    scale,
+    zero,
+    weigh,
+    KIND: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    QUICK: tl.constexpr,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    L: tl.constexpr,
+):
     wide = tl.zeros_like(x) + scale[None, :]
     if KIND == _INT4:
         offset = zero[None, :]
@@ -139,9 +149,26 @@ def _candidate(low, high, amax, global_scale, c, plain, KIND: tl.constexpr, SYMM
 
 
 @triton.jit
-def _search(x, low, high, amax, global_scale, scale, zero, stored, weigh, tried, count,
-            KIND: tl.constexpr, SYMMETRIC: tl.constexpr, WEIGHTED: tl.constexpr, QUICK: tl.constexpr,
-            K: tl.constexpr, N: tl.constexpr, L: tl.constexpr):  # fmt: skip
+def _search(
+    x,
+    low,
+    high,
+    amax,
+    global_scale,
+    scale,
+    zero,
+    stored,
+    weigh,
+    tried,
+    count,
+    KIND: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    QUICK: tl.constexpr,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    L: tl.constexpr,
+):
     """The best of all that is tried; a candidate must be strictly better."""
     best = _error(x, scale, zero, weigh, KIND, WEIGHTED, QUICK, K, N, L)
     for k in range(1, count):
@@ -155,10 +182,30 @@ def _search(x, low, high, amax, global_scale, scale, zero, stored, weigh, tried,
 
 
 @triton.jit
-def _encode(values, block_scales, importance, global_scales, tried, steps, packed, scale_out, zero_out, bad,
-            rows, groups, scale_rows, scale_columns, count,
-            KIND: tl.constexpr, SYMMETRIC: tl.constexpr, FP8: tl.constexpr, WEIGHTED: tl.constexpr,
-            K: tl.constexpr, N: tl.constexpr, L: tl.constexpr):  # fmt: skip
+def _encode(
+    values,
+    block_scales,
+    importance,
+    global_scales,
+    tried,
+    steps,
+    packed,
+    scale_out,
+    zero_out,
+    bad,
+    rows,
+    groups,
+    scale_rows,
+    scale_columns,
+    count,
+    KIND: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    FP8: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    L: tl.constexpr,
+):
     expert = tl.program_id(1).to(tl.int64)
     S: tl.constexpr = K * L
     thread = tl.arange(0, N * L)
@@ -193,11 +240,47 @@ def _encode(values, block_scales, importance, global_scales, tried, steps, packe
     if count > 1:
         tame = (amax == 0) | ((amax < _EXTREME) & (amax > 1 / _EXTREME)) | ~there
         if tl.min(tame.to(tl.int32), axis=0) == 1:
-            scale, zero, stored = _search(x, low, high, amax, global_scale, scale, zero, stored, weigh, tried, count,
-                                          KIND, SYMMETRIC, WEIGHTED, True, K, N, L)  # fmt: skip
+            scale, zero, stored = _search(
+                x,
+                low,
+                high,
+                amax,
+                global_scale,
+                scale,
+                zero,
+                stored,
+                weigh,
+                tried,
+                count,
+                KIND,
+                SYMMETRIC,
+                WEIGHTED,
+                True,
+                K,
+                N,
+                L,
+            )
         else:
-            scale, zero, stored = _search(x, low, high, amax, global_scale, scale, zero, stored, weigh, tried, count,
-                                          KIND, SYMMETRIC, WEIGHTED, False, K, N, L)  # fmt: skip
+            scale, zero, stored = _search(
+                x,
+                low,
+                high,
+                amax,
+                global_scale,
+                scale,
+                zero,
+                stored,
+                weigh,
+                tried,
+                count,
+                KIND,
+                SYMMETRIC,
+                WEIGHTED,
+                False,
+                K,
+                N,
+                L,
+            )
     wide = tl.zeros_like(x) + scale[None, :]
     if KIND == _INT4:
         code = (round_level(tl.div_rn(x, wide) + zero[None, :]) + 8.0).to(tl.int32)
@@ -226,9 +309,13 @@ def _encode(values, block_scales, importance, global_scales, tried, steps, packe
 
 
 def encode(
-    values: Tensor, block_scales: Tensor | None, fmt: Format, tried: Sequence[float], global_scale_E: Tensor | None,
+    values: Tensor,
+    block_scales: Tensor | None,
+    fmt: Format,
+    tried: Sequence[float],
+    global_scale_E: Tensor | None,
     importance_EI: Tensor | None,
-) -> tuple[dict[str, Tensor], Tensor]:  # fmt: skip
+) -> tuple[dict[str, Tensor], Tensor]:
     """Stored parts of a stack, as `engine_torch.encode` gives them, and int32 [E], how many groups are not finite.
 
     Args:
@@ -248,14 +335,30 @@ def encode(
     lanes = -(-fmt.group_size // _LONGEST)
     of_a_program = _THREADS // lanes
     _encode[(triton.cdiv(rows * groups, of_a_program), experts)](
-        held.contiguous(), unused if block_scales is None else block_scales.contiguous(),
+        held.contiguous(),
+        unused if block_scales is None else block_scales.contiguous(),
         unused if importance_EI is None else importance_EI.contiguous(),
-        unused if global_scale_E is None else global_scale_E, torch.tensor(tried, dtype=torch.float32, device=device),
-        steps(device), codes, scale, zero, bad, rows, groups, *blocks, len(tried),
-        KIND=_KINDS[fmt.name], SYMMETRIC=fmt.symmetric, FP8=block_scales is not None,
-        WEIGHTED=importance_EI is not None, K=fmt.group_size // lanes, N=of_a_program, L=lanes,
-        num_warps=_THREADS // 32, **NO_FUSION,
-    )  # fmt: skip
+        unused if global_scale_E is None else global_scale_E,
+        torch.tensor(tried, dtype=torch.float32, device=device),
+        steps(device),
+        codes,
+        scale,
+        zero,
+        bad,
+        rows,
+        groups,
+        *blocks,
+        len(tried),
+        KIND=_KINDS[fmt.name],
+        SYMMETRIC=fmt.symmetric,
+        FP8=block_scales is not None,
+        WEIGHTED=importance_EI is not None,
+        K=fmt.group_size // lanes,
+        N=of_a_program,
+        L=lanes,
+        num_warps=_THREADS // 32,
+        **NO_FUSION,
+    )
     dtype = {"int4": torch.bfloat16, "mxfp4": torch.uint8, "nvfp4": torch.float8_e4m3fn}[fmt.name]
     parts = {"codes": codes, "scale": scale.view(dtype)}
     if not fmt.symmetric:
@@ -285,7 +388,13 @@ def dequantize(values: Tensor, block_scales: Tensor) -> Tensor:
     comes as NaN. The values are those of `engine_torch.dequantize_fp8`."""
     out = torch.empty(values.shape, dtype=torch.uint16, device=values.device)
     _dequantize[(triton.cdiv(values.numel(), 1024),)](
-        values.contiguous(), block_scales.contiguous(), out, values.numel(), *values.shape[1:],
-        *block_scales.shape[1:], N=1024, **NO_FUSION,
-    )  # fmt: skip
+        values.contiguous(),
+        block_scales.contiguous(),
+        out,
+        values.numel(),
+        *values.shape[1:],
+        *block_scales.shape[1:],
+        N=1024,
+        **NO_FUSION,
+    )
     return out.view(torch.bfloat16)

@@ -1,0 +1,272 @@
+"""The verbs that one function of `api` does: inspect, plan, quantize, relayout, verify, launch, synth."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mimoquant.cli.files import check_page, check_profile, write_page
+from mimoquant.cli.options import (
+    ContainerOption,
+    DataOption,
+    DeviceOption,
+    Engine,
+    Gpu,
+    GpuMemoryOption,
+    JsonOption,
+    Layout,
+    Qkv,
+    QkvDtype,
+    QuietOption,
+    RecipeOption,
+    RefineLayersOption,
+    RefineOption,
+    ResumeOption,
+    SequencesOption,
+    Server,
+    TokensOption,
+    UnknownOption,
+    VersionOption,
+    option_value,
+)
+from mimoquant.cli.terminal import Lines, Progress, print_document, tell
+
+
+def inspect(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder.", metavar="CKPT")],
+    as_json: JsonOption = False,
+    allow_unknown: UnknownOption = False,
+) -> None:
+    """Say what a checkpoint holds. Reads headers only."""
+    from mimoquant import api
+    from mimoquant.report import verb_text
+
+    print_document(api.inspect(checkpoint, allow_unknown=allow_unknown), verb_text.layout_text, as_json)
+
+
+def plan(
+    source: Annotated[Path, typer.Argument(help="The checkpoint to quantize.", metavar="SOURCE")],
+    recipe: RecipeOption,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where quantize would write.", metavar="DIR")] = None,
+    device: DeviceOption = "auto",
+    gpu_memory: GpuMemoryOption = None,
+    data: DataOption = None,
+    sequences: SequencesOption = None,
+    tokens: TokensOption = None,
+    refine: RefineOption = None,
+    refine_layer: RefineLayersOption = None,
+    container: ContainerOption = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Rehearse one chunk of experts to tell the time.")] = False,
+    as_json: JsonOption = False,
+    allow_unknown: UnknownOption = False,
+) -> None:
+    """Show what quantize would do, need and write. Sizes are to the byte; reads headers only, or with --measure also
+    some experts."""
+    from mimoquant import api
+    from mimoquant.report import verb_text
+
+    if measure:
+        tell("note: rehearsing the plan's steps on one chunk of experts")
+    facts = api.plan(
+        source,
+        recipe,
+        out=out,
+        device=device,
+        gpu_memory=gpu_memory,
+        data=data,
+        sequences=sequences,
+        tokens=tokens,
+        refine=refine,
+        refine_layer=refine_layer,
+        container=option_value(container),
+        measure=measure,
+        allow_unknown=allow_unknown,
+    )
+    print_document(facts, verb_text.plan_text, as_json)
+
+
+def quantize(
+    source: Annotated[Path, typer.Argument(help="The checkpoint to quantize.", metavar="SOURCE")],
+    recipe: RecipeOption,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where to write; must not exist.", metavar="DIR")],
+    device: DeviceOption = "auto",
+    gpu_memory: GpuMemoryOption = None,
+    resume: ResumeOption = False,
+    data: DataOption = None,
+    sequences: SequencesOption = None,
+    tokens: TokensOption = None,
+    refine: RefineOption = None,
+    refine_layer: RefineLayersOption = None,
+    container: ContainerOption = None,
+    html: Annotated[Path | None, typer.Option(help="Write what calibration reached here.", metavar="FILE")] = None,
+    profile: Annotated[Path | None, typer.Option(help="Write a Chrome trace of the run here.", metavar="FILE")] = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    allow_unknown: UnknownOption = False,
+) -> None:
+    """Write the 4-bit checkpoint. The folder appears only when it is complete; an interrupted run can be resumed."""
+    from mimoquant import api, pipeline
+    from mimoquant.machine.devices import resolve_device
+    from mimoquant.machine.memory import machine
+    from mimoquant.machine.team import Team
+    from mimoquant.machine.timeline import Timeline
+    from mimoquant.planning.needs import refusal
+    from mimoquant.report import coverage_page, verb_text
+
+    begin = time.monotonic()
+    with Team.from_environment(resolve_device(device)) as team:
+        has = machine(team.device, gpu_memory)
+        has = replace(has, gpu_bytes=min(team.gather(has.gpu_bytes)))  # chunks must be the same everywhere
+        changes = api.calibration_changes(data, sequences, tokens, refine, refine_layer)
+        made = api.fitted_plan(
+            source, recipe, option_value(container), allow_unknown, changes, team.device, has, team.size
+        )
+        refused = refusal(made, team.device, has, team.size)
+        if refused:
+            raise refused
+        if html is not None:
+            check_page(html, made, out)
+        if profile is not None:
+            check_profile(profile, made, out)
+        timeline = Timeline()
+        with Progress(made, team.size, timeline) if team.leads else contextlib.nullcontext() as progress:
+            for note in made.notes if team.leads else ():
+                tell(f"note: {note}")
+            report = pipeline.quantize(
+                made, out, resume=resume, team=team, timeline=timeline, progress=progress.advance if progress else None
+            )
+    if not team.leads:
+        return
+    facts = {
+        **report.as_json(),
+        "out": str(out),
+        "elapsed_s": round(time.monotonic() - begin, 3),
+        "bound_by": dict(zip(("what", "share"), timeline.bound, strict=True)),
+    }
+    if profile is not None:
+        write_page(profile, timeline.chrome_trace(), "--profile")
+    if html is not None:
+        write_page(html, coverage_page.coverage_page(facts))
+    print_document(facts, verb_text.quantize_text, as_json)
+
+
+def relayout(
+    source: Annotated[Path, typer.Argument(help="A checkpoint, published or written here.", metavar="SOURCE")],
+    qkv: Annotated[Qkv, typer.Option(help="How q, k and v shall lie on disk.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where to write; must not exist.", metavar="DIR")],
+    tp: Annotated[
+        int | None, typer.Option(min=1, help="Chunks of interleaved; by default the KV heads.", metavar="N")
+    ] = None,
+    dtype: Annotated[QkvDtype, typer.Option(help="bf16: of an FP8 qkv too.")] = QkvDtype.SOURCE,
+    resume: ResumeOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    allow_unknown: UnknownOption = False,
+) -> None:
+    """Write q, k and v in another layout. Exactly or not at all; every other tensor is copied byte for byte."""
+    from mimoquant import pipeline
+    from mimoquant.planning.facts import relayout_facts
+    from mimoquant.planning.relayout import make_relayout
+    from mimoquant.report import verb_text
+    from mimoquant.serving.check import planned_facts
+    from mimoquant.serving.served import planned
+
+    begin = time.monotonic()
+    made = make_relayout(source, qkv.value, tp=tp, bf16=dtype is QkvDtype.BF16, allow_unknown=allow_unknown)
+    engines = planned_facts(planned(made))
+    with Progress(made) as progress:
+        for line in [*(f"note: {note}" for note in made.notes), *verb_text.planned_lines(engines)]:
+            tell(line)
+        finished = pipeline.execute(made, out, device="cpu", resume=resume, progress=progress.advance)
+    facts = {
+        **relayout_facts(made, finished, engines),
+        "out": str(out),
+        "elapsed_s": round(time.monotonic() - begin, 3),
+    }
+    print_document(facts, verb_text.relayout_text, as_json)
+
+
+def verify(
+    out: Annotated[Path, typer.Argument(help="What quantize or relayout wrote.", metavar="OUT")],
+    source: Annotated[
+        Path | None, typer.Option("--source", help="The checkpoint it was made from.", metavar="SOURCE")
+    ] = None,
+    engine: Annotated[Engine | None, typer.Option(help="Fail on what this engine would refuse or corrupt.")] = None,
+    engine_version: VersionOption = None,
+    tp: Annotated[int | None, typer.Option(min=1, help="Tensor parallelism to check for.", metavar="N")] = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Prove a checkpoint against its source, value by value. Or, with --engine, against what an engine accepts."""
+    from mimoquant import api
+    from mimoquant.errors import CheckpointError
+    from mimoquant.report import verb_text
+
+    facts = api.verify(
+        out, source, engine=engine.value if engine else None, engine_version=engine_version, tp=tp, progress=Lines()
+    )
+    print_document(facts, verb_text.verify_text, as_json)
+    if not facts["ok"]:
+        raise CheckpointError(
+            f"{out}: is not what its recipe says (problems: {len(facts['problems'])})",
+            hint="the lines above name them; fetch these files again, or write the folder anew",
+        )
+    if engine is not None and not facts["engine"]["ok"]:
+        failed = [problem for problem in facts["engine"]["problems"] if problem["verdict"] != "warning"]
+        raise CheckpointError(f"{out}: {engine.value} would refuse or corrupt it (problems: {len(failed)})")
+
+
+def launch(
+    out: Annotated[Path, typer.Argument(help="What quantize wrote.", metavar="OUT")],
+    engine: Annotated[Server, typer.Option(help="The server.")],
+    gpu: Annotated[Gpu, typer.Option(help="The kind of GPU.")],
+    gpus: Annotated[int, typer.Option(min=1, help="How many, over all nodes.", metavar="N")],
+    mtp: Annotated[bool, typer.Option("--mtp", help="Speculate with the checkpoint's MTP layers.")] = False,
+    dflash: Annotated[Path | None, typer.Option(help="Speculate with this draft model.", metavar="DIR")] = None,
+    engine_version: VersionOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Print the command that serves a checkpoint. It names parallelism, back ends, context and parsers; reads headers
+    only."""
+    from mimoquant import api
+    from mimoquant.report.verb_text import launch_text
+
+    made = api.launch(out, engine.value, gpu.value, gpus, mtp=mtp, dflash=dflash, engine_version=engine_version)
+    print_document(made, launch_text, as_json)
+
+
+def synth(
+    out: Annotated[Path, typer.Argument(help="The folder to write; must not exist.", metavar="DIR")],
+    layout: Annotated[Layout, typer.Option(help="The published on-disk format to imitate.")],
+    source: Annotated[
+        Path | None, typer.Option("--from", help="Convert this bf16 checkpoint instead of drawing weights.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
+    layers: Annotated[int | None, typer.Option(min=1, help="Decoder layers (the first is dense).")] = None,
+    experts: Annotated[int | None, typer.Option(min=1, help="Routed experts a layer.")] = None,
+    hidden: Annotated[int | None, typer.Option(min=1, help="Model width.")] = None,
+    expert_intermediate: Annotated[int | None, typer.Option(min=1, help="Width inside an expert.")] = None,
+    vocab: Annotated[int | None, typer.Option(min=1, help="Vocabulary size.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a small checkpoint in a real on-disk format. Random or converted: for tests, demos and bug reports."""
+    from mimoquant import api
+    from mimoquant.report import verb_text
+
+    facts = api.synth(
+        out,
+        layout.value,
+        source=source,
+        seed=seed,
+        layers=layers,
+        experts=experts,
+        hidden=hidden,
+        expert_intermediate=expert_intermediate,
+        vocab=vocab,
+    )
+    print_document(facts, verb_text.synth_text, as_json)

@@ -1,0 +1,98 @@
+"""What eval-kl prints."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+
+from mimoquant.wording import NAME_CHARS, WIDTH, Facts, interval, number, percent, size, table, visible
+
+QUANTILES = {"median": "median", "mean": "mean", "p90": "p90", "p99": "p99", "p99_9": "p99.9", "max": "max"}
+
+
+def verdict(facts: Facts) -> tuple[str, str, str]:
+    """(good | bad | plain, one word, one sentence)."""
+    j, limit, broken, floor = facts["j"], facts["max_kl"], facts["nonfinite_share"], facts["noise_floor"]
+    mean = j["mean"]
+    value = f"J {number(mean)} nats per token (95 % interval {interval(j)})"
+    tail = f"; {percent(broken)} of the rows are not finite" if broken > 0 else ""
+    if facts["passed"] is False:
+        over = f" ({100 * (mean / limit - 1):.1f} %)" if limit else ""
+        excess = f" exceeds the limit {number(limit)} by {number(mean - limit)}{over}"
+        return "bad", "FAILED", value + (excess if mean > limit else f"; limit {number(limit)}") + tail
+    if broken > 0 or not math.isfinite(mean):
+        return "bad", "NOT FINITE", value + tail
+    if facts["passed"]:
+        spare = f", {100 * (1 - mean / limit):.0f} % to spare" if limit else ""
+        return "good", "PASSED", f"{value} keeps the limit {number(limit)}{spare}"
+    if mean == 0 and j["max"] == 0:
+        return "good", "IDENTICAL", f"{value}: both give the same distribution for every token"
+    within = floor is not None and j["high"] <= max(floor.values())
+    return ("good", "WITHIN NOISE", value) if within else ("plain", "MEASURED", value)
+
+
+def comparisons(facts: Facts) -> list[tuple[str, str]]:
+    """(name, sentence): what to hold J against."""
+    floor, baseline, said = facts["noise_floor"], facts["baseline"], "not measured"
+    if floor:
+        mean, largest = facts["j"]["mean"], max(floor["batch"], floor["relative_noise"])
+        said = f"{number(floor['batch'])} (other batch shape), {number(floor['relative_noise'])} (2⁻⁹ relative noise)"
+        said += f"; J is {number(mean / largest, 3)} times the larger" if largest > 0 and mean > 0 else ""
+    out = [("noise floor", said)]
+    if baseline:
+        told = "better" if baseline["high"] < 0 else "worse" if baseline["low"] > 0 else "not told apart"
+        change = f"difference {number(baseline['difference'])} (95 % interval {interval(baseline)})"
+        out.append(("baseline", f"{baseline['candidate']} has J {number(baseline['j'])}; {change}: {told}"))
+    return out
+
+
+def key_figures(facts: Facts) -> list[tuple[str, str, str]]:
+    """(name, remark, value), the same on the page and in the terminal."""
+    top1, ppl = facts["top1"], facts["perplexity"]
+    return [
+        ("J, half-sum", interval(facts["j"]), number(facts["j"]["mean"])),
+        ("KL(p‖q)", "reference to candidate", number(facts["kl_forward"])),
+        ("KL(q‖p)", "candidate to reference", number(facts["kl_reverse"])),
+        ("Sum", "of both directions", number(facts["symmetric_sum"])),
+        ("Same top-1", "of all tokens", percent(top1["all"])),
+        ("Top-1 when sure", f"reference sure of {percent(top1['confident_share'])}", percent(top1["confident"])),
+        ("Perplexity ratio", f"{number(ppl['reference'])} → {number(ppl['candidate'])}", number(ppl["ratio"], 5)),
+        ("Not finite", "of the rows", percent(facts["nonfinite_share"])),
+    ]
+
+
+def origin(facts: Facts) -> list[tuple[str, str]]:
+    data, memory = facts["data"], facts["peak_rss_bytes"]
+    shape = f"{facts['sequences']} sequences of up to {facts['sequence_tokens']} tokens, {facts['tokens']} scored"
+    used = f", {size(memory)} of host memory at most" if memory is not None else ""
+    return [
+        ("reference", facts["reference"]),
+        ("candidate", facts["candidate"]),
+        ("recipe", facts["recipe"] or "none given"),
+        ("data", f"{data['name']}: {shape}"),
+        ("sha256", data["sha256"]),
+        ("run", f"{facts['elapsed_s']:.1f} s on {facts['device']}{used}"),
+    ]
+
+
+def eval_text(facts: Facts) -> str:
+    """The report for a terminal of 100 columns, made from the same facts."""
+    _, word, sentence = verdict(facts)
+    lines = []
+    for name, text in ((word, sentence), *comparisons(facts), *origin(facts)):
+        lines += textwrap.wrap(visible(text), WIDTH, initial_indent=f"{name:<13}", subsequent_indent=" " * 13)
+    figures = key_figures(facts)
+    figures += [(name, "J of a token", number(facts["j"][key])) for key, name in QUANTILES.items() if key != "mean"]
+    lines += ["", *table(("figure", "", "value"), figures)]
+    if facts["by_domain"]:
+        head = ("domain", "J", "95 % interval", "same top-1", "tokens")
+        names = [visible(d["domain"])[:NAME_CHARS] for d in facts["by_domain"]]
+        cells = [(number(d["j"]), interval(d), percent(d["top1"]), str(d["tokens"])) for d in facts["by_domain"]]
+        lines += ["", *table(head, [(name, *row) for name, row in zip(names, cells, strict=True)])]
+    worst = sorted(facts["layers"], key=lambda v: (math.isfinite(v["relative_error"]), -v["relative_error"]))[:5]
+    if worst:
+        kinds = [(str(v["layer"]), v["kind"], "quantized" if v["quantized"] else "kept") for v in worst]
+        errors = [(percent(v["routing_overlap"]), number(v["relative_error"])) for v in worst]
+        head = ("worst layers", "attention", "experts", "same experts", "relative error")
+        lines += ["", *table(head, [(*kind, *error) for kind, error in zip(kinds, errors, strict=True)])]
+    return "\n".join(line.rstrip() for line in lines)

@@ -1,0 +1,95 @@
+"""How figures and names are written: sizes, numbers, ranges, tables, names that a terminal cannot show."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable
+from typing import Any
+
+
+def layers_of_formats(formats: dict[str, list[int]]) -> str:
+    """Each format with the number of its layers, as in "int4 g128 in 46 layers"."""
+    return "; ".join(f"{label} in {many(len(layers), 'layer')}" for label, layers in formats.items())
+
+
+def many(count: int, thing: str) -> str:
+    return f"{count} {thing}{'s' * (count != 1)}"
+
+
+def size(count: int) -> str:
+    """Bytes for people: decimal units, three digits."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 999.5:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB" if value < 999.5 else f"{value:.0f} TB"
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A figure for people: so many digits, a short exponent, n/a for None."""
+    text = "n/a" if value is None else f"{value:.{digits}g}"
+    return re.sub(r"e([+-])0*", r"e\1", text).replace("e+", "e")
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people."""
+    for unit, length in (("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
+    """Left-aligned columns, the last one right-aligned."""
+    every = [head, *rows]
+    widths = [max(len(row[i]) for row in every) for i in range(len(head))]
+    return [
+        "  ".join([*(cell.ljust(w) for cell, w in zip(row[:-1], widths, strict=False)), row[-1].rjust(widths[-1])])
+        for row in every
+    ]
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """1, 2, 3, 7 → '1-3, 7'."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs) or "none"
+
+
+Facts = dict[str, Any]
+
+
+WIDTH = 100  # columns of a terminal
+
+
+NAME_CHARS = 24
+
+
+HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}  # Unicode categories that act on their neighbours, or vanish
+
+
+def visible(text: object) -> str:
+    """The text with characters that act or vanish shown by a sign instead: ↵, ⇥, ‹U+200F›. Safe to print."""
+
+    def sign(char: str) -> str:
+        hidden = unicodedata.category(char) in HIDDEN or (char.isspace() and char != " ")
+        return {"\n": "↵", "\t": "⇥"}.get(char, f"‹U+{ord(char):04X}›") if hidden else char
+
+    return "".join(map(sign, str(text)))
+
+
+def percent(share: float | None) -> str:
+    """Two decimals, but never 0 or 100 % for what is not."""
+    if share is None or 0 < share < 5e-5:
+        return "n/a" if share is None else f"{number(100 * share, 2)} %"
+    return "> 99.99 %" if 0.99995 <= share < 1 else f"{100 * share:.2f} %"
+
+
+def interval(part: Facts, digits: int = 4) -> str:
+    return f"{number(part['low'], digits)} to {number(part['high'], digits)}"
