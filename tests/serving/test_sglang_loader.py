@@ -49,6 +49,7 @@ RANKS = 2  # of the fused source
 STOPS = {
     "MXFP4": "KeyError: 'model.layers.1.mlp.experts.w13_weight_packed'",
     "int4 g32 asymmetric": "RuntimeError: The size of tensor a",
+    "int4 g64, FP8, MXFP4, NVFP4 by layers": "ValueError: ('For Fused MoE layers, only ', 'pack-quantized '",
 }
 CUT = "native MXFP4, experts cut"
 JOBS = [*((name, tp) for name in [*LOADED, HUB] for tp in (1, 2)), (CUT, 2)]
