@@ -22,6 +22,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; torch's thre
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared"
+ENGINES = (".vllm-cpu", ".sglang-cpu")  # environments; scripts/setup_sglang makes both
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -32,6 +33,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for marker in ("slow", "gpu", "engine"):
             if item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=f"{marker}: run with -m {marker}"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Without the engines their tests are skipped; not in CI, which makes them: a skip there would hide the suite."""
+    missing = [name for name in ENGINES if not (REPOSITORY / name / ".setup").exists()]
+    if missing and item.get_closest_marker("engine"):
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{missing[0]} is missing (scripts/setup_sglang)")
 
 
 @pytest.fixture(scope="session")

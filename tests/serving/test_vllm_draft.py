@@ -37,8 +37,6 @@ SHORT_SEQUENCES, SHORT_PROMPT, SHORT_NEW = 56, 16, 40
 def told_by_vllm(
     tmp_path: Path, checkpoint: Path, prompts: TokenSet, new: int, more: int, speculative: dict[str, Any]
 ) -> Any:
-    if not PYTHON.exists():
-        pytest.skip("vLLM's environment is missing (scripts/setup_vllm_cpu)")
     job = {
         "checkpoint": str(checkpoint),
         "ids": prompts.ids.tolist(),
