@@ -36,6 +36,7 @@ from mimoquant.evaluation.held_out import refuse_shared_data
 from mimoquant.evaluation.snapshots import Snapshots
 from mimoquant.evaluation.summary import paired_difference, summarize
 from mimoquant.machine.team import Team
+from mimoquant.model.config_keys import text_keys
 from mimoquant.model.decoder_layer import linear, rms_norm
 from mimoquant.model.layer_stream import Stream, portions, walk
 from mimoquant.model.layout import ModelLayout, read_layout
@@ -424,7 +425,7 @@ _MODELOPT_BOTH = {"NVFP4", "MXFP8"}  # of its names for formats, those that quan
 
 def _quantizes_activations(layout: ModelLayout) -> bool:
     """Whether the candidate's config has activations quantized too, which a J of the weights says nothing about."""
-    quantization = layout.config.get("quantization_config") or {}
+    quantization = text_keys(layout.config, "config.json").get("quantization_config") or {}
     groups, layers = quantization.get("config_groups"), quantization.get("quantized_layers")
     held = groups.values() if isinstance(groups, dict) else ()
     named = layers.values() if isinstance(layers, dict) else ()

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mimoquant.errors import CheckpointError
+from mimoquant.model.config_keys import number, read_rope, text_keys
 
 _QUERY_CHUNK_BYTES = 256 * 2**20  # of attention scores that are held at once
 _GROUP_ROWS = 2**16  # of tokens that go through a group of experts at once
@@ -103,23 +103,16 @@ def read_forward_config(config: dict[str, Any], where: str) -> ForwardConfig:
 
     Raises CheckpointError naming the key and what was found.
     """
-    rope = config.get("rope_parameters") or {}
-
-    def number(*keys: str, default: float | None = None, among: dict[str, Any] = config) -> float:
-        value = next((among[key] for key in keys if among.get(key) is not None), default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-            raise CheckpointError(f"{where}: {' or '.join(keys)} is {value!r}, expected a positive number")
-        return float(value)
-
-    full, sliding = rope.get("full_attention") or {}, rope.get("sliding_attention") or {}
+    keys = text_keys(config, where)
+    rope = read_rope(keys, where)
     return ForwardConfig(
-        eps=number("layernorm_epsilon", "rms_norm_eps"),
-        rope_theta=number("rope_theta", default=full.get("rope_theta")),
-        sliding_rope_theta=number("swa_rope_theta", default=sliding.get("rope_theta")),
-        partial_rotary_factor=number("partial_rotary_factor", default=full.get("partial_rotary_factor")),
-        window=int(number("sliding_window_size", "sliding_window")),
-        value_scale=number("attention_value_scale", default=1.0),
-        top_k=int(number("num_experts_per_tok")),
+        eps=number(keys, where, "layernorm_epsilon", "rms_norm_eps"),
+        rope_theta=rope.theta,
+        sliding_rope_theta=rope.sliding_theta,
+        partial_rotary_factor=rope.partial_factor,
+        window=int(number(keys, where, "sliding_window_size", "sliding_window")),
+        value_scale=number(keys, where, "attention_value_scale", default=1.0),
+        top_k=int(number(keys, where, "num_experts_per_tok")),
     )
 
 

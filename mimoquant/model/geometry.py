@@ -10,30 +10,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from mimoquant.errors import CheckpointError
+from mimoquant.model.config_keys import check_forward_keys, check_known, check_rope, text_keys
 
 ARCHITECTURES = {"mimo_v2_flash": "MiMoV2FlashForCausalLM", "mimo_v2": "MiMoV2ForCausalLM"}
 FP8_BLOCK, MXFP8_BLOCK = 128, 32
 
-# config key → the values whose meaning this program knows (None: the key may be absent or null)
-_KNOWN_VALUES: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", None),
-    "scoring_func": ("sigmoid",),
-    "topk_method": ("noaux_tc",),
-    "n_group": (1, None),
-    "topk_group": (1, None),
-    "norm_topk_prob": (True,),
-    "n_shared_experts": (None, 0),
-    "routed_scaling_factor": (None, 1, 1.0),
-    "tie_word_embeddings": (False, None),
-    "attention_bias": (False, None),
-    "attention_projection_layout": (None, "split", "fused_qkv"),
-}
 _KNOWN_QUANTIZATION: dict[str, tuple[Any, ...]] = {
     "quant_method": ("fp8",),
     "fmt": ("e4m3", None),
     "activation_scheme": ("dynamic", None),
     "weight_block_size": ([FP8_BLOCK, FP8_BLOCK],),
     "store_dtype": ("fp8", None),
+    "mxfp4_block_size": (32, None),
+    "scale_fmt": (None,),
+    "kv_cache_scheme": (None,),
+    "modules_to_convert": (None,),
 }
 _MODELOPT_METHODS = ("modelopt", "modelopt_fp4", "modelopt_mixed")
 _KNOWN_MODELOPT: dict[str, tuple[Any, ...]] = {"quant_algo": ("MIXED_PRECISION", "NVFP4", "W4A16_NVFP4")}
@@ -116,12 +107,11 @@ def read_geometry(config: dict[str, Any], where: str, *, packed: bool = False) -
             f"{where}: architectures is {named!r}, expected a list such as {[ARCHITECTURES[model_type]]}",
             hint="engines find the model's code by it",
         )
-    _check_values(config, _KNOWN_VALUES, where, "")
+    config = text_keys(config, where)
+    check_forward_keys(config, where)
+    check_rope(config, where)
     method = _quant_method(config, where, packed=packed)
     modelopt = method in _MODELOPT_METHODS
-    rope = config.get("rope_scaling")
-    if rope is not None and not (isinstance(rope, dict) and rope.get("rope_type", rope.get("type")) == "default"):
-        raise CheckpointError(f"{where}: rope_scaling {rope} is unknown (known: the default type)")
 
     def size(key: str) -> int:
         value = config.get(key)
@@ -191,16 +181,8 @@ def _quant_method(config: dict[str, Any], where: str, *, packed: bool) -> str | 
         known = _KNOWN_MODELOPT
     elif packed:
         known = known | {"store_dtype": (*known["store_dtype"], "mxfp4")}
-    _check_values(quantization, known, where, "quantization_config.")
+    check_known(quantization, known, where, "quantization_config.")
     return str(method)
-
-
-def _check_values(config: dict[str, Any], known: dict[str, tuple[Any, ...]], where: str, prefix: str) -> None:
-    for key, values in known.items():
-        value = config.get(key)
-        if not any(value == good and isinstance(value, bool) == isinstance(good, bool) for good in values):
-            expected = " or ".join("absent" if good is None else repr(good) for good in values)
-            raise CheckpointError(f"{where}: {prefix}{key} is {value!r}, known is {expected}")
 
 
 def _check_transforms(transforms: Any, where: str) -> None:
@@ -220,11 +202,20 @@ def _check_transforms(transforms: Any, where: str) -> None:
 def _pattern(
     config: dict[str, Any], key: str, other_key: str, other_true: str, layers: int, where: str
 ) -> tuple[bool, ...]:
-    """A per-layer yes/no list, in the published form (0/1) or transformers' (names)."""
-    value = config.get(key)
-    if value is None and isinstance(config.get(other_key), list):
-        value = [1 if item == other_true else 0 for item in config[other_key]]
+    """A per-layer yes/no list, in the published form (0/1) or transformers' (names); where both stand, they agree."""
+    value, names = config.get(key), config.get(other_key)
+    named = [1 if name == other_true else 0 for name in names] if isinstance(names, list) else None
+    if value is None:
+        key, value = (other_key, named) if named is not None else (key, value)
     if not isinstance(value, list) or len(value) != layers or any(item not in (0, 1) for item in value):
         length = len(value) if isinstance(value, list) else "no list"
         raise CheckpointError(f"{where}: {key} must be {layers} zeros and ones, one a layer (found {length})")
+    if named is not None and [int(item) for item in value] != named:
+        if len(named) != layers:
+            raise CheckpointError(f"{where}: {other_key} names {len(named)} layers, num_hidden_layers is {layers}")
+        layer = next(n for n in range(layers) if int(value[n]) != named[n])
+        raise CheckpointError(
+            f"{where}: layer {layer} is {value[layer]} in {key} and {config[other_key][layer]!r} in {other_key}: "
+            "which holds?"
+        )
     return tuple(bool(item) for item in value)

@@ -37,6 +37,7 @@ from mimoquant.checkpoint.hf_files import MODELOPT_CONFIG_NAME, side_files
 from mimoquant.checkpoint.index import open_index, read_json_object, resolve_inside
 from mimoquant.checkpoint.writer import Entry, file_order
 from mimoquant.errors import CheckpointError, UsageError
+from mimoquant.model.config_keys import drop_text_key, set_text_key
 from mimoquant.model.geometry import Geometry
 from mimoquant.model.layout import PROJECTIONS, ModelLayout, Weight, read_layout
 from mimoquant.model.qkv import possible_chunks
@@ -175,11 +176,11 @@ def _config(plan: RelayoutPlan) -> dict[str, Any]:
     """config.json for the new layout. MTP's qkv has two names: vLLM's, which is that of the files, and SGLang's."""
     out = copy.deepcopy(plan.layout.config)
     if plan.target.fused_qkv:
-        out["attention_projection_layout"] = "fused_qkv"
+        set_text_key(out, "attention_projection_layout", "fused_qkv")
     elif plan.target.model_type == "mimo_v2_flash":  # as published; older engines do not know "split"
-        out.pop("attention_projection_layout", None)
+        drop_text_key(out, "attention_projection_layout")
     else:
-        out["attention_projection_layout"] = "split"
+        set_text_key(out, "attention_projection_layout", "split")
     stems = [step.weight.name.rpartition(".self_attn.")[0] for step in plan.moved if step.entries[0].dtype == "BF16"]
     if plan.layout.geometry.fp8 and stems:
         if any(stem.startswith("model.mtp.") for stem in stems):

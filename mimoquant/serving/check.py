@@ -85,7 +85,7 @@ class _Check:
     def __init__(self, checkpoint: Served, engine: str, version: str, tp: int | None, expert_tp: int | None) -> None:
         self.checkpoint, self.engine, self.tp, self.expert_tp = checkpoint, engine, tp, expert_tp
         self.version, self.label = c.parse_version(version), f"{c.ENGINES[engine].label} {version}"
-        self.config = checkpoint.config.get("quantization_config") or {}
+        self.config = checkpoint.text.get("quantization_config") or {}
         self.prefix = c.ENGINES[engine].text_prefix if checkpoint.towers else ""
 
     def problems(self) -> Iterator[Problem]:

@@ -174,7 +174,7 @@ class _Maker:
         if self.engine == c.SGLANG:
             whole += int(sliding * SWA_RATIO)
         else:
-            left -= sliding * (PREFILL_TOKENS + int(self.checkpoint.config.get("sliding_window_size") or 128))
+            left -= sliding * (PREFILL_TOKENS + int(self.checkpoint.text.get("sliding_window_size") or 128))
         context = min(self.checkpoint.max_context, max(0, left) // whole // 1024 * 1024)
         least = min(LEAST_CONTEXT, self.checkpoint.max_context)
         if context < least:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mimoquant.checkpoint.index import open_index
+from mimoquant.model.config_keys import text_keys
 from mimoquant.model.geometry import FP8_BLOCK, Attention, Geometry, read_geometry
 from mimoquant.model.layout import PROJECTIONS, TOWER_PREFIXES, read_layout
 from mimoquant.model.qkv import with_chunks
@@ -59,10 +60,15 @@ class Served:
     bytes_by_kind: Counter[str] = field(default_factory=Counter)  # experts, towers, mtp, rest
 
     @property
+    def text(self) -> dict[str, Any]:
+        """The text model's keys of config.json."""
+        return text_keys(self.config, self.name)
+
+    @property
     def container(self) -> str:
         if self.geometry.mxfp8:
             return MODELOPT
-        quantization = self.config.get("quantization_config") or {}
+        quantization = self.text.get("quantization_config") or {}
         return COMPRESSED_TENSORS if quantization.get("quant_method") == COMPRESSED_TENSORS else NATIVE
 
     @property
@@ -79,11 +85,11 @@ class Served:
 
     @property
     def declared_split(self) -> bool:
-        return self.config.get("attention_projection_layout") == "split"
+        return self.text.get("attention_projection_layout") == "split"
 
     @property
     def max_context(self) -> int:
-        return int(self.config.get("max_position_embeddings") or 2**18)
+        return int(self.text.get("max_position_embeddings") or 2**18)
 
     def kv_bytes(self, tp: int, value_bytes: int = 2) -> tuple[int, int]:
         """Bytes of KV cache a token takes on one GPU: in all global layers, in all sliding-window layers."""

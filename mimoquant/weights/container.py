@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mimoquant.model.config_keys import drop_text_key, set_text_key, text_keys
 from mimoquant.model.layout import PROJECTIONS, expert_module
 from mimoquant.quant.formats import Format
 
@@ -36,6 +37,7 @@ EXPERT_TARGET = r"re:.*mlp\.experts\.\d+\.(gate|up|down)_proj$"
 # Everything but the experts: SGLang 0.5.23 stops at a matrix that is in neither targets nor ignore. The name of a whole
 # layer of experts must not match either, engines look that up too.
 NOT_EXPERTS = r"re:^(?!.*\.mlp\.experts(\.|$)).*$"
+_CONFIG = "config.json"
 FORMAT_VERSION = "0.19.0"  # of compressed-tensors, whose layout this is
 
 # Part of a format → its suffix on disk, in the order in which the parts of a module are written.
@@ -102,7 +104,7 @@ def ignore_qkv(config: dict[str, Any], stems: Iterable[str]) -> None:
     """Name the q, k, v of these layers (`model.layers.0`) as bf16: under `quant_method: fp8` engines make FP8 modules
     of all that is not ignored, so they are named as the module that engines build and as its parts."""
     names = [f"{stem}.self_attn.{part}_proj" for stem in stems for part in ("qkv", "q", "k", "v")]
-    quantization = config["quantization_config"]
+    quantization = text_keys(config, _CONFIG)["quantization_config"]
     lists = [key for key in ("ignored_layers", "modules_to_not_convert") if quantization.get(key)]
     for key in lists or ["ignored_layers"]:
         quantization[key] = list(dict.fromkeys([*(quantization.get(key) or []), *names]))
@@ -119,7 +121,7 @@ def output_config(
     whose q, k, v become bf16 in a container that keeps others in FP8."""
     out = copy.deepcopy(config)
     if container == NATIVE:
-        quantization = out["quantization_config"]
+        quantization = text_keys(out, _CONFIG)["quantization_config"]
         quantization["store_dtype"] = "mxfp4"
         quantization["mxfp4_block_size"] = 32
         if carve_outs:
@@ -128,8 +130,9 @@ def output_config(
         if bf16_qkv:
             ignore_qkv(out, [f"model.layers.{layer}" for layer in bf16_qkv])
         return out
-    if out.get("attention_projection_layout") == "fused_qkv":
-        out["attention_projection_layout"] = "split"
+    if text_keys(out, _CONFIG).get("attention_projection_layout") == "fused_qkv":
+        set_text_key(out, "attention_projection_layout", "split")
+    drop_text_key(out, "quantization_config")
     if container == MODELOPT:
         out["quantization_config"] = {"quant_method": "modelopt"} | _modelopt_settings(config, formats)
     else:
@@ -151,7 +154,7 @@ def _modelopt_settings(config: dict[str, Any], layers: Iterable[int]) -> dict[st
     modules = (
         expert_module(layer, expert, projection)
         for layer in sorted(layers)
-        for expert in range(config["n_routed_experts"])
+        for expert in range(text_keys(config, _CONFIG)["n_routed_experts"])
         for projection in PROJECTIONS
     )
     return {
