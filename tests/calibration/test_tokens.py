@@ -491,7 +491,7 @@ def test_the_script_rebuilds_the_shipped_set(shared: Path, tmp_path: Path) -> No
     sources = shared / "text" / "heldout"
     if not sources.is_dir():
         pytest.skip("the source texts are not beside this clone")
-    script = REPOSITORY / "scripts" / "scripts/make/calib.py"
+    script = REPOSITORY / "scripts/make/calib.py"
     subprocess.run([sys.executable, script, sources, "--out", tmp_path / "again"], check=True, capture_output=True)
     ours = {file.name: file.read_bytes() for file in (calib_folder() / "heldout-v1").iterdir()}
     assert {file.name: file.read_bytes() for file in (tmp_path / "again").iterdir()} == ours

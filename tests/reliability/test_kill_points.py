@@ -117,7 +117,7 @@ def test_a_folder_of_somebody_else_is_not_taken_over(source: Path, tmp_path: Pat
 
 
 def kill_and_resume(*arguments: str) -> str:
-    command = [sys.executable, str(REPOSITORY / "scripts" / "scripts/stress/kill_and_resume.py"), *arguments]
+    command = [sys.executable, str(REPOSITORY / "scripts/stress/kill_and_resume.py"), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=3000)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
