@@ -13,7 +13,7 @@ _DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
 
 class MimoquantError(Exception):
-    """A failure a user can cause. `exit_code` follows ARCHITECTURE.md; `hint` says what to do about it."""
+    """A failure a user can cause. `exit_code`: see cli/README.md; `hint` says what to do about it."""
 
     exit_code = 1
     told = False  # another process of the run says it
