@@ -1,7 +1,8 @@
-"""Every shell example of the documentation, in the order of its file, on the micro checkpoint.
+"""What people read holds: examples run, claims are recorded, tables say what the code says, pages keep their form.
 
-A stranger's folders are a temporary folder here, and large numbers are small ones; nothing else is changed. What needs
-a cluster or a server is parsed: the verb and each of its options must exist. Links must lead somewhere.
+Every shell example runs in the order of its file, on the micro checkpoint. A stranger's folders are a temporary folder
+here, and large numbers are small ones; nothing else is changed. What needs a cluster or a server is parsed: the verb
+and each of its options must exist. The README's three commands run as they stand, and print what stands there.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_architecture import ALLOWED
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -23,10 +25,15 @@ from mimoquant import pipeline
 from mimoquant.cli.app import app
 from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import load_recipe, parse_recipe
+from mimoquant.serving import contracts
+from mimoquant.shipped import shipped_recipes
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-FOLDERS = ("*.md", "recipes/*.md", "calib/*.md", "mimoquant/*/*.md")
+FOLDERS = ("*.md", "recipes/*.md", "calib/*.md", "mimoquant/*/*.md", "scripts/*.md")
 DOCUMENTS = [path.relative_to(REPOSITORY).as_posix() for folder in FOLDERS for path in sorted(REPOSITORY.glob(folder))]
+GUIDES = [name for name in DOCUMENTS if name.endswith("/README.md")]
+LINES = {"README.md": 150, "ARCHITECTURE.md": 100} | dict.fromkeys(GUIDES, 200)
+WHY_WORDS = 100
 SMALL = {"--max-kl": "9", "--budget-gib": "0.0078", "--gpus": "1", "--tp": "1"}
 FEW = ["--sequences", "8", "--tokens", "32"]
 CALIBRATED = ("gptq-", "awq-")
@@ -110,11 +117,11 @@ def run(words: list[str], models: Path) -> None:
 
 
 def is_refused(words: list[str]) -> bool:
-    """The README's example of a refusal."""
+    """The serving guide's example of a refusal."""
     return {"verify", "sglang", "--tp"} <= set(words)
 
 
-@pytest.mark.parametrize("document", [name for name in DOCUMENTS if name.endswith(".md") and commands(name)])
+@pytest.mark.parametrize("document", [name for name in DOCUMENTS if commands(name)])
 def test_every_example_does_what_it_says(
     document: str, models: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -126,7 +133,8 @@ def test_every_example_does_what_it_says(
         words = words_of(line)
         program = words[0]
         if program == "mimoquant":
-            run(words[1:], models)
+            if document != "README.md":  # whose commands run as they stand, below
+                run(words[1:], models)
         elif "mimoquant" in words:  # under a launcher of processes
             parse(words[words.index("mimoquant") + 1 :])
         else:
@@ -136,20 +144,41 @@ def test_every_example_does_what_it_says(
             assert all(os.access(REPOSITORY / script, os.R_OK) for script in scripts), line
 
 
-def test_the_recipe_of_the_readme_is_one() -> None:
-    (text,) = (text for language, text in blocks("README.md") if language == "yaml")
-    assert parse_recipe(text, "README.md").method
+def text_of(document: str) -> str:
+    return (REPOSITORY / document).read_text(encoding="utf-8")
 
 
-def test_the_python_of_the_readme_runs(models: Path) -> None:
-    (text,) = (text for language, text in blocks("README.md") if language == "python")
+def test_the_readme_prints_what_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each line that stands below a command there is among what it prints, in that order; `...` stands for others."""
+    monkeypatch.chdir(REPOSITORY)
+    (console,) = (text for language, text in blocks("README.md") if language == "console")
+    shown = [part.splitlines() for part in re.split(r"^\$ ", console, flags=re.M) if part]
+    assert len(shown) == 3
+    for command, *lines in shown:
+        words = shlex.split(command.replace("/tmp/", f"{tmp_path}/"))
+        result = CliRunner().invoke(
+            app, [*words[1:], "--quiet", *(["--device", "cpu"] if words[1] != "verify" else [])]
+        )
+        assert result.exit_code == 0, result.output
+        printed = iter(result.stdout.replace(f"{tmp_path}/", "/tmp/").splitlines())
+        for line in lines:
+            assert line == "..." or line in printed, line
+
+
+def test_the_recipe_of_the_guide_is_one() -> None:
+    (text,) = (text for language, text in blocks("recipes/README.md") if language == "yaml")
+    assert parse_recipe(text, "recipes/README.md").method
+
+
+def test_the_python_of_the_guide_runs(models: Path) -> None:
+    (text,) = (text for language, text in blocks("mimoquant/report/README.md") if language == "python")
     shutil.rmtree(models / "MiMo-V2.5-MXFP4", ignore_errors=True)
     small = text.replace("/models", str(models)).replace('MXFP4")["j"]', 'MXFP4", sequences=7, tokens=32)["j"]')
     assert small.count("tokens=32") == 1
-    exec(compile(small, "README.md", "exec"), {})
+    exec(compile(small, "mimoquant/report/README.md", "exec"), {})
 
 
-@pytest.mark.parametrize("document", [name for name in DOCUMENTS if name.endswith(".md")])
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_within_the_repository_lead_somewhere(document: str) -> None:
     text = re.sub(r"^```.*?^```", "", (REPOSITORY / document).read_text(encoding="utf-8"), flags=re.M | re.S)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
@@ -163,13 +192,99 @@ def test_links_within_the_repository_lead_somewhere(document: str) -> None:
             assert anchor in [re.sub(r"[^\w -]", "", one.lower()).replace(" ", "-") for one in headings], target
 
 
-def test_figures_of_the_first_screen_are_recorded() -> None:
-    """Each number in bold there stands in RESULTS.md, whose sections it names."""
-    screen = (REPOSITORY / "README.md").read_text(encoding="utf-8").partition("## What it can do now")[0]
-    results = (REPOSITORY / "scripts/RESULTS.md").read_text(encoding="utf-8")
-    recorded = [float(one) for one in re.findall(r"(?<![\w.])\d*\.?\d+(?![\w])", results)]
-    for figure in re.findall(r"\*\*(\d*\.?\d+)", screen):
-        digits = len(figure.partition(".")[2])
-        assert any(round(one, digits) == float(figure) for one in recorded), figure
-    for section in re.findall(r"\[\d\] ([A-Z][^,\[(:.]*)", screen.partition("Sections of")[2]):
-        assert f"## {section.strip()}" in results, section
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_files_that_are_named_are_there(document: str) -> None:
+    """Paths from the root; in ARCHITECTURE also those below `mimoquant/`."""
+    text = text_of(document)
+    named = re.findall(r"\b(?:mimoquant|tests|scripts|calib|recipes)/[\w./-]+\.(?:py|md|txt|json|svg|yaml)\b", text)
+    named += re.findall(r"`(scripts/[\w/]+)(?=[` ])", text)
+    missing = [name for name in named if not (REPOSITORY / name).exists()]
+    if document == "ARCHITECTURE.md":
+        below = re.findall(r"`([a-z_]+/[\w/]+\.py)`", text)
+        missing += [
+            name for name in below if not any((REPOSITORY / root / name).exists() for root in ("mimoquant", "."))
+        ]
+    assert not missing
+
+
+@pytest.mark.parametrize("document", LINES)
+def test_pages_keep_their_length_and_guides_begin_with_a_question(document: str) -> None:
+    lines = text_of(document).splitlines()
+    assert len(lines) <= LINES[document]
+    if document in GUIDES:
+        assert re.fullmatch(r"# .*\?", lines[0]), lines[0]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_decisions_tell_their_alternative_and_their_price(document: str) -> None:
+    for title, body in re.findall(r"^### (Why .*)\n((?:(?!#).*\n?)*)", text_of(document), re.M):
+        assert len(body.split()) <= WHY_WORDS, (title, len(body.split()))
+        assert "Alternative:" in " ".join(body.split()) and "Price:" in body, title
+
+
+def test_the_verbs_and_the_recipes_are_all_told() -> None:
+    told = re.findall(r"^\| `([\w-]+) ", text_of("mimoquant/cli/README.md").partition("\n## ")[0], re.M)
+    assert set(told) == set(VERBS)
+    shipped = text_of("recipes/README.md").partition("## What ships")[2].partition("\n## ")[0]
+    listed = re.findall(r"^\| `([\w-]+)` \|", shipped, re.M)
+    assert sorted(listed) == shipped_recipes()
+
+
+def test_the_folders_stand_above_what_they_import() -> None:
+    """ARCHITECTURE's table has every folder and root module of the table of imports, in an order that it allows."""
+    rows = re.findall(r"^\| `(\w+)(?:/|\.py)` \|", text_of("ARCHITECTURE.md"), re.M)
+    assert set(rows) == set(ALLOWED) - {"__main__"}
+    for place, row in enumerate(rows):
+        assert ALLOWED[row] <= set(rows[place + 1 :]), row
+
+
+SUBJECTS = {
+    "int4, symmetric": contracts.INT4,
+    "int4, asymmetric": contracts.INT4_ASYMMETRIC,
+    "MXFP4, native container": contracts.NATIVE_MXFP4,
+    "MXFP4, compressed-tensors": contracts.CT_MXFP4,
+    "NVFP4, compressed-tensors": contracts.CT_NVFP4,
+    "NVFP4, ModelOpt's container": contracts.MO_NVFP4,
+    "int4 beside FP8, MXFP4 or NVFP4, by layers": contracts.MIXED,
+}
+WORDS = {contracts.RIGHT: "reads", contracts.REFUSED: "refuses", contracts.CORRUPTED: "wrong"}
+
+
+@pytest.mark.parametrize(("document", "rows"), [("README.md", 6), ("mimoquant/serving/README.md", 7)])
+def test_the_table_of_engines_says_what_the_contracts_say(document: str, rows: int) -> None:
+    engines = list(contracts.ENGINES.values())
+    head = " | ".join(f"{engine.label} {engine.read.removesuffix('.0')}" for engine in engines)
+    table = text_of(document).partition(f"| output | {head} |\n")[2].partition("\n\n")[0].splitlines()[1:]
+    assert len(table) == rows
+    for line in table:
+        subject, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        for engine, cell in zip(contracts.ENGINES, cells, strict=True):
+            (row,) = (
+                row
+                for row in contracts.FORMATS
+                if (row.engine, row.subject, row.until) == (engine, SUBJECTS[subject], None)
+            )
+            expected = "not tried" if row.evidence == contracts.UNVERIFIED else WORDS[row.verdict]
+            assert cell.startswith(expected), (line, row)
+            since = ".".join(map(str, row.since))
+            assert ("from " not in cell) or f"from {since} on" in cell, (line, row)
+
+
+def numbers(text: str) -> list[str]:
+    return re.findall(r"(?<![\w.-])\d*\.?\d+(?![\w.]*\d)", text)
+
+
+def test_figures_of_the_readme_are_recorded() -> None:
+    """Each figure of a row of its table stands, to as many digits, in the section of RESULTS that the row names."""
+    screen, results = text_of("README.md").partition("## How good, how fast")[2], text_of("scripts/RESULTS.md")
+    sections = dict(re.findall(r"\[(\d)\] ([^,.\[]*)", screen.partition("Sections of")[2]))
+    rows = [line for line in screen.partition("\n\n## ")[0].splitlines() if re.search(r"\[\d\] \|$", line)]
+    assert len(rows) == 5
+    for line in rows:
+        _, _, ours, peer, ratio, measured, _ = line.split("|")
+        title = " ".join(sections[re.findall(r"\[(\d)\]", measured)[0]].split())
+        (section,) = (part for part in re.split(r"^##+ ", results, flags=re.M) if part.startswith(title))
+        recorded = [float(one) for one in numbers(section)]
+        for figure in numbers(f"{ours} {peer} {ratio}"):
+            digits = len(figure.partition(".")[2])
+            assert any(abs(one - float(figure)) <= 0.5 * 10**-digits + 1e-12 for one in recorded), (line, figure)

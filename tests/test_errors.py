@@ -95,10 +95,10 @@ def test_sentences_keep_the_form() -> None:
             assert said[:1] in "{-" or said[:1].islower() or said[:2] in ("J ", "NV"), (path.name, said)
 
 
-def test_errors_of_the_readme_are_real() -> None:
+def test_errors_of_the_guide_are_real() -> None:
     """What its table quotes is a part of a sentence, with an ellipsis for what is filled in."""
     said = re.sub(r"\{[^}]*\}", "…", collected())
-    table = (REPOSITORY / "README.md").read_text(encoding="utf-8").partition("## What an error means")[2]
+    table = (REPOSITORY / "mimoquant/cli/README.md").read_text(encoding="utf-8").partition("## What an error means")[2]
     for row in re.findall(r"^\| (`.*?`) \|", table, re.M):
         for quoted in re.findall(r"`([^`]+)`", row):
             pieces = [piece.strip() for piece in quoted.split("…")]
