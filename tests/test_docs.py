@@ -222,12 +222,24 @@ def test_decisions_tell_their_alternative_and_their_price(document: str) -> None
         assert "Alternative:" in " ".join(body.split()) and "Price:" in body, title
 
 
+def numbers(text: str) -> list[str]:
+    return re.findall(r"(?<![\w.-])\d*\.?\d+(?![\w.]*\d)", text)
+
+
 def test_the_verbs_and_the_recipes_are_all_told() -> None:
     told = re.findall(r"^\| `([\w-]+) ", text_of("mimoquant/cli/README.md").partition("\n## ")[0], re.M)
     assert set(told) == set(VERBS)
     shipped = text_of("recipes/README.md").partition("## What ships")[2].partition("\n## ")[0]
     listed = re.findall(r"^\| `([\w-]+)` \|", shipped, re.M)
     assert sorted(listed) == shipped_recipes()
+
+
+def test_the_figures_of_the_recipes_are_recorded() -> None:
+    """J of each, in the section that compares methods one by one."""
+    section = text_of("scripts/RESULTS.md").partition("### Calibrated methods one by one")[2].partition("\n### ")[0]
+    recorded = {f"{float(one):.4f}".lstrip("0") for one in numbers(section) if "." in one}
+    told = re.findall(r"^\| `[\w-]+` \| .* \| (\.\d{4}) \|$", text_of("recipes/README.md"), re.M)
+    assert len(told) == 10 and set(told) <= recorded
 
 
 def test_the_folders_stand_above_what_they_import() -> None:
@@ -268,10 +280,6 @@ def test_the_table_of_engines_says_what_the_contracts_say(document: str, rows: i
             assert cell.startswith(expected), (line, row)
             since = ".".join(map(str, row.since))
             assert ("from " not in cell) or f"from {since} on" in cell, (line, row)
-
-
-def numbers(text: str) -> list[str]:
-    return re.findall(r"(?<![\w.-])\d*\.?\d+(?![\w.]*\d)", text)
 
 
 def test_figures_of_the_readme_are_recorded() -> None:
