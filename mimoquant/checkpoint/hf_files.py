@@ -7,10 +7,12 @@ Weights, the index, config.json and the README have their own writers.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
-from mimoquant.checkpoint.index import INDEX_NAME, resolve_inside
+from mimoquant.checkpoint.folders import resolve_inside
+from mimoquant.checkpoint.index import INDEX_NAME
 from mimoquant.checkpoint.writer import copy_file_durably, fsync_folder, stopping
 from mimoquant.errors import CheckpointError
 
@@ -28,10 +30,25 @@ _WRITTEN_ANEW = {
     "relayout.json",
 }
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".onnx", ".h5", ".msgpack")
+_OTHER_FORMS = {"original", "onnx", "openvino", "gguf", "__pycache__"}  # of the same weights, or made by running
+_UNFINISHED = (".incomplete", ".aria2", ".part", ".crdownload", ".lock", ".tmp")
+_WEIGHT_INDEX = ".index.json"  # of weights that are not carried, so it would lead nowhere
 
 
-def side_files(folder: Path) -> dict[str, int]:
-    """Relative path → bytes of the files to carry over, sorted. Hidden files and top-level weights are not among them.
+@dataclass(frozen=True, slots=True)
+class SideFiles:
+    """Files beside the shards. `sizes`: relative path → bytes of those to carry over, sorted; `left_out`: the others,
+    a folder's with a slash at its end. Hidden files are in neither: the Hub's and git's own."""
+
+    sizes: dict[str, int]
+    left_out: list[str]
+
+
+def side_files(folder: Path, shards: Collection[str]) -> SideFiles:
+    """Sort what lies in a checkpoint folder beside `shards`, the files that its index names.
+
+    A drafter's and a tokenizer's weights, in folders of their own, are carried over; other forms of the same weights,
+    unfinished downloads and indexes of weights that are not carried are left out.
 
     Raises CheckpointError for one that cannot be read, leads out of the folder or is no regular file: before anything
     is done, rather than after hours.
@@ -41,22 +58,40 @@ def side_files(folder: Path) -> dict[str, int]:
         raise CheckpointError(f"{error.filename}: cannot be read ({error.strerror})") from error
 
     names: list[str] = []
+    left_out: list[str] = []
     for root, folders, files in os.walk(folder, onerror=fail):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        relative = Path(root).relative_to(folder)
+        relative, kept = Path(root).relative_to(folder), []
+        for name in sorted(folders):
+            if name.startswith("."):
+                continue
+            if Path(root, name).is_symlink():
+                raise CheckpointError(
+                    f"{Path(root, name)}: is a link to a folder, {os.readlink(Path(root, name))}",
+                    hint="copy that folder here, or remove the link",
+                )
+            if relative == Path() and name in _OTHER_FORMS:
+                left_out.append(f"{name}/")
+            elif name != "__pycache__":
+                kept.append(name)
+        folders[:] = kept
         for file in files:
-            if file.startswith(".") or (file in _WRITTEN_ANEW and relative == Path()):
+            name = (relative / file).as_posix()
+            if file.startswith(".") or name in shards or name in _WRITTEN_ANEW:
                 continue
-            if relative == Path() and file.endswith(_WEIGHT_SUFFIXES):
-                continue
-            names.append((relative / file).as_posix())
+            (left_out if _is_left_out(relative, file) else names).append(name)
     sizes: dict[str, int] = {}
     for name in sorted(names):
         path = resolve_inside(folder, name)
         if not os.access(path, os.R_OK):
-            raise CheckpointError(f"{path}: cannot be read (Permission denied)")
+            raise CheckpointError(f"{folder / name}: cannot be read (Permission denied)")
         sizes[name] = path.stat().st_size
-    return sizes
+    return SideFiles(sizes, sorted(left_out))
+
+
+def _is_left_out(folder: Path, file: str) -> bool:
+    if file.endswith(_UNFINISHED):
+        return True
+    return folder == Path() and file.endswith((*_WEIGHT_SUFFIXES, _WEIGHT_INDEX))
 
 
 def copy_side_files(source: Path, target: Path, names: Iterable[str]) -> None:

@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from mimoquant.checkpoint.folders import open_inside
 from mimoquant.errors import CheckpointError, UsageError
 
 DTYPE_BYTES = {
@@ -112,8 +113,7 @@ def open_index(folder: Path | str) -> CheckpointIndex:
     sizes: dict[str, int] = {}
     hashes: dict[str, str] = {}
     for file in sorted(set(weight_map.values())):
-        path = resolve_inside(folder, file)
-        infos, sizes[file], hashes[file] = read_shard_header(path, file)
+        infos, sizes[file], hashes[file] = read_shard_header(folder, file)
         for info in infos:
             if weight_map.get(info.name, file) != file:
                 raise CheckpointError(
@@ -127,14 +127,15 @@ def open_index(folder: Path | str) -> CheckpointIndex:
 
 def open_shard(path: Path) -> CheckpointIndex:
     """One shard as an index of its own. Raises CheckpointError where it is not well formed."""
-    infos, size, sha256 = read_shard_header(path, path.name)
+    infos, size, sha256 = read_shard_header(path.parent, path.name)
     return CheckpointIndex(path.parent, {info.name: info for info in infos}, {path.name: size}, {path.name: sha256}, {})
 
 
-def read_shard_header(path: Path, file: str) -> tuple[list[TensorInfo], int, str]:
+def read_shard_header(folder: Path, file: str) -> tuple[list[TensorInfo], int, str]:
     """Parse and check one shard's header; returns its tensors, the file's size and the header's sha256."""
+    path = folder / file
     try:
-        with path.open("rb") as handle:
+        with open_inside(folder, file) as handle:
             file_size = os.fstat(handle.fileno()).st_size
             prefix = handle.read(8)
             if len(prefix) < 8:
@@ -156,31 +157,6 @@ def read_shard_header(path: Path, file: str) -> tuple[list[TensorInfo], int, str
     return infos, file_size, hashlib.sha256(raw).hexdigest()
 
 
-def resolve_inside(folder: Path, name: str) -> Path:
-    """The path of `name` in `folder`, refusing anything that leaves the folder.
-
-    A Hugging Face cache snapshot links into its own `blobs/`; that, and only that, is followed.
-    """
-    if not name or name.startswith("/") or "\\" in name or "\0" in name or ".." in Path(name).parts:
-        raise CheckpointError(f"{folder}: the path {name!r} leads out of the checkpoint folder")
-    path = folder / name
-    if len(os.fsencode(name)) > 1000 or any(len(os.fsencode(part)) > 255 for part in path.parts):
-        raise CheckpointError(f"{folder}: the file name {name} is too long to exist")
-    if not path.exists():
-        raise CheckpointError(
-            f"{folder}: {name} is missing", hint="the download is incomplete: fetch the missing file and try again"
-        )
-    resolved, root = path.resolve(), folder.resolve()
-    roots = [root]
-    if root.parent.name == "snapshots":
-        roots.append(root.parent.parent / "blobs")
-    if not any(resolved.is_relative_to(allowed) for allowed in roots):
-        raise CheckpointError(f"{path}: is a link that leads out of the checkpoint folder, to {resolved}")
-    if not resolved.is_file():
-        raise CheckpointError(f"{path}: is not a regular file")
-    return path
-
-
 def read_json_object(path: Path, max_bytes: int = MAX_INDEX_BYTES, *, unique: bool = False) -> dict[str, Any]:
     """A JSON file that must hold an object; size-limited, UTF-8 (CRLF and a BOM are fine). `unique`: its keys are."""
     try:
@@ -190,6 +166,21 @@ def read_json_object(path: Path, max_bytes: int = MAX_INDEX_BYTES, *, unique: bo
         return _parse_json_object(path.read_bytes(), path, unique=unique)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def read_json_inside(
+    folder: Path, name: str, max_bytes: int = MAX_INDEX_BYTES, *, unique: bool = False
+) -> dict[str, Any]:
+    """`read_json_object` of a file of a checkpoint folder, which may be a snapshot of links (see `folders`)."""
+    path = folder / name
+    try:
+        with open_inside(folder, name) as file:
+            raw = file.read(max_bytes + 1)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    if len(raw) > max_bytes:
+        raise CheckpointError(f"{path}: more than the {max_bytes} bytes a JSON file may have here")
+    return _parse_json_object(raw, path, unique=unique)
 
 
 def _parse_json_object(raw: bytes, path: Path, *, unique: bool = False) -> dict[str, Any]:
@@ -217,7 +208,7 @@ def _read_weight_map(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
     """name → file from the index file, or from the only shard when there is no index."""
     index_path = folder / INDEX_NAME
     if index_path.exists():
-        index = read_json_object(resolve_inside(folder, INDEX_NAME), unique=True)
+        index = read_json_inside(folder, INDEX_NAME, unique=True)
         weight_map = index.get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise CheckpointError(f"{index_path}: has no usable weight_map", hint=_DAMAGED)
@@ -239,7 +230,7 @@ def _read_weight_map(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
                 hint="convert the checkpoint to safetensors first",
             )
         raise CheckpointError(f"{folder}: holds no safetensors file", hint="give the folder that holds the shards")
-    infos, _, _ = read_shard_header(resolve_inside(folder, shards[0]), shards[0])
+    infos, _, _ = read_shard_header(folder, shards[0])
     return {info.name: shards[0] for info in infos}, {}
 
 

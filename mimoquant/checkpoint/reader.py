@@ -15,7 +15,8 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
-from mimoquant.checkpoint.index import CheckpointIndex, TensorInfo, resolve_inside
+from mimoquant.checkpoint.folders import open_inside
+from mimoquant.checkpoint.index import CheckpointIndex, TensorInfo
 from mimoquant.errors import CheckpointError
 
 Bytes = npt.NDArray[np.uint8]
@@ -89,8 +90,8 @@ class CheckpointReader:
         with self._lock:
             if file not in self._descriptors:
                 try:
-                    path = resolve_inside(self.index.folder, file)
-                    self._descriptors[file] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                    with open_inside(self.index.folder, file) as opened:
+                        self._descriptors[file] = os.dup(opened.fileno())
                 except OSError as error:
                     raise CheckpointError(f"{self.index.folder / file}: cannot be opened ({error.strerror})") from error
             return self._descriptors[file]

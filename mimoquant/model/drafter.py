@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mimoquant.checkpoint.index import CheckpointIndex, open_index, read_json_object
+from mimoquant.checkpoint.index import CheckpointIndex, open_index, read_json_inside
 from mimoquant.errors import CheckpointError, UsageError
 from mimoquant.model.geometry import Geometry
 
@@ -156,7 +156,7 @@ def open_drafter(folder: Path | str) -> tuple[Drafter, CheckpointIndex]:
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise UsageError(f"{folder}: has no config.json, so it is no draft model")
-    drafter = read_drafter(read_json_object(folder / "config.json"), folder)
+    drafter = read_drafter(read_json_inside(folder, "config.json"), folder)
     index = open_index(folder)
     expected = drafter.shapes()
     for name in sorted(expected.keys() | index.tensors.keys()):

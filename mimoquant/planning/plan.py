@@ -12,7 +12,7 @@ from typing import Any
 
 from mimoquant.__version__ import __version__
 from mimoquant.checkpoint.hf_files import CONFIG_NAME, side_files
-from mimoquant.checkpoint.index import CheckpointIndex, open_index, read_json_object, resolve_inside
+from mimoquant.checkpoint.index import CheckpointIndex, open_index, read_json_inside
 from mimoquant.errors import RecipeError
 from mimoquant.model.drafter import carried_drafter
 from mimoquant.model.layout import PROJECTIONS, ModelLayout, read_layout
@@ -114,6 +114,9 @@ def make_plan(
             f"FP8 q, k, v of layers {ranges(builder.bf16_qkv)} become bf16: vLLM puts the block scales of "
             "such a k and v on other rows"
         )
+    beside = side_files(index.folder, index.file_sizes)
+    if beside.left_out:
+        notes.append(f"not copied: {', '.join(beside.left_out)}")
     plan = Plan(
         layout,
         recipe,
@@ -121,7 +124,7 @@ def make_plan(
         formats,
         carve_outs,
         units,
-        side_files(index.folder),
+        beside.sizes,
         notes,
         output_config(config, chosen, formats, carve_outs, builder.bf16_qkv),
     )
@@ -131,7 +134,7 @@ def make_plan(
 
 def read_config(index: CheckpointIndex) -> dict[str, Any]:
     """config.json of a checkpoint folder."""
-    return read_json_object(resolve_inside(index.folder, CONFIG_NAME), max_bytes=50_000_000)
+    return read_json_inside(index.folder, CONFIG_NAME, max_bytes=50_000_000)
 
 
 def _resolve_layers(layout: ModelLayout, recipe: Recipe) -> tuple[dict[int, Format], dict[int, str]]:

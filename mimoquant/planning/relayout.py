@@ -33,8 +33,9 @@ from pathlib import Path
 from typing import Any
 
 from mimoquant.__version__ import SCHEMA_VERSION, __version__
+from mimoquant.checkpoint.folders import resolve_inside
 from mimoquant.checkpoint.hf_files import MODELOPT_CONFIG_NAME, side_files
-from mimoquant.checkpoint.index import open_index, read_json_object, resolve_inside
+from mimoquant.checkpoint.index import open_index, read_json_inside
 from mimoquant.checkpoint.writer import Entry, file_order
 from mimoquant.errors import CheckpointError, UsageError
 from mimoquant.model.config_keys import drop_text_key, set_text_key
@@ -107,7 +108,7 @@ def make_relayout(
         name: tuple(sorted(_steps(layout, target, name, bf16=bf16), key=lambda step: file_order(step.entries[0])))
         for name in layout.units
     }
-    carried = side_files(index.folder)
+    carried = side_files(index.folder, index.file_sizes).sizes
     for name in ("recipe.yaml", MODELOPT_CONFIG_NAME):  # how its experts were made, on what, and what they are
         if (index.folder / name).is_file():
             carried[name] = resolve_inside(index.folder, name).stat().st_size
@@ -227,7 +228,7 @@ def relayout_texts(plan: RelayoutPlan) -> dict[str, str]:
 
 def plan_again(out: Path, source: Path | str) -> RelayoutPlan:
     """The plan that `out`'s record tells of. Raises CheckpointError where the record is damaged."""
-    record = read_json_object(resolve_inside(out, RECORD_NAME), max_bytes=1_000_000)
+    record = read_json_inside(out, RECORD_NAME, max_bytes=1_000_000)
     qkv, tp, bf16 = (record.get(key) for key in ("qkv", "tp", "bf16"))
     if qkv not in LAYOUTS or not isinstance(bf16, bool) or not (tp is None or type(tp) is int):
         raise CheckpointError(f"{out / RECORD_NAME}: is damaged (qkv {qkv!r}, tp {tp!r}, bf16 {bf16!r})")

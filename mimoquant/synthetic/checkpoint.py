@@ -200,7 +200,7 @@ def _synth(
         for name, content in ((CONFIG_NAME, config), (INDEX_NAME, files.index(layout, geometry.qkv_chunks))):
             (partial / name).write_text(json.dumps(content, indent=2), encoding="utf-8", newline=line_end)
         if isinstance(origin, ConvertedWeights):
-            copy_side_files(origin.folder, partial, side_files(origin.folder))
+            copy_side_files(origin.folder, partial, side_files(origin.folder, origin.reader.index.file_sizes).sizes)
         _publish(partial, out)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from mimoquant.checkpoint.hf_files import CONFIG_NAME
-from mimoquant.checkpoint.index import read_json_object, resolve_inside
+from mimoquant.checkpoint.index import read_json_inside
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.errors import CheckpointError, UsageError
 from mimoquant.model.geometry import FP8_BLOCK
@@ -111,7 +111,7 @@ class ConvertedWeights:
 
     def __init__(self, reader: CheckpointReader) -> None:
         self.reader, self.folder = reader, reader.index.folder
-        config = read_json_object(resolve_inside(self.folder, CONFIG_NAME))
+        config = read_json_inside(self.folder, CONFIG_NAME)
         quantization = config.get("quantization_config")
         if quantization is not None:
             method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from mimoquant.checkpoint.index import CheckpointIndex, TensorInfo, resolve_inside
+from mimoquant.checkpoint.folders import resolve_inside
+from mimoquant.checkpoint.index import CheckpointIndex, TensorInfo
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.checkpoint.torch_file import read_vector
 from mimoquant.errors import CheckpointError

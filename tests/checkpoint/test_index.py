@@ -149,14 +149,15 @@ def test_a_folder_in_place_of_a_shard_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_links_of_a_hub_snapshot_are_followed(tmp_path: Path) -> None:
-    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "0123abcd"
-    blobs.mkdir()
+    repo = tmp_path / "models--XiaomiMiMo--MiMo-V2.5"
+    blobs, snapshot = repo / "blobs", repo / "snapshots" / "0123abcd"
+    blobs.mkdir(parents=True)
     snapshot.mkdir(parents=True)
     write_shard(blobs / "sha", {"a": F32_PAIR}, bytes(8))
     (snapshot / "model.safetensors").symlink_to(Path("../../blobs/sha"))
     assert list(open_index(snapshot).tensors) == ["a"]
-    (tmp_path / "elsewhere").mkdir()
-    (blobs / "sha").rename(tmp_path / "elsewhere" / "sha")
+    (repo / "elsewhere").mkdir()
+    (blobs / "sha").rename(repo / "elsewhere" / "sha")
     (snapshot / "model.safetensors").unlink()
     (snapshot / "model.safetensors").symlink_to(Path("../../elsewhere/sha"))
     refused(snapshot, "link")

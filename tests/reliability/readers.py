@@ -41,7 +41,7 @@ class Reader:
 
 def _header(data: bytes, folder: Path) -> None:
     (folder / "x.safetensors").write_bytes(data)
-    read_shard_header(folder / "x.safetensors", "x.safetensors")
+    read_shard_header(folder, "x.safetensors")
 
 
 def _index(data: bytes, folder: Path) -> None:

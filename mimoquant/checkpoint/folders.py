@@ -1,0 +1,77 @@
+"""Which files of a folder may be opened: those that lie in it, and those of the Hub cache that it is a snapshot of.
+
+Key idea: a name is resolved once, the resolved path is held against the allowed roots, and that path, without links, is
+what is opened. A snapshot of the Hub's cache is links into its own `blobs`, which may itself be a link (to a larger
+disk); any other link that leads out is refused.
+Reference: the cache layout of huggingface_hub (`models--ORG--NAME/{blobs,refs,snapshots}`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from mimoquant.errors import CheckpointError
+
+_CACHED_REPO = "models--"
+_OUTSIDE = "copy the files into one folder (cp -rL), or name the folder that they lie in"
+
+
+def resolve_inside(folder: Path, name: str) -> Path:
+    """Where `name` of `folder` really lies: an absolute path without links, of a regular file.
+
+    Raises CheckpointError for a name or link that leads out of the folder (and of its Hub cache), for what is not there
+    and for what is no regular file.
+    """
+    if not name or name.startswith("/") or "\\" in name or "\0" in name or ".." in Path(name).parts:
+        raise CheckpointError(f"{folder}: the path {name!r} leads out of the checkpoint folder")
+    path = folder / name
+    if len(os.fsencode(name)) > 1000 or any(len(os.fsencode(part)) > 255 for part in path.parts):
+        raise CheckpointError(f"{folder}: the file name {name} is too long to exist")
+    if not path.exists():
+        if path.is_symlink():
+            raise CheckpointError(
+                f"{path}: is a link to {os.readlink(path)}, where there is no file",
+                hint="the download is incomplete: fetch the missing file and try again",
+            )
+        raise CheckpointError(
+            f"{folder}: {name} is missing", hint="the download is incomplete: fetch the missing file and try again"
+        )
+    resolved = path.resolve()
+    if not _allowed(resolved, folder):
+        raise CheckpointError(
+            f"{path}: is a link that leads out of the checkpoint folder, to {resolved}", hint=_OUTSIDE
+        )
+    if not resolved.is_file():
+        raise CheckpointError(f"{path}: is not a regular file")
+    return resolved
+
+
+def open_inside(folder: Path, name: str) -> BinaryIO:
+    """`name` of `folder`, open for reading: the very file that was resolved and checked, whatever is swapped meanwhile.
+
+    Raises CheckpointError as `resolve_inside`, and where the file is another by the time it is open. OSError: it cannot
+    be opened.
+    """
+    resolved = resolve_inside(folder, name)
+    descriptor = os.open(resolved, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    opened = Path(f"/proc/self/fd/{descriptor}")
+    if opened.exists() and opened.resolve() != resolved:  # a folder on the way became a link in between
+        os.close(descriptor)
+        raise CheckpointError(f"{folder / name}: was exchanged while it was being opened")
+    return os.fdopen(descriptor, "rb")
+
+
+def _allowed(resolved: Path, folder: Path) -> bool:
+    return any(resolved.is_relative_to(root) for root in _roots(folder.resolve()))
+
+
+def _roots(folder: Path) -> Iterator[Path]:
+    """The folder that the user named and, where it is (part of) a snapshot of the Hub's cache, that cache's blobs."""
+    yield folder
+    for place in (folder, *folder.parents):
+        if place.parent.name == "snapshots" and place.parent.parent.name.startswith(_CACHED_REPO):
+            yield (place.parent.parent / "blobs").resolve()
+            return
