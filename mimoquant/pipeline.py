@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -33,11 +33,8 @@ from mimoquant.output.small_files import written_texts
 from mimoquant.planning.plan import WRITE_LANES, WRITE_QUEUE_BYTES, Plan
 from mimoquant.planning.units import Experts, Unit
 from mimoquant.quant.stack import Engine
-from mimoquant.run.deal import deal
-from mimoquant.run.steps import Array, _compute, _kind, _load
-
-if TYPE_CHECKING:
-    pass
+from mimoquant.run.deal import Task, deal
+from mimoquant.run.steps import Array, Workshop, label, load, yielded
 
 Progress = Callable[[Unit, int, bool], None]  # unit, output bytes of it done, whether it is finished
 
@@ -152,42 +149,79 @@ def _write_units(
     for unit in plan.units:
         if unit.name in run.finished:
             progress(unit, unit.size_bytes, True)
-    task, writer, lane = None, None, 0
     lanes, queue = 1, WRITE_QUEUE_BYTES
     if engine.name.startswith("cuda"):
         lanes, queue = WRITE_LANES, 2 * max(unit.size_bytes for unit in plan.units)
-    whole = queue // 2 + 1 if lanes == 1 else 0  # that one shard at most waits for its journal line: what a kill costs
     reading = CheckpointReader(plan.layout.index)
     with reading as reader, contextlib.ExitStack() as opened, WriteBehind(queue, lanes) as behind:
         walk = _Walk(plan, run, reader, tokens, team) if tokens else None
-        steps = read_ahead(timeline.waited("read", _load(plan, tasks, reader, engine, team.rank)))
-        try:
-            for loaded in timeline.waited(WAIT_READ, steps):
-                unit = loaded.task.unit
-                if loaded.task is not task:
-                    task, lane = loaded.task, lane + 1
-                    writer = ShardWriter(run.path(unit.file), unit.entries) if task.writes else None
-                    if writer:
-                        opened.callback(writer.abandon)  # where the run ends in the middle
+        shards = _Shards(run, behind, queue // 2 + 1 if lanes == 1 else 0, progress, timeline, opened)
+        shop = Workshop(plan, reader, engine, team.rank)
+        ahead = read_ahead(timeline.waited("read", load(shop, tasks)))
+        with contextlib.closing(ahead):
+            for loaded in timeline.waited(WAIT_READ, ahead):
+                if loaded.task is not shards.task:
+                    shards.begin(loaded.task)
                     if walk:
                         with timeline.span("attention and routing"):
-                            walk.enter(unit)
-                produced = _compute(plan, loaded, engine, walk.calibrator if walk else None)
-                for name, array in timeline.waited(_kind(loaded.steps), produced):
-                    assert writer is not None
-                    array = np.ascontiguousarray(array)
-                    with timeline.span(WAIT_WRITE):
-                        behind.submit(lane, array.nbytes, _write, timeline, writer, name, array)
-                if writer:
-                    progress(unit, writer.size_bytes, False)
+                            walk.enter(loaded.task.unit)
+                produced = yielded(shop, loaded, walk.calibrator if walk else None)
+                for name, array in timeline.waited(label(loaded), produced):
+                    shards.write(name, array)
+                shards.tell()
                 if loaded.last:
-                    facts = walk.leave(unit) if walk else None
-                    if writer:
-                        behind.submit(lane, whole, partial(_complete, unit, writer, run, progress, facts))
-                    else:
-                        progress(unit, unit.size_bytes, True)
-        finally:
-            steps.close()  # type: ignore[attr-defined]
+                    shards.end(walk.leave(loaded.task.unit) if walk else None)
+
+
+class _Shards:
+    """The output shards, one after the other, written behind the run; `task`: whose shard is open.
+
+    whole: how many bytes of the queue a shard takes that waits for its journal line alone. With one lane it is more
+    than half, so that one such shard at most waits: what a kill costs.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        behind: WriteBehind,
+        whole: int,
+        progress: Progress,
+        timeline: Timeline,
+        opened: contextlib.ExitStack,
+    ) -> None:
+        self.run, self.behind, self.whole = run, behind, whole
+        self.progress, self.timeline, self.opened = progress, timeline, opened
+        self.task: Task | None = None
+        self._writer: ShardWriter | None = None  # None where another rank writes the shard
+        self._lane = 0
+
+    def begin(self, task: Task) -> None:
+        self.task, self._lane = task, self._lane + 1
+        unit = task.unit
+        self._writer = ShardWriter(self.run.path(unit.file), unit.entries) if task.writes else None
+        if self._writer:
+            self.opened.callback(self._writer.abandon)  # where the run ends in the middle
+
+    def write(self, name: str, array: Array) -> None:
+        assert self._writer is not None
+        array = np.ascontiguousarray(array)
+        with self.timeline.span(WAIT_WRITE):
+            self.behind.submit(self._lane, array.nbytes, _write, self.timeline, self._writer, name, array)
+
+    def tell(self) -> None:
+        """How far the shard is."""
+        if self._writer:
+            assert self.task is not None
+            self.progress(self.task.unit, self._writer.size_bytes, False)
+
+    def end(self, facts: dict[str, Any] | None) -> None:
+        assert self.task is not None
+        unit = self.task.unit
+        if self._writer:
+            finish = partial(_complete, unit, self._writer, self.run, self.progress, facts)
+            self.behind.submit(self._lane, self.whole, finish)
+        else:
+            self.progress(unit, unit.size_bytes, True)
 
 
 def _write(timeline: Timeline, writer: ShardWriter, name: str, array: Array) -> None:

@@ -31,7 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "planning": {"checkpoint", "machine", "model", "quant", "weights"},
     "serving": {"checkpoint", "model", "planning", "quant", "weights"},
     "run": {"calibration", "checkpoint", "machine", "model", "planning", "quant", "weights"},
-    "output": {"checkpoint", "model", "planning", "quant", "serving", "weights"},
+    "output": {"checkpoint", "model", "planning", "quant", "run", "serving", "weights"},
     "evaluation": {"calibration", "checkpoint", "machine", "model", "planning", "weights"},
     "mixing": {"calibration", "checkpoint", "evaluation", "machine", "model", "planning", "quant", "run", "weights"},
     "synthetic": {"checkpoint", "model", "weights"},

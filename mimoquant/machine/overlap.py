@@ -10,14 +10,14 @@ import collections
 import contextlib
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 _END = object()
 
 
-def read_ahead(items: Iterable[T], depth: int = 2) -> Iterator[T]:
+def read_ahead(items: Iterable[T], depth: int = 2) -> Generator[T, None, None]:
     """Yield `items`, produced by a thread up to `depth` ahead. Closing the generator stops the thread."""
     ready: queue.Queue[Any] = queue.Queue(depth)
     stop = threading.Event()

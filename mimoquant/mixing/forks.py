@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mimoquant.errors import CheckpointError
 from mimoquant.evaluation.divergence import head_divergence
-from mimoquant.evaluation.eval_kl import final_hidden
+from mimoquant.evaluation.side_by_side import final_hidden
 from mimoquant.machine.overlap import read_ahead
 from mimoquant.mixing.layer_options import LayerOptions, Option, Round
 from mimoquant.mixing.needs import probe_every
@@ -140,7 +140,7 @@ def walk_forks(
     source: LayerOptions, lanes: Sequence[Lane], *, first: int = 0, after_layer: Callable[[int], None] | None = None
 ) -> None:
     """Take all lanes from layer `first` to the last. `after_layer` is called after each."""
-    with contextlib.closing(read_ahead(source.feed(first), depth=1)) as feed:  # type: ignore[type-var]
+    with contextlib.closing(read_ahead(source.feed(first), depth=1)) as feed:
         for layer in range(first, source.source.layers):
             weights = next(feed)
             assert isinstance(weights, LayerWeights)

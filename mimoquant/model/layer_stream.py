@@ -106,7 +106,7 @@ def portions(ids: Tensor) -> list[list[Tensor]]:
 def walk(streams: Sequence[Stream], after_layer: Callable[[int], None] | None = None, *, first: int = 0) -> None:
     """Push all streams through all layers from `first` on, in place. `after_layer` sees the streams after each."""
     sources = list({id(stream.source): stream.source for stream in streams}.values())
-    with contextlib.closing(read_ahead(_weights(sources, first), depth=1)) as ahead:  # type: ignore[type-var]
+    with contextlib.closing(read_ahead(_weights(sources, first), depth=1)) as ahead:
         feed = map(_claimed, ahead)
         for number in range(first, sources[0].layers):
             for source in sources:

@@ -12,7 +12,7 @@ Problems are collected, not thrown: a report of all that is wrong beats the firs
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,14 +31,13 @@ from mimoquant.output.small_files import is_as_written, written_texts
 from mimoquant.planning.plan import Plan, make_plan
 from mimoquant.planning.recipe import load_recipe
 from mimoquant.planning.relayout import RECORD_NAME, plan_again
-from mimoquant.planning.reorder import Reorder, block_values, read_blocks
-from mimoquant.planning.units import Copy, Dequantize, Experts, Shapes, Unit
+from mimoquant.planning.units import Experts, Unit
 from mimoquant.quant.engine_cpu import CpuEngine
 from mimoquant.quant.stack import Audit
-from mimoquant.weights.stored import dequantize, read_experts, read_matrix, read_parts
+from mimoquant.run.steps import Workshop, kind_of
+from mimoquant.weights.stored import read_experts, read_parts
 
 Array = npt.NDArray[Any]
-_BLOCK = 32 * 2**20
 RELATIVE_ERROR_LIMIT = 0.1  # squared, of calibrated weights, which need not be the nearest; 4 bits have .005 to .02
 
 
@@ -177,33 +176,35 @@ def _check_headers(index: CheckpointIndex, plan: Plan, report: VerifyReport) -> 
 
 
 class _Values:
-    """Compares values, step by step of the plan."""
+    """Compares values, step by step of the plan: what a kind of step needs for its check (`run.steps.Proof`)."""
 
     def __init__(
         self, plan: Plan, ours: CheckpointReader, theirs: CheckpointReader, engine: CpuEngine, report: VerifyReport
     ) -> None:
         self.plan, self.ours, self.theirs, self.engine, self.report = plan, ours, theirs, engine, report
+        self.shop = Workshop(plan, ours, engine)
         self.total = Audit(0.0, 0, 0.0, 0.0)
+        self.layer: int | None = None
         self.fold: Array | None = None
 
     def unit(self, unit: Unit) -> None:
-        layer = unit.layer
+        layer = self.layer = unit.layer
         self.fold = self._norm_fold(layer) if layer is not None and layer in self.plan.formats else None
         for step in unit.steps:
-            if not all(self._readable(entry) for entry in step.entries):
-                continue  # reported with the headers
-            if isinstance(step, Copy):
-                if layer is None or not self._folded(layer, step.info):
-                    self._copied(step.info)
-            elif isinstance(step, Reorder):
-                self._reordered(step)
-            elif isinstance(step, Experts) and step.fmt is not None:
-                self._quantized(step)
-            else:
-                for entry, expected in zip(step.entries, self._recomputed(step), strict=True):
-                    if not np.array_equal(self._read(entry.name), expected.reshape(-1).view(np.uint8)):
-                        self.report.problem(f"{entry.name}: its values are not the source's")
-                    self.report.checked["recomputed tensors"] += 1
+            if all(self._readable(entry) for entry in step.entries):  # others are reported with the headers
+                kind_of(step).check(step, self)
+
+    def problem(self, text: str) -> None:
+        self.report.problem(text)
+
+    def count(self, what: str, number: int = 1) -> None:
+        self.report.checked[what] += number
+
+    def is_stored(self, name: str, expected: Array, begin: int = 0) -> bool:
+        wanted = np.ascontiguousarray(expected).reshape(-1).view(np.uint8)
+        found = np.empty(wanted.nbytes, np.uint8)
+        self.theirs.read_range(self.theirs.index.tensors[name], begin, found)
+        return np.array_equal(found, wanted)
 
     def _readable(self, entry: Entry) -> bool:
         info = self.theirs.index.tensors.get(entry.name)
@@ -225,13 +226,13 @@ class _Values:
             self.report.problem(f"{name}: is not the source's, nor that by {kind}")
         return found
 
-    def _folded(self, layer: int, info: TensorInfo) -> bool:
-        """Whether a copied tensor is the norm or router of a folded layer; then it is checked here."""
-        if self.fold is None or info.name not in (norm_name(layer), router_name(layer)):
+    def folded(self, info: TensorInfo) -> bool:
+        layer = self.layer
+        if self.fold is None or layer is None or info.name not in (norm_name(layer), router_name(layer)):
             return False
         from mimoquant.output.verify_calibrated import misscaled
 
-        self.report.checked["folded tensors"] += 1
+        self.count("folded tensors")
         if info.name == router_name(layer):
             columns = misscaled(self.ours.read(info.name), self._read(info.name), info.dtype, self.fold)
             if columns:
@@ -241,51 +242,8 @@ class _Values:
                 )
         return True
 
-    def _copied(self, ours: TensorInfo) -> None:
-        theirs = self.theirs.index.tensors[ours.name]
-        for start in range(0, ours.size_bytes, _BLOCK):
-            length = min(_BLOCK, ours.size_bytes - start)
-            left, right = np.empty(length, np.uint8), np.empty(length, np.uint8)
-            self.ours.read_range(ours, start, left)
-            self.theirs.read_range(theirs, start, right)
-            if not np.array_equal(left, right):
-                self.report.problem(f"{ours.name}: its bytes are not the source's")
-                break
-        self.report.checked["copied tensors"] += 1
-
-    def _reordered(self, step: Reorder) -> None:
-        """Every row where it belongs, block by block."""
-        done: Counter[str] = Counter()
-        wrong: dict[str, None] = {}
-        for block in read_blocks(self.ours, step):
-            expected = np.ascontiguousarray(block_values(block, step.weight, self.engine)).reshape(-1).view(np.uint8)
-            found, name = np.empty(expected.nbytes, np.uint8), block.entry.name
-            self.theirs.read_range(self.theirs.index.tensors[name], done[name], found)
-            done[name] += found.nbytes
-            if not np.array_equal(found, expected):
-                wrong[name] = None
-        for name in wrong:
-            self.report.problem(f"{name}: its rows are not the source's")
-        self.report.checked["reordered tensors"] += len(step.entries)
-
-    def _recomputed(self, step: Dequantize | Experts | Shapes | Copy) -> Iterator[Array]:
-        geometry = self.plan.layout.geometry
-        if isinstance(step, Shapes):
-            yield from (np.array(shape, np.int64) for shape in step.shapes)
-        elif isinstance(step, Dequantize):
-            yield dequantize(read_matrix(self.ours, step.weight), step.weight, geometry, self.engine)
-        elif isinstance(step, Experts):
-            for expert in range(step.begin, step.end):
-                for projection in PROJECTIONS:
-                    weight = self.plan.layout.expert(step.layer, expert, projection)
-                    stack = read_matrix(self.ours, weight)
-                    if step.kept == "fp8":
-                        assert stack.scales is not None
-                        yield from (stack.scales[0], stack.values[0])
-                    else:
-                        yield dequantize(stack, weight, geometry, self.engine)
-
-    def _quantized(self, step: Experts) -> None:
+    def audit(self, step: Experts) -> None:
+        """Judge each quantized weight of a chunk by its source value."""
         assert step.fmt is not None
         stacks = read_experts(self.ours, self.plan.layout, step.layer, step.begin, step.end)
         names = (entry.name for entry in step.entries)

@@ -20,7 +20,6 @@ from mimoquant.model.layout import ModelLayout
 from mimoquant.planning.needs import largest_chunk, needs, refusal
 from mimoquant.planning.plan import Plan
 from mimoquant.planning.relayout import RelayoutPlan
-from mimoquant.planning.units import Experts, Shapes
 from mimoquant.wording import size
 
 if TYPE_CHECKING:
@@ -198,8 +197,7 @@ def planned_sizes(plan: Plan) -> dict[str, int]:
     sizes: Counter[str] = Counter()
     for unit in plan.units:
         for step in unit.steps:
-            kind = "routed experts" if isinstance(step, Experts | Shapes) else _kind(unit.name, step.weight.role)
-            sizes[kind] += sum(entry.size_bytes for entry in step.entries)
+            sizes[_kind(unit.name, step.role)] += sum(entry.size_bytes for entry in step.entries)
     return dict(sizes)
 
 
@@ -213,5 +211,6 @@ def _kind(unit: str, role: str) -> str:
         "dense": "dense MLP",
         "embedding": "embeddings, lm_head",
         "lm_head": "embeddings, lm_head",
+        "expert": "routed experts",
     }
     return kinds.get(role, "attention")

@@ -46,6 +46,10 @@ class Reorder:
     scales: tuple[TensorInfo, ...] = ()
     scale_rows: Indexes | None = field(default=None, compare=False, repr=False)
 
+    @property
+    def role(self) -> str:
+        return self.weight.role
+
 
 @dataclass(frozen=True, slots=True)
 class RowBlock:

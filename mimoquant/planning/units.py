@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 from mimoquant.checkpoint.index import TensorInfo
 from mimoquant.checkpoint.writer import Entry, file_order, shard_header
@@ -28,6 +29,10 @@ class Copy:
     info: TensorInfo
     entries: tuple[Entry, ...]
 
+    @property
+    def role(self) -> str:
+        return self.weight.role
+
 
 @dataclass(frozen=True, slots=True)
 class Dequantize:
@@ -36,6 +41,10 @@ class Dequantize:
     weight: Weight
     entries: tuple[Entry, ...]
 
+    @property
+    def role(self) -> str:
+        return self.weight.role
+
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
@@ -43,6 +52,7 @@ class Shapes:
 
     entries: tuple[Entry, ...]
     shapes: tuple[tuple[int, int], ...]
+    role: ClassVar[str] = "expert"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +65,7 @@ class Experts:
     fmt: Format | None
     kept: str | None
     entries: tuple[Entry, ...]
+    role: ClassVar[str] = "expert"
 
 
 Step = Copy | Dequantize | Reorder | Shapes | Experts

@@ -1,10 +1,16 @@
-"""One step of a plan: what it reads, what it yields."""
+"""The kinds of step a plan has: what each reads, what it yields, and how that is proven afterwards.
+
+Key idea: these three stand side by side, one class a kind, and `kind_of` is the one place that tells kinds apart. A
+run reads a kind's source bytes in a thread ahead (`load`) and yields the output tensors (`yielded`); `verify` holds a
+finished output against the same source (`check`). What can be computed again is proven by doing so. Quantized experts
+are not encoded again: their audit (`output.verify`) is computed apart from the encoder, so an encoder's mistake shows.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +20,7 @@ from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.errors import CheckpointError
 from mimoquant.model.layout import PROJECTIONS
 from mimoquant.planning.plan import Plan
-from mimoquant.planning.reorder import Reorder, block_values, read_blocks
+from mimoquant.planning.reorder import Reorder, RowBlock, block_values, read_blocks
 from mimoquant.planning.units import Copy, Dequantize, Experts, Shapes, Step
 from mimoquant.quant.cast import InexactError, cast
 from mimoquant.quant.stack import Engine, NonFiniteError, Stack
@@ -25,17 +31,22 @@ from mimoquant.weights.stored import dequantize, not_finite, read_experts, read_
 if TYPE_CHECKING:
     from mimoquant.run.calibrated import Calibrator
 
-
+S = TypeVar("S", bound=Step)
+S_contra = TypeVar("S_contra", bound=Step, contravariant=True)
 Array = npt.NDArray[Any]
-
-
-Produced = Iterator[tuple[str, Array]]
-
-
+Produced = Iterator[tuple[str, Array]]  # output tensors by name, in file order; a large one in parts
 Parts = dict[str, dict[str, Array]]  # projection → part → [E, ...]
-
-
 COPY_BLOCK = 32 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Workshop:
+    """What steps are done with: the plan, its source, the engine, and which rank of the run this is."""
+
+    plan: Plan
+    reader: CheckpointReader
+    engine: Engine
+    rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,90 +60,244 @@ class Loaded:
     last: bool  # of its unit
 
 
-def _kind(steps: Sequence[Step]) -> str:
-    """What steps of one kind are called in a timeline."""
-    step = steps[0] if steps else None
+class Proof(Protocol):
+    """What a kind's `check` needs of `verify`, which collects problems instead of stopping at the first."""
+
+    shop: Workshop  # whose reader has the source
+
+    def is_stored(self, name: str, expected: Array, begin: int = 0) -> bool:
+        """Whether the output's tensor has these bytes, from byte `begin` on."""
+        ...
+
+    def problem(self, text: str) -> None: ...
+
+    def count(self, what: str, number: int = 1) -> None: ...
+
+    def folded(self, info: TensorInfo) -> bool:
+        """Whether a copied tensor is the norm or router of a folded layer; then it is checked here."""
+        ...
+
+    def audit(self, step: Experts) -> None:
+        """Judge each quantized weight of a chunk by its source value."""
+        ...
+
+
+class Kind(Protocol[S_contra]):
+    """One kind of step. `label`: what a timeline calls it."""
+
+    label: str
+
+    def read(self, shop: Workshop, steps: tuple[S_contra, ...]) -> Iterator[tuple[Any, bool]]:
+        """The source bytes of steps that are done together, in one piece or several; and whether it is the last."""
+        ...
+
+    def yielded(self, shop: Workshop, loaded: Loaded, calibrator: Calibrator | None) -> Produced:
+        """The output tensors (or parts of them) of what was read; none where another rank writes them."""
+        ...
+
+    def check(self, step: S_contra, proof: Proof) -> None:
+        """Hold what is stored against the source."""
+        ...
+
+
+class Copying:
+    """A tensor's bytes as they are, in blocks, so that a large one does not have to fit; an empty one is one block."""
+
+    label = "copy"
+
+    def read(self, shop: Workshop, steps: tuple[Copy, ...]) -> Iterator[tuple[Array, bool]]:
+        info = steps[0].info
+        for start in range(0, max(info.size_bytes, 1), COPY_BLOCK):
+            block = np.empty(min(COPY_BLOCK, info.size_bytes - start), np.uint8)
+            shop.reader.read_range(info, start, block)
+            yield block, start + len(block) >= info.size_bytes
+
+    def yielded(self, shop: Workshop, loaded: Loaded, calibrator: Calibrator | None) -> Produced:
+        (step,), block = loaded.steps, loaded.data
+        assert isinstance(step, Copy)
+        if loaded.task.unit.name not in ("towers", "unknown"):
+            _refuse_non_finite(step.info, block)
+        yield step.info.name, block if calibrator is None else calibrator.folded(step.info.name, block)
+
+    def check(self, step: Copy, proof: Proof) -> None:
+        if proof.folded(step.info):
+            return
+        done = 0
+        for block, _ in self.read(proof.shop, (step,)):
+            if not proof.is_stored(step.info.name, block, done):
+                proof.problem(f"{step.info.name}: its bytes are not the source's")
+                break
+            done += len(block)
+        proof.count("copied tensors")
+
+
+class Reordering:
+    """Rows of q, k and v in another order, block by block; where FP8 cannot stay, as bf16."""
+
+    label = "reorder"
+
+    def read(self, shop: Workshop, steps: tuple[Reorder, ...]) -> Iterator[tuple[RowBlock, bool]]:
+        left = len(steps[0].rows)
+        for block in read_blocks(shop.reader, steps[0]):
+            left -= len(block.values)
+            yield block, not left
+
+    def yielded(self, shop: Workshop, loaded: Loaded, calibrator: Calibrator | None) -> Produced:
+        (step,), block = loaded.steps, loaded.data
+        assert isinstance(step, Reorder)
+        if block.scales is None:
+            _refuse_non_finite(step.infos[0], block.values)
+        yield block.entry.name, block_values(block, step.weight, shop.engine)
+
+    def check(self, step: Reorder, proof: Proof) -> None:
+        done = dict.fromkeys((entry.name for entry in step.entries), 0)
+        wrong: dict[str, None] = {}
+        for block, _ in self.read(proof.shop, (step,)):
+            name, expected = block.entry.name, block_values(block, step.weight, proof.shop.engine)
+            if not proof.is_stored(name, expected, done[name]):
+                wrong[name] = None
+            done[name] += expected.nbytes
+        for name in wrong:
+            proof.problem(f"{name}: its rows are not the source's")
+        proof.count("reordered tensors", len(step.entries))
+
+
+class Computing(Generic[S]):
+    """Values that follow from the source, so they are proven by computing them again. A subclass says `_values`."""
+
+    label = "copy"
+
+    def read(self, shop: Workshop, steps: tuple[S, ...]) -> Iterator[tuple[Any, bool]]:
+        raise NotImplementedError
+
+    def _values(self, shop: Workshop, step: S, data: Any) -> Produced:
+        """The output tensors of what `read` gave."""
+        raise NotImplementedError
+
+    def yielded(self, shop: Workshop, loaded: Loaded, calibrator: Calibrator | None) -> Produced:
+        step: Any = loaded.steps[0]
+        yield from self._values(shop, step, loaded.data)
+
+    def check(self, step: S, proof: Proof) -> None:
+        for data, _ in self.read(proof.shop, (step,)):
+            for name, expected in self._values(proof.shop, step, data):
+                if not proof.is_stored(name, expected):
+                    proof.problem(f"{name}: its values are not the source's")
+                proof.count("recomputed tensors")
+
+
+class Shaping(Computing[Shapes]):
+    """The shapes of quantized weights, which packing hides; known without reading."""
+
+    def read(self, shop: Workshop, steps: tuple[Shapes, ...]) -> Iterator[tuple[None, bool]]:
+        yield None, True
+
+    def _values(self, shop: Workshop, step: Shapes, data: None) -> Produced:
+        for entry, shape in zip(step.entries, step.shapes, strict=True):
+            yield entry.name, np.array(shape, np.int64)
+
+
+class Dequantizing(Computing[Dequantize]):
+    """An FP8 weight as bf16."""
+
+    label = "dequantize"
+
+    def read(self, shop: Workshop, steps: tuple[Dequantize, ...]) -> Iterator[tuple[Stack, bool]]:
+        yield read_matrix(shop.reader, steps[0].weight), True
+
+    def _values(self, shop: Workshop, step: Dequantize, data: Stack) -> Produced:
+        yield step.entries[0].name, dequantize(data, step.weight, shop.plan.layout.geometry, shop.engine)
+
+
+class KeepingExperts(Computing[Experts]):
+    """A chunk of experts that a carve-out keeps, in bf16 or FP8. The calibration tokens go through it on all ranks."""
+
+    label = "keep experts"
+
+    def read(self, shop: Workshop, steps: tuple[Experts, ...]) -> Iterator[tuple[dict[str, Stack], bool]]:
+        yield _read_chunk(shop, steps[0]), True
+
+    def _values(self, shop: Workshop, step: Experts, data: dict[str, Stack]) -> Produced:
+        names, layout = iter(step.entries), shop.plan.layout
+        for expert in range(step.end - step.begin):
+            for projection in PROJECTIONS:
+                values, scales = data[projection]
+                if step.kept == "fp8":
+                    assert scales is not None
+                    yield next(names).name, scales[expert]
+                    yield next(names).name, values[expert]
+                else:
+                    one = slice(expert, expert + 1)
+                    stack = Stack(values[one], None if scales is None else scales[one])
+                    weight = layout.expert(step.layer, step.begin + expert, projection)
+                    yield next(names).name, dequantize(stack, weight, layout.geometry, shop.engine)
+
+    def yielded(self, shop: Workshop, loaded: Loaded, calibrator: Calibrator | None) -> Produced:
+        (step,), stacks = loaded.steps, loaded.data
+        assert isinstance(step, Experts)
+        if calibrator is not None:
+            calibrator.keep(step, stacks)
+        if loaded.task.writes:
+            yield from self._values(shop, step, stacks)
+
+
+class QuantizingExperts:
+    """Chunks of experts in 4 bits. With calibration a round has one chunk a rank, which reads its own and no other."""
+
+    label = "quantize experts"
+
+    def read(self, shop: Workshop, steps: tuple[Experts, ...]) -> Iterator[tuple[dict[str, Stack] | None, bool]]:
+        mine = steps[shop.rank : shop.rank + 1] if shop.plan.recipe.calibration is not None else steps
+        yield _read_chunk(shop, mine[0]) if mine else None, True
+
+    def yielded(self, shop: Workshop, loaded: Loaded, calibrator: Calibrator | None) -> Produced:
+        experts = [step for step in loaded.steps if isinstance(step, Experts)]
+        if calibrator is None:
+            chunks = [_encoded(shop, experts[0], loaded.data)]
+        else:
+            chunks = calibrator.encode(experts, loaded.data, wanted=loaded.task.writes)
+        for step, parts in zip(experts, chunks, strict=False):
+            yield from _stored(shop.plan, step, parts)
+
+    def check(self, step: Experts, proof: Proof) -> None:
+        proof.audit(step)
+
+
+_KEEPING, _QUANTIZING = KeepingExperts(), QuantizingExperts()
+_KINDS: dict[type, Kind[Any]] = {
+    Copy: Copying(),
+    Reorder: Reordering(),
+    Shapes: Shaping(),
+    Dequantize: Dequantizing(),
+}
+
+
+def kind_of(step: Step) -> Kind[Any]:
+    """What is done for a step."""
     if isinstance(step, Experts):
-        return "keep experts" if step.fmt is None else "quantize experts"
-    if isinstance(step, Reorder):
-        return "reorder"
-    return "dequantize" if isinstance(step, Dequantize) else "copy"
+        return _KEEPING if step.fmt is None else _QUANTIZING
+    return _KINDS[type(step)]
 
 
-def _load(plan: Plan, tasks: list[Task], reader: CheckpointReader, engine: Engine, rank: int) -> Iterator[Loaded]:
+def load(shop: Workshop, tasks: list[Task]) -> Iterator[Loaded]:
     """Every step's source bytes, in order. Runs in the read-ahead thread."""
     for task in tasks:
         for number, steps in enumerate(task.groups, start=1):
-            last, step = number == len(task.groups), steps[0] if steps else None
-            if isinstance(step, Experts):
-                yield Loaded(task, steps, _load_experts(plan, steps, reader, engine, rank), last)
-            elif isinstance(step, Dequantize):
-                yield Loaded(task, steps, read_matrix(reader, step.weight), last)
-            elif isinstance(step, Copy):
-                yield from _load_copy(task, step, reader, last)
-            elif isinstance(step, Reorder):
-                yield from _load_reorder(task, step, reader, last)
-            else:
-                yield Loaded(task, steps, None, last)
+            last_group = number == len(task.groups)
+            pieces = kind_of(steps[0]).read(shop, steps) if steps else iter([(None, True)])
+            for data, last_piece in pieces:
+                yield Loaded(task, steps, data, last_group and last_piece)
 
 
-def _load_experts(
-    plan: Plan, steps: tuple[Step, ...], reader: CheckpointReader, engine: Engine, rank: int
-) -> dict[str, Stack] | None:
-    """A chunk of experts: of a round that of this rank, if it has one there; kept experts go through all ranks."""
-    experts = [step for step in steps if isinstance(step, Experts)]
-    in_rounds = plan.recipe.calibration is not None and experts[0].fmt is not None
-    mine = experts[rank : rank + 1] if in_rounds else experts
-    if not mine:
-        return None
-    return read_experts(reader, plan.layout, mine[0].layer, mine[0].begin, mine[0].end, engine.empty)
-
-
-def _load_copy(task: Task, step: Copy, reader: CheckpointReader, last: bool) -> Iterator[Loaded]:
-    """A tensor in blocks, so that a large one does not have to fit; an empty one is one empty block."""
-    size = step.info.size_bytes
-    for start in range(0, max(size, 1), COPY_BLOCK):
-        block = np.empty(min(COPY_BLOCK, size - start), np.uint8)
-        reader.read_range(step.info, start, block)
-        yield Loaded(task, (step,), block, last and start + len(block) >= size)
-
-
-def _load_reorder(task: Task, step: Reorder, reader: CheckpointReader, last: bool) -> Iterator[Loaded]:
-    left = len(step.rows)
-    for block in read_blocks(reader, step):
-        left -= len(block.values)
-        yield Loaded(task, (step,), block, last and not left)
-
-
-def _compute(plan: Plan, loaded: Loaded, engine: Engine, calibrator: Calibrator | None) -> Produced:
+def yielded(shop: Workshop, loaded: Loaded, calibrator: Calibrator | None) -> Produced:
     """The output tensors (or parts of them) of what was loaded, in file order; none where another rank writes them."""
-    if not loaded.steps:
-        return
-    step, data, writes = loaded.steps[0], loaded.data, loaded.task.writes
-    if isinstance(step, Copy):
-        if loaded.task.unit.name not in ("towers", "unknown"):
-            _refuse_non_finite(step.info, data)
-        yield step.info.name, data if calibrator is None else calibrator.folded(step.info.name, data)
-    elif isinstance(step, Reorder):
-        if data.scales is None:
-            _refuse_non_finite(step.infos[0], data.values)
-        yield data.entry.name, block_values(data, step.weight, engine)
-    elif isinstance(step, Shapes):
-        for entry, shape in zip(step.entries, step.shapes, strict=True):
-            yield entry.name, np.array(shape, np.int64)
-    elif isinstance(step, Dequantize):
-        yield step.entries[0].name, dequantize(data, step.weight, plan.layout.geometry, engine)
-    elif step.fmt is None:
-        if calibrator is not None:
-            calibrator.keep(step, data)
-        if writes:
-            yield from _kept_experts(plan, step, data, engine)
-    elif calibrator is None:
-        yield from _stored(plan, step, _encoded(plan, step, data, engine))
-    else:
-        experts = [step for step in loaded.steps if isinstance(step, Experts)]
-        for step, parts in zip(experts, calibrator.encode(experts, data, wanted=writes), strict=False):
-            yield from _stored(plan, step, parts)
+    if loaded.steps:
+        yield from kind_of(loaded.steps[0]).yielded(shop, loaded, calibrator)
+
+
+def label(loaded: Loaded) -> str:
+    """What the steps are called in a timeline."""
+    return kind_of(loaded.steps[0]).label if loaded.steps else Copying.label
 
 
 def _refuse_non_finite(info: TensorInfo, block: Array) -> None:
@@ -149,14 +314,19 @@ def _refuse_non_finite(info: TensorInfo, block: Array) -> None:
         raise not_finite(info.name)
 
 
-def _encoded(plan: Plan, step: Experts, stacks: dict[str, Stack], engine: Engine) -> Parts:
+def _read_chunk(shop: Workshop, step: Experts) -> dict[str, Stack]:
+    return read_experts(shop.reader, shop.plan.layout, step.layer, step.begin, step.end, shop.engine.empty)
+
+
+def _encoded(shop: Workshop, step: Experts, stacks: dict[str, Stack]) -> Parts:
     assert step.fmt is not None
+    recipe, layout = shop.plan.recipe, shop.plan.layout
     try:
-        return cast(stacks) if plan.recipe.casts else engine.encode(stacks, step.fmt, plan.recipe.scale_search)
+        return cast(stacks) if recipe.casts else shop.engine.encode(stacks, step.fmt, recipe.scale_search)
     except NonFiniteError as error:
-        raise not_finite(plan.layout.expert(step.layer, step.begin + error.expert, error.projection).name) from error
+        raise not_finite(layout.expert(step.layer, step.begin + error.expert, error.projection).name) from error
     except InexactError as error:
-        weight = plan.layout.expert(step.layer, step.begin + error.expert, error.projection)
+        weight = layout.expert(step.layer, step.begin + error.expert, error.projection)
         raise CheckpointError(
             f"{weight.name}: NVFP4 cannot hold it exactly, {error.blocks} of its blocks of 32 have an exponent more "
             "than 17 below the largest of its matrix (of gate and up together)",
@@ -174,17 +344,3 @@ def _stored(plan: Plan, step: Experts, parts: Parts) -> Produced:
         for projection in PROJECTIONS:
             for tensor in stored[projection]:
                 yield next(names).name, tensor.turned(parts[projection][tensor.part][expert])
-
-
-def _kept_experts(plan: Plan, step: Experts, stacks: dict[str, Stack], engine: Engine) -> Produced:
-    names = iter(step.entries)
-    for expert in range(step.end - step.begin):
-        for projection in PROJECTIONS:
-            stack = Stack(*(None if part is None else part[expert : expert + 1] for part in stacks[projection]))  # type: ignore[arg-type]
-            if step.kept == "fp8":
-                assert stack.scales is not None
-                yield next(names).name, stack.scales[0]
-                yield next(names).name, stack.values[0]
-            else:
-                weight = plan.layout.expert(step.layer, step.begin + expert, projection)
-                yield next(names).name, dequantize(stack, weight, plan.layout.geometry, engine)
