@@ -41,7 +41,8 @@ import torch
 
 from mimoquant import pipeline
 from mimoquant.checkpoint.reader import CheckpointReader
-from mimoquant.evaluation.eval_kl import final_hidden, open_layout, streams_of
+from mimoquant.evaluation.eval_kl import open_layout
+from mimoquant.evaluation.side_by_side import final_hidden, streams_of
 from mimoquant.model.decoder_layer import linear
 from mimoquant.model.layer_stream import walk
 from mimoquant.planning.plan import make_plan

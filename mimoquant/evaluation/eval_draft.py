@@ -46,8 +46,9 @@ from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.errors import CheckpointError
 from mimoquant.evaluation.divergence import bootstrap
 from mimoquant.evaluation.drafts import Draft, Drafts, choose_draft
-from mimoquant.evaluation.eval_kl import open_layout, recipe_name, same_model, streams_of
+from mimoquant.evaluation.eval_kl import open_layout, recipe_name, same_model
 from mimoquant.evaluation.held_out import refuse_shared_data
+from mimoquant.evaluation.side_by_side import streams_of
 from mimoquant.machine.team import Team
 from mimoquant.model.decoder_layer import linear, rms_norm
 from mimoquant.model.layer_stream import Stream, portions, walk

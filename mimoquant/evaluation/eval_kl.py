@@ -22,30 +22,26 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from mimoquant.__version__ import SCHEMA_VERSION, __version__
 from mimoquant.calibration.tokens import TokenSet
 from mimoquant.checkpoint.index import open_index
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.errors import CheckpointError
-from mimoquant.evaluation.divergence import TokenScores, head_divergence
+from mimoquant.evaluation.divergence import TokenScores
 from mimoquant.evaluation.held_out import refuse_shared_data
+from mimoquant.evaluation.side_by_side import WORST, SideBySide, WorstToken
 from mimoquant.evaluation.snapshots import Snapshots
 from mimoquant.evaluation.summary import paired_difference, summarize
 from mimoquant.machine.team import Team
 from mimoquant.model.config_keys import text_keys
-from mimoquant.model.decoder_layer import linear, rms_norm
-from mimoquant.model.layer_stream import Stream, portions, walk
+from mimoquant.model.layer_stream import portions, walk
 from mimoquant.model.layout import ModelLayout, read_layout
 from mimoquant.planning.plan import read_config
 from mimoquant.weights.decoded import CheckpointWeights
 
-NOISE = 2.0**-9
 FLOOR_SEQUENCES = 16  # how many sequences of the first portion the noise floor is measured on
-WORST = 20
 _WALK = "evaluation"  # the name of its snapshots
 
 
@@ -61,30 +57,11 @@ class LayerTrace:
 
 
 @dataclass
-class WorstToken:
-    """One of the positions with the largest J: its index among the scored ones, and both models' favourites."""
-
-    index: int
-    j: float
-    reference_top: list[tuple[int, float]]
-    candidate_top: list[tuple[int, float]]
-
-
-@dataclass
 class Comparison:
     """One candidate against the reference: scores of every scored position, and the way there."""
 
     scores: TokenScores | None = None
     layers: list[LayerTrace] = field(default_factory=list)
-    worst: list[WorstToken] = field(default_factory=list)
-
-
-@dataclass
-class Part:
-    """The same of one portion. `traces`: of each layer (squared error, squared norm, sum of overlaps, blocks)."""
-
-    traces: list[tuple[float, float, float, int]] = field(default_factory=list)
-    scores: TokenScores | None = None
     worst: list[WorstToken] = field(default_factory=list)
 
 
@@ -121,79 +98,44 @@ def compare(
         every = portions(ids)
         mine = every[team.rank :: team.size]
         floor = torch.cat(every[0])[:FLOOR_SEQUENCES] if noise_floor and team.leads else None
-        parts, means = _walk(weights, mine, floor, progress, snapshots)
-        return _joined(candidates, team, parts, len(every)), team.gather(means)[0]
+        both = SideBySide(weights, mine, floor)
+        means = _walk(both, progress, snapshots)
+        return _joined(candidates, team, both, len(every)), team.gather(means)[0]
     finally:
         for reader in readers:
             reader.close()
 
 
 def _walk(
-    weights: list[CheckpointWeights],
-    mine: list[list[Tensor]],
-    floor: Tensor | None,
-    progress: Callable[[int], None] | None,
-    snapshots: Snapshots | None,
-) -> tuple[list[list[Part]], dict[str, float] | None]:
-    """Walk this rank's portions. Returns parts[candidate][portion], and the noise floor on the sequences `floor`."""
-    jobs = [list(mine) for _ in weights]
-    if floor is not None:
-        jobs[0] += [list(torch.split(floor, 1)), *portions(floor)[:1]]
-    held = [streams_of(source, job) for source, job in zip(weights, jobs, strict=True)]
-    extra = held[0][len(mine) :]
-    if extra:
-        extra[-1].noise = NOISE
-    streams = [of_source[: len(mine)] for of_source in held]
-    parts = [[Part() for _ in mine] for _ in weights[1:]]
-    layers = weights[0].layers
+    both: SideBySide, progress: Callable[[int], None] | None, snapshots: Snapshots | None
+) -> dict[str, float] | None:
+    """Walk this rank's portions to their scores. Returns the noise floor, on the rank that measures it."""
+    layers, first = both.weights[0].layers, 0
     begun = snapshots.load(_WALK, layers) if snapshots else None
-    first = _taken_up(held, parts, *begun) if begun else 0
+    if begun:
+        first, *kept = begun
+        both.take_up(*kept)
 
     def after_layer(number: int) -> None:
-        for of_candidate, theirs in zip(parts, streams[1:], strict=True):
-            for part, ours, stream in zip(of_candidate, streams[0], theirs, strict=True):
-                part.traces.append(_trace(ours, stream))
+        both.passed()
         if snapshots:
-            traces = [[part.traces for part in of_candidate] for of_candidate in parts]
-            snapshots.save(_WALK, number, _states(held), traces)
+            snapshots.save(_WALK, number, *both.snapshot())
         if progress:
             progress(number)
 
-    if mine:
-        walk([stream for of_source in held for stream in of_source], after_layer, first=first)
+    if both.portions:
+        walk(both.streams, after_layer, first=first)
     elif snapshots:  # ranks keep what they have together, also one that has nothing
         for number in range(first, layers):
             after_layer(number)
-    return parts, _score(streams, extra, weights, parts, mine)
+    return both.score()
 
 
-def _states(held: list[list[Stream]]) -> dict[str, Tensor]:
-    """Hidden states by numbers: of the checkpoint, of its stream, of the batch."""
-    return {
-        f"{source} {job} {batch}": hidden
-        for source, streams in enumerate(held)
-        for job, stream in enumerate(streams)
-        for batch, hidden in enumerate(stream.batches)
-    }
-
-
-def _taken_up(
-    held: list[list[Stream]], parts: list[list[Part]], layers: int, states: dict[str, Tensor], traces: Any
-) -> int:
-    """Put streams and parts where they were after `layers` layers."""
-    for key, hidden in states.items():
-        source, job, batch = map(int, key.split())
-        held[source][job].put(batch, hidden.to(held[source][job].source.device))
-    for of_candidate, told in zip(parts, traces, strict=True):
-        for part, of_part in zip(of_candidate, told, strict=True):
-            part.traces = of_part
-    return layers
-
-
-def _joined(candidates: list[ModelLayout], team: Team, parts: list[list[Part]], count: int) -> list[Comparison]:
+def _joined(candidates: list[ModelLayout], team: Team, both: SideBySide, count: int) -> list[Comparison]:
     """All ranks' portions, in the order of the sequences, as one comparison a candidate."""
     out = []
-    for layout, mine in zip(candidates, parts, strict=True):
+    for candidate, layout in enumerate(candidates):
+        mine = both.parts(candidate)
         told = team.gather([(part.traces, [asdict(worst) for worst in part.worst]) for part in mine])
         all_scores, traces, worst, begin = [], [], [], 0
         for number in range(count):
@@ -224,25 +166,6 @@ def same_model(reference: ModelLayout, candidate: ModelLayout) -> None:
             )
 
 
-def streams_of(source: CheckpointWeights, jobs: Sequence[Sequence[Tensor]]) -> list[Stream]:
-    """One stream of embedded tokens for each list of batches of ids; the embedding is read once."""
-    embedding = source.tensor("model.embed_tokens.weight")
-    return [Stream(source, [embedding[ids.to(source.device)].to(torch.float32) for ids in job]) for job in jobs]
-
-
-def _trace(reference: Stream, candidate: Stream) -> tuple[float, float, float, int]:
-    """See `Part`."""
-    error2 = norm2 = 0.0
-    for ours, theirs in zip(reference.batches, candidate.batches, strict=True):
-        error2 += float((theirs - ours).square().sum(dtype=torch.float64))
-        norm2 += float(ours.square().sum(dtype=torch.float64))
-    shared = [
-        float((a.experts[:, :, None] == b.experts[:, None, :]).any(-1).double().sum())
-        for a, b in zip(reference.routing, candidate.routing, strict=True)
-    ]
-    return error2, norm2, sum(shared), sum(routing.experts.numel() for routing in reference.routing)
-
-
 def _layer_trace(layout: ModelLayout, number: int, parts: Sequence[tuple[float, float, float, int]]) -> LayerTrace:
     error2, norm2, shared, choices = (sum(values) for values in zip(*parts, strict=True))
     expert = layout.experts.get((number, 0, "gate"))
@@ -253,58 +176,6 @@ def _layer_trace(layout: ModelLayout, number: int, parts: Sequence[tuple[float, 
         relative_error=(error2 / norm2) ** 0.5 if norm2 else 0.0,
         routing_overlap=shared / choices if choices else None,
     )
-
-
-@torch.no_grad()
-def _score(
-    streams: list[list[Stream]],
-    extra: list[Stream],
-    weights: list[CheckpointWeights],
-    parts: list[list[Part]],
-    mine: list[list[Tensor]],
-) -> dict[str, float] | None:
-    """Fill in the parts' scores; returns the noise floor, if streams for it are there."""
-    heads = [source.tensor("lm_head.weight") for source in weights]
-    norms = [source.tensor("model.norm.weight") for source in weights]
-    floor = None
-    for place, batches in enumerate(mine):
-        finals = [final_hidden(of_source[place], norm) for of_source, norm in zip(streams, norms, strict=True)]
-        labels = torch.cat(batches)[:, 1:].flatten().to(finals[0].device)
-        for of_candidate, final, head in zip(parts, finals[1:], heads[1:], strict=True):
-            scores = head_divergence(finals[0], final, heads[0], head, labels)
-            of_candidate[place].scores = scores
-            of_candidate[place].worst = _worst(scores, finals[0], final, heads[0], head)
-        if extra and place == 0:
-            others = [final_hidden(stream, norms[0]) for stream in extra]
-            few = len(others[0])
-            means = [
-                float(head_divergence(finals[0][:few], other, heads[0], heads[0], labels[:few]).j.mean())
-                for other in others
-            ]
-            floor = {"batch": means[0], "relative_noise": means[1]}
-    return floor
-
-
-def _worst(
-    scores: TokenScores, reference: Tensor, candidate: Tensor, reference_head: Tensor, candidate_head: Tensor
-) -> list[WorstToken]:
-    order = np.argsort(-np.where(scores.finite, scores.j, -1.0), kind="stable")[:WORST]
-    rows = torch.from_numpy(order.copy())
-    tops = []
-    for hidden, head in ((reference, reference_head), (candidate, candidate_head)):
-        probabilities = linear(hidden[rows], head).softmax(-1)
-        values, ids = probabilities.topk(min(5, len(head)), dim=-1)
-        tops.append([list(zip(i, v, strict=True)) for i, v in zip(ids.tolist(), values.tolist(), strict=True)])
-    return [
-        WorstToken(int(index), float(scores.j[index]), *pair)
-        for index, pair in zip(order, zip(*tops, strict=True), strict=True)
-    ]
-
-
-def final_hidden(stream: Stream, norm: Tensor) -> Tensor:
-    """Normed hidden states of the scored positions (all but each sequence's last), [sequences * (T - 1), H]."""
-    normed = (rms_norm(hidden.to(norm.device), norm, stream.source.config.eps) for hidden in stream.batches)
-    return torch.cat([states[:, :-1].flatten(0, 1) for states in normed])
 
 
 def eval_kl(

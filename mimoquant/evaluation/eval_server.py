@@ -28,6 +28,7 @@ from mimoquant.evaluation.divergence import (
     top_log_probabilities,
 )
 from mimoquant.evaluation.server import MODES, Answer, Server
+from mimoquant.evaluation.side_by_side import final_hidden, streams_of
 from mimoquant.evaluation.summary import summarize
 from mimoquant.model.layer_stream import batch_sequences, walk
 from mimoquant.model.layout import ModelLayout
@@ -45,9 +46,9 @@ def reference_top(
     ids = torch.from_numpy(tokens.ids)
     with CheckpointReader(reference.index) as reader:
         weights = CheckpointWeights(reader, reference, torch.device(device))
-        streams = eval_kl.streams_of(weights, [torch.split(ids, batch_sequences(ids.shape[1]))])
+        streams = streams_of(weights, [torch.split(ids, batch_sequences(ids.shape[1]))])
         walk(streams, progress)
-        final = eval_kl.final_hidden(streams[0], weights.tensor("model.norm.weight"))
+        final = final_hidden(streams[0], weights.tensor("model.norm.weight"))
         head = weights.tensor("lm_head.weight")
         return top_log_probabilities(final, head, k, ids[:, 1:].flatten().to(final.device))
 

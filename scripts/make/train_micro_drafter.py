@@ -32,7 +32,8 @@ from torch import Tensor
 import mimoquant
 from mimoquant.calibration.tokens import load_tokens
 from mimoquant.checkpoint.reader import CheckpointReader
-from mimoquant.evaluation.eval_kl import open_layout, streams_of
+from mimoquant.evaluation.eval_kl import open_layout
+from mimoquant.evaluation.side_by_side import streams_of
 from mimoquant.model.decoder_layer import DenseWeights, rms_norm
 from mimoquant.model.dflash import DrafterWeights, DraftLayer, draft_blocks, fuse
 from mimoquant.model.drafter import Drafter, open_drafter, read_drafter

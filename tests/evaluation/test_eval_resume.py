@@ -15,26 +15,20 @@ from typing import Any
 
 import pytest
 import torch
+from micro import MICRO, held_out
 from typer.testing import CliRunner
 
-import mimoquant
 from mimoquant import pipeline
-from mimoquant.calibration.tokens import TokenSet, load_tokens
+from mimoquant.checkpoint.index import open_shard
 from mimoquant.cli.app import app
 from mimoquant.errors import UsageError
 from mimoquant.evaluation.eval_kl import eval_kl, kept_bytes, open_layout
+from mimoquant.evaluation.side_by_side import StateName
 from mimoquant.evaluation.snapshots import Snapshots
 from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import load_recipe
 
-MICRO = mimoquant.micro_checkpoint()
-
-
-def held_out(sequences: int = 6, tokens: int = 24) -> TokenSet:
-    return load_tokens(["heldout-v1"], MICRO, sequences=sequences, tokens=tokens, vocab=1024)
-
-
-TOKENS = held_out()
+TOKENS = held_out(6, 24)
 
 
 class Killed(Exception):
@@ -110,6 +104,14 @@ def test_what_is_kept_is_as_told(killed: Path, outputs: dict[str, Path]) -> None
     assert told <= kept.stat().st_size < 1.1 * told + 5000
 
 
+def test_an_evaluation_begun_before_names_had_a_type_is_taken_up(killed: Path) -> None:
+    """States have the names that 0.1.0 gave them: of the checkpoint, of its portion, of the batch."""
+    (kept,) = killed.with_name("out.json.partial").glob("*.safetensors")
+    names = open_shard(kept).tensors.keys()
+    assert {"0 0 0", "1 0 0", "2 0 0", "facts"} < names
+    assert all(str(StateName.parse(name)) == name for name in names if name != "facts")
+
+
 def touched(folder: Path) -> None:
     """Another payload under the same header, as its time of change has it."""
     os.utime(folder / "model_mtp.safetensors", ns=(1, 1))
@@ -119,7 +121,7 @@ CHANGES: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
     "the reference's payload": ("reference files.model_mtp.safetensors was ", lambda run: touched(run["reference"])),
     "the candidate": ("candidate.headers was ", lambda run: run.update(candidate=run["baseline"])),
     "no baseline": ("baseline was {", lambda run: run.pop("baseline")),
-    "data": ("tokens was ", lambda run: run.update(tokens=held_out(sequences=5))),
+    "data": ("tokens was ", lambda run: run.update(tokens=held_out(5, 24))),
     "length": ("tokens a sequence was 24, is now 12", lambda run: run.update(tokens=held_out(12, 12))),
     "noise floor": ("noise floor was True, is now False", lambda run: run.update(noise_floor=False)),
 }
@@ -139,7 +141,7 @@ def test_what_changed_is_refused_by_name(what: str, killed: Path, outputs: dict[
 
 
 def test_another_version_is_refused(killed: Path, outputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mimoquant, "__version__", "9.9")
+    monkeypatch.setattr("mimoquant.evaluation.eval_kl.__version__", "9.9")
     with pytest.raises(UsageError, match=r"version was .*, is now 9\.9"):
         eval_kl(**outputs, tokens=TOKENS, out=killed, resume=True)
 

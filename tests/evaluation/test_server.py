@@ -18,21 +18,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from micro import MICRO
 from typer.testing import CliRunner
 
-import mimoquant
 from mimoquant import pipeline
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.cli.app import app
 from mimoquant.errors import CheckpointError, UsageError
 from mimoquant.evaluation import divergence, eval_kl, server
 from mimoquant.evaluation.divergence import LumpedScores, head_divergence, lumped_divergence, top_log_probabilities
+from mimoquant.evaluation.side_by_side import final_hidden, streams_of
 from mimoquant.model.layer_stream import walk
 from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import load_recipe
 from mimoquant.weights.decoded import CheckpointWeights
 
-MICRO = mimoquant.micro_checkpoint()
 VOCAB = 1024
 
 
@@ -149,9 +149,9 @@ def log_probabilities(folder: Path) -> Callable[[tuple[int, ...]], np.ndarray]:
         if tokens not in held:
             with CheckpointReader(layout.index) as reader, torch.no_grad():
                 weights = CheckpointWeights(reader, layout, torch.device("cpu"))
-                streams = eval_kl.streams_of(weights, [[torch.tensor([[*tokens, 0]])]])
+                streams = streams_of(weights, [[torch.tensor([[*tokens, 0]])]])
                 walk(streams)
-                final = eval_kl.final_hidden(streams[0], weights.tensor("model.norm.weight"))
+                final = final_hidden(streams[0], weights.tensor("model.norm.weight"))
                 logits = final @ weights.tensor("lm_head.weight").to(final.dtype).T
             held[tokens] = logits.log_softmax(-1).numpy()
         return held[tokens]

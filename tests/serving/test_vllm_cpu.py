@@ -20,19 +20,19 @@ import numpy.typing as npt
 import pytest
 import torch
 from engine_cases import CASES, PYTHON, Plant, Tensors, damaged, hub_order, slug
+from micro import MICRO
 from safetensors.torch import load_file
 
-import mimoquant
 from mimoquant.calibration.tokens import load_tokens
 from mimoquant.checkpoint.reader import CheckpointReader
-from mimoquant.evaluation.eval_kl import final_hidden, open_layout, streams_of
+from mimoquant.evaluation.eval_kl import open_layout
+from mimoquant.evaluation.side_by_side import final_hidden, streams_of
 from mimoquant.model.decoder_layer import linear
 from mimoquant.model.layer_stream import walk
 from mimoquant.weights.decoded import CheckpointWeights, packed_format
 
 pytestmark = pytest.mark.engine
 HERE = Path(__file__).parent
-MICRO = mimoquant.micro_checkpoint()
 SEQUENCES, TOKENS = 3, 97
 NOISE = 1e-4  # float32 on both sides; log-probabilities
 
