@@ -95,10 +95,10 @@ class CpuEngine:
         if not fmt.symmetric:
             zero = _unpack_zero_points(parts["zero_point"]).astype(np.float32)
         experts, rows, _ = stack.values.shape
-        tasks = [
-            (e, self._pool.submit(_audit_rows, stack, e, begin, end, parts["codes"][e], scale[e], zero[e], table, clip))
-            for e, begin, end in self._slabs(experts, rows)
-        ]
+        tasks = []
+        for e, begin, end in self._slabs(experts, rows):
+            stored = (parts["codes"][e], scale[e], zero[e], table, np.float32(clip))
+            tasks.append((e, self._pool.submit(_audit_rows, _source(stack, e), begin, end, stored)))
         audits = [Audit(0.0, 0, 0.0, 0.0)] * experts
         for expert, task in tasks:
             audits[expert] = audits[expert].merge(Audit(*task.result()))
@@ -164,10 +164,10 @@ def _source(stack: Stack, expert: int) -> tuple[Array, Array, Array, Array]:
 
 
 def _audit_rows(
-    stack: Stack, expert: int, begin: int, end: int, codes: Array, scale: Array, zero: Array, table: Array, clip: float
+    source: tuple[Array, ...], begin: int, end: int, stored: tuple[Any, ...]
 ) -> tuple[float, int, float, float]:
-    stored = (codes, scale, zero, table, np.float32(clip))
-    worst, outside, error2, weight2 = kernels.audit_rows(*_source(stack, expert), begin, end, *stored)
+    """`stored`: the kernel's arguments from `codes` on."""
+    worst, outside, error2, weight2 = kernels.audit_rows(*source, begin, end, *stored)
     return float(worst), int(outside), float(error2), float(weight2)
 
 

@@ -3,6 +3,18 @@
 Key idea: the sequence of float32 operations of every element is that of the plain loops, so the bytes are the same.
 Loops take whole arrays and the rows `begin` to `end`: the compiler knows a slice of a contiguous row to be contiguous,
 and reads it into vector registers; rows of an array that was sliced before it would read one by one.
+
+Arrays of one expert that kernels take (shapes: `columns`), float32 but where it is said:
+    target, slope       [B, O]: what the block's columns want to be; half the loss's slope at them. Both are overwritten
+    weight, codes, left [I, O]: as in `kernels.columns.Columns`, codes uint8; codes and left are filled
+    push, gram          [I, I]: row i says how far what column i leaves, or how far it steps, moves the later columns
+    scale, zero         [G, O]; `zero` is empty where codes are symmetric
+    group               int32 [I], the group whose scale a column has
+    reach               [G, B, O], how fast the slope falls when a group's scale grows; empty: scales stay
+    change              [B, O], filled with old - new values
+    now, begin, end     the block's first column; the rows of this call
+    divisor             nvfp4's global scale; 0: int4
+Of the rows begin..end of one column, as slices: x, w, s, z of target, weight, scale, zero; code; rest of left.
 """
 
 from __future__ import annotations
@@ -40,7 +52,7 @@ _NOTHING, _NO_REACH = np.empty((0, 0), np.float32), np.empty((0, 0, 0), np.float
 
 
 @_inline
-def _coded(x, scale, zero, is_int4):  # type: ignore[no-untyped-def]
+def _coded(x, scale, zero, is_int4):
     """(code, value) of `grid.Grid.encode` and `decode`."""
     if is_int4:
         level = round_level(x / scale + zero)
@@ -51,14 +63,14 @@ def _coded(x, scale, zero, is_int4):  # type: ignore[no-untyped-def]
 
 
 @_inline
-def _decoded(code, scale, zero, is_int4):  # type: ignore[no-untyped-def]
+def _decoded(code, scale, zero, is_int4):
     """The value of a code."""
     level = F32(I32(code) - I32(8)) - zero if is_int4 else _E2M1[code]
     return level * scale
 
 
 @_inline
-def _storable(scale, divisor):  # type: ignore[no-untyped-def]
+def _storable(scale, divisor):
     """The scale that comes out of the file if this one goes in; `divisor` 0: int4."""
     if divisor == F32(0):
         return U32(round_bf16(F32(scale).view(U32))).view(F32)
@@ -67,7 +79,7 @@ def _storable(scale, divisor):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _push(rest, shares, first, later, begin, sign):  # type: ignore[no-untyped-def]
+def _push(rest, shares, first, later, begin, sign):
     """later[j] += sign * shares[j] * rest for the columns from `first` on, in the rows from `begin` on."""
     rows = rest.shape[0]
     for j in range(first, later.shape[0]):
@@ -77,7 +89,7 @@ def _push(rest, shares, first, later, begin, sign):  # type: ignore[no-untyped-d
 
 
 @_jit
-def _round_slab(target, weight, push, scale, zero, group, is_int4, now, codes, left, begin, end):  # type: ignore[no-untyped-def]
+def _round_slab(target, weight, push, scale, zero, group, is_int4, now, codes, left, begin, end):
     for i in range(target.shape[0]):
         column = now + i
         x, w, s = target[i, begin:end], weight[column, begin:end], scale[group[column], begin:end]
@@ -95,7 +107,7 @@ def _round_slab(target, weight, push, scale, zero, group, is_int4, now, codes, l
 
 
 @_jit
-def _better_scale(slope, codes, scale, divisor, is_int4, first, size, reach, now, begin, sums):  # type: ignore[no-untyped-def]
+def _better_scale(slope, codes, scale, divisor, is_int4, first, size, reach, now, begin, sums):
     """See `columns._better_scale`. `first`: of the group, within the block; `sums` is room to work in."""
     rows = scale.shape[0]
     end = begin + rows
@@ -126,7 +138,7 @@ def _better_scale(slope, codes, scale, divisor, is_int4, first, size, reach, now
 
 
 @_jit
-def _improve_slab(  # type: ignore[no-untyped-def]
+def _improve_slab(
     slope, weight, codes, gram, scale, zero, divisor, is_int4, reach, now, size, left, change, begin, end
 ):
     rows = end - begin

@@ -3,6 +3,21 @@
 Key idea: the sequence of float32 operations of every element is that of the plain loops, with divisions rounded as IEEE
 wants them, sums by halving and no fused multiply-add, so the bytes are the same. What a column needs is asked for while
 the one before is still at work.
+
+Arrays that the kernels take (shapes: `columns`), float32 but where it is said, contiguous but for the first; an array
+that a format does without is another one, never read:
+    target, slope       [E, B, O] of a larger panel, whose experts lie `panel` apart; overwritten
+    weight, codes       [E, I, O], codes uint8: as in `kernels.columns.Columns`
+    high, low           bfloat16 [E, I, O], halves of weight - value; change_high, change_low: of old - new [E, B, O]
+    push, gram          [E, I, I]: row i says how far what column i leaves, or how far it steps, moves the later columns
+    scale, zero, before [E, G, O]; `before`: the scales that codes had; divisors: float32 [E], nvfp4's global scales
+    group               int32 [E, I], the group whose scale a column has
+    reaches             [E, G of the block, B, O], how fast the slope falls when a group's scale grows
+    steps               int32, 0, 1, 2, ...: indexes that the compiler cannot see through
+    now, begin, end, stop   columns of the weight: of the block from `now` on, of this launch begin..end
+    width, rows, groups     I, O and G
+Of a program: `r` [ROWS] its rows, `there` whether they exist, `tile` the expert's panel, `strip` [W, ROWS] some columns
+of it; i is a column counted within the block. `_to_round` and `_to_improve` load what a column needs, `_keep` stores.
 """
 
 from __future__ import annotations
@@ -232,10 +247,7 @@ def _improve_columns(
     W: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Columns begin..end of the block now..stop; those after them are moved and left to another launch.
-
-    `before`: the scales that codes had.
-    """
+    """Columns begin..end of the block now..stop; those after them are moved and left to another launch."""
     expert, r = tl.program_id(1).to(tl.int64), tl.program_id(0) * ROWS + tl.load(steps + tl.arange(0, ROWS))
     there, tile = r < rows, slope + expert * panel
     code, w, curvature = _to_improve(codes, weight, gram, expert, begin - now, now, stop, width, rows, r)
@@ -315,23 +327,7 @@ def improve_columns(stack: Columns, now: slice, slope: Tensor, reach: Tensor | N
     size, groups = stack.fmt.group_size, stack.scale.shape[1]
     for begin in range(now.start, now.stop, now.stop - now.start if reach is None else size):
         if reach is not None:
-            _better_scale[_grid(stack)](
-                slope,
-                stack.codes,
-                stack.scale,
-                _or(stack.divisor, before),
-                reach,
-                slope.stride(0),
-                now.start,
-                begin - now.start,
-                now.stop - now.start,
-                width,
-                rows,
-                groups,
-                S=size,
-                BLOCK=_block(now),
-                **_options(stack),
-            )
+            _improve_scale(stack, now, begin - now.start, slope, reach)
         end = now.stop if reach is None else begin + size
         _improve_columns[_grid(stack)](
             slope,
@@ -350,6 +346,28 @@ def improve_columns(stack: Columns, now: slice, slope: Tensor, reach: Tensor | N
             **_options(stack),
         )
     return change
+
+
+def _improve_scale(stack: Columns, now: slice, first: int, slope: Tensor, reach: Tensor) -> None:
+    """Of the group that begins at column `first` of the block."""
+    _, width, rows = stack.weight.shape
+    _better_scale[_grid(stack)](
+        slope,
+        stack.codes,
+        stack.scale,
+        _or(stack.divisor, stack.scale),
+        reach,
+        slope.stride(0),
+        now.start,
+        first,
+        now.stop - now.start,
+        width,
+        rows,
+        stack.scale.shape[1],
+        S=stack.fmt.group_size,
+        BLOCK=_block(now),
+        **_options(stack),
+    )
 
 
 def _or(array: Tensor | None, unused: Tensor) -> Tensor:

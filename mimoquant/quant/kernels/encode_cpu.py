@@ -6,6 +6,17 @@ rounding by adding and subtracting 1.5 * 2^23. The order of every float32 operat
 are the same; `fastmath` stays off for that reason. Kernels release the interpreter lock: callers run rows in threads.
 
 Why not torch: its float8 → float32 conversion takes 6.8 ns an element on one core, this whole pipeline below 1.
+
+Arrays of one expert that kernels take, with O out_features, I in_features, G groups of a row, S columns of a group:
+    fp8, bf16           the source's bits, uint8 or uint16 [O, I]; the one that it is not in is empty (NO8, NO16)
+    scales, scale_row   of FP8: block scales, float32 [R, C]; the row of them that a row has, int64 [O]
+    begin, end          the rows of this call
+    multipliers         float32, what the search tries (`formats.multipliers`); one of them: nothing is searched
+    importance          float32 [I], what a column's squared error counts, or NO_IMPORTANCE
+    packed, scale_out, zero_out     what is stored: uint8 [O, I/2]; bf16 bits, E8M0 or E4M3 bytes [O, G]; int8 [O, G]
+Of a row, in cache: `values` float32 [I] and `bits`, the same memory as uint32; `codes` uint8 [I] and `codes16`, the
+same memory as uint16 [I/2]. Of a group: `group` and `weigh`, its values and importance; `error`, room for S sums.
+Each encoder goes row by row: `_load_row`, then of each group `_..._search` and `_..._codes`, then `_pack`.
 """
 
 from __future__ import annotations
@@ -47,12 +58,12 @@ _inline = compiled(inline="always")
 
 
 @_inline
-def round_bf16(bits):  # type: ignore[no-untyped-def]
+def round_bf16(bits):
     return (bits + U32(0x7FFF) + ((bits >> U32(16)) & U32(1))) & U32(0xFFFF0000)
 
 
 @_jit
-def _fp8_row(source, scales, values, bits):  # type: ignore[no-untyped-def]
+def _fp8_row(source, scales, values, bits):
     """One FP8 row to bf16 values in float32; `values` and `bits` are the same memory. Returns 1 if it holds a NaN."""
     width = source.shape[0]
     largest = np.uint8(0)
@@ -75,7 +86,7 @@ def _fp8_row(source, scales, values, bits):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _load_row(row, fp8, bf16, scales, scale_row, values, bits):  # type: ignore[no-untyped-def]
+def _load_row(row, fp8, bf16, scales, scale_row, values, bits):
     """Row `row` of the source as bf16 values in float32. Returns 1 if anything in it is not finite."""
     bad = 0
     if bf16.shape[0]:
@@ -88,7 +99,7 @@ def _load_row(row, fp8, bf16, scales, scale_row, values, bits):  # type: ignore[
 
 
 @_jit
-def _amax_bits(bits):  # type: ignore[no-untyped-def]
+def _amax_bits(bits):
     largest = U32(0)
     for i in range(bits.shape[0]):
         magnitude = bits[i] & _ABS
@@ -97,7 +108,7 @@ def _amax_bits(bits):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _largest_place(bits):  # type: ignore[no-untyped-def]
+def _largest_place(bits):
     """Where the largest magnitude of a group stands."""
     largest = _amax_bits(bits)
     for i in range(bits.shape[0]):
@@ -107,7 +118,7 @@ def _largest_place(bits):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _pack(codes16, packed):  # type: ignore[no-untyped-def]
+def _pack(codes16, packed):
     """Pairs of codes, read as uint16, to one byte each."""
     for i in range(packed.shape[0]):
         pair = codes16[i]
@@ -115,7 +126,7 @@ def _pack(codes16, packed):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _halving_sum(error, size):  # type: ignore[no-untyped-def]
+def _halving_sum(error, size):
     """Of the first `size` (8 at least); the last eight written out, which is what the loop would do with them."""
     while size > 8:
         size //= 2
@@ -127,20 +138,20 @@ def _halving_sum(error, size):  # type: ignore[no-untyped-def]
 
 
 @_inline
-def _int4_scale(spread, levels):  # type: ignore[no-untyped-def]
+def _int4_scale(spread, levels):
     scale = U32(round_bf16(F32(spread / levels).view(U32))).view(F32)
     return _ZERO_INT4 if scale == F32(0) else scale
 
 
 @_inline
-def round_level(x):  # type: ignore[no-untyped-def]
+def round_level(x):
     x = x if x > F32(-8) else F32(-8)
     x = x if x < F32(7) else F32(7)
     return (x + _MAGIC) - _MAGIC
 
 
 @_inline
-def _int4_range(low, high, c, symmetric):  # type: ignore[no-untyped-def]
+def _int4_range(low, high, c, symmetric):
     """Scale and zero point for the group's range shrunk by |c|; a symmetric scale has the sign of `c`."""
     if symmetric:
         largest = -low if -low > high else high
@@ -150,7 +161,7 @@ def _int4_range(low, high, c, symmetric):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _place(group, value):  # type: ignore[no-untyped-def]
+def _place(group, value):
     """Where `value` stands in a group; the first place if it does not."""
     for i in range(group.shape[0]):
         if group[i] == value:
@@ -159,13 +170,13 @@ def _place(group, value):  # type: ignore[no-untyped-def]
 
 
 @_inline
-def _int4_square(x, scale, zero):  # type: ignore[no-untyped-def]
+def _int4_square(x, scale, zero):
     difference = (round_level(x / scale + zero) - zero) * scale - x
     return difference * difference
 
 
 @_jit
-def _int4_error(group, scale, zero, weigh, error):  # type: ignore[no-untyped-def]
+def _int4_error(group, scale, zero, weigh, error):
     """The first halving of the sum is taken on the way. `weigh`: importance of each column, or nothing."""
     half = group.shape[0] // 2
     left, right = group[:half], group[half:]
@@ -181,7 +192,7 @@ def _int4_error(group, scale, zero, weigh, error):  # type: ignore[no-untyped-de
 
 
 @_inline
-def _int4_loses(group, scale, zero, weigh, at, best):  # type: ignore[no-untyped-def]
+def _int4_loses(group, scale, zero, weigh, at, best):
     """Whether one element's error alone is as large as the best sum: no sum that it is part of is smaller, for rounding
     a sum of two never takes it below either."""
     error = _int4_square(group[at], scale, zero)
@@ -189,16 +200,39 @@ def _int4_loses(group, scale, zero, weigh, at, best):  # type: ignore[no-untyped
 
 
 @_jit
-def _int4_codes(group, scale, zero, codes):  # type: ignore[no-untyped-def]
+def _int4_codes(group, scale, zero, codes):
     for i in range(group.shape[0]):
         codes[i] = np.uint8(I32(round_level(group[i] / scale + zero)) + I32(8))
 
 
 @_jit
-def encode_int4(  # type: ignore[no-untyped-def]
+def _int4_search(group, symmetric, multipliers, weigh, error):
+    """Scale and zero point of the least error of all that is tried; a candidate must be strictly better."""
+    low, high = F32(0), F32(0)
+    for i in range(group.shape[0]):
+        low = group[i] if group[i] < low else low
+        high = group[i] if group[i] > high else high
+    scale, zero = _int4_range(low, high, F32(1), symmetric)
+    if multipliers.shape[0] > 1:
+        best = _int4_error(group, scale, zero, weigh, error)
+        lowest, highest = _place(group, low), _place(group, high)
+        for k in range(1, multipliers.shape[0]):
+            other, other_zero = _int4_range(low, high, multipliers[k], symmetric)
+            if _int4_loses(group, other, other_zero, weigh, highest, best):
+                continue
+            if _int4_loses(group, other, other_zero, weigh, lowest, best):
+                continue
+            other_error = _int4_error(group, other, other_zero, weigh, error)
+            if other_error < best:
+                best, scale, zero = other_error, other, other_zero
+    return scale, zero
+
+
+@_jit
+def encode_int4(
     fp8, bf16, scales, scale_row, begin, end, size, symmetric, multipliers, importance, packed, scale_out, zero_out
 ):
-    """Rows begin..end to int4. scale_out: bf16 bits [O, G]; zero_out: int8 [O, G]. Returns rows that are not finite."""
+    """Rows begin..end to int4, in groups of `size`. Returns the number of rows that are not finite."""
     width = packed.shape[1] * 2
     values, codes, error = np.empty(width, F32), np.empty(width, np.uint8), np.empty(size, F32)
     bits, codes16, bad = values.view(U32), codes.view(np.uint16), 0
@@ -206,23 +240,7 @@ def encode_int4(  # type: ignore[no-untyped-def]
         bad += _load_row(row, fp8, bf16, scales, scale_row, values, bits)
         for g in range(width // size):
             group, weigh = values[g * size : (g + 1) * size], importance[g * size : (g + 1) * size]
-            low, high = F32(0), F32(0)
-            for i in range(size):
-                low = group[i] if group[i] < low else low
-                high = group[i] if group[i] > high else high
-            scale, zero = _int4_range(low, high, F32(1), symmetric)
-            if multipliers.shape[0] > 1:
-                best = _int4_error(group, scale, zero, weigh, error)
-                lowest, highest = _place(group, low), _place(group, high)
-                for k in range(1, multipliers.shape[0]):
-                    other, other_zero = _int4_range(low, high, multipliers[k], symmetric)
-                    if _int4_loses(group, other, other_zero, weigh, highest, best):
-                        continue
-                    if _int4_loses(group, other, other_zero, weigh, lowest, best):
-                        continue
-                    other_error = _int4_error(group, other, other_zero, weigh, error)
-                    if other_error < best:
-                        best, scale, zero = other_error, other, other_zero
+            scale, zero = _int4_search(group, symmetric, multipliers, weigh, error)
             _int4_codes(group, scale, zero, codes[g * size : (g + 1) * size])
             bad += 0 if math.isfinite(scale) else 1  # an asymmetric range can overflow
             scale_out[row, g] = np.uint16(F32(scale).view(U32) >> U32(16))
@@ -232,7 +250,7 @@ def encode_int4(  # type: ignore[no-untyped-def]
 
 
 @_inline
-def round_e2m1(y):  # type: ignore[no-untyped-def]
+def round_e2m1(y):
     """Steps of .5 below 2, 1 below 4, 2 up to 6: a magic number of that many units rounds to that step."""
     y = y if y < F32(6) else F32(6)
     magic = _MAGIC_HALF if y < F32(2) else (_MAGIC if y < F32(4) else _MAGIC_TWO)
@@ -240,19 +258,19 @@ def round_e2m1(y):  # type: ignore[no-untyped-def]
 
 
 @_inline
-def e2m1_code(rounded):  # type: ignore[no-untyped-def]
+def e2m1_code(rounded):
     twice = I32(rounded * F32(2))
     return twice if twice < I32(5) else (I32(5) if twice < I32(7) else (I32(6) if twice < I32(10) else I32(7)))
 
 
 @_inline
-def _fp4_square(magnitude, scale):  # type: ignore[no-untyped-def]
+def _fp4_square(magnitude, scale):
     difference = round_e2m1(magnitude / scale) * scale - magnitude
     return difference * difference
 
 
 @_jit
-def _fp4_error(group, scale, weigh, error):  # type: ignore[no-untyped-def]
+def _fp4_error(group, scale, weigh, error):
     """As `_int4_error`."""
     half = group.shape[0] // 2
     left, right = group[:half], group[half:]
@@ -268,31 +286,45 @@ def _fp4_error(group, scale, weigh, error):  # type: ignore[no-untyped-def]
 
 
 @_inline
-def _fp4_loses(largest, scale, weight, best):  # type: ignore[no-untyped-def]
+def _fp4_loses(largest, scale, weight, best):
     """As `_int4_loses`, of the largest magnitude; `weight` is its importance, or 1."""
     return _fp4_square(largest, scale) * weight >= best
 
 
 @_jit
-def _fp4_codes(group, scale, codes):  # type: ignore[no-untyped-def]
+def _fp4_codes(group, scale, codes):
     for i in range(group.shape[0]):
         sign = I32(8) if group[i] < F32(0) else I32(0)
         codes[i] = np.uint8(e2m1_code(round_e2m1(abs(group[i]) / scale)) | sign)
 
 
 @_inline
-def _exp2(biased):  # type: ignore[no-untyped-def]
+def _exp2(biased):
     return U32(U32(1) << U32(22) if biased == 0 else U32(biased) << U32(23)).view(F32)
 
 
 @_inline
-def _clamp_exponent(biased):  # type: ignore[no-untyped-def]
+def _clamp_exponent(biased):
     return 0 if biased < 0 else (254 if biased > 254 else biased)
 
 
 @_jit
-def encode_mxfp4(fp8, bf16, scales, scale_row, begin, end, search, importance, packed, scale_out):  # type: ignore[no-untyped-def]
-    """Rows begin..end to mxfp4. scale_out: E8M0 bytes [O, I/32]. Returns the number of rows that are not finite."""
+def _mxfp4_search(group, largest, search, weigh, error):
+    """The biased exponent of the least error, if it is searched; `largest`: bits of the group's largest magnitude."""
+    biased = _clamp_exponent(np.int64((largest + _ROUND_UP) >> U32(23)) - 2)
+    if search:
+        best = _fp4_error(group, _exp2(biased), weigh, error)
+        for offset in range(-1, 2):
+            other = _clamp_exponent(np.int64(largest >> U32(23)) - 2 + offset)
+            other_error = _fp4_error(group, _exp2(other), weigh, error)
+            if other_error < best:
+                best, biased = other_error, other
+    return biased
+
+
+@_jit
+def encode_mxfp4(fp8, bf16, scales, scale_row, begin, end, search, importance, packed, scale_out):
+    """Rows begin..end to mxfp4. Returns the number of rows that are not finite."""
     width = packed.shape[1] * 2
     values, codes, error = np.empty(width, F32), np.empty(width, np.uint8), np.empty(32, F32)
     bits, codes16, bad = values.view(U32), codes.view(np.uint16), 0
@@ -301,15 +333,7 @@ def encode_mxfp4(fp8, bf16, scales, scale_row, begin, end, search, importance, p
         for g in range(width // 32):
             group, group_bits = values[g * 32 : g * 32 + 32], bits[g * 32 : g * 32 + 32]
             weigh = importance[g * 32 : g * 32 + 32]
-            largest = _amax_bits(group_bits)
-            biased = _clamp_exponent(np.int64((largest + _ROUND_UP) >> U32(23)) - 2)
-            if search:
-                best = _fp4_error(group, _exp2(biased), weigh, error)
-                for offset in range(-1, 2):
-                    other = _clamp_exponent(np.int64(largest >> U32(23)) - 2 + offset)
-                    other_error = _fp4_error(group, _exp2(other), weigh, error)
-                    if other_error < best:
-                        best, biased = other_error, other
+            biased = _mxfp4_search(group, _amax_bits(group_bits), search, weigh, error)
             _fp4_codes(group, _exp2(biased), codes[g * 32 : g * 32 + 32])
             scale_out[row, g] = np.uint8(biased)
         _pack(codes16, packed[row])
@@ -317,7 +341,7 @@ def encode_mxfp4(fp8, bf16, scales, scale_row, begin, end, search, importance, p
 
 
 @_inline
-def e4m3_byte(value):  # type: ignore[no-untyped-def]
+def e4m3_byte(value):
     """float32 0..448 to the nearest E4M3, ties to even."""
     value = value if value < F32(448) else F32(448)
     bits = F32(value).view(U32)
@@ -327,12 +351,12 @@ def e4m3_byte(value):  # type: ignore[no-untyped-def]
 
 
 @_inline
-def e4m3_value(byte):  # type: ignore[no-untyped-def]
+def e4m3_value(byte):
     return U32(U32(byte) << U32(20)).view(F32) * FP8_UNIT
 
 
 @_inline
-def _nvfp4_scale(wanted, global_scale, zero_scale):  # type: ignore[no-untyped-def]
+def _nvfp4_scale(wanted, global_scale, zero_scale):
     """The stored E4M3 byte and the scale that it makes."""
     byte = e4m3_byte(wanted)
     byte = e4m3_byte(zero_scale) if byte == U32(0) else byte
@@ -340,10 +364,30 @@ def _nvfp4_scale(wanted, global_scale, zero_scale):  # type: ignore[no-untyped-d
 
 
 @_jit
-def encode_nvfp4(  # type: ignore[no-untyped-def]
-    fp8, bf16, scales, scale_row, begin, end, multipliers, global_scale, importance, packed, scale_out
-):
-    """Rows begin..end to nvfp4. scale_out: E4M3 bytes [O, I/16]. Returns the number of rows that are not finite."""
+def _nvfp4_search(group, group_bits, multipliers, global_scale, weigh, error):
+    """The stored E4M3 byte of the least error of all that is tried, and the scale that it makes."""
+    largest = U32(_amax_bits(group_bits)).view(F32)
+    base = largest / F32(6) * global_scale
+    byte, scale = _nvfp4_scale(base, global_scale, _ZERO_NVFP4)
+    if multipliers.shape[0] > 1:
+        best, tried, plain = _fp4_error(group, scale, weigh, error), byte, byte
+        weight = weigh[_largest_place(group_bits)] if weigh.shape[0] else F32(1)
+        for k in range(1, multipliers.shape[0]):
+            other, other_scale = _nvfp4_scale(base * multipliers[k], global_scale, _SMALLEST_NVFP4)
+            if other in (tried, plain):  # many multipliers round to one E4M3 byte
+                continue
+            tried = other
+            if _fp4_loses(largest, other_scale, weight, best):
+                continue
+            other_error = _fp4_error(group, other_scale, weigh, error)
+            if other_error < best:
+                best, byte, scale = other_error, other, other_scale
+    return byte, scale
+
+
+@_jit
+def encode_nvfp4(fp8, bf16, scales, scale_row, begin, end, multipliers, global_scale, importance, packed, scale_out):
+    """Rows begin..end to nvfp4. Returns the number of rows that are not finite."""
     width = packed.shape[1] * 2
     values, codes, error = np.empty(width, F32), np.empty(width, np.uint8), np.empty(16, F32)
     bits, codes16, bad = values.view(U32), codes.view(np.uint16), 0
@@ -352,22 +396,7 @@ def encode_nvfp4(  # type: ignore[no-untyped-def]
         for g in range(width // 16):
             group, group_bits = values[g * 16 : g * 16 + 16], bits[g * 16 : g * 16 + 16]
             weigh = importance[g * 16 : g * 16 + 16]
-            largest = U32(_amax_bits(group_bits)).view(F32)
-            base = largest / F32(6) * global_scale
-            byte, scale = _nvfp4_scale(base, global_scale, _ZERO_NVFP4)
-            if multipliers.shape[0] > 1:
-                best, tried, plain = _fp4_error(group, scale, weigh, error), byte, byte
-                weight = weigh[_largest_place(group_bits)] if weigh.shape[0] else F32(1)
-                for k in range(1, multipliers.shape[0]):
-                    other, other_scale = _nvfp4_scale(base * multipliers[k], global_scale, _SMALLEST_NVFP4)
-                    if other in (tried, plain):  # many multipliers round to one E4M3 byte
-                        continue
-                    tried = other
-                    if _fp4_loses(largest, other_scale, weight, best):
-                        continue
-                    other_error = _fp4_error(group, other_scale, weigh, error)
-                    if other_error < best:
-                        best, byte, scale = other_error, other, other_scale
+            byte, scale = _nvfp4_search(group, group_bits, multipliers, global_scale, weigh, error)
             _fp4_codes(group, scale, codes[g * 16 : g * 16 + 16])
             scale_out[row, g] = np.uint8(byte)
         _pack(codes16, packed[row])
@@ -375,7 +404,7 @@ def encode_nvfp4(  # type: ignore[no-untyped-def]
 
 
 @_jit
-def amax_rows(fp8, bf16, scales, scale_row, begin, end, width):  # type: ignore[no-untyped-def]
+def amax_rows(fp8, bf16, scales, scale_row, begin, end, width):
     """(largest |value| of rows begin..end, number of rows that are not finite)."""
     values = np.empty(width, F32)
     bits, bad, largest = values.view(U32), 0, U32(0)
@@ -387,7 +416,7 @@ def amax_rows(fp8, bf16, scales, scale_row, begin, end, width):  # type: ignore[
 
 
 @_jit
-def dequantize_rows(fp8, scales, scale_row, begin, end, out):  # type: ignore[no-untyped-def]
+def dequantize_rows(fp8, scales, scale_row, begin, end, out):
     """FP8 rows begin..end as bf16 bits into `out` [O, I]. Returns the number of rows that are not finite."""
     values = np.empty(fp8.shape[1], F32)
     bits, bad = values.view(U32), 0
@@ -400,7 +429,7 @@ def dequantize_rows(fp8, scales, scale_row, begin, end, out):  # type: ignore[no
 
 
 @_jit
-def audit_rows(fp8, bf16, scales, scale_row, begin, end, codes, group_scale, zero, table, overshoot):  # type: ignore[no-untyped-def]
+def audit_rows(fp8, bf16, scales, scale_row, begin, end, codes, group_scale, zero, table, overshoot):
     """Hold codes against their source: is every source value in the rounding interval of its code?
 
     `table` float32 [3, 16]: grid value, lower and upper end of each code's interval, in units of the scale; beyond the

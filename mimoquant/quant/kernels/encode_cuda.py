@@ -11,6 +11,18 @@ neighbours cost the same; codes come from true divisions, and groups of extreme 
 
 Shapes: E experts, O out_features, I in_features, G groups of a row, S group size; N groups of a program, K = S / L
 weights of a thread; tiles are [K, N L].
+
+Arrays that `_encode` takes, all contiguous; an array that a format does without is another one, never read:
+    values, block_scales        the source: FP8 bits, uint8 [E, O, I], with float32 [E, R, C]; or bf16 bits, uint16
+    importance                  float32 [E, I], what a column's squared error counts (WEIGHTED)
+    global_scales               float32 [E], nvfp4's
+    tried, count                float32, what the search tries, and how many; the first is plain rounding
+    steps                       int32, 0, 1, 2, ...: indexes that the compiler cannot see through
+    packed, scale_out, zero_out what is stored: uint8 [E, O, I/2]; bf16 bits, E8M0 or E4M3 bytes [E, O, G]; int8
+    bad                         int32 [E], how many groups are not finite
+    rows, groups                O and G; scale_rows, scale_columns: R and C
+Of a program: `n` [N L] the group of each thread, counted from the expert's first; `there` whether it exists; `x` the
+weights [K, N L]; low, high, amax, scale, zero and stored (what is stored of the scale) of each thread's group [N L].
 """
 
 from __future__ import annotations
@@ -182,6 +194,82 @@ def _search(
 
 
 @triton.jit
+def _load(
+    values,
+    block_scales,
+    expert,
+    first,
+    groups,
+    scale_rows,
+    scale_columns,
+    n,
+    s,
+    there,
+    S: tl.constexpr,
+    FP8: tl.constexpr,
+):
+    """Groups' weights as float32 [K, N L], and which threads have seen one that is not finite. `first`: the expert's
+    first group."""
+    held = tl.load(values + (first + n)[None, :] * S + s, mask=there[None, :], other=0)
+    if FP8:
+        place = (expert * scale_rows + n // groups // 128) * scale_columns + n % groups * S // 128
+        unit = tl.load(block_scales + place, mask=there, other=1.0)
+        x = from_bits(((held.to(tl.uint32) & 0x7F) << 20) | ((held.to(tl.uint32) & 0x80) << 24)) * FP8_UNIT
+        x = from_bits(round_bf16(x * unit[None, :]))
+        spoiled = (tl.max((held & 0x7F).to(tl.int32), axis=0) == 0x7F) | ~(tl.abs(unit) < float("inf"))
+    else:
+        x = from_bits(held.to(tl.uint32) << 16)
+        spoiled = tl.max((held & 0x7FFF).to(tl.int32), axis=0) >= 0x7F80  # `tl.max` of floats passes over NaN
+    return x, spoiled
+
+
+@triton.jit
+def _range(x, N: tl.constexpr, L: tl.constexpr):
+    """The least and largest weight of each thread's group, or 0: [N L]."""
+    low, high = tl.minimum(tl.min(x, axis=0), 0.0), tl.maximum(tl.max(x, axis=0), 0.0)
+    if L > 1:
+        low = _spread(tl.min(tl.reshape(low, (N, L)), axis=1), N, L)
+        high = _spread(tl.max(tl.reshape(high, (N, L)), axis=1), N, L)
+    return low, high
+
+
+@triton.jit
+def _codes(x, scale, zero, KIND: tl.constexpr):
+    """The nearest codes, by true divisions: int32 [K, N L]."""
+    wide = tl.zeros_like(x) + scale[None, :]
+    if KIND == _INT4:
+        code = (round_level(tl.div_rn(x, wide) + zero[None, :]) + 8.0).to(tl.int32)
+    else:
+        code = e2m1_code(round_e2m1(tl.div_rn(tl.abs(x), wide))) | tl.where(x < 0, 8, 0)
+    return code
+
+
+@triton.jit
+def _store_codes(packed, code, begin, count, K: tl.constexpr, N: tl.constexpr, L: tl.constexpr):
+    """Two a byte, in memory order, so that stores are wide. `count`: groups of the expert, whose first is `begin`."""
+    S: tl.constexpr = K * L
+    if L == 1:
+        even, odd = tl.split(tl.permute(tl.reshape(code, (K // 2, 2, N)), (0, 2, 1)))
+    else:
+        even, odd = tl.split(tl.reshape(code, (K, N * L // 2, 2)))
+    pairs = tl.reshape((even | (odd << 4)).to(tl.uint8), (K if L > 1 else K // 2, N, (L + 1) // 2))
+    pairs = tl.reshape(tl.permute(pairs, (1, 0, 2)), (N, S // 2))
+    first = tl.program_id(0) * N + tl.arange(0, N)
+    out = (begin + first)[:, None] * (S // 2) + tl.arange(0, S // 2)[None, :]
+    tl.store(packed + out, pairs, mask=(first < count)[:, None])
+
+
+@triton.jit
+def _store_scales(scale_out, zero_out, group, stored, zero, there, KIND: tl.constexpr, SYMMETRIC: tl.constexpr):
+    if KIND == _INT4:
+        tl.store(scale_out + group, stored.to(tl.uint16), mask=there)
+    else:
+        tl.store(scale_out + group, stored.to(tl.uint8), mask=there)
+    if not SYMMETRIC:
+        tl.store(zero_out + group, zero.to(tl.int8), mask=there)
+
+
+@triton.jit
 def _encode(
     values,
     block_scales,
@@ -210,27 +298,15 @@ def _encode(
     S: tl.constexpr = K * L
     thread = tl.arange(0, N * L)
     n = tl.program_id(0) * N + thread // L
-    there, row, g = n < rows * groups, n // groups, n % groups
+    there, begin = n < rows * groups, expert * rows * groups
     # an index that the compiler cannot see through: else it would spread a thread's weights, for the sake of loads
     s = tl.load(steps + tl.arange(0, K))[:, None] * L + (thread % L)[None, :]
-    at = (expert * rows * groups + n)[None, :] * S + s
-    held = tl.load(values + at, mask=there[None, :], other=0)
-    if FP8:
-        place = (expert * scale_rows + row // 128) * scale_columns + g * S // 128
-        unit = tl.load(block_scales + place, mask=there, other=1.0)
-        x = from_bits(((held.to(tl.uint32) & 0x7F) << 20) | ((held.to(tl.uint32) & 0x80) << 24)) * FP8_UNIT
-        x = from_bits(round_bf16(x * unit[None, :]))
-        spoiled = (tl.max((held & 0x7F).to(tl.int32), axis=0) == 0x7F) | ~(tl.abs(unit) < float("inf"))
-    else:
-        x = from_bits(held.to(tl.uint32) << 16)
-        spoiled = tl.max((held & 0x7FFF).to(tl.int32), axis=0) >= 0x7F80  # `tl.max` of floats passes over NaN
+    x, spoiled = _load(values, block_scales, expert, begin, groups, scale_rows, scale_columns, n, s, there, S, FP8)
     weigh = x
     if WEIGHTED:
-        weigh = tl.load(importance + expert * groups * S + g[None, :] * S + s, mask=there[None, :], other=0.0)
-    low, high = tl.minimum(tl.min(x, axis=0), 0.0), tl.maximum(tl.max(x, axis=0), 0.0)
-    if L > 1:
-        low = _spread(tl.min(tl.reshape(low, (N, L)), axis=1), N, L)
-        high = _spread(tl.max(tl.reshape(high, (N, L)), axis=1), N, L)
+        of_column = expert * groups * S + (n % groups)[None, :] * S + s
+        weigh = tl.load(importance + of_column, mask=there[None, :], other=0.0)
+    low, high = _range(x, N, L)
     amax = tl.maximum(-low, high)
     global_scale = tl.zeros_like(amax) + 1.0
     if KIND == _NVFP4:
@@ -281,29 +357,9 @@ def _encode(
                 N,
                 L,
             )
-    wide = tl.zeros_like(x) + scale[None, :]
-    if KIND == _INT4:
-        code = (round_level(tl.div_rn(x, wide) + zero[None, :]) + 8.0).to(tl.int32)
-    else:
-        code = e2m1_code(round_e2m1(tl.div_rn(tl.abs(x), wide))) | tl.where(x < 0, 8, 0)
-    if L == 1:
-        even, odd = tl.split(tl.permute(tl.reshape(code, (K // 2, 2, N)), (0, 2, 1)))
-    else:
-        even, odd = tl.split(tl.reshape(code, (K, N * L // 2, 2)))
-    # in memory order, so that stores are wide
-    pairs = tl.reshape((even | (odd << 4)).to(tl.uint8), (K if L > 1 else K // 2, N, (L + 1) // 2))
-    pairs = tl.reshape(tl.permute(pairs, (1, 0, 2)), (N, S // 2))
-    first = tl.program_id(0) * N + tl.arange(0, N)
-    out = (expert * rows * groups + first)[:, None] * (S // 2) + tl.arange(0, S // 2)[None, :]
-    tl.store(packed + out, pairs, mask=(first < rows * groups)[:, None])
+    _store_codes(packed, _codes(x, scale, zero, KIND), begin, rows * groups, K, N, L)
     there = there & (thread % L == 0)
-    group = expert * rows * groups + n
-    if KIND == _INT4:
-        tl.store(scale_out + group, stored.to(tl.uint16), mask=there)
-    else:
-        tl.store(scale_out + group, stored.to(tl.uint8), mask=there)
-    if not SYMMETRIC:
-        tl.store(zero_out + group, zero.to(tl.int8), mask=there)
+    _store_scales(scale_out, zero_out, begin + n, stored, zero, there, KIND, SYMMETRIC)
     spoiled = spoiled | ~(amax < float("inf")) | ~(tl.abs(scale) < float("inf"))
     tl.atomic_add(bad + expert, tl.sum((spoiled & there).to(tl.int32), axis=0))
 
