@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from micro import MICRO
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -19,7 +20,6 @@ from mimoquant import api
 from mimoquant.cli.app import app
 from mimoquant.errors import MimoquantError
 
-MICRO = mimoquant.micro_checkpoint()
 VERBS: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
 # what only a command line has: how to print, what to write beside it, a gate's exit code, a server as the candidate
 OF_THE_COMMAND_LINE = {
@@ -65,7 +65,7 @@ def test_names_stay_functions_once_the_modules_of_their_names_are_loaded() -> No
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True"] * len(mimoquant.__all__)
     with pytest.raises(AttributeError, match="no attribute 'quantise'"):
-        mimoquant.quantise  # type: ignore[attr-defined]  # noqa: B018
+        getattr(mimoquant, "quantise")  # noqa: B009
 
 
 def printed(*arguments: object) -> dict[str, Any]:

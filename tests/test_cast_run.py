@@ -8,9 +8,9 @@ from pathlib import Path
 import published
 import pytest
 import torch
+from micro import MICRO
 from typer.testing import CliRunner
 
-import mimoquant
 from mimoquant import pipeline
 from mimoquant.checkpoint.index import open_index
 from mimoquant.checkpoint.journal import file_sha256
@@ -21,7 +21,6 @@ from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import load_recipe, parse_recipe
 from mimoquant.planning.units import Unit
 
-MICRO = mimoquant.micro_checkpoint()
 EXPERT = "model.layers.2.mlp.experts.3.down_proj"
 
 

@@ -12,9 +12,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from micro import MICRO, contents
 
 import mimoquant
 from mimoquant import pipeline
@@ -25,22 +27,18 @@ from mimoquant.output.verify import verify
 from mimoquant.planning.facts import drafter_facts, layout_facts
 from mimoquant.planning.plan import Plan, make_plan
 from mimoquant.planning.recipe import load_recipe, parse_recipe
+from mimoquant.planning.units import Unit
 from mimoquant.quant.engine_torch import TorchEngine
 from mimoquant.report.verb_text import layout_text
 from mimoquant.shipped import shipped_recipes
 
-MICRO = mimoquant.micro_checkpoint()
 RUNNABLE = [name for name in shipped_recipes() if name.endswith(("-rtn", "-mse"))]
 
 
-def run(recipe: str, out: Path, **options: object) -> Plan:
+def run(recipe: str, out: Path, **options: Any) -> Plan:
     plan = make_plan(MICRO, load_recipe(recipe))
-    pipeline.quantize(plan, out, device="cpu", **options)  # type: ignore[arg-type]
+    pipeline.quantize(plan, out, device="cpu", **options)
     return plan
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def tensor_bytes(folder: Path) -> dict[str, bytes]:
@@ -128,9 +126,9 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     for _ in range(20):
         seen: list[str] = []
 
-        def stop(unit: object, size: int, finished: bool, seen: list[str] = seen, limit: int = stopped + 1) -> None:
+        def stop(unit: Unit, size: int, finished: bool, seen: list[str] = seen, limit: int = stopped + 1) -> None:
             if finished:
-                seen.append(unit.name)  # type: ignore[attr-defined]
+                seen.append(unit.name)
                 if len(seen) > limit:
                     raise KeyboardInterrupt
 
@@ -161,7 +159,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_a_resume_under_another_recipe_is_refused(tmp_path: Path) -> None:
-    def stop(unit: object, size: int, finished: bool) -> None:
+    def stop(unit: Unit, size: int, finished: bool) -> None:
         if finished:
             raise KeyboardInterrupt
 
@@ -244,8 +242,8 @@ def test_each_source_byte_is_read_once(tmp_path: Path, monkeypatch: pytest.Monke
     readers: list[CheckpointReader] = []
 
     class Counting(CheckpointReader):
-        def __init__(self, *args: object) -> None:
-            super().__init__(*args)  # type: ignore[arg-type]
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
             readers.append(self)
 
     monkeypatch.setattr(pipeline, "CheckpointReader", Counting)
@@ -348,7 +346,7 @@ def test_kernels_compile_where_nothing_can_be_cached(monkeypatch: pytest.MonkeyP
 
     calls = []
 
-    def njit(**options: object) -> Callable[[object], object]:
+    def njit(**options: Any) -> Callable[[object], object]:
         calls.append(options)
         if options.get("cache"):
             raise RuntimeError("no locator available")

@@ -20,6 +20,7 @@ from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import load_recipe, parse_recipe
 from mimoquant.quant.engine_torch import decode
+from mimoquant.quant.formats import Format
 from mimoquant.serving.check import check
 from mimoquant.serving.served import read_served
 from mimoquant.synthetic.checkpoint import SynthSizes, synth
@@ -28,7 +29,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed (scripts/setup --dev)")
 
 
-def write_twin(out: Path, twin: Path, fmt: object) -> None:
+def write_twin(out: Path, twin: Path, fmt: Format) -> None:
     """The output's weights in bf16, experts decoded by us, as a plain checkpoint."""
     index = open_index(out)
     tensors: dict[str, torch.Tensor] = {}
@@ -47,7 +48,7 @@ def write_twin(out: Path, twin: Path, fmt: object) -> None:
                     f"{module}.weight_scale", kinds.get(index.tensors[f"{module}.weight_scale"].dtype, torch.uint8)
                 )
                 codes = torch.from_numpy(reader.read(name)).reshape(info.shape[0], -1)
-                values = decode({"codes": codes[None], "scale": scale[None]}, fmt)[0]  # type: ignore[arg-type]
+                values = decode({"codes": codes[None], "scale": scale[None]}, fmt)[0]
                 tensors[f"{module}.weight"] = values.to(torch.bfloat16)
     twin.mkdir()
     save_file(tensors, twin / "model.safetensors", metadata={"format": "pt"})

@@ -60,7 +60,8 @@ class Ablation:
     def _counts(self) -> tuple[Floats, Floats]:
         """How often each sequence is drawn, [1 + resamples, sequences] of each half: once, then as it comes."""
         rng = np.random.default_rng(0)
-        return tuple(np.concatenate([np.ones((1, len(half))), _drawn(rng, len(half))]) for half in self.whole)  # type: ignore[return-value]
+        first, second = (np.concatenate([np.ones((1, len(half))), _drawn(rng, len(half))]) for half in self.whole)
+        return first, second
 
     def mean(self, first: Floats, second: Floats) -> Floats:
         """[1 + resamples] means of values of all sequences, given by halves."""

@@ -41,7 +41,10 @@ class Weights(CheckpointWeights):
 
     def __init__(self, reader: CheckpointReader, plan: Plan, device: torch.device) -> None:
         super().__init__(reader, plan.layout, device)
-        self.tensor = functools.lru_cache(maxsize=1)(self.tensor)  # type: ignore[method-assign]  # the embedding
+        self._kept = functools.lru_cache(maxsize=1)(super().tensor)  # the embedding
+
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        return self._kept(name, dtype)
 
 
 class LayerOptions:

@@ -237,12 +237,13 @@ class Walks:
                 }
             )
         ordered = self._in_order(self.team.gather(mine))
-        return tuple(
+        of_first, of_second = (
             np.concatenate(
                 [np.array(j) for (half, _), j in zip(self.every, ordered, strict=True) if half == wanted], axis=1
             )
             for wanted in (0, 1)
-        )  # type: ignore[return-value]
+        )
+        return of_first, of_second
 
     def _options(self, plan: Plan, reader: CheckpointReader) -> LayerOptions:
         if self.calibration is None:

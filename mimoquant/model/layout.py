@@ -102,7 +102,7 @@ def read_layout(
     }
     experts: dict[tuple[int, int, str], Weight] = {}
     for layer in range(geometry.layers):
-        units[f"layer {layer}"] = [claim.take(*row) for row in _layer_rows(geometry, layer)]
+        units[f"layer {layer}"] = [claim.take(*row) for row in layer_rows(geometry, layer)]
         if geometry.moe[layer]:
             for expert in range(geometry.experts):
                 for projection in PROJECTIONS:
@@ -114,7 +114,7 @@ def read_layout(
         claim.take("lm_head.weight", "lm_head", _PLAIN, (geometry.vocab, geometry.hidden)),
     ]
     mtp_layers = _count_mtp(left)
-    units["mtp"] = [claim.take(*row) for i in range(mtp_layers) for row in _mtp_rows(geometry, i)]
+    units["mtp"] = [claim.take(*row) for i in range(mtp_layers) for row in mtp_rows(geometry, i)]
     units["towers"] = [
         Weight(name, "tower", left.pop(name)) for name in sorted(left) if name.startswith(TOWER_PREFIXES)
     ]
@@ -155,7 +155,8 @@ def _dense_rows(geometry: Geometry, prefix: str) -> Iterator[Row]:
         yield f"{prefix}mlp.{projection}_proj.weight", "dense", _SCALED, shape
 
 
-def _layer_rows(geometry: Geometry, layer: int) -> Iterator[Row]:
+def layer_rows(geometry: Geometry, layer: int) -> Iterator[Row]:
+    """What a decoder layer has beside its experts."""
     prefix, hidden = f"model.layers.{layer}.", geometry.hidden
     for norm in ("input_layernorm", "post_attention_layernorm"):
         yield f"{prefix}{norm}.weight", "norm", _NORM, (hidden,)
@@ -167,7 +168,8 @@ def _layer_rows(geometry: Geometry, layer: int) -> Iterator[Row]:
         yield from _dense_rows(geometry, prefix)
 
 
-def _mtp_rows(geometry: Geometry, i: int) -> Iterator[Row]:
+def mtp_rows(geometry: Geometry, i: int) -> Iterator[Row]:
+    """What MTP layer `i` has."""
     prefix, hidden = f"model.mtp.layers.{i}.", geometry.hidden
     yield f"{prefix}eh_proj.weight", "mtp_projection", _SCALED, (hidden, 2 * hidden)
     for norm in ("enorm", "hnorm", "input_layernorm", "pre_mlp_layernorm", "final_layernorm"):

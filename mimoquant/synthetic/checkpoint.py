@@ -181,7 +181,7 @@ def _synth(
     config = _published_config(config, layout)
     geometry = read_geometry(config, str(out))
     _check_geometry(geometry)
-    stored = list(_stored(geometry, origin.mtp_layers))
+    stored = list(stored_tensors(geometry, origin.mtp_layers))
     if layout == "v2.5":
         stored += _towers(geometry.hidden)
     place, partial = functools.partial(PLACEMENTS[layout], geometry), out.with_name(f"{out.name}.partial")
@@ -247,7 +247,8 @@ def _check_geometry(geometry: Geometry) -> None:
 # --- what is in a checkpoint
 
 
-def _stored(geometry: Geometry, mtp_layers: int) -> Iterator[_Stored]:
+def stored_tensors(geometry: Geometry, mtp_layers: int) -> Iterator[_Stored]:
+    """What the checkpoint has, in the order in which its values are drawn."""
     hidden, experts = geometry.hidden, geometry.experts
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         yield _plain(name, geometry.vocab, hidden)

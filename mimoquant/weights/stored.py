@@ -101,7 +101,8 @@ def read_parts(
     Args:
         names: the tensors of the experts, in the order in which they are written.
     """
-    ordered, parts = iter(names), {p: {} for p in PROJECTIONS}  # type: ignore[var-annotated]
+    ordered = iter(names)
+    parts: dict[str, dict[str, list[Array]]] = {p: {} for p in PROJECTIONS}
     kinds = {"BF16": np.uint16, "F32": np.float32}
     for _ in range(experts):
         for projection in PROJECTIONS:

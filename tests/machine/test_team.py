@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import rank_driver
 import torch
+from micro import MICRO, contents
 from typer.testing import CliRunner
 
-import mimoquant
 from mimoquant import pipeline
 from mimoquant.checkpoint.index import open_index
 from mimoquant.cli.app import app
@@ -25,7 +25,6 @@ from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import load_recipe
 from mimoquant.run.deal import deal
 
-MICRO = mimoquant.micro_checkpoint()
 REPOSITORY = Path(__file__).resolve().parents[2]
 DRIVER = REPOSITORY / "tests" / "rank_driver.py"
 SMALL = ("--sequences", "48", "--tokens", "64", "--device", "cpu")
@@ -72,10 +71,6 @@ def alone(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def quantize(ranks: int, recipe: str, out: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return start(ranks, "quantize", str(MICRO), "--recipe", recipe, "--out", str(out), "--json", *options)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def same(one: Path, other: Path) -> bool:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from compressed_tensors.quantization import QuantizationConfig
+from micro import MICRO
 
-import mimoquant
 from mimoquant import pipeline
 from mimoquant.errors import RecipeError
 from mimoquant.mixing.mixtures import Mixtures
@@ -17,15 +18,13 @@ from mimoquant.output.verify import verify
 from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import load_recipe, parse_recipe
 
-MICRO = mimoquant.micro_checkpoint()
 
-
-def mixtures(recipe: str, **settings: str) -> Mixtures:
-    return Mixtures(make_plan(MICRO, load_recipe(recipe), **settings))  # type: ignore[arg-type]
+def mixtures(recipe: str, **settings: Any) -> Mixtures:
+    return Mixtures(make_plan(MICRO, load_recipe(recipe), **settings))
 
 
 def test_options_are_what_the_container_holds() -> None:
-    def labels(recipe: str, **settings: str) -> list[str]:
+    def labels(recipe: str, **settings: Any) -> list[str]:
         return [option.label for option in mixtures(recipe, **settings).options]
 
     assert labels("int4-g128-mse") == ["int4 g128", "int4 g64", "int4 g32", "fp8", "bf16"]

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from micro import MICRO, held_out, j_of
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -53,7 +54,6 @@ from mimoquant.planning.recipe import load_recipe, parse_recipe
 from mimoquant.quant.formats import Format
 from mimoquant.report.sensitivity_page import ranked, sensitivity_page, sensitivity_text
 
-MICRO = mimoquant.micro_checkpoint()
 RECIPE = "int4-g128-mse"
 GPTQ = r"""
 default_stage:
@@ -62,10 +62,6 @@ default_stage:
 mimoquant: {scale_search: absmax, calibration: {set: mixed-v1, sequences: 16, tokens: 64}, refine: 0}
 """
 PLANTED = 3
-
-
-def held_out(source: Path = MICRO, sequences: int = 14, tokens: int = 48) -> TokenSet:
-    return load_tokens(["heldout-v1"], source, sequences=sequences, tokens=tokens, vocab=1024)
 
 
 def part_of(tokens: TokenSet, sequences: list[int]) -> TokenSet:
@@ -84,11 +80,11 @@ def mixtures(recipe: str = RECIPE, source: Path = MICRO) -> Mixtures:
     return Mixtures(make_plan(source, held))
 
 
-def j_of(held: Mixtures, choice: list[int], tokens: TokenSet, out: Path) -> float:
+def j_of_choice(held: Mixtures, choice: list[int], tokens: TokenSet, out: Path) -> float:
     """J of a checkpoint that `quantize` writes, by `eval-kl`."""
     plan = held.planned(choice)
     pipeline.quantize(plan, out, device="cpu")
-    return float(eval_kl(plan.layout.index.folder, out, tokens, noise_floor=False)["j"]["mean"])
+    return j_of(out, tokens, plan.layout.index.folder)
 
 
 def call(*arguments: str | Path) -> Any:
@@ -133,12 +129,12 @@ def test_forks_take_what_was_foreseen_and_read_each_byte_once(found: tuple[dict[
 
 def test_forks_are_what_written_checkpoints_are(found: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
     """All quantized, one layer quantized, all but one: J of the walk is J of `eval-kl` on what `quantize` writes."""
-    (facts, _), held, tokens = found, mixtures(), held_out()
+    (facts, _), held, tokens = found, mixtures(), held_out(14, 48)
     first, second = (part_of(tokens, half) for half in halves(tokens))
-    assert facts["j"]["mean"] == pytest.approx(j_of(held, [0] * 4, tokens, tmp_path / "all"), rel=1e-4)
-    alone = j_of(held, [4, 4, 0, 4], first, tmp_path / "alone")
+    assert facts["j"]["mean"] == pytest.approx(j_of_choice(held, [0] * 4, tokens, tmp_path / "all"), rel=1e-4)
+    alone = j_of_choice(held, [4, 4, 0, 4], first, tmp_path / "alone")
     assert facts["layers"][2]["alone"]["mean"] == pytest.approx(alone, rel=1e-4)
-    restored = j_of(held, [0, 0, 4, 0], second, tmp_path / "restored")
+    restored = j_of_choice(held, [0, 0, 4, 0], second, tmp_path / "restored")
     whole = float(eval_kl(MICRO, tmp_path / "all", second, noise_floor=False)["j"]["mean"])
     assert facts["layers"][2]["gain"]["mean"] == pytest.approx(whole - restored, rel=1e-3)
 
@@ -150,7 +146,7 @@ def test_the_recipe_is_what_was_measured(found: tuple[dict[str, Any], Path], tmp
     labels = {str(n): fmt.label for n, fmt in plan.formats.items()} | {str(n): k for n, k in plan.carve_outs.items()}
     assert labels == chosen["options"] and len(set(labels.values())) > 1
     pipeline.quantize(plan, tmp_path / "out", device="cpu")
-    j = eval_kl(MICRO, tmp_path / "out", held_out(), noise_floor=False)["j"]["mean"]
+    j = j_of(tmp_path / "out", held_out(14, 48))
     assert chosen["measured"]["mean"] == pytest.approx(j, rel=1e-4)
     assert chosen["predicted"]["mean"] == pytest.approx(j, rel=0.2)
     assert chosen["agrees"] == (chosen["difference"]["low"] <= 0 <= chosen["difference"]["high"])
@@ -174,7 +170,7 @@ def test_experts_add_up(found: tuple[dict[str, Any], Path]) -> None:
 def test_the_choice_is_among_the_best_of_all_choices() -> None:
     """All 256 mixtures of four options in four layers are measured: predictions hold, and at any size what is chosen is
     near the best of all, and no worse than one format everywhere or any one layer kept."""
-    held, tokens = mixtures(), held_out(sequences=28, tokens=64)
+    held, tokens = mixtures(), held_out(28, 64)
     every = list(itertools.product(range(4), repeat=4))  # fp8 stands for bf16 too
     with contextlib.closing(make_engine("cpu")) as engine:
         walks = Walks(held, tokens, None, engine, Team("cpu"))
@@ -243,7 +239,7 @@ def plant(folder: Path) -> Path:
 def test_a_planted_layer_is_found_first(tmp_path: Path) -> None:
     """And at the bytes of int4 g64 everywhere, J is at most .8 of what that has."""
     source = plant(tmp_path)
-    held, tokens = mixtures(source=source), held_out(source)
+    held, tokens = mixtures(source=source), held_out(14, 48, source)
     budget = held.size([1, 1, 1, 1])
     facts = sensitivity(held, tokens, tmp_path / "r.yaml", budget_bytes=budget)
     first, second = ranked(facts)[:2]
@@ -251,7 +247,7 @@ def test_a_planted_layer_is_found_first(tmp_path: Path) -> None:
     assert first["failed_experts"] == []  # it is the layer, and none of its experts alone
     assert min(facts["carve_outs"], key=lambda point: point["j"]["mean"])["layer"] == PLANTED
     assert facts["chosen"]["options"][str(PLANTED)] == "int4 g32" and facts["chosen"]["bytes"] <= budget
-    assert facts["chosen"]["measured"]["mean"] <= 0.8 * j_of(held, [1, 1, 1, 1], tokens, tmp_path / "g64")
+    assert facts["chosen"]["measured"]["mean"] <= 0.8 * j_of_choice(held, [1, 1, 1, 1], tokens, tmp_path / "g64")
 
 
 @pytest.mark.parametrize("formats", [2, 3, 5])
@@ -259,8 +255,8 @@ def test_forks_and_one_choice_are_within_the_bound(formats: int) -> None:
     """L/2 + 3 forward passes, for V2.5's and Pro's layers, with any number of formats."""
     for layers in (48, 70):
         geometry = SimpleNamespace(layers=layers, moe_layers=list(range(1, layers)))
-        plan = SimpleNamespace(layout=SimpleNamespace(geometry=geometry))
-        assert layers / 2 < forward_passes(Forks(plan, formats)) + 1 <= layers / 2 + 3  # type: ignore[arg-type]
+        plan: Any = SimpleNamespace(layout=SimpleNamespace(geometry=geometry))
+        assert layers / 2 < forward_passes(Forks(plan, formats)) + 1 <= layers / 2 + 3
 
 
 def test_formats_of_another_family_take_off_a_fifth_in_the_same_bytes(tmp_path: Path) -> None:
@@ -285,8 +281,8 @@ def test_formats_of_another_family_take_off_a_fifth_in_the_same_bytes(tmp_path: 
 
 def test_a_target_is_reached_with_the_least_bytes(tmp_path: Path) -> None:
     source = plant(tmp_path)
-    held, tokens = mixtures(source=source), held_out(source)
-    target = 0.45 * j_of(held, [0, 0, 0, 0], tokens, tmp_path / "g128")
+    held, tokens = mixtures(source=source), held_out(14, 48, source)
+    target = 0.45 * j_of_choice(held, [0, 0, 0, 0], tokens, tmp_path / "g128")
     facts = sensitivity(held, tokens, tmp_path / "r.yaml", target_j=target)
     assert facts["chosen"]["measured"]["mean"] <= target
     assert facts["chosen"]["options"][str(PLANTED)] == "fp8"
@@ -311,16 +307,16 @@ def test_an_expert_that_quantizing_ruins_is_named(tmp_path: Path) -> None:
                 tensors[name] = zeroed.to(values.dtype)
         save_file(tensors, path, {"format": "pt"})
     held = mixtures(source=source)
-    facts = sensitivity(held, held_out(source), tmp_path / "r.yaml")
+    facts = sensitivity(held, held_out(14, 48, source), tmp_path / "r.yaml")
     named = {layer["layer"]: layer["failed_experts"] for layer in facts["layers"] if layer["failed_experts"]}
     assert named == {2: [5]} and "note: layer 2: experts 5: quantized badly" in sensitivity_text(facts)
 
 
 def test_a_calibrated_recipe_is_measured_with_its_own_codes(tmp_path: Path) -> None:
-    held, tokens = mixtures(GPTQ), held_out()
+    held, tokens = mixtures(GPTQ), held_out(14, 48)
     budget = held.size([1, 3, 0, 0])
     facts = sensitivity(held, tokens, tmp_path / "r.yaml", budget_bytes=budget)
-    assert facts["j"]["mean"] == pytest.approx(j_of(held, [0] * 4, tokens, tmp_path / "all"), rel=1e-3)
+    assert facts["j"]["mean"] == pytest.approx(j_of_choice(held, [0] * 4, tokens, tmp_path / "all"), rel=1e-3)
     plan = make_plan(MICRO, load_recipe(str(tmp_path / "r.yaml")))
     pipeline.quantize(plan, tmp_path / "out", device="cpu")
     j = eval_kl(MICRO, tmp_path / "out", tokens, noise_floor=False)["j"]["mean"]
@@ -336,7 +332,7 @@ class Killed(Exception):
 
 @pytest.mark.parametrize("recipe", [RECIPE, pytest.param(GPTQ, marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_where_it_was(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    held, tokens = mixtures(recipe), held_out(sequences=8, tokens=32)
+    held, tokens = mixtures(recipe), held_out(8, 32)
     budget = held.size([1, 0, 0, 2])
     whole = sensitivity(held, tokens, tmp_path / "whole.yaml", budget_bytes=budget)
     save, left = Snapshots.save, 3
@@ -364,7 +360,7 @@ def test_a_killed_run_goes_on_where_it_was(recipe: str, tmp_path: Path, monkeypa
 
 def test_what_is_kept_is_as_foreseen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The states of the last layer, of every branch of both halves."""
-    held, tokens, kept = mixtures(), held_out(sequences=8, tokens=32), []
+    held, tokens, kept = mixtures(), held_out(8, 32), []
     save = Snapshots.save
 
     def weighed(self: Snapshots, walk: str, layer: int, states: dict[str, torch.Tensor], facts: Any) -> None:
@@ -401,7 +397,7 @@ def test_a_machine_that_is_too_small_is_refused_before_anything_is_read(
 
 
 def test_ranks_need_less_each() -> None:
-    held, tokens = mixtures(), held_out(sequences=8, tokens=32)
+    held, tokens = mixtures(), held_out(8, 32)
     team = Team()
     one = forks_of(held, tokens, team)
     team.size = 2
@@ -431,7 +427,8 @@ class _Ranks:
         self.others = others
 
     def gather(self, mine: Any) -> list[Any]:
-        return json.loads(json.dumps([self.others, mine]))  # type: ignore[no-any-return]
+        told: list[Any] = json.loads(json.dumps([self.others, mine]))
+        return told
 
 
 def test_ranks_choose_codes_of_a_format_that_only_one_of_them_wants() -> None:
@@ -440,8 +437,8 @@ def test_ranks_choose_codes_of_a_format_that_only_one_of_them_wants() -> None:
     mine, theirs = [None, g128], [mxfp4, g128, g32, None]
     asked = []
     for one, other in ((mine, theirs), (theirs, mine)):
-        options = object.__new__(CalibratedOptions)
-        options.team = _Ranks([astuple(option) for option in other if option])  # type: ignore[assignment]
+        options: Any = object.__new__(CalibratedOptions)
+        options.team = _Ranks([astuple(option) for option in other if option])
         asked.append(options._of_any_rank(one))
     assert asked[0] == asked[1] and set(asked[0]) == {g128, g32, mxfp4}
 
@@ -449,7 +446,7 @@ def test_ranks_choose_codes_of_a_format_that_only_one_of_them_wants() -> None:
 def test_a_source_that_changed_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its payload, under the same headers, by its time of change; and the length of the sequences."""
     source = Path(shutil.copytree(MICRO, tmp_path / "source"))
-    out, tokens = tmp_path / "r.yaml", held_out(sequences=8, tokens=32)
+    out, tokens = tmp_path / "r.yaml", held_out(8, 32)
 
     def stop(self: Snapshots, *told: Any) -> None:
         raise Killed
@@ -458,7 +455,7 @@ def test_a_source_that_changed_is_refused_by_name(tmp_path: Path, monkeypatch: p
         patch.setattr(Snapshots, "save", stop)
         sensitivity(mixtures(source=source), tokens, out)
     with pytest.raises(UsageError, match="tokens a sequence was 32, is now 16"):
-        sensitivity(mixtures(source=source), held_out(sequences=16, tokens=16), out, resume=True)
+        sensitivity(mixtures(source=source), held_out(16, 16), out, resume=True)
     with pytest.raises(UsageError, match=r"formats was int4 g128, int4 g64, int4 g32, is now .*, mxfp4, nvfp4"):
         every = Mixtures(make_plan(source, load_recipe(RECIPE)), any_format=True)
         sensitivity(every, tokens, out, resume=True)
@@ -514,7 +511,7 @@ mimoquant: {calibration: {sequences: 8, tokens: 32}}
 def test_a_target_out_of_reach_keeps_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where measurements stay above the target, no recipe is written, and another limit can go on."""
     monkeypatch.setattr(module, "ROUNDS", 0)
-    held, tokens, out = mixtures(), held_out(sequences=8, tokens=32), tmp_path / "r.yaml"
+    held, tokens, out = mixtures(), held_out(8, 32), tmp_path / "r.yaml"
     facts = sensitivity(held, tokens, tmp_path / "all.yaml")
     low = 0.6 * facts["j"]["mean"]
     monkeypatch.setattr(module.Walks, "measure", lambda self, some: [(np.ones(4), np.ones(4)) for _ in some])
@@ -537,7 +534,7 @@ def test_broken_logits_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(forks, "finals_of", broken)
     with pytest.raises(CheckpointError, match="only layer 2 quantized: 124 of 124 positions"):
-        sensitivity(mixtures(), held_out(sequences=8, tokens=32), tmp_path / "r.yaml")
+        sensitivity(mixtures(), held_out(8, 32), tmp_path / "r.yaml")
 
 
 class Tags(HTMLParser):

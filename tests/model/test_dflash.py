@@ -41,8 +41,8 @@ def drafted(folder: Path, captured: torch.Tensor, embedded: torch.Tensor, mask: 
     """captured: of each layer [B, T, H]."""
     drafter, index = open_drafter(folder)
     weights = read_drafter_weights(drafter, index, torch.device("cpu"))
-    fused = sum(fuse(layer, place, weights) for place, layer in enumerate(captured))
-    return draft_blocks(fused, embedded, mask, weights, drafter, torch.as_tensor(starts))  # type: ignore[arg-type]
+    fused: Any = sum(fuse(layer, place, weights) for place, layer in enumerate(captured))
+    return draft_blocks(fused, embedded, mask, weights, drafter, torch.as_tensor(starts))
 
 
 def inputs(layers: int = 3, tokens: int = 16) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -94,9 +95,9 @@ def test_chunks_of_queries_equal_one_chunk_over_8k_tokens(monkeypatch: pytest.Mo
     sizes: list[int] = []
     attend = decoder_layer._attend
 
-    def counting(query: torch.Tensor, *rest: object) -> torch.Tensor:
+    def counting(query: torch.Tensor, *rest: Any) -> torch.Tensor:
         sizes.append(query.shape[-2])
-        return attend(query, *rest)  # type: ignore[arg-type]
+        return attend(query, *rest)
 
     monkeypatch.setattr(decoder_layer, "_attend", counting)
     results = []

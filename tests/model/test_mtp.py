@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from micro import MICRO
 from mtp_reference import Floats, Reference
 
-import mimoquant
 from mimoquant import pipeline
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.evaluation.drafts import draft_chain
@@ -21,7 +21,6 @@ from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import load_recipe
 from mimoquant.weights.decoded import CheckpointWeights
 
-MICRO = mimoquant.micro_checkpoint()
 TOKENS, DEPTHS = 150, 3  # more than twice the window of 64
 
 

@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import pytest
 from headers import at_scale
 from huggingface_hub import ModelCard
+from micro import MICRO
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -18,7 +19,6 @@ from mimoquant.cli.app import app
 from mimoquant.output.model_card import model_card, without_quality
 from mimoquant.output.quantize_report import QuantizeReport
 
-MICRO = mimoquant.micro_checkpoint()
 FEW = ("--sequences", "7", "--tokens", "32", "--device", "cpu", "--no-noise-floor")
 
 
@@ -91,7 +91,7 @@ def test_a_gate_as_junit(out: Path, tmp_path: Path, limit: float, failures: int,
 
 def test_rows_that_are_not_finite_fail_a_gate(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     facts = json.loads(call("eval-kl", MICRO, out, *FEW, "--json").stdout) | {"nonfinite_share": 0.25}
-    monkeypatch.setattr("mimoquant.cli.app.eval_kl.evaluate", lambda *arguments: dict(facts))
+    monkeypatch.setattr("mimoquant.cli.eval_kl.evaluate", lambda *arguments: dict(facts))
     failed = call("eval-kl", MICRO, out, "--max-kl", "9", "--junit", tmp_path / "gate.xml")
     assert failed.exit_code == 5 and "25 % of the rows are not finite" in failed.stderr
     assert ElementTree.parse(tmp_path / "gate.xml").getroot().get("failures") == "1"

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from micro import MICRO
 
-import mimoquant
 from mimoquant import pipeline
 from mimoquant.checkpoint.index import INDEX_NAME, TensorInfo, open_index
 from mimoquant.checkpoint.journal import file_sha256
@@ -19,7 +19,6 @@ from mimoquant.output.verify import VerifyReport, verify
 from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import load_recipe
 
-MICRO = mimoquant.micro_checkpoint()
 EXPERT = "model.layers.2.mlp.experts.3.up_proj"
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from micro import MICRO
 
-import mimoquant
 from mimoquant.machine.memory import Machine, machine
 from mimoquant.planning import needs as module
 from mimoquant.planning.needs import fitting_plan, largest_chunk, needs, refusal
@@ -21,7 +21,6 @@ from mimoquant.synthetic.checkpoint import SynthSizes, synth
 from mimoquant.synthetic.files import ShardFiles
 
 GB = 10**9
-MICRO = mimoquant.micro_checkpoint()
 
 
 @pytest.fixture(scope="module")

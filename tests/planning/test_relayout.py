@@ -18,9 +18,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from micro import MICRO, contents
 from typer.testing import CliRunner
 
-import mimoquant
 from mimoquant import pipeline
 from mimoquant.checkpoint.index import open_index
 from mimoquant.checkpoint.reader import CheckpointReader
@@ -36,7 +36,6 @@ from mimoquant.planning.reorder import read_blocks
 from mimoquant.serving.check import check
 from mimoquant.serving.served import read_served
 
-MICRO = mimoquant.micro_checkpoint()
 BIG = {"swa_head_dim": 128, "swa_v_head_dim": 128, "head_dim": 128, "v_head_dim": 128}  # heads on whole FP8 blocks
 PUBLISHED = {"V2.5 global": (64, 4), "V2.5 sliding": (64, 8), "Pro": (128, 8)}  # heads, KV heads; Flash's are V2.5's
 
@@ -60,10 +59,6 @@ def tensor_bytes(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
 
 def is_qkv(name: str) -> bool:
     return any(f"self_attn.{part}_proj.weight" in name for part in ("qkv", "q", "k", "v"))
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 # --- rows, in plain loops

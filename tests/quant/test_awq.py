@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -41,7 +43,7 @@ def rounded(weight: Tensor, fmt: Format) -> Tensor:
     return decode(encode(weight, fmt, "absmax"), fmt)
 
 
-def by_gram(fmt: Format) -> object:
+def by_gram(fmt: Format) -> Any:
     return lambda weight, gram: loss(weight, rounded(weight, fmt), gram)
 
 
@@ -65,7 +67,7 @@ def test_the_loss_by_the_gram_matrix_is_that_of_forward_passes(fmt: Format, duo:
 def test_the_fold_with_the_least_loss_is_chosen_and_the_identity_is_one_of_them(fmt: Format, shared: bool) -> None:
     weight, inputs = planted()
     gram = inputs.float().transpose(1, 2) @ inputs.float()
-    fold = best_fold(weight, gram, by_gram(fmt), n_grid=8, duo=False, shared=shared)  # type: ignore[arg-type]
+    fold = best_fold(weight, gram, by_gram(fmt), n_grid=8, duo=False, shared=shared)
     assert fold.shape == ((COLUMNS,) if shared else (EXPERTS, COLUMNS)) and fold.dtype == torch.int32
     scaled = weight.float() * power(fold)[..., None, :]
     after = loss(scaled, rounded(scaled, fmt), scaled_gram(gram, fold))
@@ -78,7 +80,7 @@ def test_the_fold_with_the_least_loss_is_chosen_and_the_identity_is_one_of_them(
 
 def test_inputs_that_are_all_alike_leave_the_identity() -> None:
     weight = torch.randn(1, 16, 64).to(torch.bfloat16)
-    fold = best_fold(weight, torch.eye(64)[None], by_gram(Format("int4", 32)), n_grid=4, duo=False, shared=False)  # type: ignore[arg-type]
+    fold = best_fold(weight, torch.eye(64)[None], by_gram(Format("int4", 32)), n_grid=4, duo=False, shared=False)
     assert not fold.any()
 
 
@@ -103,7 +105,7 @@ def test_real_factors_lower_the_loss_of_planted_channels_as_powers_of_two_do(
     gram = inputs.float().transpose(1, 2) @ inputs.float()
 
     def after(real: bool) -> float:
-        fold = best_fold(weight, gram, by_gram(fmt), n_grid=8, duo=False, shared=shared, real=real)  # type: ignore[arg-type]
+        fold = best_fold(weight, gram, by_gram(fmt), n_grid=8, duo=False, shared=shared, real=real)
         assert fold.dtype == (torch.float32 if real else torch.int32)
         folded = scaled(weight, fold[..., None, :])
         return float(loss(folded, rounded(folded, fmt), scaled_gram(gram, fold)).sum())

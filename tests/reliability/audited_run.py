@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+from types import FrameType
 from typing import Any
 
 source, work = (os.path.realpath(path) for path in sys.argv[1:3])
@@ -56,9 +57,9 @@ def outside(path: Any) -> bool:
 
 def by_numba() -> bool:
     """Whether the kernels' compiler does it, which keeps what it compiled of ours in `__pycache__`, pickled."""
-    frame = sys._getframe()
+    frame: FrameType | None = sys._getframe()
     while frame is not None and "numba/core/caching.py" not in frame.f_code.co_filename:
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return frame is not None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from conftest import Checkpoint, make_checkpoint
 
@@ -22,14 +23,14 @@ def with_nested_files(folder: Path) -> Path:
 
 def small_checkpoint(**settings: object) -> Checkpoint:
     """One dense layer, one with two experts."""
-    sizes = {
+    sizes: dict[str, Any] = {
         "num_hidden_layers": 2,
         "hybrid_layer_pattern": [0, 1],
         "moe_layer_freq": [0, 1],
         "n_routed_experts": 2,
         "num_experts_per_tok": 1,
     }
-    return make_checkpoint(**(sizes | settings))  # type: ignore[arg-type]
+    return make_checkpoint(**(sizes | settings))
 
 
 def recipe_of(text_or_name: str) -> Recipe:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 from fault_layer import Call, FaultLayer
-from small_runs import RECIPE, contents, quantize, small_checkpoint
+from micro import contents
+from small_runs import RECIPE, quantize, small_checkpoint
 from typer.testing import CliRunner
 
 from mimoquant import pipeline

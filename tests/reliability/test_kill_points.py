@@ -10,13 +10,12 @@ from pathlib import Path
 
 import pytest
 from fault_layer import Call, FaultLayer, Killed
-from small_runs import contents, quantize, small_checkpoint, with_nested_files
+from micro import contents
+from small_runs import quantize, small_checkpoint, with_nested_files
 
-import mimoquant
 from mimoquant.checkpoint.journal import JOURNAL_NAME, RUN_NAME, read_journal
 from mimoquant.errors import UsageError
 
-MICRO = mimoquant.micro_checkpoint()
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from disk_model import Disk, Tree, power_losses, write_tree
 from fault_layer import Call, FaultLayer, Killed
-from small_runs import contents, quantize, small_checkpoint, with_nested_files
+from micro import contents
+from small_runs import quantize, small_checkpoint, with_nested_files
 
 from mimoquant.checkpoint.journal import RUN_NAME
 from mimoquant.errors import MimoquantError

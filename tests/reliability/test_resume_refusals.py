@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 from fault_layer import Call, FaultLayer, Killed
-from small_runs import contents, quantize, small_checkpoint
+from micro import contents
+from small_runs import quantize, small_checkpoint
 from typer.testing import CliRunner
 
 import mimoquant

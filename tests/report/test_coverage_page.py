@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from micro import MICRO
 from typer.testing import CliRunner
 
-import mimoquant
 from mimoquant.cli.app import app
 from mimoquant.report.coverage_page import STEPS, Shades, coverage_page
 from mimoquant.report.coverage_text import coverage
@@ -26,7 +26,6 @@ from mimoquant.report.verb_text import quantize_text
 from mimoquant.run.calibrated import LayerFacts, starved
 from mimoquant.wording import visible
 
-MICRO = mimoquant.micro_checkpoint()
 HOSTILE = "</title></style><script src='http://x'>alert(1)</script>\"'&\x00\u202e\n"
 WIDTH = 256
 

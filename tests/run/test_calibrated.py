@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from micro import MICRO, held_out, j_of
 from safetensors.torch import load_file, save_file
 
-import mimoquant
 from mimoquant import pipeline
 from mimoquant.calibration import statistics
-from mimoquant.calibration.tokens import TokenSet, load_tokens
+from mimoquant.calibration.tokens import load_tokens
 from mimoquant.checkpoint.index import INDEX_NAME, open_index
-from mimoquant.checkpoint.journal import RunFolder, read_journal
+from mimoquant.checkpoint.journal import JournalLine, RunFolder, read_journal
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.errors import QualityError, RecipeError, UsageError
 from mimoquant.evaluation.eval_kl import eval_kl, open_layout
@@ -35,7 +35,6 @@ from mimoquant.report.verb_text import verify_text
 from mimoquant.run import calibrated
 from mimoquant.weights.decoded import CheckpointWeights
 
-MICRO = mimoquant.micro_checkpoint()
 TARGETS = r"targets: ['re:.*mlp\.experts\.\d+\.(gate|up|down)_proj$']"
 NORM = r"""{smooth_layer: 're:.*layers\.[1-9]\.post_attention_layernorm$', balance_layers: ['re:.*mlp\.gate$',
  're:.*mlp\.experts\.\d+\.gate_proj$', 're:.*mlp\.experts\.\d+\.up_proj$']}"""
@@ -57,14 +56,6 @@ def run(recipe: Recipe, out: Path, chunk_bytes: int = CHUNK_BYTES, source: Path 
     plan = make_plan(source, recipe.calibrated_on(FEW | settings), chunk_bytes=chunk_bytes)
     pipeline.quantize(plan, out, device="cpu")
     return plan
-
-
-def held_out(sequences: int = 56, tokens: int = 64) -> TokenSet:
-    return load_tokens(["heldout-v1"], MICRO, sequences=sequences, tokens=tokens, vocab=1024)
-
-
-def j_of(out: Path) -> float:
-    return float(eval_kl(MICRO, out, held_out(), noise_floor=False)["j"]["mean"])
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +106,8 @@ def test_gptq_has_less_divergence_than_plain_rounding(name: str, gptq: Path, tmp
         run(load_recipe(name), out, sequences=64, tokens=128)
     plain = load_recipe({"nvfp4": "nvfp4-mse"}.get(fmt, f"{fmt}-rtn"))
     pipeline.quantize(make_plan(MICRO, plain), tmp_path / "plain", device="cpu")
-    assert j_of(out) < {"int4-g128": 0.8, "mxfp4": 0.9, "nvfp4": 0.97}[fmt] * j_of(tmp_path / "plain")
+    tokens = held_out(56, 64)
+    assert j_of(out, tokens) < {"int4-g128": 0.8, "mxfp4": 0.9, "nvfp4": 0.97}[fmt] * j_of(tmp_path / "plain", tokens)
 
 
 def test_the_output_is_proven_and_tells_its_coverage(gptq: Path) -> None:
@@ -165,8 +157,8 @@ def test_modelopts_container_is_calibrated_resumed_and_proven(tmp_path: Path, mo
     assert verify(tmp_path / "whole", MICRO).ok
     record = RunFolder.record
 
-    def stop(self: RunFolder, line: object) -> None:
-        record(self, line)  # type: ignore[arg-type]
+    def stop(self: RunFolder, line: JournalLine) -> None:
+        record(self, line)
         if len(self.finished) == 4:
             raise _StopError
 
@@ -212,8 +204,8 @@ def test_a_resumed_run_writes_the_same_bytes(
         run(recipe, whole, chunk)
     record = RunFolder.record
 
-    def stop(self: RunFolder, line: object) -> None:
-        record(self, line)  # type: ignore[arg-type]
+    def stop(self: RunFolder, line: JournalLine) -> None:
+        record(self, line)
         if len(self.finished) == finished:
             raise _StopError
 
@@ -236,7 +228,8 @@ def test_a_resumed_run_writes_the_same_bytes(
 
 def test_awq_is_not_worse_than_plain_rounding_and_is_proven(folded: Path, tmp_path: Path) -> None:
     pipeline.quantize(make_plan(MICRO, load_recipe("int4-g128-rtn")), tmp_path / "plain", device="cpu")
-    assert j_of(folded) < 0.95 * j_of(tmp_path / "plain")
+    tokens = held_out(56, 64)
+    assert j_of(folded, tokens) < 0.95 * j_of(tmp_path / "plain", tokens)
     report = verify(folded, MICRO)
     assert report.ok, report.problems
     told = json.loads((folded / "report.json").read_text())
@@ -262,7 +255,8 @@ def test_a_folded_norm_leaves_router_logits_to_the_bit(tmp_path: Path) -> None:
             weight = torch.from_numpy(reader.read(router_name(2))).view(kind).view(-1, 256).float()
             chosen.append(route(hidden * gain, Router(weight, torch.zeros(len(weight))), 2))
     assert torch.equal(chosen[0].experts, chosen[1].experts) and torch.equal(chosen[0].weights, chosen[1].weights)
-    assert j_of(tmp_path / "out") < 0.2  # the fold is a bad one, but the function is the same
+    tokens = held_out(56, 64)
+    assert j_of(tmp_path / "out", tokens) < 0.2  # the fold is a bad one, but the function is the same
 
 
 @pytest.mark.parametrize("damage", ["router", "norm", "codes", "scale"])
@@ -309,7 +303,8 @@ def test_the_other_ways_are_proven_too(kind: str, tmp_path: Path) -> None:
     run(recipe, tmp_path / "out")
     report = verify(tmp_path / "out", MICRO)
     assert report.ok, report.problems
-    assert j_of(tmp_path / "out") < {"asymmetric": 0.037, "original": 0.03, "down only": 0.045}[kind]
+    tokens = held_out(56, 64)
+    assert j_of(tmp_path / "out", tokens) < {"asymmetric": 0.037, "original": 0.03, "down only": 0.045}[kind]
 
 
 def test_channels_that_nobody_uses_are_left_alone(tmp_path: Path) -> None:
@@ -435,7 +430,8 @@ def test_a_float32_router_makes_up_for_real_factors(tmp_path: Path) -> None:
     run(parse_recipe(REAL, "awq"), tmp_path / "out")
     assert verify(tmp_path / "out", MICRO).ok
     assert max(told_changed(tmp_path / "out").values()) < 0.001
-    assert j_of(tmp_path / "out") < 0.045
+    tokens = held_out(56, 64)
+    assert j_of(tmp_path / "out", tokens) < 0.045
 
 
 @pytest.mark.parametrize("kind", ["awq", "gptq", "mxfp4", "asymmetric", "original"])

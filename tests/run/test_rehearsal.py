@@ -6,8 +6,8 @@ import hashlib
 from pathlib import Path
 
 import pytest
+from micro import MICRO
 
-import mimoquant
 from mimoquant import pipeline
 from mimoquant.machine.timeline import Timeline
 from mimoquant.planning.needs import Estimate
@@ -15,8 +15,6 @@ from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import load_recipe
 from mimoquant.run.calibrated import Calibrator
 from mimoquant.run.rehearsal import rehearse
-
-MICRO = mimoquant.micro_checkpoint()
 
 
 def test_a_data_free_rehearsal_times_reading_encoding_and_writing(tmp_path: Path) -> None:

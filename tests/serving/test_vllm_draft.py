@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from engine_cases import HEAD, PYTHON
+from micro import MICRO
 from padded_twin import padded_twin
 from safetensors.torch import load_file, save_file
 
@@ -27,7 +28,6 @@ from mimoquant.evaluation.eval_kl import open_layout
 from mimoquant.model.drafter import open_drafter
 
 pytestmark = pytest.mark.engine
-MICRO = mimoquant.micro_checkpoint()
 SEQUENCES, PROMPT, NEW = 14, 96, 160
 DRAFTER = "dflash_draft_model.safetensors"
 # Of blocks: no longer than the drafter's window, so that nothing hangs on how an engine counts it.

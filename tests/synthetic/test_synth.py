@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from micro import contents
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -24,7 +25,7 @@ from mimoquant.planning.facts import expert_placement
 from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import load_recipe
 from mimoquant.quant.engine_torch import TorchEngine
-from mimoquant.synthetic.checkpoint import LAYOUTS, SynthSizes, _stored, synth
+from mimoquant.synthetic.checkpoint import LAYOUTS, SynthSizes, stored_tensors, synth
 from mimoquant.synthetic.files import PLACEMENTS, ShardFiles
 from mimoquant.synthetic.weights import RandomWeights, encode_fp8
 from mimoquant.weights.stored import dequantize, read_matrix, split_qkv
@@ -37,10 +38,6 @@ needs_tools = pytest.mark.skipif(not (SHARED / "tools").is_dir(), reason="no ../
 
 def layout_of(folder: Path) -> ModelLayout:
     return read_layout(open_index(folder), read_json_object(folder / "config.json"))
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 def tensor_bytes(folder: Path, *, towers: bool = True) -> dict[str, bytes]:
@@ -365,7 +362,7 @@ def test_mimo_tiny_becomes_its_published_twin(tmp_path: Path) -> None:
 def test_names_shapes_and_files_at_published_size(layout: str, tool: str, model: str) -> None:
     published = tool_module(tool)
     geometry = read_geometry(read_json_object(SHARED / "mimo" / model / "config.json"), model)
-    entries = [entry for stored in _stored(geometry, 3) for entry in stored.entries]
+    entries = [entry for stored in stored_tensors(geometry, 3) for entry in stored.entries]
     wanted = {n: t for n, t in published.tensors().items() if not n.startswith(TOWER_PREFIXES)}
     assert {entry.name: (entry.dtype, entry.shape) for entry in entries} == wanted
     place = PLACEMENTS[layout]

@@ -11,12 +11,12 @@ from typing import Any
 
 from mimoquant.checkpoint.index import DTYPE_BYTES
 from mimoquant.model.geometry import Geometry, read_geometry
-from mimoquant.model.layout import PROJECTIONS, _layer_rows, _mtp_rows, scale_row_counts
+from mimoquant.model.layout import PROJECTIONS, layer_rows, mtp_rows, scale_row_counts
 from mimoquant.quant.formats import Format
 from mimoquant.serving.served import Served, served
 from mimoquant.weights.container import CONTAINERS, NATIVE, expert_tensors, output_config, shape_tensor
 
-CONFIGS = Path(__file__).parent / "configs"
+CONFIGS = Path(__file__).parent / "serving" / "configs"
 VARIANTS = ("v2-flash", "v2.5", "v2.5-pro")
 FORMATS = {
     "native": Format("mxfp4", 32),
@@ -73,12 +73,12 @@ def output(
         "model.norm.weight": Header("BF16", (geometry.hidden,)),
     }
     for layer in range(geometry.layers):
-        for row in _layer_rows(geometry, layer):
+        for row in layer_rows(geometry, layer):
             add(tensors, geometry, container, *row, bf16_qkv=layer in bf16_qkv)
         if geometry.moe[layer]:
             add_experts(tensors, geometry, container, fmt, layer, kept.get(layer))
     for mtp in range(3):
-        for row in _mtp_rows(geometry, mtp):
+        for row in mtp_rows(geometry, mtp):
             add(tensors, geometry, container, *row)
     if variant == "v2.5":
         tensors["visual.blocks.0.attn.qkv.weight"] = Header("BF16", (TOWER_BYTES // 2, 1))

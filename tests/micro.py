@@ -1,0 +1,27 @@
+"""What many tests ask of the micro checkpoint: where it is, held-out tokens for it, J of what was made of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mimoquant
+from mimoquant.calibration.tokens import TokenSet, load_tokens
+
+MICRO = mimoquant.micro_checkpoint()
+VOCAB = 1024
+
+
+def held_out(sequences: int, tokens: int, source: Path = MICRO) -> TokenSet:
+    return load_tokens(["heldout-v1"], source, sequences=sequences, tokens=tokens, vocab=VOCAB)
+
+
+def j_of(out: Path, tokens: TokenSet, source: Path = MICRO) -> float:
+    """Mean J of an output against its source, by `eval-kl`."""
+    from mimoquant.evaluation.eval_kl import eval_kl
+
+    return float(eval_kl(source, out, tokens, noise_floor=False)["j"]["mean"])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, by its path."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
