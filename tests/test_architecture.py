@@ -7,9 +7,9 @@ only together with the layout that ARCHITECTURE describes.
 from __future__ import annotations
 
 import ast
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,12 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = REPOSITORY / "mimoquant"
 MAX_LINES = 530
+MAX_BODY_LINES = 45
+LONG_FUNCTIONS = {  # lists of options and of config keys; a kernel that says each argument of a call twice
+    "cli.sensitivity.sensitivity",
+    "model.geometry.read_geometry",
+    "quant.kernels.encode_cuda._encode",
+}
 BANNED_NAMES = {"utils", "util", "common", "helpers", "helper", "base", "misc"}
 
 # Each row: a folder, or a module of the root, and what it may import beside `errors`, `wording`, `shipped` and
@@ -189,6 +195,35 @@ def test_no_module_is_longer_than_a_reader_can_bear() -> None:
     assert {module: lines for module, lines in lengths.items() if lines > MAX_LINES} == {}
 
 
+def body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines from the first statement to the end, without the docstring; a signature is a list, not a thought."""
+    body = function.body[ast.get_docstring(function) is not None :]
+    return (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
+
+
+def test_functions_fit_on_a_screen() -> None:
+    long = {}
+    for module, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and body_lines(node) > MAX_BODY_LINES:
+                long[f"{module}.{node.name}"] = body_lines(node)
+    assert long.keys() == LONG_FUNCTIONS, long
+
+
+def test_no_private_name_is_imported() -> None:
+    """A name with an underscore in front stays in its module, in the tests too."""
+    taken = []
+    for path in sorted([*PACKAGE.rglob("*.py"), *(REPOSITORY / "tests").rglob("*.py")]):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("mimoquant"):
+                taken += [f"{path.name}: {alias.name}" for alias in node.names if is_private(alias.name)]
+    assert taken == []
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
 def test_no_module_is_named_after_nothing() -> None:
     assert [module for module in modules() if set(module.split(".")) & BANNED_NAMES] == []
 
@@ -235,12 +270,24 @@ def test_importing_the_command_line_loads_nothing_heavy() -> None:
     assert [name for name in heavy if name in loaded] == []
 
 
-@needs_cli
-def test_help_is_quick() -> None:
-    def elapsed_s() -> float:
-        start = time.perf_counter()
-        python("-m", "mimoquant", "--help")
-        return time.perf_counter() - start
+def cpu_seconds(*arguments: str) -> float:
+    """What a child costs the processor: a machine that is busy with other things makes it wait, not work."""
 
-    elapsed_s()  # compiles the bytecode
-    assert min(elapsed_s() for _ in range(3)) < 0.5
+    def of_children() -> float:
+        spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return spent.ru_utime + spent.ru_stime
+
+    def once() -> float:
+        before = of_children()
+        python(*arguments)
+        return of_children() - before
+
+    once()  # compiles the bytecode
+    return min(once() for _ in range(3))
+
+
+@needs_cli
+@pytest.mark.parametrize(("command", "most_s"), [("-m mimoquant --help", 0.2), ("-c import\tmimoquant", 0.06)])
+def test_starting_is_quick(command: str, most_s: float) -> None:
+    """At most so many seconds on two quiet cores; other machines may be half as fast."""
+    assert cpu_seconds(*command.split(" ")) < 2 * most_s
