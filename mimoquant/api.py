@@ -1,31 +1,31 @@
 """The public functions, one for each verb of the command line: `import mimoquant; mimoquant.quantize(...)`.
 
-Key idea: a function returns the document that its verb prints with `--json`, takes what the verb takes as options, and
-raises where the verb exits: `mimoquant.errors.MimoquantError` has `exit_code` and `hint`. Nothing is printed.
+Key idea: a function returns the document that its verb prints with `--json` (a plain dict, whose fields are described
+in the `documents` of the folder that makes it), takes what the verb takes as options, and raises where the verb exits:
+`mimoquant.errors.MimoquantError` has `exit_code` and `hint`. Nothing is printed, and nothing is put together here: that
+is `assembly`, which the command line shares.
 Left out: several processes. A run that ranks share is started by torchrun with `-m mimoquant`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from mimoquant.__version__ import SCHEMA_VERSION
 from mimoquant.errors import UsageError
+from mimoquant.evaluation.documents import EvalDraftDocument, EvalFolderDocument, EvalServerDocument
+from mimoquant.mixing.documents import SensitivityDocument
+from mimoquant.output.documents import QuantizeDocument, VerifyDocument
+from mimoquant.planning.documents import InspectDocument, PlanDocument, RelayoutDocument
+from mimoquant.serving.documents import LaunchDocument
+from mimoquant.shipped import HELD_OUT_SET, HELD_OUT_TOKENS, SENSITIVITY_SEQUENCES
+from mimoquant.synthetic.documents import SynthDocument
 
-if TYPE_CHECKING:
-    from mimoquant.calibration.tokens import TokenSet
-    from mimoquant.machine.memory import Machine
-    from mimoquant.mixing.mixtures import Mixtures
-    from mimoquant.planning.plan import Plan
-
-Facts = dict[str, Any]  # plain data, as `--json` prints it
 Folder = Path | str
 
 
-def inspect(checkpoint: Folder, *, allow_unknown: bool = False) -> Facts:
+def inspect(checkpoint: Folder, *, allow_unknown: bool = False) -> InspectDocument:
     """What a checkpoint holds: layers, experts, dtypes, traps in its file layout. Reads headers only.
 
     Raises UsageError: no such folder. CheckpointError: it is broken, or of no known family.
@@ -54,7 +54,7 @@ def plan(
     container: str | None = None,
     measure: bool = False,
     allow_unknown: bool = False,
-) -> Facts:
+) -> PlanDocument:
     """What `quantize` would do and need, and the result's size to the byte. Reads headers only.
 
     Args:
@@ -65,31 +65,13 @@ def plan(
         measure: rehearse the plan's steps on one chunk of experts, to tell the time.
     Raises UsageError, RecipeError, CheckpointError.
     """
-    from mimoquant.machine.devices import resolve_device
-    from mimoquant.machine.memory import machine
-    from mimoquant.mixing.needs import sensitivity_facts
-    from mimoquant.planning.facts import plan_facts
-    from mimoquant.serving.check import planned_facts
-    from mimoquant.serving.served import planned
+    from mimoquant.assembly.choices import CalibrationChoice, PlanChoice
+    from mimoquant.assembly.plans import plan_document
 
-    place = resolve_device(device)
-    has = machine(place, gpu_memory)
-    changes = calibration_changes(data, sequences, tokens, refine, refine_layer)
-    made = fitted_plan(source, recipe, container, allow_unknown, changes, place, has)
-    took = None
-    if measure:
-        from mimoquant.run.rehearsal import rehearse
-
-        took = rehearse(made, place, None if out is None else Path(out))
-    return plan_facts(
-        made,
-        place,
-        has,
-        engines=planned_facts(planned(made)),
-        sensitivity=sensitivity_facts(made, place),
-        took=took,
-        folder=None if out is None else Path(out),
-    )
+    calibration = CalibrationChoice(data, sequences, tokens, refine, refine_layer)
+    choice = PlanChoice(recipe, container, allow_unknown, calibration)
+    folder = None if out is None else Path(out)
+    return plan_document(source, choice, device=device, gpu_memory=gpu_memory, folder=folder, measure=measure)
 
 
 def quantize(
@@ -108,8 +90,8 @@ def quantize(
     container: str | None = None,
     allow_unknown: bool = False,
     progress: Callable[[str, int, bool], None] | None = None,
-) -> Facts:
-    """Write the 4-bit checkpoint `out`, which appears when it is complete. Returns what `out`/report.json holds.
+) -> QuantizeDocument:
+    """Write the 4-bit checkpoint `out`, which appears when it is complete. Returns `out`/report.json and what it took.
 
     Args:
         resume: continue what a killed run left in `out`.partial. The others: see `plan`.
@@ -118,19 +100,16 @@ def quantize(
     Raises UsageError, RecipeError: nothing was done. CheckpointError: bad data. QualityError: too many starved experts.
     StoppedError: the disk; resumable.
     """
-    from mimoquant import pipeline
+    from mimoquant.assembly.choices import CalibrationChoice, PlanChoice
+    from mimoquant.assembly.plans import QuantizeRun
     from mimoquant.machine.devices import resolve_device
-    from mimoquant.machine.memory import machine
-    from mimoquant.planning.needs import refusal
+    from mimoquant.machine.team import Team
 
-    place = resolve_device(device)
-    has = machine(place, gpu_memory)
-    changes = calibration_changes(data, sequences, tokens, refine, refine_layer)
-    made = fitted_plan(source, recipe, container, allow_unknown, changes, place, has)
-    if refused := refusal(made, place, has):
-        raise refused
+    calibration = CalibrationChoice(data, sequences, tokens, refine, refine_layer)
+    choice = PlanChoice(recipe, container, allow_unknown, calibration)
+    run = QuantizeRun(source, choice, out, Team(resolve_device(device)), gpu_memory=gpu_memory, resume=resume)
     told = (lambda unit, size_bytes, finished: progress(unit.name, size_bytes, finished)) if progress else None
-    return pipeline.quantize(made, out, device=place, resume=resume, progress=told).as_json()
+    return run.execute(told)
 
 
 def relayout(
@@ -142,22 +121,16 @@ def relayout(
     bf16: bool = False,
     resume: bool = False,
     allow_unknown: bool = False,
-) -> Facts:
+) -> RelayoutDocument:
     """Write q, k and v in another layout (`split`, `canonical`, `interleaved`); all else is copied byte for byte.
 
     Args:
         tp: chunks of `interleaved`; by default the KV heads. bf16: an FP8 qkv becomes bf16.
     Raises UsageError: nothing would change, or not exactly. CheckpointError: the source. StoppedError: the disk.
     """
-    from mimoquant import pipeline
-    from mimoquant.planning.facts import relayout_facts
-    from mimoquant.planning.relayout import make_relayout
-    from mimoquant.serving.check import planned_facts
-    from mimoquant.serving.served import planned
+    from mimoquant.assembly.plans import RelayoutRun
 
-    made = make_relayout(source, qkv, tp=tp, bf16=bf16, allow_unknown=allow_unknown)
-    finished = pipeline.execute(made, out, device="cpu", resume=resume)
-    return relayout_facts(made, finished, planned_facts(planned(made)))
+    return RelayoutRun(source, out, qkv=qkv, tp=tp, bf16=bf16, resume=resume, allow_unknown=allow_unknown).execute()
 
 
 def verify(
@@ -168,7 +141,7 @@ def verify(
     engine_version: str | None = None,
     tp: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
-) -> Facts:
+) -> VerifyDocument:
     """Hold a checkpoint against its source, value by value, or against what an engine accepts, or both.
 
     What is wrong is told, not raised: `ok` and `problems`, and the same of `engine`, which is left out where files are
@@ -183,17 +156,17 @@ def verify(
         raise UsageError(f"there is nothing to hold {out} against", hint="give --source, --engine, or both")
     if engine is None and (engine_version or tp):
         raise UsageError("--engine-version and --tp are about an --engine", hint="name one, such as --engine vllm")
-    facts: Facts = {"schema_version": SCHEMA_VERSION, "out": str(out), "ok": True, "problems": []}
+    document = VerifyDocument(schema_version=SCHEMA_VERSION, out=str(out), ok=True, problems=[])
     if source is not None:
         from mimoquant.output.verify import verify as run
 
-        facts |= run(out, source, progress=progress).as_json()
-    if engine is not None and facts["ok"]:  # what a damaged file would do in an engine is nobody's question
+        document = run(out, source, progress=progress).as_json()
+    if engine is not None and document["ok"]:  # what a damaged file would do in an engine is nobody's question
         from mimoquant.serving.check import engine_facts
         from mimoquant.serving.served import read_served
 
-        facts["engine"] = engine_facts(read_served(out), engine, engine_version, tp)
-    return facts
+        document["engine"] = engine_facts(read_served(out), engine, engine_version, tp)
+    return document
 
 
 def launch(
@@ -205,7 +178,7 @@ def launch(
     mtp: bool = False,
     dflash: Folder | None = None,
     engine_version: str | None = None,
-) -> Facts:
+) -> LaunchDocument:
     """The command that serves a checkpoint on `gpus` of a kind (`h100`, ...), and what to expect. Reads headers only.
 
     Args:
@@ -216,42 +189,61 @@ def launch(
     from mimoquant.serving.served import read_served
 
     draft = None if dflash is None else Path(dflash)
-    return make(read_served(out), engine, gpu, gpus, version=engine_version, mtp=mtp, dflash=draft).as_json()
+    return make(read_served(out), engine, gpu, gpus, version=engine_version, mtp=mtp, dflash=draft)
 
 
 def eval_kl(
     reference: Folder,
-    candidate: Folder,
+    candidate: Folder | None = None,
     *,
-    data: Sequence[str] = ("heldout-v1",),
+    server: str | None = None,
+    model: str | None = None,
+    top_k: int | None = None,
+    data: Sequence[str] = (HELD_OUT_SET,),
     sequences: int | None = None,
-    tokens: int = 512,
+    tokens: int = HELD_OUT_TOKENS,
+    max_kl: float | None = None,
     baseline: Folder | None = None,
     noise_floor: bool = True,
     device: str = "auto",
-) -> Facts:
+    out: Folder | None = None,
+    resume: bool = False,
+) -> EvalFolderDocument | EvalServerDocument:
     """Symmetric KL of a checkpoint against its reference on held-out tokens, in nats a token: `["j"]["mean"]`.
 
     Args:
+        candidate: the quantized folder, by any tool. server: the address of a running vLLM or SGLang instead of it;
+            J is a lower bound then.
+        model: the server's name for it, if it serves several. top_k: ids to ask it for at a position.
         data: shipped sets or files. sequences: at most so many, of `tokens` each.
+        max_kl: the limit that `passed` is about; nothing is raised where J is above it.
         baseline: another candidate, compared on the same tokens.
         noise_floor: measure what the reference differs from itself.
-    Raises UsageError: data is missing, or the candidate was calibrated on it. CheckpointError: a checkpoint is bad, or
-    the two are not one model.
+        out: a file for what was measured, as JSON; it makes the evaluation resumable.
+        resume: take up what a killed evaluation left beside `out`.
+    Raises UsageError: data is missing, the candidate was calibrated on it, or options cannot go together.
+    CheckpointError: a checkpoint is bad, the two are not one model, or the server fails. StoppedError: the disk.
     """
-    from mimoquant.calibration.tokenizer import decoder_of
-    from mimoquant.evaluation.eval_kl import eval_kl as run
+    from mimoquant.assembly import evaluations
+    from mimoquant.assembly.choices import EvaluationChoice, ServerChoice, Watcher
     from mimoquant.machine.devices import resolve_device
+    from mimoquant.machine.team import Team
 
-    held = _held_out(reference, data, sequences, tokens)
-    return run(
-        reference,
-        candidate,
-        held,
-        baseline=baseline,
-        noise_floor=noise_floor,
-        decode=decoder_of(Path(reference)),
-        device=resolve_device(device),
+    folder = None if candidate is None else Path(candidate)
+    of_candidate = {"--baseline": baseline, "--out": out, "--resume": resume or None}
+    evaluations.check_candidate(folder, server, {"--model": model, "--top-k": top_k}, of_candidate)
+    choice = EvaluationChoice(data, sequences, tokens, noise_floor, max_kl)
+    if folder is None:
+        asked = ServerChoice(str(server), model, top_k)
+        return evaluations.evaluate_server(Path(reference), asked, choice, device, Watcher())
+    return evaluations.evaluate_folder(
+        Path(reference),
+        folder,
+        choice,
+        Team(resolve_device(device)),
+        baseline=None if baseline is None else Path(baseline),
+        file=evaluations.evaluation_file(out, resume),
+        watcher=Watcher(),
     )
 
 
@@ -260,12 +252,12 @@ def eval_draft(
     candidate: Folder,
     *,
     draft: Folder = "mtp",
-    data: Sequence[str] = ("heldout-v1",),
+    data: Sequence[str] = (HELD_OUT_SET,),
     sequences: int | None = None,
-    tokens: int = 512,
+    tokens: int = HELD_OUT_TOKENS,
     depth: int | None = None,
     device: str = "auto",
-) -> Facts:
+) -> EvalDraftDocument:
     """How many drafted tokens a quantized backbone accepts, beside its reference.
 
     Args:
@@ -273,11 +265,20 @@ def eval_draft(
         depth: MTP layers in the chain; by default all, at most 3. The others: see `eval_kl`.
     Raises UsageError: too deep, a drafter of another backbone, or shared data. CheckpointError: bad checkpoints.
     """
-    from mimoquant.evaluation.eval_draft import eval_draft as run
+    from mimoquant.assembly.choices import EvaluationChoice, Watcher
+    from mimoquant.assembly.evaluations import evaluate_draft
     from mimoquant.machine.devices import resolve_device
+    from mimoquant.machine.team import Team
 
-    held = _held_out(reference, data, sequences, tokens)
-    return run(reference, candidate, held, draft=str(draft), depth=depth, device=resolve_device(device))
+    return evaluate_draft(
+        Path(reference),
+        Path(candidate),
+        EvaluationChoice(data, sequences, tokens),
+        Team(resolve_device(device)),
+        draft=str(draft),
+        depth=depth,
+        watcher=Watcher(),
+    )
 
 
 def sensitivity(
@@ -287,16 +288,16 @@ def sensitivity(
     *,
     budget_bytes: int | None = None,
     target_kl: float | None = None,
-    data: Sequence[str] = ("heldout-v1",),
-    sequences: int = 56,
-    tokens: int = 512,
+    data: Sequence[str] = (HELD_OUT_SET,),
+    sequences: int = SENSITIVITY_SEQUENCES,
+    tokens: int = HELD_OUT_TOKENS,
     container: str | None = None,
     fp8: bool = True,
     any_format: bool = False,
     device: str = "auto",
     resume: bool = False,
     allow_unknown: bool = False,
-) -> Facts:
+) -> SensitivityDocument:
     """Measure what each layer's quantization costs, and write the recipe `out` that spends bytes where they buy most.
 
     Args:
@@ -305,23 +306,23 @@ def sensitivity(
         resume: take up what a killed run left beside `out`.
     Raises UsageError: nothing fits, or shared data. CheckpointError: bad data. QualityError: the target was missed.
     """
+    from mimoquant.assembly.choices import EvaluationChoice, LimitChoice, MixtureChoice, Watcher
+    from mimoquant.assembly.mixing import choose_mixture
     from mimoquant.machine.devices import resolve_device
-    from mimoquant.machine.memory import machine
     from mimoquant.machine.team import Team
-    from mimoquant.mixing.needs import fork_refusal
-    from mimoquant.mixing.run import forks_of
-    from mimoquant.mixing.run import sensitivity as run
 
     if budget_bytes is not None and target_kl is not None:
         raise UsageError(f"a budget of {budget_bytes} bytes and a target of {target_kl:g}: only one can be the limit")
-    team = Team(resolve_device(device))
-    held = _held_out(source, data, sequences, tokens)
-    mixed = mixtures(
-        Path(source), recipe, container, team.device, allow_unknown=allow_unknown, fp8=fp8, any_format=any_format
+    return choose_mixture(
+        Path(source),
+        Path(out),
+        MixtureChoice(recipe, container, allow_unknown, fp8, any_format),
+        EvaluationChoice(data, sequences, tokens),
+        LimitChoice(budget_bytes, target_kl),
+        Team(resolve_device(device)),
+        resume=resume,
+        watcher=Watcher(),
     )
-    if refused := fork_refusal(forks_of(mixed, held, team), len(held.ids), team.device, machine(team.device)):
-        raise refused
-    return run(mixed, held, Path(out), budget_bytes=budget_bytes, target_j=target_kl, resume=resume, team=team)
 
 
 def synth(
@@ -335,7 +336,7 @@ def synth(
     hidden: int | None = None,
     expert_intermediate: int | None = None,
     vocab: int | None = None,
-) -> Facts:
+) -> SynthDocument:
     """Write a small checkpoint in a published on-disk format (`flash`, `v2.5`, `pro`): for tests, demos, bug reports.
 
     Args:
@@ -358,73 +359,4 @@ def synth(
         raise UsageError(f"--from takes the sizes of {source}; --{option} cannot go with it")
     sizes = SynthSizes(**chosen) if source is None else None
     report = run(Path(out), layout, source=None if source is None else Path(source), sizes=sizes, seed=seed)
-    return {"schema_version": SCHEMA_VERSION, "out": str(out), **asdict(report)}
-
-
-# --- what the command line shares -------------------------------------------------------------------------------------
-
-
-def calibration_changes(
-    data: Sequence[str] | None,
-    sequences: int | None,
-    tokens: int | None,
-    refine: int | None = None,
-    refine_layer: Sequence[int] | None = None,
-) -> Facts:
-    """What a caller says of calibration, where the recipe says otherwise."""
-    given = {
-        "data": tuple(data) if data else None,
-        "sequences": sequences,
-        "tokens": tokens,
-        "reconstruct": refine,
-        "reconstruct_layers": tuple(refine_layer) if refine_layer else None,
-    }
-    return {key: value for key, value in given.items() if value is not None}
-
-
-def fitted_plan(
-    source: Folder,
-    recipe: str,
-    container: str | None,
-    allow_unknown: bool,
-    calibration: Facts,
-    device: str,
-    has: Machine,
-    ranks: int = 1,
-) -> Plan:
-    """The plan in chunks that fit a machine; `calibration` from `calibration_changes`."""
-    from mimoquant.planning.needs import fitting_plan
-    from mimoquant.planning.plan import make_plan
-    from mimoquant.planning.recipe import load_recipe
-
-    loaded = load_recipe(recipe).calibrated_on(calibration)
-    return fitting_plan(
-        lambda size: make_plan(source, loaded, container=container, allow_unknown=allow_unknown, chunk_bytes=size),
-        device,
-        has,
-        ranks,
-    )
-
-
-def mixtures(
-    source: Path, recipe: str, container: str | None, device: str, *, allow_unknown: bool, fp8: bool, any_format: bool
-) -> Mixtures:
-    """What each layer can become, for `sensitivity`. One container holds all formats; it is the default for them."""
-    from mimoquant.mixing.mixtures import Mixtures
-    from mimoquant.planning.plan import CHUNK_BYTES, CUDA_CHUNK_BYTES, make_plan
-    from mimoquant.planning.recipe import load_recipe
-    from mimoquant.weights.container import COMPRESSED_TENSORS
-
-    loaded = load_recipe(recipe)
-    chunk_bytes = CUDA_CHUNK_BYTES if device.startswith("cuda") else CHUNK_BYTES
-    container = container or (COMPRESSED_TENSORS if any_format else None)
-    made = make_plan(source, loaded, container=container, allow_unknown=allow_unknown, chunk_bytes=chunk_bytes)
-    return Mixtures(made, chunk_bytes, fp8=fp8, any_format=any_format)
-
-
-def _held_out(reference: Folder, data: Sequence[str], sequences: int | None, tokens: int) -> TokenSet:
-    from mimoquant.calibration.tokens import load_tokens
-    from mimoquant.evaluation.eval_kl import open_layout
-
-    vocab = open_layout(Path(reference)).geometry.vocab
-    return load_tokens(data, Path(reference), sequences=sequences, tokens=tokens, vocab=vocab)
+    return report.as_json(out)

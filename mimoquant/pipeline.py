@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from mimoquant.calibration.layer_facts import LayerRecord
 from mimoquant.calibration.tokens import CalibrationRecord, TokenSet, calibration_tokens
 from mimoquant.checkpoint.hf_files import copy_side_files
 from mimoquant.checkpoint.index import open_shard
@@ -28,7 +29,8 @@ from mimoquant.machine.devices import make_engine, resolve_device
 from mimoquant.machine.overlap import WriteBehind, read_ahead
 from mimoquant.machine.team import Team
 from mimoquant.machine.timeline import WAIT_READ, WAIT_WRITE, Timeline
-from mimoquant.output.quantize_report import QuantizeReport
+from mimoquant.output.documents import QuantizeReport
+from mimoquant.output.quantize_report import quantize_report
 from mimoquant.output.small_files import written_texts
 from mimoquant.planning.plan import WRITE_LANES, WRITE_QUEUE_BYTES, Plan
 from mimoquant.planning.units import Experts, Unit
@@ -53,7 +55,7 @@ def quantize(
 ) -> QuantizeReport:
     """Execute a plan into the folder `out`, which appears only when it is complete. Arguments: see `execute`."""
     finished = execute(plan, out, device=device, resume=resume, progress=progress, timeline=timeline, team=team)
-    return QuantizeReport.of(plan, finished)
+    return quantize_report(plan, finished)
 
 
 def execute(
@@ -214,7 +216,7 @@ class _Shards:
             assert self.task is not None
             self.progress(self.task.unit, self._writer.size_bytes, False)
 
-    def end(self, facts: dict[str, Any] | None) -> None:
+    def end(self, facts: LayerRecord | None) -> None:
         assert self.task is not None
         unit = self.task.unit
         if self._writer:
@@ -250,16 +252,14 @@ class _Walk:
             self.at += 1
         self.calibrator.begin(layer)
 
-    def leave(self, unit: Unit) -> dict[str, Any] | None:
+    def leave(self, unit: Unit) -> LayerRecord | None:
         if unit.layer is None:
             return None
         self.at += 1
         return self.calibrator.end()
 
 
-def _complete(
-    unit: Unit, writer: ShardWriter, run: RunFolder, progress: Progress, facts: dict[str, Any] | None
-) -> None:
+def _complete(unit: Unit, writer: ShardWriter, run: RunFolder, progress: Progress, facts: LayerRecord | None) -> None:
     """The shard is written: make it durable, then say so in the journal."""
     sha256 = writer.close()
     if writer.size_bytes != unit.size_bytes:

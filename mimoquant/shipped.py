@@ -1,4 +1,4 @@
-"""What ships with the package: recipes and data sets, by name.
+"""What ships with the package: recipes and data sets, by name, and which sets are taken by default.
 
 Key idea: only the file system is asked and nothing is imported, so that a shell can complete these names in no time.
 """
@@ -6,6 +6,11 @@ Key idea: only the file system is asked and nothing is imported, so that a shell
 from __future__ import annotations
 
 from pathlib import Path
+
+CALIBRATION_SET = "mixed-v1"  # what recipes calibrate on, unless they say otherwise
+HELD_OUT_SET = "heldout-v1"  # what J is measured on, unless told otherwise
+HELD_OUT_TOKENS = 512  # per sequence of it
+SENSITIVITY_SEQUENCES = 56  # of it, that choose a mixture
 
 
 def recipes_folder() -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable
-from typing import Any
+from typing import TypedDict
 
 
 def layers_of_formats(formats: dict[str, list[int]]) -> str:
@@ -62,9 +62,6 @@ def ranges(numbers: Iterable[int]) -> str:
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs) or "none"
 
 
-Facts = dict[str, Any]
-
-
 WIDTH = 100  # columns of a terminal
 
 
@@ -91,5 +88,14 @@ def percent(share: float | None) -> str:
     return "> 99.99 %" if 0.99995 <= share < 1 else f"{100 * share:.2f} %"
 
 
-def interval(part: Facts, digits: int = 4) -> str:
+class Interval(TypedDict):
+    """The part of a figure that says how sure it is."""
+
+    low: float
+    """Lower end."""
+    high: float
+    """Upper end."""
+
+
+def interval(part: Interval, digits: int = 4) -> str:
     return f"{number(part['low'], digits)} to {number(part['high'], digits)}"

@@ -3,7 +3,42 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NotRequired, TypedDict, cast
+
+
+class LayerRecord(TypedDict):
+    """What a calibrated run tells of a layer, in report.json and the documents. Lists have one value an expert.
+
+    relMSE = tr(D H Dᵀ) / tr(W H Wᵀ) over all three projections: D is the change of the weights W, H their statistics.
+    """
+
+    tokens: list[int]
+    """Tokens that the router sent to the expert."""
+    effective: list[float]
+    """The same weighed, (sum g)² / sum g² of the routing weights g."""
+    shrunk: list[float]
+    """Lambda, how much of the expert's statistics is its layer's: n0 / (tokens + n0), 0 to 1."""
+    relmse_plain: list[float]
+    """relMSE of absmax rounding."""
+    relmse: list[float]
+    """relMSE of what was written."""
+    answer: NotRequired[list[list[float]]]
+    """Squared error of the expert's output before and after the joint rounds; absent without such rounds."""
+    topk_changed: NotRequired[float]
+    """Share of tokens that a folded router sends to other experts; absent where no norm is folded."""
+    starved: int
+    """Experts with fewer tokens than half the model's width."""
+    shrinkage: float
+    """n0 over the width."""
+    held_out: dict[str, float]
+    """"predicted_" or "measured_" and a shrinkage → relMSE of gate and up of a few experts on tokens that chose
+    nothing else; empty where no shrinkage was chosen."""
+    damped: int
+    """Matrices whose statistics needed more damping than the recipe's."""
+    rounded: int
+    """Matrices that no damping could help, so that they were rounded plainly."""
+    folded_channels: int
+    """Channels that AWQ scaled by another factor than 1."""
 
 
 @dataclass
@@ -25,26 +60,23 @@ class LayerFacts:
     answer: list[list[float]] = field(default_factory=list)  # [before, after] the joint rounds: see `reconstruct`
     topk_changed: float | None = None  # share of tokens a folded router sends elsewhere; None: no norm is folded
 
-    def as_plain(self) -> dict[str, Any]:
+    def as_plain(self) -> LayerRecord:
+        """In the order of the journal, whose bytes must stay."""
         lists = {
             name: [_short(v) for v in getattr(self, name)]
             for name in ("tokens", "effective", "shrunk", "relmse_plain", "relmse")
         }
         routed = {} if self.topk_changed is None else {"topk_changed": _short(self.topk_changed)}
         walked = {"answer": [[_short(v) for v in pair] for pair in self.answer]} if self.answer else {}
-        return (
-            lists
-            | walked
-            | routed
-            | {
-                "starved": self.starved,
-                "shrinkage": self.shrinkage,
-                "held_out": {name: _short(value) for name, value in self.held_out.items()},
-                "damped": self.damped,
-                "rounded": self.rounded,
-                "folded_channels": self.folded_channels,
-            }
-        )
+        counted = {
+            "starved": self.starved,
+            "shrinkage": self.shrinkage,
+            "held_out": {name: _short(value) for name, value in self.held_out.items()},
+            "damped": self.damped,
+            "rounded": self.rounded,
+            "folded_channels": self.folded_channels,
+        }
+        return cast(LayerRecord, lists | walked | routed | counted)
 
 
 def _short(value: float) -> float:

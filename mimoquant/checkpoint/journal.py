@@ -22,7 +22,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ class JournalLine:
     file: str
     size_bytes: int
     sha256: str
-    facts: dict[str, Any] | None = None
+    facts: Mapping[str, Any] | None = None
 
     def as_plain(self) -> dict[str, Any]:
         return {key: value for key, value in asdict(self).items() if value is not None}

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import resource
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mimoquant.cli.files import check_writable, write_page
+from mimoquant.cli.files import write_page
 from mimoquant.cli.options import (
     HeldOutOption,
     HeldOutSequencesOption,
@@ -19,146 +17,56 @@ from mimoquant.cli.options import (
     QuietOption,
     ResumeOption,
 )
-from mimoquant.cli.terminal import Lines, hint_to_resume, print_document, tell
+from mimoquant.cli.terminal import hint_to_resume, print_document, tell, watcher
+from mimoquant.shipped import HELD_OUT_SET, HELD_OUT_TOKENS
 
 if TYPE_CHECKING:
-    from mimoquant.calibration.tokens import TokenSet
-
-
-def check_candidate(
-    candidate: Path | None, server: str | None, of_server: dict[str, Any], of_candidate: dict[str, Any]
-) -> None:
-    """Refuse options that contradict each other."""
-    from mimoquant.errors import UsageError
-
-    if candidate is None and server is None:
-        raise UsageError(
-            "there is nothing to compare the reference with", hint="give a CANDIDATE folder, or --server URL"
-        )
-    if candidate is not None and server is not None:
-        raise UsageError(f"{candidate} and --server {server}: only one of them can be the candidate")
-    for option, value in (of_candidate if candidate is None else of_server).items():
-        if value is not None:
-            raise UsageError(f"{option} cannot go with {'--server' if candidate is None else 'a CANDIDATE folder'}")
-
-
-def _check_files(checkpoints: tuple[Path, ...], out: Path | None, resume: bool, html: Path | None) -> None:
-    """Refuse before a long run what would only fail after it."""
-    from mimoquant.errors import UsageError
-
-    if resume and out is None:
-        raise UsageError(
-            "--resume: only an evaluation with --out leaves something to go on from",
-            hint="give the --out that the interrupted one had",
-        )
-    if out is not None:
-        if out.exists():
-            raise UsageError(f"--out {out}: exists already", hint="choose another name or remove it")
-        check_writable(out, checkpoints, "--out")
-        checkpoints += (Path(f"{out}.partial"),)
-    if html is not None:
-        check_writable(html, checkpoints)
-
-
-def load_held_out(
-    reference: Path, data: list[str], sequences: int | None, tokens: int, vocab: int, leads: bool = True
-) -> TokenSet:
-    """The tokens that were asked for; what was too short for one sequence is told."""
-    from mimoquant.calibration.tokens import load_tokens
-
-    loaded = load_tokens(data, reference, sequences=sequences, tokens=tokens, vocab=vocab)
-    if loaded.left_out and leads:
-        tell(f"note: too few tokens for one sequence of {tokens}: {', '.join(loaded.left_out)}")
-    return loaded
+    from mimoquant.assembly.choices import EvaluationChoice, ServerChoice
+    from mimoquant.evaluation.documents import EvalFolderDocument, EvalKlDocument, EvalServerDocument
 
 
 def evaluate(
     reference: Path,
-    data: list[str],
-    sequences: int | None,
-    tokens: int,
     candidate: Path,
+    choice: EvaluationChoice,
+    *,
     baseline: Path | None,
-    noise_floor: bool,
     device: str,
     out: Path | None,
     resume: bool,
     html: Path | None,
-) -> dict[str, Any] | None:
+) -> EvalFolderDocument | None:
     """Walk reference and candidate; None on a rank that does not tell."""
-    from mimoquant.calibration.tokenizer import decoder_of
-    from mimoquant.evaluation.eval_kl import eval_kl as run
-    from mimoquant.evaluation.eval_kl import kept_bytes, open_layout
+    from mimoquant.assembly.evaluations import evaluate_folder, evaluation_file
+    from mimoquant.assembly.files import check_writable
     from mimoquant.machine.devices import resolve_device
     from mimoquant.machine.team import Team
-    from mimoquant.wording import size
 
-    place, lines = resolve_device(device), Lines()
-    with Team.from_environment(place) as team, hint_to_resume(out is not None and team.leads):
-        if team.leads:
-            _check_files(tuple(filter(None, (reference, candidate, baseline))), out, resume, html)
-        layout = open_layout(reference)
-        loaded = load_held_out(reference, data, sequences, tokens, layout.geometry.vocab, team.leads)
-        if out is not None and team.leads:
-            kept = kept_bytes(layout, loaded, 2 if baseline is None else 3, noise_floor)
-            tell(f"note: up to {size(2 * kept)} of hidden states will lie in {out}.partial")
-        shown = (lambda layer, layers: lines(f"layer {layer}", layer + 1, layers)) if team.leads else None
-        facts = run(
-            reference,
-            candidate,
-            loaded,
-            baseline=baseline,
-            device=place,
-            noise_floor=noise_floor,
-            decode=decoder_of(reference),
-            progress=shown,
-            team=team,
-            out=out,
-            resume=resume,
+    with Team.from_environment(resolve_device(device)) as team, hint_to_resume(out is not None and team.leads):
+        file = evaluation_file(out, resume)
+        if html is not None and team.leads:
+            partial = (Path(f"{out}.partial"),) if out else ()
+            check_writable(html, (*filter(None, (reference, candidate, baseline)), *partial))
+        document = evaluate_folder(
+            reference, candidate, choice, team, baseline=baseline, file=file, watcher=watcher(team.leads)
         )
-    return facts if team.leads else None
+    return document if team.leads else None
 
 
-def evaluate_server(
-    reference: Path,
-    data: list[str],
-    sequences: int | None,
-    tokens: int,
-    url: str,
-    model: str | None,
-    top_k: int | None,
-    device: str,
-) -> dict[str, Any]:
+def evaluate_server(reference: Path, server: ServerChoice, choice: EvaluationChoice, device: str) -> EvalServerDocument:
     """Walk the reference, and ask a server for what it makes of the same tokens."""
-    from mimoquant.evaluation.eval_kl import open_layout
-    from mimoquant.evaluation.eval_server import eval_server
-    from mimoquant.evaluation.server import connect
-    from mimoquant.machine.devices import resolve_device
+    from mimoquant.assembly.evaluations import evaluate_server as run
     from mimoquant.machine.team import refuse_ranks
 
     refuse_ranks("eval-kl --server")
-
-    place, vocab = resolve_device(device), open_layout(reference).geometry.vocab
-    server = connect(
-        url, model, top_k=top_k, tokens=tokens, vocab=vocab
-    )  # before the data: a typing error is told soon
-    if top_k is None:
-        tell(f"note: {server.engine} is asked for {server.top_k} ids a position")
-    loaded, lines = load_held_out(reference, data, sequences, tokens, vocab), Lines()
-    return eval_server(
-        reference,
-        server,
-        loaded,
-        device=place,
-        progress=lambda layer, layers: lines(f"layer {layer}", layer + 1, layers),
-        asked=lambda done, all_: lines(f"sequence {done}", done, all_),
-    )
+    return run(reference, server, choice, device, watcher())
 
 
 def check_outcome(
     reference: Path, candidate: Path | None, max_kl: float | None, junit: Path | None, card: bool
 ) -> None:
     """Refuse what could not be written after the walk."""
+    from mimoquant.assembly.files import check_writable
     from mimoquant.errors import UsageError
 
     if junit is not None:
@@ -168,33 +76,38 @@ def check_outcome(
     if card and candidate is None:
         raise UsageError("--card cannot go with --server", hint="a model card lies in a CANDIDATE folder")
     if card and candidate is not None:
-        from mimoquant.output.model_card import quality_place
+        from mimoquant.output.model_card import quality_place, read_card
 
-        quality_place(_read_card(candidate))
+        quality_place(read_card(candidate))
 
 
-def write_outcome(facts: dict[str, Any], candidate: Path | None, junit: Path | None, card: bool) -> None:
+def write_outcome(document: EvalKlDocument, candidate: Path | None, junit: Path | None, card: bool) -> None:
     """What `--junit` and `--card` ask for."""
     if junit is not None:
         from mimoquant.report.junit import junit_text
 
-        write_page(junit, junit_text(facts), "--junit")
+        write_page(junit, junit_text(document), "--junit")
     if card and candidate is not None:
-        from mimoquant.checkpoint.writer import write_file_durably
-        from mimoquant.output.model_card import with_quality
+        from mimoquant.output.model_card import write_quality
 
-        write_file_durably(candidate / "README.md", with_quality(_read_card(candidate), facts).encode())
+        write_quality(candidate, document)
 
 
-def _read_card(candidate: Path) -> str:
-    from mimoquant.errors import UsageError
+def fail_the_gate(document: EvalKlDocument, *, is_lower_bound: bool) -> None:
+    """Raise QualityError where a limit was given and is not kept."""
+    from mimoquant.errors import QualityError
 
-    try:
-        return (candidate / "README.md").read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"--card: {candidate}/README.md cannot be read ({error})", hint="only quantize writes one"
-        ) from error
+    limit, j, broken = document["max_kl"], document["j"]["mean"], document["nonfinite_share"]
+    if limit is None:
+        return
+    if j > limit:
+        least = "at least " if is_lower_bound else ""
+        over = f"{least}{j:.5f} nats a token, {j - limit:.5f} above the gate of {limit}"
+        raise QualityError(f"{document['candidate']}: J is {over}")
+    if broken:
+        raise QualityError(
+            f"{document['candidate']}: {100 * broken:.3g} % of the rows are not finite, J leaves them out"
+        )
 
 
 def eval_kl(
@@ -209,7 +122,7 @@ def eval_kl(
     top_k: Annotated[int | None, typer.Option(min=1, help="Ids a position; by default 256 or what is allowed.")] = None,
     data: HeldOutOption = None,
     sequences: HeldOutSequencesOption = None,
-    tokens: HeldOutTokensOption = 512,
+    tokens: HeldOutTokensOption = HELD_OUT_TOKENS,
     max_kl: Annotated[float | None, typer.Option(min=0, help="Exit with 5 if J is above this.")] = None,
     baseline: Annotated[Path | None, typer.Option(help="Another candidate, compared on the same tokens.")] = None,
     noise_floor: Annotated[bool, typer.Option(help="Measure what the reference differs from itself.")] = True,
@@ -231,10 +144,9 @@ def eval_kl(
     With --out a killed evaluation can be resumed after its last layer: meanwhile FILE.partial holds the hidden states,
     up to 8 bytes x width for each token and checkpoint.
     """
-    from mimoquant.errors import QualityError
-    from mimoquant.report import changes_card, eval_page, eval_text, server_text
+    from mimoquant.assembly.choices import EvaluationChoice, ServerChoice
+    from mimoquant.assembly.evaluations import check_candidate
 
-    begin = time.monotonic()
     check_candidate(
         candidate,
         server,
@@ -242,26 +154,26 @@ def eval_kl(
         {"--baseline": baseline, "--html": html, "--out": out, "--resume": resume or None},
     )
     check_outcome(reference, candidate, max_kl, junit, card)
-    where = (reference, data or ["heldout-v1"], sequences, tokens)
-    if candidate is not None:
-        facts = evaluate(*where, candidate, baseline, noise_floor, device, out, resume, html)
-    else:
-        facts = evaluate_server(*where, str(server), model, top_k, device)
-    if facts is None:  # another rank tells
+    choice = EvaluationChoice(data or (HELD_OUT_SET,), sequences, tokens, noise_floor, max_kl)
+    if candidate is None:
+        from mimoquant.report.server_text import server_text
+
+        of_server = evaluate_server(reference, ServerChoice(str(server), model, top_k), choice, device)
+        print_document(of_server, server_text, as_json)
+        write_outcome(of_server, candidate, junit, card)
+        fail_the_gate(of_server, is_lower_bound=of_server["server"]["is_lower_bound"])
         return
-    if facts.get("activations_quantized"):
+    from mimoquant.report import changes_card, eval_page, eval_text
+
+    document = evaluate(
+        reference, candidate, choice, baseline=baseline, device=device, out=out, resume=resume, html=html
+    )
+    if document is None:  # another rank tells
+        return
+    if document["activations_quantized"]:
         tell(f"note: {candidate}: its config quantizes activations too; J is of its weights alone")
-    facts["max_kl"], j, broken = max_kl, facts["j"]["mean"], facts["nonfinite_share"]
-    facts["passed"] = None if max_kl is None else j <= max_kl and not broken
-    facts["elapsed_s"] = round(time.monotonic() - begin, 3)
-    facts["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if html is not None:
-        write_page(html, eval_page.eval_page(facts, changes_card.changes_part(Path(facts["candidate"]))))
-    print_document(facts, eval_text.eval_text if candidate is not None else server_text.server_text, as_json)
-    write_outcome(facts, candidate, junit, card)
-    if max_kl is not None and j > max_kl:
-        least = "at least " if facts.get("server", {}).get("is_lower_bound") else ""
-        over = f"{least}{j:.5f} nats a token, {j - max_kl:.5f} above the gate of {max_kl}"
-        raise QualityError(f"{facts['candidate']}: J is {over}")
-    if max_kl is not None and broken:
-        raise QualityError(f"{facts['candidate']}: {100 * broken:.3g} % of the rows are not finite, J leaves them out")
+        write_page(html, eval_page.eval_page(document, changes_card.changes_part(candidate)))
+    print_document(document, eval_text.eval_text, as_json)
+    write_outcome(document, candidate, junit, card)
+    fail_the_gate(document, is_lower_bound=False)

@@ -1,10 +1,11 @@
-"""Where a page or a profile may be written, refused before a long run rather than after it."""
+"""Pages and profiles: whether a verb may write one, refused before a long run; and writing it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mimoquant.assembly.files import check_writable
 from mimoquant.errors import UsageError
 
 if TYPE_CHECKING:
@@ -24,21 +25,6 @@ def check_page(path: Path, made: Plan, out: Path) -> None:
 def check_profile(path: Path, made: Plan, out: Path) -> None:
     """The same for --profile."""
     check_writable(path, (made.layout.index.folder, out, Path(f"{out}.partial")), "--profile")
-
-
-def check_writable(path: Path, checkpoints: tuple[Path, ...], option: str = "--html") -> None:
-    """Try to write a file, and leave no trace of it."""
-    try:
-        target = path.resolve()
-        for folder in checkpoints:
-            if target.is_relative_to(folder.resolve()):
-                raise UsageError(f"{option} {path}: lies in {folder}, which holds a checkpoint and nothing else")
-        existed = path.exists()
-        path.open("ab").close()
-        if not existed:
-            path.unlink()
-    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
-        raise UsageError(f"{option} {path}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
 
 
 def write_page(path: Path, page: str, option: str = "--html") -> None:

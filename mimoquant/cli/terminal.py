@@ -10,17 +10,19 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import typer
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
+    from mimoquant.assembly.choices import Watcher
     from mimoquant.machine.timeline import Timeline
     from mimoquant.planning.plan import Plan
     from mimoquant.planning.units import Unit
 
+T = TypeVar("T")  # a verb's document
 WIDE = 72  # columns from which on a bar has room for what bounds the run
 RESUMABLE = "run the same command again with --resume to go on where it stopped"
 _quiet = False
@@ -106,6 +108,13 @@ class Lines:
             self.begin = time.monotonic()
 
 
+def watcher(leads: bool = True) -> Watcher:
+    """Notes and progress on stderr; nothing from a rank that does not lead."""
+    from mimoquant.assembly.choices import Watcher
+
+    return Watcher(lambda note: tell(f"note: {note}"), Lines()) if leads else Watcher()
+
+
 def tell(line: str) -> None:
     """A line on stderr; a reader who has left is no reason to stop."""
     if _quiet and not line.startswith(("error: ", "hint: ")):
@@ -125,6 +134,6 @@ def hint_to_resume(wanted: bool) -> Iterator[None]:
         raise
 
 
-def print_document(document: Any, to_text: Callable[[Any], str], as_json: bool) -> None:
+def print_document(document: T, to_text: Callable[[T], str], as_json: bool) -> None:
     """A verb's result on stdout: one JSON document, or the text that is made from it."""
     typer.echo(json.dumps(document, indent=2) if as_json else to_text(document))

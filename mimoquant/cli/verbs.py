@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -110,49 +108,31 @@ def quantize(
     allow_unknown: UnknownOption = False,
 ) -> None:
     """Write the 4-bit checkpoint. The folder appears only when it is complete; an interrupted run can be resumed."""
-    from mimoquant import api, pipeline
+    from mimoquant.assembly.choices import CalibrationChoice, PlanChoice
+    from mimoquant.assembly.plans import QuantizeRun
     from mimoquant.machine.devices import resolve_device
-    from mimoquant.machine.memory import machine
     from mimoquant.machine.team import Team
-    from mimoquant.machine.timeline import Timeline
-    from mimoquant.planning.needs import refusal
     from mimoquant.report import coverage_page, verb_text
 
-    begin = time.monotonic()
+    calibration = CalibrationChoice(data, sequences, tokens, refine, refine_layer)
+    choice = PlanChoice(recipe, option_value(container), allow_unknown, calibration)
     with Team.from_environment(resolve_device(device)) as team:
-        has = machine(team.device, gpu_memory)
-        has = replace(has, gpu_bytes=min(team.gather(has.gpu_bytes)))  # chunks must be the same everywhere
-        changes = api.calibration_changes(data, sequences, tokens, refine, refine_layer)
-        made = api.fitted_plan(
-            source, recipe, option_value(container), allow_unknown, changes, team.device, has, team.size
-        )
-        refused = refusal(made, team.device, has, team.size)
-        if refused:
-            raise refused
+        run = QuantizeRun(source, choice, out, team, gpu_memory=gpu_memory, resume=resume)
         if html is not None:
-            check_page(html, made, out)
+            check_page(html, run.plan, out)
         if profile is not None:
-            check_profile(profile, made, out)
-        timeline = Timeline()
-        with Progress(made, team.size, timeline) if team.leads else contextlib.nullcontext() as progress:
-            for note in made.notes if team.leads else ():
+            check_profile(profile, run.plan, out)
+        with Progress(run.plan, team.size, run.timeline) if team.leads else contextlib.nullcontext() as progress:
+            for note in run.plan.notes if team.leads else ():
                 tell(f"note: {note}")
-            report = pipeline.quantize(
-                made, out, resume=resume, team=team, timeline=timeline, progress=progress.advance if progress else None
-            )
+            document = run.execute(progress.advance if progress else None)
     if not team.leads:
         return
-    facts = {
-        **report.as_json(),
-        "out": str(out),
-        "elapsed_s": round(time.monotonic() - begin, 3),
-        "bound_by": dict(zip(("what", "share"), timeline.bound, strict=True)),
-    }
     if profile is not None:
-        write_page(profile, timeline.chrome_trace(), "--profile")
+        write_page(profile, run.timeline.chrome_trace(), "--profile")
     if html is not None:
-        write_page(html, coverage_page.coverage_page(facts))
-    print_document(facts, verb_text.quantize_text, as_json)
+        write_page(html, coverage_page.coverage_page(document))
+    print_document(document, verb_text.quantize_text, as_json)
 
 
 def relayout(
@@ -169,26 +149,23 @@ def relayout(
     allow_unknown: UnknownOption = False,
 ) -> None:
     """Write q, k and v in another layout. Exactly or not at all; every other tensor is copied byte for byte."""
-    from mimoquant import pipeline
-    from mimoquant.planning.facts import relayout_facts
-    from mimoquant.planning.relayout import make_relayout
+    from mimoquant.assembly.plans import RelayoutRun
     from mimoquant.report import verb_text
-    from mimoquant.serving.check import planned_facts
-    from mimoquant.serving.served import planned
 
-    begin = time.monotonic()
-    made = make_relayout(source, qkv.value, tp=tp, bf16=dtype is QkvDtype.BF16, allow_unknown=allow_unknown)
-    engines = planned_facts(planned(made))
-    with Progress(made) as progress:
-        for line in [*(f"note: {note}" for note in made.notes), *verb_text.planned_lines(engines)]:
+    run = RelayoutRun(
+        source,
+        out,
+        qkv=qkv.value,
+        tp=tp,
+        bf16=dtype is QkvDtype.BF16,
+        resume=resume,
+        allow_unknown=allow_unknown,
+    )
+    with Progress(run.plan) as progress:
+        for line in [*(f"note: {note}" for note in run.plan.notes), *verb_text.planned_lines(run.engines)]:
             tell(line)
-        finished = pipeline.execute(made, out, device="cpu", resume=resume, progress=progress.advance)
-    facts = {
-        **relayout_facts(made, finished, engines),
-        "out": str(out),
-        "elapsed_s": round(time.monotonic() - begin, 3),
-    }
-    print_document(facts, verb_text.relayout_text, as_json)
+        document = run.execute(progress.advance)
+    print_document(document, verb_text.relayout_text, as_json)
 
 
 def verify(

@@ -33,7 +33,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -45,8 +44,19 @@ from mimoquant.calibration.tokens import TokenSet
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.errors import CheckpointError
 from mimoquant.evaluation.divergence import bootstrap
+from mimoquant.evaluation.documents import (
+    AcceptedLength,
+    DepthPart,
+    DraftDomainPart,
+    DraftEvaluation,
+    DraftFigures,
+    DraftSummary,
+    MeanInterval,
+    Paired,
+)
 from mimoquant.evaluation.drafts import Draft, Drafts, choose_draft
-from mimoquant.evaluation.eval_kl import open_layout, recipe_name, same_model
+from mimoquant.evaluation.eval_kl import open_layout, same_model
+from mimoquant.evaluation.facts import data_facts, recipe_name
 from mimoquant.evaluation.held_out import refuse_shared_data
 from mimoquant.evaluation.side_by_side import streams_of
 from mimoquant.machine.team import Team
@@ -180,8 +190,8 @@ def eval_draft(
     device: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
     team: Team | None = None,
-) -> dict[str, Any]:
-    """The facts of one comparison, as plain data.
+) -> DraftEvaluation:
+    """One comparison.
 
     Args:
         draft: "mtp", or the folder of a DFlash drafter, which both backbones then share.
@@ -205,19 +215,19 @@ def eval_draft(
         "candidate": str(candidate),
         "recipe": recipe_name(Path(candidate)),
         "draft": chosen.name,
-        "data": {"name": tokens.name, "sha256": tokens.sha256, "origins": list(tokens.origins)},
+        "data": data_facts(tokens),
         **summarize_drafts(*scores, tokens),
         "device": device,
     }
 
 
-def summarize_drafts(reference: DraftScores, candidate: DraftScores, tokens: TokenSet) -> dict[str, Any]:
+def summarize_drafts(reference: DraftScores, candidate: DraftScores, tokens: TokenSet) -> DraftSummary:
     """The report's numbers. Starts that are not finite, on either side, count in their share and nowhere else."""
     finite = np.isfinite((reference.acceptance + candidate.acceptance).sum(-1))
     if not finite.any():
         raise CheckpointError("no position has finite logits, in the reference or in the candidate")
     domain = np.array(tokens.domains)
-    by_domain = [
+    by_domain: list[DraftDomainPart] = [
         {"domain": str(name), **_figures(reference, candidate, finite & (domain == name)[:, None])}
         for name in np.unique(domain[finite.any(-1)])
     ]
@@ -230,34 +240,34 @@ def summarize_drafts(reference: DraftScores, candidate: DraftScores, tokens: Tok
     }
 
 
-def _figures(reference: DraftScores, candidate: DraftScores, inside: npt.NDArray[np.bool_]) -> dict[str, Any]:
+def _figures(reference: DraftScores, candidate: DraftScores, inside: npt.NDArray[np.bool_]) -> DraftFigures:
     """Everything that is told of the starts `inside` [sequences, starts]."""
     sequence = np.nonzero(inside)[0]
 
-    def paired(ours: _Floats, theirs: _Floats) -> dict[str, dict[str, float]]:
-        return {
-            "reference": _mean(ours[inside], sequence),
-            "candidate": _mean(theirs[inside], sequence),
-            "difference": _mean((theirs - ours)[inside], sequence),
-        }
+    def paired(ours: _Floats, theirs: _Floats) -> Paired:
+        return Paired(
+            reference=_mean(ours[inside], sequence),
+            candidate=_mean(theirs[inside], sequence),
+            difference=_mean((theirs - ours)[inside], sequence),
+        )
 
     depths = [
-        {
-            "depth": d + 1,
-            "acceptance": paired(reference.acceptance[..., d], candidate.acceptance[..., d]),
-            "greedy_match": paired(reference.match[..., d], candidate.match[..., d]),
-        }
+        DepthPart(
+            depth=d + 1,
+            acceptance=paired(reference.acceptance[..., d], candidate.acceptance[..., d]),
+            greedy_match=paired(reference.match[..., d], candidate.match[..., d]),
+        )
         for d in range(reference.acceptance.shape[-1])
     ]
-    lengths = zip(("sampling", "greedy"), reference.lengths(), candidate.lengths(), strict=True)
-    return {
-        "sequences": len(np.unique(sequence)),
-        "starts": len(sequence),
-        "depths": depths,
-        "accepted_length": {name: paired(ours, theirs) for name, ours, theirs in lengths},
-    }
+    sampling, greedy = (paired(*both) for both in zip(reference.lengths(), candidate.lengths(), strict=True))
+    return DraftFigures(
+        sequences=len(np.unique(sequence)),
+        starts=len(sequence),
+        depths=depths,
+        accepted_length=AcceptedLength(sampling=sampling, greedy=greedy),
+    )
 
 
-def _mean(values: _Floats, sequence: _Ints) -> dict[str, float]:
+def _mean(values: _Floats, sequence: _Ints) -> MeanInterval:
     low, high = bootstrap(values, sequence)
-    return {"mean": float(values.mean()), "low": low, "high": high}
+    return MeanInterval(mean=float(values.mean()), low=low, high=high)

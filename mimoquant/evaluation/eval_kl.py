@@ -24,18 +24,18 @@ from typing import Any
 
 import torch
 
-from mimoquant.__version__ import SCHEMA_VERSION, __version__
+from mimoquant.__version__ import __version__
 from mimoquant.calibration.tokens import TokenSet
 from mimoquant.checkpoint.index import open_index
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.errors import CheckpointError
 from mimoquant.evaluation.divergence import TokenScores
+from mimoquant.evaluation.documents import FolderEvaluation, NoiseFloor
+from mimoquant.evaluation.facts import Named, evaluation_of
 from mimoquant.evaluation.held_out import refuse_shared_data
 from mimoquant.evaluation.side_by_side import WORST, SideBySide, WorstToken
 from mimoquant.evaluation.snapshots import Snapshots
-from mimoquant.evaluation.summary import paired_difference, summarize
 from mimoquant.machine.team import Team
-from mimoquant.model.config_keys import text_keys
 from mimoquant.model.layer_stream import portions, walk
 from mimoquant.model.layout import ModelLayout, read_layout
 from mimoquant.planning.plan import read_config
@@ -81,7 +81,7 @@ def compare(
     progress: Callable[[int], None] | None = None,
     team: Team | None = None,
     snapshots: Snapshots | None = None,
-) -> tuple[list[Comparison], dict[str, float] | None]:
+) -> tuple[list[Comparison], NoiseFloor | None]:
     """Walk reference and candidates over the same tokens, from where the `snapshots` of a killed walk end.
 
     Returns one comparison a candidate, and the noise floor: mean J of the reference against itself; the same on every
@@ -106,9 +106,7 @@ def compare(
             reader.close()
 
 
-def _walk(
-    both: SideBySide, progress: Callable[[int], None] | None, snapshots: Snapshots | None
-) -> dict[str, float] | None:
+def _walk(both: SideBySide, progress: Callable[[int], None] | None, snapshots: Snapshots | None) -> NoiseFloor | None:
     """Walk this rank's portions to their scores. Returns the noise floor, on the rank that measures it."""
     layers, first = both.weights[0].layers, 0
     begun = snapshots.load(_WALK, layers) if snapshots else None
@@ -178,33 +176,39 @@ def _layer_trace(layout: ModelLayout, number: int, parts: Sequence[tuple[float, 
     )
 
 
+@dataclass(frozen=True)
+class EvaluationFile:
+    """A file that the evaluation goes to. Beside it hidden states are kept, twice `kept_bytes`.
+
+    `resume`: take up what a killed evaluation left beside it.
+    """
+
+    path: Path
+    resume: bool = False
+
+
 def eval_kl(
     reference: Path | str,
     candidate: Path | str,
     tokens: TokenSet,
     *,
     baseline: Path | str | None = None,
-    device: str = "cpu",
     noise_floor: bool = True,
-    decode: Callable[[list[int]], str] | None = None,
     progress: Callable[[int, int], None] | None = None,
     team: Team | None = None,
-    out: Path | None = None,
-    resume: bool = False,
-) -> dict[str, Any]:
-    """The facts of one evaluation, as plain data (see `report_page`).
+    file: EvaluationFile | None = None,
+) -> FolderEvaluation:
+    """One evaluation.
 
     Args:
-        decode: token ids → text, for the worst tokens' contexts; without it they are shown as ids.
         progress: called with (layer just passed, layers).
-        team: the processes that share the evaluation, all of which call this; `device` is then the team's.
-        out: a file to write the facts to, as JSON. Beside it hidden states are kept, twice `kept_bytes`.
-        resume: take up what a killed evaluation left beside `out`.
+        team: the processes that share the evaluation, all of which call this.
+        file: what to write it to, as JSON; it can be taken up after a kill then.
     Raises CheckpointError: a checkpoint is bad, or the two are not the same model. UsageError: `tokens` are among those
-    that a candidate was calibrated on; `out` is there, or an evaluation of something else beside it. StoppedError: disk
-    trouble, resumable.
+    that a candidate was calibrated on; `file` is there, or an evaluation of something else beside it. StoppedError:
+    disk trouble, resumable.
     """
-    team = team or Team(device)
+    team = team or Team()
     layouts = {"reference": open_layout(Path(reference)), "candidate": open_layout(Path(candidate))}
     if baseline is not None:
         layouts["baseline"] = open_layout(Path(baseline))
@@ -213,7 +217,7 @@ def eval_kl(
         same_model(first, layout)
         refuse_shared_data(layout.index.folder, tokens)
     identity = _identity(layouts, tokens, noise_floor, team)
-    kept = contextlib.nullcontext() if out is None else Snapshots.beside(out, identity, resume=resume, team=team)
+    kept = Snapshots.beside(file.path, identity, resume=file.resume, team=team) if file else contextlib.nullcontext()
     with kept as snapshots:
         comparisons, floor = compare(
             first,
@@ -224,11 +228,12 @@ def eval_kl(
             snapshots=snapshots,
             progress=(lambda number: progress(number, first.geometry.layers)) if progress else None,
         )
-        named = (reference, candidate, baseline)
-        facts = _facts(named, others, tokens, comparisons, decode) | {"noise_floor": floor, "device": device}
+        named = Named(str(reference), str(candidate), None if baseline is None else str(baseline))
+        device = team.device if team.size == 1 else team.device.partition(":")[0]
+        evaluation = evaluation_of(named, others[0], tokens, comparisons, floor, device)
         if snapshots:
-            snapshots.finish(json.dumps(facts, indent=2) + "\n")
-    return facts
+            snapshots.finish(json.dumps(evaluation, indent=2) + "\n")
+    return evaluation
 
 
 def _identity(layouts: dict[str, ModelLayout], tokens: TokenSet, noise_floor: bool, team: Team) -> dict[str, Any]:
@@ -253,76 +258,3 @@ def kept_bytes(layout: ModelLayout, tokens: TokenSet, checkpoints: int, noise_fl
     count, length = tokens.ids.shape
     of_floor = 2 * min(FLOOR_SEQUENCES, count) if noise_floor else 0
     return int(4 * layout.geometry.hidden * length * (count * checkpoints + of_floor))
-
-
-def _facts(
-    named: tuple[Path | str, Path | str, Path | str | None],
-    others: list[ModelLayout],
-    tokens: TokenSet,
-    comparisons: list[Comparison],
-    decode: Callable[[list[int]], str] | None,
-) -> dict[str, Any]:
-    """Of the `named` reference, candidate and baseline; `others`: the layouts of the last two."""
-    reference, candidate, baseline = named
-    scores = comparisons[0].scores
-    assert scores is not None
-    facts = {
-        "schema_version": SCHEMA_VERSION,
-        "reference": str(reference),
-        "candidate": str(candidate),
-        "recipe": recipe_name(Path(candidate)),
-        "activations_quantized": _quantizes_activations(others[0]),
-        "data": {"name": tokens.name, "sha256": tokens.sha256, "origins": list(tokens.origins)},
-        **summarize(scores, tokens),
-        "layers": [asdict(trace) for trace in comparisons[0].layers],
-        "worst_tokens": [_worst_facts(worst, tokens, decode) for worst in comparisons[0].worst],
-        "baseline": None,
-    }
-    if baseline is not None:
-        other = comparisons[1].scores
-        assert other is not None
-        facts["baseline"] = {"candidate": str(baseline), **paired_difference(scores, other, tokens)}
-    return facts
-
-
-def recipe_name(candidate: Path) -> str | None:
-    """The recipe beside a checkpoint, if there is one."""
-    path = candidate / "recipe.yaml"
-    return str(path) if path.is_file() else None
-
-
-_MODELOPT_BOTH = {"NVFP4", "MXFP8"}  # of its names for formats, those that quantize activations too
-
-
-def _quantizes_activations(layout: ModelLayout) -> bool:
-    """Whether the candidate's config has activations quantized too, which a J of the weights says nothing about."""
-    quantization = text_keys(layout.config, "config.json").get("quantization_config") or {}
-    groups, layers = quantization.get("config_groups"), quantization.get("quantized_layers")
-    held = groups.values() if isinstance(groups, dict) else ()
-    named = layers.values() if isinstance(layers, dict) else ()
-    algos = {entry.get("quant_algo") for entry in (quantization, *named) if isinstance(entry, dict)}
-    return bool(algos & _MODELOPT_BOTH) or any(isinstance(g, dict) and bool(g.get("input_activations")) for g in held)
-
-
-def _worst_facts(worst: WorstToken, tokens: TokenSet, decode: Callable[[list[int]], str] | None) -> dict[str, Any]:
-    text = decode or (lambda ids: " ".join(str(i) for i in ids))
-    sequence, position = divmod(worst.index, tokens.ids.shape[1] - 1)
-    ids = tokens.ids[sequence].tolist()
-
-    def one(token: int) -> str:
-        shown = text([token])
-        return f"<{token}>" if "\ufffd" in shown else shown  # a part of a character has no text
-
-    def named(top: list[tuple[int, float]]) -> list[list[Any]]:
-        return [[one(token), probability] for token, probability in top]
-
-    return {
-        "sequence": sequence,
-        "position": position,
-        "domain": tokens.domains[sequence],
-        "j": worst.j,
-        "context": text(ids[max(0, position - 23) : position + 1]).strip("\ufffd"),
-        "token": one(ids[position + 1]),
-        "reference_top5": named(worst.reference_top),
-        "candidate_top5": named(worst.candidate_top),
-    }

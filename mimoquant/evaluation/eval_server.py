@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +26,8 @@ from mimoquant.evaluation.divergence import (
     lumped_divergence,
     top_log_probabilities,
 )
+from mimoquant.evaluation.documents import ServerEvaluation, ServerFacts
+from mimoquant.evaluation.facts import data_facts
 from mimoquant.evaluation.server import MODES, Answer, Server
 from mimoquant.evaluation.side_by_side import final_hidden, streams_of
 from mimoquant.evaluation.summary import summarize
@@ -80,8 +81,8 @@ def eval_server(
     device: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
     asked: Callable[[int, int], None] | None = None,
-) -> dict[str, Any]:
-    """The facts of one evaluation, in the form of `evaluate.eval_kl`; `j`, `kl_*` are lower bounds, `server` says why.
+) -> ServerEvaluation:
+    """One evaluation, in the form of `eval_kl`; `j`, `kl_*` are lower bounds, `server` says why.
 
     Args:
         progress: called with (layer just passed, layers). asked: with (sequences answered, sequences).
@@ -106,7 +107,7 @@ def eval_server(
         "reference": str(reference),
         "candidate": server.link.url,
         "recipe": None,
-        "data": {"name": tokens.name, "sha256": tokens.sha256, "origins": list(tokens.origins)},
+        "data": data_facts(tokens),
         **summarize(scores, tokens),
         "layers": [],
         "noise_floor": None,
@@ -117,9 +118,9 @@ def eval_server(
     }
 
 
-def _server_facts(server: Server, scores: TokenScores, lumped: LumpedScores, vocab: int) -> dict[str, Any]:
+def _server_facts(server: Server, scores: TokenScores, lumped: LumpedScores, vocab: int) -> ServerFacts:
     ok = scores.finite
-    tails = {"reference": float(lumped.reference_tail[ok].mean()), "server": float(lumped.candidate_tail[ok].mean())}
+    reference_tail, server_tail = (float(of[ok].mean()) for of in (lumped.reference_tail, lumped.candidate_tail))
     return {
         "engine": server.engine,
         "version": server.version,
@@ -129,8 +130,8 @@ def _server_facts(server: Server, scores: TokenScores, lumped: LumpedScores, voc
         "vocab": vocab,
         "top_k": server.top_k,
         "ids_scored": float(lumped.ids[ok].mean()),
-        "is_lower_bound": not (max(tails.values()) == 0.0 and bool((lumped.ids[ok] == vocab).all())),
-        "tail_mass": tails,
+        "is_lower_bound": not (max(reference_tail, server_tail) == 0.0 and bool((lumped.ids[ok] == vocab).all())),
+        "tail_mass": {"reference": reference_tail, "server": server_tail},
         "j_estimate": float((lumped.j + lumped.gap_estimate)[ok].mean()),
         "j_ceiling_if_tail_is_like_the_rest": float((lumped.j + lumped.gap_ceiling)[ok].mean()),
     }

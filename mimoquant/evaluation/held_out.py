@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mimoquant.calibration.tokens import CalibrationRecord, TokenSet
 from mimoquant.errors import UsageError
+from mimoquant.shipped import HELD_OUT_SET
 
 
 def refuse_shared_data(candidate: Path, tokens: TokenSet) -> None:
@@ -27,5 +28,5 @@ def refuse_shared(record: CalibrationRecord, tokens: TokenSet, who: str) -> None
         what = f"{sequences} of {len(tokens.ids)} sequences" if sequences else f"the file {files[0]}"
         raise UsageError(
             f"--data {tokens.name}: shares {what} with what {who} was calibrated on ({record.name})",
-            hint="a model looks better on what it was calibrated on; give held-out data, such as heldout-v1",
+            hint=f"a model looks better on what it was calibrated on; give held-out data, such as {HELD_OUT_SET}",
         )

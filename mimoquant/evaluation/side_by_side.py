@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mimoquant.evaluation.divergence import TokenScores, head_divergence
+from mimoquant.evaluation.documents import NoiseFloor
 from mimoquant.model.decoder_layer import linear, rms_norm
 from mimoquant.model.layer_stream import Stream, portions
 from mimoquant.weights.decoded import CheckpointWeights
@@ -127,11 +128,11 @@ class SideBySide:
                 part.traces = of_part
 
     @torch.no_grad()
-    def score(self) -> dict[str, float] | None:
+    def score(self) -> NoiseFloor | None:
         """Fill in the parts' scores; returns the noise floor, if streams for it are there."""
         heads = [source.tensor("lm_head.weight") for source in self.weights]
         norms = [source.tensor("model.norm.weight") for source in self.weights]
-        floor = None
+        floor: NoiseFloor | None = None
         for portion in self.portions:
             finals = [final_hidden(stream, norm) for stream, norm in zip(portion.streams, norms, strict=True)]
             labels = torch.cat(portion.batches)[:, 1:].flatten().to(finals[0].device)
@@ -140,7 +141,7 @@ class SideBySide:
                 part.worst = _worst(part.scores, finals[0], final, heads[0], head)
             if self.floor and portion is self.portions[0]:
                 means = [_mean_j(stream, finals[0], norms[0], heads[0], labels) for stream in self.floor]
-                floor = {"batch": means[0], "relative_noise": means[1]}
+                floor = NoiseFloor(batch=means[0], relative_noise=means[1])
         return floor
 
 

@@ -7,7 +7,6 @@ one sequence are not independent; positions that are not finite count in their s
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,11 +14,23 @@ import numpy.typing as npt
 from mimoquant.calibration.tokens import TokenSet
 from mimoquant.errors import CheckpointError
 from mimoquant.evaluation.divergence import TokenScores, bootstrap
+from mimoquant.evaluation.documents import (
+    ConfidencePart,
+    Difference,
+    DomainPart,
+    Histogram,
+    JFacts,
+    Perplexity,
+    PositionPart,
+    Scores,
+    Top1,
+)
 
 CONFIDENT = 0.9  # the reference is sure of its token above this probability
 _CONFIDENCE_EDGES = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 0.99, 1.0)
 _Ints = npt.NDArray[np.int64]
 _Floats = npt.NDArray[np.float64]
+_Bools = npt.NDArray[np.bool_]
 
 
 def sequence_of(scores: TokenScores, tokens: TokenSet) -> _Ints:
@@ -27,16 +38,16 @@ def sequence_of(scores: TokenScores, tokens: TokenSet) -> _Ints:
     return np.repeat(np.arange(len(tokens.ids)), len(scores.j) // len(tokens.ids))
 
 
-def paired_difference(candidate: TokenScores, baseline: TokenScores, tokens: TokenSet) -> dict[str, float]:
+def paired_difference(candidate: TokenScores, baseline: TokenScores, tokens: TokenSet) -> Difference:
     """J of the baseline, and candidate minus baseline with its interval, over the same positions."""
     ok = candidate.finite & baseline.finite
     difference = (candidate.j - baseline.j)[ok]
     low, high = bootstrap(difference, sequence_of(candidate, tokens)[ok])
-    return {"j": float(baseline.j[ok].mean()), "difference": float(difference.mean()), "low": low, "high": high}
+    return Difference(j=float(baseline.j[ok].mean()), difference=float(difference.mean()), low=low, high=high)
 
 
-def summarize(scores: TokenScores, tokens: TokenSet) -> dict[str, Any]:
-    """The report's numbers, as plain data. Positions that are not finite count in their share and nowhere else."""
+def summarize(scores: TokenScores, tokens: TokenSet) -> Scores:
+    """The report's numbers. Positions that are not finite count in their share and nowhere else."""
     length = tokens.ids.shape[1] - 1
     sequence = np.repeat(np.arange(len(tokens.ids)), length)
     position = np.tile(np.arange(length), len(tokens.ids))
@@ -45,77 +56,86 @@ def summarize(scores: TokenScores, tokens: TokenSet) -> dict[str, Any]:
     if not ok.any():
         raise CheckpointError("no position has finite logits, in the reference or in the candidate")
     j = scores.j[ok]
-    low, high = bootstrap(j, sequence[ok])
-    sure = scores.confidence[ok] > CONFIDENT
-    losses = scores.reference_loss[ok].mean(), scores.candidate_loss[ok].mean()
-    quantiles = np.quantile(j, [0.5, 0.9, 0.99, 0.999])
-    names = ("median", "p90", "p99", "p99_9")
-    return {
-        "tokens": int(ok.sum()),
-        "sequences": len(tokens.ids),
-        "sequence_tokens": length + 1,
-        "j": {"mean": float(j.mean()), "low": low, "high": high, "max": float(j.max())}
-        | {name: float(value) for name, value in zip(names, quantiles, strict=True)},
-        "kl_forward": float(scores.kl_forward[ok].mean()),
-        "kl_reverse": float(scores.kl_reverse[ok].mean()),
-        "symmetric_sum": float(2 * j.mean()),
-        "top1": {
-            "all": float(scores.agree[ok].mean()),
-            "confident": float(scores.agree[ok][sure].mean()) if sure.any() else None,
-            "confident_share": float(sure.mean()),
-        },
-        "perplexity": {
-            "reference": float(np.exp(losses[0])),
-            "candidate": float(np.exp(losses[1])),
-            "ratio": float(np.exp(losses[1] - losses[0])),
-        },
-        "nonfinite_share": float(1 - ok.mean()),
-        "by_confidence": _by_confidence(scores.confidence[ok], j),
-        "by_domain": [
+    return Scores(
+        tokens=int(ok.sum()),
+        sequences=len(tokens.ids),
+        sequence_tokens=length + 1,
+        j=_j_facts(j, sequence[ok]),
+        kl_forward=float(scores.kl_forward[ok].mean()),
+        kl_reverse=float(scores.kl_reverse[ok].mean()),
+        symmetric_sum=float(2 * j.mean()),
+        top1=_top1(scores.agree[ok], scores.confidence[ok] > CONFIDENT),
+        perplexity=_perplexity(scores.reference_loss[ok], scores.candidate_loss[ok]),
+        nonfinite_share=float(1 - ok.mean()),
+        by_confidence=_by_confidence(scores.confidence[ok], j),
+        by_domain=[
             _domain(name, j, scores.agree[ok], sequence[ok], domain[ok] == name) for name in np.unique(domain[ok])
         ],
-        "by_position": _by_position(position[ok], j, length),
-        "histogram": _histogram(j),
-    }
+        by_position=_by_position(position[ok], j, length),
+        histogram=_histogram(j),
+    )
 
 
-def _by_confidence(confidence: _Floats, j: _Floats) -> list[dict[str, Any]]:
+def _j_facts(j: _Floats, sequence: _Ints) -> JFacts:
+    low, high = bootstrap(j, sequence)
+    median, p90, p99, p99_9 = map(float, np.quantile(j, [0.5, 0.9, 0.99, 0.999]))
+    return JFacts(
+        mean=float(j.mean()), low=low, high=high, max=float(j.max()), median=median, p90=p90, p99=p99, p99_9=p99_9
+    )
+
+
+def _top1(agree: _Bools, sure: _Bools) -> Top1:
+    return Top1(
+        all=float(agree.mean()),
+        confident=float(agree[sure].mean()) if sure.any() else None,
+        confident_share=float(sure.mean()),
+    )
+
+
+def _perplexity(reference: _Floats, candidate: _Floats) -> Perplexity:
+    losses = reference.mean(), candidate.mean()
+    return Perplexity(
+        reference=float(np.exp(losses[0])),
+        candidate=float(np.exp(losses[1])),
+        ratio=float(np.exp(losses[1] - losses[0])),
+    )
+
+
+def _by_confidence(confidence: _Floats, j: _Floats) -> list[ConfidencePart]:
     rows = []
     for low, high in itertools.pairwise(_CONFIDENCE_EDGES):
         inside = (confidence > low) & (confidence <= high)
         if inside.any():
-            rows.append({"low": low, "high": high, "tokens": int(inside.sum()), "j": float(j[inside].mean())})
+            rows.append(ConfidencePart(low=low, high=high, tokens=int(inside.sum()), j=float(j[inside].mean())))
     return rows
 
 
-def _domain(
-    name: str, j: _Floats, agree: npt.NDArray[np.bool_], sequence: _Ints, inside: npt.NDArray[np.bool_]
-) -> dict[str, Any]:
+def _domain(name: str, j: _Floats, agree: _Bools, sequence: _Ints, inside: _Bools) -> DomainPart:
     low, high = bootstrap(j[inside], sequence[inside])
-    return {
-        "domain": str(name),
-        "tokens": int(inside.sum()),
-        "sequences": len(np.unique(sequence[inside])),
-        "j": float(j[inside].mean()),
-        "low": low,
-        "high": high,
-        "top1": float(agree[inside].mean()),
-    }
+    return DomainPart(
+        domain=str(name),
+        tokens=int(inside.sum()),
+        sequences=len(np.unique(sequence[inside])),
+        j=float(j[inside].mean()),
+        low=low,
+        high=high,
+        top1=float(agree[inside].mean()),
+    )
 
 
-def _by_position(position: _Ints, j: _Floats, length: int) -> list[dict[str, Any]]:
+def _by_position(position: _Ints, j: _Floats, length: int) -> list[PositionPart]:
     edges = np.unique(np.linspace(0, length, 9).astype(int))
     rows = []
     for begin, end in itertools.pairwise(edges):
         inside = (position >= begin) & (position < end)
         if inside.any():
             mean = float(j[inside].mean())
-            rows.append({"begin": int(begin), "end": int(end), "tokens": int(inside.sum()), "j": mean})
+            rows.append(PositionPart(begin=int(begin), end=int(end), tokens=int(inside.sum()), j=mean))
     return rows
 
 
-def _histogram(j: _Floats) -> dict[str, Any]:
+def _histogram(j: _Floats) -> Histogram:
     """Counts between edges spaced evenly in log10; the outer bins take what lies beyond."""
     edges = 10.0 ** np.arange(-8, 1.51, 0.25)
     counts, _ = np.histogram(np.clip(j, edges[0], edges[-1]), edges)
-    return {"edges": edges.tolist(), "counts": counts.tolist()}
+    return Histogram(edges=edges.tolist(), counts=counts.tolist())

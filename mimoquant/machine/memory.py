@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +36,11 @@ def machine(device: str, gpu_memory_gb: float | None = None) -> Machine:
 
     total = torch.cuda.get_device_properties(torch.device(device)).total_memory
     return Machine(host, free, min(int(_USABLE * total), int(gpu_memory_gb * 1e9) if gpu_memory_gb else total))
+
+
+def peak_rss_bytes() -> int:
+    """Host memory of this process at its peak so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _host_memory() -> tuple[int, int]:

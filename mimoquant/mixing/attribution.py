@@ -23,6 +23,8 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from mimoquant.mixing.documents import JEstimate
+
 Floats = npt.NDArray[np.float64]
 RESAMPLES = 2000
 
@@ -34,6 +36,9 @@ class Estimate:
     mean: float
     low: float
     high: float
+
+    def as_plain(self) -> JEstimate:
+        return JEstimate(mean=self.mean, low=self.low, high=self.high)
 
     @staticmethod
     def of(values: Floats) -> Estimate:

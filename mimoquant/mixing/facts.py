@@ -1,4 +1,4 @@
-"""What a sensitivity run found, as plain data, and the recipe with its evidence.
+"""What a sensitivity run found → its document, and the recipe with its evidence.
 
 Key idea: text, page and recipe are made from the same facts. An expert that quantizing ruins makes its layer look
 sensitive, and so may one whose outputs are huge by nature; both are named beside their layer, because the first wants
@@ -8,8 +8,6 @@ another method and not more bytes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any
 
 import numpy as np
 import yaml
@@ -17,6 +15,17 @@ import yaml
 from mimoquant.__version__ import SCHEMA_VERSION
 from mimoquant.calibration.tokens import TokenSet
 from mimoquant.mixing.attribution import Ablation, Estimate, Floats
+from mimoquant.mixing.documents import (
+    CarveOut,
+    ExpertsPart,
+    JEstimate,
+    MeasuredChoice,
+    Measurement,
+    MixturePoint,
+    OptionPart,
+    SensitivityFindings,
+    SensitivityLayer,
+)
 from mimoquant.mixing.forks import Probe
 from mimoquant.mixing.knapsack import best_options
 from mimoquant.mixing.mixtures import Mixtures
@@ -24,8 +33,6 @@ from mimoquant.mixing.mixtures import Mixtures
 FAILED = 5.0  # times the median relMSE of its layer: an expert that quantizing ruins
 SUPER = 10.0  # times the median over all experts, and within as much of the largest: what such an expert puts out
 FRONTIER = 24  # points
-
-Facts = dict[str, Any]
 
 
 def facts_of(
@@ -36,7 +43,7 @@ def facts_of(
     *,
     budget_bytes: int | None,
     target_j: float | None,
-) -> Facts:
+) -> Measurement:
     """What was measured, and what it predicts."""
     plan = mixtures.plan
     return {
@@ -57,12 +64,12 @@ def facts_of(
         "budget_bytes": budget_bytes,
         "target_j": target_j,
         "notes": mixtures.dropped,
-        "j": asdict(Estimate.of(ablation.total)),
-        "sum_alone": asdict(Estimate.of(_share_sum(ablation, ablation.alone_means, 0))),
-        "sum_gains": asdict(Estimate.of(_share_sum(ablation, ablation.gains, 1))),
+        "j": _estimate(ablation.total),
+        "sum_alone": _estimate(_share_sum(ablation, ablation.alone_means, 0)),
+        "sum_gains": _estimate(_share_sum(ablation, ablation.gains, 1)),
         "layers": _layers(mixtures, ablation, probes),
         "uniform": [
-            _point(mixtures, ablation, [k] * len(mixtures.layers)) | {"option": option.label}
+            {**_point(mixtures, ablation, [k] * len(mixtures.layers)), "option": option.label}
             for k, option in enumerate(mixtures.options)
         ],
         "carve_outs": _carve_outs(mixtures, ablation),
@@ -70,18 +77,18 @@ def facts_of(
     }
 
 
-def choice_facts(mixtures: Mixtures, ablation: Ablation, choice: Sequence[int], measured: Floats) -> Facts:
+def choice_facts(mixtures: Mixtures, ablation: Ablation, choice: Sequence[int], measured: Floats) -> MeasuredChoice:
     """A choice, its J as predicted and as measured, and whether the two are within the interval of their difference."""
     predicted = ablation.predicted(choice)
     off = Estimate.of(measured - predicted)
     return {
         "options": {str(layer): option.label for layer, option in mixtures.named(choice).items()},
         "bytes": mixtures.size(choice),
-        "predicted": asdict(Estimate.of(predicted)),
-        "measured": asdict(Estimate.of(measured)),
-        "difference": asdict(off),
+        "predicted": _estimate(predicted),
+        "measured": _estimate(measured),
+        "difference": off.as_plain(),
         "agrees": off.low <= 0 <= off.high,
-        "to_all_quantized": asdict(Estimate.of(measured / ablation.total)),
+        "to_all_quantized": _estimate(measured / ablation.total),
     }
 
 
@@ -91,16 +98,16 @@ def _share_sum(ablation: Ablation, means: Floats, half: int) -> Floats:
     return out
 
 
-def _point(mixtures: Mixtures, ablation: Ablation, choice: Sequence[int]) -> Facts:
-    return {"bytes": mixtures.size(choice), "predicted": float(ablation.predicted(choice)[0])}
+def _point(mixtures: Mixtures, ablation: Ablation, choice: Sequence[int]) -> MixturePoint:
+    return MixturePoint(bytes=mixtures.size(choice), predicted=float(ablation.predicted(choice)[0]))
 
 
-def _layers(mixtures: Mixtures, ablation: Ablation, probes: Sequence[Sequence[Probe]]) -> list[Facts]:
+def _layers(mixtures: Mixtures, ablation: Ablation, probes: Sequence[Sequence[Probe]]) -> list[SensitivityLayer]:
     base, geometry = mixtures.options[0].label, mixtures.plan.layout.geometry
     experts = [_experts(of_layer, base) for of_layer in probes]
     median = float(np.median([value for of_layer in experts for value in of_layer["largest"]]))
     bound = max(SUPER * median, max(max(of_layer["largest"]) for of_layer in experts) / SUPER)
-    out: list[Facts] = []
+    out: list[SensitivityLayer] = []
     for place, layer in enumerate(mixtures.layers):
         alone, gain, own = (
             Estimate.of(values[:, place]) for values in (ablation.alone_means, ablation.gains, ablation.contributions)
@@ -110,7 +117,7 @@ def _layers(mixtures: Mixtures, ablation: Ablation, probes: Sequence[Sequence[Pr
         energy, error = (
             sum(values) for values in ([p.energy for p in probes[place]], [p.error[base] for p in probes[place]])
         )
-        options = [
+        options: list[OptionPart] = [
             {"option": option.label, "bytes": of_option, "ratio": ratio, "predicted": own.mean * ratio}
             for option, of_option, ratio in zip(
                 mixtures.options, mixtures.bytes[place], ablation.ratio[place].tolist(), strict=True
@@ -120,9 +127,9 @@ def _layers(mixtures: Mixtures, ablation: Ablation, probes: Sequence[Sequence[Pr
             {
                 "layer": layer,
                 "kind": "sliding" if geometry.sliding[layer] else "global",
-                "alone": asdict(alone),
-                "gain": asdict(gain),
-                "contribution": asdict(own),
+                "alone": alone.as_plain(),
+                "gain": gain.as_plain(),
+                "contribution": own.as_plain(),
                 "options": options,
                 "relative_error": error / max(energy, 1e-30),
                 "median_relmse": usual,
@@ -136,7 +143,7 @@ def _layers(mixtures: Mixtures, ablation: Ablation, probes: Sequence[Sequence[Pr
     return out
 
 
-def _experts(probes: Sequence[Probe], base: str) -> dict[str, list[Any]]:
+def _experts(probes: Sequence[Probe], base: str) -> ExpertsPart:
     """One value an expert: relMSE of its output (None where no probed token saw it), share of the routing, largest
     |output|."""
     energy, error = (
@@ -150,24 +157,25 @@ def _experts(probes: Sequence[Probe], base: str) -> dict[str, list[Any]]:
     }
 
 
-def _carve_outs(mixtures: Mixtures, ablation: Ablation) -> list[Facts]:
+def _carve_outs(mixtures: Mixtures, ablation: Ablation) -> list[CarveOut]:
     """One layer in bf16, all others quantized: J as measured, for each layer."""
     left = 1 - ablation.gains / np.maximum(ablation.half_means(1), 1e-30)[:, None]
-    bf16, out = len(mixtures.options) - 1, []
+    out: list[CarveOut] = []
+    bf16 = len(mixtures.options) - 1
     for place, layer in enumerate(mixtures.layers):
         choice = [bf16 if other == layer else 0 for other in mixtures.layers]
         j = Estimate.of(ablation.total * left[:, place])
-        out.append({"layer": layer, "bytes": mixtures.size(choice), "j": asdict(j)})
+        out.append(CarveOut(layer=layer, bytes=mixtures.size(choice), j=j.as_plain()))
     return out
 
 
-def _frontier(mixtures: Mixtures, ablation: Ablation) -> list[Facts]:
+def _frontier(mixtures: Mixtures, ablation: Ablation) -> list[MixturePoint]:
     """The least predicted J at budgets from the smallest mixture to the first without error."""
     costs = ablation.costs().tolist()
     classes = [list(zip(cost, sizes, strict=True)) for cost, sizes in zip(costs, mixtures.bytes, strict=True)]
     least = sum(min(sizes) for sizes in mixtures.bytes)
     most = sum(min(size for cost, size in of_layer if cost == min(c for c, _ in of_layer)) for of_layer in classes)
-    out: list[Facts] = []
+    out: list[MixturePoint] = []
     for number in range(FRONTIER + 1):
         choice = best_options(classes, least + (most - least) * (number / FRONTIER) ** 2)
         assert choice is not None
@@ -177,7 +185,7 @@ def _frontier(mixtures: Mixtures, ablation: Ablation) -> list[Facts]:
     return out
 
 
-def recipe_text(mixtures: Mixtures, choice: Sequence[int], facts: Facts) -> str:
+def recipe_text(mixtures: Mixtures, choice: Sequence[int], facts: SensitivityFindings) -> str:
     """The chosen recipe as YAML, with what it was chosen by."""
     plan = mixtures.planned(choice)
     document = plan.recipe.resolved(plan.container)
@@ -186,7 +194,12 @@ def recipe_text(mixtures: Mixtures, choice: Sequence[int], facts: Facts) -> str:
         "sensitivity": {
             "recipe": facts["recipe"],
             "source_headers_sha256": plan.layout.index.headers_fingerprint(),
-            "data": {key: data[key] for key in ("name", "sha256", "sequences", "sequence_tokens")},
+            "data": {
+                "name": data["name"],
+                "sha256": data["sha256"],
+                "sequences": data["sequences"],
+                "sequence_tokens": data["sequence_tokens"],
+            },
             "bytes": chosen["bytes"],
             "j": {
                 "all_quantized": _short(facts["j"]),
@@ -211,6 +224,11 @@ def recipe_text(mixtures: Mixtures, choice: Sequence[int], facts: Facts) -> str:
     return head + yaml.safe_dump(document, sort_keys=False, default_flow_style=None, width=110)
 
 
-def _short(estimate: Facts) -> list[float]:
+def _short(estimate: JEstimate) -> list[float]:
     """Mean and interval, in four digits."""
-    return [float(f"{estimate[key]:.4g}") for key in ("mean", "low", "high")]
+    return [float(f"{value:.4g}") for value in (estimate["mean"], estimate["low"], estimate["high"])]
+
+
+def _estimate(values: Floats) -> JEstimate:
+    """See `Estimate.of`."""
+    return Estimate.of(values).as_plain()

@@ -7,11 +7,11 @@ host; where a GPU computes, what the experts see and what they add, of every bra
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 from mimoquant.errors import RecipeError, UsageError
 from mimoquant.machine.memory import Machine
 from mimoquant.mixing.mixtures import formats_of
+from mimoquant.planning.documents import ForkNeeds
 from mimoquant.planning.needs import (
     Needs,
     expert_bytes,
@@ -24,9 +24,9 @@ from mimoquant.planning.needs import (
     too_little,
 )
 from mimoquant.planning.plan import CUDA_CHUNK_BYTES, Plan
+from mimoquant.shipped import HELD_OUT_TOKENS, SENSITIVITY_SEQUENCES
 from mimoquant.wording import size
 
-SEQUENCES, TOKENS = 56, 512  # that J is measured on, unless told otherwise
 _MARGIN = 3 * 2**29  # of a GPU's memory: a layer's weights beside its experts, twice, and small things
 
 
@@ -37,7 +37,7 @@ class Forks:
 
     plan: Plan
     formats: int
-    tokens: int = SEQUENCES * TOKENS
+    tokens: int = SENSITIVITY_SEQUENCES * HELD_OUT_TOKENS
     share: float = 1.0
     ranks: int = 1
 
@@ -106,17 +106,17 @@ def fork_refusal(forks: Forks, sequences: int, device: str, has: Machine) -> Usa
     return too_little(forks.plan, short, fewer_sequences(sequences, wanted, has, least=4) or otherwise)
 
 
-def sensitivity_facts(plan: Plan, device: str) -> dict[str, Any] | None:
+def sensitivity_facts(plan: Plan, device: str) -> ForkNeeds | None:
     """What `sensitivity` would need for this recipe, on as many tokens as it takes by itself; None where it refuses."""
     try:
         forks = Forks(plan, len(formats_of(plan)))
     except RecipeError:
         return None
     wants = fork_needs(forks, device)
-    return {
-        "forward_passes": forward_passes(forks),
-        "tokens": forks.tokens,
-        "host_memory_bytes": wants.host_bytes,
-        "gpu_memory_bytes": wants.gpu_bytes,
-        "resume_bytes": 2 * state_bytes(forks),
-    }
+    return ForkNeeds(
+        forward_passes=forward_passes(forks),
+        tokens=forks.tokens,
+        host_memory_bytes=wants.host_bytes,
+        gpu_memory_bytes=wants.gpu_bytes,
+        resume_bytes=2 * state_bytes(forks),
+    )

@@ -31,6 +31,7 @@ from mimoquant.machine.devices import make_engine
 from mimoquant.machine.team import Team
 from mimoquant.mixing.attribution import Ablation, Floats
 from mimoquant.mixing.choose import Choice, Chooser
+from mimoquant.mixing.documents import SensitivityCost, SensitivityFindings, WalkCost
 from mimoquant.mixing.facts import choice_facts, facts_of, recipe_text
 from mimoquant.mixing.forks import Lane, Probe, Trial, finals_of, mean_j, walk_forks
 from mimoquant.mixing.layer_options import CalibratedOptions, LayerOptions
@@ -53,7 +54,7 @@ def sensitivity(
     resume: bool = False,
     progress: Progress | None = None,
     team: Team | None = None,
-) -> dict[str, Any]:
+) -> SensitivityFindings:
     """Measure, choose, measure again, and write the recipe `out`.
 
     Args:
@@ -61,7 +62,7 @@ def sensitivity(
         budget_bytes: of the output's shards; without it and `target_j`, what the recipe itself takes.
         target_j: the least bytes that keep J below this are chosen.
         resume: take up what a killed run left beside `out`.
-    Returns the facts, as plain data; the same on every rank of `team`.
+    Returns what was found; the same on every rank of `team`.
     Raises UsageError: nothing fits, or data is shared; CheckpointError: bad data; QualityError: the target was missed.
     """
     team, calibration = team or Team("cpu"), calibration_tokens(mixtures.plan.recipe.calibration, mixtures.plan.layout)
@@ -78,15 +79,19 @@ def sensitivity(
     return facts
 
 
-def _found(walks: Walks, tokens: TokenSet, budget: int | None, target_j: float | None) -> tuple[dict[str, Any], str]:
+def _found(
+    walks: Walks, tokens: TokenSet, budget: int | None, target_j: float | None
+) -> tuple[SensitivityFindings, str]:
     """Facts and recipe."""
     mixtures, (ablation, probes) = walks.mixtures, walks.ablation()
     chooser = Chooser(mixtures, ablation, walks.measure)
     choice = chooser.within(budget) if budget is not None else chooser.below(float(target_j or 0))
-    facts = facts_of(mixtures, tokens, ablation, probes, budget_bytes=budget, target_j=target_j)
-    facts["cost"] = {"walks": walks.told, "forward_passes_bound": walks.geometry.layers / 2 + 3}
-    facts["chosen"] = choice_facts(mixtures, ablation, choice, chooser.measured[choice])
-    facts["tried"] = [choice_facts(mixtures, ablation, *one) for one in chooser.measured.items()]
+    facts: SensitivityFindings = {
+        **facts_of(mixtures, tokens, ablation, probes, budget_bytes=budget, target_j=target_j),
+        "cost": SensitivityCost(walks=walks.told, forward_passes_bound=walks.geometry.layers / 2 + 3),
+        "chosen": choice_facts(mixtures, ablation, choice, chooser.measured[choice]),
+        "tried": [choice_facts(mixtures, ablation, *one) for one in chooser.measured.items()],
+    }
     return facts, recipe_text(mixtures, choice, facts)
 
 
@@ -165,7 +170,7 @@ class Walks:
         self.every = [(half, part) for half in (0, 1) for part in portions(ids[self.order[half]])]
         self.mine = self.every[self.team.rank :: self.team.size]
         self.references: list[Tensor] = []
-        self.told: list[dict[str, Any]] = []
+        self.told: list[WalkCost] = []
 
     def ablation(self) -> tuple[Ablation, list[list[Probe]]]:
         """J of every fork, and the probes of each MoE layer."""
@@ -229,12 +234,12 @@ class Walks:
             passed = sum(self.team.gather(sum(lane.passed for lane in lanes))) / self.tokens
             layers = self.geometry.layers
             self.told.append(
-                {
-                    "walk": name,
-                    "forward_passes": passed / layers,
-                    "bytes_read": reader.bytes_read,
-                    "layers_walked": layers - first,
-                }
+                WalkCost(
+                    walk=name,
+                    forward_passes=passed / layers,
+                    bytes_read=reader.bytes_read,
+                    layers_walked=layers - first,
+                )
             )
         ordered = self._in_order(self.team.gather(mine))
         of_first, of_second = (

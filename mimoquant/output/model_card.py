@@ -10,17 +10,22 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mimoquant.__version__ import __version__
+from mimoquant.checkpoint.writer import write_file_durably
 from mimoquant.errors import MimoquantError, UsageError
-from mimoquant.output.quantize_report import QuantizeReport
+from mimoquant.output.documents import QuantizeReport
 from mimoquant.serving.check import engine_facts
 from mimoquant.serving.contracts import ENGINES, SGLANG, VLLM
 from mimoquant.serving.launch import launch
 from mimoquant.serving.served import Served
 from mimoquant.weights.container import NATIVE
 from mimoquant.wording import layers_of_formats, number, size
+
+if TYPE_CHECKING:
+    from mimoquant.evaluation.documents import Evaluation
 
 BEGIN, END = "<!-- eval-kl begins -->", "<!-- eval-kl ends -->"
 _UNMEASURED = "Not measured yet: `mimoquant eval-kl SOURCE THIS --card` writes symmetric KL here."
@@ -31,8 +36,8 @@ def model_card(report: QuantizeReport, served: Served, *, real_fold: bool) -> st
     """The card, its quality not measured yet. `real_fold`: norms and routers were scaled by real factors."""
     release, served = served.geometry.release, replace(served, name=".")
     folded = "their norms and routers are scaled against each other by real factors, and " if real_fold else ""
-    formats = layers_of_formats(report.formats)
-    kept = ", ".join(f"layer {layer} in {kind}" for layer, kind in report.carve_outs.items()) or "none"
+    formats = layers_of_formats(report["formats"])
+    kept = ", ".join(f"layer {layer} in {kind}" for layer, kind in report["carve_outs"].items()) or "none"
     lines = [
         *_front_matter(release, report, served),
         "",
@@ -41,10 +46,11 @@ def model_card(report: QuantizeReport, served: Served, *, real_fold: bool) -> st
         f"Written by mimoquant {__version__}. Only the routed experts were quantized; {folded}the value of "
         "every other weight is the source's.",
         "",
-        f"- experts: {formats} ({report.method}, scales by {report.scale_search}), container {report.container}",
+        f"- experts: {formats} ({report['method']}, scales by {report['scale_search']}), "
+        f"container {report['container']}",
         f"- layers whose experts were kept: {kept}",
-        f"- size: {size(report.output_bytes)} (source {size(report.source_bytes)})",
-        *(f"- {note}" for note in report.notes),
+        f"- size: {size(report['output_bytes'])} (source {size(report['source_bytes'])})",
+        *(f"- {note}" for note in report["notes"]),
         "",
         "`recipe.yaml` repeats this run byte for byte; `mimoquant verify THIS --source SOURCE` proves the files.",
         "",
@@ -73,9 +79,9 @@ def _front_matter(release: str | None, report: QuantizeReport, served: Served) -
     if engine_facts(served, "transformers", None, None)["ok"]:  # the Hub shows how to load it with the library named
         yield "library_name: transformers"
     yield from ("pipeline_tag: text-generation", "tags:", "- mimoquant")
-    if report.container != NATIVE:
-        yield f"- {report.container}"
-    yield from dict.fromkeys(f"- {label.split()[0]}" for label in report.formats)  # a mixture may have int4 twice
+    if report["container"] != NATIVE:
+        yield f"- {report['container']}"
+    yield from dict.fromkeys(f"- {label.split()[0]}" for label in report["formats"])  # a mixture may have int4 twice
     yield "---"
 
 
@@ -93,9 +99,9 @@ def _serving(served: Served) -> Iterator[str]:
             except MimoquantError as error:  # other GPUs would not help, other numbers of them may
                 reason = error
                 continue
-            exports = [f"export {name}={shlex.quote(value)}" for name, value in made.environment.items()]
-            yield from (f"{label} from {made.minimum_version} on, {gpus} x {made.gpu}, in this folder:", "")
-            yield from ("```bash", *exports, shlex.join(made.command), "```", "")
+            exports = [f"export {name}={shlex.quote(value)}" for name, value in made["environment"].items()]
+            yield from (f"{label} from {made['minimum_version']} on, {gpus} x {made['gpu']}, in this folder:", "")
+            yield from ("```bash", *exports, shlex.join(made["command"]), "```", "")
             break
         else:
             yield from (f"{label}: {reason}".replace(".: ", ""), "")
@@ -103,10 +109,20 @@ def _serving(served: Served) -> Iterator[str]:
     yield from ("and numbers of them: `mimoquant launch THIS --engine vllm --gpu KIND --gpus N`.", "")
 
 
-def with_quality(card: str, facts: dict[str, Any]) -> str:
-    """The card with what `eval-kl` measured. Raises UsageError where it has no place for that."""
-    before, after = quality_place(card)
-    return before + "\n".join(_quality(facts)) + after
+def read_card(folder: Path) -> str:
+    """The card of an output. Raises UsageError where there is none."""
+    try:
+        return (folder / "README.md").read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"--card: {folder}/README.md cannot be read ({error})", hint="only quantize writes one"
+        ) from error
+
+
+def write_quality(folder: Path, measured: Evaluation) -> None:
+    """Put what `eval-kl` measured into the card of an output. Raises UsageError where it has no place for that."""
+    before, after = quality_place(read_card(folder))
+    write_file_durably(folder / "README.md", (before + "\n".join(_quality(measured)) + after).encode())
 
 
 def without_quality(card: str) -> str:
@@ -127,15 +143,17 @@ def quality_place(card: str) -> tuple[str, str]:
     return before + begin, end + after
 
 
-def _quality(facts: dict[str, Any]) -> Iterator[str]:
-    j, top1, data = facts["j"], facts["top1"], facts["data"]
-    yield f"Against the bf16 reference on {facts['tokens']} held-out tokens ({data['name']}, {facts['sequences']} "
-    yield f"sequences of up to {facts['sequence_tokens']}), over the full vocabulary, in nats per token:"
+def _quality(measured: Evaluation) -> Iterator[str]:
+    j, top1, data, floor = measured["j"], measured["top1"], measured["data"], measured["noise_floor"]
+    sequences, length = measured["sequences"], measured["sequence_tokens"]
+    yield f"Against the bf16 reference on {measured['tokens']} held-out tokens ({data['name']}, {sequences} "
+    yield f"sequences of up to {length}), over the full vocabulary, in nats per token:"
     yield from ("", "| | |", "|---|---|")
     yield f"| symmetric KL, J | {number(j['mean'])} (95 % {number(j['low'])} to {number(j['high'])}) |"
     yield f"| J at the median, p99 | {number(j['median'])}, {number(j['p99'])} |"
-    if facts["noise_floor"]:
-        yield f"| J of the reference against itself, with bf16 noise | {number(max(facts['noise_floor'].values()))} |"
+    if floor:
+        noise = max(floor["batch"], floor["relative_noise"])
+        yield f"| J of the reference against itself, with bf16 noise | {number(noise)} |"
     yield f"| the same most likely token | {100 * top1['all']:.2f} % |"
-    yield f"| perplexity ratio | {number(facts['perplexity']['ratio'], 5)} |"
-    yield from (f"| J, {d['domain']} | {number(d['j'])} |" for d in facts["by_domain"])
+    yield f"| perplexity ratio | {number(measured['perplexity']['ratio'], 5)} |"
+    yield from (f"| J, {d['domain']} | {number(d['j'])} |" for d in measured["by_domain"])

@@ -15,7 +15,7 @@ from mimoquant.checkpoint.hf_files import CONFIG_NAME, MODELOPT_CONFIG_NAME
 from mimoquant.checkpoint.index import INDEX_NAME
 from mimoquant.checkpoint.journal import JournalLine
 from mimoquant.output.model_card import model_card, without_quality
-from mimoquant.output.quantize_report import QuantizeReport, fallbacks
+from mimoquant.output.quantize_report import fallbacks, quantize_report
 from mimoquant.planning.plan import Plan
 from mimoquant.planning.relayout import RelayoutPlan, relayout_texts
 from mimoquant.serving.served import planned
@@ -33,9 +33,9 @@ def written_texts(plan: Plan, finished: dict[str, JournalLine], calibration: dic
     if isinstance(plan, RelayoutPlan):
         texts |= relayout_texts(plan)
     else:
-        report = QuantizeReport.of(plan, finished)
+        report = quantize_report(plan, finished)
         texts["recipe.yaml"] = resolved_recipe(plan, finished, calibration)
-        texts["report.json"] = json.dumps(report.as_json(), indent=2)
+        texts["report.json"] = json.dumps(report, indent=2)
         real_fold = plan.recipe.real_fold and any(map(plan.recipe.folds_norm, plan.formats))
         texts["README.md"] = model_card(report, planned(plan), real_fold=real_fold)
     if plan.container == MODELOPT:

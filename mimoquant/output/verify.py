@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.checkpoint.writer import Entry
 from mimoquant.errors import CheckpointError, MimoquantError, UsageError
 from mimoquant.model.layout import PROJECTIONS, norm_name, router_name
+from mimoquant.output.documents import VerifyDocument
 from mimoquant.output.small_files import is_as_written, written_texts
 from mimoquant.planning.plan import Plan, make_plan
 from mimoquant.planning.recipe import load_recipe
@@ -43,7 +44,7 @@ RELATIVE_ERROR_LIMIT = 0.1  # squared, of calibrated weights, which need not be 
 
 @dataclass
 class VerifyReport:
-    """What was checked and what is wrong. `worst_rounding` is in half grid steps: at most 1 for nearest rounding."""
+    """What was checked and what is wrong, while it is being found; see `VerifyDocument` for the fields."""
 
     ok: bool = True
     problems: list[str] = field(default_factory=list)
@@ -54,14 +55,28 @@ class VerifyReport:
     worst_relative_error: float = 0.0
     worst_relative_error_tensor: str | None = None
     mean_relative_error: float = 0.0
-    unproven: list[str] = field(default_factory=list)  # what the recipe asks for and files alone cannot prove
+    unproven: list[str] = field(default_factory=list)
+    out: str = ""
 
     def problem(self, text: str) -> None:
         self.ok = False
         self.problems.append(text)
 
-    def as_json(self) -> dict[str, Any]:
-        return {"schema_version": SCHEMA_VERSION, **asdict(self), "checked": dict(self.checked)}
+    def as_json(self) -> VerifyDocument:
+        return VerifyDocument(
+            schema_version=SCHEMA_VERSION,
+            out=self.out,
+            ok=self.ok,
+            problems=self.problems,
+            checked=dict(self.checked),
+            bytes_checked=self.bytes_checked,
+            worst_rounding=self.worst_rounding,
+            worst_rounding_tensor=self.worst_rounding_tensor,
+            worst_relative_error=self.worst_relative_error,
+            worst_relative_error_tensor=self.worst_relative_error_tensor,
+            mean_relative_error=self.mean_relative_error,
+            unproven=self.unproven,
+        )
 
 
 def verify(
@@ -73,7 +88,7 @@ def verify(
         progress: called with (what is done, how many are done, how many there are), files first, then their values.
     Raises UsageError where `out` is no output of this program, CheckpointError where the source itself is bad.
     """
-    out, report = Path(out), VerifyReport()
+    out, report = Path(out), VerifyReport(out=str(out))
     plan = plan_again(out, source) if (out / RECORD_NAME).is_file() else _planned_by_recipe(out, source)
     if plan.recipe.calibrated:
         from mimoquant.output.verify_calibrated import unproven

@@ -9,7 +9,10 @@ from __future__ import annotations
 import re
 import warnings
 from dataclasses import dataclass
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, cast
+
+from mimoquant.planning.documents import CalibrationSettings
+from mimoquant.shipped import CALIBRATION_SET
 
 DAMP = 0.05  # of the mean Gram diagonal; llm-compressor issue 2922 found it best for FP4, its own default is .01
 AWQ_GRID = 20
@@ -69,7 +72,7 @@ class Calibration:
     which layers, () for all.
     """
 
-    data: tuple[str, ...] = ("mixed-v1",)
+    data: tuple[str, ...] = (CALIBRATION_SET,)
     sequences: int = 512
     tokens: int = 2048
     propagate: str = "quantized"
@@ -81,22 +84,19 @@ class Calibration:
     def reconstructs(self, layer: int) -> bool:
         return self.reconstruct > 0 and (not self.reconstruct_layers or layer in self.reconstruct_layers)
 
-    def as_plain(self) -> dict[str, Any]:
-        held = {"set": self.data[0]} if len(self.data) == 1 else {"data": list(self.data)}
+    def as_plain(self) -> CalibrationSettings:
+        named = {"set": self.data[0]} if len(self.data) == 1 else {"data": list(self.data)}
         rounds: dict[str, Any] = {"reconstruct": self.reconstruct} if self.reconstruct else {}
         if self.reconstruct and self.reconstruct_layers:
             rounds["reconstruct_layers"] = list(self.reconstruct_layers)
-        return (
-            held
-            | {
-                "sequences": self.sequences,
-                "tokens": self.tokens,
-                "propagate": self.propagate,
-                "shrinkage": "auto" if self.shrinkage is None else self.shrinkage,
-                "max_starved_experts": self.max_starved_experts,
-            }
-            | rounds
-        )
+        settings = {
+            "sequences": self.sequences,
+            "tokens": self.tokens,
+            "propagate": self.propagate,
+            "shrinkage": "auto" if self.shrinkage is None else self.shrinkage,
+            "max_starved_experts": self.max_starved_experts,
+        }
+        return cast(CalibrationSettings, named | settings | rounds)
 
 
 @dataclass(frozen=True)

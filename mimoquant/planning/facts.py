@@ -1,22 +1,35 @@
-"""What the verbs print: facts as plain data (for --json), and the same facts as text.
+"""Layouts and plans → the documents of `inspect`, `plan` and `relayout`.
 
-Key idea: text is made from the JSON facts, so the two cannot disagree.
+Key idea: text is made from the documents too (`report`), so the two cannot disagree.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mimoquant.__version__ import SCHEMA_VERSION
 from mimoquant.checkpoint.journal import JournalLine, free_bytes
 from mimoquant.machine.memory import Machine
 from mimoquant.model.drafter import carried_drafter
-from mimoquant.model.geometry import Geometry
+from mimoquant.model.geometry import Attention, Geometry
 from mimoquant.model.layout import ModelLayout
+from mimoquant.planning.documents import (
+    AttentionSizes,
+    CarriedDrafter,
+    Change,
+    EngineCheck,
+    ForkNeeds,
+    InspectDocument,
+    MachineMemory,
+    PlanDocument,
+    PlannedShard,
+    RelayoutDocument,
+    RunEstimate,
+    WrittenShard,
+)
 from mimoquant.planning.needs import largest_chunk, needs, refusal
 from mimoquant.planning.plan import Plan
 from mimoquant.planning.relayout import RelayoutPlan
@@ -26,38 +39,43 @@ if TYPE_CHECKING:
     from mimoquant.planning.needs import Estimate
 
 
-def layout_facts(layout: ModelLayout) -> dict[str, Any]:
+def layout_facts(layout: ModelLayout) -> InspectDocument:
     """`inspect`."""
     geometry, index = layout.geometry, layout.index
     split, parted = expert_placement(layout)
-    attention = {"global": geometry.global_attention, "sliding": geometry.sliding_attention}
+    return InspectDocument(
+        schema_version=SCHEMA_VERSION,
+        checkpoint=str(index.folder),
+        model_type=geometry.model_type,
+        release=geometry.release,
+        files=len(index.file_sizes),
+        tensors=len(index.tensors),
+        size_bytes=index.size_bytes,
+        weights=_weights(layout),
+        layers=geometry.layers,
+        global_layers=[n for n, sliding in enumerate(geometry.sliding) if not sliding],
+        moe_layers=geometry.moe_layers,
+        hidden=geometry.hidden,
+        experts=geometry.experts,
+        top_k=geometry.top_k,
+        expert_intermediate=geometry.expert_intermediate,
+        attention={"global": _attention(geometry.global_attention), "sliding": _attention(geometry.sliding_attention)},
+        qkv=qkv_text(geometry),
+        mtp_layers=layout.mtp_layers,
+        drafter=drafter_facts(layout),
+        bytes_by_role={role: dict(sizes) for role, sizes in role_sizes(layout).items()},
+        layers_with_an_expert_in_two_files=split,
+        weights_parted_from_their_scale=parted,
+        unknown_tensors=layout.unknown,
+    )
+
+
+def _attention(kind: Attention) -> AttentionSizes:
     return {
-        "schema_version": SCHEMA_VERSION,
-        "checkpoint": str(index.folder),
-        "model_type": geometry.model_type,
-        "release": geometry.release,
-        "files": len(index.file_sizes),
-        "tensors": len(index.tensors),
-        "size_bytes": index.size_bytes,
-        "weights": _weights(layout),
-        "layers": geometry.layers,
-        "global_layers": [n for n, sliding in enumerate(geometry.sliding) if not sliding],
-        "moe_layers": geometry.moe_layers,
-        "hidden": geometry.hidden,
-        "experts": geometry.experts,
-        "top_k": geometry.top_k,
-        "expert_intermediate": geometry.expert_intermediate,
-        "attention": {
-            kind: {"heads": a.heads, "kv_heads": a.kv_heads, "head_dim": a.head_dim, "v_head_dim": a.v_head_dim}
-            for kind, a in attention.items()
-        },
-        "qkv": qkv_text(geometry),
-        "mtp_layers": layout.mtp_layers,
-        "drafter": drafter_facts(layout),
-        "bytes_by_role": {role: dict(sizes) for role, sizes in role_sizes(layout).items()},
-        "layers_with_an_expert_in_two_files": split,
-        "weights_parted_from_their_scale": parted,
-        "unknown_tensors": layout.unknown,
+        "heads": kind.heads,
+        "kv_heads": kind.kv_heads,
+        "head_dim": kind.head_dim,
+        "v_head_dim": kind.v_head_dim,
     }
 
 
@@ -68,7 +86,7 @@ def qkv_text(geometry: Geometry) -> str:
     return "fused [Q|K|V]" if geometry.qkv_chunks == 1 else f"fused, {geometry.qkv_chunks} interleaved ranks"
 
 
-def drafter_facts(layout: ModelLayout) -> dict[str, Any] | None:
+def drafter_facts(layout: ModelLayout) -> CarriedDrafter | None:
     """The drafter in the checkpoint's folder; `problem`: why it could not be used, if so."""
     drafter, problem = carried_drafter(layout.index.folder, layout.geometry)
     if drafter is None:
@@ -94,11 +112,11 @@ def plan_facts(
     device: str,
     has: Machine,
     *,
-    engines: list[dict[str, Any]],
-    sensitivity: dict[str, Any] | None,
+    engines: list[EngineCheck],
+    sensitivity: ForkNeeds | None,
     took: Estimate | None = None,
     folder: Path | None = None,
-) -> dict[str, Any]:
+) -> PlanDocument:
     """`plan`. `engines`: what `planned_facts` says of it. `sensitivity`: what that verb would need. `took`: of a
     rehearsal, if there was one. `folder`: on whose disk the output would lie."""
     wants, refused = needs(plan, device), refusal(plan, device, has)
@@ -106,60 +124,82 @@ def plan_facts(
     notes = [*plan.notes, *([f"quantize would refuse: {refused}; {refused.hint}"] if refused else [])]
     if free is not None and free < plan.shard_bytes + plan.side_bytes:
         notes.append(f"{folder}: has room for {size(free)} only")
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "source": str(plan.layout.index.folder),
-        "recipe": plan.recipe.name,
-        "method": plan.recipe.method,
-        "scale_search": plan.recipe.scale_search,
-        "container": plan.container,
-        "formats": plan.layers_by_format,
-        "carve_outs": {str(layer): kind for layer, kind in sorted(plan.carve_outs.items())},
-        "source_bytes": plan.source_bytes,
-        "output_bytes": plan.shard_bytes,
-        "output_tensor_bytes": plan.tensor_bytes,
-        "output_tensors": sum(len(unit.entries) for unit in plan.units),
-        "output_bytes_by_role": planned_sizes(plan),
-        "device": device,
-        "host_memory_bytes": wants.host_bytes,
-        "gpu_memory_bytes": wants.gpu_bytes,
-        "machine": asdict(has),
-        "experts_at_once": largest_chunk(plan),
-        "sensitivity": sensitivity,
-        "estimate": None
-        if took is None
-        else asdict(took) | dict(zip(("bound_by", "total_s"), took.bound, strict=True)),
-        "shards": [{"unit": unit.name, "file": unit.file, "size_bytes": unit.size_bytes} for unit in plan.units],
-        "side_files": plan.side_files,
-        "side_bytes": plan.side_bytes,
-        "drafter": drafter_facts(plan.layout),
-        "disk_free_bytes": free,
-        "notes": notes,
-        "engines": engines,
-    }
+    return PlanDocument(
+        schema_version=SCHEMA_VERSION,
+        source=str(plan.layout.index.folder),
+        recipe=plan.recipe.name,
+        method=plan.recipe.method,
+        scale_search=plan.recipe.scale_search,
+        container=plan.container,
+        formats=plan.layers_by_format,
+        carve_outs={str(layer): kind for layer, kind in sorted(plan.carve_outs.items())},
+        source_bytes=plan.source_bytes,
+        output_bytes=plan.shard_bytes,
+        output_tensor_bytes=plan.tensor_bytes,
+        output_tensors=sum(len(unit.entries) for unit in plan.units),
+        output_bytes_by_role=planned_sizes(plan),
+        device=device,
+        host_memory_bytes=wants.host_bytes,
+        gpu_memory_bytes=wants.gpu_bytes,
+        machine=MachineMemory(host_bytes=has.host_bytes, host_free_bytes=has.host_free_bytes, gpu_bytes=has.gpu_bytes),
+        experts_at_once=largest_chunk(plan),
+        sensitivity=sensitivity,
+        estimate=None if took is None else _estimated(took),
+        shards=[PlannedShard(unit=unit.name, file=unit.file, size_bytes=unit.size_bytes) for unit in plan.units],
+        side_files=plan.side_files,
+        side_bytes=plan.side_bytes,
+        drafter=drafter_facts(plan.layout),
+        disk_free_bytes=free,
+        notes=notes,
+        engines=engines,
+    )
+
+
+def _estimated(took: Estimate) -> RunEstimate:
+    bound_by, total_s = took.bound
+    return RunEstimate(
+        reading_s=took.reading_s,
+        computing_s=took.computing_s,
+        writing_s=took.writing_s,
+        read_bytes_per_s=took.read_bytes_per_s,
+        write_bytes_per_s=took.write_bytes_per_s,
+        bound_by=bound_by,
+        total_s=total_s,
+    )
 
 
 def relayout_facts(
-    plan: RelayoutPlan, finished: dict[str, JournalLine], engines: list[dict[str, Any]]
-) -> dict[str, Any]:
+    plan: RelayoutPlan,
+    finished: dict[str, JournalLine],
+    engines: list[EngineCheck],
+    *,
+    out: Path | str,
+    elapsed_s: float,
+) -> RelayoutDocument:
     """`relayout`. `engines`: what `planned_facts` says of it."""
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "source": str(plan.layout.index.folder),
-        "qkv": {"before": qkv_text(plan.layout.geometry), "after": qkv_text(plan.target)},
-        "dtypes": {
-            "before": _dtypes(step.weight.info.dtype for step in plan.moved),
-            "after": _dtypes(
-                entry.dtype for step in plan.moved for entry in step.entries if entry.name.endswith("weight")
-            ),
-        },
-        "layers": len({step.weight.name for step in plan.moved}),
-        "source_bytes": plan.source_bytes,
-        "output_bytes": plan.shard_bytes,
-        "notes": plan.notes,
-        "shards": [finished[unit.name].as_plain() for unit in plan.units],
-        "engines": engines,
-    }
+    after = (entry.dtype for step in plan.moved for entry in step.entries if entry.name.endswith("weight"))
+    return RelayoutDocument(
+        schema_version=SCHEMA_VERSION,
+        source=str(plan.layout.index.folder),
+        qkv=Change(before=qkv_text(plan.layout.geometry), after=qkv_text(plan.target)),
+        dtypes=Change(before=_dtypes(step.weight.info.dtype for step in plan.moved), after=_dtypes(after)),
+        layers=len({step.weight.name for step in plan.moved}),
+        source_bytes=plan.source_bytes,
+        output_bytes=plan.shard_bytes,
+        notes=plan.notes,
+        shards=written_shards(plan, finished),
+        engines=engines,
+        out=str(out),
+        elapsed_s=elapsed_s,
+    )
+
+
+def written_shards(plan: Plan, finished: dict[str, JournalLine]) -> list[WrittenShard]:
+    """The journal's shards, in the plan's order."""
+    lines = (finished[unit.name] for unit in plan.units)
+    return [
+        WrittenShard(unit=line.unit, file=line.file, size_bytes=line.size_bytes, sha256=line.sha256) for line in lines
+    ]
 
 
 def _dtypes(dtypes: Iterable[str]) -> str:

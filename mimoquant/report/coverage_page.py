@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from mimoquant.report.coverage_text import coverage, token_count
 from mimoquant.report.drawing import CSS, card, escaped, note, tag
 from mimoquant.wording import layers_of_formats, number, percent
 
-Facts = dict[str, Any]  # of a layer, as `calibrated.LayerFacts` tells them
+if TYPE_CHECKING:
+    from mimoquant.calibration.layer_facts import LayerRecord as Facts
+    from mimoquant.output.documents import QuantizeDocument
+
 Cell = tuple[str, str]  # classes, tooltip
 
 COLOURS = (
@@ -72,10 +75,10 @@ color:var(--soft);white-space:nowrap}.map i,.legend i{print-color-adjust:exact;-
 """
 
 
-def coverage_page(report: dict[str, Any]) -> str:
+def coverage_page(report: QuantizeDocument) -> str:
     """The HTML page of one calibrated run.
 
-    `report` is what `quantize` tells (`QuantizeReport.as_json`); its `out`, if there, names the page.
+    `report` is what `quantize` tells; its `out`, if there, names the page.
     """
     layers: dict[str, Facts] = report["calibration"] or {}
     title = escaped(f"Calibration coverage: {report['out']}" if report.get("out") else "Calibration coverage")
@@ -290,7 +293,7 @@ def _cells(facts: Facts, *, folds: bool) -> list[str]:
     return cells
 
 
-def about_card(report: dict[str, Any]) -> str:
+def about_card(report: QuantizeDocument) -> str:
     formats = layers_of_formats(report["formats"])
     parts = [("experts", f"{formats} ({report['method']}, scales by {report['scale_search']})")]
     parts += [("note", text) for text in report["notes"]]

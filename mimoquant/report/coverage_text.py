@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from mimoquant.calibration.layer_facts import LayerRecord
 
-def coverage_text(layers: dict[str, dict[str, Any]]) -> str:
+
+def coverage_text(layers: dict[str, LayerRecord]) -> str:
     """What the calibration tokens reached and gained, in one line."""
     c = coverage(layers.values())
     least, low, median = map(token_count, c["tokens"])
@@ -22,7 +25,7 @@ def coverage_text(layers: dict[str, dict[str, Any]]) -> str:
     )
 
 
-def coverage(layers: Iterable[dict[str, Any]]) -> dict[str, Any]:
+def coverage(layers: Iterable[LayerRecord]) -> dict[str, Any]:
     """`calibrated.LayerFacts` of one or more layers as figures over all their experts.
 
     tokens and effective: minimum, 5th percentile, median. lambda: least and most. relmse and relmse_plain: mean, worst.

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
-from mimoquant.report.eval_text import origin
+from mimoquant.report.eval_text import Origin, origin
 from mimoquant.wording import NAME_CHARS, WIDTH, number, percent, table, visible
 
-Facts = dict[str, Any]
+if TYPE_CHECKING:
+    from mimoquant.evaluation.documents import DraftDomainPart, EvalDraftDocument, MeanInterval
 
 
-def draft_text(facts: Facts) -> str:
+def draft_text(facts: EvalDraftDocument) -> str:
     """For a terminal of 100 columns."""
     lines = []
-    for name, text in (*_verdict(facts), *origin({**facts, "tokens": facts["starts"]})):
+    for name, text in (*_verdict(facts), *origin(_origin(facts))):
         lines += textwrap.wrap(visible(text), WIDTH, initial_indent=f"{name:<13}", subsequent_indent=" " * 13)
     head = ("figure (shares: points)", "depth", "reference", "candidate", "difference", "95 % interval")
     lines += ["", *table(head, _figures(facts))]
@@ -24,9 +25,25 @@ def draft_text(facts: Facts) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _verdict(facts: Facts) -> Iterator[tuple[str, str]]:
+def _origin(facts: EvalDraftDocument) -> Origin:
+    """What is scored here is starts."""
+    return Origin(
+        reference=facts["reference"],
+        candidate=facts["candidate"],
+        recipe=facts["recipe"],
+        data=facts["data"],
+        sequences=facts["sequences"],
+        sequence_tokens=facts["sequence_tokens"],
+        tokens=facts["starts"],
+        device=facts["device"],
+        elapsed_s=facts["elapsed_s"],
+        peak_rss_bytes=facts["peak_rss_bytes"],
+    )
+
+
+def _verdict(facts: EvalDraftDocument) -> Iterator[tuple[str, str]]:
     length = facts["accepted_length"]["sampling"]
-    ours, theirs = (number(length[side]["mean"]) for side in ("reference", "candidate"))
+    ours, theirs = (number(side["mean"]) for side in (length["reference"], length["candidate"]))
     change, interval = _change(length["difference"])
     yield (
         "MEASURED",
@@ -39,31 +56,33 @@ def _verdict(facts: Facts) -> Iterator[tuple[str, str]]:
         yield "NOT FINITE", f"{percent(facts['nonfinite_share'])} of the starts, which are left out"
 
 
-def _figures(facts: Facts) -> Iterator[tuple[str, ...]]:
-    for key, name in (("acceptance", "acceptance, sampling"), ("greedy_match", "greedy match")):
-        for row in facts["depths"]:
-            shares = (percent(row[key][side]["mean"]) for side in ("reference", "candidate"))
-            yield name, str(row["depth"]), *shares, *_points(row[key]["difference"])
-    for key, pair in facts["accepted_length"].items():
-        lengths = (number(pair[side]["mean"]) for side in ("reference", "candidate"))
-        yield f"accepted length, {key}", "", *lengths, *_change(pair["difference"])
+def _figures(facts: EvalDraftDocument) -> Iterator[tuple[str, ...]]:
+    depths, lengths = facts["depths"], facts["accepted_length"]
+    shares = [("acceptance, sampling", row["depth"], row["acceptance"]) for row in depths]
+    shares += [("greedy match", row["depth"], row["greedy_match"]) for row in depths]
+    for name, depth, pair in shares:
+        sides = (percent(side["mean"]) for side in (pair["reference"], pair["candidate"]))
+        yield name, str(depth), *sides, *_points(pair["difference"])
+    for name, pair in (("sampling", lengths["sampling"]), ("greedy", lengths["greedy"])):
+        sides = (number(side["mean"]) for side in (pair["reference"], pair["candidate"]))
+        yield f"accepted length, {name}", "", *sides, *_change(pair["difference"])
 
 
-def _domain(part: Facts) -> tuple[str, ...]:
+def _domain(part: DraftDomainPart) -> tuple[str, ...]:
     """Of the first depth alone, which every chain depends on; JSON has the others."""
-    cells = []
-    for key in ("acceptance", "greedy_match"):
-        pair = part["depths"][0][key]
+    first, cells = part["depths"][0], []
+    for pair in (first["acceptance"], first["greedy_match"]):
         change, interval = _points(pair["difference"])
         cells += [percent(pair["candidate"]["mean"]), f"{change} ({interval})"]
     return visible(part["domain"])[:NAME_CHARS], *cells
 
 
-def _points(difference: Facts) -> tuple[str, str]:
+def _points(difference: MeanInterval) -> tuple[str, str]:
     """A difference of shares in percentage points, and its interval."""
-    return _change({key: 100 * value for key, value in difference.items()}, digits=2)
+    return _change(difference, factor=100, digits=2)
 
 
-def _change(difference: Facts, digits: int = 4) -> tuple[str, str]:
-    mean, low, high = (f"{difference[key]:+.{digits}f}" for key in ("mean", "low", "high"))
+def _change(difference: MeanInterval, factor: int = 1, digits: int = 4) -> tuple[str, str]:
+    ends = (difference["mean"], difference["low"], difference["high"])
+    mean, low, high = (f"{factor * value:+.{digits}f}" for value in ends)
     return mean, f"{low} to {high}"

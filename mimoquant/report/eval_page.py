@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 from mimoquant.report.drawing import (
     CSS,
@@ -29,7 +30,10 @@ from mimoquant.report.drawing import (
     tag,
 )
 from mimoquant.report.eval_text import QUANTILES, comparisons, eval_text, key_figures, origin, verdict
-from mimoquant.wording import NAME_CHARS, Facts, interval, number, percent, visible
+from mimoquant.wording import NAME_CHARS, interval, number, percent, visible
+
+if TYPE_CHECKING:
+    from mimoquant.evaluation.documents import EvalKlDocument as Facts
 
 CONTEXT_CHARS, TOKEN_CHARS = 300, 60
 
@@ -45,7 +49,9 @@ def verdict_card(facts: Facts) -> str:
     rows: list[Row] = [("this candidate", j["mean"], j["low"], j["high"], f"J {number(j['mean'])}, {interval(j)}")]
     if baseline:
         rows.append(("baseline", baseline["j"], None, None, baseline["candidate"]))
-    for name, key in (("noise: other batch shape", "batch"), ("noise: 2⁻⁹ relative", "relative_noise")):
+    noises: tuple[tuple[str, Literal["batch", "relative_noise"]], ...]
+    noises = (("noise: other batch shape", "batch"), ("noise: 2⁻⁹ relative", "relative_noise"))
+    for name, key in noises:
         rows += [(name, floor[key], None, None, "the reference against itself")] if floor else []
     said = [tag("p", tag("strong", word), " " + escaped(sentence))]
     said += [tag("p", escaped(f"{name.capitalize()}: {text}")) for name, text in comparisons(facts)]
@@ -84,7 +90,7 @@ def domain_card(facts: Facts) -> str:
     return card("J by domain", rows_plot(rows, x, "J by domain"), numbers)
 
 
-def bucket_card(title: str, buckets: Sequence[Facts], low: str, high: str, x_title: str) -> str:
+def bucket_card(title: str, buckets: Sequence[Mapping[str, Any]], low: str, high: str, x_title: str) -> str:
     """Equally wide columns for consecutive buckets, with their bounds as tick labels."""
     if not buckets:
         return card(title, note("no tokens"))
@@ -129,7 +135,7 @@ def layers_card(facts: Facts) -> str:
     return card("Error by layer", note(legend), errors, routes if dots else "", kind="wide")
 
 
-def top5(row: Facts, side: str) -> str:
+def top5(row: Mapping[str, Any], side: str) -> str:
     lines = []
     for token, probability in row[f"{side}_top5"]:
         sign = tag("bdi", html.escape(token_sign(token)), class_="text")

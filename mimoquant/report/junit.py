@@ -5,16 +5,21 @@ Key idea: one test case for each thing that `eval-kl --max-kl` asks of a candida
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
 from mimoquant.report.eval_text import verdict
 from mimoquant.wording import visible
 
+if TYPE_CHECKING:
+    from mimoquant.evaluation.documents import EvalKlDocument
 
-def junit_text(facts: dict[str, Any]) -> str:
+
+def junit_text(facts: EvalKlDocument) -> str:
     """`facts` of an `eval-kl` with a limit: whether J keeps it, and whether every row is finite."""
-    over, broken = facts["j"]["mean"] > facts["max_kl"], facts["nonfinite_share"] > 0
+    limit = facts["max_kl"]
+    assert limit is not None
+    over, broken = facts["j"]["mean"] > limit, facts["nonfinite_share"] > 0
     cases = {"symmetric KL keeps the limit": over, "every row is finite": broken}
     suite = ElementTree.Element(
         "testsuite",

@@ -10,13 +10,16 @@ from __future__ import annotations
 import itertools
 import textwrap
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Literal
 
 from mimoquant.report.drawing import CSS, Axis, Scale, across, card, escaped, line, note, plot, tag, write
 from mimoquant.wording import WIDTH, interval, many, number, percent, size, table, visible
 
-Facts = dict[str, Any]
+if TYPE_CHECKING:
+    from mimoquant.mixing.documents import CarveOut, JEstimate, SensitivityDocument, SensitivityLayer
+
 HEIGHT = 220  # pixels of a plot
+ENDS: tuple[Literal["low", "high"], ...] = ("low", "high")  # of an interval
 NAMED = 5  # experts named beside a layer, at most
 REFINED = 3  # layers named for `quantize --refine`, which takes time and no bytes
 
@@ -31,12 +34,12 @@ margin-right:.3rem;vertical-align:-1px;background:currentColor;print-color-adjus
 """
 
 
-def ranked(facts: Facts) -> list[Facts]:
+def ranked(facts: SensitivityDocument) -> list[SensitivityLayer]:
     """The layers, the one that contributes most first."""
     return sorted(facts["layers"], key=lambda layer: -layer["contribution"]["mean"])
 
 
-def verdict(facts: Facts) -> str:
+def verdict(facts: SensitivityDocument) -> str:
     """What was chosen, in one sentence."""
     chosen = facts["chosen"]
     kinds: dict[str, int] = {}
@@ -52,7 +55,7 @@ def verdict(facts: Facts) -> str:
     )
 
 
-def agreement(facts: Facts) -> str:
+def agreement(facts: SensitivityDocument) -> str:
     """Prediction beside measurement; where they differ, why."""
     chosen = facts["chosen"]
     said = f"predicted {number(chosen['predicted']['mean'])} ({interval(chosen['predicted'])}), measured "
@@ -68,23 +71,22 @@ def agreement(facts: Facts) -> str:
     )
 
 
-def best_carve_out(facts: Facts) -> Facts:
+def best_carve_out(facts: SensitivityDocument) -> CarveOut:
     """The one layer that is best kept in bf16, with J as measured."""
-    best: Facts = min(facts["carve_outs"], key=lambda point: point["j"]["mean"])
-    return best
+    return min(facts["carve_outs"], key=lambda point: point["j"]["mean"])
 
 
-def remarks(layer: Facts) -> str:
+def remarks(layer: SensitivityLayer) -> str:
     """Experts that make a layer look sensitive."""
     out = []
-    for key, said in (("failed_experts", "quantized badly"), ("super_experts", "huge outputs")):
-        if layer[key]:
-            more = f" and {len(layer[key]) - NAMED} more" if len(layer[key]) > NAMED else ""
-            out.append(f"experts {', '.join(map(str, layer[key][:NAMED]))}{more}: {said}")
+    for experts, said in ((layer["failed_experts"], "quantized badly"), (layer["super_experts"], "huge outputs")):
+        if experts:
+            more = f" and {len(experts) - NAMED} more" if len(experts) > NAMED else ""
+            out.append(f"experts {', '.join(map(str, experts[:NAMED]))}{more}: {said}")
     return "; ".join(out)
 
 
-def cost(facts: Facts) -> str:
+def cost(facts: SensitivityDocument) -> str:
     walks = facts["cost"]["walks"]
     first, rest = walks[0], walks[1:]
     return (
@@ -94,7 +96,7 @@ def cost(facts: Facts) -> str:
     )
 
 
-def origin(facts: Facts) -> list[tuple[str, str]]:
+def origin(facts: SensitivityDocument) -> list[tuple[str, str]]:
     data, held = facts["data"], facts["calibration"]
     calibrated = [("calibration", ", ".join(f"{key} {value}" for key, value in held.items()))] if held else []
     return [
@@ -112,7 +114,7 @@ def origin(facts: Facts) -> list[tuple[str, str]]:
     ]
 
 
-def sensitivity_text(facts: Facts) -> str:
+def sensitivity_text(facts: SensitivityDocument) -> str:
     """The report for a terminal."""
     carved = best_carve_out(facts)
     said = [
@@ -149,7 +151,7 @@ def sensitivity_text(facts: Facts) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _estimate(part: Facts) -> str:
+def _estimate(part: JEstimate) -> str:
     return f"{number(part['mean'], 3)} ({interval(part, 2)})"
 
 
@@ -162,7 +164,7 @@ def legend(entries: Iterable[tuple[str, str]]) -> str:
     return tag("p", *keys, class_="note")
 
 
-def columns(layers: Sequence[Facts], series: Sequence[tuple[str, list[Facts]]], label: str) -> str:
+def columns(layers: Sequence[SensitivityLayer], series: Sequence[tuple[str, list[JEstimate]]], label: str) -> str:
     """Groups of columns with whiskers, one group a layer. `series`: (style, an estimate for each layer)."""
     y = Scale.linear(value for _, row in series for estimate in row for value in (estimate["mean"], estimate["high"]))
     count, wide, out = len(layers), 0.8 / len(layers) / len(series), []
@@ -174,7 +176,7 @@ def columns(layers: Sequence[Facts], series: Sequence[tuple[str, list[Facts]]], 
                 tag("title", escaped(f"layer {layer['layer']}: {number(estimate['mean'])} ({interval(estimate)})")),
                 tag("rect", x=across(left), width=across(wide * 0.9), y=HEIGHT - tall, height=tall, class_=style),
             ]
-            ends = [HEIGHT * (1 - y.at(estimate[end])) for end in ("low", "high")]
+            ends = [HEIGHT * (1 - y.at(estimate[end])) for end in ENDS]
             marks.append(line(left + wide * 0.45, ends[0], left + wide * 0.45, ends[1], "whisker"))
             out.append(tag("g", *marks))
     every = next(e for e in (1, 2, 4, 5, 8, 10, 16, 20, 50, 100, 1000) if count / e <= 16)
@@ -182,21 +184,24 @@ def columns(layers: Sequence[Facts], series: Sequence[tuple[str, list[Facts]]], 
     return plot(HEIGHT, out, label, x, y.axis("J, nats per token"))
 
 
-def layers_card(facts: Facts) -> str:
+def layers_card(facts: SensitivityDocument) -> str:
     layers = facts["layers"]
-    drawn = columns(layers, [(key, [of[key] for of in layers]) for key in ("alone", "gain")], "J by layer")
+    series = [("alone", [of["alone"] for of in layers]), ("gain", [of["gain"] for of in layers])]
+    drawn = columns(layers, series, "J by layer")
     key = legend((("alone", "only this layer quantized"), ("gain", "what restoring this layer alone takes off")))
     return card("What each layer costs", key, drawn, kind="wide")
 
 
-def options_card(facts: Facts) -> str:
+def _times(part: JEstimate, factor: float) -> JEstimate:
+    return {"mean": part["mean"] * factor, "low": part["low"] * factor, "high": part["high"] * factor}
+
+
+def options_card(facts: SensitivityDocument) -> str:
     layers = facts["layers"]
     shown = [(k, name) for k, name in enumerate(facts["options"]) if any(of["options"][k]["ratio"] for of in layers)]
     series = []
     for place, (k, _) in enumerate(shown):
-        scaled = [
-            {end: value * of["options"][k]["ratio"] for end, value in of["contribution"].items()} for of in layers
-        ]
+        scaled = [_times(of["contribution"], of["options"][k]["ratio"]) for of in layers]
         series.append((f"o{place}", scaled))
     said = note(
         "Predicted: a layer's share of J, times the option's error on the layer's output over that of "
@@ -215,16 +220,17 @@ def options_card(facts: Facts) -> str:
     )
 
 
-def frontier_card(facts: Facts) -> str:
+def frontier_card(facts: SensitivityDocument) -> str:
     """Bytes across, J upward."""
     points = [(point["bytes"], point["predicted"]) for point in facts["frontier"]]
-    uniform = [(of["bytes"], of["predicted"], of["option"]) for of in facts["uniform"]]
-    carved = [(of["bytes"], of["j"]["mean"], f"layer {of['layer']} in bf16") for of in facts["carve_outs"]]
+    uniform = [(float(of["bytes"]), of["predicted"], of["option"]) for of in facts["uniform"]]
+    carved = [(float(of["bytes"]), of["j"]["mean"], f"layer {of['layer']} in bf16") for of in facts["carve_outs"]]
     chosen = facts["chosen"]
-    sizes = [*(x for x, *_ in (*points, *uniform, *carved)), chosen["bytes"]]
-    right = max(x for x, *_ in (*points, *carved))
+    places = [*points, *((at, j) for at, j, _ in (*uniform, *carved))]
+    sizes = [*(at for at, _ in places), chosen["bytes"]]
+    right = max(at for at, _ in (*points, *((at, j) for at, j, _ in carved)))
     x = Scale(min(sizes), max(right, chosen["bytes"], min(sizes) + 1))
-    y = Scale.linear([*(j for _, j, *_ in (*points, *uniform, *carved)), chosen["measured"]["high"]])
+    y = Scale.linear([*(j for _, j in places), chosen["measured"]["high"]])
 
     def place(at: float, j: float) -> tuple[float, float]:
         return x.at(at), HEIGHT * (1 - y.at(j))
@@ -239,8 +245,8 @@ def frontier_card(facts: Facts) -> str:
                 if style == "uniform":
                     side = ("name", 6) if across_at < 0.85 else ("name end", -6)  # towards the middle
                     marks.append(write(across_at, up - 9, name, *side))
-    at, up = place(chosen["bytes"], chosen["measured"]["mean"])
-    ends = [HEIGHT * (1 - y.at(chosen["measured"][end])) for end in ("low", "high")]
+    at, up = place(float(chosen["bytes"]), chosen["measured"]["mean"])
+    ends = [HEIGHT * (1 - y.at(chosen["measured"][end])) for end in ENDS]
     title = tag(
         "title", escaped(f"chosen: J {number(chosen['measured']['mean'])} in {size(chosen['bytes'])}, measured")
     )
@@ -259,7 +265,7 @@ def frontier_card(facts: Facts) -> str:
     return card("J and bytes", legend(named), drawn, kind="wide")
 
 
-def experts_card(facts: Facts) -> str:
+def experts_card(facts: SensitivityDocument) -> str:
     """Experts by layer, so that one that quantizing ruins is not taken for a sensitive layer."""
     head = (
         "layer",
@@ -297,7 +303,7 @@ def experts_card(facts: Facts) -> str:
     return card("Experts", said, tag("div", tag("table", top, tag("tbody", *rows)), class_="numbers"), kind="wide")
 
 
-def about_card(facts: Facts) -> str:
+def about_card(facts: SensitivityDocument) -> str:
     parts = [tag("div", tag("dt", escaped(name)), tag("dd", escaped(value))) for name, value in origin(facts)]
     defined = (
         "J = (KL(p‖q) + KL(q‖p)) / 2, nats per token, full vocabulary; p is the source, q with some layers quantized. "
@@ -312,7 +318,7 @@ def escaped_lines(text: str) -> str:
     return "\n".join(escaped(part) for part in text.split("\n"))
 
 
-def sensitivity_page(facts: Facts) -> str:
+def sensitivity_page(facts: SensitivityDocument) -> str:
     """The HTML page of one run; `facts` is what `sensitivity --json` prints."""
     title = escaped(f"sensitivity: {facts['source']}, {facts['recipe']}")
     said = [

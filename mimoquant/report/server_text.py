@@ -6,15 +6,16 @@ Key idea: a lower bound can refute a limit and never prove that it is kept, so n
 from __future__ import annotations
 
 import textwrap
-from typing import Any
+from typing import TYPE_CHECKING
 
 from mimoquant.report.eval_text import QUANTILES, key_figures, origin
 from mimoquant.wording import NAME_CHARS, WIDTH, interval, number, percent, table, visible
 
-Facts = dict[str, Any]
+if TYPE_CHECKING:
+    from mimoquant.evaluation.documents import EvalServerDocument
 
 
-def server_text(facts: Facts) -> str:
+def server_text(facts: EvalServerDocument) -> str:
     """For a terminal of 100 columns."""
     lines = []
     rows = [_verdict(facts), *_meaning(facts), *(row for row in origin(facts) if row[0] not in ("candidate", "recipe"))]
@@ -42,7 +43,7 @@ def server_text(facts: Facts) -> str:
 BOUNDS = {"J, half-sum", "KL(p‖q)", "KL(q‖p)", "Sum"}
 
 
-def _verdict(facts: Facts) -> tuple[str, str]:
+def _verdict(facts: EvalServerDocument) -> tuple[str, str]:
     j, limit, server = facts["j"], facts["max_kl"], facts["server"]
     least = "is at least" if server["is_lower_bound"] else "is"
     said = f"J {least} {number(j['mean'])} nats per token (95 % interval {interval(j)})"
@@ -50,7 +51,7 @@ def _verdict(facts: Facts) -> tuple[str, str]:
         said += f"; {percent(facts['nonfinite_share'])} of the rows are not finite"
     if facts["passed"] is False:
         return "FAILED", f"{said}, which exceeds the limit {number(limit)}"
-    if facts["passed"] is None:
+    if limit is None or facts["passed"] is None:
         return "MEASURED", said
     if not server["is_lower_bound"]:
         return "PASSED", f"{said}, which keeps the limit {number(limit)}"
@@ -61,7 +62,7 @@ def _verdict(facts: Facts) -> tuple[str, str]:
     )
 
 
-def _meaning(facts: Facts) -> list[tuple[str, str]]:
+def _meaning(facts: EvalServerDocument) -> list[tuple[str, str]]:
     server, tails = facts["server"], facts["server"]["tail_mass"]
     version = f" {server['version']}" if server["version"] else ""
     out = [

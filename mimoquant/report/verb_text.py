@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import shlex
-from typing import Any
+from typing import TYPE_CHECKING
 
 from mimoquant.report.coverage_text import coverage_text
 from mimoquant.serving import contracts as c
 from mimoquant.wording import duration, layers_of_formats, ranges, size, table
 
+if TYPE_CHECKING:
+    from mimoquant.output.documents import QuantizeDocument, VerifyDocument
+    from mimoquant.planning.documents import (
+        CarriedDrafter,
+        EngineCheck,
+        InspectDocument,
+        PlanDocument,
+        RelayoutDocument,
+    )
+    from mimoquant.serving.documents import LaunchDocument
+    from mimoquant.synthetic.documents import SynthDocument
 
-def drafter_text(facts: dict[str, Any]) -> str:
+
+def drafter_text(facts: CarriedDrafter) -> str:
     """In one line."""
     if facts["problem"]:
         return f"cannot be used ({facts['problem']})"
@@ -21,7 +33,7 @@ def drafter_text(facts: dict[str, Any]) -> str:
     )
 
 
-def layout_text(facts: dict[str, Any]) -> str:
+def layout_text(facts: InspectDocument) -> str:
     release = f" ({facts['release']})" if facts["release"] else ""
     lines = [
         f"{facts['model_type']}{release}, {facts['weights']}, {size(facts['size_bytes'])} "
@@ -54,7 +66,7 @@ def layout_text(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def plan_text(facts: dict[str, Any]) -> str:
+def plan_text(facts: PlanDocument) -> str:
     formats = "; ".join(f"{label} in layers {ranges(layers)}" for label, layers in facts["formats"].items())
     kept = ", ".join(f"layer {layer} stays {kind}" for layer, kind in facts["carve_outs"].items()) or "none"
     before, after = facts["source_bytes"], facts["output_bytes"]
@@ -81,7 +93,7 @@ def plan_text(facts: dict[str, Any]) -> str:
     )
 
 
-def _demands(facts: dict[str, Any]) -> list[str]:
+def _demands(facts: PlanDocument) -> list[str]:
     """Lines on memory and time, and on those of `sensitivity`."""
     has, took = facts["machine"], facts["estimate"]
     lines = [
@@ -114,7 +126,7 @@ def _demands(facts: dict[str, Any]) -> list[str]:
     return lines
 
 
-def quantize_text(facts: dict[str, Any]) -> str:
+def quantize_text(facts: QuantizeDocument) -> str:
     before, after, seconds = facts["source_bytes"], facts["output_bytes"], facts["elapsed_s"]
     formats = layers_of_formats(facts["formats"])
     return "\n".join(
@@ -128,7 +140,7 @@ def quantize_text(facts: dict[str, Any]) -> str:
     )
 
 
-def relayout_text(facts: dict[str, Any]) -> str:
+def relayout_text(facts: RelayoutDocument) -> str:
     qkv, dtypes, after = facts["qkv"], facts["dtypes"], facts["output_bytes"]
     return "\n".join(
         [
@@ -141,12 +153,12 @@ def relayout_text(facts: dict[str, Any]) -> str:
     )
 
 
-def verify_text(facts: dict[str, Any], limit: int = 20) -> str:
+def verify_text(facts: VerifyDocument, limit: int = 20) -> str:
     lines = _proof_lines(facts, limit) if "checked" in facts else []
     return "\n".join([*lines, *(engine_lines(facts["engine"]) if "engine" in facts else [])])
 
 
-def _proof_lines(facts: dict[str, Any], limit: int) -> list[str]:
+def _proof_lines(facts: VerifyDocument, limit: int) -> list[str]:
     """What `verify --source` found."""
     problems = facts["problems"]
     checked = ", ".join(f"{count} {what}" for what, count in facts["checked"].items())
@@ -174,12 +186,12 @@ def _proof_lines(facts: dict[str, Any], limit: int) -> list[str]:
     return lines
 
 
-def synth_text(facts: dict[str, Any]) -> str:
+def synth_text(facts: SynthDocument) -> str:
     counts = f"{facts['tensors']} tensors, {facts['files']} files, {size(facts['size_bytes'])}"
     return f"wrote {facts['out']}: {facts['layout']}, {counts}"
 
 
-def engine_lines(facts: dict[str, Any]) -> list[str]:
+def engine_lines(facts: EngineCheck) -> list[str]:
     """`engine_facts` as text."""
     at = f" at TP {facts['tp']}" if facts["tp"] else ""
     head = f"{c.ENGINES[facts['engine']].label} {facts['version']}{at}"
@@ -193,7 +205,7 @@ def engine_lines(facts: dict[str, Any]) -> list[str]:
     return lines
 
 
-def planned_lines(engines: list[dict[str, Any]]) -> list[str]:
+def planned_lines(engines: list[EngineCheck]) -> list[str]:
     """`planned_facts` as text, short: sources and hints are in `verify --engine`."""
     return [
         f"{c.ENGINES[facts['engine']].label}: {problem['verdict']}: {problem['text']}"
@@ -202,8 +214,8 @@ def planned_lines(engines: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def launch_text(facts: dict[str, Any]) -> str:
-    """`Launch` as text; the command is on lines of its own, to be copied."""
+def launch_text(facts: LaunchDocument) -> str:
+    """`LaunchDocument` as text; the command is on lines of its own, to be copied."""
     layout = facts["layout"]
     shared = f"attention TP {layout['attention_tp']}, data parallel {layout['dp']}, experts " + (
         "whole on their GPU" if layout["ep"] else f"cut in {layout['gpus']}"

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from mimoquant.calibration import statistics
-from mimoquant.calibration.layer_facts import LayerFacts, starved
+from mimoquant.calibration.layer_facts import LayerFacts, LayerRecord, starved
 from mimoquant.calibration.tokens import TokenSet
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.errors import CheckpointError, QualityError
@@ -225,7 +225,7 @@ class Calibrator:
         self.end()
 
     @torch.no_grad()
-    def end(self) -> dict[str, Any] | None:
+    def end(self) -> LayerRecord | None:
         """Add what the experts made; returns the layer's facts, if it was quantized."""
         self.tokens.add()
         self._round = None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cached_property
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 from mimoquant.errors import CheckpointError
 from mimoquant.model.geometry import FP8_BLOCK
 from mimoquant.model.layout import PROJECTIONS, expert_module
+from mimoquant.planning.documents import EngineCheck, EngineProblem
 from mimoquant.serving import contracts as c
 from mimoquant.serving.served import Served, Stored
 from mimoquant.serving.transformers_config import config_problems
@@ -44,6 +45,11 @@ class Problem:
     def fails(self) -> bool:
         return self.verdict != WARNING
 
+    def as_plain(self) -> EngineProblem:
+        return EngineProblem(
+            verdict=self.verdict, text=self.text, source=self.source, hint=self.hint, other_tp=self.other_tp
+        )
+
 
 def check(
     checkpoint: Served, engine: str, version: str | None = None, tp: int | None = None, expert_tp: int | None = None
@@ -62,19 +68,19 @@ def check(
     return sorted(dict.fromkeys(found), key=lambda problem: order[problem.verdict])
 
 
-def engine_facts(checkpoint: Served, engine: str, version: str | None, tp: int | None) -> dict[str, Any]:
-    """The check as JSON."""
+def engine_facts(checkpoint: Served, engine: str, version: str | None, tp: int | None) -> EngineCheck:
+    """The check as a document."""
     problems = check(checkpoint, engine, version, tp)
-    return {
-        "engine": engine,
-        "version": version or c.ENGINES[engine].read,
-        "tp": tp,
-        "ok": not any(problem.fails for problem in problems),
-        "problems": [asdict(problem) for problem in problems],
-    }
+    return EngineCheck(
+        engine=engine,
+        version=version or c.ENGINES[engine].read,
+        tp=tp,
+        ok=not any(problem.fails for problem in problems),
+        problems=[problem.as_plain() for problem in problems],
+    )
 
 
-def planned_facts(checkpoint: Served) -> list[dict[str, Any]]:
+def planned_facts(checkpoint: Served) -> list[EngineCheck]:
     """What `plan` tells: vLLM and SGLang, as far as it does not depend on how they are started."""
     return [engine_facts(checkpoint, engine, None, None) for engine in (c.VLLM, c.SGLANG)]
 

@@ -1,4 +1,4 @@
-"""A checkpoint, an engine, GPUs → the command that serves it, as data and as text.
+"""A checkpoint, an engine, GPUs → the command that serves it, as a document.
 
 Key idea: try the parallel layouts that the GPUs allow, take the first that the contracts have nothing against, and lay
 weights and KV cache out in what a GPU has. Nothing is guessed that the checkpoint says: chunks of the fused qkv, group
@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mimoquant.__version__ import SCHEMA_VERSION
 from mimoquant.errors import CheckpointError, UsageError
 from mimoquant.model.drafter import Drafter, open_drafter
 from mimoquant.serving import contracts as c
 from mimoquant.serving.check import Problem, check
+from mimoquant.serving.documents import LaunchDocument, ParallelLayout, Patch
 from mimoquant.serving.served import Served
 from mimoquant.wording import size
 
@@ -45,33 +45,8 @@ class Layout:
     def expert_tp(self) -> int:
         return 1 if self.ep else self.gpus
 
-
-@dataclass(frozen=True)
-class Launch:
-    """Everything that is printed. `evidence`: of the experts' format in this engine, see `contracts`."""
-
-    schema_version: int
-    checkpoint: str
-    engine: str
-    version: str
-    evidence: str
-    minimum_version: str
-    gpu: str
-    layout: Layout
-    image: str
-    environment: dict[str, str]
-    command: list[str]
-    moe_backend: str | None
-    attention_backend: str
-    context: int
-    weights_bytes: int
-    kv_bytes_per_token: int
-    expect: list[str]
-    notes: list[str]
-    patches: list[dict[str, str | None]]
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+    def as_plain(self) -> ParallelLayout:
+        return ParallelLayout(gpus=self.gpus, attention_tp=self.attention_tp, dp=self.dp, ep=self.ep)
 
 
 def launch(
@@ -83,7 +58,7 @@ def launch(
     version: str | None = None,
     mtp: bool = False,
     dflash: Path | None = None,
-) -> Launch:
+) -> LaunchDocument:
     """Make the command.
 
     Raises:
@@ -96,26 +71,26 @@ def launch(
     maker = _Maker(checkpoint, engine, c.GPUS[gpu], gpus, version or c.ENGINES[engine].read)
     layout, problems = maker.layout()
     context, weights, kv = maker.context(layout)
-    return Launch(
-        SCHEMA_VERSION,
-        checkpoint.name,
-        engine,
-        maker.version,
-        maker.evidence(),
-        maker.minimum_version(),
-        maker.gpu.label,
-        layout,
-        c.ENGINES[engine].image.format(maker.version),
-        dict(maker.environment()),
-        maker.command(layout, context, mtp, drafter),
-        maker.moe_backend(),
-        maker.attention(),
-        context,
-        weights,
-        kv,
-        list(maker.expect()),
-        [*(problem.text for problem in problems), *maker.notes(mtp, drafter)],
-        [{"what": p.what, "not_needed_from": p.since, "source": p.source} for p in maker.patches(gpu)],
+    return LaunchDocument(
+        schema_version=SCHEMA_VERSION,
+        checkpoint=checkpoint.name,
+        engine=engine,
+        version=maker.version,
+        evidence=maker.evidence(),
+        minimum_version=maker.minimum_version(),
+        gpu=maker.gpu.label,
+        layout=layout.as_plain(),
+        image=c.ENGINES[engine].image.format(maker.version),
+        environment=dict(maker.environment()),
+        command=maker.command(layout, context, mtp, drafter),
+        moe_backend=maker.moe_backend(),
+        attention_backend=maker.attention(),
+        context=context,
+        weights_bytes=weights,
+        kv_bytes_per_token=kv,
+        expect=list(maker.expect()),
+        notes=[*(problem.text for problem in problems), *maker.notes(mtp, drafter)],
+        patches=[Patch(what=p.what, not_needed_from=p.since, source=p.source) for p in maker.patches(gpu)],
     )
 
 

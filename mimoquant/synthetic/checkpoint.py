@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mimoquant.__version__ import SCHEMA_VERSION
 from mimoquant.checkpoint.hf_files import CONFIG_NAME, copy_side_files, side_files
 from mimoquant.checkpoint.index import INDEX_NAME, open_index
 from mimoquant.checkpoint.reader import CheckpointReader
@@ -36,6 +37,7 @@ from mimoquant.checkpoint.writer import Entry, fsync_folder
 from mimoquant.errors import StoppedError, UsageError
 from mimoquant.model.geometry import ARCHITECTURES, FP8_BLOCK, Geometry, read_geometry
 from mimoquant.model.layout import TOWER_PREFIXES
+from mimoquant.synthetic.documents import SynthDocument
 from mimoquant.synthetic.files import PLACEMENTS, ShardFiles
 from mimoquant.synthetic.weights import PATTERNS, ConvertedWeights, RandomWeights, encode_fp8
 from mimoquant.weights.stored import not_finite
@@ -121,13 +123,24 @@ class SynthSizes:
 
 @dataclass(frozen=True)
 class SynthReport:
-    """What was written: `tensors` in `files` shards of `size_bytes`; `trap`: weights parted from their scale."""
+    """What was written; see `SynthDocument` for the fields."""
 
     layout: str
     tensors: int
     files: int
     size_bytes: int
     trap: tuple[str, ...]
+
+    def as_json(self, out: Path | str) -> SynthDocument:
+        return SynthDocument(
+            schema_version=SCHEMA_VERSION,
+            out=str(out),
+            layout=self.layout,
+            tensors=self.tensors,
+            files=self.files,
+            size_bytes=self.size_bytes,
+            trap=list(self.trap),
+        )
 
 
 @dataclass(frozen=True, slots=True)

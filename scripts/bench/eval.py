@@ -20,6 +20,7 @@ import torch
 from mimoquant import pipeline
 from mimoquant.calibration.tokens import TokenSet
 from mimoquant.evaluation.eval_kl import eval_kl
+from mimoquant.machine.team import Team
 from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import load_recipe
 from mimoquant.synthetic.checkpoint import SynthSizes, synth
@@ -80,7 +81,7 @@ def main() -> None:
         )
         read = read_seconds(work / "source", work / "out")
         begin = time.perf_counter()
-        facts = eval_kl(work / "source", work / "out", tokens, device=options.device, noise_floor=False)
+        facts = eval_kl(work / "source", work / "out", tokens, team=Team(options.device), noise_floor=False)
         seconds = time.perf_counter() - begin
         peak = torch.cuda.max_memory_allocated() / 1e9 if options.device.startswith("cuda") else float("nan")
         attention = 4096 * (64 * 192 + 8 * 192 + 8 * 128) + 4096 * 64 * 128

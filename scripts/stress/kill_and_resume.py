@@ -74,9 +74,9 @@ def run(kind: str, out: Path, resume: bool, rank: int, ranks: int, port: int) ->
     plan = make_plan(MICRO, recipe, chunk_bytes=2**18)
     with Team.from_environment("cpu") as team:
         if kind == "evaluation":
-            from mimoquant.evaluation.eval_kl import eval_kl
+            from mimoquant.evaluation.eval_kl import EvaluationFile, eval_kl
 
-            eval_kl(MICRO, out.parent / "candidate", held_out(), out=out, resume=resume, team=team)
+            eval_kl(MICRO, out.parent / "candidate", held_out(), file=EvaluationFile(out, resume=resume), team=team)
         elif kind == "sensitivity":
             from mimoquant.mixing.mixtures import Mixtures
             from mimoquant.mixing.run import sensitivity

@@ -33,6 +33,7 @@ from mimoquant import pipeline
 from mimoquant.calibration.tokens import TokenSet, load_tokens
 from mimoquant.checkpoint.journal import file_sha256
 from mimoquant.evaluation.eval_kl import eval_kl
+from mimoquant.machine.team import Team
 from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import load_recipe
 
@@ -70,7 +71,7 @@ def cycle(number: int, folder: Path, device: str, tokens: TokenSet) -> str:
 
         report = verify(out, source)
         assert report.ok, report.problems
-    facts = eval_kl(source, out, tokens, device=device, noise_floor=False)
+    facts = eval_kl(source, out, tokens, team=Team(device), noise_floor=False)
     written = f"{file_sha256(out / 'journal.jsonl')} {facts['j']['mean']}"
     shutil.rmtree(out)
     return written

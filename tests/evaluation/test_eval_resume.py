@@ -22,9 +22,10 @@ from mimoquant import pipeline
 from mimoquant.checkpoint.index import open_shard
 from mimoquant.cli.app import app
 from mimoquant.errors import UsageError
-from mimoquant.evaluation.eval_kl import eval_kl, kept_bytes, open_layout
+from mimoquant.evaluation.eval_kl import EvaluationFile, eval_kl, kept_bytes, open_layout
 from mimoquant.evaluation.side_by_side import StateName
 from mimoquant.evaluation.snapshots import Snapshots
+from mimoquant.machine.team import Team
 from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import load_recipe
 
@@ -73,16 +74,16 @@ def test_killed_after_each_layer_it_gives_the_same_bytes(
     device: str, torn: bool, outputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With noise floor and baseline."""
-    run: dict[str, Any] = {**outputs, "tokens": TOKENS, "device": device}
-    whole = eval_kl(**run, out=tmp_path / "whole.json")
+    run: dict[str, Any] = {**outputs, "tokens": TOKENS, "team": Team(device)}
+    whole = eval_kl(**run, file=EvaluationFile(tmp_path / "whole.json"))
     assert whole == eval_kl(**run), "what is kept changes nothing"
     assert json.loads((tmp_path / "whole.json").read_text()) == json.loads(json.dumps(whole))
     out, layers, passed = tmp_path / "killed.json", len(whole["layers"]), []
     for layer in range(layers):
         with monkeypatch.context() as patch, pytest.raises(Killed):
             stop_after(layer, patch, torn=torn)
-            eval_kl(**run, out=out, resume=True, progress=lambda *told: passed.append(told[0]))
-    facts = eval_kl(**run, out=out, resume=True, progress=lambda *told: passed.append(told[0]))
+            eval_kl(**run, file=EvaluationFile(out, resume=True), progress=lambda *told: passed.append(told[0]))
+    facts = eval_kl(**run, file=EvaluationFile(out, resume=True), progress=lambda *told: passed.append(told[0]))
     assert facts == whole and out.read_bytes() == (tmp_path / "whole.json").read_bytes()
     assert passed == (list(range(layers)) if torn else []), "a kill costs one layer at most"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed.json", "whole.json"]
@@ -93,7 +94,7 @@ def killed(outputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyP
     """An evaluation that died after layer 1."""
     with monkeypatch.context() as patch, pytest.raises(Killed):
         stop_after(1, patch)
-        eval_kl(**outputs, tokens=TOKENS, out=tmp_path / "out.json")
+        eval_kl(**outputs, tokens=TOKENS, file=EvaluationFile(tmp_path / "out.json"))
     return tmp_path / "out.json"
 
 
@@ -135,7 +136,7 @@ def test_what_changed_is_refused_by_name(what: str, killed: Path, outputs: dict[
     before = {path.name: path.read_bytes() for path in killed.with_name("out.json.partial").iterdir()}
     change(run)
     with pytest.raises(UsageError, match="cannot be resumed") as refused:
-        eval_kl(**run, out=killed, resume=True)
+        eval_kl(**run, file=EvaluationFile(killed, resume=True))
     assert message in str(refused.value) and "is now" in str(refused.value)
     assert before == {path.name: path.read_bytes() for path in killed.with_name("out.json.partial").iterdir()}
 
@@ -143,7 +144,7 @@ def test_what_changed_is_refused_by_name(what: str, killed: Path, outputs: dict[
 def test_another_version_is_refused(killed: Path, outputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mimoquant.evaluation.eval_kl.__version__", "9.9")
     with pytest.raises(UsageError, match=r"version was .*, is now 9\.9"):
-        eval_kl(**outputs, tokens=TOKENS, out=killed, resume=True)
+        eval_kl(**outputs, tokens=TOKENS, file=EvaluationFile(killed, resume=True))
 
 
 def test_mistakes_end_in_one_sentence(killed: Path, outputs: dict[str, Path], tmp_path: Path) -> None:

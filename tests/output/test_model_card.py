@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 import mimoquant
 from mimoquant.cli.app import app
+from mimoquant.output.documents import QuantizeReport
 from mimoquant.output.model_card import model_card, without_quality
-from mimoquant.output.quantize_report import QuantizeReport
 
 FEW = ("--sequences", "7", "--tokens", "32", "--device", "cpu", "--no-noise-floor")
 
@@ -33,6 +33,24 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def written(container: str, formats: dict[str, list[int]]) -> QuantizeReport:
+    """What a run without calibration, notes or carve-outs reports."""
+    return QuantizeReport(
+        schema_version=1,
+        container=container,
+        method="rtn",
+        scale_search="absmax",
+        formats=formats,
+        carve_outs={},
+        source_bytes=2 * 10**9,
+        output_bytes=10**9,
+        fallbacks={},
+        notes=[],
+        shards=[],
+        calibration=None,
+    )
+
+
 def test_the_hub_reads_the_front_matter(out: Path) -> None:
     data = ModelCard.load(out / "README.md", ignore_metadata_errors=False).data
     assert data.license == "mit" and data.pipeline_tag == "text-generation" and data.base_model is None
@@ -42,7 +60,7 @@ def test_the_hub_reads_the_front_matter(out: Path) -> None:
 def test_a_format_in_two_sizes_is_one_tag() -> None:
     served = at_scale("v2.5", "mxfp4")
     formats = {"int4 g128": [1], "int4 g32": [2]}
-    report = QuantizeReport(served.container, "rtn", "absmax", formats, {}, 2 * 10**9, 10**9, {}, [])
+    report = written(served.container, formats)
     assert ModelCard(model_card(report, served, real_fold=False)).data.tags == ["mimoquant", served.container, "int4"]
 
 
@@ -50,7 +68,7 @@ def test_a_format_in_two_sizes_is_one_tag() -> None:
 @pytest.mark.parametrize("variant", ["v2.5", "v2.5-pro"])
 def test_a_real_model_gets_its_base_and_commands_that_serve_it(variant: str, form: str, library: str | None) -> None:
     served = at_scale(variant, form)
-    report = QuantizeReport(served.container, "rtn", "absmax", {"mxfp4 g32": [1]}, {}, 2 * 10**9, 10**9, {}, [])
+    report = written(served.container, {"mxfp4 g32": [1]})
     card = ModelCard(model_card(report, served, real_fold=False))
     assert card.data.base_model == {"v2.5": "XiaomiMiMo/MiMo-V2.5", "v2.5-pro": "XiaomiMiMo/MiMo-V2.5-Pro"}[variant]
     assert card.data.to_dict()["base_model_relation"] == "quantized"
@@ -91,7 +109,7 @@ def test_a_gate_as_junit(out: Path, tmp_path: Path, limit: float, failures: int,
 
 def test_rows_that_are_not_finite_fail_a_gate(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     facts = json.loads(call("eval-kl", MICRO, out, *FEW, "--json").stdout) | {"nonfinite_share": 0.25}
-    monkeypatch.setattr("mimoquant.cli.eval_kl.evaluate", lambda *arguments: dict(facts))
+    monkeypatch.setattr("mimoquant.assembly.evaluations.eval_kl", lambda *arguments, **options: dict(facts))
     failed = call("eval-kl", MICRO, out, "--max-kl", "9", "--junit", tmp_path / "gate.xml")
     assert failed.exit_code == 5 and "25 % of the rows are not finite" in failed.stderr
     assert ElementTree.parse(tmp_path / "gate.xml").getroot().get("failures") == "1"

@@ -14,7 +14,7 @@ from small_runs import quantize
 
 from mimoquant.calibration.tokens import TokenSet, load_tokens
 from mimoquant.errors import StoppedError
-from mimoquant.evaluation.eval_kl import eval_kl
+from mimoquant.evaluation.eval_kl import EvaluationFile, eval_kl
 from mimoquant.synthetic.checkpoint import SynthSizes, synth
 
 
@@ -33,14 +33,14 @@ def whole(run: tuple[Path, Path, TokenSet], tmp_path_factory: pytest.TempPathFac
     """What an evaluation writes that is left alone, and the calls that it makes."""
     out = tmp_path_factory.mktemp("whole") / "out.json"
     with FaultLayer(out.parent).active() as layer:
-        eval_kl(*run, out=out)
+        eval_kl(*run, file=EvaluationFile(out))
     return out.read_bytes(), layer.calls
 
 
 def taken_up(run: tuple[Path, Path, TokenSet], out: Path) -> bytes:
     """The file, which is there already where only the folder beside it was to go."""
     if not out.exists():
-        eval_kl(*run, out=out, resume=True)
+        eval_kl(*run, file=EvaluationFile(out, resume=True))
         assert [path.name for path in out.parent.iterdir()] == [out.name]
     return out.read_bytes()
 
@@ -61,7 +61,7 @@ def test_at_any_call(
                 raise Killed if trouble == "killed" else OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         with FaultLayer(out.parent, fault).active(), pytest.raises((Killed, StoppedError)) as ended:
-            eval_kl(*run, out=out)
+            eval_kl(*run, file=EvaluationFile(out))
         if trouble == "disk":
             assert ended.type is StoppedError and "No space left" in str(ended.value) and ended.value.hint, call
         assert taken_up(run, out) == text, call

@@ -20,7 +20,8 @@ from mimoquant.cli.options import Engine, Gpu, Server
 from mimoquant.errors import CheckpointError, MimoquantError, UsageError
 from mimoquant.report.verb_text import launch_text
 from mimoquant.serving import contracts
-from mimoquant.serving.launch import Launch, launch
+from mimoquant.serving.documents import LaunchDocument
+from mimoquant.serving.launch import Layout, launch
 
 GOLDEN = Path(__file__).parent / "golden"
 GPUS = {"a100": 8, "h100": 8, "h200": 4, "b200": 4, "gb10": 2}
@@ -35,7 +36,7 @@ def held_to(path: Path, text: str) -> None:
 
 def told(variant: str, form: str, engine: str, gpu: str, gpus: int) -> str:
     try:
-        return launch_text(launch(at_scale(variant, form), engine, gpu, gpus, mtp=True).as_json())
+        return launch_text(launch(at_scale(variant, form), engine, gpu, gpus, mtp=True))
     except MimoquantError as error:
         return "\n".join([f"error: {error}", *([f"hint: {error.hint}"] if error.hint else [])])
 
@@ -52,15 +53,17 @@ def test_commands_are_the_golden_ones(variant: str, form: str, engine: str) -> N
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
 def test_json_is_the_golden_one(engine: str) -> None:
     made = launch(at_scale("v2.5", "native"), engine, "h100", 8, mtp=True)
-    held_to(GOLDEN / f"v2.5-native-{engine}-h100.json", json.dumps(made.as_json(), indent=2) + "\n")
+    held_to(GOLDEN / f"v2.5-native-{engine}-h100.json", json.dumps(made, indent=2) + "\n")
 
 
-def made(form: str = "int4-g128", engine: str = "vllm", gpu: str = "h100", gpus: int = 8, **options: Any) -> Launch:
+def made(
+    form: str = "int4-g128", engine: str = "vllm", gpu: str = "h100", gpus: int = 8, **options: Any
+) -> LaunchDocument:
     return launch(at_scale("v2.5", form), engine, gpu, gpus, **options)
 
 
 def test_the_text_holds_the_command_word_for_word() -> None:
-    facts = made(mtp=True).as_json()
+    facts = made(mtp=True)
     lines = launch_text(facts).splitlines()
     begin = next(n for n, line in enumerate(lines) if line.startswith("vllm serve"))
     command = lines[begin : lines.index("", begin)]
@@ -70,30 +73,30 @@ def test_the_text_holds_the_command_word_for_word() -> None:
 def test_sglang_keeps_attention_tp_at_the_chunks() -> None:
     """As its documentation does for V2.5 on eight GPUs: TP 8 with two groups of attention."""
     fused = made("native", "sglang")
-    assert (fused.layout.attention_tp, fused.layout.dp) == (4, 2)
-    assert {"--attn-dp-size", "--enable-dp-lm-head", "--mm-enable-dp-encoder"} <= set(fused.command)
+    assert (fused["layout"]["attention_tp"], fused["layout"]["dp"]) == (4, 2)
+    assert {"--attn-dp-size", "--enable-dp-lm-head", "--mm-enable-dp-encoder"} <= set(fused["command"])
     older = made("native", "sglang", version="0.5.20")
-    assert "--enable-dp-attention" in older.command and "--attn-dp-size" not in older.command
+    assert "--enable-dp-attention" in older["command"] and "--attn-dp-size" not in older["command"]
     split = made("int4-g128", "sglang")
-    assert (split.layout.attention_tp, split.layout.dp) == (8, 1)
+    assert (split["layout"]["attention_tp"], split["layout"]["dp"]) == (8, 1)
 
 
 def test_sglang_keeps_activations_of_modelopts_container_in_bf16() -> None:
     """By Marlin, which it does not pick by itself on Blackwell; there its default rounds activations to 4 bits."""
     for gpu, told in (("h100", False), ("b200", True), ("gb10", True)):
-        command = made("modelopt", "sglang", gpu).command
+        command = made("modelopt", "sglang", gpu)["command"]
         assert ("--moe-runner-backend" in command) == told
         assert not told or command[command.index("--moe-runner-backend") + 1] == "marlin"
 
 
 def test_vllm_takes_v2_flash_native_at_tp_4_at_most() -> None:
-    layout = launch(at_scale("v2-flash", "native"), "vllm", "h100", 8).layout
-    assert (layout.attention_tp, layout.dp, layout.ep) == (4, 2, True)
+    layout = launch(at_scale("v2-flash", "native"), "vllm", "h100", 8)["layout"]
+    assert (layout["attention_tp"], layout["dp"], layout["ep"]) == (4, 2, True)
 
 
 def test_groups_that_tensor_parallelism_would_cut_ask_for_expert_parallelism() -> None:
-    layout = launch(at_scale("v2.5", "int4-g128"), "vllm", "h100", 32).layout
-    assert layout.ep and layout.expert_tp == 1
+    layout = launch(at_scale("v2.5", "int4-g128"), "vllm", "h100", 32)["layout"]
+    assert layout["ep"] and Layout(**layout).expert_tp == 1
 
 
 def option(command: list[str], name: str) -> str | None:
@@ -103,14 +106,14 @@ def option(command: list[str], name: str) -> str | None:
 def test_speculation_has_the_drafters_own_numbers(tmp_path: Path) -> None:
     for block in (8, 4):
         drafter = write_headers(tmp_path / str(block), changed({"block_size": block}, block_size=block))
-        draft = json.loads(option(made(dflash=drafter).command, "--speculative-config") or "")
+        draft = json.loads(option(made(dflash=drafter)["command"], "--speculative-config") or "")
         assert draft == {"method": "dflash", "model": str(drafter), "num_speculative_tokens": block - 1}
         launched = made(engine="sglang", dflash=drafter)
-        assert option(launched.command, "--speculative-algorithm") == "DFLASH"
-        assert option(launched.command, "--speculative-draft-model-path") == str(drafter)
-        assert option(launched.command, "--speculative-num-draft-tokens") == str(block)
-        assert any("after layers 0, 11, 23, 35, 47" in note for note in launched.notes)
-    plain = made().command, made(engine="sglang").command
+        assert option(launched["command"], "--speculative-algorithm") == "DFLASH"
+        assert option(launched["command"], "--speculative-draft-model-path") == str(drafter)
+        assert option(launched["command"], "--speculative-num-draft-tokens") == str(block)
+        assert any("after layers 0, 11, 23, 35, 47" in note for note in launched["notes"])
+    plain = made()["command"], made(engine="sglang")["command"]
     assert not any(word.startswith("--speculative") for command in plain for word in command)
 
 
@@ -119,9 +122,9 @@ def test_sglang_is_told_a_window_that_it_would_not_find(tmp_path: Path) -> None:
     types = {"layer_types": ["sliding_attention"] * 5, "use_sliding_window": True, "is_causal": False}
     new = write_headers(tmp_path / "new", changed({"use_swa": None}, **types))
     name = "--speculative-draft-window-size"
-    assert option(made(engine="sglang", dflash=old).command, name) == "1024"
-    assert option(made(engine="sglang", dflash=new).command, name) is None
-    assert option(made(dflash=old).command, name) is None
+    assert option(made(engine="sglang", dflash=old)["command"], name) == "1024"
+    assert option(made(engine="sglang", dflash=new)["command"], name) is None
+    assert option(made(dflash=old)["command"], name) is None
 
 
 def test_a_drafter_of_another_model_has_no_command(tmp_path: Path) -> None:

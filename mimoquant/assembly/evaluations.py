@@ -1,0 +1,162 @@
+"""`eval-kl` and `eval-draft`: held-out tokens for the reference, the walk, the gate, the clock."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mimoquant.assembly.choices import EvaluationChoice, ServerChoice, Watcher
+from mimoquant.assembly.files import check_new
+from mimoquant.calibration.tokens import TokenSet, load_tokens
+from mimoquant.errors import UsageError
+from mimoquant.evaluation.drafts import choose_draft
+from mimoquant.evaluation.eval_draft import eval_draft
+from mimoquant.evaluation.eval_kl import EvaluationFile, eval_kl, kept_bytes, open_layout
+from mimoquant.evaluation.eval_server import eval_server
+from mimoquant.evaluation.server import connect
+from mimoquant.machine.devices import resolve_device
+from mimoquant.machine.memory import peak_rss_bytes
+from mimoquant.wording import size
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from mimoquant.evaluation.documents import EvalDraftDocument, EvalFolderDocument, EvalServerDocument, Evaluation
+    from mimoquant.machine.team import Team
+
+
+def evaluate_folder(
+    reference: Path,
+    candidate: Path,
+    choice: EvaluationChoice,
+    team: Team,
+    *,
+    baseline: Path | None = None,
+    file: EvaluationFile | None = None,
+    watcher: Watcher,
+) -> EvalFolderDocument:
+    """Walk reference and candidate. The same on every rank of the team, but for times; see `eval_kl.eval_kl`."""
+    begin = time.monotonic()
+    if team.leads and file:
+        check_new(file.path, tuple(filter(None, (reference, candidate, baseline))))
+    layout = open_layout(reference)
+    tokens = held_out_tokens(reference, choice, layout.geometry.vocab, watcher)
+    if file:
+        kept = kept_bytes(layout, tokens, 2 if baseline is None else 3, choice.noise_floor)
+        watcher.note(f"up to {size(2 * kept)} of hidden states will lie in {file.path}.partial")
+    measured = eval_kl(
+        reference,
+        candidate,
+        tokens,
+        baseline=baseline,
+        noise_floor=choice.noise_floor,
+        progress=_layers(watcher),
+        team=team,
+        file=file,
+    )
+    return {
+        **measured,
+        "max_kl": choice.max_kl,
+        "passed": passed(measured, choice.max_kl),
+        "elapsed_s": round(time.monotonic() - begin, 3),
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+
+
+def evaluate_server(
+    reference: Path, asked: ServerChoice, choice: EvaluationChoice, device: str, watcher: Watcher
+) -> EvalServerDocument:
+    """Walk the reference, and ask a server for what it makes of the same tokens."""
+    begin = time.monotonic()
+    place, vocab = resolve_device(device), open_layout(reference).geometry.vocab
+    # before the data: a typing error is told soon
+    server = connect(asked.url, asked.model, top_k=asked.top_k, tokens=choice.tokens, vocab=vocab)
+    if asked.top_k is None:
+        watcher.note(f"{server.engine} is asked for {server.top_k} ids a position")
+    measured = eval_server(
+        reference,
+        server,
+        held_out_tokens(reference, choice, vocab, watcher),
+        device=place,
+        progress=_layers(watcher),
+        asked=lambda done, sequences: watcher.progress(f"sequence {done}", done, sequences),
+    )
+    return {
+        **measured,
+        "max_kl": choice.max_kl,
+        "passed": passed(measured, choice.max_kl),
+        "elapsed_s": round(time.monotonic() - begin, 3),
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+
+
+def evaluate_draft(
+    reference: Path,
+    candidate: Path,
+    choice: EvaluationChoice,
+    team: Team,
+    *,
+    draft: str,
+    depth: int | None,
+    watcher: Watcher,
+) -> EvalDraftDocument:
+    """What a draft model is worth on both backbones; see `eval_draft.eval_draft`."""
+    begin = time.monotonic()
+    layouts = open_layout(reference), open_layout(candidate)
+    choose_draft(layouts, draft, depth, choice.tokens)  # before the data, which can take minutes
+    tokens = held_out_tokens(reference, choice, layouts[0].geometry.vocab, watcher)
+    measured = eval_draft(reference, candidate, tokens, draft=draft, depth=depth, progress=_layers(watcher), team=team)
+    return {
+        **measured,
+        "elapsed_s": round(time.monotonic() - begin, 3),
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+
+
+def held_out_tokens(reference: Path, choice: EvaluationChoice, vocab: int, watcher: Watcher) -> TokenSet:
+    """The tokens that were asked for; what was too short for one sequence is told."""
+    tokens = load_tokens(choice.data, reference, sequences=choice.sequences, tokens=choice.tokens, vocab=vocab)
+    note_left_out(tokens, watcher)
+    return tokens
+
+
+def note_left_out(tokens: TokenSet, watcher: Watcher) -> None:
+    if tokens.left_out:
+        watcher.note(f"too few tokens for one sequence of {tokens.ids.shape[1]}: {', '.join(tokens.left_out)}")
+
+
+def passed(measured: Evaluation, max_kl: float | None) -> bool | None:
+    """Whether J keeps the limit and every position is finite; None without a limit."""
+    if max_kl is None:
+        return None
+    return measured["j"]["mean"] <= max_kl and not measured["nonfinite_share"]
+
+
+def evaluation_file(out: Path | str | None, resume: bool) -> EvaluationFile | None:
+    """`--out` and `--resume`, which needs the former."""
+    if out is None and resume:
+        raise UsageError(
+            "--resume: only an evaluation with --out leaves something to go on from",
+            hint="give the --out that the interrupted one had",
+        )
+    return None if out is None else EvaluationFile(Path(out), resume)
+
+
+def check_candidate(
+    candidate: Path | None, server: str | None, of_server: Mapping[str, object], of_candidate: Mapping[str, object]
+) -> None:
+    """Refuse options that contradict each other. Both mappings: option → what was given, None for nothing."""
+    if candidate is None and server is None:
+        raise UsageError(
+            "there is nothing to compare the reference with", hint="give a CANDIDATE folder, or --server URL"
+        )
+    if candidate is not None and server is not None:
+        raise UsageError(f"{candidate} and --server {server}: only one of them can be the candidate")
+    for option, value in (of_candidate if candidate is None else of_server).items():
+        if value is not None:
+            raise UsageError(f"{option} cannot go with {'--server' if candidate is None else 'a CANDIDATE folder'}")
+
+
+def _layers(watcher: Watcher) -> Callable[[int, int], None]:
+    return lambda layer, layers: watcher.progress(f"layer {layer}", layer + 1, layers)

@@ -1,0 +1,94 @@
+"""`sensitivity`: what a layer can become, held-out tokens, whether the forks fit, the walks, the recipe's engines."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mimoquant.assembly.choices import EvaluationChoice, LimitChoice, MixtureChoice, Watcher
+from mimoquant.assembly.evaluations import note_left_out
+from mimoquant.assembly.files import check_new
+from mimoquant.calibration.tokens import load_tokens
+from mimoquant.errors import UsageError
+from mimoquant.machine.memory import machine
+from mimoquant.mixing.mixtures import Mixtures
+from mimoquant.mixing.needs import foreseen, fork_refusal
+from mimoquant.mixing.run import forks_of, sensitivity
+from mimoquant.planning.plan import CHUNK_BYTES, CUDA_CHUNK_BYTES, make_plan
+from mimoquant.planning.recipe import load_recipe
+from mimoquant.serving.check import planned_facts
+from mimoquant.serving.served import planned
+from mimoquant.weights.container import COMPRESSED_TENSORS
+
+if TYPE_CHECKING:
+    from mimoquant.machine.team import Team
+    from mimoquant.mixing.documents import SensitivityDocument
+    from mimoquant.planning.documents import EngineCheck
+
+
+def check_recipe_file(out: Path) -> None:
+    """Raises UsageError where a recipe could not be read again under this name."""
+    if out.suffix not in (".yaml", ".yml"):
+        raise UsageError(f"--out {out}: a recipe file ends in .yaml")
+
+
+def choose_mixture(
+    source: Path,
+    out: Path,
+    mixture: MixtureChoice,
+    choice: EvaluationChoice,
+    limit: LimitChoice,
+    team: Team,
+    *,
+    resume: bool,
+    watcher: Watcher,
+) -> SensitivityDocument:
+    """Measure, choose, write the recipe `out`. The same on every rank of the team, but for times; see `mixing.run`."""
+    begin = time.monotonic()
+    check_recipe_file(out)
+    if team.leads:
+        check_new(out, (source,))
+    mixtures = mixtures_of(source, mixture, team.device)
+    vocab = mixtures.plan.layout.geometry.vocab
+    tokens = load_tokens(choice.data, source, sequences=choice.sequences, tokens=choice.tokens, vocab=vocab)
+    forks = forks_of(mixtures, tokens, team)
+    if refused := fork_refusal(forks, len(tokens.ids), team.device, machine(team.device)):
+        raise refused
+    for note in [*mixtures.dropped, foreseen(forks, team.device)]:
+        watcher.note(note)
+    note_left_out(tokens, watcher)
+    found = sensitivity(
+        mixtures,
+        tokens,
+        out,
+        budget_bytes=limit.budget_bytes,
+        target_j=limit.target_kl,
+        resume=resume,
+        team=team,
+        progress=watcher.progress,
+    )
+    return {
+        **found,
+        "out": str(out),
+        "elapsed_s": round(time.monotonic() - begin, 3),
+        "engines": _engines(source, out, mixture.allow_unknown) if team.leads else [],
+    }
+
+
+def mixtures_of(source: Path, mixture: MixtureChoice, device: str) -> Mixtures:
+    """What each layer can become. One container holds all formats; it is the default for them."""
+    chunk_bytes = CUDA_CHUNK_BYTES if device.startswith("cuda") else CHUNK_BYTES
+    made = make_plan(
+        source,
+        load_recipe(mixture.recipe),
+        container=mixture.container or (COMPRESSED_TENSORS if mixture.any_format else None),
+        allow_unknown=mixture.allow_unknown,
+        chunk_bytes=chunk_bytes,
+    )
+    return Mixtures(made, chunk_bytes, fp8=mixture.fp8, any_format=mixture.any_format)
+
+
+def _engines(source: Path, out: Path, allow_unknown: bool) -> list[EngineCheck]:
+    """What engines would make of the recipe's output, for not all load layers of several formats."""
+    return planned_facts(planned(make_plan(source, load_recipe(str(out)), allow_unknown=allow_unknown)))

@@ -1,0 +1,135 @@
+"""`plan`, `quantize` and `relayout`: the plan in chunks that fit the machine, or why none does; then its run."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mimoquant import pipeline
+from mimoquant.assembly.choices import PlanChoice
+from mimoquant.machine.devices import resolve_device
+from mimoquant.machine.memory import Machine, machine
+from mimoquant.machine.timeline import Timeline
+from mimoquant.mixing.needs import sensitivity_facts
+from mimoquant.output.documents import Bound, QuantizeDocument
+from mimoquant.planning.facts import plan_facts, relayout_facts
+from mimoquant.planning.needs import fitting_plan, refusal
+from mimoquant.planning.plan import Plan, make_plan
+from mimoquant.planning.recipe import load_recipe
+from mimoquant.planning.relayout import make_relayout
+from mimoquant.serving.check import planned_facts
+from mimoquant.serving.served import planned
+
+if TYPE_CHECKING:
+    from mimoquant.machine.team import Team
+    from mimoquant.planning.documents import PlanDocument, RelayoutDocument
+
+
+def fitted_plan(source: Path | str, choice: PlanChoice, device: str, has: Machine, ranks: int = 1) -> Plan:
+    """The plan in chunks that fit a machine."""
+    recipe = load_recipe(choice.recipe).calibrated_on(choice.calibration.changes())
+
+    def make(chunk_bytes: int) -> Plan:
+        return make_plan(
+            source,
+            recipe,
+            container=choice.container,
+            allow_unknown=choice.allow_unknown,
+            chunk_bytes=chunk_bytes,
+        )
+
+    return fitting_plan(make, device, has, ranks)
+
+
+def plan_document(
+    source: Path | str,
+    choice: PlanChoice,
+    *,
+    device: str,
+    gpu_memory: float | None,
+    folder: Path | None,
+    measure: bool,
+) -> PlanDocument:
+    """`plan`. `folder`: on whose disk to look for room. `measure`: rehearse, to tell the time."""
+    device = resolve_device(device)
+    has = machine(device, gpu_memory)
+    made = fitted_plan(source, choice, device, has)
+    took = None
+    if measure:
+        from mimoquant.run.rehearsal import rehearse
+
+        took = rehearse(made, device, folder)
+    return plan_facts(
+        made,
+        device,
+        has,
+        engines=planned_facts(planned(made)),
+        sensitivity=sensitivity_facts(made, device),
+        took=took,
+        folder=folder,
+    )
+
+
+class QuantizeRun:
+    """A quantize run that is put together and not begun. Its plan may be looked at before it is executed."""
+
+    def __init__(
+        self,
+        source: Path | str,
+        choice: PlanChoice,
+        out: Path | str,
+        team: Team,
+        *,
+        gpu_memory: float | None = None,
+        resume: bool = False,
+    ) -> None:
+        """Raises UsageError, RecipeError, CheckpointError: the plan cannot be made, or does not fit the machine."""
+        self._begin, self.out, self.team, self.resume = time.monotonic(), out, team, resume
+        has = machine(team.device, gpu_memory)
+        has = replace(has, gpu_bytes=min(team.gather(has.gpu_bytes)))  # chunks must be the same everywhere
+        self.plan = fitted_plan(source, choice, team.device, has, team.size)
+        if refused := refusal(self.plan, team.device, has, team.size):
+            raise refused
+        self.timeline = Timeline()
+
+    def execute(self, progress: pipeline.Progress | None = None) -> QuantizeDocument:
+        """Write `out`; see `pipeline.execute`. The same on every rank of the team, but for times."""
+        report = pipeline.quantize(
+            self.plan, self.out, resume=self.resume, team=self.team, timeline=self.timeline, progress=progress
+        )
+        what, share = self.timeline.bound
+        return {
+            **report,
+            "out": str(self.out),
+            "elapsed_s": round(time.monotonic() - self._begin, 3),
+            "bound_by": Bound(what=what, share=share),
+        }
+
+
+class RelayoutRun:
+    """A relayout that is put together and not begun. `engines`: what they will make of its output."""
+
+    def __init__(
+        self,
+        source: Path | str,
+        out: Path | str,
+        *,
+        qkv: str,
+        tp: int | None = None,
+        bf16: bool = False,
+        resume: bool = False,
+        allow_unknown: bool = False,
+    ) -> None:
+        """Raises UsageError: nothing would change, or not exactly. CheckpointError: the source."""
+        self._begin, self.out, self.resume = time.monotonic(), out, resume
+        self.plan = make_relayout(source, qkv, tp=tp, bf16=bf16, allow_unknown=allow_unknown)
+        self.engines = planned_facts(planned(self.plan))
+
+    def execute(self, progress: pipeline.Progress | None = None) -> RelayoutDocument:
+        """Write `out`; see `pipeline.execute`."""
+        finished = pipeline.execute(self.plan, self.out, device="cpu", resume=self.resume, progress=progress)
+        return relayout_facts(
+            self.plan, finished, self.engines, out=self.out, elapsed_s=round(time.monotonic() - self._begin, 3)
+        )

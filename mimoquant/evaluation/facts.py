@@ -1,0 +1,126 @@
+"""One evaluation's comparisons → its document (`documents.FolderEvaluation`).
+
+Key idea: what is said of a candidate beside its scores comes from its own folder: the recipe, and whether its config
+quantizes activations, which a J of the weights says nothing about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mimoquant.__version__ import SCHEMA_VERSION
+from mimoquant.calibration.tokenizer import decoder_of
+from mimoquant.calibration.tokens import TokenSet
+from mimoquant.evaluation import documents
+from mimoquant.evaluation.documents import BaselineFacts, DataFacts, FolderEvaluation, LayerPart, NoiseFloor
+from mimoquant.evaluation.summary import paired_difference, summarize
+from mimoquant.model.config_keys import text_keys
+
+if TYPE_CHECKING:
+    from mimoquant.evaluation.eval_kl import Comparison, LayerTrace
+    from mimoquant.evaluation.side_by_side import WorstToken
+    from mimoquant.model.layout import ModelLayout
+
+_MODELOPT_BOTH = {"NVFP4", "MXFP8"}  # of its names for formats, those that quantize activations too
+
+
+@dataclass(frozen=True)
+class Named:
+    """The folders of an evaluation, as its caller wrote them."""
+
+    reference: str
+    candidate: str
+    baseline: str | None
+
+
+def evaluation_of(
+    named: Named,
+    layout: ModelLayout,
+    tokens: TokenSet,
+    comparisons: Sequence[Comparison],
+    floor: NoiseFloor | None,
+    device: str,
+) -> FolderEvaluation:
+    """`layout`: the candidate's. `comparisons`: of the candidate and, if there is one, the baseline."""
+    scores = comparisons[0].scores
+    assert scores is not None
+    decode = decoder_of(Path(named.reference))
+    baseline = None
+    if named.baseline is not None:
+        other = comparisons[1].scores
+        assert other is not None
+        baseline = BaselineFacts(candidate=named.baseline, **paired_difference(scores, other, tokens))
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "reference": named.reference,
+        "candidate": named.candidate,
+        "recipe": recipe_name(Path(named.candidate)),
+        "activations_quantized": _quantizes_activations(layout),
+        "data": data_facts(tokens),
+        **summarize(scores, tokens),
+        "layers": [_layer_part(trace) for trace in comparisons[0].layers],
+        "worst_tokens": [_worst_token(worst, tokens, decode) for worst in comparisons[0].worst],
+        "baseline": baseline,
+        "noise_floor": floor,
+        "device": device,
+    }
+
+
+def data_facts(tokens: TokenSet) -> DataFacts:
+    return DataFacts(name=tokens.name, sha256=tokens.sha256, origins=list(tokens.origins))
+
+
+def recipe_name(candidate: Path) -> str | None:
+    """The recipe beside a checkpoint, if there is one."""
+    path = candidate / "recipe.yaml"
+    return str(path) if path.is_file() else None
+
+
+def _quantizes_activations(layout: ModelLayout) -> bool:
+    quantization = text_keys(layout.config, "config.json").get("quantization_config") or {}
+    groups, layers = quantization.get("config_groups"), quantization.get("quantized_layers")
+    of_groups = groups.values() if isinstance(groups, dict) else ()
+    named = layers.values() if isinstance(layers, dict) else ()
+    algos = {entry.get("quant_algo") for entry in (quantization, *named) if isinstance(entry, dict)}
+    return bool(algos & _MODELOPT_BOTH) or any(
+        isinstance(group, dict) and bool(group.get("input_activations")) for group in of_groups
+    )
+
+
+def _layer_part(trace: LayerTrace) -> LayerPart:
+    return LayerPart(
+        layer=trace.layer,
+        kind=trace.kind,
+        quantized=trace.quantized,
+        relative_error=trace.relative_error,
+        routing_overlap=trace.routing_overlap,
+    )
+
+
+def _worst_token(
+    worst: WorstToken, tokens: TokenSet, decode: Callable[[list[int]], str] | None
+) -> documents.WorstToken:
+    text = decode or (lambda ids: " ".join(str(i) for i in ids))
+    sequence, position = divmod(worst.index, tokens.ids.shape[1] - 1)
+    ids = tokens.ids[sequence].tolist()
+
+    def one(token: int) -> str:
+        shown = text([token])
+        return f"<{token}>" if "\ufffd" in shown else shown  # a part of a character has no text
+
+    def named(top: list[tuple[int, float]]) -> list[tuple[str, float]]:
+        return [(one(token), probability) for token, probability in top]
+
+    return documents.WorstToken(
+        sequence=sequence,
+        position=position,
+        domain=tokens.domains[sequence],
+        j=worst.j,
+        context=text(ids[max(0, position - 23) : position + 1]).strip("\ufffd"),
+        token=one(ids[position + 1]),
+        reference_top5=named(worst.reference_top),
+        candidate_top5=named(worst.candidate_top),
+    )

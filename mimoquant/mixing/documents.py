@@ -1,0 +1,214 @@
+"""What `sensitivity` says, field by field: what `--json` prints and the Python function returns.
+
+J is symmetric KL against the source in nats per token, on the tokens that choose; `attribution` defines what a layer
+alone, a gain and a contribution are. Intervals are of 95 %, by a bootstrap over sequences.
+"""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+from mimoquant.evaluation.documents import DataFacts
+from mimoquant.planning.documents import CalibrationSettings, EngineCheck
+
+
+class JEstimate(TypedDict):
+    """A mean and its interval, in nats per token unless said otherwise."""
+
+    mean: float
+    """From the data itself."""
+    low: float
+    """Lower end of its interval."""
+    high: float
+    """Upper end of its interval."""
+
+
+class ChoosingData(DataFacts):
+    """The tokens that J is measured on."""
+
+    sequences: int
+    """Sequences; half of them for each kind of fork."""
+    sequence_tokens: int
+    """Tokens per sequence."""
+
+
+class OptionPart(TypedDict):
+    """What one option would leave of a layer's share of J."""
+
+    option: str
+    """A format, or bf16 or fp8 for a layer that is kept."""
+    bytes: int
+    """The layer's shard with it."""
+    ratio: float
+    """Its error on the layer's output over that of the first option; 0 for what is kept."""
+    predicted: float
+    """The share of J that it leaves, nats per token."""
+
+
+class ExpertsPart(TypedDict):
+    """One value an expert of a layer."""
+
+    relmse: list[float | None]
+    """Squared error of its output over its square, in the first option; null where no probed token was routed to it."""
+    token_share: list[float]
+    """Share of the routing that it gets."""
+    largest: list[float]
+    """The largest |value| that comes out of it."""
+
+
+class SensitivityLayer(TypedDict):
+    """What quantizing one MoE layer costs."""
+
+    layer: int
+    """Among the decoder layers, from 0."""
+    kind: str
+    """Of its attention: global or sliding."""
+    alone: JEstimate
+    """J with only this layer quantized."""
+    gain: JEstimate
+    """What restoring this layer alone takes off the J of all layers quantized."""
+    contribution: JEstimate
+    """Its share of J: shares add up to the J of all layers quantized."""
+    options: list[OptionPart]
+    """In the order of the document's `options`."""
+    relative_error: float
+    """Squared error of the layer's output over its square, in the first option."""
+    median_relmse: float
+    """Median over its experts; 0 where none was probed."""
+    failed_experts: list[int]
+    """Experts that quantizing ruins: their relMSE is far above the median."""
+    super_experts: list[int]
+    """Experts with huge outputs, which is a trait of the model."""
+    experts: ExpertsPart
+    """The figures behind both."""
+
+
+class MixturePoint(TypedDict):
+    """A choice of options, without saying which."""
+
+    bytes: int
+    """All shards."""
+    predicted: float
+    """Its J, nats per token."""
+
+
+class UniformPoint(MixturePoint):
+    """One option in every layer."""
+
+    option: str
+    """Which."""
+
+
+class CarveOut(TypedDict):
+    """One layer in bf16, all others in the first option."""
+
+    layer: int
+    """Which."""
+    bytes: int
+    """All shards."""
+    j: JEstimate
+    """As measured."""
+
+
+class WalkCost(TypedDict):
+    """What one walk through the checkpoint took."""
+
+    walk: str
+    """ablation (the forks), or measure- and a name for the choices it measured."""
+    forward_passes: float
+    """Passes of all tokens through the model."""
+    bytes_read: int
+    """Of the checkpoint."""
+    layers_walked: int
+    """Layers; fewer than all where a run was taken up."""
+
+
+class SensitivityCost(TypedDict):
+    """What the run took."""
+
+    walks: list[WalkCost]
+    """In their order."""
+    forward_passes_bound: float
+    """What the forks' walk stays below."""
+
+
+class MeasuredChoice(TypedDict):
+    """A choice of options that was measured end to end."""
+
+    options: dict[str, str]
+    """MoE layer → option."""
+    bytes: int
+    """All shards."""
+    predicted: JEstimate
+    """J as predicted."""
+    measured: JEstimate
+    """J as measured."""
+    difference: JEstimate
+    """Measured minus predicted."""
+    agrees: bool
+    """Whether 0 is within the interval of their difference."""
+    to_all_quantized: JEstimate
+    """J as measured over that of all layers in the first option, a ratio."""
+
+
+class Measurement(TypedDict):
+    """What was measured of layers, and what it predicts."""
+
+    schema_version: int
+    """Of this document; a number changes its meaning only together with this one."""
+    source: str
+    """The checkpoint."""
+    recipe: str
+    """The recipe that it began with."""
+    method: str
+    """Its method and search for scales, in words."""
+    calibration: CalibrationSettings | None
+    """What it calibrates on; null for a recipe that needs no tokens."""
+    container: str
+    """How the experts would be stored."""
+    options: list[str]
+    """What a layer can be; the first is the recipe's own format."""
+    data: ChoosingData
+    """The tokens that choose. J of the result should be told on others."""
+    budget_bytes: int | None
+    """The limit for all shards; null with a target."""
+    target_j: float | None
+    """The limit for J, nats per token; null with a budget."""
+    notes: list[str]
+    """What of the recipe was left out."""
+    j: JEstimate
+    """J of all layers in the first option."""
+    sum_alone: JEstimate
+    """Sum over layers of J with only that layer quantized."""
+    sum_gains: JEstimate
+    """Sum over layers of what restoring one takes off."""
+    layers: list[SensitivityLayer]
+    """Every MoE layer."""
+    uniform: list[UniformPoint]
+    """Each option everywhere, as predicted."""
+    carve_outs: list[CarveOut]
+    """Each layer alone in bf16."""
+    frontier: list[MixturePoint]
+    """The least predicted J at growing sizes."""
+
+
+class SensitivityFindings(Measurement):
+    """What was measured and chosen, which depends on neither clock nor engines."""
+
+    cost: SensitivityCost
+    """What the run took."""
+    chosen: MeasuredChoice
+    """What the written recipe has."""
+    tried: list[MeasuredChoice]
+    """Every choice that was measured, the chosen one among them."""
+
+
+class SensitivityDocument(SensitivityFindings):
+    """The findings, and what became of them."""
+
+    out: str
+    """The recipe that was written."""
+    elapsed_s: float
+    """Seconds from the beginning of the verb to its end."""
+    engines: list[EngineCheck]
+    """vLLM and SGLang on what the recipe makes, as far as it does not depend on how they are started."""
