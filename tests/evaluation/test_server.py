@@ -19,6 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from micro import MICRO
+from test_documents import valid
 from typer.testing import CliRunner
 
 from mimoquant import pipeline
@@ -349,6 +350,11 @@ def facts_of(*arguments: str | Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def full(quantized: Path) -> dict[str, Any]:
     return facts_of(quantized, "--no-noise-floor")
+
+
+def test_the_document_is_the_described_one(quantized: Path, fake: Callable[..., Fake]) -> None:
+    done = call("--server", fake(scale_out=True).url, "--top-k", "20", "--max-kl", "9", *SIZE, "--json")
+    assert valid("eval-kl-server", done.stdout)["passed"] is True
 
 
 WAYS = {
