@@ -301,7 +301,8 @@ def sensitivity(
     """Measure what each layer's quantization costs, and write the recipe `out` that spends bytes where they buy most.
 
     Args:
-        budget_bytes: of the output's shards at most; by default what the recipe takes. target_kl: instead of it.
+        budget_bytes: what the output's shards may weigh; by default what the recipe takes. target_kl: J that the
+            fewest bytes have to keep, instead of it.
         fp8: whether a layer may stay FP8. any_format: whether int4 may stand beside MXFP4 and NVFP4.
         resume: take up what a killed run left beside `out`.
     Raises UsageError: nothing fits, or shared data. CheckpointError: bad data. QualityError: the target was missed.

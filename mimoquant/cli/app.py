@@ -106,7 +106,10 @@ def _version(wanted: bool) -> None:
 def _options(
     ctx: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it, and the libraries' versions.")
+        bool,
+        typer.Option(
+            "--version", callback=_version, is_eager=True, help="Show the versions of mimoquant and its libraries."
+        ),
     ] = False,
 ) -> None:
     if ctx.invoked_subcommand not in _SHARED_VERBS:

@@ -20,25 +20,27 @@ from mimoquant.shipped import HELD_OUT_SET, HELD_OUT_TOKENS
 
 
 def eval_draft(
-    reference: Annotated[Path, typer.Argument(help="The published checkpoint.", metavar="REFERENCE")],
-    candidate: Annotated[Path, typer.Argument(help="The quantized one, by any tool.", metavar="CANDIDATE")],
+    reference: Annotated[Path, typer.Argument(help="The published checkpoint, in bf16 or FP8.", metavar="REFERENCE")],
+    candidate: Annotated[Path, typer.Argument(help="The quantized checkpoint, by any tool.", metavar="CANDIDATE")],
     draft: Annotated[
         str,
         typer.Option(
-            help="What drafts: each checkpoint's MTP layers, or a DFlash drafter's folder.", metavar="mtp|DIR"
+            help="What drafts tokens: each checkpoint's own MTP layers, or the DFlash drafter in a folder.",
+            metavar="mtp|DIR",
         ),
     ] = "mtp",
     data: HeldOutOption = None,
     sequences: HeldOutSequencesOption = None,
     tokens: HeldOutTokensOption = HELD_OUT_TOKENS,
     depth: Annotated[
-        int | None, typer.Option(min=1, max=3, help="MTP layers in the chain; by default all, at most 3.")
+        int | None, typer.Option(min=1, max=3, help="MTP layers that draft in a chain; by default all, at most 3.")
     ] = None,
     device: PlaceOption = "auto",
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Measure how many drafted tokens a backbone accepts. Quantized beside bf16, on held-out tokens."""
+    """Measure how many drafted tokens a backbone accepts. The quantized one beside the published one, on
+    held-out tokens."""
     from mimoquant.assembly.choices import EvaluationChoice
     from mimoquant.assembly.evaluations import evaluate_draft
     from mimoquant.machine.devices import resolve_device

@@ -111,35 +111,60 @@ def fail_the_gate(document: EvalKlDocument, *, is_lower_bound: bool) -> None:
 
 
 def eval_kl(
-    reference: Annotated[Path, typer.Argument(help="The published checkpoint.", metavar="REFERENCE")],
+    reference: Annotated[Path, typer.Argument(help="The published checkpoint, in bf16 or FP8.", metavar="REFERENCE")],
     candidate: Annotated[
-        Path | None, typer.Argument(help="The quantized one, by any tool; or give --server.", metavar="CANDIDATE")
+        Path | None,
+        typer.Argument(help="The quantized checkpoint, by any tool; or give --server.", metavar="CANDIDATE"),
     ] = None,
     server: Annotated[
-        str | None, typer.Option(help="Score this vLLM or SGLang server instead; J is a lower bound.", metavar="URL")
+        str | None,
+        typer.Option(
+            help="Compare with this vLLM or SGLang server instead of a CANDIDATE; J is a lower bound.", metavar="URL"
+        ),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="The server's name for it, if it serves several.")] = None,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Ids a position; by default 256 or what is allowed.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The model to ask for, by its name on the server, where that serves several.")
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Token ids to ask the server for at each position; by default 256, or what it allows."
+        ),
+    ] = None,
     data: HeldOutOption = None,
     sequences: HeldOutSequencesOption = None,
     tokens: HeldOutTokensOption = HELD_OUT_TOKENS,
-    max_kl: Annotated[float | None, typer.Option(min=0, help="Exit with 5 if J is above this.")] = None,
-    baseline: Annotated[Path | None, typer.Option(help="Another candidate, compared on the same tokens.")] = None,
-    noise_floor: Annotated[bool, typer.Option(help="Measure what the reference differs from itself.")] = True,
+    max_kl: Annotated[
+        float | None, typer.Option(min=0, help="Exit with 5 where J is above this limit, in nats per token.")
+    ] = None,
+    baseline: Annotated[
+        Path | None, typer.Option(help="Another quantized checkpoint, measured on the same tokens and compared.")
+    ] = None,
+    noise_floor: Annotated[
+        bool, typer.Option(help="Measure also what the reference differs from itself by rounding alone.")
+    ] = True,
     device: PlaceOption = "auto",
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Write the JSON here; makes it resumable.", metavar="FILE")
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Write the result to this file as JSON; a killed run can then be resumed.",
+            metavar="FILE",
+        ),
     ] = None,
     resume: ResumeOption = False,
-    html: Annotated[Path | None, typer.Option(help="Write the report page here.", metavar="FILE")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the report to this file as a page.", metavar="FILE")] = None,
     junit: Annotated[
-        Path | None, typer.Option(help="Write --max-kl's outcome here as JUnit XML.", metavar="FILE")
+        Path | None, typer.Option(help="Write to this file, as JUnit XML, whether --max-kl was kept.", metavar="FILE")
     ] = None,
-    card: Annotated[bool, typer.Option("--card", help="Write the outcome into CANDIDATE's README.md.")] = False,
+    card: Annotated[
+        bool, typer.Option("--card", help="Write the result into the model card, CANDIDATE/README.md.")
+    ] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Measure symmetric KL of a checkpoint or server. The reference is the published one in bf16, the tokens held out.
+    """Measure symmetric KL of a checkpoint or server. It is compared with the published checkpoint, on held-out tokens.
 
     With --out a killed evaluation can be resumed after its last layer: meanwhile FILE.partial holds the hidden states,
     up to 8 bytes x width for each token and checkpoint.

@@ -71,57 +71,74 @@ DEVICES = ["auto", "cpu", "cuda"]
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 QuietOption = Annotated[
-    bool, typer.Option("--quiet", "-q", callback=hush, help="Say nothing on stderr but errors and hints.")
+    bool, typer.Option("--quiet", "-q", callback=hush, help="Print nothing on stderr but errors and hints.")
 ]
 RecipeOption = Annotated[
     str,
     typer.Option(
         "--recipe",
         "-r",
-        help="A shipped recipe's name, or a recipe file.",
+        help="The recipe: how to quantize. A shipped one's name, or a file.",
         metavar="NAME|FILE",
         autocompletion=shipped_recipes,
     ),
 ]
 VersionOption = Annotated[
-    str | None, typer.Option(help="Of the engine; by default the newest that is known here.", metavar="X")
+    str | None, typer.Option(help="The engine's version; by default the newest that is known here.", metavar="X")
 ]
-UnknownOption = Annotated[bool, typer.Option("--allow-unknown", help="Copy tensors that have no known role.")]
+UnknownOption = Annotated[
+    bool,
+    typer.Option("--allow-unknown", help="Copy tensors whose role is not known, instead of refusing the checkpoint."),
+]
 ContainerOption = Annotated[
-    Container | None, typer.Option(help="How the experts are stored; by default what fits the format.")
+    Container | None, typer.Option(help="How the quantized experts are stored; by default what fits their format.")
 ]
 DeviceOption = Annotated[
-    str, typer.Option(help="auto, cpu or cuda; the same bytes without calibration.", autocompletion=lambda: DEVICES)
+    str,
+    typer.Option(
+        help="What computes: auto, cpu or cuda. Without calibration the output is the same on both.",
+        autocompletion=lambda: DEVICES,
+    ),
 ]
 GpuMemoryOption = Annotated[
-    float | None, typer.Option(min=0.1, help="At most so much of it; smaller chunks follow.", metavar="GB")
+    float | None,
+    typer.Option(
+        min=0.1, help="Use at most so much of the GPU's memory; fewer experts are then computed at once.", metavar="GB"
+    ),
 ]
 DataOption = Annotated[
     list[str] | None,
     typer.Option(
-        help="What to calibrate on, instead of the recipe's.", metavar="SET|FILE", autocompletion=shipped_sets
-    ),
-]
-SequencesOption = Annotated[int | None, typer.Option(min=1, help="Of calibration tokens, at most.")]
-TokensOption = Annotated[int | None, typer.Option(min=2, help="Of each sequence.")]
-RefineOption = Annotated[
-    int | None, typer.Option(min=0, max=100, help="Rounds of joint refinement after the method.", metavar="ROUNDS")
-]
-RefineLayersOption = Annotated[
-    list[int] | None, typer.Option("--refine-layer", min=0, help="Only there; repeatable.", metavar="LAYER")
-]
-ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
-PlaceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.", autocompletion=lambda: DEVICES)]
-HeldOutOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="A shipped set, or .jsonl, .txt, .npy, dataset folder; repeatable.",
+        help="Calibrate on this shipped set or file instead of the recipe's; repeatable.",
         metavar="SET|FILE",
         autocompletion=shipped_sets,
     ),
 ]
-HeldOutSequencesOption = Annotated[int | None, typer.Option(min=1, help="At most so many; by default all.")]
-HeldOutTokensOption = Annotated[int, typer.Option(min=2, help="Of each sequence.")]
+SequencesOption = Annotated[int | None, typer.Option(min=1, help="Calibrate on at most so many sequences.")]
+TokensOption = Annotated[int | None, typer.Option(min=2, help="Tokens per calibration sequence.")]
+RefineOption = Annotated[
+    int | None,
+    typer.Option(
+        min=0, max=100, help="Rounds in which an expert's three matrices are chosen anew together.", metavar="ROUNDS"
+    ),
+]
+RefineLayersOption = Annotated[
+    list[int] | None, typer.Option("--refine-layer", min=0, help="Refine only this layer; repeatable.", metavar="LAYER")
+]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")]
+PlaceOption = Annotated[str, typer.Option(help="What computes: auto, cpu or cuda.", autocompletion=lambda: DEVICES)]
+HeldOutOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Measure on this: a shipped set, a .jsonl, .txt or .npy file, a dataset folder; repeatable.",
+        metavar="SET|FILE",
+        autocompletion=shipped_sets,
+    ),
+]
+HeldOutSequencesOption = Annotated[
+    int | None, typer.Option(min=1, help="Measure on at most so many sequences; by default on all.")
+]
+HeldOutTokensOption = Annotated[int, typer.Option(min=2, help="Tokens per sequence.")]
 
 
 def option_value(choice: StrEnum | None) -> str | None:

@@ -34,43 +34,57 @@ def sensitivity(
         typer.Option(
             "--recipe",
             "-r",
-            help="Of one format; its method is used for all.",
+            help="The recipe to begin with, of one format; its method is used for every format.",
             metavar="NAME|FILE",
             autocompletion=shipped_recipes,
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The recipe to write; must not exist.", metavar="FILE")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="The recipe file to write; it must not exist.", metavar="FILE")
+    ],
     data: Annotated[
         list[str] | None,
         typer.Option(
-            help="What J is measured on: a shipped set or a file; repeatable.",
+            help="Measure on this: a shipped set or a file; repeatable.",
             metavar="SET|FILE",
             autocompletion=shipped_sets,
         ),
     ] = None,
-    sequences: Annotated[int, typer.Option(min=4, help="At most so many.")] = SENSITIVITY_SEQUENCES,
+    sequences: Annotated[
+        int, typer.Option(min=4, help="Measure on at most so many sequences.")
+    ] = SENSITIVITY_SEQUENCES,
     tokens: HeldOutTokensOption = HELD_OUT_TOKENS,
     budget_gib: Annotated[
-        float | None, typer.Option(min=0, help="The output's size at most; by default the recipe's own.", metavar="GIB")
+        float | None,
+        typer.Option(
+            min=0,
+            help="What the quantized checkpoint may weigh; by default what the recipe itself takes.",
+            metavar="GIB",
+        ),
     ] = None,
     target_kl: Annotated[
-        float | None, typer.Option(min=0, help="The least bytes that keep symmetric KL below this.", metavar="NATS")
+        float | None,
+        typer.Option(
+            min=0, help="Take the fewest bytes that keep symmetric KL below this, in nats per token.", metavar="NATS"
+        ),
     ] = None,
     device: PlaceOption = "auto",
     resume: ResumeOption = False,
     container: ContainerOption = None,
     fp8: Annotated[
         bool,
-        typer.Option(help="Whether a layer may stay FP8, which engines give FP8 inputs; not all load the mixture."),
+        typer.Option(
+            help="Whether a layer may stay FP8. Engines give such a layer FP8 inputs, and not all load the mixture."
+        ),
     ] = True,
     any_format: Annotated[
         bool,
         typer.Option(
             "--any-format",
-            help="Offer int4 beside MXFP4 and NVFP4, whatever the recipe has; not all engines load both.",
+            help="Choose among int4, MXFP4 and NVFP4, whatever the recipe has; not all engines load them together.",
         ),
     ] = False,
-    html: Annotated[Path | None, typer.Option(help="Write the report page here.", metavar="FILE")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the report to this file as a page.", metavar="FILE")] = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     allow_unknown: UnknownOption = False,

@@ -50,7 +50,12 @@ def inspect(
 def plan(
     source: Annotated[Path, typer.Argument(help="The checkpoint to quantize.", metavar="SOURCE")],
     recipe: RecipeOption,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where quantize would write.", metavar="DIR")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="The folder that quantize would write; its disk is asked for room.", metavar="DIR"
+        ),
+    ] = None,
     device: DeviceOption = "auto",
     gpu_memory: GpuMemoryOption = None,
     data: DataOption = None,
@@ -59,11 +64,13 @@ def plan(
     refine: RefineOption = None,
     refine_layer: RefineLayersOption = None,
     container: ContainerOption = None,
-    measure: Annotated[bool, typer.Option("--measure", help="Rehearse one chunk of experts to tell the time.")] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Also tell the time, by a rehearsal on some experts.")
+    ] = False,
     as_json: JsonOption = False,
     allow_unknown: UnknownOption = False,
 ) -> None:
-    """Show what quantize would do, need and write. Sizes are to the byte; reads headers only, or with --measure also
+    """Show what quantize would do, need and write. Sizes are to the byte; only headers are read, and with --measure
     some experts."""
     from mimoquant import api
     from mimoquant.report import verb_text
@@ -91,7 +98,7 @@ def plan(
 def quantize(
     source: Annotated[Path, typer.Argument(help="The checkpoint to quantize.", metavar="SOURCE")],
     recipe: RecipeOption,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Where to write; must not exist.", metavar="DIR")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write; it must not exist.", metavar="DIR")],
     device: DeviceOption = "auto",
     gpu_memory: GpuMemoryOption = None,
     resume: ResumeOption = False,
@@ -101,8 +108,12 @@ def quantize(
     refine: RefineOption = None,
     refine_layer: RefineLayersOption = None,
     container: ContainerOption = None,
-    html: Annotated[Path | None, typer.Option(help="Write what calibration reached here.", metavar="FILE")] = None,
-    profile: Annotated[Path | None, typer.Option(help="Write a Chrome trace of the run here.", metavar="FILE")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page that shows what calibration reached.", metavar="FILE")
+    ] = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="Write a Chrome trace of the run to this file.", metavar="FILE")
+    ] = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     allow_unknown: UnknownOption = False,
@@ -138,17 +149,20 @@ def quantize(
 def relayout(
     source: Annotated[Path, typer.Argument(help="A checkpoint, published or written here.", metavar="SOURCE")],
     qkv: Annotated[Qkv, typer.Option(help="How q, k and v shall lie on disk.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Where to write; must not exist.", metavar="DIR")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write; it must not exist.", metavar="DIR")],
     tp: Annotated[
-        int | None, typer.Option(min=1, help="Chunks of interleaved; by default the KV heads.", metavar="N")
+        int | None,
+        typer.Option(min=1, help="Chunks of the interleaved layout; by default as many as KV heads.", metavar="N"),
     ] = None,
-    dtype: Annotated[QkvDtype, typer.Option(help="bf16: of an FP8 qkv too.")] = QkvDtype.SOURCE,
+    dtype: Annotated[
+        QkvDtype, typer.Option(help="What q, k and v are stored in: as in the source, or bf16 also where they are FP8.")
+    ] = QkvDtype.SOURCE,
     resume: ResumeOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     allow_unknown: UnknownOption = False,
 ) -> None:
-    """Write q, k and v in another layout. Exactly or not at all; every other tensor is copied byte for byte."""
+    """Write q, k and v in another layout. Exactly, or not at all; everything else is copied byte for byte."""
     from mimoquant.assembly.plans import RelayoutRun
     from mimoquant.report import verb_text
 
@@ -169,13 +183,15 @@ def relayout(
 
 
 def verify(
-    out: Annotated[Path, typer.Argument(help="What quantize or relayout wrote.", metavar="OUT")],
+    out: Annotated[Path, typer.Argument(help="The folder that quantize or relayout wrote.", metavar="OUT")],
     source: Annotated[
         Path | None, typer.Option("--source", help="The checkpoint it was made from.", metavar="SOURCE")
     ] = None,
-    engine: Annotated[Engine | None, typer.Option(help="Fail on what this engine would refuse or corrupt.")] = None,
+    engine: Annotated[Engine | None, typer.Option(help="Check what this engine would refuse or corrupt.")] = None,
     engine_version: VersionOption = None,
-    tp: Annotated[int | None, typer.Option(min=1, help="Tensor parallelism to check for.", metavar="N")] = None,
+    tp: Annotated[
+        int | None, typer.Option(min=1, help="Check for this tensor parallelism; with --engine.", metavar="N")
+    ] = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -199,12 +215,14 @@ def verify(
 
 
 def launch(
-    out: Annotated[Path, typer.Argument(help="What quantize wrote.", metavar="OUT")],
-    engine: Annotated[Server, typer.Option(help="The server.")],
+    out: Annotated[Path, typer.Argument(help="The folder that quantize wrote.", metavar="OUT")],
+    engine: Annotated[Server, typer.Option(help="The engine that serves.")],
     gpu: Annotated[Gpu, typer.Option(help="The kind of GPU.")],
-    gpus: Annotated[int, typer.Option(min=1, help="How many, over all nodes.", metavar="N")],
-    mtp: Annotated[bool, typer.Option("--mtp", help="Speculate with the checkpoint's MTP layers.")] = False,
-    dflash: Annotated[Path | None, typer.Option(help="Speculate with this draft model.", metavar="DIR")] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="How many GPUs, over all nodes.", metavar="N")],
+    mtp: Annotated[bool, typer.Option("--mtp", help="Speculative decoding by the checkpoint's MTP layers.")] = False,
+    dflash: Annotated[
+        Path | None, typer.Option(help="Speculative decoding by this DFlash draft model.", metavar="DIR")
+    ] = None,
     engine_version: VersionOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -223,11 +241,11 @@ def synth(
     source: Annotated[
         Path | None, typer.Option("--from", help="Convert this bf16 checkpoint instead of drawing weights.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
-    layers: Annotated[int | None, typer.Option(min=1, help="Decoder layers (the first is dense).")] = None,
-    experts: Annotated[int | None, typer.Option(min=1, help="Routed experts a layer.")] = None,
-    hidden: Annotated[int | None, typer.Option(min=1, help="Model width.")] = None,
-    expert_intermediate: Annotated[int | None, typer.Option(min=1, help="Width inside an expert.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
+    layers: Annotated[int | None, typer.Option(min=1, help="Decoder layers; the first is dense.")] = None,
+    experts: Annotated[int | None, typer.Option(min=1, help="Routed experts per layer.")] = None,
+    hidden: Annotated[int | None, typer.Option(min=1, help="Width of the model, in channels.")] = None,
+    expert_intermediate: Annotated[int | None, typer.Option(min=1, help="Width inside an expert, in channels.")] = None,
     vocab: Annotated[int | None, typer.Option(min=1, help="Vocabulary size.")] = None,
     as_json: JsonOption = False,
 ) -> None:
