@@ -15,8 +15,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
-
 from mimoquant.errors import RecipeError
 from mimoquant.planning.calibration_settings import (
     DAMP,
@@ -28,6 +26,7 @@ from mimoquant.planning.calibration_settings import (
     match_name,
     parse_calibration,
 )
+from mimoquant.planning.strict_yaml import read_yaml
 from mimoquant.quant.formats import GROUP_SIZES, SEARCHES, Format
 from mimoquant.quant.method import Method
 from mimoquant.shipped import recipes_folder, shipped_recipes
@@ -35,7 +34,6 @@ from mimoquant.weights.container import CONTAINERS, format_weights
 
 VERSION = 1
 MAX_RECIPE_BYTES = 1_000_000
-MAX_DEPTH = 50  # of nesting
 METHODS = {"QuantizationModifier": "rtn", "GPTQModifier": "gptq", "AWQModifier": "awq"}
 CARVE_OUTS = ("bf16", "fp8")
 _PRESETS = {
@@ -223,38 +221,7 @@ def load_recipe(name_or_file: str) -> Recipe:
 
 def parse_recipe(text: str, name: str) -> Recipe:
     """Parse recipe YAML; see `load_recipe`."""
-    try:
-        document = yaml.load(text, Loader=_StrictLoader)
-    except (yaml.YAMLError, RecursionError, ValueError, KeyError, AttributeError, TypeError) as error:
-        # the last three come from PyYAML's own constructors, on tags such as !!bool maybe
-        raise RecipeError(f"recipe {name}: is not readable YAML ({' '.join(str(error).split())[:200]})") from error
-    return _Parser(name).parse(document)
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses aliases and deep nesting (only bombs need them) and repeated keys (the first would be
-    lost)."""
-
-    depth = 0
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.events.AliasEvent):
-            raise yaml.YAMLError("aliases are not allowed in a recipe")
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise yaml.YAMLError(f"it is nested more than {MAX_DEPTH} deep")
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key, _ in node.value:
-            name = key.value if isinstance(key.value, str) else None
-            if name in seen:
-                raise yaml.YAMLError(f"the key {name!r} appears twice")
-            seen.add(name)
-        return super().construct_mapping(node, deep)
+    return _Parser(name).parse(read_yaml(text, name))
 
 
 class _Parser:

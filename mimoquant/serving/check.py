@@ -8,18 +8,14 @@ compare what it would build with what the files hold.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatch
-from functools import cached_property
-from typing import Any
 
-from mimoquant.errors import CheckpointError
 from mimoquant.model.geometry import FP8_BLOCK
 from mimoquant.model.layout import PROJECTIONS, expert_module
 from mimoquant.planning.documents import EngineCheck, EngineProblem
 from mimoquant.serving import contracts as c
+from mimoquant.serving.declared import Declared
 from mimoquant.serving.served import Served, Stored
 from mimoquant.serving.transformers_config import config_problems
 from mimoquant.weights.container import COMPRESSED_TENSORS, MODELOPT
@@ -91,8 +87,8 @@ class _Check:
     def __init__(self, checkpoint: Served, engine: str, version: str, tp: int | None, expert_tp: int | None) -> None:
         self.checkpoint, self.engine, self.tp, self.expert_tp = checkpoint, engine, tp, expert_tp
         self.version, self.label = c.parse_version(version), f"{c.ENGINES[engine].label} {version}"
-        self.config = checkpoint.text.get("quantization_config") or {}
-        self.prefix = c.ENGINES[engine].text_prefix if checkpoint.towers else ""
+        self.declared = Declared(checkpoint, c.ENGINES[engine].text_prefix if checkpoint.towers else "")
+        self.config = self.declared.config
 
     def problems(self) -> Iterator[Problem]:
         yield from self._mixtures()
@@ -182,7 +178,7 @@ class _Check:
     def _declared(self) -> Iterator[Problem]:
         if self.engine == c.TRANSFORMERS and self.checkpoint.container != COMPRESSED_TENSORS:
             return
-        algos = {self._algo(f"model.layers.{layer}.mlp.experts") for layer in self.checkpoint.experts}
+        algos = {self.declared.algo(f"model.layers.{layer}.mlp.experts") for layer in self.checkpoint.experts}
         if "NVFP4" in algos and not self.checkpoint.input_scales:
             yield Problem(
                 WARNING,
@@ -196,7 +192,8 @@ class _Check:
             module = f"model.layers.{layer}.mlp.experts"
             if len(forms) != 1:
                 continue  # told already
-            found = [self._declared_form(expert_module(layer, 0, projection), module) for projection in PROJECTIONS]
+            names = (expert_module(layer, 0, projection) for projection in PROJECTIONS)
+            found = [self.declared.expert_form(name, module) for name in names]
             if len(set(found)) > 1:
                 yield Problem(
                     c.REFUSED,
@@ -206,44 +203,6 @@ class _Check:
                 )
             elif found[0] != forms[0]:
                 yield self._contradiction(layer, found[0], forms[0])
-
-    def _declared_form(self, name: str, module: str) -> Stored:
-        """What the engine will make of a layer's experts."""
-        if self.checkpoint.container == MODELOPT:
-            algo = self._algo(module)
-            return Stored(c.MO_NVFP4, 16) if algo in ("NVFP4", "W4A16_NVFP4") else Stored(algo or c.BF16)
-        if self.checkpoint.container != COMPRESSED_TENSORS:
-            ignored = module in (self.config.get("ignored_layers") or [])
-            if ignored or not self.config:
-                return Stored(c.BF16)
-            return Stored(c.NATIVE_MXFP4, 32) if self.config.get("store_dtype") == "mxfp4" else Stored(c.FP8)
-        if self._matches(self.config.get("ignore"), name):
-            return Stored(c.BF16)
-        for group in (self.config.get("config_groups") or {}).values():
-            if self._matches(group.get("targets"), name):
-                return _group_form(group.get("weights") or {})
-        return Stored(c.BF16)
-
-    def _algo(self, module: str) -> str | None:
-        """What a ModelOpt config has for a module; None: nothing, so it is left in bf16."""
-        ignore = self.config.get("ignore") or self.config.get("exclude_modules") or ()
-        if self.checkpoint.container != MODELOPT or any(fnmatch(module, pattern) for pattern in ignore):
-            return None
-        algo = str(self.config.get("quant_algo")).upper()
-        return self._quantized_layers.get(module) if algo == "MIXED_PRECISION" else algo
-
-    @cached_property
-    def _quantized_layers(self) -> dict[str, str]:
-        """Module → its own entry, else the first one of a module inside it."""
-        named: dict[str, str] = {}
-        layers = self.config.get("quantized_layers")
-        entries = layers.items() if isinstance(layers, dict) else ()
-        algos = {key: str(entry.get("quant_algo")).upper() for key, entry in entries if isinstance(entry, dict)}
-        for key, algo in algos.items():
-            parts = key.split(".")
-            for end in range(1, len(parts)):
-                named.setdefault(".".join(parts[:end]), algo)
-        return named | algos
 
     def _contradiction(self, layer: int, declared: Stored, stored: Stored) -> Problem:
         said, have = (
@@ -262,7 +221,7 @@ class _Check:
             f"layer {layer}: experts are {have}, quantization_config makes them {said}: {self.label} {then}",
             "load_weights of this family",
             "the patterns in targets and ignore must match names with what the engine puts before them"
-            if self.prefix
+            if self.declared.prefix
             else None,
         )
 
@@ -279,9 +238,9 @@ class _Check:
             fp8 = any(self.checkpoint.linears[part] == "F8_E4M3" for part in parts)
             lookup = parts if self._by_shard(module) else [module]
             ignore = self.config.get("ignore" if compressed else "ignored_layers")
-            ignored = all(self._matches(ignore, name) for name in lookup)
+            ignored = all(self.declared.matches(ignore, name) for name in lookup)
             if compressed:
-                targeted = any(self._targeted(name) for name in lookup)
+                targeted = any(self.declared.targets(name) for name in lookup)
                 if fp8:
                     scaled.append(module)
                 elif not ignored and targeted:
@@ -296,7 +255,7 @@ class _Check:
         """Under ModelOpt they are what `quantized_layers` says of them, or bf16."""
         wrong = []
         for module, parts in self._modules():
-            declared = {self._algo(module), *map(self._algo, parts)} - {None}
+            declared = {self.declared.algo(module), *map(self.declared.algo, parts)} - {None}
             if bool(declared) != any(self.checkpoint.linears[part] == "F8_E4M3" for part in parts):
                 wrong.append(module)
         if wrong:
@@ -355,29 +314,6 @@ class _Check:
             return False
         flash = self.checkpoint.geometry.model_type == "mimo_v2_flash"
         return flash or not module.endswith("qkv_proj")
-
-    def _targeted(self, name: str) -> bool:
-        groups = (self.config.get("config_groups") or {}).values()
-        return any(
-            "Linear" in (group.get("targets") or ()) or self._matches(group.get("targets"), name) for group in groups
-        )
-
-    def _matches(self, patterns: Iterable[str] | None, name: str) -> bool:
-        """As compressed-tensors matches: `re:` patterns from the start of the name as the engine has it, else equal."""
-        prefix = "" if name.startswith("model.mtp.") else self.prefix
-        for pattern in patterns or ():
-            if not pattern.startswith("re:"):
-                if pattern == name:  # engines map plain names to their own
-                    return True
-                continue
-            try:
-                if re.match(pattern[3:], prefix + name):
-                    return True
-            except re.error as error:
-                raise CheckpointError(
-                    f"{self.checkpoint.name}/config.json: quantization_config: {pattern!r} is no pattern ({error})"
-                ) from error
-        return False
 
     # --- how it is started --------------------------------------------------------------------------------------------
 
@@ -492,13 +428,3 @@ def _fused(name: str) -> str:
         "up_proj": "gate_up_proj",
     }.get(last, last)
     return f"{head}.{fused}"
-
-
-def _group_form(weights: dict[str, Any]) -> Stored:
-    """The form that a compressed-tensors group declares."""
-    if weights.get("num_bits") == 8 and weights.get("type") == "float":
-        return Stored(c.FP8)
-    group = weights.get("group_size")
-    if weights.get("type") == "int":
-        return Stored(c.INT4 if weights.get("symmetric", True) else c.INT4_ASYMMETRIC, group)
-    return Stored(c.CT_NVFP4 if weights.get("strategy") == "tensor_group" or group == 16 else c.CT_MXFP4, group)

@@ -20,7 +20,7 @@ class ParallelLayout(TypedDict):
     """Whether an expert is whole on its GPU (expert parallelism); otherwise each is cut over all GPUs."""
 
 
-class Patch(TypedDict):
+class PatchFacts(TypedDict):
     """A change to an engine that serving here once needed."""
 
     what: str
@@ -70,5 +70,5 @@ class LaunchDocument(TypedDict):
     """Lines of the engine's log that say that the right code runs."""
     notes: list[str]
     """What a reader has to know, and what nobody has tried."""
-    patches: list[Patch]
+    patches: list[PatchFacts]
     """Changes to the engine that this kind of GPU once needed."""

@@ -20,7 +20,7 @@ from mimoquant.errors import CheckpointError, UsageError
 from mimoquant.model.drafter import Drafter, open_drafter
 from mimoquant.serving import contracts as c
 from mimoquant.serving.check import Problem, check
-from mimoquant.serving.documents import LaunchDocument, ParallelLayout, Patch
+from mimoquant.serving.documents import LaunchDocument, ParallelLayout, PatchFacts
 from mimoquant.serving.served import Served
 from mimoquant.wording import size
 
@@ -90,7 +90,7 @@ def launch(
         kv_bytes_per_token=kv,
         expect=list(maker.expect()),
         notes=[*(problem.text for problem in problems), *maker.notes(mtp, drafter)],
-        patches=[Patch(what=p.what, not_needed_from=p.since, source=p.source) for p in maker.patches(gpu)],
+        patches=[PatchFacts(what=p.what, not_needed_from=p.since, source=p.source) for p in maker.patches(gpu)],
     )
 
 
