@@ -175,8 +175,8 @@ def _joined(mine: list[DraftScores], count: int, team: Team) -> DraftScores:
     shared = []
     for number in range(count):
         owner, place = number % team.size, number // team.size
-        held = vars(mine[place]) if owner == team.rank else {}
-        shared.append(team.share({name: torch.from_numpy(v) for name, v in held.items()} or None, owner, "cpu"))
+        scores = vars(mine[place]) if owner == team.rank else {}
+        shared.append(team.share({name: torch.from_numpy(v) for name, v in scores.items()} or None, owner, "cpu"))
     return DraftScores(*(np.concatenate([part[name].numpy() for part in shared]) for name in ("acceptance", "match")))
 
 

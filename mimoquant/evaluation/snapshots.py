@@ -114,8 +114,8 @@ class Snapshots:
     def load(self, walk: str, layers: int) -> tuple[int, dict[str, Tensor], Any] | None:
         """The next layer, states and facts of a walk that was begun; None for one that was not."""
         mine = [layer for layer in range(layers) if self._unit(walk, layer) in self.run.finished]
-        held = self.team.gather(mine)
-        both = set.intersection(*map(set, held))
+        of_ranks = self.team.gather(mine)
+        both = set.intersection(*map(set, of_ranks))
         if not both:
             return None
         layer = max(both)

@@ -88,8 +88,8 @@ class LayerOptions:
         return self._decoded(step, parts, option)
 
     def _decoded(self, step: Experts, parts: dict[str, dict[str, Any]], fmt: Format) -> ExpertChunk:
-        held = {p: stored_parts(parts[p], fmt, self.source.device) for p in PROJECTIONS}
-        return decoded_chunk(step.begin, held, fmt)
+        stored = {p: stored_parts(parts[p], fmt, self.source.device) for p in PROJECTIONS}
+        return decoded_chunk(step.begin, stored, fmt)
 
     def end(self) -> None:
         """A layer is left."""

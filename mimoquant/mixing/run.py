@@ -217,8 +217,8 @@ class Walks:
         return out
 
     def _trial(self, name: str, choice: Sequence[int]) -> Trial:
-        held = self.mixtures.named(choice)
-        return Trial(name, tuple(held[n].fmt if n in held else None for n in range(self.geometry.layers)))
+        options = self.mixtures.named(choice)
+        return Trial(name, tuple(options[n].fmt if n in options else None for n in range(self.geometry.layers)))
 
     def _walk(self, name: str, plan: Plan, lanes: list[Lane]) -> tuple[Floats, Floats]:
         """J [trials, sequences] of both halves. A walk that was begun is taken up where it was left."""
@@ -266,12 +266,12 @@ class Walks:
     ) -> int:
         source.restore(states)
         for number, (lane, (passed, probes)) in enumerate(zip(lanes, facts, strict=True)):
-            held = {
+            own = {
                 key.removeprefix(f"lane {number} "): values
                 for key, values in states.items()
                 if key.startswith(f"lane {number} ")
             }
-            lane.restore(source, layers, held)
+            lane.restore(source, layers, own)
             lane.passed, lane.probes = passed, [Probe(**one) for one in probes]
         return layers
 

@@ -67,8 +67,8 @@ def expert_bytes(plan: Plan, layer: int, expert: int) -> int:
 
 
 def _tokens(plan: Plan) -> int:
-    held = plan.recipe.calibration
-    return held.sequences * held.tokens if held else 0
+    calibration = plan.recipe.calibration
+    return calibration.sequences * calibration.tokens if calibration else 0
 
 
 def token_bytes(plan: Plan, ranks: int) -> tuple[int, int]:
@@ -86,8 +86,8 @@ def _method_bytes(plan: Plan, experts: int) -> int:
 
 def _refine_bytes(plan: Plan, experts: int, device: str) -> int:
     """A chunk, its Gram matrices and, of the experts that are refined together, what they hold and their tokens."""
-    held, geometry = plan.recipe.calibration, plan.layout.geometry
-    if held is None or not held.reconstruct:
+    calibration, geometry = plan.recipe.calibration, plan.layout.geometry
+    if calibration is None or not calibration.reconstruct:
         return 0
     width, inner = geometry.hidden, geometry.expert_intermediate
     most = max(WALKED_TOKENS[device], WALKED_MOST)
@@ -150,16 +150,16 @@ def too_little(plan: Plan, short: tuple[str, int, int], hint: str) -> UsageError
 
 def _what_would_fit(plan: Plan, device: str, ranks: int, has: Machine) -> str:
     """Fewer tokens, if there is a number of them that fits."""
-    held = plan.recipe.calibration
-    if held is None:
+    calibration = plan.recipe.calibration
+    if calibration is None:
         return "a machine with more memory would fit"
 
     def wanted(sequences: int) -> Needs:
-        fewer = replace(held, sequences=sequences)
+        fewer = replace(calibration, sequences=sequences)
         return needs(replace(plan, recipe=replace(plan.recipe, calibration=fewer)), device, ranks)
 
     otherwise = "take fewer --tokens a sequence, a machine with more memory, or a recipe that does not calibrate"
-    return fewer_sequences(held.sequences, wanted, has) or otherwise
+    return fewer_sequences(calibration.sequences, wanted, has) or otherwise
 
 
 def fewer_sequences(sequences: int, wanted: Callable[[int], Needs], has: Machine, least: int = 1) -> str | None:

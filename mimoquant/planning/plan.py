@@ -172,14 +172,14 @@ def _resolve_layers(layout: ModelLayout, recipe: Recipe) -> tuple[dict[int, Form
 
 
 def _check_reconstruction(recipe: Recipe, formats: dict[int, Format]) -> None:
-    held = recipe.calibration
-    strange = sorted(set(held.reconstruct_layers) - formats.keys()) if held else []
+    calibration = recipe.calibration
+    strange = sorted(set(calibration.reconstruct_layers) - formats.keys()) if calibration else []
     if strange:
         raise RecipeError(
             f"recipe {recipe.name}: layer {strange[0]} cannot be refined, it is not quantized",
             hint=f"quantized are {ranges(formats)}",
         )
-    if held and held.reconstruct_layers and not held.reconstruct:
+    if calibration and calibration.reconstruct_layers and not calibration.reconstruct:
         raise RecipeError(f"recipe {recipe.name}: layers to refine are named, and no rounds", hint="add --refine 1")
 
 
@@ -306,8 +306,11 @@ def _notes(layout: ModelLayout, recipe: Recipe, container: str, carve_outs: dict
     if layout.unknown:
         notes.append(f"{len(layout.unknown)} unknown tensors are copied as they are, first {layout.unknown[0]}")
     if recipe.calibration is not None:
-        held = recipe.calibration
-        notes.append(f"calibrates on {', '.join(held.data)}: {held.sequences} sequences of {held.tokens} tokens")
+        calibration = recipe.calibration
+        notes.append(
+            f"calibrates on {', '.join(calibration.data)}: {calibration.sequences} sequences of "
+            f"{calibration.tokens} tokens"
+        )
     if recipe.real_fold and any(map(recipe.folds_norm, geometry.moe_layers)):
         notes.append("fold exact-real rounds norms and routers anew, so a few tokens may go to other experts")
     return notes

@@ -386,7 +386,7 @@ def test_quiet_leaves_errors_and_hints(tmp_path: Path) -> None:
 def test_a_terminal_of_any_width_gets_a_bar(columns: int, colour: bool) -> None:
     """In a pseudo-terminal: no line is wider than it, and with NO_COLOR nothing is coloured."""
     code = (
-        "import sys, time; from types import SimpleNamespace as N; from mimoquant.progress import Progress\n"
+        "import sys, time; from types import SimpleNamespace as N; from mimoquant.cli.terminal import Progress\n"
         "unit = N(name='layer 17'); made = N(recipe=N(calibrated=False), units=[unit], shard_bytes=3 * 10**9)\n"
         "with Progress(made, timeline=N(bound=('computing', 1))) as bar:\n"
         " bar.advance(unit, 10**9, False); time.sleep(.2); bar.advance(unit, 3 * 10**9, True)"
