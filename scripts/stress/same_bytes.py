@@ -7,8 +7,8 @@ usage: PYTHONPATH=BEFORE scripts/stress/same_bytes.py [SOURCE ...] [--device cpu
 Key idea: the program is called as a user calls it, `python -m mimoquant`, so PYTHONPATH says which checkout is asked.
 Quantizes the micro checkpoint and each SOURCE by each shipped recipe (those that calibrate on few tokens), then keeps
 the sha256 of each file, and what inspect, plan, quantize, verify and eval-kl print with --json. A refusal is kept as
-its sentence. Left out are times, versions, what the machine is, and the folders' own paths. One thread a process, so
-that sums of float32 come in one order. Exits with 1 where anything differs, and says what.
+its sentence. Left out are times, versions, what the machine is and has free, and the folders' own paths. One thread a
+process, so that sums of float32 come in one order. Exits with 1 where anything differs, and says what.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-LEFT_OUT = {"version", "versions", "machine", "host", "devices", "disk_free_bytes", "seconds", "elapsed", "rate"}
+LEFT_OUT = {"version", "versions", "machine", "disk_free_bytes", "peak_rss_bytes", "bound_by"}
 CALIBRATION = ("--sequences", "8", "--tokens", "64")
 HELD_OUT = ("--sequences", "2", "--tokens", "32")
 
@@ -43,8 +43,10 @@ class Program:
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True)
         if done.returncode in (0, 5):
             return self.plain(json.loads(done.stdout))
-        said = [line for line in done.stderr.splitlines() if line.startswith(("error:", "hint:", "Error"))]
-        return self.plain({"exit_code": done.returncode, "said": said or done.stderr.splitlines()[-3:]})
+        if done.returncode == 1:  # a bug, of the program or of its environment: nothing to compare with
+            sys.exit(f"{' '.join(command)}\n{done.stderr}")
+        said = [line for line in done.stderr.splitlines() if line.startswith(("error:", "hint:"))]
+        return self.plain({"exit_code": done.returncode, "said": said})
 
     def plain(self, value: Any) -> Any:
         if isinstance(value, dict):
@@ -65,8 +67,8 @@ class Program:
 
 def of_recipe(program: Program, label: str, source: Path, recipe: str, out: Path) -> Iterator[tuple[str, Any]]:
     """(name, document or sha256) of all that one recipe makes of one source."""
-    name, device = f"{label} {recipe}", ("--device", program.device)
-    calibrates = recipe.startswith(("gptq", "awq"))
+    name, device = f"{label} {Path(recipe).stem}", ("--device", program.device)
+    calibrates = Path(recipe).stem.startswith(("gptq", "awq"))
     making = ("-r", recipe, *device, *(CALIBRATION if calibrates else ()))
     yield f"{name} plan", program.ask("plan", str(source), *making)
     yield f"{name} quantize", program.ask("quantize", str(source), *making, "--out", str(out))
@@ -94,6 +96,7 @@ def main() -> None:
     parser.add_argument("sources", nargs="*", type=Path)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--jobs", type=int, default=2, help="Recipes at once.")
+    parser.add_argument("--recipe", action="append", default=[], help="A recipe file, beside the shipped ones.")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--against", type=Path)
     options = parser.parse_args()
@@ -107,8 +110,8 @@ def main() -> None:
         runs = []
         for label, source in sources.items():
             found[f"{label} inspect"] = program.ask("inspect", str(source))
-            for recipe in program.evaluate("list(mimoquant.shipped.shipped_recipes())"):
-                out = Path(work) / f"{label}-{recipe}"
+            for recipe in [*program.evaluate("list(mimoquant.shipped.shipped_recipes())"), *options.recipe]:
+                out = Path(work) / f"{label}-{Path(recipe).stem}"
                 runs.append(pool.submit(lambda *run: dict(of_recipe(program, *run)), label, source, recipe, out))
         for run in runs:
             found |= run.result()
