@@ -78,7 +78,8 @@ def visible(text: object) -> str:
         hidden = unicodedata.category(char) in HIDDEN or (char.isspace() and char != " ")
         return {"\n": "↵", "\t": "⇥"}.get(char, f"‹U+{ord(char):04X}›") if hidden else char
 
-    return "".join(map(sign, str(text)))
+    plain = str(text)
+    return plain if plain.isprintable() else "".join(map(sign, plain))  # pages have tens of thousands of short texts
 
 
 def percent(share: float | None) -> str:

@@ -297,6 +297,7 @@ def test_importing_the_command_line_loads_nothing_heavy() -> None:
         "torch",
         "numpy",
         "yaml",
+        "jinja2",
         "numba",
         "llvmlite",
         "transformers",

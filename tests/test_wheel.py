@@ -57,6 +57,8 @@ def test_the_wheel_holds_the_data_that_verbs_read(wheel: Path) -> None:
         files = (path.relative_to(REPOSITORY) for path in (REPOSITORY / folder).rglob("*") if path.is_file())
         assert {f"mimoquant/{path.as_posix()}" for path in files} <= set(names)
     assert "mimoquant/py.typed" in names and "mimoquant/micro/config.json" in names
+    templates = {path.name for path in (REPOSITORY / "mimoquant/report/templates").iterdir()}
+    assert templates and {f"mimoquant/report/templates/{name}" for name in templates} <= set(names)
     assert not [name for name in names if name.startswith(("tests/", "scripts/"))]
 
 

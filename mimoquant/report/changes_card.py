@@ -11,35 +11,36 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from markupsafe import Markup
 
-from mimoquant.report.coverage_page import map_style, tokens_card
-from mimoquant.report.drawing import card, escaped, note, tag
+from mimoquant.report.coverage_page import map_style, tokens_map
+from mimoquant.report.page import render
 from mimoquant.wording import layers_of_formats, size
 
 KEPT = "attention, {}embeddings, lm_head, MTP layers, vision and audio towers have the source's values"
 FOLDED = "; norms and routers of {} layers are scaled against each other"
 
 
-def changes_part(candidate: Path) -> tuple[str, str]:
-    """(styles, cards) for `report_page.eval_page`; empty where there is nothing to say."""
+def changes_part(candidate: Path) -> tuple[Markup, Markup]:
+    """(styles, cards) for `eval_page.eval_page`; empty where there is nothing to say."""
     try:
         report = json.loads((candidate / "report.json").read_text(encoding="utf-8"))
         recipe = yaml.safe_load((candidate / "recipe.yaml").read_text(encoding="utf-8"))
         provenance, layers = recipe["mimoquant"]["provenance"], report["calibration"] or {}
-        cards = [_changes_card(report, provenance), *([tokens_card(layers)] if layers else [])]
-        return map_style(layers) if layers else "", "\n".join(cards)
+        changes, tokens = _changes(report, provenance), tokens_map(layers) if layers else None
+        return map_style(layers) if layers else Markup(), render("changes.html", changes=changes, tokens=tokens)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError):
-        return "", ""
+        return Markup(), Markup()
 
 
-def _changes_card(report: dict[str, Any], provenance: dict[str, Any]) -> str:
+def _changes(report: dict[str, Any], provenance: dict[str, Any]) -> list[tuple[str, str]]:
     formats = layers_of_formats(report["formats"])
     kept = ", ".join(f"those of layer {layer} in {kind}" for layer, kind in report["carve_outs"].items())
     fallbacks = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in report["fallbacks"].items())
     calibration = provenance.get("calibration")
     folded = sum("topk_changed" in facts for facts in (report["calibration"] or {}).values())
     unchanged = KEPT.format("" if folded else "router, norms, ") + (FOLDED.format(folded) if folded else "")
-    parts = [
+    return [
         ("changed", f"routed experts: {formats} ({report['method']}, scales by {report['scale_search']})"),
         ("not changed", unchanged + (f"; experts kept: {kept}" if kept else "")),
         ("container", report["container"]),
@@ -50,6 +51,3 @@ def _changes_card(report: dict[str, Any], provenance: dict[str, Any]) -> str:
         ("source headers", f"sha256 {provenance['source_headers_sha256']}"),
         *([("calibrated on", f"{calibration['name']}, sha256 {calibration['tokens_sha256']}")] if calibration else []),
     ]
-    lines = [tag("div", tag("dt", escaped(name)), tag("dd", escaped(text))) for name, text in parts]
-    said = note("As the checkpoint's own report.json and recipe.yaml say; mimoquant verify proves it.")
-    return card("What was changed and what was not", said, tag("dl", *lines, class_="about"), kind="wide")

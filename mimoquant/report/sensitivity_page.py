@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import itertools
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from mimoquant.report.drawing import CSS, Axis, Scale, across, card, escaped, line, note, plot, tag, write
+from markupsafe import Markup
+
+from mimoquant.report.drawing import Axis, Scale, across, line, plot, tag, write
+from mimoquant.report.page import render
 from mimoquant.wording import WIDTH, interval, many, number, percent, size, table, visible
 
 if TYPE_CHECKING:
@@ -22,16 +25,6 @@ HEIGHT = 220  # pixels of a plot
 ENDS: tuple[Literal["low", "high"], ...] = ("low", "high")  # of an interval
 NAMED = 5  # experts named beside a layer, at most
 REFINED = 3  # layers named for `quantize --refine`, which takes time and no bytes
-
-# a mark and its key in the legend share a class, which is its colour
-PAGE_CSS = """
-.alone,.o0,.path{color:var(--bar)}.gain,.o1,.carved{color:var(--other)}.o2,.uniform{color:var(--good)}
-.chosen{color:var(--bad)}.o3{color:#7a3fb0}.o4{color:#8a8f98}@media screen and (prefers-color-scheme:dark){
-.o3{color:#c79bf2}}.plot :is(rect,circle){fill:currentColor}.plot .uniform{fill:var(--card);stroke:currentColor;
-stroke-width:2}.plot .chosen{stroke:var(--ink);stroke-width:1.5}.path{stroke:currentColor;stroke-width:2}
-.whisker{stroke:var(--ink);stroke-width:1.2}.entry{margin-right:1rem}.key{display:inline-block;width:12px;height:12px;
-margin-right:.3rem;vertical-align:-1px;background:currentColor;print-color-adjust:exact}
-"""
 
 
 def ranked(facts: SensitivityDocument) -> list[SensitivityLayer]:
@@ -158,13 +151,7 @@ def _estimate(part: JEstimate) -> str:
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
-def legend(entries: Iterable[tuple[str, str]]) -> str:
-    """One key a style. An entry breaks between words, not between key and name."""
-    keys = [tag("span", tag("span", class_=f"key {style}"), escaped(name), class_="entry") for style, name in entries]
-    return tag("p", *keys, class_="note")
-
-
-def columns(layers: Sequence[SensitivityLayer], series: Sequence[tuple[str, list[JEstimate]]], label: str) -> str:
+def columns(layers: Sequence[SensitivityLayer], series: Sequence[tuple[str, list[JEstimate]]], label: str) -> Markup:
     """Groups of columns with whiskers, one group a layer. `series`: (style, an estimate for each layer)."""
     y = Scale.linear(value for _, row in series for estimate in row for value in (estimate["mean"], estimate["high"]))
     count, wide, out = len(layers), 0.8 / len(layers) / len(series), []
@@ -173,7 +160,7 @@ def columns(layers: Sequence[SensitivityLayer], series: Sequence[tuple[str, list
             left, estimate = (i + 0.1) / count + k * wide, row[i]
             tall = max(y.at(estimate["mean"]) * HEIGHT, 1.0 if estimate["mean"] > 0 else 0.0)
             marks = [
-                tag("title", escaped(f"layer {layer['layer']}: {number(estimate['mean'])} ({interval(estimate)})")),
+                tag("title", f"layer {layer['layer']}: {number(estimate['mean'])} ({interval(estimate)})"),
                 tag("rect", x=across(left), width=across(wide * 0.9), y=HEIGHT - tall, height=tall, class_=style),
             ]
             ends = [HEIGHT * (1 - y.at(estimate[end])) for end in ENDS]
@@ -184,43 +171,41 @@ def columns(layers: Sequence[SensitivityLayer], series: Sequence[tuple[str, list
     return plot(HEIGHT, out, label, x, y.axis("J, nats per token"))
 
 
-def layers_card(facts: SensitivityDocument) -> str:
+def layers_plot(facts: SensitivityDocument) -> Markup:
     layers = facts["layers"]
     series = [("alone", [of["alone"] for of in layers]), ("gain", [of["gain"] for of in layers])]
-    drawn = columns(layers, series, "J by layer")
-    key = legend((("alone", "only this layer quantized"), ("gain", "what restoring this layer alone takes off")))
-    return card("What each layer costs", key, drawn, kind="wide")
+    return columns(layers, series, "J by layer")
 
 
 def _times(part: JEstimate, factor: float) -> JEstimate:
     return {"mean": part["mean"] * factor, "low": part["low"] * factor, "high": part["high"] * factor}
 
 
-def options_card(facts: SensitivityDocument) -> str:
+def shown_options(facts: SensitivityDocument) -> list[tuple[int, str]]:
+    """(index, name) of the options that leave an error anywhere."""
     layers = facts["layers"]
-    shown = [(k, name) for k, name in enumerate(facts["options"]) if any(of["options"][k]["ratio"] for of in layers)]
-    series = []
-    for place, (k, _) in enumerate(shown):
+    return [(k, name) for k, name in enumerate(facts["options"]) if any(of["options"][k]["ratio"] for of in layers)]
+
+
+def options_plot(facts: SensitivityDocument) -> Markup:
+    layers, series = facts["layers"], []
+    for place, (k, _) in enumerate(shown_options(facts)):
         scaled = [_times(of["contribution"], of["options"][k]["ratio"]) for of in layers]
         series.append((f"o{place}", scaled))
-    said = note(
-        "Predicted: a layer's share of J, times the option's error on the layer's output over that of "
-        f"{facts['options'][0]}. What is kept as fp8 or bf16 has the source's weights and contributes nothing."
-    )
-    head = tag("tr", *(tag("th", escaped(name)) for name in ("layer", "chosen", *(name for _, name in shown))))
+    return columns(layers, series, "J by layer and option")
+
+
+def options_rows(facts: SensitivityDocument) -> list[tuple[str, ...]]:
+    """A row a layer: its number, what was chosen, what each option would leave."""
     rows = []
-    for of in layers:
-        cells = [f"{number(of['options'][k]['predicted'], 3)} in {size(of['options'][k]['bytes'])}" for k, _ in shown]
-        cells = [str(of["layer"]), facts["chosen"]["options"][str(of["layer"])], *cells]
-        rows.append(tag("tr", *(tag("td", escaped(cell)) for cell in cells)))
-    numbers = tag("div", tag("table", tag("thead", head), tag("tbody", *rows)), class_="numbers")
-    key = legend((f"o{place}", name) for place, (_, name) in enumerate(shown))
-    return card(
-        "What each option leaves", said, key, columns(layers, series, "J by layer and option"), numbers, kind="wide"
-    )
+    for of in facts["layers"]:
+        options = [of["options"][k] for k, _ in shown_options(facts)]
+        cells = (f"{number(option['predicted'], 3)} in {size(option['bytes'])}" for option in options)
+        rows.append((str(of["layer"]), facts["chosen"]["options"][str(of["layer"])], *cells))
+    return rows
 
 
-def frontier_card(facts: SensitivityDocument) -> str:
+def frontier_plot(facts: SensitivityDocument) -> Markup:
     """Bytes across, J upward."""
     points = [(point["bytes"], point["predicted"]) for point in facts["frontier"]]
     uniform = [(float(of["bytes"]), of["predicted"], of["option"]) for of in facts["uniform"]]
@@ -240,44 +225,25 @@ def frontier_card(facts: SensitivityDocument) -> str:
         for at, j, name in dots:
             if at <= x.high:
                 across_at, up = place(at, j)
-                title = tag("title", escaped(f"{name}: J {number(j)} in {size(int(at))}"))
+                title = tag("title", f"{name}: J {number(j)} in {size(int(at))}")
                 marks.append(tag("g", title, tag("circle", cx=across(across_at), cy=up, r=4.5, class_=style)))
                 if style == "uniform":
                     side = ("name", 6) if across_at < 0.85 else ("name end", -6)  # towards the middle
                     marks.append(write(across_at, up - 9, name, *side))
     at, up = place(float(chosen["bytes"]), chosen["measured"]["mean"])
     ends = [HEIGHT * (1 - y.at(chosen["measured"][end])) for end in ENDS]
-    title = tag(
-        "title", escaped(f"chosen: J {number(chosen['measured']['mean'])} in {size(chosen['bytes'])}, measured")
-    )
+    title = tag("title", f"chosen: J {number(chosen['measured']['mean'])} in {size(chosen['bytes'])}, measured")
     marks += [
         line(at, ends[0], at, ends[1], "whisker"),
         tag("g", title, tag("circle", cx=across(at), cy=up, r=6.0, class_="chosen")),
     ]
     ticks = [(k / 4, size(int(x.low + (x.high - x.low) * k / 4))) for k in range(5)]
-    drawn = plot(HEIGHT, marks, "J over bytes", ("size of the checkpoint", ticks), y.axis("J, nats per token"))
-    named = (
-        ("path", "best mixtures, predicted"),
-        ("uniform", "one format everywhere, predicted (the first measured)"),
-        ("carved", "one layer in bf16, measured"),
-        ("chosen", "chosen, measured"),
-    )
-    return card("J and bytes", legend(named), drawn, kind="wide")
+    return plot(HEIGHT, marks, "J over bytes", ("size of the checkpoint", ticks), y.axis("J, nats per token"))
 
 
-def experts_card(facts: SensitivityDocument) -> str:
+def experts_rows(facts: SensitivityDocument) -> list[tuple[str, ...]]:
     """Experts by layer, so that one that quantizing ruins is not taken for a sensitive layer."""
-    head = (
-        "layer",
-        "relMSE median",
-        "worst",
-        "its expert",
-        "largest |output|",
-        "its expert",
-        "token share",
-        "to look at",
-    )
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for of in facts["layers"]:
         experts = of["experts"]
         relmse = [value if value is not None else -1.0 for value in experts["relmse"]]
@@ -293,41 +259,28 @@ def experts_card(facts: SensitivityDocument) -> str:
             f"{percent(min(share))} to {percent(max(share))}",
             remarks(of) or "none",
         )
-        rows.append(tag("tr", *(tag("td", escaped(cell)) for cell in cells)))
-    said = note(
-        "relMSE: squared error of an expert's output over its square, in the first option, on the tokens that "
-        "are routed to it. An expert far above its layer's median wants another method, not more bytes. Huge "
-        "outputs are a trait of the model: such experts carry massive activations."
-    )
-    top = tag("thead", tag("tr", *(tag("th", escaped(name)) for name in head)))
-    return card("Experts", said, tag("div", tag("table", top, tag("tbody", *rows)), class_="numbers"), kind="wide")
-
-
-def about_card(facts: SensitivityDocument) -> str:
-    parts = [tag("div", tag("dt", escaped(name)), tag("dd", escaped(value))) for name, value in origin(facts)]
-    defined = (
-        "J = (KL(p‖q) + KL(q‖p)) / 2, nats per token, full vocabulary; p is the source, q with some layers quantized. "
-        "Intervals: 95 %, bootstrap over sequences. Forks of the clean model see one half of the sequences, forks of "
-        "the quantized one the other; a layer's share is the mean of both, scaled so that shares add up to J."
-    )
-    text = tag("details", tag("summary", "All figures as text"), tag("pre", escaped_lines(sensitivity_text(facts))))
-    return card("What was measured", note(defined), tag("dl", *parts, class_="about"), text, kind="wide")
-
-
-def escaped_lines(text: str) -> str:
-    return "\n".join(escaped(part) for part in text.split("\n"))
+        rows.append(cells)
+    return rows
 
 
 def sensitivity_page(facts: SensitivityDocument) -> str:
     """The HTML page of one run; `facts` is what `sensitivity --json` prints."""
-    title = escaped(f"sensitivity: {facts['source']}, {facts['recipe']}")
-    said = [
-        tag("p", tag("strong", "CHOSEN"), " " + escaped(verdict(facts))),
-        tag("p", escaped(agreement(facts).capitalize())),
-    ]
-    top = tag("section", *said, class_="card verdict")
-    cards = [part(facts) for part in (frontier_card, layers_card, options_card, experts_card, about_card)]
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
-    body = f"<h1>{title}</h1>\n<main>{top}{tag('div', *cards, class_='cards')}</main>"
-    style = f"<style>{CSS}{PAGE_CSS}</style>"
-    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}{style}</head>\n<body>{body}</body></html>\n'
+    options = [name for _, name in shown_options(facts)]
+    return str(
+        render(
+            "sensitivity.html",
+            title=f"sensitivity: {facts['source']}, {facts['recipe']}",
+            verdict=verdict(facts),
+            agreement=agreement(facts).capitalize(),
+            frontier_plot=frontier_plot(facts),
+            layers_plot=layers_plot(facts),
+            first_option=facts["options"][0],
+            options=options,
+            options_keys=[(f"o{place}", name) for place, name in enumerate(options)],
+            options_plot=options_plot(facts),
+            options_rows=options_rows(facts),
+            experts_rows=experts_rows(facts),
+            origin=origin(facts),
+            text=sensitivity_text(facts),
+        )
+    )

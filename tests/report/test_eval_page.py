@@ -17,7 +17,7 @@ from mimoquant.report.coverage_page import map_style
 from mimoquant.report.drawing import Scale
 from mimoquant.report.eval_page import eval_page
 from mimoquant.report.eval_text import eval_text
-from mimoquant.report.sensitivity_page import PAGE_CSS
+from mimoquant.report.page import render
 from mimoquant.wording import number, percent, visible
 
 Facts = dict[str, Any]
@@ -229,7 +229,7 @@ def test_the_page_fetches_and_runs_nothing(facts: Facts) -> None:
 def test_paper_is_white_and_upright_and_keeps_the_colours_that_mean_something() -> None:
     """What a browser would leave out or turn on paper. How pages break was looked at in Chromium; no test sees that."""
     maps = map_style({"layer 1": {"tokens": [3, 4]}})
-    style = Reader(eval_page(facts_of(), (maps, ""))).text("style") + PAGE_CSS
+    style = Reader(eval_page(facts_of(), (maps, ""))).text("style") + render("sensitivity.css")
     dark = re.findall(r"@media([^{]*)prefers-color-scheme:dark", style)
     assert dark and all("screen and" in condition for condition in dark)
     assert "landscape" not in style
