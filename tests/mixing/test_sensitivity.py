@@ -38,8 +38,6 @@ from mimoquant.mixing.choose import Chooser
 from mimoquant.mixing.layer_options import CalibratedOptions
 from mimoquant.mixing.mixtures import Mixtures
 from mimoquant.mixing.needs import (
-    SEQUENCES,
-    TOKENS,
     Forks,
     fork_needs,
     fork_refusal,
@@ -53,6 +51,7 @@ from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import load_recipe, parse_recipe
 from mimoquant.quant.formats import Format
 from mimoquant.report.sensitivity_page import ranked, sensitivity_page, sensitivity_text
+from mimoquant.shipped import HELD_OUT_TOKENS, SENSITIVITY_SEQUENCES
 
 RECIPE = "int4-g128-mse"
 GPTQ = r"""
@@ -387,7 +386,7 @@ def test_what_cannot_fit_is_refused_with_a_number_of_sequences_that_would() -> N
 def test_a_machine_that_is_too_small_is_refused_before_anything_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mimoquant.machine.memory.machine", lambda *told: Machine(10**7, 10**7))
+    monkeypatch.setattr("mimoquant.assembly.mixing.machine", lambda *told: Machine(10**7, 10**7))
     out = tmp_path / "r.yaml"
     done = call(MICRO, "-r", RECIPE, "-o", out, "--sequences", 8, "--tokens", 32, "--device", "cpu")
     assert done.exit_code == 2 and "GB of memory, here are 0.01 GB" in done.stderr, done.output
@@ -410,12 +409,15 @@ def test_ranks_need_less_each() -> None:
 def test_plan_tells_what_a_run_will_need() -> None:
     """On the tokens that the verb takes by itself, for recipes that it takes."""
     told = mimoquant.plan(MICRO, RECIPE, device="cpu")
-    wants = fork_needs(Forks(mixtures().plan, 3, SEQUENCES * TOKENS))
+    wants = fork_needs(Forks(mixtures().plan, 3, SENSITIVITY_SEQUENCES * HELD_OUT_TOKENS))
     assert told["sensitivity"]["host_memory_bytes"] == wants.host_bytes > told["host_memory_bytes"]
     shown = CliRunner().invoke(app, ["plan", str(MICRO), "-r", RECIPE, "--device", "cpu"]).stdout
-    assert f"{told['sensitivity']['forward_passes']:.1f} forward passes of {SEQUENCES * TOKENS} tokens" in shown
+    assert (
+        f"{told['sensitivity']['forward_passes']:.1f} forward passes of {SENSITIVITY_SEQUENCES * HELD_OUT_TOKENS} tokens"
+        in shown
+    )
     given = inspect.signature(mimoquant.sensitivity).parameters
-    assert (given["sequences"].default, given["tokens"].default) == (SEQUENCES, TOKENS)
+    assert (given["sequences"].default, given["tokens"].default) == (SENSITIVITY_SEQUENCES, HELD_OUT_TOKENS)
     mixed = mixtures().planned([1, 0, 0, 0]).recipe.resolved("compressed-tensors")
     assert sensitivity_facts(make_plan(MICRO, parse_recipe(yaml.safe_dump(mixed), "mixed")), "cpu") is None
 
@@ -510,7 +512,7 @@ mimoquant: {calibration: {sequences: 8, tokens: 32}}
 
 def test_a_target_out_of_reach_keeps_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where measurements stay above the target, no recipe is written, and another limit can go on."""
-    monkeypatch.setattr(module, "ROUNDS", 0)
+    monkeypatch.setattr("mimoquant.mixing.choose.ROUNDS", 0)
     held, tokens, out = mixtures(), held_out(8, 32), tmp_path / "r.yaml"
     facts = sensitivity(held, tokens, tmp_path / "all.yaml")
     low = 0.6 * facts["j"]["mean"]
