@@ -412,10 +412,8 @@ def test_plan_tells_what_a_run_will_need() -> None:
     wants = fork_needs(Forks(mixtures().plan, 3, SENSITIVITY_SEQUENCES * HELD_OUT_TOKENS))
     assert told["sensitivity"]["host_memory_bytes"] == wants.host_bytes > told["host_memory_bytes"]
     shown = CliRunner().invoke(app, ["plan", str(MICRO), "-r", RECIPE, "--device", "cpu"]).stdout
-    assert (
-        f"{told['sensitivity']['forward_passes']:.1f} forward passes of {SENSITIVITY_SEQUENCES * HELD_OUT_TOKENS} tokens"
-        in shown
-    )
+    tokens = SENSITIVITY_SEQUENCES * HELD_OUT_TOKENS
+    assert f"{told['sensitivity']['forward_passes']:.1f} forward passes of {tokens} tokens" in shown
     given = inspect.signature(mimoquant.sensitivity).parameters
     assert (given["sequences"].default, given["tokens"].default) == (SENSITIVITY_SEQUENCES, HELD_OUT_TOKENS)
     mixed = mixtures().planned([1, 0, 0, 0]).recipe.resolved("compressed-tensors")
