@@ -1,11 +1,17 @@
 #!/usr/bin/env python
-"""Does vLLM on this machine's GPUs answer with our numbers? Every container, real head sizes, TP 1 and more.
+"""Does vLLM or SGLang on this machine's GPU answer with our numbers? Every container, real head sizes, drafts, server.
 
-Writes random checkpoints with 192/128 heads in Flash's layout (split q, k, v in bf16) and in Pro's (FP8, fused), has
-them quantized, asks vLLM for the log-probabilities of whole prompts, and holds them against our float32 forward of the
-same output. The row of an output that was not quantized tells the noise of bf16. Prints which kernels vLLM names.
+Writes random checkpoints with 192/128 heads in Flash's layout (split q, k, v in bf16) and in that of V2.5 and Pro (FP8,
+fused), has them quantized, asks the engine for the log-probabilities of whole prompts, and holds them against our
+float32 forward of the same output. Rows of drafts and of a server use the micro checkpoint, whose heads are padded to
+128. Prints which kernels the engine names.
 
-usage: scripts/judge_gpu.py [--work DIR] [--tp 1 2] [--only TEXT...]          with vLLM in the same environment
+usage: scripts/judge_gpu.py --engine vllm|sglang [--site DIR[:DIR]] [--out DIR] [--only TEXT...] [--budget-s N] [--tp N]
+
+Each row is a process with a limit of its own, so a failure costs one row; the record of a row (results.jsonl in --out:
+numbers, kernels, versions, the end of the log if it failed) is written when the row ends. Rows start in the order of
+ROWS as places get free, and none after --budget-s. `--site`: where the engine's packages are, if they are not installed
+in this environment. vLLM 0.26 or later, SGLang 0.5.17 or later, nvcc for the kernels SGLang builds at first use.
 
 All experts see all tokens (top 8 of 8): a rounding that flips a route would say nothing about a container.
 """
@@ -13,110 +19,190 @@ All experts see all tokens (top 8 of 8): a rounding that flips a route would say
 from __future__ import annotations
 
 import argparse
-import itertools
+import contextlib
 import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import time
+import traceback
+import urllib.request
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-os.environ |= {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_NO_USAGE_STATS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_USE_FLASHINFER_SAMPLER": "0",
-    "VLLM_HOST_IP": "127.0.0.1",
-    "CUDA_CACHE_MAXSIZE": str(4 << 30),
-}
-
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
+import mimoquant
 from mimoquant import pipeline
+from mimoquant.calibration.tokens import TokenSet, load_tokens
 from mimoquant.checkpoint.reader import CheckpointReader
-from mimoquant.evaluation.eval_kl import open_layout
-from mimoquant.evaluation.side_by_side import final_hidden, streams_of
+from mimoquant.evaluation.drafts import Blocks, Draft, Mtp
+from mimoquant.evaluation.eval_draft import compare_drafts
+from mimoquant.evaluation.eval_kl import final_hidden, open_layout, streams_of
 from mimoquant.model.decoder_layer import linear
+from mimoquant.model.drafter import open_drafter
 from mimoquant.model.layer_stream import walk
 from mimoquant.planning.plan import make_plan
-from mimoquant.planning.recipe import load_recipe
+from mimoquant.planning.recipe import parse_recipe
 from mimoquant.synthetic.checkpoint import SynthSizes, synth
 from mimoquant.weights.decoded import CheckpointWeights
 
-SIZES = SynthSizes(
-    layers=6,
-    hidden=512,
-    experts=8,
-    top_k=8,
-    expert_intermediate=512,
-    dense_intermediate=512,
-    vocab=2048,
-    heads=16,
-    kv_heads=2,
-    swa_kv_heads=2,
-    head_dim=192,
-    v_head_dim=128,
-    mtp_layers=0,
-)
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent / folder) for folder in ("tests/serving", "tests")]
+
+from engine_cases import INT4, MXFP4, NVFP4, Case, recipe, with_remote_code  # noqa: E402
+from padded_twin import padded_twin  # noqa: E402
+
+SIZES = {
+    "layers": 6,
+    "hidden": 512,
+    "experts": 8,
+    "top_k": 8,
+    "expert_intermediate": 512,
+    "dense_intermediate": 512,
+    "vocab": 2048,
+    "heads": 16,
+    "kv_heads": 2,
+    "swa_kv_heads": 2,
+    "head_dim": 192,
+    "v_head_dim": 128,
+    "mtp_layers": 0,
+}
+SOURCES: dict[str, tuple[str, dict[str, int]]] = {  # layout, and what is not SIZES
+    "flash": ("flash", {}),
+    "pro": ("pro", {}),
+    "v2.5": ("pro", {"swa_kv_heads": 4}),  # V2.5's attention, without its towers
+    "v2.5 towers": ("v2.5", {"swa_kv_heads": 4}),
+}
+MICRO_HEAD = 128
 LENGTHS = (96, 96, 96)
-TIMEOUT_S = 200  # of one engine, its kernels' compilation included
-SPOKEN = re.compile(r"(?:Using \S.*?(?:backend|Experts|Marlin|kernel|Method)\S*[^\n]*|\S*Marlin\S*[^\n]*)")
+DRAFTER = "dflash_draft_model.safetensors"
+SPOKEN = re.compile(
+    r"(?:Using \S.*?(?:backend|Experts|Marlin|kernel|Method|MoE|scheme)\S*[^\n]*|\S*Marlin\S*[^\n]*)", re.I
+)
+TAIL = 40  # lines of a failure's log that are kept
 
 
 @dataclass(frozen=True)
-class Case:
+class Row:
+    """What is asked of an engine. `source`: of SOURCES, or "micro"; `case`: how it is quantized, None: not at all."""
+
     source: str
-    recipe: str | None = None
-    container: str = "auto"
-
-    def __str__(self) -> str:
-        return f"{self.recipe or 'not quantized'}, {self.source}" + (
-            "" if self.container == "auto" else f", {self.container}"
-        )
+    case: Case | None = None
+    kind: str = "rows"  # rows | mtp | dflash | server
+    settings: dict[str, Any] = field(default_factory=dict)  # keywords of the engine
 
 
-CASES = (
-    Case("flash"),
-    Case("pro"),
-    *(Case("flash", recipe) for recipe in ("int4-g128-mse", "int4-g32-mse", "nvfp4-mse")),
-    *(Case("pro", recipe) for recipe in ("int4-g128-mse", "nvfp4-mse")),
-    *(
-        Case(source, "mxfp4-mse", container)
-        for source in ("flash", "pro")
-        for container in ("native", "compressed-tensors")
+def quantized(source: str, scheme: Any, settings: str = "", container: str = "compressed-tensors", **more: Any) -> Row:
+    kept = {key: more.pop(key) for key in ("method",) if key in more}
+    return Row(source, Case(source, scheme, settings, container, **kept), **more)
+
+
+MIXED = ((1, INT4 % 128), (3, MXFP4), (4, NVFP4))
+CALIBRATED = "calibration: {sequences: 32, tokens: 64}, signed_scales: true, "
+ROWS = {
+    "int4 g128, V2.5": quantized("v2.5", INT4 % 128),
+    "NVFP4, V2.5": quantized("v2.5", NVFP4),
+    "NVFP4 ModelOpt, V2.5": quantized("v2.5", NVFP4, container="modelopt"),
+    "int4 g32, V2.5": quantized("v2.5", INT4 % 32),
+    "int4 g128, Flash": quantized("flash", INT4 % 128),
+    "MTP drafts, int4 g128": quantized("micro", INT4 % 128, kind="mtp"),
+    "MXFP4 native, Flash": quantized("flash", MXFP4, container="native"),
+    "MXFP4 native, V2.5": quantized("v2.5", MXFP4, container="native"),
+    "server, int4 g128": quantized("micro", INT4 % 128, kind="server"),
+    "a mixture by layer, V2.5": quantized("v2.5", MIXED, "carve_outs: {2: fp8, 5: bf16}, "),
+    "NVFP4, a layer FP8, V2.5": quantized("v2.5", NVFP4, "carve_outs: {2: fp8}, "),
+    "int4 g128, a layer bf16, V2.5": quantized("v2.5", INT4 % 128, "carve_outs: {2: bf16}, "),
+    "MXFP4 native, a layer bf16, V2.5": quantized("v2.5", MXFP4, "carve_outs: {2: bf16}, ", "native"),
+    "NVFP4 ModelOpt, a layer bf16, V2.5": quantized("v2.5", NVFP4, "carve_outs: {2: bf16}, ", "modelopt"),
+    "DFlash drafts, int4 g128": quantized("micro", INT4 % 128, kind="dflash"),
+    "bf16, micro": Row("micro"),
+    "int4 g32 asymmetric, V2.5": quantized("v2.5", INT4.replace("symmetric: true", "symmetric: false") % 32),
+    "MXFP4, V2.5": quantized("v2.5", MXFP4),
+    "NVFP4, Flash": quantized("flash", NVFP4),
+    "int4 g32, Flash": quantized("flash", INT4 % 32),
+    "FP8 source, Flash": Row("flash"),
+    "FP8 source, V2.5": Row("v2.5"),
+    "int4 g128, V2.5 with towers": quantized("v2.5 towers", INT4 % 128),
+    "int4 g128 by GPTQ, negative scales, micro": quantized("micro", INT4 % 128, CALIBRATED, method="GPTQModifier"),
+}
+FIRST = {  # which rows come first; the rest follow in the order above
+    "sglang": (
+        "int4 g128, V2.5",
+        "NVFP4, V2.5",
+        "NVFP4 ModelOpt, V2.5",
+        "int4 g32, V2.5",
+        "int4 g128, Flash",
+        "MTP drafts, int4 g128",
+        "MXFP4 native, Flash",
+        "MXFP4 native, V2.5",
+        "server, int4 g128",
     ),
-    Case("pro", "nvfp4-mse", "modelopt"),
-)
+    "vllm": (
+        "MXFP4 native, Flash",
+        "a mixture by layer, V2.5",
+        "NVFP4, a layer FP8, V2.5",
+        "int4 g128, a layer bf16, V2.5",
+        "MTP drafts, int4 g128",
+        "DFlash drafts, int4 g128",
+        "server, int4 g128",
+        "MXFP4 native, a layer bf16, V2.5",
+        "NVFP4 ModelOpt, a layer bf16, V2.5",
+    ),
+}
 
 
-def with_remote_code(folder: Path) -> None:
-    """What names the config's class where `mimo_v2` is published; vLLM has none of its own."""
-    shutil.copy(Path(__file__).parents[1] / "tests/serving/configuration_mimo_v2.py", folder)
-    config = json.loads((folder / "config.json").read_text())
-    config["auto_map"] = {"AutoConfig": "configuration_mimo_v2.MiMoV2Config"}
-    (folder / "config.json").write_text(json.dumps(config))
+# --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
-def prepared(case: Case, work: Path) -> Path:
-    """The folder of a case's output."""
-    if case.recipe is None:
-        return work / case.source
-    out = work / re.sub(r"\W+", "-", str(case))
-    container = {} if case.container == "auto" else {"container": case.container}
-    pipeline.quantize(make_plan(work / case.source, load_recipe(case.recipe), **container), out, device="cuda")
+def source(name: str, work: Path) -> Path:
+    """A source by its name. Flash's too has a config class of its own beside it where the engine is SGLang, which
+    stops at the rope_parameters of transformers' class (0.5.23)."""
+    folder = work / "sources" / slug(name)
+    if folder.exists():
+        return folder
+    folder.parent.mkdir(exist_ok=True)
+    if name == "micro":
+        layout = "flash"
+        padded_twin(mimoquant.micro_checkpoint(), folder, MICRO_HEAD, mtp=True)
+    else:
+        layout, sizes = SOURCES[name]
+        synth(folder, layout, sizes=SynthSizes(**(SIZES | sizes)))
+    return folder if layout == "flash" and work.name != "sglang" else with_remote_code(folder)
+
+
+def prepared(name: str, work: Path) -> Path:
+    """The folder of the checkpoint that a row asks about."""
+    row = ROWS[name]
+    base = source(row.source, work)
+    if row.case is None:
+        return base
+    out = work / slug(name) / "checkpoint"
+    plan = make_plan(base, parse_recipe(recipe(row.case), slug(name)), container=row.case.container)
+    pipeline.quantize(plan, out, device="cuda" if torch.cuda.is_available() else "cpu")
     return out
 
 
-def prompts() -> list[list[int]]:
+def slug(name: str) -> str:
+    return re.sub(r"\W+", "-", name)
+
+
+# --- our side ---------------------------------------------------------------------------------------------------------
+
+
+def prompts(vocab: int) -> list[list[int]]:
     rng = np.random.default_rng(7)
-    return [rng.integers(4, SIZES.vocab, length).tolist() for length in LENGTHS]
+    return [rng.integers(4, vocab, length).tolist() for length in LENGTHS]
 
 
 @torch.no_grad()
@@ -125,114 +211,403 @@ def ours(folder: Path) -> np.ndarray:
     layout = open_layout(folder)
     with CheckpointReader(layout.index) as reader:
         weights = CheckpointWeights(reader, layout, torch.device("cpu"))
-        [stream] = streams_of(weights, [[torch.tensor(prompts())]])
+        [stream] = streams_of(weights, [[torch.tensor(prompts(layout.geometry.vocab))]])
         walk([stream])
         hidden = final_hidden(stream, weights.tensor("model.norm.weight"))
         rows = linear(hidden, weights.tensor("lm_head.weight")).log_softmax(-1)
     return rows.numpy().astype(np.float64)
 
 
-def ask(folder: str, tp: int, out: str) -> None:
-    """The same from vLLM; runs in a process of its own."""
-    from vllm import LLM, SamplingParams
+def counted(checkpoint: Path, told: dict[str, Any], asked: TokenSet, new: int, draft: Draft) -> dict[str, Any]:
+    """What our greedy matches of the engine's own text make of a generation of `new` tokens.
 
-    llm = LLM(
-        folder,
-        skip_tokenizer_init=True,
-        trust_remote_code=True,
-        enforce_eager=True,
-        tensor_parallel_size=tp,
-        max_model_len=LENGTHS[0] + 8,
-        max_num_seqs=4,
-        max_logprobs=-1,
-        logprobs_mode="raw_logprobs",
-        seed=0,
-        enable_prefix_caching=False,
-        gpu_memory_utilization=0.1,
-        kv_cache_memory_bytes=2**28,
-        attention_backend="TRITON_ATTN_DIFFKV",
-        disable_custom_all_reduce=True,
+    A step starts at the last known token, takes all guesses up to the first wrong one, and one token more.
+    """
+    text = np.concatenate([asked.ids, np.array(told["generated"])], 1)
+    tokens = TokenSet("generated", text, asked.domains, "", tuple(map(str, range(len(text)))), ())
+    layout = open_layout(checkpoint)
+    match = compare_drafts(layout, layout, tokens, draft)[0].match
+    steps, accepted = 0, 0
+    for row in match:
+        done = 1  # the prompt's own step brings a token and no guess
+        while done < new and asked.ids.shape[1] - 2 + done < len(row):
+            right = int(row[asked.ids.shape[1] - 2 + done].cumprod().sum())
+            steps, accepted, done = steps + 1, accepted + right, done + 1 + right
+    return {
+        "steps": steps,
+        "drafted": steps * match.shape[-1],
+        "accepted": accepted,
+        "accepted_per_step": round(accepted / max(1, steps), 4),
+    }
+
+
+def with_one_key_norm(folder: Path) -> Path:
+    """The shipped drafter with the first layer's norm of keys in all layers."""
+    shutil.copytree(mimoquant.micro_drafter(), folder)
+    tensors = load_file(folder / DRAFTER)
+    for name in [name for name in tensors if name.endswith("self_attn.k_norm.weight")]:
+        tensors[name] = tensors["layers.0.self_attn.k_norm.weight"].clone()
+    save_file(tensors, folder / DRAFTER, {"format": "pt"})
+    return folder
+
+
+# --- the engine's side ------------------------------------------------------------------------------------------------
+
+
+def environment(options: argparse.Namespace) -> dict[str, str]:
+    cache = options.work / "cache"  # kernels that one row compiled serve the next
+    told = {
+        "CUDA_CACHE_PATH": str(cache / "cuda"),
+        "TRITON_CACHE_DIR": str(cache / "triton"),
+        "CUDA_CACHE_MAXSIZE": str(4 << 30),
+    }
+    if options.site:
+        told["PYTHONPATH"] = options.site
+    return os.environ | told
+
+
+def asked_of(options: argparse.Namespace, checkpoint: Path, ids: list[list[int]], **job: Any) -> Path:
+    """Ask, in a process of the engine's own; the folder of its answer. RuntimeError: it did not answer."""
+    out = options.work / slug(options.row) / "answer"
+    out.mkdir(parents=True)
+    by_engine = {
+        "vllm": {
+            "attention_backend": options.attention or vllm_attention(checkpoint),
+            "tensor_parallel_size": options.tp,
+        },
+        "sglang": {"tp_size": options.tp},
+    }[options.engine]
+    job = {
+        "engine": options.engine,
+        "checkpoint": str(checkpoint),
+        "ids": ids,
+        "out": str(out),
+        "new": 0,
+        "more": 0,
+        "vocab": open_layout(checkpoint).geometry.vocab,
+    } | job
+    job["settings"] = by_engine | job.get("settings", {}) | json.loads(options.settings)
+    (out / "job.json").write_text(json.dumps(job))
+    with (out / "log").open("w") as log:
+        done = subprocess.run(
+            [options.python, HERE / "ask_engine.py", out / "job.json"],
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            env=environment(options),
+            cwd=out,
+        )
+    if done.returncode or not (out / "engine.json").exists():
+        raise RuntimeError(f"{options.engine} ended with {done.returncode} and without an answer")
+    return out
+
+
+def vllm_attention(checkpoint: Path) -> str:
+    config = json.loads((checkpoint / "config.json").read_text())
+    same = config.get("v_head_dim", config["head_dim"]) == config["head_dim"]
+    return "TRITON_ATTN" if same else "TRITON_ATTN_DIFFKV"
+
+
+def engine_log(options: argparse.Namespace, row: str) -> str:
+    return "".join(path.read_text(errors="replace") for path in sorted((options.work / slug(row)).glob("answer/log")))
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def judged_rows(options: argparse.Namespace, row: Row, checkpoint: Path) -> dict[str, Any]:
+    out = asked_of(options, checkpoint, prompts(open_layout(checkpoint).geometry.vocab), settings=row.settings)
+    theirs, own = np.load(out / "rows.npy").astype(np.float64), ours(checkpoint)
+    kl = (np.exp(own) * (own - theirs)).sum(-1)
+    origin = ours(source(row.source, options.work)) if row.case else own
+    return {
+        "positions": len(own),
+        "not_finite": int((~np.isfinite(theirs)).sum()),
+        "max_dlogp": float(np.abs(own - theirs).max()),
+        "kl_mean": float(kl.mean()),
+        "kl_max": float(kl.max()),
+        "kl_to_source": float((np.exp(origin) * (origin - own)).sum(-1).mean()),
+    }
+
+
+def micro_prompts(sequences: int, tokens: int) -> TokenSet:
+    return load_tokens(["heldout-v1"], mimoquant.micro_checkpoint(), sequences=sequences, tokens=tokens, vocab=1024)
+
+
+def judged_mtp(options: argparse.Namespace, row: Row, checkpoint: Path) -> dict[str, Any]:
+    new, asked = 96, micro_prompts(8, 96)
+    depth = 3 if options.engine == "sglang" else 1  # vLLM runs the first layer at every depth
+    settings: dict[str, Any] = {"speculative_config": {"method": "mtp", "num_speculative_tokens": 1}}
+    if options.engine == "sglang":
+        settings = {
+            "speculative_algorithm": "EAGLE",
+            "speculative_num_steps": depth,
+            "speculative_eagle_topk": 1,
+            "speculative_num_draft_tokens": depth + 1,
+        }
+    out = asked_of(options, checkpoint, asked.ids.tolist(), new=new, more=depth + 1, settings=settings | row.settings)
+    told = json.loads((out / "text.json").read_text())
+    return {"engine_counts": told["counts"], "ours": counted(checkpoint, told, asked, new, Mtp(depth))}
+
+
+def judged_dflash(options: argparse.Namespace, row: Row, checkpoint: Path) -> dict[str, Any]:
+    new, asked, folder = 40, micro_prompts(56, 16), mimoquant.micro_drafter()
+    blocks = Blocks(*open_drafter(folder))
+    settings: dict[str, Any] = {
+        "speculative_config": {"method": "dflash", "model": str(folder), "num_speculative_tokens": blocks.depth}
+    }
+    if options.engine == "sglang":
+        settings = {
+            "speculative_algorithm": "DFLASH",
+            "speculative_draft_model_path": str(folder),
+            "speculative_num_draft_tokens": blocks.depth + 1,
+            "speculative_draft_window_size": 64,
+        }
+    out = asked_of(
+        options, checkpoint, asked.ids.tolist(), new=new, more=blocks.depth + 1, settings=settings | row.settings
     )
-    asked = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=-1, detokenize=False)
-    replies = llm.generate([{"prompt_token_ids": ids} for ids in prompts()], asked, use_tqdm=False)
-    rows: list[Any] = []
-    for reply in replies:
-        for told in reply.prompt_logprobs[1:]:
-            row = np.full(SIZES.vocab, np.nan, np.float32)
-            row[list(told)] = [one.logprob for one in told.values()]
-            rows.append(row)
-    np.save(out, np.stack(rows))
+    told = json.loads((out / "text.json").read_text())
+    first = Blocks(*open_drafter(with_one_key_norm(out / "one-key-norm")))
+    return {
+        "engine_counts": told["counts"],
+        "ours": counted(checkpoint, told, asked, new, blocks),
+        "ours_with_the_first_layers_key_norm": counted(checkpoint, told, asked, new, first),
+    }
 
 
-def answered(folder: Path, tp: int, number: int, work: Path) -> tuple[np.ndarray | None, str]:
-    """vLLM's rows, or none, and its log. `number` tells the GPU and ports of an engine apart from others'."""
-    out, log = (work / f"{folder.name}-tp{tp}.{suffix}" for suffix in ("npy", "log"))
-    gpus = range(tp) if tp > 1 else [number % torch.cuda.device_count()]
-    with (
-        log.open("w") as told,
-        subprocess.Popen(
-            [sys.executable, __file__, "--ask", str(folder), str(tp), str(out)],
-            stdout=told,
-            stderr=subprocess.STDOUT,
-            env=os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)), "VLLM_PORT": str(20000 + 64 * number)},
-            start_new_session=True,
-        ) as engine,
-    ):
+def judged_server(options: argparse.Namespace, row: Row, checkpoint: Path) -> dict[str, Any]:
+    """J by `eval-kl --server` of a server that is started here, beside J of the file."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    out = options.work / slug(options.row) / "answer"
+    out.mkdir(parents=True)
+    with (out / "log").open("w") as log:
+        server = subprocess.Popen(
+            server_command(options, checkpoint, port),
+            stdout=log,
+            stderr=log,
+            cwd=out,
+            stdin=subprocess.DEVNULL,
+            env=environment(options) | {"HF_HUB_OFFLINE": "1"},
+        )
         try:
-            engine.wait(TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            os.killpg(engine.pid, signal.SIGKILL)  # its workers, too
-            told.write(f"\nTimeoutError: no answer in {TIMEOUT_S} s\n")
-    return (np.load(out).astype(np.float64) if out.exists() else None), log.read_text(errors="replace")
+            wait_for(f"http://127.0.0.1:{port}/health", server)
+            base, data = source(row.source, options.work), ("--sequences", "8", "--tokens", "128")
+            served = eval_kl(base, "--server", f"http://127.0.0.1:{port}", *data)
+            filed = eval_kl(base, str(checkpoint), "--no-noise-floor", *data)
+        finally:
+            server.terminate()
+    return {"server": served, "file": filed}
 
 
-def row(case: Case, tp: int, number: int, work: Path, folders: dict[Case, Path], own: dict[Case, np.ndarray]) -> str:
-    theirs, log = answered(folders[case], tp, number, work)
-    spoken = sorted({" ".join(found.split())[:110] for found in SPOKEN.findall(log) if "Using" in found})
-    if theirs is None:
-        reason = [line for line in log.splitlines() if re.search(r"\b\w*Error\b", line)]
-        return f"| {case} | {tp} | no answer: {(reason or log.splitlines())[-1][-200:]} | | |"
-    kl = (np.exp(own[case]) * (own[case] - theirs)).sum(-1)
-    source = own[Case(case.source)]
-    away = (np.exp(source) * (source - own[case])).sum(-1).mean()
-    return (
-        f"| {case} | {tp} | {np.abs(own[case] - theirs).max():.3f} | {kl.mean():.1e} | {away:.3f} | "
-        f"{'; '.join(spoken)} |"
+def server_command(options: argparse.Namespace, checkpoint: Path, port: int) -> list[str]:
+    if options.engine == "sglang":
+        return [
+            options.python,
+            "-m",
+            "sglang.launch_server",
+            "--model-path",
+            str(checkpoint),
+            "--port",
+            str(port),
+            "--attention-backend",
+            "triton",
+            "--sampling-backend",
+            "pytorch",
+            "--grammar-backend",
+            "none",
+            "--disable-cuda-graph",
+            "--mem-fraction-static",
+            "0.15",
+            "--max-total-tokens",
+            "32768",
+            "--context-length",
+            "512",
+            "--trust-remote-code",
+            "--skip-server-warmup",
+        ]
+    command = [
+        options.python,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(checkpoint),
+        "--port",
+        str(port),
+        "--max-model-len",
+        "512",
+        "--enforce-eager",
+        "--logprobs-mode",
+        "raw_logprobs",
+        "--max-logprobs",
+        "-1",
+        "--attention-backend",
+        vllm_attention(checkpoint),
+        "--no-enable-prefix-caching",
+        "--gpu-memory-utilization",
+        "0.1",
+        "--kv-cache-memory-bytes",
+        str(2**29),
+        "--trust-remote-code",
+    ]
+    said = subprocess.run(
+        [options.python, "-c", "import vllm; print(vllm.__version__)"],
+        env=environment(options),
+        capture_output=True,
+        text=True,
+    ).stdout.split()
+    newer = said and tuple(map(int, re.findall(r"\d+", said[-1])[:2])) >= (0, 32)
+    return [*command, "--enable-scale-out"] if newer else command
+
+
+def wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
+    """Until the server answers; the row's own limit ends a longer wait."""
+    while server.poll() is None:
+        try:
+            with urllib.request.urlopen(url, timeout=5) as answer:
+                if answer.status == 200:
+                    return
+        except OSError:
+            time.sleep(1)
+    raise RuntimeError(f"the server ended with {server.returncode}")
+
+
+def eval_kl(*arguments: Any) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-m", "mimoquant", "eval-kl", *map(str, arguments), "--json", "--quiet"],
+        capture_output=True,
+        text=True,
+        cwd=HERE.parent,
     )
+    if done.returncode:
+        raise RuntimeError(f"eval-kl ended with {done.returncode}: {done.stderr[-500:]}")
+    said = json.loads(done.stdout)
+    return {
+        key: said[key] for key in ("server", "j", "kl_forward", "kl_reverse", "top1", "lumped", "mode") if key in said
+    } or said
+
+
+JUDGES: dict[str, Callable[[argparse.Namespace, Row, Path], dict[str, Any]]] = {
+    "rows": judged_rows,
+    "mtp": judged_mtp,
+    "dflash": judged_dflash,
+    "server": judged_server,
+}
+
+
+def judge(options: argparse.Namespace) -> None:
+    """One row, in a process of its own."""
+    row, start = ROWS[options.row], time.monotonic()
+    result = JUDGES[row.kind](options, row, prepared(options.row, options.work))
+    result["row_s"] = round(time.monotonic() - start)
+    (options.work / slug(options.row) / "result.json").write_text(json.dumps(result))
+
+
+# --- all rows ---------------------------------------------------------------------------------------------------------
+
+
+def record(options: argparse.Namespace, name: str, started: float) -> dict[str, Any]:
+    """Run a row and say what came of it; never raises."""
+    if options.budget_s and time.monotonic() - started > options.budget_s:
+        return {"row": name, "engine": options.engine, "skipped": "no time left"}
+    folder = options.work / slug(name)
+    command = [sys.executable, __file__, *sys.argv[1:], "--work", str(options.work), "--row", name]
+    note: dict[str, Any] = {"row": name, "engine": options.engine}
+    try:
+        folder.mkdir()
+        with (folder / "log").open("w") as log:
+            process = subprocess.Popen(
+                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+            )
+            try:
+                process.wait(options.row_s)
+            except subprocess.TimeoutExpired:
+                note["error"] = f"no answer in {options.row_s} s"
+            finally:
+                kill(process)
+        spoken = engine_log(options, name)
+        note["kernels"] = sorted(
+            {" ".join(found.split())[:120] for found in SPOKEN.findall(spoken) if "Using" in found}
+        )
+        for part in (folder / "answer/engine.json", folder / "result.json"):
+            note |= json.loads(part.read_text()) if part.exists() else {}
+        if not (folder / "result.json").exists():
+            lines = (folder / "log").read_text(errors="replace").splitlines()
+            note.setdefault("error", lines[-1] if lines else "no word")
+            note["log_tail"] = lines[-10:] + spoken.splitlines()[-TAIL:]
+            reasons = [line for line in spoken.splitlines() if re.search(r"\b\w*(Error|Exception)\b: ", line)]
+            note["engine_errors"] = [line[-300:] for line in reasons[-4:]]
+    except Exception:
+        note["error"] = traceback.format_exc()
+    return note
+
+
+def kill(process: subprocess.Popen[Any]) -> None:
+    """The row, its engine and the engine's workers."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def told(note: dict[str, Any]) -> str:
+    """A row of the printed table."""
+    kernels = "; ".join(note.get("kernels", ()))
+    if "kl_mean" in note:
+        numbers = f"{note['max_dlogp']:.3f} | {note['kl_mean']:.1e}, {note['kl_max']:.1e} | {note['kl_to_source']:.3f}"
+        return f"| {note['row']} | {numbers} | {kernels} |"
+    hidden = {"row", "engine", "kernels", "log_tail", "gpu"}
+    return f"| {note['row']} | {json.dumps({k: v for k, v in note.items() if k not in hidden})[:900]} | | | {kernels} |"
+
+
+def judge_all(options: argparse.Namespace) -> None:
+    names = [*FIRST[options.engine], *(name for name in ROWS if name not in FIRST[options.engine])]
+    names = [name for name in names if any(text.lower() in name.lower() for text in options.only)]
+    started = time.monotonic()
+    for name in dict.fromkeys(ROWS[row].source for row in names):
+        try:
+            source(name, options.work)
+        except Exception:
+            traceback.print_exc()
+    print(
+        "| output | max abs Δ log p | KL to ours: mean, max | KL to the source | kernels |\n|---|---|---|---|---|",
+        flush=True,
+    )
+    options.out.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(options.at_once) as pool:
+        jobs = [pool.submit(record, options, name, started) for name in names]
+        for job in as_completed(jobs):
+            with (options.out / "results.jsonl").open("a") as results:
+                results.write(json.dumps(job.result()) + "\n")
+            print(told(job.result()), flush=True)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--engine", choices=("vllm", "sglang"), default="vllm")
+    parser.add_argument("--site", help="folders of the engine's packages, for PYTHONPATH")
+    parser.add_argument("--python", default=sys.executable, help="the engine's Python")
+    parser.add_argument("--work", type=Path, help="a folder for checkpoints and logs, kept; else a temporary one")
+    parser.add_argument("--out", type=Path, default=Path("judge_gpu"), help="where results.jsonl is appended to")
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--only", nargs="*", default=[""], help="rows with one of these texts in their names")
+    parser.add_argument("--at-once", type=int, default=4, help="rows that share the GPU")
+    parser.add_argument("--row-s", type=int, default=240, help="a row's limit, kernels' compilation included")
+    parser.add_argument("--budget-s", type=int, default=0, help="start no row after so long; 0: no limit")
+    parser.add_argument("--attention", help="vLLM's attention back end; default: Triton's")
+    parser.add_argument("--settings", default="{}", help="more keywords of the engine, as JSON")
+    parser.add_argument("--row", help=argparse.SUPPRESS)
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--work", type=Path, help="a folder for checkpoints and logs, kept; else a temporary one")
-    parser.add_argument("--tp", type=int, nargs="+", default=[1])
-    parser.add_argument("--only", nargs="*", default=[""])
-    parser.add_argument("--at-once", type=int, default=6)
-    parser.add_argument("--ask", nargs=3, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.ask:
-        return ask(options.ask[0], int(options.ask[1]), options.ask[2])
-    if options.work:
-        options.work.mkdir(parents=True)
-        return judge(options.work, options)
-    with tempfile.TemporaryDirectory() as folder:
-        judge(Path(folder), options)
-
-
-def judge(work: Path, options: argparse.Namespace) -> None:
-    for layout in ("flash", "pro"):
-        synth(work / layout, layout, sizes=SIZES)
-    with_remote_code(work / "pro")
-    wanted = [case for case in CASES if any(text in str(case) for text in options.only) or case.recipe is None]
-    folders = {case: prepared(case, work) for case in wanted}
-    own = {case: ours(folder) for case, folder in folders.items()}
-    print("| output | TP | max abs Δ log p | KL to ours | KL to the source | kernels |\n|---|---|---|---|---|---|")
-    with ThreadPoolExecutor(options.at_once) as pool:
-        jobs = [
-            pool.submit(row, case, tp, number, work, folders, own)
-            for number, (tp, case) in enumerate(itertools.product(options.tp, wanted))
-        ]
-        for job in as_completed(jobs):
-            print(job.result(), flush=True)
+    options = arguments()
+    if options.row:
+        return judge(options)
+    with contextlib.ExitStack() as until_the_end:
+        base = options.work or Path(until_the_end.enter_context(tempfile.TemporaryDirectory()))
+        options.work = base.resolve() / options.engine
+        options.work.mkdir(parents=True, exist_ok=True)
+        judge_all(options)
 
 
 if __name__ == "__main__":
