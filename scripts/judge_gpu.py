@@ -99,7 +99,7 @@ class Row:
 
     source: str
     case: Case | None = None
-    kind: str = "rows"  # rows | mtp | dflash | server
+    kind: str = "rows"  # of JUDGES
     settings: dict[str, Any] = field(default_factory=dict)  # keywords of the engine
 
 
@@ -127,6 +127,10 @@ ROWS = {
     "NVFP4 ModelOpt, a layer bf16, V2.5": quantized("v2.5", NVFP4, "carve_outs: {2: bf16}, ", "modelopt"),
     "DFlash drafts, int4 g128": quantized("micro", INT4 % 128, kind="dflash"),
     "bf16, micro": Row("micro"),
+    "MTP drafts, bf16": Row("micro", kind="mtp"),
+    "DFlash drafts, bf16": Row("micro", kind="dflash"),
+    "server, bf16": Row("micro", kind="server"),
+    "DFlash drafts, other key norms": Row("micro", kind="key norms"),
     "int4 g32 asymmetric, V2.5": quantized("v2.5", INT4.replace("symmetric: true", "symmetric: false") % 32),
     "MXFP4, V2.5": quantized("v2.5", MXFP4),
     "NVFP4, Flash": quantized("flash", NVFP4),
@@ -155,6 +159,7 @@ FIRST = {  # which rows come first; the rest follow in the order above
         "int4 g128, a layer bf16, V2.5",
         "MTP drafts, int4 g128",
         "DFlash drafts, int4 g128",
+        "DFlash drafts, other key norms",
         "server, int4 g128",
         "MXFP4 native, a layer bf16, V2.5",
         "NVFP4 ModelOpt, a layer bf16, V2.5",
@@ -241,12 +246,13 @@ def counted(checkpoint: Path, told: dict[str, Any], asked: TokenSet, new: int, d
     }
 
 
-def with_one_key_norm(folder: Path) -> Path:
-    """The shipped drafter with the first layer's norm of keys in all layers."""
+def with_key_norms(folder: Path, factor: float) -> Path:
+    """The shipped drafter with the first layer's norm of keys, times a factor, in all layers after it."""
     shutil.copytree(mimoquant.micro_drafter(), folder)
     tensors = load_file(folder / DRAFTER)
-    for name in [name for name in tensors if name.endswith("self_attn.k_norm.weight")]:
-        tensors[name] = tensors["layers.0.self_attn.k_norm.weight"].clone()
+    first = "layers.0.self_attn.k_norm.weight"
+    for name in [name for name in tensors if name.endswith("self_attn.k_norm.weight") and name != first]:
+        tensors[name] = tensors[first] * factor
     save_file(tensors, folder / DRAFTER, {"format": "pt"})
     return folder
 
@@ -255,15 +261,18 @@ def with_one_key_norm(folder: Path) -> Path:
 
 
 def environment(options: argparse.Namespace) -> dict[str, str]:
-    cache = options.work / "cache"  # kernels that one row compiled serve the next
+    """Kernels that the first row compiled serve the others. SGLang builds its own without a lock: a copy for each."""
+    cache, own = options.work / "cache", options.work / slug(options.row) / "tvm"
+    if options.engine == "sglang" and not own.exists():
+        built = cache / "tvm" if (cache / "tvm").exists() else Path(os.environ.get("TVM_FFI_CACHE_DIR", cache / "none"))
+        shutil.copytree(built, own) if built.exists() else own.mkdir()
     told = {
         "CUDA_CACHE_PATH": str(cache / "cuda"),
-        "TRITON_CACHE_DIR": str(cache / "triton"),
         "CUDA_CACHE_MAXSIZE": str(4 << 30),
+        "TRITON_CACHE_DIR": str(cache / "triton"),
+        "TVM_FFI_CACHE_DIR": str(own),
     }
-    if options.site:
-        told["PYTHONPATH"] = options.site
-    return os.environ | told
+    return os.environ | told | ({"PYTHONPATH": options.site} if options.site else {})
 
 
 def asked_of(options: argparse.Namespace, checkpoint: Path, ids: list[list[int]], **job: Any) -> Path:
@@ -351,28 +360,39 @@ def judged_mtp(options: argparse.Namespace, row: Row, checkpoint: Path) -> dict[
 
 
 def judged_dflash(options: argparse.Namespace, row: Row, checkpoint: Path) -> dict[str, Any]:
-    new, asked, folder = 40, micro_prompts(56, 16), mimoquant.micro_drafter()
-    blocks = Blocks(*open_drafter(folder))
+    return by_blocks(options, row, checkpoint, mimoquant.micro_drafter())[0]
+
+
+def judged_key_norms(options: argparse.Namespace, row: Row, checkpoint: Path) -> dict[str, Any]:
+    """Whose norm of keys do later layers of a drafter get? Here it is minus the first layer's."""
+    made = options.work / slug(options.row)
+    note, recount = by_blocks(options, row, checkpoint, with_key_norms(made / "drafter", -1.0))
+    return note | {"ours_with_the_first_layers_norm": recount(with_key_norms(made / "one-norm", 1.0))}
+
+
+def by_blocks(
+    options: argparse.Namespace, row: Row, checkpoint: Path, drafter: Path
+) -> tuple[dict[str, Any], Callable[[Path], dict[str, Any]]]:
+    """What the engine counted of a DFlash drafter and what we do; and our count of its text by another drafter."""
+    new, asked, blocks = 40, micro_prompts(56, 16), Blocks(*open_drafter(drafter))
     settings: dict[str, Any] = {
-        "speculative_config": {"method": "dflash", "model": str(folder), "num_speculative_tokens": blocks.depth}
+        "speculative_config": {"method": "dflash", "model": str(drafter), "num_speculative_tokens": blocks.depth}
     }
     if options.engine == "sglang":
         settings = {
             "speculative_algorithm": "DFLASH",
-            "speculative_draft_model_path": str(folder),
+            "speculative_draft_model_path": str(drafter),
             "speculative_num_draft_tokens": blocks.depth + 1,
             "speculative_draft_window_size": 64,
         }
-    out = asked_of(
-        options, checkpoint, asked.ids.tolist(), new=new, more=blocks.depth + 1, settings=settings | row.settings
-    )
+    more = blocks.depth + 1
+    out = asked_of(options, checkpoint, asked.ids.tolist(), new=new, more=more, settings=settings | row.settings)
     told = json.loads((out / "text.json").read_text())
-    first = Blocks(*open_drafter(with_one_key_norm(out / "one-key-norm")))
-    return {
-        "engine_counts": told["counts"],
-        "ours": counted(checkpoint, told, asked, new, blocks),
-        "ours_with_the_first_layers_key_norm": counted(checkpoint, told, asked, new, first),
-    }
+
+    def recount(folder: Path) -> dict[str, Any]:
+        return counted(checkpoint, told, asked, new, Blocks(*open_drafter(folder)))
+
+    return {"engine_counts": told["counts"], "ours": recount(drafter)}, recount
 
 
 def judged_server(options: argparse.Namespace, row: Row, checkpoint: Path) -> dict[str, Any]:
@@ -492,6 +512,7 @@ JUDGES: dict[str, Callable[[argparse.Namespace, Row, Path], dict[str, Any]]] = {
     "rows": judged_rows,
     "mtp": judged_mtp,
     "dflash": judged_dflash,
+    "key norms": judged_key_norms,
     "server": judged_server,
 }
 
@@ -573,12 +594,19 @@ def judge_all(options: argparse.Namespace) -> None:
         flush=True,
     )
     options.out.mkdir(parents=True, exist_ok=True)
+
+    def keep(note: dict[str, Any]) -> None:
+        with (options.out / "results.jsonl").open("a") as results:
+            results.write(json.dumps(note) + "\n")
+        print(told(note), flush=True)
+
+    first, *rest = names
+    keep(record(options, first, started))  # alone: it compiles kernels
+    if (options.work / slug(first) / "tvm").exists():
+        shutil.copytree(options.work / slug(first) / "tvm", options.work / "cache" / "tvm", dirs_exist_ok=True)
     with ThreadPoolExecutor(options.at_once) as pool:
-        jobs = [pool.submit(record, options, name, started) for name in names]
-        for job in as_completed(jobs):
-            with (options.out / "results.jsonl").open("a") as results:
-                results.write(json.dumps(job.result()) + "\n")
-            print(told(job.result()), flush=True)
+        for job in as_completed([pool.submit(record, options, name, started) for name in rest]):
+            keep(job.result())
 
 
 def arguments() -> argparse.Namespace:
