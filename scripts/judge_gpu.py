@@ -48,7 +48,8 @@ from mimoquant.calibration.tokens import TokenSet, load_tokens
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.evaluation.drafts import Blocks, Draft, Mtp
 from mimoquant.evaluation.eval_draft import compare_drafts
-from mimoquant.evaluation.eval_kl import final_hidden, open_layout, streams_of
+from mimoquant.evaluation.eval_kl import open_layout
+from mimoquant.evaluation.side_by_side import final_hidden, streams_of
 from mimoquant.model.decoder_layer import linear
 from mimoquant.model.drafter import open_drafter
 from mimoquant.model.layer_stream import walk
