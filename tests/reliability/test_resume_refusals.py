@@ -61,7 +61,7 @@ def test_another_recipe(source: Path, out: Path) -> None:
 
 
 def test_another_version(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mimoquant, "__version__", "9.9")
+    monkeypatch.setattr("mimoquant.planning.plan.__version__", "9.9")
     assert "version was 0.1.0, is now 9.9" in refusal(source, out)
 
 
