@@ -35,6 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "model": {"checkpoint", "machine"},
     "weights": {"checkpoint", "model", "quant"},
     "calibration": {"model"},
+    "fisher": {"calibration", "checkpoint", "machine", "model", "weights"},
     "planning": {"checkpoint", "machine", "model", "quant", "weights"},
     "serving": {"checkpoint", "model", "planning", "quant", "weights"},
     "run": {"calibration", "checkpoint", "machine", "model", "planning", "quant", "weights"},

@@ -134,8 +134,55 @@ def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight.to(hidden.dtype) * normed.to(hidden.dtype)
 
 
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """Rotated queries [B, K, G, T, D] (G to a key-value head), rotated keys [B, K, T, D], values [B, K, T, V].
+
+    `cos`, `sin`: the rotation [T, width]. `window`: how many positions a query sees, its own included.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    cos: Tensor
+    sin: Tensor
+    window: int
+
+    @property
+    def scale(self) -> float:
+        return float(self.query.shape[-1] ** -0.5)
+
+    def chunks(self) -> Iterator[tuple[int, int, int]]:
+        """Queries begin..end that are taken together, and the first key that any of them sees."""
+        batch, kv_heads, groups, tokens, _ = self.query.shape
+        row_bytes = 4 * batch * kv_heads * groups * min(tokens, 2 * self.window)
+        chunk = min(max(_QUERY_CHUNK_BYTES // row_bytes, 16), self.window)
+        for begin in range(0, tokens, chunk):
+            yield begin, min(begin + chunk, tokens), max(0, begin - self.window + 1)
+
+
 def attention(hidden_BTH: Tensor, weights: AttentionWeights, config: ForwardConfig) -> Tensor:
     """Causal attention with partial rotary embedding, optional window and sinks; [B, T, H]."""
+    heads = attention_heads(hidden_BTH, weights, config)
+    key, value = heads.key, heads.value
+    out = hidden_BTH.new_empty(*hidden_BTH.shape[:2], weights.heads, value.shape[-1])
+    for begin, end, first in heads.chunks():
+        query = heads.query[..., begin:end, :]
+        part = _attend(
+            query,
+            key[..., first:end, :],
+            value[..., first:end, :],
+            weights.sink,
+            begin - first,
+            heads.window,
+            heads.scale,
+        )
+        out[:, begin:end] = part.permute(0, 3, 1, 2, 4).flatten(2, 3)
+    return linear(out.flatten(2), weights.o)
+
+
+def attention_heads(hidden_BTH: Tensor, weights: AttentionWeights, config: ForwardConfig) -> Heads:
+    """What attention makes of its input [B, T, H] before positions see each other."""
     batch, tokens, _ = hidden_BTH.shape
     groups = weights.heads // weights.kv_heads
     query = linear(hidden_BTH, weights.q).view(batch, tokens, weights.heads, -1)
@@ -143,32 +190,20 @@ def attention(hidden_BTH: Tensor, weights: AttentionWeights, config: ForwardConf
     value = linear(hidden_BTH, weights.v).view(batch, tokens, weights.kv_heads, -1) * config.value_scale
     theta = config.sliding_rope_theta if weights.sliding else config.rope_theta
     cos, sin = rotary_table(tokens, int(query.shape[-1] * config.partial_rotary_factor), theta, hidden_BTH)
-    scale = query.shape[-1] ** -0.5
     query = rotate(query, cos, sin).view(batch, tokens, weights.kv_heads, groups, -1).permute(0, 2, 3, 1, 4)
     key, value = rotate(key, cos, sin).permute(0, 2, 1, 3), value.permute(0, 2, 1, 3)
-    window = config.window if weights.sliding else tokens
-    out = hidden_BTH.new_empty(batch, tokens, weights.heads, value.shape[-1])
-    row_bytes = 4 * batch * weights.heads * min(tokens, 2 * window)
-    chunk = min(max(_QUERY_CHUNK_BYTES // row_bytes, 16), window)
-    for begin in range(0, tokens, chunk):
-        end, first = min(begin + chunk, tokens), max(0, begin - window + 1)
-        part = _attend(
-            query[..., begin:end, :],
-            key[..., first:end, :],
-            value[..., first:end, :],
-            weights.sink,
-            begin - first,
-            window,
-            scale,
-        )
-        out[:, begin:end] = part.permute(0, 3, 1, 2, 4).flatten(2, 3)
-    return linear(out.flatten(2), weights.o)
+    return Heads(query, key, value, cos, sin, config.window if weights.sliding else tokens)
 
 
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, sink: Tensor | None, offset: int, window: int, scale: float
 ) -> Tensor:
-    """query [B, K, G, t, D] over key and value [B, K, s, D or V]; query i stands at position i + offset of the keys.
+    """query [B, K, G, t, D] over key and value [B, K, s, D or V]; query i stands at position i + offset of the keys."""
+    return attention_shares(query, key, sink, offset, window, scale).to(value.dtype) @ value.unsqueeze(2)
+
+
+def attention_shares(query: Tensor, key: Tensor, sink: Tensor | None, offset: int, window: int, scale: float) -> Tensor:
+    """How much of each key's value a query takes, [B, K, G, t, s] float32; see `_attend`.
 
     Softmax in float32. The sink is one more logit a head, whose share of the probability goes nowhere.
     """
@@ -184,7 +219,7 @@ def _attend(
     total = share.sum(-1, keepdim=True)
     if sink is not None:
         total = total + (sinks - peak).exp()
-    return (share / total).to(value.dtype) @ value.unsqueeze(2)
+    return share / total
 
 
 def rotary_table(tokens: int, width: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -293,7 +328,7 @@ def add_experts(out: Tensor, tokens: Tensor, dispatch: Dispatch, chunk: ExpertCh
 
 def expert_outputs(tokens: Tensor, group: Group, chunk: ExpertChunk) -> Tensor:
     """What each expert of the group makes of its tokens, [m, c, H], before the gains; padded rows hold anything."""
-    gate, up, down = (_pick(weight, group, chunk.begin) for weight in (chunk.gate, chunk.up, chunk.down))
+    gate, up, down = group_of_chunk(group, chunk)
     parts = float32_parts(tokens[group.rows], gate)
     inner = (F.silu(product(parts, gate)) * product(parts, up)).to(tokens.dtype)
     return product(float32_parts(inner, down), down)
@@ -304,6 +339,12 @@ def add_group(out: Tensor, group: Group, outputs: Tensor) -> None:
     result = outputs * group.gains[..., None]
     for slot, count in enumerate(group.counts):
         out.index_add_(0, group.rows[slot, :count], result[slot, :count])
+
+
+def group_of_chunk(group: Group, chunk: ExpertChunk) -> tuple[Tensor, Tensor, Tensor]:
+    """gate and up [m, I, H] and down [m, H, I] of a group's experts."""
+    gate, up, down = (_pick(weight, group, chunk.begin) for weight in (chunk.gate, chunk.up, chunk.down))
+    return gate, up, down
 
 
 def _pick(weight_EOI: Tensor, group: Group, begin: int) -> Tensor:

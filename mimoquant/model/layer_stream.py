@@ -13,7 +13,7 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ from mimoquant.model.decoder_layer import (
 )
 
 Weights = LayerWeights | ExpertChunk
+T = TypeVar("T")
 BATCH_TOKENS = 2**13  # that go through attention together
 BLOCK_TOKENS = 2**17  # that go through the experts together
 PORTION_TOKENS = 2**15  # the same, where several processes may share the work: the least that one of them is dealt
@@ -106,8 +107,7 @@ def portions(ids: Tensor) -> list[list[Tensor]]:
 def walk(streams: Sequence[Stream], after_layer: Callable[[int], None] | None = None, *, first: int = 0) -> None:
     """Push all streams through all layers from `first` on, in place. `after_layer` sees the streams after each."""
     sources = list({id(stream.source): stream.source for stream in streams}.values())
-    with contextlib.closing(read_ahead(_weights(sources, first), depth=1)) as ahead:
-        feed = map(_claimed, ahead)
+    with made_ahead(_weights(sources, first), sources[0].device) as feed:
         for number in range(first, sources[0].layers):
             for source in sources:
                 _one_layer(number, source, [stream for stream in streams if stream.source is source], feed)
@@ -116,25 +116,32 @@ def walk(streams: Sequence[Stream], after_layer: Callable[[int], None] | None = 
 
 
 def _weights(sources: Sequence[WeightSource], first: int) -> Iterator[Weights]:
-    """All weights from layer `first` on, in the order of their use. On CUDA a stream of their own makes them, beside
-    the products."""
-    device = sources[0].device
+    """All weights from layer `first` on, in the order of their use."""
+    for number, source in itertools.product(range(first, sources[0].layers), sources):
+        yield source.layer(number)
+        yield from source.expert_chunks(number)
+
+
+@contextlib.contextmanager
+def made_ahead(items: Iterator[T], device: torch.device) -> Iterator[Iterator[T]]:
+    """`items` (tensors, or dataclasses that hold some), made one ahead by a thread. On CUDA a stream of its own makes
+    them, beside the products."""
+    with contextlib.closing(read_ahead(_aside(items, device), depth=1)) as ahead:
+        yield map(_claimed, ahead)
+
+
+def _aside(items: Iterator[T], device: torch.device) -> Iterator[T]:
+    """`items`, made by a stream of their own on CUDA, each finished when it comes."""
     side = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
     with torch.cuda.stream(side):  # does nothing for None
-        for number, source in itertools.product(range(first, sources[0].layers), sources):
-            yield _finished(source.layer(number), side)
-            for chunk in source.expert_chunks(number):
-                yield _finished(chunk, side)
+        for item in items:
+            if side is not None:
+                side.synchronize()
+            yield item
 
 
-def _finished(item: Weights, side: Any) -> Weights:
-    if side is not None:
-        side.synchronize()
-    return item
-
-
-def _claimed(item: Weights) -> Weights:
-    """Tell CUDA's allocator that weights made on the side stream are in use on this one."""
+def _claimed(item: T) -> T:
+    """Tell CUDA's allocator that tensors made on the side stream are in use on this one."""
     for tensor in _tensors(item):
         if tensor.is_cuda:
             tensor.record_stream(torch.cuda.current_stream(tensor.device))
