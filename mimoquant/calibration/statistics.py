@@ -123,6 +123,32 @@ def intermediate_of(chunk: ExpertChunk) -> Rows:
     return rows_of
 
 
+def slopes(gate: Tensor, up: Tensor) -> Tensor:
+    """How fast the intermediate moves with gate's output and with up's: [..., I] each → [..., 2I]."""
+    opened = torch.sigmoid(gate)
+    return torch.cat([up * opened * (1 + gate * (1 - opened)), gate * opened], dim=-1)
+
+
+def slopes_of(chunk: ExpertChunk) -> Rows:
+    """`slopes` of a chunk's experts, for `expert_grams`: [m, c, 2I]."""
+
+    def rows_of(rows: Tensor, experts: list[int]) -> Tensor:
+        places = torch.tensor(experts, device=rows.device) - chunk.begin
+        return _slopes(rows, chunk.gate[places], chunk.up[places])
+
+    return rows_of
+
+
+def forced_slopes(sample: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    """As `forced_grams`, [E, 2I, 2I] of what gate and up move the intermediate by."""
+    return torch.stack([gram(_slopes(sample, g, u)) for g, u in zip(gate, up, strict=True)]) / len(sample)
+
+
+def _slopes(rows: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    parts = float32_parts(rows, gate)
+    return slopes(product(parts, gate), product(parts, up))
+
+
 def forced_grams(sample: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     """Mean Gram matrices [E, I, I] of each expert's intermediate on the same tokens `sample` [n, H]."""
     return torch.stack([gram(intermediate(sample, g, u)) for g, u in zip(gate, up, strict=True)]) / len(sample)

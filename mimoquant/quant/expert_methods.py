@@ -1,4 +1,4 @@
-"""One stack of experts, one projection, one recipe → stored parts: search, GPTQ, refinement, and what they cost.
+"""One stack of experts, one projection, one recipe → stored parts: search, rounding, refinement, and what they cost.
 
 Key idea: a method is a sequence of choices on the same weights and the same Gram matrix; each step starts from what the
 one before left, and the losses are all of one kind, tr(D H Dᵀ) / tr(W H Wᵀ), "relMSE".
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mimoquant.quant.descent import descend
 from mimoquant.quant.engine_torch import cuda_kernels, decode, encode, pack_nibbles, stored_parts, to_numpy
 from mimoquant.quant.formats import Format, multipliers
 from mimoquant.quant.gptq import gptq
@@ -21,6 +22,7 @@ from mimoquant.quant.grid import Grid
 from mimoquant.quant.method import Method
 from mimoquant.quant.refine import refine
 from mimoquant.quant.stack import Stack
+from mimoquant.quant.two_sided import two_sided
 
 _UNUSED = 1e-6  # importance of an input that no token used, where 1 is the mean
 
@@ -36,21 +38,38 @@ class Encoded:
 
 
 def encode_with(
-    weight_EOI: Tensor, gram_EII: Tensor, fmt: Format, method: Method, global_scale_E: Tensor | None
+    weight_EOI: Tensor,
+    gram_EII: Tensor,
+    fmt: Format,
+    method: Method,
+    global_scale_E: Tensor | None,
+    metric_EOO: Tensor | None = None,
 ) -> Encoded:
-    """Quantize a stack (bf16) for inputs with the given Gram matrices (float32). Raises TypeError for other dtypes."""
+    """Quantize a stack (bf16) for inputs with the given Gram matrices (float32). Raises TypeError for other dtypes.
+
+    Args:
+        metric_EOO: what the loss feels of the outputs (`output_metric`, float32). With it codes are chosen from both
+            sides, and `method.refine` are rounds of descent; without it all outputs count alike.
+    """
     if weight_EOI.dtype != torch.bfloat16:
         raise TypeError(f"weights are bfloat16, these are {weight_EOI.dtype}")
     importance = _importance(gram_EII) if method.search == "gram" else None
     parts = _searched(weight_EOI, fmt, method, global_scale_E, importance)
     damped = rounded = 0
     if method.gptq:
-        weight = weight_EOI.mT.to(torch.float32, memory_format=torch.contiguous_format).mT  # columns first in memory
-        result = gptq(weight, gram_EII, Grid.of(parts, fmt), fmt, method.damp)
+        grid = Grid.of(parts, fmt)
+        if metric_EOO is None:
+            weight = weight_EOI.mT.to(torch.float32, memory_format=torch.contiguous_format).mT  # columns come first
+            result = gptq(weight, gram_EII, grid, fmt, method.damp)
+        else:
+            weight = weight_EOI.to(torch.float32)
+            result = two_sided(weight, gram_EII, metric_EOO, grid, fmt, method.damp)
         codes, damped, rounded = result.codes, result.damped, result.rounded
-        if method.refine:
-            if damped or rounded:  # a zero matrix leaves an expert as it is; a loss without a bottom would ruin it
-                gram_EII = torch.where(result.troubled[:, None, None], 0.0, gram_EII)
+        if damped or rounded:  # a zero matrix leaves an expert as it is; a loss without a bottom would ruin it
+            gram_EII = torch.where(result.troubled[:, None, None], 0.0, gram_EII)
+        if method.refine and metric_EOO is not None:
+            codes = descend(weight, gram_EII, metric_EOO, grid, codes, fmt, method.refine)
+        elif method.refine:
             parts, codes = refine(weight, gram_EII, parts, codes, fmt, method.refine)
         parts = parts | {"codes": pack_nibbles(codes.contiguous())}
     return Encoded(parts, decode(parts, fmt).to(torch.bfloat16), damped, rounded)

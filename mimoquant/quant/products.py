@@ -69,7 +69,7 @@ def zeros(experts: int, rows: int, columns: int, like: Tensor) -> Halves:
     return high, low
 
 
-def put(matrix: Halves, rows: slice, values: Tensor) -> None:
-    """Overwrite rows of a stack of matrices."""
+def put(matrix: Halves, rows: slice, values: Tensor, columns: slice = slice(None)) -> None:
+    """Overwrite a block of a stack of matrices, by default whole rows."""
     for half, new in zip(matrix, halves(values), strict=True):
-        half[:, rows] = new
+        half[:, rows, columns] = new

@@ -1,0 +1,139 @@
+"""The two inner loops under a two-sided loss, over a tile of rows and columns: the rounding's, and the descent's.
+
+Key idea: an entry waits for those above it and those before it, so all entries of an anti-diagonal are ready at once: m
+rows and n columns take m + n - 1 steps. The loops stand here in plain torch, which says what they do; compiled ones of
+equal bytes run in their place: `kernels.tiles_cpu` on a CPU, `kernels.tiles_cuda` on CUDA where Triton is. Products and
+sums are separate float32 operations everywhere, and an entry's sums begin with what stood there and go up in rows and
+in columns.
+
+Shapes: E experts, O rows of the weight, I columns, M and N those of a tile, G groups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mimoquant.quant.formats import Format
+from mimoquant.quant.grid import Grid
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A stack of weights on its way to codes, rows and columns in the order in which they are rounded; contiguous.
+
+    weight: float32 [E, O, I]. scale, zero: float32 [E, O, G], of rows in that order and groups as stored. group: int32
+    [E, I], the group of a column. codes: uint8 [E, O, I].
+    """
+
+    weight: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    group: Tensor
+    codes: Tensor
+    fmt: Format
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Where a tile is, and the blocks of both matrices on its diagonal, float32.
+
+    down: [E, M, M], in row i how far what is left of row i moves each other one. along: [E, N, N], the same of columns.
+    When tiles are rounded both are strictly upper triangular factors; in the descent, metrics.
+    """
+
+    rows: slice
+    columns: slice
+    down: Tensor
+    along: Tensor
+
+
+def round_tile(stack: Rows, tile: Tile, target_EMN: Tensor, above_EMN: Tensor) -> tuple[Tensor, Tensor]:
+    """Round entries to the codes nearest to target + above. Fills codes; overwrites both arguments.
+
+    Args:
+        target_EMN: weights, moved by the columns before the tile; in the tile each entry moves those after it in its
+            row by along times what it is `moved`.
+        above_EMN: how far the rows above the tile move an entry; in the tile each entry moves those below it by down
+            times what is `left` of it.
+    Returns left = weight - value and moved = left + above, float32 [E, M, N] each.
+    """
+    kernels = _kernels(target_EMN.device.type)
+    both: tuple[Tensor, Tensor] = (kernels.round_tile if kernels else round_tile_plainly)(
+        stack, tile, target_EMN, above_EMN
+    )
+    return both
+
+
+def improve_tile(stack: Rows, tile: Tile, slope_EMN: Tensor) -> tuple[Tensor, Tensor]:
+    """Give entries the codes that are best, all others given; those of an anti-diagonal do not know of each other.
+
+    Fills codes. `tile.along` is the Gram matrix, `tile.down` the metric with column i over its diagonal element.
+
+    Args:
+        slope_EMN: (metric · (weight - values) · Gram matrix) over the metric's diagonal element of the row.
+    Returns left = weight - value, float32 [E, M, N], and [E, M, N] how that changed, times the normed metric.
+    """
+    kernels = _kernels(slope_EMN.device.type)
+    both: tuple[Tensor, Tensor] = (kernels.improve_tile if kernels else improve_tile_plainly)(stack, tile, slope_EMN)
+    return both
+
+
+@cache
+def _kernels(device: str) -> Any:
+    """The module with compiled loops for a kind of device, or None."""
+    if device == "cpu":
+        from mimoquant.quant.kernels import tiles_cpu
+
+        return tiles_cpu
+    try:
+        from mimoquant.quant.kernels import tiles_cuda
+    except ImportError:  # no Triton here
+        return None
+    return tiles_cuda
+
+
+def round_tile_plainly(stack: Rows, tile: Tile, target: Tensor, above: Tensor) -> tuple[Tensor, Tensor]:
+    """See `round_tile`."""
+    experts, rows, columns = target.shape
+    left, moved = torch.empty_like(target), torch.empty_like(target)
+    every, device = torch.arange(experts, device=target.device)[:, None], target.device
+    for step in range(rows + columns - 1):
+        i = torch.arange(max(0, step - columns + 1), min(rows, step + 1), device=device)
+        j = step - i
+        row, column = tile.rows.start + i, tile.columns.start + j
+        group = stack.group[:, column].long()
+        place = Grid(stack.scale[every, row, group], None if stack.zero is None else stack.zero[every, row, group])
+        code = place.encode(target[:, i, j] + above[:, i, j], stack.fmt)
+        rest = stack.weight[:, row, column] - place.decode(code, stack.fmt)
+        stack.codes[:, row, column], left[:, i, j], moved[:, i, j] = code, rest, rest + above[:, i, j]
+        above[:, :, j] += tile.down[:, i].mT * left[:, None, i, j]
+        target[:, i] += tile.along[:, j] * moved[:, i, j, None]
+    return left, moved
+
+
+def improve_tile_plainly(stack: Rows, tile: Tile, slope: Tensor) -> tuple[Tensor, Tensor]:
+    """See `improve_tile`."""
+    experts, rows, columns = slope.shape
+    left, moved = torch.empty_like(slope), torch.zeros_like(slope)
+    every, device = torch.arange(experts, device=slope.device)[:, None], slope.device
+    for step in range(rows + columns - 1):
+        i = torch.arange(max(0, step - columns + 1), min(rows, step + 1), device=device)
+        j = step - i
+        row, column = tile.rows.start + i, tile.columns.start + j
+        group = stack.group[:, column].long()
+        place = Grid(stack.scale[every, row, group], None if stack.zero is None else stack.zero[every, row, group])
+        steep, curvature = slope[:, i, j], tile.along[:, j, j]
+        for k in range(min(step, columns)):  # the columns that may have changed
+            steep = steep + tile.along[:, k, j] * moved[:, i, k]
+        start, away = place.decode(stack.codes[:, row, column], stack.fmt), steep / curvature
+        sound = torch.isfinite(away) & (curvature > 0)  # else all codes cost the same: keep this one
+        code = place.encode(torch.where(sound, start + away, start), stack.fmt)
+        new = place.decode(code, stack.fmt)
+        stack.codes[:, row, column], left[:, i, j] = code, stack.weight[:, row, column] - new
+        moved[:, :, j] += tile.down[:, i].mT * (start - new)[:, None]
+    return left, moved

@@ -1,0 +1,112 @@
+"""The compiled loop over a tile gives the bytes of its plain statement."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from stored_formats import FORMATS
+from torch import Tensor
+
+from mimoquant.quant import tiles
+from mimoquant.quant.engine_torch import amax, encode, nvfp4_global_scale
+from mimoquant.quant.formats import Format
+from mimoquant.quant.grid import Grid
+from mimoquant.quant.tiles import Rows, Tile
+
+every_format = pytest.mark.parametrize("fmt", [*FORMATS, Format("int4", 64)], ids=lambda fmt: fmt.label)
+every_device = pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is here"),
+            ],
+        ),
+    ],
+)
+PLACES = [  # rows, columns: a whole tile, one cut short either way, one row, one column
+    (slice(64, 128), slice(128, 256)),
+    (slice(128, 136), slice(128, 256)),
+    (slice(64, 128), slice(224, 256)),
+    (slice(7, 8), slice(0, 128)),
+    (slice(0, 40), slice(5, 6)),
+]
+EXPERTS, ROWS, WIDTH = 2, 136, 256
+
+
+def weights(seed: int = 0) -> Tensor:
+    """With a group of zeros, a row of one value, tiny rows and large ones."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(EXPERTS, ROWS, WIDTH, generator=generator) * 0.02
+    weight[0, 70, :128], weight[1, 71], weight[0, 72] = 0.0, 0.25, weight[0, 72] * 1e-30
+    weight[0, 73] *= 1e15
+    return weight.to(torch.bfloat16)
+
+
+def stack_of(fmt: Format, device: str) -> Rows:
+    weight = weights()
+    parts = encode(weight, fmt, "mse", nvfp4_global_scale(amax(weight), "mse", fmt), signed=fmt.symmetric)
+    grid, order = Grid.of(parts, fmt), torch.randperm(WIDTH, generator=torch.Generator().manual_seed(5))
+    arrays = (
+        weight.float()[:, :, order].contiguous(),
+        grid.scale,
+        grid.zero,
+        (order // fmt.group_size).to(torch.int32).repeat(EXPERTS, 1),
+        torch.zeros(weight.shape, dtype=torch.uint8),
+    )
+    return Rows(*(None if array is None else array.to(device) for array in arrays), fmt=fmt)
+
+
+def block(size: int, seed: int, device: str) -> Tensor:
+    """A metric of outputs or inputs that are correlated, [EXPERTS, size, size]."""
+    samples = torch.randn(EXPERTS, 3 * size, size, generator=torch.Generator().manual_seed(seed))
+    samples += torch.randn(EXPERTS, 3 * size, 1, generator=torch.Generator().manual_seed(seed + 50))
+    return (samples.mT @ samples / (3 * size)).to(device)
+
+
+def noise(rows: slice, columns: slice, device: str) -> Tensor:
+    shape = EXPERTS, rows.stop - rows.start, columns.stop - columns.start
+    return 0.01 * torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(device)
+
+
+@every_device
+@pytest.mark.parametrize(("rows", "columns"), PLACES)
+@every_format
+def test_compiled_rounding_gives_the_bytes_of_the_plain_one(
+    fmt: Format, rows: slice, columns: slice, device: str
+) -> None:
+    start = stack_of(fmt, device)
+    above = noise(rows, columns, device)
+    tile = Tile(rows, columns, *(0.2 * block(size, seed, device).triu(1) for seed, size in enumerate(above.shape[1:])))
+    made = []
+    for loop in (tiles.round_tile, tiles.round_tile_plainly):
+        stack = replace(start, codes=start.codes.clone())
+        made.append((stack.codes, *loop(stack, tile, start.weight[:, rows, columns].clone(), above.clone())))
+    assert all(torch.equal(mine, plain) for mine, plain in zip(*made, strict=True))
+    assert (made[0][0] != 0).any()
+
+
+@every_device
+@pytest.mark.parametrize(("rows", "columns"), PLACES)
+@every_format
+def test_the_compiled_descent_gives_the_bytes_of_the_plain_one(
+    fmt: Format, rows: slice, columns: slice, device: str
+) -> None:
+    """From codes that another order of columns chose; one column no token used."""
+    start, noises = stack_of(fmt, device), noise(rows, columns, device)
+    down, along = (block(size, seed, device) for seed, size in enumerate(noises.shape[1:]))
+    along[:, 3:4], along[:, :, 3:4] = 0.0, 0.0
+    normed = (down / torch.diagonal(down, dim1=1, dim2=2)[..., None]).mT.contiguous()
+    tile, made = Tile(rows, columns, normed, along), []
+    blank = Tile(rows, columns, torch.zeros_like(down), torch.zeros_like(along))
+    tiles.round_tile(start, blank, start.weight[:, rows, columns].clone(), noises.clone())
+    for loop in (tiles.improve_tile, tiles.improve_tile_plainly):
+        stack = replace(start, codes=start.codes.clone())
+        made.append((stack.codes, *loop(stack, tile, (noises @ along).contiguous())))
+    assert all(torch.equal(mine, plain) for mine, plain in zip(*made, strict=True))
+    assert noises[0].numel() < 200 or (made[0][0] != start.codes).any()
