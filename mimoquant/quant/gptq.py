@@ -122,11 +122,11 @@ def gptq(weight_EOI: Tensor, gram_EII: Tensor, grid: Grid, fmt: Format, damp: fl
     """
     experts, rows, width = weight_EOI.shape
     order = torch.argsort(torch.diagonal(gram_EII, dim1=-2, dim2=-1), dim=-1, descending=True, stable=True)
-    ordered = _rows(gram_EII, order).gather(2, order[:, None, :].expand_as(gram_EII))
+    ordered = reordered(gram_EII, order).gather(2, order[:, None, :].expand_as(gram_EII))
     factor, damped, rounded = push_factor(ordered, damp)
     del ordered
     push, every, group = halves(factor), slice(None), (order // fmt.group_size).to(torch.int32)
-    weight = _rows(weight_EOI.transpose(1, 2), order)
+    weight = reordered(weight_EOI.transpose(1, 2), order)
     turned = grid.turned()
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     stack = Columns(weight, factor, turned.scale, turned.zero, codes, zeros(experts, width, rows, weight), fmt)
@@ -138,11 +138,11 @@ def gptq(weight_EOI: Tensor, gram_EII: Tensor, grid: Grid, fmt: Format, damp: fl
             round_columns(stack, now, target[:, now.start - first : now.stop - first], group)
             later = transposed(part(push, now, slice(now.stop, end)))
             add_product(target[:, now.stop - first :], later, part(stack.left, now, every))
-    back, troubled = _rows(codes, torch.argsort(order, dim=-1)), damped | rounded
+    back, troubled = reordered(codes, torch.argsort(order, dim=-1)), damped | rounded
     return GptqResult(back.transpose(1, 2), int(damped.sum()), int(rounded.sum()), troubled)
 
 
-def _rows(matrices: Tensor, order: Tensor) -> Tensor:
+def reordered(matrices: Tensor, order: Tensor) -> Tensor:
     """The rows of each matrix of a stack [E, I, n] in an order [E, I]; contiguous."""
     experts, rows, width = matrices.shape
     place = order + rows * torch.arange(experts, device=order.device)[:, None]

@@ -11,6 +11,7 @@ Shapes: E experts, O rows of the weight, I columns, M and N those of a tile, G g
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from mimoquant.quant.formats import Format
 from mimoquant.quant.grid import Grid
+from mimoquant.quant.products import Halves, put
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,13 @@ def improve_tile(stack: Rows, tile: Tile, slope_EMN: Tensor) -> tuple[Tensor, Te
     return both
 
 
+def by_waves(device: torch.device) -> Callable[[Rows, Tensor, Tensor], None] | None:
+    """What fills a whole stack's codes in waves of tiles, from `two_sided`'s factors of rows and of columns."""
+    kernels = _kernels(device.type)
+    waves: Callable[[Rows, Tensor, Tensor], None] | None = getattr(kernels, "round_all", None)
+    return waves
+
+
 @cache
 def _kernels(device: str) -> Any:
     """The module with compiled loops for a kind of device, or None."""
@@ -114,6 +123,31 @@ def round_tile_plainly(stack: Rows, tile: Tile, target: Tensor, above: Tensor) -
         above[:, :, j] += tile.down[:, i].mT * left[:, None, i, j]
         target[:, i] += tile.along[:, j] * moved[:, i, j, None]
     return left, moved
+
+
+def round_wave_plainly(
+    stack: Rows,
+    place: tuple[int, int, int],
+    blocks: tuple[Tensor, Tensor],
+    wanted: tuple[Tensor, Tensor],
+    kept: tuple[Halves, Halves],
+) -> None:
+    """What `kernels.tiles_cuda.round_wave` does: tile after tile of an anti-diagonal of tiles, each as `round_tile`.
+
+    Args:
+        place: the first tile's row and column, and how many there are; each is one tile below and left of the last.
+        blocks: those on the diagonals of both factors, [E, blocks, M, M] and [E, blocks, N, N].
+        wanted: target and above, [E, T, M, N]. kept: left and moved of the whole matrix, filled.
+    """
+    size, (height, width) = wanted[0].shape[-1], stack.weight.shape[1:]
+    for t in range(place[2]):
+        top, side = place[0] + t * size, place[1] - t * size
+        rows, columns = slice(top, min(height, top + size)), slice(side, min(width, side + size))
+        m, n = rows.stop - rows.start, columns.stop - columns.start
+        tile = Tile(rows, columns, blocks[0][:, top // size, :m, :m], blocks[1][:, side // size, :n, :n])
+        target, above = (of[:, t, :m, :n].clone() for of in wanted)
+        for whole, some in zip(kept, round_tile_plainly(stack, tile, target, above), strict=True):
+            put(whole, rows, some, columns)
 
 
 def improve_tile_plainly(stack: Rows, tile: Tile, slope: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ products differ between devices, so its digest has no place among the others.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import sys
 import tempfile
@@ -48,14 +49,15 @@ def two_sided_differs(device: str, fmt: Format) -> bool:
     metric, gram = (0.3 * x.mT @ x / 1000 + 0.7 * torch.eye(x.shape[2], device=device) for x in (rows, columns))
     parts = encode(weight, fmt, "mse", nvfp4_global_scale(amax(weight), "mse", fmt), signed=fmt.symmetric)
     grid, made = Grid.of(parts, fmt), []
-    for rounding, descent_loop in (
-        (tiles.round_tile, tiles.improve_tile),
-        (tiles.round_tile_plainly, tiles.improve_tile_plainly),
-    ):
-        with (
-            mock.patch.object(two_sided, "round_tile", rounding),
-            mock.patch.object(descent, "improve_tile", descent_loop),
-        ):
+    for plainly in (False, True):
+        with contextlib.ExitStack() as patched:
+            if plainly:
+                patched.enter_context(mock.patch.object(two_sided, "round_tile", tiles.round_tile_plainly))
+                patched.enter_context(mock.patch.object(descent, "improve_tile", tiles.improve_tile_plainly))
+                if device.startswith("cuda"):
+                    from mimoquant.quant.kernels import tiles_cuda
+
+                    patched.enter_context(mock.patch.object(tiles_cuda, "round_wave", tiles.round_wave_plainly))
             codes = two_sided.two_sided(weight.float(), gram, metric, grid, fmt, 0.05).codes
             made += [codes, descent.descend(weight.float(), gram, metric, grid, codes, fmt, 1)]
     return not (torch.equal(made[0], made[2]) and torch.equal(made[1], made[3]))

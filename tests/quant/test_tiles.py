@@ -16,16 +16,14 @@ from mimoquant.quant.grid import Grid
 from mimoquant.quant.tiles import Rows, Tile
 
 every_format = pytest.mark.parametrize("fmt", [*FORMATS, Format("int4", 64)], ids=lambda fmt: fmt.label)
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is here")
 every_device = pytest.mark.parametrize(
     "device",
     [
         "cpu",
         pytest.param(
             "cuda",
-            marks=[
-                pytest.mark.gpu,
-                pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is here"),
-            ],
+            marks=[pytest.mark.gpu, on_gpu],
         ),
     ],
 )
@@ -110,3 +108,22 @@ def test_the_compiled_descent_gives_the_bytes_of_the_plain_one(
         made.append((stack.codes, *loop(stack, tile, (noises @ along).contiguous())))
     assert all(torch.equal(mine, plain) for mine, plain in zip(*made, strict=True))
     assert noises[0].numel() < 200 or (made[0][0] != start.codes).any()
+
+
+@pytest.mark.gpu
+@on_gpu
+@every_format
+def test_waves_of_tiles_give_the_bytes_of_the_plain_loops(fmt: Format, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the same products: those of tensor cores add up in another order than a CPU's."""
+    from mimoquant.quant.kernels import tiles_cuda
+
+    start = stack_of(fmt, "cuda")
+    fall, push = (0.05 * block(size, size, "cuda").triu(1) for size in (ROWS, WIDTH))
+    made = []
+    for loop in (tiles_cuda.round_wave, tiles.round_wave_plainly):
+        monkeypatch.setattr(tiles_cuda, "round_wave", loop)
+        stack = replace(start, codes=start.codes.clone())
+        tiles_cuda.round_all(stack, fall, push)
+        made.append(stack.codes)
+    assert torch.equal(*made)
+    assert len(made[0].unique()) > 8

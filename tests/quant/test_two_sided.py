@@ -52,7 +52,7 @@ def excess_of(
 ) -> Tensor:
     """How much further from what the reference wants each code [O, I] is than the nearest one, in scales.
 
-    Each e_ij is summed by its definition, over all entries above and before it; their squares must sum to the loss.
+    The squares of the e_ij must sum to the loss.
     """
     values, scale = offered(parts, fmt, expert)
     down = torch.argsort(-torch.diagonal(metric), stable=True)
@@ -64,14 +64,10 @@ def excess_of(
     wanted = weight.double()[down][:, along]
     choices, chosen = values[down][:, group], codes[down][:, along].long()
     off = choices.gather(2, chosen[..., None])[..., 0] - wanted
-    error, excess = torch.zeros_like(off), torch.empty_like(off)
-    for i in range(len(down)):
-        row = first[i, : i + 1] @ off[: i + 1]
-        for j in range(len(along)):
-            rest = row[: j + 1] @ second[: j + 1, j] - off[i, j]
-            away = (choices[i, j] - wanted[i, j] + rest).abs()
-            error[i, j] = off[i, j] + rest
-            excess[i, j] = (away[chosen[i, j]] - away.min()) / scale[down[i], group[j]]
+    error = first @ off @ second  # both triangular: sums over k <= i and m <= j
+    away = (choices - wanted[..., None] + (error - off)[..., None]).abs()
+    own = away.gather(2, chosen[..., None])[..., 0]
+    excess = (own - away.amin(-1)) / scale[down][:, group]
     whole = (metric.double()[down][:, down] @ off @ hessian[along][:, along] * off).sum()
     pivots = [
         torch.diagonal(torch.linalg.cholesky(matrix.double().flip(0, 1))).flip(0).square()

@@ -45,14 +45,14 @@ from mimoquant.quant.kernels.encode_cpu import (
 from mimoquant.quant.products import Halves
 
 _SLAB = 128  # rows of a task: with a block of 128 columns, 64 KB an array
-_INF, _SMALLEST = F32(np.inf), F32(NVFP4_SMALLEST_SCALE)
+INFINITY, _SMALLEST = F32(np.inf), F32(NVFP4_SMALLEST_SCALE)
 _E2M1 = np.array([*E2M1_VALUES, *(-value for value in E2M1_VALUES)], np.float32)
 _jit, _inline = compiled(), compiled(inline="always")
 _NOTHING, _NO_REACH = np.empty((0, 0), np.float32), np.empty((0, 0, 0), np.float32)
 
 
 @_inline
-def _coded(x, scale, zero, is_int4):
+def coded(x, scale, zero, is_int4):
     """(code, value) of `grid.Grid.encode` and `decode`."""
     if is_int4:
         level = round_level(x / scale + zero)
@@ -63,7 +63,7 @@ def _coded(x, scale, zero, is_int4):
 
 
 @_inline
-def _decoded(code, scale, zero, is_int4):
+def decoded(code, scale, zero, is_int4):
     """The value of a code."""
     level = F32(I32(code) - I32(8)) - zero if is_int4 else _E2M1[code]
     return level * scale
@@ -97,11 +97,11 @@ def _round_slab(target, weight, push, scale, zero, group, is_int4, now, codes, l
         if zero.shape[0]:
             z = zero[group[column], begin:end]
             for r in range(x.shape[0]):
-                code[r], value = _coded(x[r], s[r], z[r], is_int4)
+                code[r], value = coded(x[r], s[r], z[r], is_int4)
                 rest[r] = w[r] - value
         else:
             for r in range(x.shape[0]):
-                code[r], value = _coded(x[r], s[r], F32(0), is_int4)
+                code[r], value = coded(x[r], s[r], F32(0), is_int4)
                 rest[r] = w[r] - value
         _push(rest, push[column, now:], i + 1, target, begin, F32(1))
 
@@ -114,7 +114,7 @@ def _better_scale(slope, codes, scale, divisor, is_int4, first, size, reach, now
     for i in range(size):
         code, far, steep = codes[now + first + i, begin:end], reach[first + i, begin:end], slope[first + i, begin:end]
         for r in range(rows):
-            unit = _decoded(code[r], F32(1), F32(0), is_int4)
+            unit = decoded(code[r], F32(1), F32(0), is_int4)
             sums[0, i, r] = far[r] * unit
             sums[1, i, r] = steep[r] * unit
     half = size // 2
@@ -128,8 +128,8 @@ def _better_scale(slope, codes, scale, divisor, is_int4, first, size, reach, now
         curvature, old = sums[0, 0, r], scale[r]
         wanted = old + sums[1, 0, r] / curvature
         new = _storable(wanted, divisor)
-        same = (wanted > F32(0)) == (old > F32(0)) and wanted != F32(0) and abs(wanted) < _INF
-        new = new if same and abs(new) < _INF and new != F32(0) and curvature > F32(0) else old
+        same = (wanted > F32(0)) == (old > F32(0)) and wanted != F32(0) and abs(wanted) < INFINITY
+        new = new if same and abs(new) < INFINITY and new != F32(0) and curvature > F32(0) else old
         sums[0, 0, r], scale[r] = new - old, new
     for k in range(slope.shape[0]):
         steep, far = slope[k, begin:end], reach[k, begin:end]
@@ -154,10 +154,10 @@ def _improve_slab(
             steep, changed, curvature = slope[i, begin:end], change[i, begin:end], gram[column, column]
             for r in range(rows):
                 z = zero[column // size, begin + r] if has_zero else F32(0)
-                old, start = _decoded(code[r], before[r], z, is_int4), _decoded(code[r], s[r], z, is_int4)
+                old, start = decoded(code[r], before[r], z, is_int4), decoded(code[r], s[r], z, is_int4)
                 away = steep[r] / curvature
-                sound = abs(away) < _INF and curvature > F32(0)
-                code[r], value = _coded(start + away if sound else start, s[r], z, is_int4)
+                sound = abs(away) < INFINITY and curvature > F32(0)
+                code[r], value = coded(start + away if sound else start, s[r], z, is_int4)
                 step[r], rest[r], changed[r] = value - start, w[r] - value, old - value
             _push(step, gram[column, now:], i + 1, slope, begin, F32(-1))
 
@@ -219,10 +219,10 @@ def improve_columns(stack: Columns, now: slice, slope: Tensor, reach: Tensor | N
 def _over_slabs(task: Callable[[int, int, int], None], like_EBO: Tensor) -> None:
     experts, _, rows = like_EBO.shape
     slabs = [(e, begin, min(begin + _SLAB, rows)) for e in range(experts) for begin in range(0, rows, _SLAB)]
-    for done in [_pool(torch.get_num_threads()).submit(task, *slab) for slab in slabs]:
+    for done in [pool(torch.get_num_threads()).submit(task, *slab) for slab in slabs]:
         done.result()
 
 
 @cache
-def _pool(threads: int) -> Any:
+def pool(threads: int) -> Any:
     return ThreadPoolExecutor(threads)

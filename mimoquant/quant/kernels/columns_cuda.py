@@ -17,7 +17,8 @@ that a format does without is another one, never read:
     now, begin, end, stop   columns of the weight: of the block from `now` on, of this launch begin..end
     width, rows, groups     I, O and G
 Of a program: `r` [ROWS] its rows, `there` whether they exist, `tile` the expert's panel, `strip` [W, ROWS] some columns
-of it; i is a column counted within the block. `_to_round` and `_to_improve` load what a column needs, `_keep` stores.
+of it; i is a column counted within the block. `_to_round` and `_to_improve` load what a column needs, `keep_halves`
+stores.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ _SMALLEST = tl.constexpr(NVFP4_SMALLEST_SCALE)
 
 
 @triton.jit
-def _coded(x, scale, zero, IS_INT4: tl.constexpr):
+def coded(x, scale, zero, IS_INT4: tl.constexpr):
     """(code, value) of `grid.Grid.encode` and `decode`."""
     if IS_INT4:
         level = round_level(tl.div_rn(x, scale) + zero)
@@ -65,13 +66,13 @@ def _coded(x, scale, zero, IS_INT4: tl.constexpr):
 
 
 @triton.jit
-def _level(code, IS_INT4: tl.constexpr):
+def level_of(code, IS_INT4: tl.constexpr):
     """The value of a code at a scale of one and a zero point of zero."""
     return code.to(tl.float32) - 8.0 if IS_INT4 else e2m1_value(code.to(tl.int32))
 
 
 @triton.jit
-def _keep(rest, high, low, place, there):
+def keep_halves(rest, high, low, place, there):
     """The two halves of `products.halves`."""
     top = rest.to(tl.bfloat16)
     tl.store(high + place, top, mask=there)
@@ -151,10 +152,10 @@ def _round_columns(
             i = at + j
             later = _to_round(scale, weight, zero, group, expert, i + 1, now, end, width, rows, groups, r, HAS_ZERO)
             near = _share(push, expert, i, at, now, width, r, W)
-            code, value = _coded(_column(strip, j, W), s, z, IS_INT4)
+            code, value = coded(_column(strip, j, W), s, z, IS_INT4)
             rest, place = w - value, (expert * width + now + i) * rows + r
             tl.store(codes + place, code, mask=there)
-            _keep(rest, high, low, place, there)
+            keep_halves(rest, high, low, place, there)
             tl.store(tile + i * rows + r, rest, mask=there)
             strip = strip + near * rest[None, :]
             s, w, z = later
@@ -186,7 +187,7 @@ def _better_scale(
     reach = reaches + (expert * (columns // S) + first // S) * columns * rows
     steep = slope + expert * panel
     place = (expert * width + now + s)[:, None] * rows + r[None, :]
-    unit = _level(tl.load(codes + place, mask=there[None, :], other=0), IS_INT4)
+    unit = level_of(tl.load(codes + place, mask=there[None, :], other=0), IS_INT4)
     at = s[:, None] * rows + r[None, :]
     curvature = halving_sum(tl.load(reach + at, mask=there[None, :], other=0.0) * unit, S, ROWS)
     gain = halving_sum(tl.load(steep + at, mask=there[None, :], other=0.0) * unit, S, ROWS)
@@ -260,15 +261,15 @@ def _improve_columns(
             i = at + j
             later = _to_improve(codes, weight, gram, expert, i + 1, now, stop, width, rows, r)
             near = _share(gram, expert, i, at, now, width, r, W)
-            level = _level(code, IS_INT4) - z if HAS_ZERO else _level(code, IS_INT4)
+            level = level_of(code, IS_INT4) - z if HAS_ZERO else level_of(code, IS_INT4)
             old, start = level * was, level * s
             step = tl.div_rn(_column(strip, j, W), curvature)
             sound = (tl.abs(step) < float("inf")) & (curvature > 0)
-            code, value = _coded(tl.where(sound, start + step, start), s, z, IS_INT4)
+            code, value = coded(tl.where(sound, start + step, start), s, z, IS_INT4)
             place = (expert * width + now + i) * rows + r
             tl.store(codes + place, code, mask=there)
-            _keep(w - value, high, low, place, there)
-            _keep(old - value, change_high, change_low, (expert * (stop - now) + i) * rows + r, there)
+            keep_halves(w - value, high, low, place, there)
+            keep_halves(old - value, change_high, change_low, (expert * (stop - now) + i) * rows + r, there)
             tl.store(tile + i * rows + r, start - value, mask=there)
             strip = strip + near * (start - value)[None, :]
             code, w, curvature = later
@@ -284,7 +285,7 @@ def round_columns(stack: Columns, now: slice, target: Tensor, group_EI: Tensor) 
         stack.weight,
         stack.matrix,
         stack.scale,
-        _or(stack.zero, stack.scale),
+        array_or(stack.zero, stack.scale),
         group_EI,
         stack.codes,
         *stack.left,
@@ -317,7 +318,7 @@ def improve_columns(stack: Columns, now: slice, slope: Tensor, reach: Tensor | N
         stack.matrix,
         stack.scale,
         before,
-        _or(stack.zero, before),
+        array_or(stack.zero, before),
         stack.codes,
         *stack.left,
         *change,
@@ -355,7 +356,7 @@ def _improve_scale(stack: Columns, now: slice, first: int, slope: Tensor, reach:
         slope,
         stack.codes,
         stack.scale,
-        _or(stack.divisor, stack.scale),
+        array_or(stack.divisor, stack.scale),
         reach,
         slope.stride(0),
         now.start,
@@ -370,7 +371,7 @@ def _improve_scale(stack: Columns, now: slice, first: int, slope: Tensor, reach:
     )
 
 
-def _or(array: Tensor | None, unused: Tensor) -> Tensor:
+def array_or(array: Tensor | None, unused: Tensor) -> Tensor:
     return unused if array is None else array
 
 

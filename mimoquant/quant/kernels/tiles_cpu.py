@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mimoquant.quant.kernels.columns_cpu import _INF, _coded, _decoded, _pool
+from mimoquant.quant.kernels.columns_cpu import INFINITY, coded, decoded, pool
 from mimoquant.quant.kernels.encode_cpu import F32, compiled
 from mimoquant.quant.tiles import Rows, Tile
 
@@ -35,7 +35,7 @@ def _round_tile(target, above, weight, scale, zero, group, down, along, is_int4,
             _add(over, down[k, i], left[k], 0)
         for j in range(target.shape[1]):
             s, z = scale[i, group[j]], zero[i, group[j]] if has_zero else F32(0)
-            codes[i, j], value = _coded(wanted[j] + over[j], s, z, is_int4)
+            codes[i, j], value = coded(wanted[j] + over[j], s, z, is_int4)
             left[i, j] = weight[i, j] - value
             moved[i, j] = left[i, j] + over[j]
             _add(wanted, moved[i, j], along[j], j + 1)
@@ -60,10 +60,10 @@ def _improve_tile(slope, weight, scale, zero, group, down, along, is_int4, codes
         for i in range(begin, end):
             j = step - i
             s, z = scale[i, group[j]], zero[i, group[j]] if has_zero else F32(0)
-            start, curvature = _decoded(codes[i, j], s, z, is_int4), along[j, j]
+            start, curvature = decoded(codes[i, j], s, z, is_int4), along[j, j]
             away = steep[i] / curvature
-            sound = abs(away) < _INF and curvature > F32(0)
-            codes[i, j], value = _coded(start + away if sound else start, s, z, is_int4)
+            sound = abs(away) < INFINITY and curvature > F32(0)
+            codes[i, j], value = coded(start + away if sound else start, s, z, is_int4)
             left[i, j], change[i] = weight[i, j] - value, start - value
         for k in range(begin, end):
             if change[k] != F32(0):
@@ -123,5 +123,5 @@ def improve_tile(stack: Rows, tile: Tile, slope: Tensor) -> tuple[Tensor, Tensor
 
 
 def _over_experts(task: Callable[[int], None], experts: int) -> None:
-    for done in [_pool(torch.get_num_threads()).submit(task, e) for e in range(experts)]:
+    for done in [pool(torch.get_num_threads()).submit(task, e) for e in range(experts)]:
         done.result()

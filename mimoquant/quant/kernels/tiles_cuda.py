@@ -1,9 +1,15 @@
-"""`tiles`' loops as Triton kernels: a program walks a tile of one expert, a row a thread, one anti-diagonal a step.
+"""`tiles`' loops as Triton kernels, and the walk of `two_sided` over the whole matrix by waves of tiles.
 
-Key idea: the sequence of float32 operations of every entry is that of the plain loops, with divisions rounded as IEEE
-wants them and no fused multiply-add, so the bytes are the same. Entries fetch what moves them instead of being moved:
-each sum then stays in a register, and threads read next to each other: rows above by column, columns before by row
-(`moved` lies column by column for that).
+Key idea: tiles of an anti-diagonal of tiles wait only for those of the anti-diagonals before, so each such wave is one
+launch of products from both sides, a program a tile and expert, and then of the roundings. Within a tile the same goes
+for its cells of _CELL rows and columns: those of an anti-diagonal are one launch, a warp a cell, which first takes what
+the tile's earlier cells move it by, in registers, then walks its entries, a row a lane, an anti-diagonal a step. The
+sequence of float32 operations of every entry is that of the plain loops, with divisions rounded as IEEE wants them and
+no fused multiply-add, so the bytes are the same; products of whole tiles are tensor cores', in an order of their own.
+Entries fetch what moves them instead of being moved: threads read next to each other, rows above by column, columns
+before by row (`moved` of a wave lies column by column for that).
+
+Shapes: E experts, T tiles of a wave, M rows and N columns of a tile, O rows and I columns of the matrix.
 """
 
 from __future__ import annotations
@@ -16,14 +22,91 @@ import triton.language as tl
 from torch import Tensor
 
 from mimoquant.quant.kernels.arithmetic_cuda import NO_FUSION, steps
-from mimoquant.quant.kernels.columns_cuda import _coded, _level, _or
+from mimoquant.quant.kernels.columns_cuda import array_or, coded, keep_halves, level_of
+from mimoquant.quant.products import Halves, halves, zeros
 from mimoquant.quant.tiles import Rows, Tile
 
 _LEAST_ROWS = 32  # of a program: a warp
+_TILE = 128  # rows and columns that are rounded before what is left of them is pushed onto the rest
+_SAY_EACH = True  # see `_pulled`
+_CELL, _UNROLL = 32, 8  # rows and columns of a warp; how many of what moves an entry are asked for at once
+_DEPTH, _STAGES, _WARPS = 32, 3, 8  # of the products: how far they go at once, how many are on their way, warps
 
 
 @triton.jit
-def _round_tile(
+def _reach(
+    first_high,
+    first_low,
+    second_high,
+    second_low,
+    weight,
+    out,
+    first,
+    begin,
+    height,
+    width,
+    IS_ABOVE: tl.constexpr,
+    TILE: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """Tile t of a wave lies t tiles below row `first` and left of column `begin`. What rows above it move it by,
+    (down of all rows above)ᵀ · left; or its weights and what columns before it move them by, moved · along.
+    """
+    t, expert = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    top, side = first + t * TILE, begin - t * TILE
+    i, j, k = top + tl.arange(0, TILE), side + tl.arange(0, TILE), tl.arange(0, DEPTH)
+    inside = (i < height)[:, None] & (j < width)[None, :]
+    whole = expert * height * width
+    if IS_ABOVE:  # down [O, O] read by columns; left [O, I]
+        one = expert * height * height + k[None, :] * height + i[:, None]
+        one_step, two, until = DEPTH * height, whole + k[:, None] * width + j[None, :], top
+    else:  # moved [O, I]; along [I, I]
+        one = whole + i[:, None] * width + k[None, :]
+        one_step, two, until = DEPTH, expert * width * width + k[:, None] * width + j[None, :], side
+    total = tl.zeros((TILE, TILE), tl.float32)
+    for _ in range(0, until, DEPTH):
+        a_high = tl.load(first_high + one, mask=(i < height)[:, None], other=0.0)
+        a_low = tl.load(first_low + one, mask=(i < height)[:, None], other=0.0)
+        b_high = tl.load(second_high + two, mask=(j < width)[None, :], other=0.0)
+        b_low = tl.load(second_low + two, mask=(j < width)[None, :], other=0.0)
+        total = tl.dot(a_low, b_high, total)
+        total = tl.dot(a_high, b_low, total)
+        total = tl.dot(a_high, b_high, total)
+        one += one_step
+        two += DEPTH * width
+    if not IS_ABOVE:
+        total += tl.load(weight + whole + i[:, None].to(tl.int64) * width + j[None, :], mask=inside, other=0.0)
+    place = (expert * tl.num_programs(0) + t) * TILE * TILE
+    inner = tl.arange(0, TILE)
+    tl.store(out + place + inner[:, None] * TILE + inner[None, :], total)
+
+
+@triton.jit
+def _pulled(total, by_row, by_column, count, stride, CELL: tl.constexpr, SAY_EACH: tl.constexpr):
+    """total [CELL, CELL] and, k after k, by_row[k, i] times by_column[k, j]. SAY_EACH: every entry asks for its own."""
+    i, j = tl.arange(0, CELL)[:, None], tl.arange(0, CELL)[None, :]
+    for k in tl.range(0, count, loop_unroll_factor=4):
+        if SAY_EACH:
+            near, far = tl.load(by_row + k * stride + i + 0 * j), tl.load(by_column + k * stride + j + 0 * i)
+        else:
+            near, far = tl.load(by_row + k * stride + i), tl.load(by_column + k * stride + j)
+        total = total + near * far
+    return total
+
+
+@triton.jit
+def _and_one(total, by_row, by_column, k, stride, i, j, there):
+    """total and by_row[k, i] times by_column[k, j]."""
+    near = tl.load(by_row + k * stride + i, mask=there, other=0.0)
+    return total + near * tl.load(by_column + k * stride + j, mask=there, other=0.0)
+
+
+# numbers of which each would make another kernel when it is 1 or a multiple of 16
+_PLAIN_NUMBERS = ("tiles", "blocks_down", "blocks_along", "cells", "diagonal")
+
+
+@triton.jit(do_not_specialize=_PLAIN_NUMBERS)
+def _round_cells(
     target,
     above,
     weight,
@@ -35,43 +118,74 @@ def _round_tile(
     codes,
     left,
     moved,
-    numbers,
+    left_high,
+    left_low,
+    moved_high,
+    moved_low,
     first,
     begin,
-    rows,
-    columns,
+    tiles,
+    blocks_down,
+    blocks_along,
+    end_row,
+    end_column,
     height,
     width,
     groups,
+    cells,
+    diagonal,
     IS_INT4: tl.constexpr,
     HAS_ZERO: tl.constexpr,
-    ROWS: tl.constexpr,
+    KEEP: tl.constexpr,
+    TILE: tl.constexpr,
+    CELL: tl.constexpr,
+    UNROLL: tl.constexpr,
+    SAY_EACH: tl.constexpr,
 ):
-    """`first`, `begin`: the tile's row and column in the matrix [height, width]."""
-    expert, i = tl.program_id(0).to(tl.int64), tl.load(numbers + tl.arange(0, ROWS))
-    tile, inside = expert * rows * columns, i < rows
-    of_row = expert * height + first + i
-    for step in range(0, rows + columns - 1):
-        j = step - i
-        there = inside & (j >= 0) & (j < columns)
-        at = tile + i * columns + j
+    """The cells of one anti-diagonal of every tile of a wave; `cells` of them a tile. `down`, `along`: blocks on the
+    matrices' diagonals, [E, blocks, TILE, TILE]. KEEP: write the halves of what is left and moved, too.
+    """
+    t, u, expert = tl.program_id(0) // cells, tl.program_id(0) % cells, tl.program_id(1).to(tl.int64)
+    r = tl.maximum(0, diagonal - (TILE // CELL - 1)) + u
+    row, column = r * CELL, (diagonal - r) * CELL  # of the cell in its tile
+    top, side, lane = first + t * TILE, begin - t * TILE, tl.arange(0, CELL)
+    tile = (expert * tiles + t) * TILE * TILE
+    down += (expert * blocks_down + top // TILE % blocks_down) * TILE * TILE + row
+    along += (expert * blocks_along + side // TILE % blocks_along) * TILE * TILE + column
+    over_left, over_moved = left + tile + column, moved + tile + row
+    square = tile + (row + lane)[:, None] * TILE + column + lane[None, :]
+    tl.store(above + square, _pulled(tl.load(above + square), down, over_left, row, TILE, CELL, SAY_EACH))
+    tl.store(target + square, _pulled(tl.load(target + square), over_moved, along, column, TILE, CELL, SAY_EACH))
+    tl.debug_barrier()  # a lane reads other entries than it wrote
+    of_row = expert * height + top + row + lane
+    down, over_left = down + row * TILE, over_left + row * TILE
+    along, over_moved = along + column * TILE, over_moved + column * TILE
+    for step in range(0, 2 * CELL - 1):
+        j = step - lane
+        there = (j >= 0) & (j < CELL) & (top + row + lane < end_row) & (side + column + j < end_column)
+        at = tile + (row + lane) * TILE + column + j
         over, wanted = tl.load(above + at, mask=there, other=0.0), tl.load(target + at, mask=there, other=0.0)
-        for k in tl.range(0, rows, loop_unroll_factor=4):
-            by = tl.load(down + (expert * rows + k) * rows + i, mask=inside, other=0.0)
-            over = over + by * tl.load(left + tile + k * columns + j, mask=there & (k < i), other=0.0)
-        for k in tl.range(0, tl.minimum(step, columns), loop_unroll_factor=4):
-            by = tl.load(along + (expert * columns + k) * columns + j, mask=there, other=0.0)
-            wanted = wanted + by * tl.load(moved + tile + k * rows + i, mask=there & (k < j), other=0.0)
-        g = tl.load(group + expert * width + begin + j, mask=there, other=0)
+        place = of_row * width + side + column + j
+        g = tl.load(group + expert * width + side + column + j, mask=there, other=0)
         s = tl.load(scale + of_row * groups + g, mask=there, other=1.0)
         z = tl.load(zero + of_row * groups + g, mask=there, other=0.0) if HAS_ZERO else tl.zeros_like(s)
-        code, value = _coded(wanted + over, s, z, IS_INT4)
-        place = of_row * width + begin + j
-        rest = tl.load(weight + place, mask=there, other=0.0) - value
+        w = tl.load(weight + place, mask=there, other=0.0)
+        for some in range(0, tl.minimum(step, CELL), UNROLL):
+            for k in tl.static_range(UNROLL):
+                over = _and_one(over, down, over_left, some + k, TILE, lane, j, there & (some + k < lane))
+                wanted = _and_one(wanted, over_moved, along, some + k, TILE, lane, j, there & (some + k < j))
+        code, value = coded(wanted + over, s, z, IS_INT4)
+        rest = w - value
         tl.store(codes + place, code, mask=there)
         tl.store(left + at, rest, mask=there)
-        tl.store(moved + tile + j * rows + i, rest + over, mask=there)
+        tl.store(moved + tile + (column + j) * TILE + row + lane, rest + over, mask=there)
         tl.debug_barrier()  # the next anti-diagonal reads what was left of this one
+    if KEEP:
+        inside = (top + row + lane < end_row)[:, None] & (side + column + lane < end_column)[None, :]
+        place = of_row[:, None] * width + side + column + lane[None, :]
+        keep_halves(tl.load(left + square, mask=inside, other=0.0), left_high, left_low, place, inside)
+        turned = tile + (column + lane)[None, :] * TILE + (row + lane)[:, None]
+        keep_halves(tl.load(moved + turned, mask=inside, other=0.0), moved_high, moved_low, place, inside)
 
 
 @triton.jit
@@ -114,12 +228,12 @@ def _improve_tile(
         s = tl.load(scale + of_row * groups + g, mask=there, other=1.0)
         z = tl.load(zero + of_row * groups + g, mask=there, other=0.0) if HAS_ZERO else tl.zeros_like(s)
         place = of_row * width + begin + j
-        level = _level(tl.load(codes + place, mask=there, other=0), IS_INT4)
+        level = level_of(tl.load(codes + place, mask=there, other=0), IS_INT4)
         start = (level - z) * s if HAS_ZERO else level * s
         curvature = tl.load(along + (expert * columns + j) * columns + j, mask=there, other=1.0)
         away = tl.div_rn(steep, curvature)
         sound = (tl.abs(away) < float("inf")) & (curvature > 0)
-        code, value = _coded(tl.where(sound, start + away, start), s, z, IS_INT4)
+        code, value = coded(tl.where(sound, start + away, start), s, z, IS_INT4)
         tl.store(codes + place, code, mask=there)
         tl.store(left + tile + i * columns + j, tl.load(weight + place, mask=there, other=0.0) - value, mask=there)
         tl.store(change + expert * rows + i, start - value, mask=there)
@@ -133,12 +247,131 @@ def _improve_tile(
         tl.debug_barrier()  # before what changed is overwritten
 
 
+def round_all(stack: Rows, fall: Tensor, push: Tensor) -> None:
+    """Fill the codes of a whole stack, by waves of tiles. `fall` [E, O, O], `push` [E, I, I]: `two_sided`'s factors."""
+    experts, rows, width = stack.weight.shape
+    blocks = _diagonal_blocks(fall), _diagonal_blocks(push)
+    down, along = halves(fall), halves(push)
+    left, moved = (zeros(experts, rows, width, stack.weight) for _ in range(2))
+    bands, columns = (triton.cdiv(size, _TILE) for size in (rows, width))
+    for wave in range(bands + columns - 1):
+        top = max(0, wave - columns + 1)
+        place = top * _TILE, (wave - top) * _TILE, min(bands, wave + 1) - top
+        target, above = reach(stack.weight, place, (down, along), (left, moved))
+        round_wave(stack, place, blocks, (target, above), (left, moved))
+
+
+def reach(
+    weight: Tensor, place: tuple[int, int, int], factors: tuple[Halves, Halves], done: tuple[Halves, Halves]
+) -> tuple[Tensor, Tensor]:
+    """(target, above) of a wave's tiles, float32 [E, T, M, N]: see `tiles.round_tile`.
+
+    Args:
+        place: the first tile's row and column, and how many there are; each is one tile below and left of the last.
+    """
+    (down, along), (left, moved) = factors, done
+    experts, rows, width = weight.shape
+    first, begin, count = place
+    target, above = (weight.new_empty(experts, count, _TILE, _TILE) for _ in range(2))
+    for is_above, one, two, out in ((True, down, left, above), (False, moved, along, target)):
+        _reach[(count, experts)](
+            *one,
+            *two,
+            weight,
+            out,
+            first,
+            begin,
+            rows,
+            width,
+            IS_ABOVE=is_above,
+            TILE=_TILE,
+            DEPTH=_DEPTH,
+            num_warps=_WARPS,
+            num_stages=_STAGES,
+        )
+    return target, above
+
+
+def round_wave(
+    stack: Rows,
+    place: tuple[int, int, int],
+    blocks: tuple[Tensor, Tensor],
+    wanted: tuple[Tensor, Tensor],
+    kept: tuple[Halves, Halves],
+) -> None:
+    """Round a wave's tiles. Fills codes and the halves of what is left and moved; overwrites `wanted`."""
+    made = wanted[0].new_empty(wanted[0].shape), wanted[0].new_empty(wanted[0].shape)
+    _round(stack, place, stack.weight.shape[1:], (*wanted, *blocks), (*made, *kept[0], *kept[1]))
+
+
 def round_tile(stack: Rows, tile: Tile, target: Tensor, above: Tensor) -> tuple[Tensor, Tensor]:
     """See `tiles.round_tile`."""
     experts, rows, columns = target.shape
-    left, moved = torch.empty_like(target), target.new_empty(experts, columns, rows)
-    _launch(_round_tile, stack, tile, (target, above), (left, moved))
-    return left, moved.mT
+    square = experts, 1, _TILE, _TILE
+    given = [target.new_zeros(square) for _ in range(4)]
+    for whole, some in zip(given, (target, above, tile.down, tile.along), strict=True):
+        whole[:, 0, : some.shape[1], : some.shape[2]] = some
+    left, moved = target.new_empty(square), target.new_empty(square)
+    ends = torch.Size((tile.rows.stop, tile.columns.stop))
+    _round(stack, (tile.rows.start, tile.columns.start, 1), ends, tuple(given), (left, moved))
+    return left[:, 0, :rows, :columns], moved[:, 0, :columns, :rows].mT
+
+
+def _round(
+    stack: Rows, place: tuple[int, int, int], ends: torch.Size, given: tuple[Tensor, ...], made: tuple[Tensor, ...]
+) -> None:
+    """Launch the cells of a wave. `given`: target, above, and the blocks; `made`: left, moved, and their halves."""
+    (target, above, down, along), (experts, rows, width) = given, stack.weight.shape
+    keeps = len(made) > 2
+    made = made if keeps else (*made, *(target,) * 4)
+    arrays = (
+        stack.weight,
+        stack.scale,
+        array_or(stack.zero, stack.scale),
+        stack.group,
+        down,
+        along,
+        stack.codes,
+        *made,
+    )
+    if not all(array.is_contiguous() for array in (target, above, *arrays)):
+        raise ValueError("a tile kernel wants contiguous arrays")
+    side = _TILE // _CELL
+    for diagonal in range(2 * side - 1):
+        cells = side - abs(diagonal - side + 1)
+        _round_cells[(place[2] * cells, experts)](
+            target,
+            above,
+            *arrays,
+            *place,
+            down.shape[1],
+            along.shape[1],
+            *ends,
+            rows,
+            width,
+            stack.scale.shape[2],
+            cells,
+            diagonal,
+            IS_INT4=stack.fmt.name == "int4",
+            HAS_ZERO=stack.zero is not None,
+            KEEP=keeps,
+            TILE=_TILE,
+            CELL=_CELL,
+            UNROLL=_UNROLL,
+            SAY_EACH=_SAY_EACH,
+            num_warps=1,
+            **NO_FUSION,
+        )
+
+
+def _diagonal_blocks(matrix: Tensor) -> Tensor:
+    """[E, n, n] → the blocks on the diagonal, zeros where the last is cut short: [E, n / tile, tile, tile]."""
+    size = matrix.shape[-1]
+    blocks = matrix.new_zeros(len(matrix), triton.cdiv(size, _TILE), _TILE, _TILE)
+    for b in range(blocks.shape[1]):
+        own = slice(b * _TILE, min(size, (b + 1) * _TILE))
+        blocks[:, b, : own.stop - own.start, : own.stop - own.start] = matrix[:, own, own]
+    return blocks
 
 
 def improve_tile(stack: Rows, tile: Tile, slope: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,7 +389,7 @@ def _launch(kernel: Any, stack: Rows, tile: Tile, given: tuple[Tensor, ...], mad
         *given,
         stack.weight,
         stack.scale,
-        _or(stack.zero, stack.scale),
+        array_or(stack.zero, stack.scale),
         stack.group,
         tile.down,
         tile.along,
