@@ -8,7 +8,7 @@ of processes can go on. A layer's gradients go when those of the layer before it
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -63,7 +63,7 @@ class Kept:
         """Let go of what is on the host."""
         self._made.pop(unit, None)
 
-    def facts(self, unit: str) -> dict[str, Any] | None:
+    def facts(self, unit: str) -> Mapping[str, Any] | None:
         """What was told of a unit that is finished, as far as this rank knows."""
         line = self.run.finished.get(unit)
         return line.facts if line else None

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -317,7 +317,7 @@ class _Walk:
         self._told[unit] = facts
         self.kept.put(unit, values, facts)
 
-    def _facts(self, unit: str) -> dict[str, Any]:
+    def _facts(self, unit: str) -> Mapping[str, Any]:
         return self._told.get(unit) or self.kept.facts(unit) or {}
 
 

@@ -127,3 +127,25 @@ def test_waves_of_tiles_give_the_bytes_of_the_plain_loops(fmt: Format, monkeypat
         made.append(stack.codes)
     assert torch.equal(*made)
     assert len(made[0].unique()) > 8
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_what_moves_a_wave_is_the_sum_over_all_rows_above_and_all_columns_before() -> None:
+    from mimoquant.quant.kernels import tiles_cuda
+    from mimoquant.quant.products import halves
+
+    draw, size = torch.Generator().manual_seed(0), tiles_cuda.TILE_SIDE
+    rows, width = 2 * size + 40, 2 * size + 24
+    shapes = (rows, width), (rows, rows), (width, width), (rows, width), (rows, width)
+    weight, fall, push, left, moved = (torch.randn(2, *shape, generator=draw).cuda() for shape in shapes)
+    factors, done = (halves(fall), halves(push)), (halves(left), halves(moved))
+    found = tiles_cuda.reach(weight, (0, 2 * size, 3), factors, done)
+    for t, top in enumerate(range(0, rows, size)):
+        side = 2 * size - top
+        now, here = slice(top, min(rows, top + size)), slice(side, min(width, side + size))
+        target = weight[:, now, here].double() + moved[:, now, :side].double() @ push[:, :side, here].double()
+        above = fall[:, :top, now].double().mT @ left[:, :top, here].double()
+        for mine, expected in zip(found, (target, above), strict=True):
+            tile = mine[:, t, : expected.shape[1], : expected.shape[2]].double()
+            assert (tile - expected).abs().max() < 2e-3  # 2^-16 of terms, some hundred of them

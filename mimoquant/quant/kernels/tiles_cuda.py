@@ -27,7 +27,7 @@ from mimoquant.quant.products import Halves, halves, zeros
 from mimoquant.quant.tiles import Rows, Tile
 
 _LEAST_ROWS = 32  # of a program: a warp
-_TILE = 128  # rows and columns that are rounded before what is left of them is pushed onto the rest
+TILE_SIDE = 128  # rows and columns that are rounded before what is left of them is pushed onto the rest
 _SAY_EACH = True  # see `_pulled`
 _CELL, _UNROLL = 32, 8  # rows and columns of a warp; how many of what moves an entry are asked for at once
 _DEPTH, _STAGES, _WARPS = 32, 3, 8  # of the products: how far they go at once, how many are on their way, warps
@@ -253,10 +253,10 @@ def round_all(stack: Rows, fall: Tensor, push: Tensor) -> None:
     blocks = _diagonal_blocks(fall), _diagonal_blocks(push)
     down, along = halves(fall), halves(push)
     left, moved = (zeros(experts, rows, width, stack.weight) for _ in range(2))
-    bands, columns = (triton.cdiv(size, _TILE) for size in (rows, width))
+    bands, columns = (triton.cdiv(size, TILE_SIDE) for size in (rows, width))
     for wave in range(bands + columns - 1):
         top = max(0, wave - columns + 1)
-        place = top * _TILE, (wave - top) * _TILE, min(bands, wave + 1) - top
+        place = top * TILE_SIDE, (wave - top) * TILE_SIDE, min(bands, wave + 1) - top
         target, above = reach(stack.weight, place, (down, along), (left, moved))
         round_wave(stack, place, blocks, (target, above), (left, moved))
 
@@ -272,7 +272,7 @@ def reach(
     (down, along), (left, moved) = factors, done
     experts, rows, width = weight.shape
     first, begin, count = place
-    target, above = (weight.new_empty(experts, count, _TILE, _TILE) for _ in range(2))
+    target, above = (weight.new_empty(experts, count, TILE_SIDE, TILE_SIDE) for _ in range(2))
     for is_above, one, two, out in ((True, down, left, above), (False, moved, along, target)):
         _reach[(count, experts)](
             *one,
@@ -284,7 +284,7 @@ def reach(
             rows,
             width,
             IS_ABOVE=is_above,
-            TILE=_TILE,
+            TILE=TILE_SIDE,
             DEPTH=_DEPTH,
             num_warps=_WARPS,
             num_stages=_STAGES,
@@ -307,7 +307,7 @@ def round_wave(
 def round_tile(stack: Rows, tile: Tile, target: Tensor, above: Tensor) -> tuple[Tensor, Tensor]:
     """See `tiles.round_tile`."""
     experts, rows, columns = target.shape
-    square = experts, 1, _TILE, _TILE
+    square = experts, 1, TILE_SIDE, TILE_SIDE
     given = [target.new_zeros(square) for _ in range(4)]
     for whole, some in zip(given, (target, above, tile.down, tile.along), strict=True):
         whole[:, 0, : some.shape[1], : some.shape[2]] = some
@@ -336,7 +336,7 @@ def _round(
     )
     if not all(array.is_contiguous() for array in (target, above, *arrays)):
         raise ValueError("a tile kernel wants contiguous arrays")
-    side = _TILE // _CELL
+    side = TILE_SIDE // _CELL
     for diagonal in range(2 * side - 1):
         cells = side - abs(diagonal - side + 1)
         _round_cells[(place[2] * cells, experts)](
@@ -355,7 +355,7 @@ def _round(
             IS_INT4=stack.fmt.name == "int4",
             HAS_ZERO=stack.zero is not None,
             KEEP=keeps,
-            TILE=_TILE,
+            TILE=TILE_SIDE,
             CELL=_CELL,
             UNROLL=_UNROLL,
             SAY_EACH=_SAY_EACH,
@@ -367,9 +367,9 @@ def _round(
 def _diagonal_blocks(matrix: Tensor) -> Tensor:
     """[E, n, n] → the blocks on the diagonal, zeros where the last is cut short: [E, n / tile, tile, tile]."""
     size = matrix.shape[-1]
-    blocks = matrix.new_zeros(len(matrix), triton.cdiv(size, _TILE), _TILE, _TILE)
+    blocks = matrix.new_zeros(len(matrix), triton.cdiv(size, TILE_SIDE), TILE_SIDE, TILE_SIDE)
     for b in range(blocks.shape[1]):
-        own = slice(b * _TILE, min(size, (b + 1) * _TILE))
+        own = slice(b * TILE_SIDE, min(size, (b + 1) * TILE_SIDE))
         blocks[:, b, : own.stop - own.start, : own.stop - own.start] = matrix[:, own, own]
     return blocks
 
