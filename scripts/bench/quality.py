@@ -1,9 +1,10 @@
 #!/usr/bin/env python
 """Quality and time of calibrated methods: mimoquant beside llm-compressor, same model, same tokens.
 
-The peer's variants run first, each in its own process through a script that prints one JSON line (J, J_per_sequence,
-wall_s, cpu_s, peak_rss_gb); the lines are kept in a file and not measured again. Ours are then quantized by
-`mimoquant quantize`, a process each, and scored in one walk a format; they are measured anew unless --tables is given.
+The peer's variants (PEERS) run first, each in its own process through a script that prints one JSON line (J,
+J_per_sequence, wall_s, cpu_s, peak_rss_gb); the lines are kept in a file and not measured again. "The peer's best" is
+the variant with the lowest J. Ours are then quantized by `mimoquant quantize`, a process each, and scored in one walk a
+format; they are measured anew unless --tables is given.
 
 One id is appended to each evaluation sequence: we score all positions but the last, the peer's script scores them all,
 and so both score the same ones (attention is causal). Our forward pass is in float32, the peer's in bf16, whose noise
@@ -68,11 +69,17 @@ METHODS: dict[str, tuple[str, dict[str, Any], str]] = {
     "gptq": ("GPTQModifier", {}, "*"),
     "gptq-unsigned": ("GPTQModifier", {"signed_scales": False}, "int4-*"),
 }
+# [FORMAT_][awq_]SCALES or [FORMAT_][awq_]gptq[SCALES]. SCALES says the modifier's `weight_observer`: rtn (nothing after
+# gptq) is the scheme's own, mse memoryless_mse, imatrix imatrix_mse, expanded nvfp4_expanded_mse, expandedimatrix
+# nvfp4_expanded_imatrix. awq: mappings that take the router in. g32_: the preset W4A16 with groups of 32.
 PEERS = {
-    "int4-g128": ("rtn", "mse", "gptq", "imatrix", "awq"),
-    "int4-g32": (),  # no preset there
-    "mxfp4": ("mxfp4_rtn", "mxfp4_mse", "mxfp4_gptq"),
-    "nvfp4": ("nvfp4_rtn", "nvfp4_gptq", "nvfp4_mse"),
+    "int4-g128": ("rtn", "mse", "imatrix", "gptq", "gptqmse", "gptqimatrix", "awq", "awq_gptqmse"),
+    "int4-g32": ("g32_rtn", "g32_mse", "g32_imatrix", "g32_gptq", "g32_gptqmse", "g32_gptqimatrix", "g32_awq_gptqmse"),
+    "mxfp4": ("mxfp4_rtn", "mxfp4_mse", "mxfp4_gptq", "mxfp4_gptqmse", "mxfp4_gptqimatrix", "mxfp4_awq_gptqmse"),
+    "nvfp4": (
+        *("nvfp4_rtn", "nvfp4_mse", "nvfp4_expanded", "nvfp4_gptq", "nvfp4_gptqmse", "nvfp4_gptqimatrix"),
+        *("nvfp4_gptqexpanded", "nvfp4_gptqexpandedimatrix", "nvfp4_awq_gptqmse"),
+    ),
 }
 FLOAT32_PRODUCTS = r"""
 import runpy, sys, torch
@@ -365,7 +372,7 @@ def main() -> None:
     for fmt in FORMATS:
         with tempfile.TemporaryDirectory(dir=options.work) as folder:
             ours = run_ours(options, fmt, Path(folder), peers[fmt])
-        best = min(peers[fmt], key=lambda peer: peer.told or 0.0, default=None)
+        best = min(peers[fmt], key=lambda peer: peer.j.mean(), default=None)
         rows += [row(fmt, result, best, peers[fmt]) for result in peers[fmt] + ours]
     shapes = [" x ".join(map(str, np.load(path, mmap_mode="r").shape)) for path in (options.calib, options.eval)]
     print(f"{options.model.name}, calibrated on {shapes[0]} tokens, J over {shapes[1]}; {machine()}.")
