@@ -11,7 +11,7 @@ from mimoquant.assembly.evaluations import note_left_out
 from mimoquant.assembly.files import check_new
 from mimoquant.calibration.tokens import load_tokens
 from mimoquant.errors import UsageError
-from mimoquant.machine.memory import machine
+from mimoquant.machine import memory
 from mimoquant.mixing.mixtures import Mixtures
 from mimoquant.mixing.needs import foreseen, fork_refusal
 from mimoquant.mixing.run import forks_of, sensitivity
@@ -53,7 +53,7 @@ def choose_mixture(
     vocab = mixtures.plan.layout.geometry.vocab
     tokens = load_tokens(choice.data, source, sequences=choice.sequences, tokens=choice.tokens, vocab=vocab)
     forks = forks_of(mixtures, tokens, team)
-    if refused := fork_refusal(forks, len(tokens.ids), team.device, machine(team.device)):
+    if refused := fork_refusal(forks, len(tokens.ids), team.device, memory.machine(team.device)):
         raise refused
     for note in [*mixtures.dropped, foreseen(forks, team.device)]:
         watcher.note(note)

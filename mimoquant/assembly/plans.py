@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from mimoquant import pipeline
 from mimoquant.assembly.choices import PlanChoice
+from mimoquant.machine import memory
 from mimoquant.machine.devices import resolve_device
-from mimoquant.machine.memory import Machine, machine
+from mimoquant.machine.memory import Machine
 from mimoquant.machine.timeline import Timeline
 from mimoquant.mixing.needs import sensitivity_facts
 from mimoquant.output.documents import Bound, QuantizeDocument
@@ -54,7 +55,7 @@ def plan_document(
 ) -> PlanDocument:
     """`plan`. `folder`: on whose disk to look for room. `measure`: rehearse, to tell the time."""
     device = resolve_device(device)
-    has = machine(device, gpu_memory)
+    has = memory.machine(device, gpu_memory)
     made = fitted_plan(source, choice, device, has)
     took = None
     if measure:
@@ -87,7 +88,7 @@ class QuantizeRun:
     ) -> None:
         """Raises UsageError, RecipeError, CheckpointError: the plan cannot be made, or does not fit the machine."""
         self._begin, self.out, self.team, self.resume = time.monotonic(), out, team, resume
-        has = machine(team.device, gpu_memory)
+        has = memory.machine(team.device, gpu_memory)
         has = replace(has, gpu_bytes=min(team.gather(has.gpu_bytes)))  # chunks must be the same everywhere
         self.plan = fitted_plan(source, choice, team.device, has, team.size)
         if refused := refusal(self.plan, team.device, has, team.size):

@@ -13,7 +13,6 @@ import pytest
 from micro import MICRO
 
 from mimoquant.machine.memory import Machine, machine
-from mimoquant.planning import needs as module
 from mimoquant.planning.needs import fitting_plan, largest_chunk, needs, refusal
 from mimoquant.planning.plan import Plan, make_plan
 from mimoquant.planning.recipe import load_recipe
@@ -133,7 +132,7 @@ def test_the_machine_is_what_the_control_group_leaves_of_it(tmp_path: Path, monk
     assert 0 < whole.host_free_bytes <= whole.host_bytes
     (tmp_path / "memory.max").write_text(f"{10**8}\n")
     (tmp_path / "memory.current").write_text(f"{4 * 10**7}\n")
-    monkeypatch.setattr(module, "_CONTROL_GROUP", tmp_path)
+    monkeypatch.setattr("mimoquant.machine.memory._CONTROL_GROUP", tmp_path)
     assert machine("cpu") == Machine(10**8, 6 * 10**7)
     (tmp_path / "memory.max").write_text("max\n")
     assert machine("cpu").host_bytes == whole.host_bytes
