@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mimoquant
 from mimoquant.calibration.tokens import TokenSet, load_tokens
@@ -25,3 +28,10 @@ def j_of(out: Path, tokens: TokenSet, source: Path = MICRO) -> float:
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, by its path."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a file that holds a JSON object."""
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))

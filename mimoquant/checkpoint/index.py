@@ -175,11 +175,12 @@ def read_json_inside(
     path = folder / name
     try:
         with open_inside(folder, name) as file:
-            raw = file.read(max_bytes + 1)
+            size = os.fstat(file.fileno()).st_size
+            if size > max_bytes:
+                raise CheckpointError(f"{path}: {size} bytes, more than the {max_bytes} a JSON file may have here")
+            raw = file.read(max_bytes)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    if len(raw) > max_bytes:
-        raise CheckpointError(f"{path}: more than the {max_bytes} bytes a JSON file may have here")
     return _parse_json_object(raw, path, unique=unique)
 
 

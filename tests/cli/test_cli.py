@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from micro import MICRO
+from micro import MICRO, edit_json
 from typer.testing import CliRunner
 
 import mimoquant
@@ -36,12 +36,6 @@ def call(*arguments: str | Path) -> Any:
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
     return Path(shutil.copytree(MICRO, tmp_path / "copy"))
-
-
-def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    value = json.loads(path.read_text())
-    change(value)
-    path.write_text(json.dumps(value))
 
 
 def edit_header(folder: Path, tensor: str, change: Callable[[dict[str, Any], str], object]) -> Path:

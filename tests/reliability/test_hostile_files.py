@@ -15,10 +15,9 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from micro import contents
+from micro import contents, edit_json
 from readers import READERS, TOKENIZER, check, header_file, mutated
 from small_runs import quantize, small_checkpoint
-from test_cli import edit_json
 
 import mimoquant
 from mimoquant.checkpoint.index import INDEX_NAME, open_index
