@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 import unicodedata
 from collections.abc import Iterable
@@ -98,5 +100,28 @@ class Interval(TypedDict):
     """Upper end."""
 
 
-def interval(part: Interval, digits: int = 4) -> str:
-    return f"{number(part['low'], digits)} to {number(part['high'], digits)}"
+FEWEST_SEQUENCES = 5  # that an interval over sequences is told of
+
+
+def has_interval(part: Interval) -> bool:
+    """Whether `part` comes from sequences enough; else its ends are -inf and inf."""
+    return part["low"] != -math.inf
+
+
+def interval(part: Interval, digits: int = 4, *, sequences: int | None = None) -> str:
+    """ "1 to 2", or "n/a, 1 sequence" where so few say nothing of others."""
+    if has_interval(part):
+        return f"{number(part['low'], digits)} to {number(part['high'], digits)}"
+    if sequences is None:
+        return "n/a"
+    few = many(sequences, "sequence") if sequences < FEWEST_SEQUENCES else f"under {FEWEST_SEQUENCES} finite sequences"
+    return f"n/a, {few}"
+
+
+_ENDLESS = re.compile(r'^( *(?:"(?:[^"\\]|\\.)*": )?-?)Infinity(?=,?$)', re.MULTILINE)
+
+
+def json_text(document: object) -> str:
+    """One indented JSON document. An end that no interval has is -1e999 or 1e999, which is JSON and is read as
+    infinite: a null would count as 0 or as less than any limit where scripts compare."""
+    return _ENDLESS.sub(r"\g<1>1e999", json.dumps(document, indent=2))

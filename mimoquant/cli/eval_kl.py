@@ -96,10 +96,14 @@ def write_outcome(document: EvalKlDocument, candidate: Path | None, junit: Path 
 def fail_the_gate(document: EvalKlDocument, *, is_lower_bound: bool) -> None:
     """Raise QualityError where a limit was given and is not kept."""
     from mimoquant.errors import QualityError
+    from mimoquant.wording import has_interval, interval
 
     limit, j, broken = document["max_kl"], document["j"]["mean"], document["nonfinite_share"]
     if limit is None:
         return
+    if not has_interval(document["j"]):
+        ends = interval(document["j"], sequences=document["sequences"])
+        tell(f"note: --max-kl is held against the mean; its interval is {ends}")
     if j > limit:
         least = "at least " if is_lower_bound else ""
         over = f"{least}{j:.5f} nats a token, {j - limit:.5f} above the gate of {limit}"

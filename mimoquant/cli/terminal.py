@@ -6,7 +6,6 @@ Key idea: what a run says while it works goes through `tell`, so `--quiet` is on
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -136,4 +135,6 @@ def hint_to_resume(wanted: bool) -> Iterator[None]:
 
 def print_document(document: T, to_text: Callable[[T], str], as_json: bool) -> None:
     """A verb's result on stdout: one JSON document, or the text that is made from it."""
-    typer.echo(json.dumps(document, indent=2) if as_json else to_text(document))
+    from mimoquant.wording import json_text
+
+    typer.echo(json_text(document) if as_json else to_text(document))

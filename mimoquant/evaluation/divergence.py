@@ -17,6 +17,7 @@ others as one outcome. That is a lower bound of the above, never an approximatio
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 
@@ -24,6 +25,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from mimoquant.wording import FEWEST_SEQUENCES
 
 Floats = npt.NDArray[np.float64]
 VOCAB_BLOCK, TOKEN_BLOCK = 8192, 2048
@@ -256,8 +259,13 @@ def _conditional(p: Floats, q: Floats, ratio: Floats) -> tuple[Floats, Floats]:
 def bootstrap(
     values: Floats, sequence: npt.NDArray[np.int64], *, resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
-    """95 % percentile interval of the mean, resampling whole sequences (tokens of one are not independent)."""
+    """95 % percentile interval of the mean, resampling whole sequences (tokens of one are not independent).
+
+    (-inf, inf) of fewer than `FEWEST_SEQUENCES`: resampling them says nothing of others, and of one it has no width.
+    """
     names, index = np.unique(sequence, return_inverse=True)
+    if len(names) < FEWEST_SEQUENCES:
+        return -math.inf, math.inf
     sums = np.bincount(index, weights=values, minlength=len(names))
     counts = np.bincount(index, minlength=len(names))
     picks = np.random.default_rng(seed).integers(0, len(names), (resamples, len(names)))

@@ -1,7 +1,8 @@
 """What `eval-kl` and `eval-draft` say, field by field: what `--json` prints and the Python functions return.
 
 J = (KL(p‖q) + KL(q‖p)) / 2 in nats per token, p the reference, q the candidate, over the full vocabulary at temperature
-1 (defined in `divergence`). Intervals are of 95 %, by a bootstrap over whole sequences. Positions where logits are not
+1 (defined in `divergence`). Intervals are of 95 %, by a bootstrap over whole sequences;
+from -inf to inf, in JSON from -1e999 to 1e999, of fewer than 5 sequences. Positions where logits are not
 finite count in `nonfinite_share` and nowhere else. Shares are of 1. Acceptance is defined in `eval_draft`.
 """
 

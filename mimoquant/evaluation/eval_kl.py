@@ -15,7 +15,6 @@ Left out: sampling, caches; every position is scored by prefill. Definition of J
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -40,6 +39,7 @@ from mimoquant.model.layer_stream import portions, walk
 from mimoquant.model.layout import ModelLayout, read_layout
 from mimoquant.planning.plan import read_config
 from mimoquant.weights.decoded import CheckpointWeights
+from mimoquant.wording import json_text
 
 FLOOR_SEQUENCES = 16  # how many sequences of the first portion the noise floor is measured on
 _WALK = "evaluation"  # the name of its snapshots
@@ -232,7 +232,7 @@ def eval_kl(
         device = team.device if team.size == 1 else team.device.partition(":")[0]
         evaluation = evaluation_of(named, others[0], tokens, comparisons, floor, device)
         if snapshots:
-            snapshots.finish(json.dumps(evaluation, indent=2) + "\n")
+            snapshots.finish(json_text(evaluation) + "\n")
     return evaluation
 
 

@@ -16,6 +16,7 @@ bootstrap over sequences: of everything at once, so a difference of two numbers 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mimoquant.mixing.documents import JEstimate
+from mimoquant.wording import FEWEST_SEQUENCES
 
 Floats = npt.NDArray[np.float64]
 RESAMPLES = 2000
@@ -41,8 +43,10 @@ class Estimate:
         return JEstimate(mean=self.mean, low=self.low, high=self.high)
 
     @staticmethod
-    def of(values: Floats) -> Estimate:
-        """`values`: from the data itself, then from each resample."""
+    def of(values: Floats, sequences: int = FEWEST_SEQUENCES) -> Estimate:
+        """`values`: from the data itself, then from each resample. From too few sequences there is no interval."""
+        if sequences < FEWEST_SEQUENCES:
+            return Estimate(float(values[0]), -math.inf, math.inf)
         low, high = np.percentile(values[1:], [2.5, 97.5])
         return Estimate(float(values[0]), float(low), float(high))
 
@@ -73,6 +77,11 @@ class Ablation:
         sums = self._counts[0] @ first + self._counts[1] @ second
         out: Floats = sums / (len(first) + len(second))
         return out
+
+    @property
+    def sequences(self) -> int:
+        """In the smaller half, which bounds what all of this is known to."""
+        return min(map(len, self.whole))
 
     @cached_property
     def total(self) -> Floats:

@@ -64,9 +64,9 @@ def facts_of(
         "budget_bytes": budget_bytes,
         "target_j": target_j,
         "notes": mixtures.dropped,
-        "j": _estimate(ablation.total),
-        "sum_alone": _estimate(_share_sum(ablation, ablation.alone_means, 0)),
-        "sum_gains": _estimate(_share_sum(ablation, ablation.gains, 1)),
+        "j": _estimate(ablation, ablation.total),
+        "sum_alone": _estimate(ablation, _share_sum(ablation, ablation.alone_means, 0)),
+        "sum_gains": _estimate(ablation, _share_sum(ablation, ablation.gains, 1)),
         "layers": _layers(mixtures, ablation, probes),
         "uniform": [
             {**_point(mixtures, ablation, [k] * len(mixtures.layers)), "option": option.label}
@@ -84,11 +84,11 @@ def choice_facts(mixtures: Mixtures, ablation: Ablation, choice: Sequence[int], 
     return {
         "options": {str(layer): option.label for layer, option in mixtures.named(choice).items()},
         "bytes": mixtures.size(choice),
-        "predicted": _estimate(predicted),
-        "measured": _estimate(measured),
-        "difference": off.as_plain(),
+        "predicted": _estimate(ablation, predicted),
+        "measured": _estimate(ablation, measured),
+        "difference": _estimate(ablation, measured - predicted),
         "agrees": off.low <= 0 <= off.high,
-        "to_all_quantized": _estimate(measured / ablation.total),
+        "to_all_quantized": _estimate(ablation, measured / ablation.total),
     }
 
 
@@ -110,7 +110,8 @@ def _layers(mixtures: Mixtures, ablation: Ablation, probes: Sequence[Sequence[Pr
     out: list[SensitivityLayer] = []
     for place, layer in enumerate(mixtures.layers):
         alone, gain, own = (
-            Estimate.of(values[:, place]) for values in (ablation.alone_means, ablation.gains, ablation.contributions)
+            _estimate(ablation, values[:, place])
+            for values in (ablation.alone_means, ablation.gains, ablation.contributions)
         )
         relmse = [value for value in experts[place]["relmse"] if value is not None]
         usual = float(np.median(relmse)) if relmse else 0.0
@@ -118,7 +119,7 @@ def _layers(mixtures: Mixtures, ablation: Ablation, probes: Sequence[Sequence[Pr
             sum(values) for values in ([p.energy for p in probes[place]], [p.error[base] for p in probes[place]])
         )
         options: list[OptionPart] = [
-            {"option": option.label, "bytes": of_option, "ratio": ratio, "predicted": own.mean * ratio}
+            {"option": option.label, "bytes": of_option, "ratio": ratio, "predicted": own["mean"] * ratio}
             for option, of_option, ratio in zip(
                 mixtures.options, mixtures.bytes[place], ablation.ratio[place].tolist(), strict=True
             )
@@ -127,9 +128,9 @@ def _layers(mixtures: Mixtures, ablation: Ablation, probes: Sequence[Sequence[Pr
             {
                 "layer": layer,
                 "kind": "sliding" if geometry.sliding[layer] else "global",
-                "alone": alone.as_plain(),
-                "gain": gain.as_plain(),
-                "contribution": own.as_plain(),
+                "alone": alone,
+                "gain": gain,
+                "contribution": own,
                 "options": options,
                 "relative_error": error / max(energy, 1e-30),
                 "median_relmse": usual,
@@ -229,6 +230,6 @@ def _short(estimate: JEstimate) -> list[float]:
     return [float(f"{value:.4g}") for value in (estimate["mean"], estimate["low"], estimate["high"])]
 
 
-def _estimate(values: Floats) -> JEstimate:
-    """See `Estimate.of`."""
-    return Estimate.of(values).as_plain()
+def _estimate(ablation: Ablation, values: Floats) -> JEstimate:
+    """Mean and interval of values [1 + resamples], where there are sequences enough for one."""
+    return Estimate.of(values, ablation.sequences).as_plain()

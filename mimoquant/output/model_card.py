@@ -22,7 +22,7 @@ from mimoquant.serving.contracts import ENGINES, SGLANG, VLLM
 from mimoquant.serving.launch import launch
 from mimoquant.serving.served import Served
 from mimoquant.weights.container import NATIVE
-from mimoquant.wording import layers_of_formats, number, size
+from mimoquant.wording import interval, layers_of_formats, number, size
 
 if TYPE_CHECKING:
     from mimoquant.evaluation.documents import Evaluation
@@ -149,7 +149,7 @@ def _quality(measured: Evaluation) -> Iterator[str]:
     yield f"Against the bf16 reference on {measured['tokens']} held-out tokens ({data['name']}, {sequences} "
     yield f"sequences of up to {length}), over the full vocabulary, in nats per token:"
     yield from ("", "| | |", "|---|---|")
-    yield f"| symmetric KL, J | {number(j['mean'])} (95 % {number(j['low'])} to {number(j['high'])}) |"
+    yield f"| symmetric KL, J | {number(j['mean'])} (95 % {interval(j, sequences=sequences)}) |"
     yield f"| J at the median, p99 | {number(j['median'])}, {number(j['p99'])} |"
     if floor:
         noise = max(floor["batch"], floor["relative_noise"])

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from mimoquant.report.eval_text import Origin, origin
-from mimoquant.wording import NAME_CHARS, WIDTH, number, percent, table, visible
+from mimoquant.wording import NAME_CHARS, WIDTH, has_interval, interval, number, percent, table, visible
 
 if TYPE_CHECKING:
     from mimoquant.evaluation.documents import DraftDomainPart, EvalDraftDocument, MeanInterval
@@ -44,11 +44,11 @@ def _origin(facts: EvalDraftDocument) -> Origin:
 def _verdict(facts: EvalDraftDocument) -> Iterator[tuple[str, str]]:
     length = facts["accepted_length"]["sampling"]
     ours, theirs = (number(side["mean"]) for side in (length["reference"], length["candidate"]))
-    change, interval = _change(length["difference"])
+    change, ends = _change(length["difference"], facts["sequences"])
     yield (
         "MEASURED",
         f"of {facts['depth']} drafted tokens {theirs} are accepted where the reference accepts {ours} ({change}, 95 % "
-        f"interval {interval}), sampling at temperature 1 along the text's own tokens",
+        f"interval {ends}), sampling at temperature 1 along the text's own tokens",
     )
     if facts["draft"] != "mtp":
         yield "DRAFTER", facts["draft"]
@@ -62,27 +62,27 @@ def _figures(facts: EvalDraftDocument) -> Iterator[tuple[str, ...]]:
     shares += [("greedy match", row["depth"], row["greedy_match"]) for row in depths]
     for name, depth, pair in shares:
         sides = (percent(side["mean"]) for side in (pair["reference"], pair["candidate"]))
-        yield name, str(depth), *sides, *_points(pair["difference"])
+        yield name, str(depth), *sides, *_points(pair["difference"], facts["sequences"])
     for name, pair in (("sampling", lengths["sampling"]), ("greedy", lengths["greedy"])):
         sides = (number(side["mean"]) for side in (pair["reference"], pair["candidate"]))
-        yield f"accepted length, {name}", "", *sides, *_change(pair["difference"])
+        yield f"accepted length, {name}", "", *sides, *_change(pair["difference"], facts["sequences"])
 
 
 def _domain(part: DraftDomainPart) -> tuple[str, ...]:
     """Of the first depth alone, which every chain depends on; JSON has the others."""
     first, cells = part["depths"][0], []
     for pair in (first["acceptance"], first["greedy_match"]):
-        change, interval = _points(pair["difference"])
-        cells += [percent(pair["candidate"]["mean"]), f"{change} ({interval})"]
+        change, ends = _points(pair["difference"], part["sequences"])
+        cells += [percent(pair["candidate"]["mean"]), f"{change} ({ends})"]
     return visible(part["domain"])[:NAME_CHARS], *cells
 
 
-def _points(difference: MeanInterval) -> tuple[str, str]:
+def _points(difference: MeanInterval, sequences: int) -> tuple[str, str]:
     """A difference of shares in percentage points, and its interval."""
-    return _change(difference, factor=100, digits=2)
+    return _change(difference, sequences, factor=100, digits=2)
 
 
-def _change(difference: MeanInterval, factor: int = 1, digits: int = 4) -> tuple[str, str]:
+def _change(difference: MeanInterval, sequences: int, factor: int = 1, digits: int = 4) -> tuple[str, str]:
     ends = (difference["mean"], difference["low"], difference["high"])
     mean, low, high = (f"{factor * value:+.{digits}f}" for value in ends)
-    return mean, f"{low} to {high}"
+    return mean, f"{low} to {high}" if has_interval(difference) else interval(difference, sequences=sequences)

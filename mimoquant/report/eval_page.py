@@ -31,7 +31,8 @@ def token_sign(token: str) -> str:
 
 def verdict_plot(facts: Facts) -> Markup:
     j, floor, baseline, limit = facts["j"], facts["noise_floor"], facts["baseline"], facts["max_kl"]
-    rows: list[Row] = [("this candidate", j["mean"], j["low"], j["high"], f"J {number(j['mean'])}, {interval(j)}")]
+    told = f"J {number(j['mean'])}, {interval(j, sequences=facts['sequences'])}"
+    rows: list[Row] = [("this candidate", j["mean"], j["low"], j["high"], told)]
     if baseline:
         rows.append(("baseline", baseline["j"], None, None, baseline["candidate"]))
     noises: tuple[tuple[str, Literal["batch", "relative_noise"]], ...]
@@ -62,7 +63,8 @@ def domain_plot(facts: Facts) -> Markup:
     rows: list[Row] = []
     for d in facts["by_domain"]:
         name = visible(d["domain"])
-        rows.append((name[:NAME_CHARS], d["j"], d["low"], d["high"], f"{name}: {interval(d, 3)}"))
+        told = f"{name}: {interval(d, 3, sequences=d['sequences'])}"
+        rows.append((name[:NAME_CHARS], d["j"], d["low"], d["high"], told))
     return rows_plot(rows, Scale.linear(value for row in rows for value in row[1:4]), "J by domain")
 
 

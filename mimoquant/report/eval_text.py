@@ -6,7 +6,7 @@ import math
 import textwrap
 from typing import TYPE_CHECKING, Literal, TypedDict
 
-from mimoquant.wording import NAME_CHARS, WIDTH, interval, number, percent, size, table, visible
+from mimoquant.wording import NAME_CHARS, WIDTH, has_interval, interval, number, percent, size, table, visible
 
 if TYPE_CHECKING:
     from mimoquant.evaluation.documents import DataFacts, EvalKlDocument
@@ -26,8 +26,10 @@ def verdict(facts: EvalKlDocument) -> tuple[str, str, str]:
     """(good | bad | plain, one word, one sentence)."""
     j, limit, broken, floor = facts["j"], facts["max_kl"], facts["nonfinite_share"], facts["noise_floor"]
     mean = j["mean"]
-    value = f"J {number(mean)} nats per token (95 % interval {interval(j)})"
+    value = f"J {number(mean)} nats per token (95 % interval {interval(j, sequences=facts['sequences'])})"
     tail = f"; {percent(broken)} of the rows are not finite" if broken > 0 else ""
+    if limit is not None and not has_interval(j):
+        tail = f"; the limit is held against the mean, of which there is no interval{tail}"
     if limit is not None and facts["passed"] is False:
         over = f" ({100 * (mean / limit - 1):.1f} %)" if limit else ""
         excess = f" exceeds the limit {number(limit)} by {number(mean - limit)}{over}"
@@ -36,7 +38,7 @@ def verdict(facts: EvalKlDocument) -> tuple[str, str, str]:
         return "bad", "NOT FINITE", value + tail
     if facts["passed"]:
         spare = f", {100 * (1 - mean / limit):.0f} % to spare" if limit else ""
-        return "good", "PASSED", f"{value} keeps the limit {number(limit)}{spare}"
+        return "good", "PASSED", f"{value} keeps the limit {number(limit)}{spare}{tail}"
     if mean == 0 and j["max"] == 0:
         return "good", "IDENTICAL", f"{value}: both give the same distribution for every token"
     within = floor is not None and j["high"] <= max(floor["batch"], floor["relative_noise"])
@@ -53,7 +55,8 @@ def comparisons(facts: EvalKlDocument) -> list[tuple[str, str]]:
     out = [("noise floor", said)]
     if baseline:
         told = "better" if baseline["high"] < 0 else "worse" if baseline["low"] > 0 else "not told apart"
-        change = f"difference {number(baseline['difference'])} (95 % interval {interval(baseline)})"
+        ends = interval(baseline, sequences=facts["sequences"])
+        change = f"difference {number(baseline['difference'])} (95 % interval {ends})"
         out.append(("baseline", f"{baseline['candidate']} has J {number(baseline['j'])}; {change}: {told}"))
     return out
 
@@ -62,7 +65,7 @@ def key_figures(facts: EvalKlDocument) -> list[tuple[str, str, str]]:
     """(name, remark, value), the same on the page and in the terminal."""
     top1, ppl = facts["top1"], facts["perplexity"]
     return [
-        ("J, half-sum", interval(facts["j"]), number(facts["j"]["mean"])),
+        ("J, half-sum", interval(facts["j"], sequences=facts["sequences"]), number(facts["j"]["mean"])),
         ("KL(p‖q)", "reference to candidate", number(facts["kl_forward"])),
         ("KL(q‖p)", "candidate to reference", number(facts["kl_reverse"])),
         ("Sum", "of both directions", number(facts["symmetric_sum"])),
@@ -114,7 +117,10 @@ def eval_text(facts: EvalKlDocument) -> str:
     if facts["by_domain"]:
         head = ("domain", "J", "95 % interval", "same top-1", "tokens")
         names = [visible(d["domain"])[:NAME_CHARS] for d in facts["by_domain"]]
-        cells = [(number(d["j"]), interval(d), percent(d["top1"]), str(d["tokens"])) for d in facts["by_domain"]]
+        cells = [
+            (number(d["j"]), interval(d, sequences=d["sequences"]), percent(d["top1"]), str(d["tokens"]))
+            for d in facts["by_domain"]
+        ]
         lines += ["", *table(head, [(name, *row) for name, row in zip(names, cells, strict=True)])]
     worst = sorted(facts["layers"], key=lambda v: (math.isfinite(v["relative_error"]), -v["relative_error"]))[:5]
     if worst:

@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from mimoquant.report.drawing import Axis, Scale, across, line, plot, tag, write
 from mimoquant.report.page import render
-from mimoquant.wording import WIDTH, interval, many, number, percent, size, table, visible
+from mimoquant.wording import WIDTH, has_interval, interval, many, number, percent, size, table, visible
 
 if TYPE_CHECKING:
     from mimoquant.mixing.documents import CarveOut, JEstimate, SensitivityDocument, SensitivityLayer
@@ -54,6 +54,8 @@ def agreement(facts: SensitivityDocument) -> str:
     said = f"predicted {number(chosen['predicted']['mean'])} ({interval(chosen['predicted'])}), measured "
     said += f"{number(chosen['measured']['mean'])}; difference {number(chosen['difference']['mean'])} "
     said += f"({interval(chosen['difference'])})"
+    if not has_interval(chosen["difference"]):
+        return f"{said}: too few sequences to tell whether they agree"
     if chosen["agrees"]:
         return f"{said}: within the interval"
     alone, gains = facts["sum_alone"], facts["sum_gains"]
@@ -178,7 +180,8 @@ def layers_plot(facts: SensitivityDocument) -> Markup:
 
 
 def _times(part: JEstimate, factor: float) -> JEstimate:
-    return {"mean": part["mean"] * factor, "low": part["low"] * factor, "high": part["high"] * factor}
+    ends = (part["low"] * factor, part["high"] * factor) if has_interval(part) else (part["low"], part["high"])
+    return {"mean": part["mean"] * factor, "low": ends[0], "high": ends[1]}
 
 
 def shown_options(facts: SensitivityDocument) -> list[tuple[int, str]]:

@@ -9,7 +9,7 @@ import textwrap
 from typing import TYPE_CHECKING
 
 from mimoquant.report.eval_text import QUANTILES, key_figures, origin
-from mimoquant.wording import NAME_CHARS, WIDTH, interval, number, percent, table, visible
+from mimoquant.wording import NAME_CHARS, WIDTH, has_interval, interval, number, percent, table, visible
 
 if TYPE_CHECKING:
     from mimoquant.evaluation.documents import EvalServerDocument
@@ -34,7 +34,13 @@ def server_text(facts: EvalServerDocument) -> str:
     lines += ["", *table(("figure", "", "value"), figures)]
     head = ("domain", f"J {least}".strip(), "95 % interval", "same top-1", "tokens")
     domains = [
-        (visible(d["domain"])[:NAME_CHARS], number(d["j"]), interval(d), percent(d["top1"]), str(d["tokens"]))
+        (
+            visible(d["domain"])[:NAME_CHARS],
+            number(d["j"]),
+            interval(d, sequences=d["sequences"]),
+            percent(d["top1"]),
+            str(d["tokens"]),
+        )
         for d in facts["by_domain"]
     ]
     return "\n".join(line.rstrip() for line in [*lines, "", *table(head, domains)])
@@ -46,9 +52,11 @@ BOUNDS = {"J, half-sum", "KL(p‖q)", "KL(q‖p)", "Sum"}
 def _verdict(facts: EvalServerDocument) -> tuple[str, str]:
     j, limit, server = facts["j"], facts["max_kl"], facts["server"]
     least = "is at least" if server["is_lower_bound"] else "is"
-    said = f"J {least} {number(j['mean'])} nats per token (95 % interval {interval(j)})"
+    said = f"J {least} {number(j['mean'])} nats per token (95 % interval {interval(j, sequences=facts['sequences'])})"
     if facts["nonfinite_share"] > 0:
         said += f"; {percent(facts['nonfinite_share'])} of the rows are not finite"
+    if limit is not None and not has_interval(j):
+        said += " and no interval, so that the limit is held against the mean"
     if facts["passed"] is False:
         return "FAILED", f"{said}, which exceeds the limit {number(limit)}"
     if limit is None or facts["passed"] is None:

@@ -157,9 +157,10 @@ def test_a_checkpoint_beside_itself_differs_by_nothing() -> None:
         )
     ]
     assert len(rows) == 8 * 8
-    for pair in rows:
-        assert pair["reference"] == pair["candidate"]
-        assert set(pair["difference"].values()) == {0.0}
+    for number, pair in enumerate(rows):
+        assert pair["reference"] == pair["candidate"] and pair["difference"]["mean"] == 0
+        if number < 8:  # of all sequences; a domain has one, and no interval
+            assert set(pair["difference"].values()) == {0.0}
     assert facts["depth"] == 3 and facts["starts"] == 7 * 45 and facts["nonfinite_share"] == 0
     assert facts["depths"][0]["acceptance"]["reference"]["mean"] > 0.5  # the layers are trained: by chance it is 1/1024
 
