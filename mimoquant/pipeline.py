@@ -19,7 +19,7 @@ import numpy as np
 
 from mimoquant.calibration.layer_facts import LayerRecord
 from mimoquant.calibration.tokens import CalibrationRecord, TokenSet, calibration_tokens
-from mimoquant.checkpoint.hf_files import copy_side_files
+from mimoquant.checkpoint.hf_files import FINGERPRINTS_NAME, copy_side_files
 from mimoquant.checkpoint.index import open_shard
 from mimoquant.checkpoint.journal import JournalLine, RunFolder, free_bytes, opened
 from mimoquant.checkpoint.reader import CheckpointReader
@@ -286,6 +286,8 @@ def _finish(
         record = CalibrationRecord.of(tokens).as_plain() if tokens else None
         for name, data in written_texts(plan, run.finished, record).items():
             write_file_durably(run.path(name), data)
+        if tokens:
+            write_file_durably(run.path(FINGERPRINTS_NAME), tokens.fingerprints.as_bytes())
         run.publish([unit.name for unit in plan.units])
     team.gather(None)
     return run.finished

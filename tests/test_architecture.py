@@ -34,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": {"machine"},
     "model": {"checkpoint", "machine"},
     "weights": {"checkpoint", "model", "quant"},
-    "calibration": {"model"},
+    "calibration": {"checkpoint", "model"},
     "fisher": {"calibration", "checkpoint", "machine", "model", "weights"},
     "planning": {"checkpoint", "machine", "model", "quant", "weights"},
     "serving": {"checkpoint", "model", "planning", "quant", "weights"},

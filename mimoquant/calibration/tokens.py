@@ -17,8 +17,9 @@ import json
 import lzma
 import os
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
@@ -28,12 +29,15 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 
+from mimoquant.calibration.fingerprints import NOTHING, Fingerprints
 from mimoquant.calibration.tokenizer import Tokenizer, go_offline, load_tokenizer, one_line
+from mimoquant.checkpoint.hf_files import FINGERPRINTS_NAME
 from mimoquant.errors import CheckpointError, UsageError
 from mimoquant.model.layout import ModelLayout
 from mimoquant.shipped import calib_folder, shipped_sets
 
 Ids = npt.NDArray[np.int64]
+Decode = Callable[[list[int]], str]
 KEYS = ("input_ids", "messages", "text")  # the first that a record has is used
 HASH_DIGITS = 16
 _SUFFIXES = (".jsonl", ".jsonl.xz", ".txt", ".txt.xz", ".npy")
@@ -51,6 +55,7 @@ class TokenSet:
     sequence_hashes: tuple[str, ...]  # sha256 of each sequence's ids
     origins: tuple[str, ...]  # the files that were read with their sha256, and how text became ids
     left_out: tuple[str, ...] = ()  # domains with fewer tokens than one sequence takes
+    fingerprints: Fingerprints = NOTHING  # of the records that the sequences were made from
 
 
 @dataclass(frozen=True)
@@ -61,30 +66,46 @@ class CalibrationRecord:
     tokens_sha256: str
     origins: tuple[str, ...]
     sequences: tuple[str, ...]  # the first HASH_DIGITS digits of each sequence's hash
+    fingerprints: Fingerprints | None = None  # which lie beside the recipe; earlier versions kept none
 
     @staticmethod
     def of(tokens: TokenSet) -> CalibrationRecord:
         short = tuple(digest[:HASH_DIGITS] for digest in tokens.sequence_hashes)
-        return CalibrationRecord(tokens.name, tokens.sha256, tokens.origins, short)
+        return CalibrationRecord(tokens.name, tokens.sha256, tokens.origins, short, tokens.fingerprints)
 
     @staticmethod
     def read(recipe: Path) -> CalibrationRecord | None:
-        """None where the recipe, by this program or another, tells of no calibration."""
+        """None where the recipe, by this program or another, tells of no calibration.
+
+        Raises CheckpointError: the fingerprints beside it are not those that it names.
+        """
         try:
             held = yaml.safe_load(recipe.read_text(encoding="utf-8"))["mimoquant"]["provenance"]["calibration"]
-            return CalibrationRecord(
+            found = CalibrationRecord(
                 str(held["name"]), str(held["tokens_sha256"]), tuple(held["origins"]), tuple(held["sequences"])
             )
+            named = held.get("fingerprints_sha256")
         except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError, KeyError, TypeError):
             return None
+        path = recipe.with_name(FINGERPRINTS_NAME)
+        if named is None or not path.is_file():
+            return found
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != named:
+            raise CheckpointError(
+                f"{path}: is not what the recipe beside it names, sha256 {str(named)[:12]}...",
+                hint="copy it again from where the checkpoint was made",
+            )
+        return replace(found, fingerprints=Fingerprints.from_bytes(data))
 
     def as_plain(self) -> dict[str, Any]:
+        kept = self.fingerprints
         return {
             "name": self.name,
             "tokens_sha256": self.tokens_sha256,
             "origins": list(self.origins),
             "sequences": list(self.sequences),
-        }
+        } | ({"fingerprints_sha256": hashlib.sha256(kept.as_bytes()).hexdigest()} if kept else {})
 
     def shared_with(self, tokens: TokenSet) -> tuple[int, list[str]]:
         """How many sequences of `tokens` are among these, and the files that both were read from."""
@@ -123,10 +144,11 @@ def load_tokens(
                 continue
             for record in _records(path):
                 if not packer.is_full(record.domain):
-                    packer.add(record.domain, _encode(record, tokenizer, vocab), tokenizer.loaded.eos)
+                    ids, text = _encode(record, tokenizer, vocab)
+                    packer.add(record.domain, ids, tokenizer.loaded.eos, text)
     if "loaded" in vars(tokenizer):
         origins.append(f"tokenizer: {tokenizer.loaded.origin}")
-    return packer.finish("+".join(Path(entry).name or entry for entry in data), origins)
+    return packer.finish("+".join(Path(entry).name or entry for entry in data), origins, tokenizer.decoder(packer))
 
 
 # --- what there is to read --------------------------------------------------------------------------------------------
@@ -276,8 +298,17 @@ class _LazyTokenizer:
             _check_range(tokenizer.eos, tokenizer.eos, self.vocab, f"{self.folder}: the end-of-text token")
         return tokenizer
 
+    def decoder(self, packer: _Packer) -> Decode | None:
+        """Ids to text, where some of the data was ids and there is a tokenizer; it is not needed for them."""
+        with_ids = bool(packer.passages) or any(packer.rows.values())
+        try:
+            return self.loaded.decode if with_ids else None
+        except CheckpointError:
+            return None
 
-def _encode(record: _Record, tokenizer: _LazyTokenizer, vocab: int) -> list[int]:
+
+def _encode(record: _Record, tokenizer: _LazyTokenizer, vocab: int) -> tuple[list[int], str | None]:
+    """The ids, and the text that they were made from, before any template; None where the record has ids."""
     key = next((key for key in KEYS if record.fields.get(key) is not None), None)
     if key is None:
         found = ", ".join(map(str, record.fields)) or "nothing"
@@ -287,8 +318,10 @@ def _encode(record: _Record, tokenizer: _LazyTokenizer, vocab: int) -> list[int]
         if not isinstance(value, list) or not all(type(item) is int for item in value):
             raise CheckpointError(f"{record.where} has input_ids that are not a list of integers")
         ids: list[int] = value
+        plain = None
     else:
         text = _chat_text(record, tokenizer.loaded) if key == "messages" else value
+        plain = _said(value) if key == "messages" else value
         if not isinstance(text, str):
             raise CheckpointError(f"{record.where} has a text that is a {type(text).__name__}")
         if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
@@ -296,7 +329,13 @@ def _encode(record: _Record, tokenizer: _LazyTokenizer, vocab: int) -> list[int]
         ids = tokenizer.loaded.encode(text)
     if ids:
         _check_range(min(ids), max(ids), vocab, record.where)
-    return ids
+    return ids, plain
+
+
+def _said(turns: list[dict[str, Any]]) -> str:
+    """The words of a chat. A system's are left out, which whole collections share, unless nobody else speaks."""
+    spoken = [turn for turn in turns if turn.get("role") not in ("system", "developer")] or turns
+    return "\n".join(turn["content"] for turn in spoken if isinstance(turn.get("content"), str))
 
 
 def _check_range(low: int, high: int, vocab: int, where: str) -> None:
@@ -341,6 +380,8 @@ class _Packer:
         self.sequences = sequences
         self.rows: dict[str, list[Ids]] = {}  # whole sequences, from arrays
         self.joined: dict[str, array[int]] = {}
+        self.texts: list[tuple[str, int, str]] = []  # domain, the first id's place in what is joined, text
+        self.passages: list[tuple[str, int, Ids]] = []  # the same of records that were ids
 
     def is_full(self, domain: str) -> bool:
         if self.sequences is None or domain not in self.joined:
@@ -355,20 +396,26 @@ class _Packer:
         self._open(domain)
         self.rows[domain] += list(rows[: self.sequences])
 
-    def add(self, domain: str, ids: list[int], eos: int | None) -> None:
+    def add(self, domain: str, ids: list[int], eos: int | None, text: str | None) -> None:
+        """`text`: what the ids were made from; None: they were ids."""
         self._open(domain)
         joined = self.joined[domain]
         if joined and ids and eos is not None and joined[-1] != eos:
             joined.append(eos)
+        if text is None:
+            self.passages.append((domain, len(joined), np.array(ids, np.int64)))
+        else:
+            self.texts.append((domain, len(joined), text))
         joined.extend(ids)
 
-    def finish(self, name: str, origins: list[str]) -> TokenSet:
+    def finish(self, name: str, origins: list[str], decode: Decode | None) -> TokenSet:
         sizes = {domain: len(self.rows[domain]) * self.tokens + len(ids) for domain, ids in self.joined.items()}
         largest = max(sizes, key=lambda domain: sizes[domain], default="")
         if sizes.get(largest, 0) < self.tokens:
             problem = f"data {name}: {sizes.get(largest, 0)} tokens, fewer than the {self.tokens} of one sequence"
             hint = f"that is {largest}, the largest of its {len(sizes)} domains" if len(sizes) > 1 else None
             raise UsageError(problem, hint=hint)
+        arrays = {domain: list(rows) for domain, rows in self.rows.items()}
         for domain, ids in self.joined.items():
             whole = len(ids) // self.tokens
             cut = np.frombuffer(ids, np.int64, whole * self.tokens) if whole else np.empty(0, np.int64)
@@ -388,7 +435,18 @@ class _Packer:
             sequence_hashes=tuple(hashlib.sha256(row.tobytes()).hexdigest() for row in little_endian),
             origins=tuple(origins),
             left_out=tuple(domain for domain, size in sizes.items() if size < self.tokens),
+            fingerprints=self._fingerprints(arrays, Counter(domain for domain, _ in dealt), decode),
         )
+
+    def _fingerprints(self, arrays: dict[str, list[Ids]], dealt: Counter[str], decode: Decode | None) -> Fingerprints:
+        """Of the records of which at least one id is in a sequence that was dealt; `arrays` come before what is
+        joined. Ids count as the text that they stand for, too, where there is a tokenizer to tell."""
+        ends = {domain: (dealt[domain] - len(rows)) * self.tokens for domain, rows in arrays.items()}
+        whole = [np.concatenate(rows[: dealt[domain]]) for domain, rows in arrays.items() if rows and dealt[domain]]
+        passages = whole + [ids for domain, begin, ids in self.passages if begin < ends[domain]]
+        texts = [text for domain, begin, text in self.texts if begin < ends[domain]]
+        decoded = [decode(ids.tolist()) for ids in passages] if decode else []
+        return Fingerprints.of(texts + decoded, passages)
 
 
 class Wanted(Protocol):

@@ -18,6 +18,7 @@ from mimoquant.errors import CheckpointError
 
 CONFIG_NAME = "config.json"
 MODELOPT_CONFIG_NAME = "hf_quant_config.json"  # what ModelOpt says of a checkpoint, beside config.json
+FINGERPRINTS_NAME = "calibration.fingerprints"  # of what a checkpoint was calibrated on, beside its recipe.yaml
 _WRITTEN_ANEW = {
     CONFIG_NAME,
     INDEX_NAME,
@@ -28,6 +29,7 @@ _WRITTEN_ANEW = {
     "report.html",
     "journal.jsonl",
     "relayout.json",
+    FINGERPRINTS_NAME,
 }
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".onnx", ".h5", ".msgpack")
 _OTHER_FORMS = {"original", "onnx", "openvino", "gguf", "__pycache__"}  # of the same weights, or made by running

@@ -20,6 +20,8 @@ class DataFacts(TypedDict):
     """Of all ids, as little-endian int64."""
     origins: list[str]
     """Each file with its sha256, and the tokenizer."""
+    shared_with_calibration: float | None
+    """Share of its text that the candidate was calibrated on, below .01; null where nothing says on what that was."""
 
 
 class JFacts(TypedDict):

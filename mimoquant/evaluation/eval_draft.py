@@ -205,7 +205,7 @@ def eval_draft(
     layouts = open_layout(Path(reference)), open_layout(Path(candidate))
     same_model(*layouts)
     chosen = choose_draft(layouts, draft, depth, tokens.ids.shape[1])
-    refuse_shared_data(Path(candidate), tokens)
+    shared = refuse_shared_data(Path(candidate), tokens)
     layers = layouts[0].geometry.layers
     told = (lambda number: progress(number, layers)) if progress else None
     scores = compare_drafts(*layouts, tokens, chosen, device=device, progress=told, team=team)
@@ -215,7 +215,7 @@ def eval_draft(
         "candidate": str(candidate),
         "recipe": recipe_name(Path(candidate)),
         "draft": chosen.name,
-        "data": data_facts(tokens),
+        "data": data_facts(tokens, shared),
         **summarize_drafts(*scores, tokens),
         "device": device,
     }

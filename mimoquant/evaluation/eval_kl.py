@@ -215,7 +215,7 @@ def eval_kl(
     first, *others = layouts.values()
     for layout in others:
         same_model(first, layout)
-        refuse_shared_data(layout.index.folder, tokens)
+    shared, *_ = [refuse_shared_data(layout.index.folder, tokens) for layout in others]
     identity = _identity(layouts, tokens, noise_floor, team)
     kept = Snapshots.beside(file.path, identity, resume=file.resume, team=team) if file else contextlib.nullcontext()
     with kept as snapshots:
@@ -230,7 +230,7 @@ def eval_kl(
         )
         named = Named(str(reference), str(candidate), None if baseline is None else str(baseline))
         device = team.device if team.size == 1 else team.device.partition(":")[0]
-        evaluation = evaluation_of(named, others[0], tokens, comparisons, floor, device)
+        evaluation = evaluation_of(named, others[0], tokens, comparisons, floor, device, shared)
         if snapshots:
             snapshots.finish(json_text(evaluation) + "\n")
     return evaluation

@@ -107,7 +107,7 @@ def eval_server(
         "reference": str(reference),
         "candidate": server.link.url,
         "recipe": None,
-        "data": data_facts(tokens),
+        "data": data_facts(tokens, None),
         **summarize(scores, tokens),
         "layers": [],
         "noise_floor": None,

@@ -43,8 +43,9 @@ def evaluation_of(
     comparisons: Sequence[Comparison],
     floor: NoiseFloor | None,
     device: str,
+    shared: float | None,
 ) -> FolderEvaluation:
-    """`layout`: the candidate's. `comparisons`: of the candidate and, if there is one, the baseline."""
+    """`layout`: the candidate's. `shared`: as `refuse_shared_data` says it. `comparisons`: of the candidate and, if there is one, the baseline."""
     scores = comparisons[0].scores
     assert scores is not None
     decode = decoder_of(Path(named.reference))
@@ -59,7 +60,7 @@ def evaluation_of(
         "candidate": named.candidate,
         "recipe": recipe_name(Path(named.candidate)),
         "activations_quantized": _quantizes_activations(layout),
-        "data": data_facts(tokens),
+        "data": data_facts(tokens, shared),
         **summarize(scores, tokens),
         "layers": [_layer_part(trace) for trace in comparisons[0].layers],
         "worst_tokens": [_worst_token(worst, tokens, decode) for worst in comparisons[0].worst],
@@ -69,8 +70,13 @@ def evaluation_of(
     }
 
 
-def data_facts(tokens: TokenSet) -> DataFacts:
-    return DataFacts(name=tokens.name, sha256=tokens.sha256, origins=list(tokens.origins))
+def data_facts(tokens: TokenSet, shared: float | None) -> DataFacts:
+    return DataFacts(
+        name=tokens.name,
+        sha256=tokens.sha256,
+        origins=list(tokens.origins),
+        shared_with_calibration=shared,
+    )
 
 
 def recipe_name(candidate: Path) -> str | None:

@@ -60,6 +60,7 @@ def facts_of(
             "sequences": len(tokens.ids),
             "sequence_tokens": tokens.ids.shape[1],
             "origins": list(tokens.origins),
+            "shared_with_calibration": None,  # see `run.sensitivity`
         },
         "budget_bytes": budget_bytes,
         "target_j": target_j,

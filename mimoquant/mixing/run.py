@@ -67,7 +67,7 @@ def sensitivity(
     """
     team, calibration = team or Team("cpu"), calibration_tokens(mixtures.plan.recipe.calibration, mixtures.plan.layout)
     budget = mixtures.plan.shard_bytes if budget_bytes is None and target_j is None else budget_bytes
-    _refuse(mixtures, tokens, calibration, budget)
+    shared = _refuse(mixtures, tokens, calibration, budget)
     identity = _identity(mixtures, tokens, calibration, team)
     with (
         contextlib.closing(make_engine(team.device)) as engine,
@@ -75,6 +75,7 @@ def sensitivity(
     ):
         walks = Walks(mixtures, tokens, calibration, engine, team, snapshots, progress)
         facts, text = _found(walks, tokens, budget, target_j)
+        facts["data"]["shared_with_calibration"] = shared
         snapshots.finish(text)
     return facts
 
@@ -95,13 +96,15 @@ def _found(
     return facts, recipe_text(mixtures, choice, facts)
 
 
-def _refuse(mixtures: Mixtures, tokens: TokenSet, calibration: TokenSet | None, budget: int | None) -> None:
+def _refuse(mixtures: Mixtures, tokens: TokenSet, calibration: TokenSet | None, budget: int | None) -> float | None:
+    """Raise what can be before the walk; the share of `tokens` that is calibrated on, if anything is."""
     if len(tokens.ids) < 4:
         raise UsageError(f"{tokens.name}: {len(tokens.ids)} sequences; both halves need at least 2")
+    shared = None
     if calibration is not None:
-        refuse_shared(CalibrationRecord.of(calibration), tokens, "the recipe")
+        shared = refuse_shared(CalibrationRecord.of(calibration), tokens, "the recipe")
     if budget is None:
-        return
+        return shared
     least = mixtures.rest_bytes + sum(map(min, mixtures.bytes))
     kept = min(mixtures.size([k] * len(mixtures.layers)) for k, one in enumerate(mixtures.options) if one.fmt is None)
     if budget < least:
@@ -113,6 +116,7 @@ def _refuse(mixtures: Mixtures, tokens: TokenSet, calibration: TokenSet | None, 
             f"a budget of {budget / 2**30:.6g} GiB takes no quantization: with all experts kept the "
             f"checkpoint has {kept / 2**30:.6g}"
         )
+    return shared
 
 
 def _identity(mixtures: Mixtures, tokens: TokenSet, calibration: TokenSet | None, team: Team) -> dict[str, Any]:

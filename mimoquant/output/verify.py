@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mimoquant.__version__ import SCHEMA_VERSION
+from mimoquant.checkpoint.hf_files import FINGERPRINTS_NAME
 from mimoquant.checkpoint.index import CheckpointIndex, TensorInfo, open_index
 from mimoquant.checkpoint.journal import JOURNAL_NAME, file_sha256, read_journal
 from mimoquant.checkpoint.reader import CheckpointReader
@@ -167,11 +168,25 @@ def _check_files(out: Path, plan: Plan, report: VerifyReport, tell: Callable[[st
         elif name in texts and not is_as_written(name, path.read_bytes(), texts[name]):
             report.problem(f"{name}: is not what the recipe makes of this source")
         report.checked["files"] += 1
-    expected = {*planned, *plan.side_files, *texts, JOURNAL_NAME}
+    expected = {*planned, *plan.side_files, *texts, JOURNAL_NAME, *_check_fingerprints(out, record, report)}
     for path in sorted(out.rglob("*")) if texts else []:
         name = path.relative_to(out).as_posix()
         if name not in expected and name not in (*present, "report.html") and not path.is_dir():
             report.problem(f"{name}: is an extra file")
+
+
+def _check_fingerprints(out: Path, record: object, report: VerifyReport) -> list[str]:
+    """Of what was calibrated on, against the recipe; the name of their file, where there should be one."""
+    named = record.get("fingerprints_sha256") if isinstance(record, dict) else None
+    if named is None:  # data-free, or by an earlier version
+        return []
+    path = out / FINGERPRINTS_NAME
+    if not path.is_file():
+        report.problem(f"{FINGERPRINTS_NAME}: is missing")
+    elif (sha256 := file_sha256(path)) != named:
+        report.problem(f"{FINGERPRINTS_NAME}: sha256 is {sha256[:12]}..., the recipe has {str(named)[:12]}...")
+    report.checked["files"] += 1
+    return [FINGERPRINTS_NAME]
 
 
 def _check_headers(index: CheckpointIndex, plan: Plan, report: VerifyReport) -> None:

@@ -34,7 +34,7 @@ from typing import Any
 
 from mimoquant.__version__ import SCHEMA_VERSION, __version__
 from mimoquant.checkpoint.folders import resolve_inside
-from mimoquant.checkpoint.hf_files import MODELOPT_CONFIG_NAME, side_files
+from mimoquant.checkpoint.hf_files import FINGERPRINTS_NAME, MODELOPT_CONFIG_NAME, side_files
 from mimoquant.checkpoint.index import open_index, read_json_inside
 from mimoquant.checkpoint.writer import Entry, file_order
 from mimoquant.errors import CheckpointError, UsageError
@@ -109,7 +109,11 @@ def make_relayout(
         for name in layout.units
     }
     carried = side_files(index.folder, index.file_sizes).sizes
-    for name in ("recipe.yaml", MODELOPT_CONFIG_NAME):  # how its experts were made, on what, and what they are
+    for name in (
+        "recipe.yaml",
+        FINGERPRINTS_NAME,
+        MODELOPT_CONFIG_NAME,
+    ):  # how its experts were made, on what, and what they are
         if (index.folder / name).is_file():
             carried[name] = resolve_inside(index.folder, name).stat().st_size
     plan = RelayoutPlan(

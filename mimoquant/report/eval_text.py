@@ -99,10 +99,16 @@ def origin(facts: Origin) -> list[tuple[str, str]]:
         ("reference", facts["reference"]),
         ("candidate", facts["candidate"]),
         ("recipe", facts["recipe"] or "none given"),
-        ("data", f"{data['name']}: {shape}"),
+        ("data", f"{data['name']}: {shape}{shared_part(data)}"),
         ("sha256", data["sha256"]),
         ("run", f"{facts['elapsed_s']:.1f} s on {facts['device']}{used}"),
     ]
+
+
+def shared_part(data: DataFacts) -> str:
+    """What of the data is not held out, if anything."""
+    share = data["shared_with_calibration"]
+    return f"; {percent(share)} of its text is in what was calibrated on" if share else ""
 
 
 def eval_text(facts: EvalKlDocument) -> str:

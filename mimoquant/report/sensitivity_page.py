@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from markupsafe import Markup
 
 from mimoquant.report.drawing import Axis, Scale, across, line, plot, tag, write
+from mimoquant.report.eval_text import shared_part
 from mimoquant.report.page import render
 from mimoquant.wording import WIDTH, has_interval, interval, many, number, percent, size, table, visible
 
@@ -101,7 +102,7 @@ def origin(facts: SensitivityDocument) -> list[tuple[str, str]]:
         (
             "data",
             f"{data['name']}: {data['sequences']} sequences of {data['sequence_tokens']} tokens, which choose; "
-            "tell J of the result on others",
+            f"tell J of the result on others{shared_part(data)}",
         ),
         ("sha256", data["sha256"]),
         ("cost", cost(facts)),

@@ -48,7 +48,7 @@ def evaluation(sequences: int) -> dict[str, Any]:
         "reference": "/m/a",
         "candidate": "/m/c",
         "recipe": None,
-        "data": {"name": "x", "sha256": "", "origins": []},
+        "data": {"name": "x", "sha256": "", "origins": [], "shared_with_calibration": None},
     }
     rest = {"layers": [], "worst_tokens": [], "noise_floor": {"batch": 9.0, "relative_noise": 9.0}, "baseline": other}
     ran = {"device": "cpu", "elapsed_s": 1.0, "peak_rss_bytes": 1000, "max_kl": 9.0, "passed": True}
@@ -127,7 +127,10 @@ def test_drafts() -> None:
         one = DraftScores(np.full((sequences, 13, 3), 0.5), np.ones((sequences, 13, 3)))
         facts = summarize_drafts(one, one, tokens)
         rest = {"draft": "mtp", "reference": "a", "candidate": "b", "recipe": None, "device": "cpu", "elapsed_s": 1.0}
-        rest |= {"data": {"name": "x", "sha256": "", "origins": []}, "peak_rss_bytes": 9}
+        rest |= {
+            "data": {"name": "x", "sha256": "", "origins": [], "shared_with_calibration": None},
+            "peak_rss_bytes": 9,
+        }
         text = draft_text(facts | rest)
         assert ("n/a, 4 sequences" in text) == (sequences == 4) and "n/a, 1 sequence" in text and "inf" not in text
 

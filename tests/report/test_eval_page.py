@@ -75,7 +75,12 @@ def facts_of(layers: int = 8) -> Facts:
         "tokens": 1000,
         "sequences": 4,
         "sequence_tokens": 256,
-        "data": {"name": "heldout-v1", "sha256": "ab" * 32, "origins": ["prose.jsonl: public domain"]},
+        "data": {
+            "name": "heldout-v1",
+            "sha256": "ab" * 32,
+            "origins": ["prose.jsonl: public domain"],
+            "shared_with_calibration": None,
+        },
         "j": {
             "mean": 0.01437,
             "low": 0.01391,
@@ -124,7 +129,7 @@ def missing() -> Facts:
     """Everything optional left out."""
     nothing = dict.fromkeys(("recipe", "noise_floor", "baseline", "max_kl", "passed", "peak_rss_bytes"))
     lists: Facts = {key: [] for key in ("by_confidence", "by_domain", "by_position", "layers", "worst_tokens")}
-    data = {"name": "mine", "sha256": "", "origins": []}
+    data = {"name": "mine", "sha256": "", "origins": [], "shared_with_calibration": None}
     return facts_of() | nothing | lists | {"data": data, "histogram": {"edges": [], "counts": []}}
 
 
@@ -153,7 +158,7 @@ def hostile() -> Facts:
     }
     facts["worst_tokens"] = [facts["worst_tokens"][0] | worst]
     facts["by_domain"][0]["domain"] = HOSTILE
-    facts["data"] = {"name": HOSTILE, "sha256": HOSTILE, "origins": [HOSTILE]}
+    facts["data"] = {"name": HOSTILE, "sha256": HOSTILE, "origins": [HOSTILE], "shared_with_calibration": None}
     facts["baseline"]["candidate"] = HOSTILE
     return facts | dict.fromkeys(("reference", "candidate", "recipe", "device"), HOSTILE)
 
