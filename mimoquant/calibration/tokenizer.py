@@ -1,10 +1,9 @@
 """A checkpoint's tokenizer, read from its own folder: text → ids, and a chat → text.
 
-Key idea: transformers reads what a user's serving engine will read; where it cannot (it is not installed, or the folder
-asks for code of its own), `tokenizer.json` alone says everything that encoding needs. Which of the two did it is told
-in `Tokenizer.origin`. Never the network, never a folder's code, never a pickle.
-
-Reference: chat templates are rendered as transformers' `apply_chat_template` does, without a generation prompt.
+Key idea: `tokenizer.json` alone says everything that encoding needs, and the package tokenizers reads it in no time;
+transformers reads what is older. Which of the two did it is told in `Tokenizer.origin`. Chats are rendered by
+transformers' own `apply_chat_template`, without a generation prompt, because a template is a program that was written
+for its functions. Never the network, never a folder's code, never a pickle.
 """
 
 from __future__ import annotations
@@ -15,11 +14,13 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from mimoquant.errors import CheckpointError
 
+_SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _OFFLINE = {
     "HF_HUB_OFFLINE": "1",
@@ -32,13 +33,15 @@ _QUIET = {"TRANSFORMERS_VERBOSITY": "error"}  # it warns of every config.json th
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """`render` turns (messages, tools) into text and is None where there is no chat template."""
+    """`render` turns (messages, tools) into text, by transformers, which it loads when it is first called; it is None
+    where there is no chat template."""
 
     origin: str
     encode: Callable[[str], list[int]]
     decode: Callable[[list[int]], str]
     render: Callable[[list[Any], Any], str] | None
     eos: int | None
+    template: str = ""  # the source of what `render` renders
 
 
 def go_offline() -> None:
@@ -93,9 +96,10 @@ def _auto_tokenizer(folder: Path) -> Tokenizer:
     def decode(ids: list[int]) -> str:
         return str(tokenizer.decode(ids))
 
-    has_template = bool(tokenizer.chat_template)
+    held = tokenizer.chat_template or ""
+    template = "\n".join(held.values()) if isinstance(held, dict) else held
     origin = f"{type(tokenizer).__name__} of transformers {transformers.__version__}"
-    return Tokenizer(origin, encode, decode, render if has_template else None, tokenizer.eos_token_id)
+    return Tokenizer(origin, encode, decode, render if template else None, tokenizer.eos_token_id, template)
 
 
 @contextlib.contextmanager
@@ -121,12 +125,9 @@ def _plain_tokenizer(folder: Path) -> Tokenizer:
     special = {
         key: value["content"] if isinstance(value, dict) else value
         for key, value in config.items()
-        if key in ("bos_token", "eos_token", "pad_token")
+        if key in _SPECIAL and value
     }
-    template_file = folder / "chat_template.jinja"
-    template = template_file.read_text(encoding="utf-8") if template_file.is_file() else config.get("chat_template")
-    if isinstance(template, list):  # several templates by name
-        template = next((item["template"] for item in template if item["name"] == "default"), None)
+    templates = _templates(folder, config)
 
     def encode(text: str) -> list[int]:
         ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
@@ -136,28 +137,48 @@ def _plain_tokenizer(folder: Path) -> Tokenizer:
         return str(tokenizer.decode(ids, skip_special_tokens=False))
 
     eos = tokenizer.token_to_id(special["eos_token"]) if special.get("eos_token") else None
-    render = _chat_template(template, special) if template else None
-    return Tokenizer(f"tokenizer.json, read by tokenizers {tokenizers.__version__}", encode, decode, render, eos)
+    render = _Renderer(templates, special) if templates else None
+    origin = f"tokenizer.json, read by tokenizers {tokenizers.__version__}"
+    return Tokenizer(origin, encode, decode, render, eos, "\n".join(templates.values()))
 
 
-def _chat_template(template: str, special_tokens: dict[str, str]) -> Callable[[list[Any], Any], str]:
-    """A chat template in Jinja's sandbox, with the settings and functions that transformers gives it."""
-    jinja2 = importlib.import_module("jinja2")
-    sandbox = importlib.import_module("jinja2.sandbox").ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
+def _templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """The folder's chat templates by name; the one that is used by default is "default"."""
+    held = config.get("chat_template") or {}
+    if isinstance(held, list):
+        held = {item["name"]: item["template"] for item in held}
+    found = {"default": held} if isinstance(held, str) else dict(held)
+    older, file = folder / "chat_template.json", folder / "chat_template.jinja"
+    if older.is_file():
+        found["default"] = json.loads(older.read_text(encoding="utf-8"))["chat_template"]
+    if file.is_file():
+        found["default"] = file.read_text(encoding="utf-8")
+    for named in sorted((folder / "additional_chat_templates").glob("*.jinja")):
+        found[named.stem] = named.read_text(encoding="utf-8")
+    return found
 
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
 
-    sandbox.globals["raise_exception"] = refuse
-    sandbox.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-    compiled = sandbox.from_string(template)
+class _Renderer:
+    """Renders chats as transformers does. Templates and special tokens are the folder's; the vocabulary is empty, since
+    text is all that is asked for."""
 
-    def render(messages: list[Any], tools: Any) -> str:
-        return str(compiled.render(messages=messages, tools=tools, add_generation_prompt=False, **special_tokens))
+    def __init__(self, templates: dict[str, str], special: dict[str, str]) -> None:
+        self._templates, self._special = templates, special
 
-    return render
+    @cached_property
+    def _tokenizer(self) -> Any:
+        go_offline()
+        transformers, tokenizers = (importlib.import_module(name) for name in ("transformers", "tokenizers"))
+        return transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tokenizers.Tokenizer(tokenizers.models.WordLevel({})),
+            chat_template=self._templates,
+            **self._special,
+        )
+
+    def __call__(self, messages: list[Any], tools: Any) -> str:
+        return str(
+            self._tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=False)
+        )
 
 
 def one_line(error: Exception) -> str:

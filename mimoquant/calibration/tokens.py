@@ -11,37 +11,32 @@ padding, truncation, downloads.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import importlib
-import json
-import lzma
-import os
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import yaml
 
+from mimoquant.calibration.conversations import Chat, content_of
 from mimoquant.calibration.fingerprints import NOTHING, Fingerprints
-from mimoquant.calibration.tokenizer import Tokenizer, go_offline, load_tokenizer, one_line
+from mimoquant.calibration.records import KINDS, Record, digest, domain_of, find, records
+from mimoquant.calibration.tokenizer import Tokenizer, load_tokenizer, one_line
 from mimoquant.checkpoint.hf_files import FINGERPRINTS_NAME
 from mimoquant.errors import CheckpointError, UsageError
 from mimoquant.model.layout import ModelLayout
-from mimoquant.shipped import calib_folder, shipped_sets
 
 Ids = npt.NDArray[np.int64]
 Decode = Callable[[list[int]], str]
-KEYS = ("input_ids", "messages", "text")  # the first that a record has is used
 HASH_DIGITS = 16
-_SUFFIXES = (".jsonl", ".jsonl.xz", ".txt", ".txt.xz", ".npy")
-_KINDS = "a shipped set, a .jsonl or .txt file (also .xz), a .npy array of ids, or a data set folder saved by datasets"
 
 
 @dataclass(frozen=True)
@@ -116,11 +111,17 @@ class CalibrationRecord:
 
 
 def load_tokens(
-    data: Sequence[str], tokenizer_folder: Path, *, sequences: int | None, tokens: int, vocab: int
+    data: Sequence[str],
+    tokenizer_folder: Path,
+    *,
+    sequences: int | None,
+    tokens: int,
+    vocab: int,
+    column: str | None = None,
 ) -> TokenSet:
     """Read `data` (shipped sets, files, folders) as at most `sequences` sequences of `tokens` ids below `vocab`.
 
-    Records of a domain that is full already are skipped, not tokenized.
+    Records of a domain that is full already are skipped, not tokenized. `column`: of a record, only that is read.
 
     Raises UsageError: nothing to read, no such set or file, or too few tokens for one sequence. CheckpointError: the
     tokenizer is missing, or the data is broken; the message names file and line.
@@ -130,138 +131,27 @@ def load_tokens(
     if sequences is not None and sequences < 1:
         raise UsageError(f"{sequences} sequences were asked for; at least 1 is needed")
     if not data:
-        raise UsageError("no data was given", hint=f"give {_KINDS}")
-    files = [(entry, _find(entry)) for entry in data]  # all of them first: a typing error should not take minutes
+        raise UsageError("no data was given", hint=f"give {KINDS}")
+    sources = [find(entry) for entry in data]  # all of them first: a typing error should not take minutes
     tokenizer = _LazyTokenizer(tokenizer_folder, vocab)
     packer = _Packer(tokens, sequences)
     origins = []
-    for entry, paths in files:
-        for path in paths:
-            name = f"{Path(entry).name}/{path.name}" if len(paths) > 1 else path.name
-            origins.append(f"{name} sha256:{_digest(path)}")
-            if path.suffix == ".npy":
-                packer.add_rows(_stem(path), _rows(path, tokens, vocab))
+    for source in sources:
+        for path in source.files:
+            origins.append(f"{source.name(path)} sha256:{digest(path)}")
+            if path.suffix.lower() == ".npy":
+                packer.add_rows(domain_of(source, path), _rows(path, tokens, vocab))
                 continue
-            for record in _records(path):
+            for record in records(source, path):
                 if not packer.is_full(record.domain):
-                    ids, text = _encode(record, tokenizer, vocab)
+                    ids, text = _encode(record, column, tokenizer, vocab)
                     packer.add(record.domain, ids, tokenizer.loaded.eos, text)
     if "loaded" in vars(tokenizer):
         origins.append(f"tokenizer: {tokenizer.loaded.origin}")
     return packer.finish("+".join(Path(entry).name or entry for entry in data), origins, tokenizer.decoder(packer))
 
 
-# --- what there is to read --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Record:
-    """One line of a file, or one row of a data set. `where` is how an error names it."""
-
-    where: str
-    domain: str
-    fields: dict[str, Any]
-
-
-def _find(entry: str) -> list[Path]:
-    """The files (or data set folder) that an entry of `data` stands for."""
-    path = calib_folder() / entry if entry in shipped_sets() else Path(entry)
-    if path.is_dir():
-        if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-            return [path]
-        files = sorted(file for file in path.iterdir() if file.name.endswith(_SUFFIXES))
-        if not files:
-            raise UsageError(f"{path}: has neither a data set nor any file to read", hint=f"expected is {_KINDS}")
-        return files
-    looks_like_a_path = os.sep in entry or entry.endswith(_SUFFIXES)
-    if not path.is_file():
-        problem = f"{entry}: there is no such file" if looks_like_a_path else f"no data set is named {entry!r}"
-        raise UsageError(
-            problem, hint=f"shipped are {', '.join(shipped_sets()) or 'none'}; a file is given by its path"
-        )
-    if not entry.endswith(_SUFFIXES):
-        raise UsageError(f"{entry}: is not a kind of file that can be read", hint=f"expected is {_KINDS}")
-    return [path]
-
-
-def _stem(path: Path) -> str:
-    """File name without its suffixes: the domain of records that name none."""
-    return path.name.removesuffix(".xz").removesuffix(".jsonl").removesuffix(".txt").removesuffix(".npy")
-
-
-def _digest(path: Path) -> str:
-    """sha256 of a file, or of the Arrow files of a data set folder."""
-    digest = hashlib.sha256()
-    for file in sorted(path.glob("*.arrow")) if path.is_dir() else [path]:
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-def _records(path: Path) -> Iterator[_Record]:
-    if path.is_dir():
-        return _data_set_records(path)
-    return _text_record(path) if path.name.removesuffix(".xz").endswith(".txt") else _line_records(path)
-
-
-def _open_text(path: Path) -> IO[str]:
-    opener: Callable[..., IO[str]] = lzma.open if path.suffix == ".xz" else open
-    return opener(path, "rt", encoding="utf-8-sig", newline="\n")
-
-
-def _text_record(path: Path) -> Iterator[_Record]:
-    """A text file is one record."""
-    try:
-        with _open_text(path) as stream:
-            text = stream.read()
-    except (OSError, UnicodeDecodeError, lzma.LZMAError, EOFError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error})") from error
-    yield _Record(str(path), _stem(path), {"text": text})
-
-
-def _line_records(path: Path) -> Iterator[_Record]:
-    number = 0
-    try:
-        with _open_text(path) as stream:
-            for number, line in enumerate(stream, start=1):
-                if line.strip():
-                    yield _record(json.loads(line), f"{path}: line {number}", _stem(path))
-    except json.JSONDecodeError as error:
-        problem = f"{path}: line {number} is not JSON ({error.msg} in column {error.colno})"
-        raise CheckpointError(problem, hint="each line is one record, as in JSON Lines") from error
-    except (OSError, UnicodeDecodeError, lzma.LZMAError, EOFError) as error:
-        raise CheckpointError(f"{path}: cannot be read after line {number} ({error})") from error
-    except (RecursionError, ValueError) as error:  # too deep, or a number of thousands of digits
-        raise CheckpointError(f"{path}: line {number} cannot be read ({one_line(error)})") from error
-
-
-def _data_set_records(path: Path) -> Iterator[_Record]:
-    go_offline()
-    try:
-        datasets = importlib.import_module("datasets")
-    except ImportError as error:
-        raise UsageError(f"{path}: reading it needs the package datasets", hint="pip install datasets") from error
-    try:
-        data_set = datasets.load_from_disk(str(path))
-    except Exception as error:  # whatever a broken folder makes Arrow or JSON raise
-        raise CheckpointError(f"{path}: is not a data set that datasets can load ({one_line(error)})") from error
-    if isinstance(data_set, dict):
-        splits = ", ".join(data_set)
-        raise UsageError(
-            f"{path}: holds {len(data_set)} splits ({splits})", hint=f"give one: {path / next(iter(data_set))}"
-        )
-    for number, row in enumerate(data_set, start=1):
-        yield _record(row, f"{path}: row {number}", path.name)
-
-
-def _record(fields: Any, where: str, default_domain: str) -> _Record:
-    if not isinstance(fields, dict):
-        raise CheckpointError(f"{where} is a {type(fields).__name__}, not a record with {', '.join(KEYS)}")
-    domain = fields.get("domain")
-    if domain is not None and not isinstance(domain, str):
-        raise CheckpointError(f"{where} has a domain that is a {type(domain).__name__}, not a name")
-    return _Record(where, domain or default_domain, fields)
+# --- records to ids ---------------------------------------------------------------------------------------------------
 
 
 def _rows(path: Path, tokens: int, vocab: int) -> Ids:
@@ -279,9 +169,6 @@ def _rows(path: Path, tokens: int, vocab: int) -> Ids:
     if values.size:
         _check_range(int(values.min()), int(values.max()), vocab, str(path))
     return values.astype(np.int64)
-
-
-# --- records to ids ---------------------------------------------------------------------------------------------------
 
 
 class _LazyTokenizer:
@@ -307,35 +194,20 @@ class _LazyTokenizer:
             return None
 
 
-def _encode(record: _Record, tokenizer: _LazyTokenizer, vocab: int) -> tuple[list[int], str | None]:
+def _encode(record: Record, column: str | None, tokenizer: _LazyTokenizer, vocab: int) -> tuple[list[int], str | None]:
     """The ids, and the text that they were made from, before any template; None where the record has ids."""
-    key = next((key for key in KEYS if record.fields.get(key) is not None), None)
-    if key is None:
-        found = ", ".join(map(str, record.fields)) or "nothing"
-        raise CheckpointError(f"{record.where} has none of {', '.join(KEYS)}; it has {found}")
-    value = record.fields[key]
-    if key == "input_ids":
-        if not isinstance(value, list) or not all(type(item) is int for item in value):
-            raise CheckpointError(f"{record.where} has input_ids that are not a list of integers")
-        ids: list[int] = value
-        plain = None
+    content = content_of(record.fields, record.where, column)
+    plain = content.text if isinstance(content, Chat) else content if isinstance(content, str) else None
+    if isinstance(content, list):
+        ids = content
     else:
-        text = _chat_text(record, tokenizer.loaded) if key == "messages" else value
-        plain = _said(value) if key == "messages" else value
-        if not isinstance(text, str):
-            raise CheckpointError(f"{record.where} has a text that is a {type(text).__name__}")
+        text = _chat_text(record, content, tokenizer.loaded) if isinstance(content, Chat) else content
         if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
             raise CheckpointError(f"{record.where} holds half of a surrogate pair, which is no character")
         ids = tokenizer.loaded.encode(text)
     if ids:
         _check_range(min(ids), max(ids), vocab, record.where)
     return ids, plain
-
-
-def _said(turns: list[dict[str, Any]]) -> str:
-    """The words of a chat. A system's are left out, which whole collections share, unless nobody else speaks."""
-    spoken = [turn for turn in turns if turn.get("role") not in ("system", "developer")] or turns
-    return "\n".join(turn["content"] for turn in spoken if isinstance(turn.get("content"), str))
 
 
 def _check_range(low: int, high: int, vocab: int, where: str) -> None:
@@ -347,26 +219,42 @@ def _check_range(low: int, high: int, vocab: int, where: str) -> None:
         )
 
 
-def _chat_text(record: _Record, tokenizer: Tokenizer) -> str:
-    messages = record.fields["messages"]
-    if (
-        not isinstance(messages, list)
-        or not messages
-        or not all(isinstance(turn, dict) and isinstance(turn.get("role"), str) for turn in messages)
-    ):
-        raise CheckpointError(f"{record.where} has messages that are not a list of turns with a role")
-    turns = [{key: value for key, value in turn.items() if value is not None} for turn in messages]
-    if tokenizer.render is not None:
-        try:
-            return tokenizer.render(turns, record.fields.get("tools"))
-        except Exception as error:  # a template is a program: it may raise anything
-            raise CheckpointError(f"{record.where}: the chat template refuses it ({one_line(error)})") from error
-    if record.fields.get("plain") is True:
-        return "\n\n".join(f"{turn['role'].capitalize()}: {turn.get('content', '')}" for turn in turns)
-    raise CheckpointError(
-        f"{record.where} has messages, and the tokenizer has no chat template ({tokenizer.origin})",
-        hint='put chat_template.jinja beside the tokenizer, or "plain": true into records that may be read without it',
+def _chat_text(record: Record, chat: Chat, tokenizer: Tokenizer) -> str:
+    """What the model's template makes of a chat; Alpaca's pairs, and what is said to be plain, can do without one."""
+    may_be_plain = record.fields.get("plain") is True
+    if tokenizer.render is None:
+        if may_be_plain or "instruction" in record.fields:
+            return chat.paragraphs()
+        raise CheckpointError(
+            f"{record.where} has messages, and the tokenizer has no chat template ({tokenizer.origin})",
+            hint='put chat_template.jinja beside the tokenizer, or "plain": true into records that can do without it',
+        )
+    fitted = chat.for_template(
+        tokenizer.template if not may_be_plain else f"{tokenizer.template} tools tool_calls", record.where
     )
+    try:
+        return tokenizer.render(fitted.messages, fitted.tools)
+    except ImportError as error:
+        raise UsageError(
+            f"{record.where}: rendering its chat needs transformers", hint="pip install transformers"
+        ) from error
+    except Exception as error:  # a template is a program: it may raise anything
+        if fitted.has_strings:
+            with contextlib.suppress(Exception):
+                return tokenizer.render(fitted.with_strings().messages, fitted.tools)
+        raise CheckpointError(
+            f"{record.where}: the chat template refuses it ({one_line(error)})", hint=_refusal_hint(fitted)
+        ) from error
+
+
+def _refusal_hint(chat: Chat) -> str:
+    """How people convert what a template has no place for."""
+    roles = [turn["role"] for turn in chat.messages]
+    if "system" in roles:
+        return "if it takes no system message, put that text before the first user's"
+    if "tool" in roles:
+        return "if it takes no tool's answers, write them as a user's message"
+    return "templates mostly want user and assistant in turn, the user first, and content in every message"
 
 
 # --- ids to sequences -------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ import pytest
 
 import mimoquant.calibration.tokenizer as tokenizer_module
 from mimoquant import micro_checkpoint
+from mimoquant.calibration.conversations import FORMS
 from mimoquant.calibration.tokenizer import load_tokenizer
 from mimoquant.calibration.tokens import TokenSet, load_tokens
 from mimoquant.errors import CheckpointError, UsageError
@@ -325,9 +326,9 @@ def test_an_unknown_set_names_those_there_are() -> None:
 
 
 def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("text\n")
-    with pytest.raises(UsageError, match=r"a\.csv: is not a kind of file"):
-        load(tmp_path / "a.csv")
+    (tmp_path / "a.pdf").write_text("text\n")
+    with pytest.raises(UsageError, match=r"a\.pdf: is not a kind of file"):
+        load(tmp_path / "a.pdf")
     with pytest.raises(UsageError, match="has neither a data set nor any file to read"):
         load(tmp_path)
 
@@ -344,9 +345,13 @@ def test_too_few_tokens_gives_both_numbers(tmp_path: Path) -> None:
 
 BROKEN_LINES = [
     ('{"text": ', "line 3 is not JSON (Expecting value in column"),
-    ("[1, 2]", "line 3 is a list, not a record with input_ids, messages, text"),
-    ('{"content": "x", "id": 4}', "line 3 has none of input_ids, messages, text; it has content, id"),
-    ("{}", "line 3 has none of input_ids, messages, text; it has nothing"),
+    ("[1, 2]", "line 3 is a list, not a record with input_ids, messages, conversations, text"),
+    (
+        '{"content": "x", "id": 4}',
+        "line 3 has none of input_ids, messages, conversations, text, prompt and completion, ",
+    ),
+    ("{}", f"line 3 has none of {FORMS}; it has nothing"),
+    ('{"text": null}', "line 3 has null as its text"),
     ('{"text": 4}', "line 3 has a text that is a int"),
     ('{"text": "x", "domain": 4}', "line 3 has a domain that is a int"),
     ('{"text": "\\ud800"}', "line 3 holds half of a surrogate pair"),

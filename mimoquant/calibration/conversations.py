@@ -1,0 +1,255 @@
+"""A record as people have it → ids, a text, or a chat in the one form that templates take.
+
+Key idea: a chat template is written for messages of `role` and `content`, tools as JSON schemas and the arguments of a
+call as an object. Every other form that is in use is brought into that one, as vLLM does before it renders; what
+cannot be is refused with a sentence that says how to convert it: a template drops without a word what it does not know.
+
+Reference: OpenAI's messages (arguments as a JSON string, parts of content); ShareGPT's `conversations`; Alpaca's
+`instruction`, `input`, `output`; TRL's `prompt` and `completion`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mimoquant.errors import CheckpointError
+
+FORMS = "input_ids, messages, conversations, text, prompt and completion, instruction and output"
+_PAIRS = (("prompt", ("completion", "response", "chosen")), ("instruction", ("output", "response", "completion")))
+_COLUMNS = ("input_ids", "messages", "conversations", "conversation", "text")
+_ROLES = {
+    "human": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "function": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+    "ipython": "tool",
+}
+_NAMES = ("system", "developer", "user", "assistant", "tool")
+_PARTS_LOOP = re.compile(r"""for\s+\w+\s+in\s+\w+(\.content|\[['"]content['"]\]|\.get\(['"]content['"])""")
+Turn = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Chat:
+    """What a template is given. `has_strings`: arguments of calls came as JSON in a string, and are objects here."""
+
+    messages: list[Turn]
+    tools: Any = None
+    has_strings: bool = False
+
+    @property
+    def text(self) -> str:
+        """Its words. A system's are left out, which whole collections share, unless nobody else speaks."""
+        spoken = [turn for turn in self.messages if turn["role"] not in ("system", "developer")] or self.messages
+        return "\n".join(_plain(turn.get("content")) for turn in spoken)
+
+    def for_template(self, template: str, where: str) -> Chat:
+        """With parts of content joined where the template does not go through them, and "developer" as "system" where
+        it does not know that. Raises CheckpointError: it has no place for tools or calls."""
+        called = any("tool_calls" in turn for turn in self.messages)
+        for held, name in ((self.tools, "tools"), (called, "tool_calls")):
+            if held and name not in template:
+                raise CheckpointError(
+                    f"{where} has {name}, and the chat template has no place for them",
+                    hint=f'write them into the text of a message, or leave {name} out; "plain": true drops them',
+                )
+        return replace(self, messages=[_fitted(turn, template) for turn in self.messages])
+
+    def with_strings(self) -> Chat:
+        """With arguments as they came: for a template that writes them out as text."""
+        turns = []
+        for turn in self.messages:
+            calls = [
+                call | {"function": call["function"] | {"arguments": json.dumps(call["function"]["arguments"])}}
+                for call in turn.get("tool_calls", ())
+            ]
+            turns.append(turn | {"tool_calls": calls} if calls else turn)
+        return replace(self, messages=turns, has_strings=False)
+
+    def paragraphs(self) -> str:
+        """Without a template."""
+        return "\n\n".join(f"{turn['role'].capitalize()}: {_plain(turn.get('content'))}" for turn in self.messages)
+
+
+def content_of(fields: dict[str, Any], where: str, column: str | None) -> list[int] | str | Chat:
+    """What a record holds, in the first form that it has; `column`: only that is looked at.
+
+    Raises CheckpointError: none of the forms, null, or a form that is broken.
+    """
+    if column is not None:
+        if column not in fields:
+            raise CheckpointError(f"{where} has no column {column!r}; it has {_named(fields)}")
+        found = column
+    else:
+        held = [name for name in _COLUMNS if fields.get(name) is not None]
+        if not held:
+            return _pair(fields, where)
+        found = held[0]
+    value = fields[found]
+    if value is None:
+        raise CheckpointError(f"{where} has null as its {found}", hint="leave the row out, or fill it")
+    if found in ("messages", "conversations", "conversation") or _is_chat(value):
+        return _chat(_unpacked(value), fields, where, found)
+    if found == "input_ids" or isinstance(value, list):
+        if not isinstance(value, list) or not all(type(item) is int for item in value):
+            raise CheckpointError(f"{where} has {found} that are not a list of integers")
+        return value
+    return _string(value, where, found)
+
+
+def _pair(fields: dict[str, Any], where: str) -> str | Chat:
+    """A prompt and its answer: chats as a chat, Alpaca's as two turns, two texts as one."""
+    for asked, answers in _PAIRS:
+        answer = next((name for name in answers if name in fields), None)
+        if asked not in fields or answer is None:
+            continue
+        for name in (asked, answer):
+            if fields[name] is None:
+                raise CheckpointError(f"{where} has null as its {name}", hint="leave the row out, or fill it")
+        first, last = _unpacked(fields[asked]), _unpacked(fields[answer])
+        if _is_chat(last):
+            before = first if _is_chat(first) else [{"role": "user", "content": first}]
+            return _chat(before + last[len(before) if last[: len(before)] == before else 0 :], fields, where, asked)
+        if asked == "prompt" and not _is_chat(first):
+            return _string(first, where, asked) + _string(last, where, answer)
+        if _is_chat(first):
+            return _chat([*first, {"role": "assistant", "content": last}], fields, where, asked)
+        more = fields.get("input")
+        question = "\n\n".join(filter(None, (_string(first, where, asked), _string(more or "", where, "input"))))
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": last}]
+        return _chat(turns, fields, where, asked)
+    empty = [name for name in (*_COLUMNS, "prompt", "instruction") if name in fields]
+    if empty and all(fields[name] is None for name in empty):
+        raise CheckpointError(f"{where} has null as its {empty[0]}", hint="leave the row out, or fill it")
+    raise CheckpointError(
+        f"{where} has none of {FORMS}; it has {_named(fields)}", hint="name the column of the text with --data-column"
+    )
+
+
+def _named(fields: dict[str, Any]) -> str:
+    return ", ".join(map(str, fields)) or "nothing"
+
+
+def _string(value: Any, where: str, name: str) -> str:
+    if not isinstance(value, str):
+        raise CheckpointError(f"{where} has a {name} that is a {type(value).__name__}")
+    return value
+
+
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(turn, dict) for turn in value)
+
+
+def _unpacked(value: Any) -> Any:
+    """A list that a table keeps as JSON in a string."""
+    if isinstance(value, str) and value.lstrip().startswith("[{"):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
+
+
+# --- chats ------------------------------------------------------------------------------------------------------------
+
+
+def _chat(turns: Any, fields: dict[str, Any], where: str, name: str) -> Chat:
+    if not _is_chat(turns) or not all(isinstance(turn.get("role", turn.get("from")), str) for turn in turns):
+        raise CheckpointError(f"{where} has {name} that are not a list of turns with a role")
+    made = [_turn(turn, where) for turn in turns]
+    system = fields.get("system")
+    if isinstance(system, str) and system and made[0][0]["role"] != "system":
+        made.insert(0, ({"role": "system", "content": system}, False))
+    tools = fields.get("tools")
+    if isinstance(tools, str):
+        tools = _json(tools, f"{where} has tools that are not JSON") if tools.strip() else None
+    if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise CheckpointError(f"{where} has tools that are not a list of JSON schemas")
+    return Chat([turn for turn, _ in made], tools or None, any(strings for _, strings in made))
+
+
+def _turn(turn: Turn, where: str) -> tuple[Turn, bool]:
+    """(the turn as templates take it, whether arguments came as a string)."""
+    said = {key: value for key, value in turn.items() if value is not None and key not in ("from", "value")}
+    kind = str(turn.get("role", turn.get("from"))).strip()
+    said["role"] = _ROLES.get(kind.lower(), kind.lower() if kind.lower() in _NAMES else kind)
+    if "from" in turn and said["role"] not in _NAMES:
+        raise CheckpointError(
+            f"{where} has a turn from {kind!r}; known are {', '.join((*_NAMES, *_ROLES))}",
+            hint="write the conversation as messages with role and content",
+        )
+    if turn.get("value") is not None and "content" not in said:
+        said["content"] = turn["value"]
+    content = said.get("content")
+    if kind == "function_call" and isinstance(content, str):
+        call = _json(content, f"{where} has a function_call that is not JSON")
+        said["tool_calls"] = call if isinstance(call, list) else [call]
+        del said["content"]
+    elif isinstance(said.get("function_call"), dict):  # OpenAI's form before tool_calls
+        said["tool_calls"] = [{"type": "function", "function": said.pop("function_call")}]
+    for part in content if isinstance(content, list) else ():
+        _check_part(part, where)
+    if "content" in said and not isinstance(said["content"], str | list):
+        raise CheckpointError(f"{where} has a content that is a {type(content).__name__}")
+    calls = said.pop("tool_calls", None) or []
+    if calls:
+        made = [_call(call, where) for call in calls]
+        said["tool_calls"] = [call for call, _ in made]
+        return said, any(strings for _, strings in made)
+    return said, False
+
+
+def _check_part(part: Any, where: str) -> None:
+    kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
+    if not isinstance(part, str) and (kind != "text" or not isinstance(part.get("text"), str)):
+        raise CheckpointError(
+            f"{where} has a part of content of type {kind}; only text can be read",
+            hint='leave such parts out, or write what they show as {"type": "text", "text": ...}',
+        )
+
+
+def _call(call: Any, where: str) -> tuple[Turn, bool]:
+    """A call of a function, its arguments an object: OpenAI's API has them as JSON in a string."""
+    if isinstance(call, dict) and isinstance(call.get("name"), str):
+        call = {"type": "function", "function": call}
+    if not isinstance(call, dict) or not isinstance(call.get("function"), dict):
+        raise CheckpointError(f"{where} has a tool call without a function")
+    given = call["function"].get("arguments")
+    was_string = isinstance(given, str)
+    arguments = _json(given, f"{where} has a tool call whose arguments are not JSON") if given and was_string else given
+    kept = {key: value for key, value in call.items() if value is not None}
+    return kept | {"function": call["function"] | {"arguments": arguments or {}}}, was_string
+
+
+def _json(text: str, problem: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{problem}: {text[:60]!r}", hint="write it as a JSON object") from error
+
+
+def _fitted(turn: Turn, template: str) -> Turn:
+    out = dict(turn)
+    if isinstance(turn.get("content"), list) and not _PARTS_LOOP.search(template):
+        out["content"] = _plain(turn["content"])
+    elif isinstance(turn.get("content"), list):
+        out["content"] = [{"type": "text", "text": part} if isinstance(part, str) else part for part in turn["content"]]
+    if turn["role"] == "developer" and "developer" not in template:
+        out["role"] = "system"
+    return out
+
+
+def _plain(content: Any) -> str:
+    """Content as one text; parts are joined by a line's end, as vLLM joins them."""
+    if isinstance(content, list):
+        return "\n".join(part if isinstance(part, str) else part["text"] for part in content)
+    return content or ""
