@@ -47,6 +47,7 @@ def plan(
     device: str = "auto",
     gpu_memory: float | None = None,
     data: Sequence[str] | None = None,
+    data_column: str | None = None,
     sequences: int | None = None,
     tokens: int | None = None,
     refine: int | None = None,
@@ -60,7 +61,8 @@ def plan(
     Args:
         recipe: a shipped recipe's name, or the path of a recipe file.
         gpu_memory: GB of the GPU's memory that may be used. out: on whose disk to look for room.
-        data, sequences, tokens: what to calibrate on, where the recipe says otherwise. refine, refine_layer: as for
+        data, sequences, tokens: what to calibrate on, where the recipe says otherwise; data_column: of its records,
+            only that is read. refine, refine_layer: as for
             `quantize`.
         measure: rehearse the plan's steps on one chunk of experts, to tell the time.
     Raises UsageError, RecipeError, CheckpointError.
@@ -68,7 +70,7 @@ def plan(
     from mimoquant.assembly.choices import CalibrationChoice, PlanChoice
     from mimoquant.assembly.plans import plan_document
 
-    calibration = CalibrationChoice(data, sequences, tokens, refine, refine_layer)
+    calibration = CalibrationChoice(data, sequences, tokens, refine, refine_layer, data_column)
     choice = PlanChoice(recipe, container, allow_unknown, calibration)
     folder = None if out is None else Path(out)
     return plan_document(source, choice, device=device, gpu_memory=gpu_memory, folder=folder, measure=measure)
@@ -83,6 +85,7 @@ def quantize(
     gpu_memory: float | None = None,
     resume: bool = False,
     data: Sequence[str] | None = None,
+    data_column: str | None = None,
     sequences: int | None = None,
     tokens: int | None = None,
     refine: int | None = None,
@@ -105,7 +108,7 @@ def quantize(
     from mimoquant.machine.devices import resolve_device
     from mimoquant.machine.team import Team
 
-    calibration = CalibrationChoice(data, sequences, tokens, refine, refine_layer)
+    calibration = CalibrationChoice(data, sequences, tokens, refine, refine_layer, data_column)
     choice = PlanChoice(recipe, container, allow_unknown, calibration)
     run = QuantizeRun(source, choice, out, Team(resolve_device(device)), gpu_memory=gpu_memory, resume=resume)
     told = (lambda unit, size_bytes, finished: progress(unit.name, size_bytes, finished)) if progress else None
@@ -200,6 +203,7 @@ def eval_kl(
     model: str | None = None,
     top_k: int | None = None,
     data: Sequence[str] = (HELD_OUT_SET,),
+    data_column: str | None = None,
     sequences: int | None = None,
     tokens: int = HELD_OUT_TOKENS,
     max_kl: float | None = None,
@@ -215,7 +219,8 @@ def eval_kl(
         candidate: the quantized folder, by any tool. server: the address of a running vLLM or SGLang instead of it;
             J is a lower bound then.
         model: the server's name for it, if it serves several. top_k: ids to ask it for at a position.
-        data: shipped sets or files. sequences: at most so many, of `tokens` each.
+        data: shipped sets, files or folders; data_column: of their records, only that is read. sequences: at most so
+            many, of `tokens` each.
         max_kl: the limit that `passed` is about; nothing is raised where J is above it.
         baseline: another candidate, compared on the same tokens.
         noise_floor: measure what the reference differs from itself.
@@ -232,7 +237,7 @@ def eval_kl(
     folder = None if candidate is None else Path(candidate)
     of_candidate = {"--baseline": baseline, "--out": out, "--resume": resume or None}
     evaluations.check_candidate(folder, server, {"--model": model, "--top-k": top_k}, of_candidate)
-    choice = EvaluationChoice(data, sequences, tokens, noise_floor, max_kl)
+    choice = EvaluationChoice(data, sequences, tokens, noise_floor, max_kl, data_column)
     if folder is None:
         asked = ServerChoice(str(server), model, top_k)
         return evaluations.evaluate_server(Path(reference), asked, choice, device, Watcher())
@@ -253,6 +258,7 @@ def eval_draft(
     *,
     draft: Folder = "mtp",
     data: Sequence[str] = (HELD_OUT_SET,),
+    data_column: str | None = None,
     sequences: int | None = None,
     tokens: int = HELD_OUT_TOKENS,
     depth: int | None = None,
@@ -273,7 +279,7 @@ def eval_draft(
     return evaluate_draft(
         Path(reference),
         Path(candidate),
-        EvaluationChoice(data, sequences, tokens),
+        EvaluationChoice(data, sequences, tokens, column=data_column),
         Team(resolve_device(device)),
         draft=str(draft),
         depth=depth,
@@ -289,6 +295,7 @@ def sensitivity(
     budget_bytes: int | None = None,
     target_kl: float | None = None,
     data: Sequence[str] = (HELD_OUT_SET,),
+    data_column: str | None = None,
     sequences: int = SENSITIVITY_SEQUENCES,
     tokens: int = HELD_OUT_TOKENS,
     container: str | None = None,
@@ -318,7 +325,7 @@ def sensitivity(
         Path(source),
         Path(out),
         MixtureChoice(recipe, container, allow_unknown, fp8, any_format),
-        EvaluationChoice(data, sequences, tokens),
+        EvaluationChoice(data, sequences, tokens, column=data_column),
         LimitChoice(budget_bytes, target_kl),
         Team(resolve_device(device)),
         resume=resume,

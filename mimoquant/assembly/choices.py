@@ -30,6 +30,7 @@ class CalibrationChoice:
     tokens: int | None = None
     refine: int | None = None
     refine_layer: Sequence[int] | None = None
+    column: str | None = None
 
     def changes(self) -> dict[str, Any]:
         """For `Recipe.calibrated_on`."""
@@ -39,6 +40,7 @@ class CalibrationChoice:
             "tokens": self.tokens,
             "reconstruct": self.refine,
             "reconstruct_layers": tuple(self.refine_layer) if self.refine_layer else None,
+            "column": self.column,
         }
         return {key: value for key, value in given.items() if value is not None}
 
@@ -87,6 +89,7 @@ class EvaluationChoice:
     tokens: int = HELD_OUT_TOKENS
     noise_floor: bool = True
     max_kl: float | None = None
+    column: str | None = None  # of the data's records, only that is read
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from mimoquant.assembly.choices import EvaluationChoice, ServerChoice, Watcher
 from mimoquant.assembly.files import check_new
+from mimoquant.calibration.records import notes
 from mimoquant.calibration.tokens import TokenSet, load_tokens
 from mimoquant.errors import UsageError
 from mimoquant.evaluation.drafts import choose_draft
@@ -115,8 +116,17 @@ def evaluate_draft(
 
 
 def held_out_tokens(reference: Path, choice: EvaluationChoice, vocab: int, watcher: Watcher) -> TokenSet:
-    """The tokens that were asked for; what was too short for one sequence is told."""
-    tokens = load_tokens(choice.data, reference, sequences=choice.sequences, tokens=choice.tokens, vocab=vocab)
+    """The tokens that were asked for; what is not read, or too short for one sequence, is told."""
+    for note in notes(choice.data):
+        watcher.note(note)
+    tokens = load_tokens(
+        choice.data,
+        reference,
+        sequences=choice.sequences,
+        tokens=choice.tokens,
+        vocab=vocab,
+        column=choice.column,
+    )
     note_left_out(tokens, watcher)
     return tokens
 

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mimoquant.assembly.choices import EvaluationChoice, LimitChoice, MixtureChoice, Watcher
-from mimoquant.assembly.evaluations import note_left_out
+from mimoquant.assembly.evaluations import held_out_tokens
 from mimoquant.assembly.files import check_new
-from mimoquant.calibration.tokens import load_tokens
 from mimoquant.errors import UsageError
 from mimoquant.machine import memory
 from mimoquant.mixing.mixtures import Mixtures
@@ -51,13 +50,12 @@ def choose_mixture(
         check_new(out, (source,))
     mixtures = mixtures_of(source, mixture, team.device)
     vocab = mixtures.plan.layout.geometry.vocab
-    tokens = load_tokens(choice.data, source, sequences=choice.sequences, tokens=choice.tokens, vocab=vocab)
+    tokens = held_out_tokens(source, choice, vocab, watcher)
     forks = forks_of(mixtures, tokens, team)
     if refused := fork_refusal(forks, len(tokens.ids), team.device, memory.machine(team.device)):
         raise refused
     for note in [*mixtures.dropped, foreseen(forks, team.device)]:
         watcher.note(note)
-    note_left_out(tokens, watcher)
     found = sensitivity(
         mixtures,
         tokens,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from mimoquant import pipeline
 from mimoquant.assembly.choices import PlanChoice
+from mimoquant.calibration.records import notes
+from mimoquant.errors import UsageError
 from mimoquant.machine import memory
 from mimoquant.machine.devices import resolve_device
 from mimoquant.machine.memory import Machine
@@ -62,7 +65,7 @@ def plan_document(
         from mimoquant.run.rehearsal import rehearse
 
         took = rehearse(made, device, folder)
-    return plan_facts(
+    facts = plan_facts(
         made,
         device,
         has,
@@ -71,6 +74,14 @@ def plan_document(
         took=took,
         folder=folder,
     )
+    with contextlib.suppress(UsageError):  # what is not there is told when it is read
+        facts["notes"] = [*facts["notes"], *data_notes(made)]
+    return facts
+
+
+def data_notes(plan: Plan) -> list[str]:
+    """What of the data that a plan calibrates on is not read, in sentences."""
+    return notes(plan.recipe.calibration.data) if plan.recipe.calibration else []
 
 
 class QuantizeRun:

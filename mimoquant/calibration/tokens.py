@@ -346,6 +346,8 @@ class Wanted(Protocol):
     def sequences(self) -> int: ...
     @property
     def tokens(self) -> int: ...
+    @property
+    def column(self) -> str | None: ...
 
 
 def calibration_tokens(wanted: Wanted | None, layout: ModelLayout) -> TokenSet | None:
@@ -353,5 +355,10 @@ def calibration_tokens(wanted: Wanted | None, layout: ModelLayout) -> TokenSet |
     if wanted is None:
         return None
     return load_tokens(
-        wanted.data, layout.index.folder, sequences=wanted.sequences, tokens=wanted.tokens, vocab=layout.geometry.vocab
+        wanted.data,
+        layout.index.folder,
+        sequences=wanted.sequences,
+        tokens=wanted.tokens,
+        vocab=layout.geometry.vocab,
+        column=wanted.column,
     )

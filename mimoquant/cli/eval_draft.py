@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from mimoquant.cli.options import (
+    DataColumnOption,
     HeldOutOption,
     HeldOutSequencesOption,
     HeldOutTokensOption,
@@ -30,6 +31,7 @@ def eval_draft(
         ),
     ] = "mtp",
     data: HeldOutOption = None,
+    data_column: DataColumnOption = None,
     sequences: HeldOutSequencesOption = None,
     tokens: HeldOutTokensOption = HELD_OUT_TOKENS,
     depth: Annotated[
@@ -47,7 +49,7 @@ def eval_draft(
     from mimoquant.machine.team import Team
     from mimoquant.report.draft_text import draft_text
 
-    choice = EvaluationChoice(data or (HELD_OUT_SET,), sequences, tokens)
+    choice = EvaluationChoice(data or (HELD_OUT_SET,), sequences, tokens, column=data_column)
     with Team.from_environment(resolve_device(device)) as team:
         document = evaluate_draft(
             reference, candidate, choice, team, draft=draft, depth=depth, watcher=watcher(team.leads)

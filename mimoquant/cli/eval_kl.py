@@ -9,6 +9,7 @@ import typer
 
 from mimoquant.cli.files import write_page
 from mimoquant.cli.options import (
+    DataColumnOption,
     HeldOutOption,
     HeldOutSequencesOption,
     HeldOutTokensOption,
@@ -136,6 +137,7 @@ def eval_kl(
         ),
     ] = None,
     data: HeldOutOption = None,
+    data_column: DataColumnOption = None,
     sequences: HeldOutSequencesOption = None,
     tokens: HeldOutTokensOption = HELD_OUT_TOKENS,
     max_kl: Annotated[
@@ -183,7 +185,7 @@ def eval_kl(
         {"--baseline": baseline, "--html": html, "--out": out, "--resume": resume or None},
     )
     check_outcome(reference, candidate, max_kl, junit, card)
-    choice = EvaluationChoice(data or (HELD_OUT_SET,), sequences, tokens, noise_floor, max_kl)
+    choice = EvaluationChoice(data or (HELD_OUT_SET,), sequences, tokens, noise_floor, max_kl, column=data_column)
     if candidate is None:
         from mimoquant.report.server_text import server_text
 

@@ -114,6 +114,9 @@ DataOption = Annotated[
         autocompletion=shipped_sets,
     ),
 ]
+DataColumnOption = Annotated[
+    str | None, typer.Option(help="Read only this column of the data, as text or as a chat.", metavar="NAME")
+]
 SequencesOption = Annotated[int | None, typer.Option(min=1, help="Calibrate on at most so many sequences.")]
 TokensOption = Annotated[int | None, typer.Option(min=2, help="Tokens per calibration sequence.")]
 RefineOption = Annotated[
@@ -130,7 +133,7 @@ PlaceOption = Annotated[str, typer.Option(help="What computes: auto, cpu or cuda
 HeldOutOption = Annotated[
     list[str] | None,
     typer.Option(
-        help="Measure on this: a shipped set, a .jsonl, .txt or .npy file, a dataset folder; repeatable.",
+        help="Measure on this: a shipped set, a file of text, records or ids, a folder of them; repeatable.",
         metavar="SET|FILE",
         autocompletion=shipped_sets,
     ),

@@ -12,6 +12,7 @@ import typer
 from mimoquant.cli.files import write_page
 from mimoquant.cli.options import (
     ContainerOption,
+    DataColumnOption,
     HeldOutTokensOption,
     JsonOption,
     PlaceOption,
@@ -50,6 +51,7 @@ def sensitivity(
             autocompletion=shipped_sets,
         ),
     ] = None,
+    data_column: DataColumnOption = None,
     sequences: Annotated[
         int, typer.Option(min=4, help="Measure on at most so many sequences.")
     ] = SENSITIVITY_SEQUENCES,
@@ -110,7 +112,7 @@ def sensitivity(
             source,
             out,
             MixtureChoice(recipe, option_value(container), allow_unknown, fp8, any_format),
-            EvaluationChoice(data or (HELD_OUT_SET,), sequences, tokens),
+            EvaluationChoice(data or (HELD_OUT_SET,), sequences, tokens, column=data_column),
             LimitChoice(None if budget_gib is None else int(budget_gib * 2**30), target_kl),
             team,
             resume=resume,

@@ -11,6 +11,7 @@ import typer
 from mimoquant.cli.files import check_page, check_profile, write_page
 from mimoquant.cli.options import (
     ContainerOption,
+    DataColumnOption,
     DataOption,
     DeviceOption,
     Engine,
@@ -59,6 +60,7 @@ def plan(
     device: DeviceOption = "auto",
     gpu_memory: GpuMemoryOption = None,
     data: DataOption = None,
+    data_column: DataColumnOption = None,
     sequences: SequencesOption = None,
     tokens: TokensOption = None,
     refine: RefineOption = None,
@@ -84,6 +86,7 @@ def plan(
         device=device,
         gpu_memory=gpu_memory,
         data=data,
+        data_column=data_column,
         sequences=sequences,
         tokens=tokens,
         refine=refine,
@@ -103,6 +106,7 @@ def quantize(
     gpu_memory: GpuMemoryOption = None,
     resume: ResumeOption = False,
     data: DataOption = None,
+    data_column: DataColumnOption = None,
     sequences: SequencesOption = None,
     tokens: TokensOption = None,
     refine: RefineOption = None,
@@ -120,12 +124,12 @@ def quantize(
 ) -> None:
     """Write the 4-bit checkpoint. The folder appears only when it is complete; an interrupted run can be resumed."""
     from mimoquant.assembly.choices import CalibrationChoice, PlanChoice
-    from mimoquant.assembly.plans import QuantizeRun
+    from mimoquant.assembly.plans import QuantizeRun, data_notes
     from mimoquant.machine.devices import resolve_device
     from mimoquant.machine.team import Team
     from mimoquant.report import coverage_page, verb_text
 
-    calibration = CalibrationChoice(data, sequences, tokens, refine, refine_layer)
+    calibration = CalibrationChoice(data, sequences, tokens, refine, refine_layer, data_column)
     choice = PlanChoice(recipe, option_value(container), allow_unknown, calibration)
     with Team.from_environment(resolve_device(device)) as team:
         run = QuantizeRun(source, choice, out, team, gpu_memory=gpu_memory, resume=resume)
@@ -134,7 +138,7 @@ def quantize(
         if profile is not None:
             check_profile(profile, run.plan, out)
         with Progress(run.plan, team.size, run.timeline) if team.leads else contextlib.nullcontext() as progress:
-            for note in run.plan.notes if team.leads else ():
+            for note in (*run.plan.notes, *data_notes(run.plan)) if team.leads else ():
                 tell(f"note: {note}")
             document = run.execute(progress.advance if progress else None)
     if not team.leads:

@@ -45,7 +45,8 @@ def evaluation_of(
     device: str,
     shared: float | None,
 ) -> FolderEvaluation:
-    """`layout`: the candidate's. `shared`: as `refuse_shared_data` says it. `comparisons`: of the candidate and, if there is one, the baseline."""
+    """`layout`: the candidate's. `shared`: as `refuse_shared_data` says it. `comparisons`: of the candidate and, if
+    there is one, the baseline."""
     scores = comparisons[0].scores
     assert scores is not None
     decode = decoder_of(Path(named.reference))

@@ -24,6 +24,7 @@ MOST_REPETITIONS, MOST_GROUPS = 5, 20  # of a pattern
 _CALIBRATION_KEYS = (
     "set",
     "data",
+    "column",
     "sequences",
     "tokens",
     "propagate",
@@ -65,6 +66,7 @@ def match_name(name: str, pattern: str) -> bool:
 @dataclass(frozen=True)
 class Calibration:
     """What a calibrated run sees and does with it. `data`: shipped sets, files or folders (see `calibration.tokens`).
+    `column`: of their records, only that is read.
 
     shrinkage: how far thin statistics are shrunk, n0 over the width; None lets held-out tokens choose, layer by layer.
     max_starved_experts: more experts than this, in a layer, with fewer tokens than half the width are an error.
@@ -80,12 +82,15 @@ class Calibration:
     max_starved_experts: int | None = None
     reconstruct: int = 0
     reconstruct_layers: tuple[int, ...] = ()
+    column: str | None = None
 
     def reconstructs(self, layer: int) -> bool:
         return self.reconstruct > 0 and (not self.reconstruct_layers or layer in self.reconstruct_layers)
 
     def as_plain(self) -> CalibrationSettings:
-        named = {"set": self.data[0]} if len(self.data) == 1 else {"data": list(self.data)}
+        named: dict[str, Any] = {"set": self.data[0]} if len(self.data) == 1 else {"data": list(self.data)}
+        if self.column is not None:
+            named["column"] = self.column
         rounds: dict[str, Any] = {"reconstruct": self.reconstruct} if self.reconstruct else {}
         if self.reconstruct and self.reconstruct_layers:
             rounds["reconstruct_layers"] = list(self.reconstruct_layers)
@@ -157,6 +162,9 @@ def parse_calibration(block: Any, fail: Fail) -> Calibration | None:
         shrinkage = None
     elif isinstance(shrinkage, bool) or not isinstance(shrinkage, int | float) or not 0 <= shrinkage < 1e6:
         fail(f"calibration.shrinkage is {shrinkage!r}, expected auto or a number")
+    column = block.get("column")
+    if column is not None and (not isinstance(column, str) or not column):
+        fail(f"calibration.column is {column!r}, expected the name of a column")
     starved = block.get("max_starved_experts")
     if starved is not None and (type(starved) is not int or starved < 0):
         fail(f"calibration.max_starved_experts is {starved!r}, expected a number of experts")
@@ -168,6 +176,7 @@ def parse_calibration(block: Any, fail: Fail) -> Calibration | None:
         shrinkage,
         starved,
         *_reconstruction(block, fail),
+        column,
     )
 
 

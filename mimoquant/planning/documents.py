@@ -244,6 +244,8 @@ class CalibrationSettings(TypedDict):
     """The data, where it is one set, file or folder; `data` is absent then."""
     data: NotRequired[list[str]]
     """The data, where it is several; `set` is absent then."""
+    column: NotRequired[str]
+    """Of the data's records, only that is read; absent: the first form that a record has."""
     sequences: int
     """Sequences at most."""
     tokens: int

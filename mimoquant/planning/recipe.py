@@ -74,7 +74,8 @@ _BLOCK_KEYS = {
     "refine",
     "signed_scales",
 }
-_OPTIONS = {"reconstruct": "refine", "reconstruct_layers": "refine-layer"}  # what the command line calls them
+# what the command line calls them
+_OPTIONS = {"reconstruct": "refine", "reconstruct_layers": "refine-layer", "column": "data-column"}
 _FOLDS = ("pow2", "exact-real", "none")
 _WEIGHT_DEFAULTS: dict[str, tuple[Any, ...]] = {
     "dynamic": (False,),

@@ -198,6 +198,20 @@ def test_nested_rows_of_a_table_lose_what_arrow_added(tmp_path: Path) -> None:
     assert [record.fields for record in records(source, source.files[0])] == rows
 
 
+@pytest.mark.parametrize("data", ["text", "chat"])
+def test_what_reading_loads(data: str, tmp_path: Path) -> None:
+    """Text needs neither datasets nor transformers, a chat transformers alone."""
+    rows = ROWS if data == "text" else [{"messages": [{"role": "user", "content": text}]} for text in TEXTS]
+    write(tmp_path / "a.jsonl", rows)
+    code = (
+        "import sys\nfrom mimoquant import micro_checkpoint\nfrom mimoquant.calibration.tokens import load_tokens\n"
+        f"load_tokens([{str(tmp_path / 'a.jsonl')!r}], micro_checkpoint(), sequences=None, tokens=16, vocab=1024)\n"
+        "print(*({'datasets', 'transformers', 'pyarrow', 'torch'} & {*sys.modules}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() in ([], ["transformers"] if data == "chat" else [])
+
+
 def test_reading_leaves_nothing_and_runs_nothing(tmp_path: Path) -> None:
     """Every kind, in a process of its own: no file is written, no socket opened, nothing unpickled."""
     data, home = tmp_path / "data", tmp_path / "home"
