@@ -1,4 +1,4 @@
-"""Bytes on disk: index, reader, writer, journal, side files.
+"""Bytes on disk: which files may be opened, index, reader, writer, journal, side files.
 
 May import machine. Knows no model and no quantization.
 """

@@ -103,26 +103,35 @@ DeviceOption = Annotated[
 GpuMemoryOption = Annotated[
     float | None,
     typer.Option(
-        min=0.1, help="Use at most so much of the GPU's memory; fewer experts are then computed at once.", metavar="GB"
+        min=0.1,
+        help="Limit the GPU's memory to so many GB; with less, fewer experts are computed at once.",
+        metavar="GB",
     ),
 ]
 DataOption = Annotated[
     list[str] | None,
     typer.Option(
-        help="Calibrate on this shipped set or file instead of the recipe's; repeatable.",
+        help="Calibrate on this shipped set, file or folder instead of the recipe's; repeatable.",
         metavar="SET|FILE",
         autocompletion=shipped_sets,
     ),
 ]
 DataColumnOption = Annotated[
-    str | None, typer.Option(help="Read only this column of the data, as text or as a chat.", metavar="NAME")
+    str | None, typer.Option(help="Read only this column of each record, as text or as a chat.", metavar="NAME")
 ]
-SequencesOption = Annotated[int | None, typer.Option(min=1, help="Calibrate on at most so many sequences.")]
-TokensOption = Annotated[int | None, typer.Option(min=2, help="Tokens per calibration sequence.")]
+SequencesOption = Annotated[
+    int | None, typer.Option(min=1, help="Calibrate on at most so many sequences; by default as the recipe says.")
+]
+TokensOption = Annotated[
+    int | None, typer.Option(min=2, help="Tokens per calibration sequence; by default as the recipe says.")
+]
 RefineOption = Annotated[
     int | None,
     typer.Option(
-        min=0, max=100, help="Rounds in which an expert's three matrices are chosen anew together.", metavar="ROUNDS"
+        min=0,
+        max=100,
+        help="Rounds in which gate, up and down of an expert are chosen anew together, after the method.",
+        metavar="ROUNDS",
     ),
 ]
 RefineLayersOption = Annotated[

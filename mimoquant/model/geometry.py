@@ -1,7 +1,7 @@
 """config.json of a MiMo-V2 checkpoint → `Geometry`: the sizes that fix every tensor's shape.
 
-Key idea: each key whose value could change what a weight means has a row with the values this program knows; any other
-value stops the run.
+Key idea: each key whose value could change what a weight means has a row with the values this program knows
+(`config_keys`; those of quantization_config here); any other value stops the run.
 """
 
 from __future__ import annotations
