@@ -386,7 +386,7 @@ def test_what_cannot_fit_is_refused_with_a_number_of_sequences_that_would() -> N
 def test_a_machine_that_is_too_small_is_refused_before_anything_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mimoquant.assembly.mixing.machine", lambda *told: Machine(10**7, 10**7))
+    monkeypatch.setattr("mimoquant.machine.memory.machine", lambda *told: Machine(10**7, 10**7))
     out = tmp_path / "r.yaml"
     done = call(MICRO, "-r", RECIPE, "-o", out, "--sequences", 8, "--tokens", 32, "--device", "cpu")
     assert done.exit_code == 2 and "GB of memory, here are 0.01 GB" in done.stderr, done.output
