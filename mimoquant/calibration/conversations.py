@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 from mimoquant.errors import CheckpointError
 
@@ -35,7 +35,7 @@ _ROLES = {
 }
 _NAMES = ("system", "developer", "user", "assistant", "tool")
 _PARTS_LOOP = re.compile(r"""for\s+\w+\s+in\s+\w+(\.content|\[['"]content['"]\]|\.get\(['"]content['"])""")
-Turn = dict[str, Any]
+Turn: TypeAlias = "dict[str, Any]"
 
 
 @dataclass(frozen=True)

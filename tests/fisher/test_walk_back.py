@@ -70,7 +70,7 @@ def test_a_finished_walk_holds_matrices_and_facts_alone(whole: Path) -> None:
     assert {path.name for path in whole.iterdir()} == names
     fisher = Fisher.open(whole)
     assert tuple(fisher.layers) == LAYERS
-    assert fisher.record.tokens == CalibrationRecord.of(TOKENS) and fisher.record.draws == 2
+    assert fisher.record.tokens == replace(CalibrationRecord.of(TOKENS), fingerprints=None) and fisher.record.draws == 2
     assert sum(facts.share for facts in fisher.layers.values()) == pytest.approx(1)
     for layer, facts in fisher.layers.items():
         matrix = fisher.load(layer)

@@ -121,7 +121,7 @@ def test_a_tokenizer_prints_nothing_on_stdout(tmp_path: Path, capfd: pytest.Capt
     pytest.importorskip("transformers", reason="transformers is not installed (scripts/setup --dev)")
     tokenizer = json.loads(TOKENIZER)
     tokenizer["added_tokens"][0]['"\x1b[2J'] = True
-    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {}}')  # so that transformers is asked, too
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"of": 1}}')  # so that transformers is asked, too
     assert "; transformers: " in str(check(READERS["tokenizer"], json.dumps(tokenizer).encode(), tmp_path))
     assert capfd.readouterr().out == ""
 
