@@ -87,6 +87,10 @@ SOURCES: dict[str, tuple[str, dict[str, int]]] = {  # layout, and what is not SI
 }
 MICRO_HEAD = 128
 LENGTHS = (96, 96, 96)
+PARSERS = {  # of a chat's reasoning and tool calls
+    "sglang": ("--reasoning-parser", "mimo", "--tool-call-parser", "mimo"),
+    "vllm": ("--reasoning-parser", "mimo", "--tool-call-parser", "mimo", "--enable-auto-tool-choice"),
+}
 DRAFTER = "dflash_draft_model.safetensors"
 SPOKEN = re.compile(
     r"(?:Using \S.*?(?:backend|Experts|Marlin|kernel|Method|MoE|scheme)\S*[^\n]*|\S*Marlin\S*[^\n]*)", re.I
@@ -121,6 +125,7 @@ ROWS = {
     "MXFP4 native, Flash": quantized("flash", MXFP4, container="native"),
     "MXFP4 native, V2.5": quantized("v2.5", MXFP4, container="native"),
     "server, int4 g128": quantized("micro", INT4 % 128, kind="server"),
+    "quantize, serve, chat, J, int4 g128": quantized("micro", INT4 % 128, kind="loop"),
     "a mixture by layer, V2.5": quantized("v2.5", MIXED, "carve_outs: {2: fp8, 5: bf16}, "),
     "NVFP4, a layer FP8, V2.5": quantized("v2.5", NVFP4, "carve_outs: {2: fp8}, "),
     "int4 g128, a layer bf16, V2.5": quantized("v2.5", INT4 % 128, "carve_outs: {2: bf16}, "),
@@ -152,6 +157,7 @@ FIRST = {  # which rows come first; the rest follow in the order above
         "MXFP4 native, Flash",
         "MXFP4 native, V2.5",
         "server, int4 g128",
+        "quantize, serve, chat, J, int4 g128",
     ),
     "vllm": (
         "MXFP4 native, Flash",
@@ -162,6 +168,7 @@ FIRST = {  # which rows come first; the rest follow in the order above
         "DFlash drafts, int4 g128",
         "DFlash drafts, other key norms",
         "server, int4 g128",
+        "quantize, serve, chat, J, int4 g128",
         "MXFP4 native, a layer bf16, V2.5",
         "NVFP4 ModelOpt, a layer bf16, V2.5",
     ),
@@ -272,6 +279,7 @@ def environment(options: argparse.Namespace) -> dict[str, str]:
         "CUDA_CACHE_MAXSIZE": str(4 << 30),
         "TRITON_CACHE_DIR": str(cache / "triton"),
         "TVM_FFI_CACHE_DIR": str(own),
+        "VLLM_USE_FLASHINFER_SAMPLER": "0",  # a server's, too
     }
     return os.environ | told | ({"PYTHONPATH": options.site} if options.site else {})
 
@@ -377,7 +385,12 @@ def by_blocks(
     """What the engine counted of a DFlash drafter and what we do; and our count of its text by another drafter."""
     new, asked, blocks = 40, micro_prompts(56, 16), Blocks(*open_drafter(drafter))
     settings: dict[str, Any] = {
-        "speculative_config": {"method": "dflash", "model": str(drafter), "num_speculative_tokens": blocks.depth}
+        "speculative_config": {
+            "method": "dflash",
+            "model": str(drafter),
+            "num_speculative_tokens": blocks.depth,
+            "attention_backend": options.attention or vllm_attention(checkpoint),
+        }
     }
     if options.engine == "sglang":
         settings = {
@@ -397,7 +410,7 @@ def by_blocks(
 
 
 def judged_server(options: argparse.Namespace, row: Row, checkpoint: Path) -> dict[str, Any]:
-    """J by `eval-kl --server` of a server that is started here, beside J of the file."""
+    """J by `eval-kl --server` of a server that is started here, beside J of the file; in a loop, a chat before it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -405,7 +418,7 @@ def judged_server(options: argparse.Namespace, row: Row, checkpoint: Path) -> di
     out.mkdir(parents=True)
     with (out / "log").open("w") as log:
         server = subprocess.Popen(
-            server_command(options, checkpoint, port),
+            [*server_command(options, checkpoint, port), *(PARSERS[options.engine] if row.kind == "loop" else ())],
             stdout=log,
             stderr=log,
             cwd=out,
@@ -415,11 +428,34 @@ def judged_server(options: argparse.Namespace, row: Row, checkpoint: Path) -> di
         try:
             wait_for(f"http://127.0.0.1:{port}/health", server)
             base, data = source(row.source, options.work), ("--sequences", "8", "--tokens", "128")
+            chat = {"chat": chatted(port, str(checkpoint))} if row.kind == "loop" else {}
             served = eval_kl(base, "--server", f"http://127.0.0.1:{port}", *data)
             filed = eval_kl(base, str(checkpoint), "--no-noise-floor", *data)
         finally:
             server.terminate()
-    return {"server": served, "file": filed}
+    return chat | {"server": served, "file": filed}
+
+
+def chatted(port: int, model: str) -> dict[str, Any]:
+    """What a chat completion with a tool says of itself: the model's text is of no interest here, its form is."""
+    parameters = {"type": "object", "properties": {"city": {"type": "string"}}}
+    asked = {
+        "model": model,
+        "messages": [{"role": "user", "content": "How warm is it in Rome?"}],
+        "tools": [{"type": "function", "function": {"name": "weather", "parameters": parameters}}],
+        "max_tokens": 16,
+        "temperature": 0,
+    }
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/chat/completions",
+        json.dumps(asked).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        told = json.load(answer)
+    choice = told["choices"][0]
+    fields = sorted(key for key, value in choice["message"].items() if value)
+    return {"usage": told["usage"], "finish_reason": choice["finish_reason"], "message_has": fields}
 
 
 def server_command(options: argparse.Namespace, checkpoint: Path, port: int) -> list[str]:
@@ -515,6 +551,7 @@ JUDGES: dict[str, Callable[[argparse.Namespace, Row, Path], dict[str, Any]]] = {
     "dflash": judged_dflash,
     "key norms": judged_key_norms,
     "server": judged_server,
+    "loop": judged_server,
 }
 
 

@@ -157,21 +157,13 @@ def read_shard_header(folder: Path, file: str) -> tuple[list[TensorInfo], int, s
     return infos, file_size, hashlib.sha256(raw).hexdigest()
 
 
-def read_json_object(path: Path, max_bytes: int = MAX_INDEX_BYTES, *, unique: bool = False) -> dict[str, Any]:
-    """A JSON file that must hold an object; size-limited, UTF-8 (CRLF and a BOM are fine). `unique`: its keys are."""
-    try:
-        size = path.stat().st_size
-        if size > max_bytes:
-            raise CheckpointError(f"{path}: {size} bytes, more than the {max_bytes} a JSON file may have here")
-        return _parse_json_object(path.read_bytes(), path, unique=unique)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-
-
 def read_json_inside(
     folder: Path, name: str, max_bytes: int = MAX_INDEX_BYTES, *, unique: bool = False
 ) -> dict[str, Any]:
-    """`read_json_object` of a file of a checkpoint folder, which may be a snapshot of links (see `folders`)."""
+    """A JSON file of a checkpoint folder, which may be a snapshot of links (see `folders`); it must hold an object.
+
+    Size-limited, UTF-8 (CRLF and a BOM are fine). `unique`: its keys are.
+    """
     path = folder / name
     try:
         with open_inside(folder, name) as file:

@@ -11,7 +11,7 @@ Shapes: E experts, O rows of the weight, I columns, M and N those of a tile, G g
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -106,17 +106,24 @@ def _kernels(device: str) -> Any:
     return tiles_cuda
 
 
-def round_tile_plainly(stack: Rows, tile: Tile, target: Tensor, above: Tensor) -> tuple[Tensor, Tensor]:
-    """See `round_tile`."""
-    experts, rows, columns = target.shape
-    left, moved = torch.empty_like(target), torch.empty_like(target)
-    every, device = torch.arange(experts, device=target.device)[:, None], target.device
+def _diagonals(stack: Rows, tile: Tile) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Grid]]:
+    """The anti-diagonals of a tile, first to last: their places in the tile and in the stack, and their grid."""
+    rows, columns = (side.stop - side.start for side in (tile.rows, tile.columns))
+    device = stack.weight.device
+    every = torch.arange(len(stack.weight), device=device)[:, None]
     for step in range(rows + columns - 1):
         i = torch.arange(max(0, step - columns + 1), min(rows, step + 1), device=device)
         j = step - i
         row, column = tile.rows.start + i, tile.columns.start + j
         group = stack.group[:, column].long()
-        place = Grid(stack.scale[every, row, group], None if stack.zero is None else stack.zero[every, row, group])
+        zero = None if stack.zero is None else stack.zero[every, row, group]
+        yield i, j, row, column, Grid(stack.scale[every, row, group], zero)
+
+
+def round_tile_plainly(stack: Rows, tile: Tile, target: Tensor, above: Tensor) -> tuple[Tensor, Tensor]:
+    """See `round_tile`."""
+    left, moved = torch.empty_like(target), torch.empty_like(target)
+    for i, j, row, column, place in _diagonals(stack, tile):
         code = place.encode(target[:, i, j] + above[:, i, j], stack.fmt)
         rest = stack.weight[:, row, column] - place.decode(code, stack.fmt)
         stack.codes[:, row, column], left[:, i, j], moved[:, i, j] = code, rest, rest + above[:, i, j]
@@ -152,15 +159,9 @@ def round_wave_plainly(
 
 def improve_tile_plainly(stack: Rows, tile: Tile, slope: Tensor) -> tuple[Tensor, Tensor]:
     """See `improve_tile`."""
-    experts, rows, columns = slope.shape
+    columns = slope.shape[2]
     left, moved = torch.empty_like(slope), torch.zeros_like(slope)
-    every, device = torch.arange(experts, device=slope.device)[:, None], slope.device
-    for step in range(rows + columns - 1):
-        i = torch.arange(max(0, step - columns + 1), min(rows, step + 1), device=device)
-        j = step - i
-        row, column = tile.rows.start + i, tile.columns.start + j
-        group = stack.group[:, column].long()
-        place = Grid(stack.scale[every, row, group], None if stack.zero is None else stack.zero[every, row, group])
+    for step, (i, j, row, column, place) in enumerate(_diagonals(stack, tile)):
         steep, curvature = slope[:, i, j], tile.along[:, j, j]
         for k in range(min(step, columns)):  # the columns that may have changed
             steep = steep + tile.along[:, k, j] * moved[:, i, k]

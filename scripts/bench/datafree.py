@@ -5,7 +5,7 @@ its own process: a copy (read every source byte in 32 MiB blocks, write as many 
 `mimoquant quantize` (the whole process, start-up included) and the peer's `model_free_ptq` with its FP8 dequantizer
 chained (the call alone, imports not counted: that favours the peer). All files are in the page cache beforehand.
 
-usage: scripts/datafree.py [--experts 32] [--layers 3] [--repeats 5] [--peer-repeats 2] [--work DIR]
+usage: scripts/bench/datafree.py [--experts 32] [--layers 3] [--repeats 5] [--peer-repeats 2] [--work DIR]
 Prints a Markdown table with medians and spread; paste it into scripts/RESULTS.md.
 """
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import resource
-import shutil
 import time
 from pathlib import Path
 
@@ -31,7 +30,6 @@ from mimoquant.fisher import labels
 from mimoquant.fisher.matrices import Fisher
 from mimoquant.fisher.needs import fisher_needs
 from mimoquant.fisher.walk import FisherSettings, walk_back
-from mimoquant.machine.devices import resolve_device
 from mimoquant.machine.team import Team
 from mimoquant.weights.decoded import CheckpointWeights
 
@@ -149,15 +147,7 @@ def main() -> None:
     parser.add_argument("--states", default="host", choices=("host", "files"))
     parser.add_argument("--check-sequences", type=int, default=32)
     options = parser.parse_args()
-    work = options.work / "fisher"
-    with Team.from_environment(resolve_device(options.device)) as team:
-        if team.leads:
-            work.mkdir()
-        try:
-            measure(options, work, team)
-        finally:
-            if team.leads:
-                shutil.rmtree(work, ignore_errors=True)
+    gpu.on_ranks(options, "fisher", measure)
 
 
 if __name__ == "__main__":

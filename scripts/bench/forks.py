@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import resource
-import shutil
 import time
 from pathlib import Path
 
@@ -23,7 +22,6 @@ import numpy as np
 import torch
 
 from mimoquant.calibration.tokens import load_tokens
-from mimoquant.machine.devices import resolve_device
 from mimoquant.machine.team import Team
 from mimoquant.mixing.mixtures import Mixtures
 from mimoquant.mixing.needs import foreseen, forward_passes, probe_every
@@ -103,15 +101,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--calibration", type=int, default=16)
     options = parser.parse_args()
-    work = options.work / "forks"
-    with Team.from_environment(resolve_device(options.device)) as team:
-        if team.leads:
-            work.mkdir()
-        try:
-            measure(options, work, team)
-        finally:
-            if team.leads:
-                shutil.rmtree(work, ignore_errors=True)
+    gpu.on_ranks(options, "forks", measure)
 
 
 if __name__ == "__main__":

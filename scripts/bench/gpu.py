@@ -5,7 +5,7 @@ Makes V2.5- and Pro-sized checkpoints (a dense and a few MoE layers; eight rando
 runs `pipeline.quantize` on them. A layer's seconds are from the end of the layer before it to its own end, reading,
 writing and hashing included; the first layer of a row, which pays for compiling Triton's kernels, is not counted.
 
-usage: scripts/gpu.py [--work /dev/shm] [--device cuda] [--experts 256] [--only ROW...] [--out RESULT.md]
+usage: scripts/bench/gpu.py [--work /dev/shm] [--device cuda] [--experts 256] [--only ROW...] [--out RESULT.md]
 ROW: gptq, awq, mxfp4, nvfp4, refine, refine-many, million, pro, datafree, peer (beside datafree, llm-compressor's
 `model_free_ptq`).
 """
@@ -20,7 +20,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ import numpy as np
 import torch
 
 from mimoquant import pipeline
+from mimoquant.machine.devices import resolve_device
+from mimoquant.machine.team import Team
 from mimoquant.machine.timeline import Timeline
 from mimoquant.planning.plan import CUDA_CHUNK_BYTES, Plan, Unit, make_plan
 from mimoquant.planning.recipe import load_recipe, parse_recipe
@@ -72,6 +74,19 @@ class FewExperts(weights.RandomWeights):
     @functools.cache  # noqa: B019
     def _expert(self, number: int, projection: str, shape: tuple[int, ...], dtype: str) -> Any:
         return super().read(f"model.layers.1.mlp.experts.{number}.{projection}", shape, dtype)
+
+
+def on_ranks(options: argparse.Namespace, name: str, measure: Callable[[argparse.Namespace, Path, Team], None]) -> None:
+    """`measure(options, folder, team)` on each rank, with a folder under `options.work` that is gone afterwards."""
+    work = options.work / name
+    with Team.from_environment(resolve_device(options.device)) as team:
+        if team.leads:
+            work.mkdir()
+        try:
+            measure(options, work, team)
+        finally:
+            if team.leads:
+                shutil.rmtree(work, ignore_errors=True)
 
 
 def make_source(folder: Path, model: str, layers: int, experts: int) -> Path:

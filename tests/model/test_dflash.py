@@ -15,7 +15,7 @@ import torch
 from dflash_reference import changed, small, write_drafter
 
 import mimoquant
-from mimoquant.checkpoint.index import read_json_object
+from mimoquant.checkpoint.index import read_json_inside
 from mimoquant.errors import CheckpointError, UsageError
 from mimoquant.model.dflash import draft_blocks, fuse
 from mimoquant.model.drafter import open_drafter, read_drafter
@@ -33,7 +33,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def backbone(**values: Any) -> Geometry:
-    geometry = read_geometry(read_json_object(mimoquant.micro_checkpoint() / "config.json"), "here")
+    geometry = read_geometry(read_json_inside(mimoquant.micro_checkpoint(), "config.json"), "here")
     return replace(geometry, **values)
 
 
@@ -113,9 +113,9 @@ def test_the_published_drafters_sizes(shared: Path) -> None:
     (file_bytes,) = (f["bytes"] for f in lock["files"] if f["path"] == "dflash/dflash_draft_model.safetensors")
     assert len(drafter.shapes()) == 63 and 0 < file_bytes - size_bytes < 8000
     assert (drafter.depth, drafter.rotary_dim, drafter.window, drafter.windows_by_layer_types) == (7, 64, 1024, False)
-    published = read_geometry(read_json_object(shared / "mimo/MiMo-V2.5/config.json"), "V2.5")
+    published = read_geometry(read_json_inside(shared / "mimo/MiMo-V2.5", "config.json"), "V2.5")
     assert drafter.misfit(published) is None
-    assert drafter.misfit(read_geometry(read_json_object(shared / "mimo/MiMo-V2.5-Pro/config.json"), "Pro"))
+    assert drafter.misfit(read_geometry(read_json_inside(shared / "mimo/MiMo-V2.5-Pro", "config.json"), "Pro"))
 
 
 REFUSED = [

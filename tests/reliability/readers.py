@@ -19,7 +19,7 @@ from small_runs import small_checkpoint
 
 import mimoquant
 from mimoquant.calibration.tokenizer import load_tokenizer
-from mimoquant.checkpoint.index import INDEX_NAME, open_index, read_json_object, read_shard_header
+from mimoquant.checkpoint.index import INDEX_NAME, open_index, read_json_inside, read_shard_header
 from mimoquant.checkpoint.journal import read_journal
 from mimoquant.checkpoint.torch_file import read_vector
 from mimoquant.errors import MimoquantError
@@ -52,7 +52,7 @@ def _index(data: bytes, folder: Path) -> None:
 
 def _config(data: bytes, folder: Path) -> None:
     (folder / "c.json").write_bytes(data)
-    config = read_json_object(folder / "c.json", max_bytes=50_000_000)
+    config = read_json_inside(folder, "c.json", max_bytes=50_000_000)
     for packed in (False, True):
         read_layout(open_index(folder), config, packed=packed)
 

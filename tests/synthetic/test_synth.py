@@ -16,7 +16,7 @@ from micro import contents
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from mimoquant.checkpoint.index import open_index, read_json_object
+from mimoquant.checkpoint.index import open_index, read_json_inside
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.errors import CheckpointError, MimoquantError, UsageError
 from mimoquant.model.geometry import read_geometry
@@ -37,7 +37,7 @@ needs_tools = pytest.mark.skipif(not (SHARED / "tools").is_dir(), reason="no ../
 
 
 def layout_of(folder: Path) -> ModelLayout:
-    return read_layout(open_index(folder), read_json_object(folder / "config.json"))
+    return read_layout(open_index(folder), read_json_inside(folder, "config.json"))
 
 
 def tensor_bytes(folder: Path, *, towers: bool = True) -> dict[str, bytes]:
@@ -221,7 +221,7 @@ def test_pro_has_crlf_and_layer_two_in_two_files(tmp_path: Path) -> None:
     for name in ("config.json", "model.safetensors.index.json"):
         raw = (tmp_path / "out" / name).read_bytes()
         assert raw.count(b"\n") == raw.count(b"\r\n") > 20
-    config = read_json_object(tmp_path / "out/config.json")
+    config = read_json_inside(tmp_path / "out", "config.json")
     assert (config["torch_dtype"], config["attention_value_scale"]) == ("bfloat16", 0.612) and "dtype" not in config
     assert "store_dtype" not in config["quantization_config"]
     files = {name: info.file for name, info in open_index(tmp_path / "out").tensors.items()}
@@ -249,7 +249,7 @@ def test_flash_key_counts_and_config(tmp_path: Path) -> None:
         2,
     ]
     assert (count["model_1_linear_fc1.safetensors"], count["model_1_linear_fc2.safetensors"]) == (64, 32)
-    config = read_json_object(tmp_path / "out/config.json")
+    config = read_json_inside(tmp_path / "out", "config.json")
     assert config["layer_types"] == ["full_attention", *["sliding_attention"] * 4, "full_attention"]
     assert config["rope_parameters"]["sliding_attention"]["rope_theta"] == 10000
 
@@ -329,7 +329,7 @@ def test_conversion_keeps_every_value_in_its_row(tmp_path: Path, layout: str) ->
                 seen += 1
     assert seen == len(originals)
     assert (tmp_path / "out/tokenizer.json").read_text() == "{}"
-    config: dict[str, Any] = read_json_object(tmp_path / "out/config.json")
+    config: dict[str, Any] = read_json_inside(tmp_path / "out", "config.json")
     assert config["attention_value_scale"] == 0.9 and config["hybrid_layer_pattern"] == [0, 1, 0]
     assert ("auto_map" in config) == (layout == "flash")
 
@@ -350,7 +350,7 @@ def test_mimo_tiny_becomes_its_published_twin(tmp_path: Path) -> None:
     files = {name: info.file for name, info in open_index(tmp_path / "out").tensors.items()}
     assert all(files[name] == info.file for name, info in open_index(twin).tensors.items() if name in files)
     assert sorted(report.trap) == sorted(expert_placement(layout_of(twin))[1])
-    config, wanted = (read_json_object(folder / "config.json") for folder in (tmp_path / "out", twin))
+    config, wanted = (read_json_inside(folder, "config.json") for folder in (tmp_path / "out", twin))
     assert wanted.items() <= config.items()
     assert (tmp_path / "out/tokenizer.json").read_bytes() == (twin / "tokenizer.json").read_bytes()
 
@@ -361,7 +361,7 @@ def test_mimo_tiny_becomes_its_published_twin(tmp_path: Path) -> None:
 )
 def test_names_shapes_and_files_at_published_size(layout: str, tool: str, model: str) -> None:
     published = tool_module(tool)
-    geometry = read_geometry(read_json_object(SHARED / "mimo" / model / "config.json"), model)
+    geometry = read_geometry(read_json_inside(SHARED / "mimo" / model, "config.json"), model)
     entries = [entry for stored in stored_tensors(geometry, 3) for entry in stored.entries]
     wanted = {n: t for n, t in published.tensors().items() if not n.startswith(TOWER_PREFIXES)}
     assert {entry.name: (entry.dtype, entry.shape) for entry in entries} == wanted

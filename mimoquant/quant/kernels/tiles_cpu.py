@@ -7,6 +7,7 @@ rounding goes row by row, which is another order of the same steps.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,24 +74,9 @@ def _improve_tile(slope, weight, scale, zero, group, down, along, is_int4, codes
 def round_tile(stack: Rows, tile: Tile, target: Tensor, above: Tensor) -> tuple[Tensor, Tensor]:
     """See `tiles.round_tile`."""
     left, moved = torch.empty(target.shape), torch.empty(target.shape)
-    rows, columns = tile.rows, tile.columns
 
     def task(e: int) -> None:
-        zero = _NOTHING if stack.zero is None else stack.zero[e, rows].numpy()
-        _round_tile(
-            target[e].numpy(),
-            above[e].numpy(),
-            stack.weight[e, rows, columns].numpy(),
-            stack.scale[e, rows].numpy(),
-            zero,
-            stack.group[e, columns].numpy(),
-            tile.down[e].numpy(),
-            tile.along[e].numpy(),
-            stack.fmt.name == "int4",
-            stack.codes[e, rows, columns].numpy(),
-            left[e].numpy(),
-            moved[e].numpy(),
-        )
+        _round_tile(target[e].numpy(), above[e].numpy(), *_of_expert(stack, tile, e), left[e].numpy(), moved[e].numpy())
 
     _over_experts(task, len(target))
     return left, moved
@@ -100,26 +86,27 @@ def improve_tile(stack: Rows, tile: Tile, slope: Tensor) -> tuple[Tensor, Tensor
     """See `tiles.improve_tile`."""
     experts, count, width = slope.shape
     left, moved = torch.empty(slope.shape), torch.zeros(experts, width, count)
-    rows, columns = tile.rows, tile.columns
 
     def task(e: int) -> None:
-        zero = _NOTHING if stack.zero is None else stack.zero[e, rows].numpy()
-        _improve_tile(
-            slope[e].numpy(),
-            stack.weight[e, rows, columns].numpy(),
-            stack.scale[e, rows].numpy(),
-            zero,
-            stack.group[e, columns].numpy(),
-            tile.down[e].numpy(),
-            tile.along[e].numpy(),
-            stack.fmt.name == "int4",
-            stack.codes[e, rows, columns].numpy(),
-            left[e].numpy(),
-            moved[e].numpy(),
-        )
+        _improve_tile(slope[e].numpy(), *_of_expert(stack, tile, e), left[e].numpy(), moved[e].numpy())
 
     _over_experts(task, experts)
     return left, moved.mT
+
+
+def _of_expert(stack: Rows, tile: Tile, e: int) -> tuple[Any, ...]:
+    """What both loops take of an expert's tile: weight, scale, zero, group, down, along, whether int4, codes."""
+    rows, columns = tile.rows, tile.columns
+    return (
+        stack.weight[e, rows, columns].numpy(),
+        stack.scale[e, rows].numpy(),
+        _NOTHING if stack.zero is None else stack.zero[e, rows].numpy(),
+        stack.group[e, columns].numpy(),
+        tile.down[e].numpy(),
+        tile.along[e].numpy(),
+        stack.fmt.name == "int4",
+        stack.codes[e, rows, columns].numpy(),
+    )
 
 
 def _over_experts(task: Callable[[int], None], experts: int) -> None:
