@@ -267,7 +267,8 @@ def eval_draft(
     """How many drafted tokens a quantized backbone accepts, beside its reference.
 
     Args:
-        draft: "mtp", each checkpoint's MTP layers, or the folder of a DFlash drafter.
+        draft: each checkpoint's MTP layers, "mtp" in a chain, "mtp-backbone" as SGLang runs them; or the folder of a
+            DFlash drafter.
         depth: MTP layers in the chain; by default all, at most 3. The others: see `eval_kl`.
     Raises UsageError: too deep, a drafter of another backbone, or shared data. CheckpointError: bad checkpoints.
     """

@@ -46,7 +46,7 @@ import mimoquant
 from mimoquant import pipeline
 from mimoquant.calibration.tokens import TokenSet, load_tokens
 from mimoquant.checkpoint.reader import CheckpointReader
-from mimoquant.evaluation.drafts import Blocks, Draft, Mtp
+from mimoquant.evaluation.drafts import MTP, Blocks, Draft, Mtp
 from mimoquant.evaluation.eval_draft import compare_drafts
 from mimoquant.evaluation.eval_kl import open_layout
 from mimoquant.evaluation.side_by_side import final_hidden, streams_of
@@ -280,6 +280,7 @@ def environment(options: argparse.Namespace) -> dict[str, str]:
         "TRITON_CACHE_DIR": str(cache / "triton"),
         "TVM_FFI_CACHE_DIR": str(own),
         "VLLM_USE_FLASHINFER_SAMPLER": "0",  # a server's, too
+        "SGLANG_SKIP_SGL_KERNEL_VERSION_CHECK": "1",
     }
     return os.environ | told | ({"PYTHONPATH": options.site} if options.site else {})
 
@@ -344,6 +345,8 @@ def judged_rows(options: argparse.Namespace, row: Row, checkpoint: Path) -> dict
         "max_dlogp": float(np.abs(own - theirs).max()),
         "kl_mean": float(kl.mean()),
         "kl_max": float(kl.max()),
+        "kl_median": float(np.median(kl)),
+        "worst_positions": np.argsort(-kl)[:5].tolist(),  # of all prompts, one after the other
         "kl_to_source": float((np.exp(origin) * (origin - own)).sum(-1).mean()),
     }
 
@@ -365,7 +368,8 @@ def judged_mtp(options: argparse.Namespace, row: Row, checkpoint: Path) -> dict[
         }
     out = asked_of(options, checkpoint, asked.ids.tolist(), new=new, more=depth + 1, settings=settings | row.settings)
     told = json.loads((out / "text.json").read_text())
-    return {"engine_counts": told["counts"], "ours": counted(checkpoint, told, asked, new, Mtp(depth))}
+    ours = {name: counted(checkpoint, told, asked, new, Mtp(depth, name)) for name in MTP[: min(depth, 2)]}
+    return {"engine_counts": told["counts"], "ours": ours}
 
 
 def judged_dflash(options: argparse.Namespace, row: Row, checkpoint: Path) -> dict[str, Any]:

@@ -106,10 +106,10 @@ class Reference:
         x = x + (gate / (1 + np.exp(-gate)) * up) @ self.matrix(f"{prefix}mlp.down_proj.weight").T
         return self.norm(x, f"{prefix}final_layernorm.weight")
 
-    def chain(self, final: Floats, embedded: Floats, depths: int) -> list[Floats]:
-        """h_1 .. h_D of a sequence: layer d is told of the token d places on."""
+    def drafted(self, final: Floats, embedded: Floats, depths: int, *, chained: bool = True) -> list[Floats]:
+        """h_1 .. h_D of a sequence: layer d is told of the token d places on; unless chained, of `final` each."""
         starts, hidden, out = len(final) - depths, final, []
         for depth in range(1, depths + 1):
-            hidden = self.layer(depth - 1, hidden[:starts], embedded[depth : depth + starts])
-            out.append(hidden)
+            out.append(self.layer(depth - 1, hidden[:starts], embedded[depth : depth + starts]))
+            hidden = out[-1] if chained else final
         return out

@@ -26,8 +26,9 @@ def eval_draft(
     draft: Annotated[
         str,
         typer.Option(
-            help="What drafts tokens: each checkpoint's own MTP layers, or the DFlash drafter in a folder.",
-            metavar="mtp|DIR",
+            help="What drafts tokens: each checkpoint's own MTP layers, in a chain (mtp) or each on the backbone's "
+            "hidden states as SGLang runs them (mtp-backbone), or the DFlash drafter in a folder.",
+            metavar="mtp|mtp-backbone|DIR",
         ),
     ] = "mtp",
     data: HeldOutOption = None,

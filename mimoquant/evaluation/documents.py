@@ -407,7 +407,8 @@ class DraftEvaluation(DraftSummary):
     recipe: str | None
     """The recipe.yaml beside the candidate; null without one."""
     draft: str
-    """mtp, each checkpoint's own MTP layers, or the folder of a DFlash drafter."""
+    """Each checkpoint's own MTP layers, mtp in a chain or mtp-backbone each on the backbone's hidden states, or the
+    folder of a DFlash drafter."""
     data: DataFacts
     """The held-out tokens."""
     device: str

@@ -1,9 +1,9 @@
-"""What drafts tokens beside a backbone: its own MTP layers in a chain, or a DFlash drafter in blocks.
+"""What drafts tokens beside a backbone: its own MTP layers, or a DFlash drafter in blocks.
 
 Key idea: `acceptance` needs one thing of either, the hidden states whose product with the backbone's head are guesses
 at the tokens after position t+1: h_1(t) .. h_D(t) for all starts t. MTP layers make them of the backbone's last hidden
-states; a DFlash drafter also of earlier ones, which are taken as the walk passes them. The drafter is one for both
-backbones, so it is read once and shared.
+states, in a chain or each by itself; a DFlash drafter also of earlier ones, taken as the walk passes them. The drafter
+is one for both backbones, so it is read once and shared.
 
 Left out: sampled starts; all are drafted, which costs b times the drafter's size a token, below a backbone's pass.
 """
@@ -29,7 +29,9 @@ from mimoquant.model.layout import ModelLayout
 from mimoquant.model.mtp import MtpWeights, mtp_forward
 from mimoquant.weights.decoded import CheckpointWeights, read_drafter_weights
 
-MAX_DEPTH = 3  # of a chain of MTP layers
+MAX_DEPTH = 3  # of MTP layers
+CHAIN, BACKBONE = "mtp", "mtp-backbone"  # whose hidden states an MTP layer gets: the layer's before it, the backbone's
+MTP = (CHAIN, BACKBONE)
 
 
 class Drafts(Protocol):
@@ -63,17 +65,17 @@ def choose_draft(layouts: Sequence[ModelLayout], draft: str, depth: int | None, 
     """The draft model called `draft`, for all of `layouts`, on sequences of `tokens` tokens.
 
     Args:
-        draft: "mtp", or a DFlash drafter's folder. depth: of an MTP chain; a block is as deep as its drafter has it.
+        draft: one of MTP, or a DFlash drafter's folder. depth: MTP layers; a block is as deep as its drafter has it.
     Raises UsageError: too deep, or no drafter. CheckpointError: it does not fit, or there are no MTP layers.
     """
-    chosen = Mtp(_chain_depth(layouts, depth)) if draft == "mtp" else _open_blocks(layouts, Path(draft), depth)
+    chosen = Mtp(_mtp_depth(layouts, depth), draft) if draft in MTP else _open_blocks(layouts, Path(draft), depth)
     if tokens <= chosen.depth:
-        what = f"a chain of {chosen.depth} MTP layers" if draft == "mtp" else f"a block of {chosen.depth + 1}"
+        what = f"a chain of {chosen.depth} MTP layers" if draft in MTP else f"a block of {chosen.depth + 1}"
         raise UsageError(f"sequences of {tokens} tokens: {what} needs at least {chosen.depth + 1}")
     return chosen
 
 
-def _chain_depth(layouts: Sequence[ModelLayout], asked: int | None) -> int:
+def _mtp_depth(layouts: Sequence[ModelLayout], asked: int | None) -> int:
     fewest = min(layouts, key=lambda layout: layout.mtp_layers)
     if not fewest.mtp_layers:
         raise CheckpointError(f"{fewest.index.folder}: has no MTP layers (model.mtp.layers.*) to draft with")
@@ -85,7 +87,7 @@ def _chain_depth(layouts: Sequence[ModelLayout], asked: int | None) -> int:
 
 def _open_blocks(layouts: Sequence[ModelLayout], folder: Path, asked: int | None) -> Blocks:
     if not folder.is_dir():
-        raise UsageError(f"--draft {folder}: is neither mtp nor the folder of a drafter")
+        raise UsageError(f"--draft {folder}: is neither {' nor '.join(MTP)} nor the folder of a drafter")
     drafter, index = open_drafter(folder)
     for layout in layouts:
         drafter.check_fits(layout.geometry, layout.index.folder)
@@ -102,45 +104,48 @@ def _open_blocks(layouts: Sequence[ModelLayout], folder: Path, asked: int | None
 
 @dataclass(frozen=True)
 class Mtp:
-    """Each backbone's own MTP layers, `depth` of them in a chain."""
+    """Each backbone's own MTP layers, `depth` of them: in a chain, or each on the backbone's hidden states."""
 
     depth: int
-    name: str = "mtp"
+    name: str = CHAIN
 
     def beside(self, sources: Sequence[CheckpointWeights], streams: Sequence[list[Stream]]) -> list[Drafts]:
-        return [_MtpDrafts(source, self.depth) for source in sources]
+        return [_MtpDrafts(source, self) for source in sources]
 
 
 class _MtpDrafts:
-    def __init__(self, source: CheckpointWeights, depth: int) -> None:
-        self._source, self._depth = source, depth
+    def __init__(self, source: CheckpointWeights, draft: Mtp) -> None:
+        self._source, self._draft = source, draft
 
     @cached_property
     def _layers(self) -> list[MtpWeights]:
         """Read when the walk is over and its weights are gone."""
-        return [self._source.mtp_layer(number) for number in range(self._depth)]
+        return [self._source.mtp_layer(number) for number in range(self._draft.depth)]
 
     def after_layer(self, number: int) -> None:
         pass
 
     def drafted(self, stream: int, batch: int, ids: Tensor, final: Tensor, embedding: Tensor) -> list[Tensor]:
-        return draft_chain(final, embedding[ids].to(torch.float32), self._layers, self._source.config)
+        embedded, chained = embedding[ids].to(torch.float32), self._draft.name == CHAIN
+        return draft_tokens(final, embedded, self._layers, self._source.config, chained=chained)
 
 
 @torch.no_grad()
-def draft_chain(
-    final_BTH: Tensor, embedded_BTH: Tensor, layers: Sequence[MtpWeights], config: ForwardConfig
+def draft_tokens(
+    final_BTH: Tensor, embedded_BTH: Tensor, layers: Sequence[MtpWeights], config: ForwardConfig, *, chained: bool
 ) -> list[Tensor]:
     """h_1 .. h_D of the starts 0 .. T-D-1, each [B, T - D, H].
 
     Args:
         final_BTH: the backbone's normed hidden states, h_0. embedded_BTH: the text's tokens. layers: D of them.
+        chained: a layer gets the hidden states of the one before it, as DeepSeek-V3 trains them; else all get h_0, as
+            SGLang's multi-layer EAGLE runs this family (0.5.23, multi_layer_eagle_worker_v2.py).
     """
     starts = final_BTH.shape[1] - len(layers)
     hidden, out = final_BTH[:, :starts], []
     for depth, weights in enumerate(layers, start=1):
-        hidden = mtp_forward(hidden, embedded_BTH[:, depth : depth + starts], weights, config)
-        out.append(hidden)
+        out.append(mtp_forward(hidden, embedded_BTH[:, depth : depth + starts], weights, config))
+        hidden = out[-1] if chained else hidden
     return out
 
 

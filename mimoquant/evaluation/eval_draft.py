@@ -194,7 +194,7 @@ def eval_draft(
     """One comparison.
 
     Args:
-        draft: "mtp", or the folder of a DFlash drafter, which both backbones then share.
+        draft: "mtp" or "mtp-backbone" (see `drafts`), or the folder of a DFlash drafter that both backbones share.
         depth: MTP layers in the chain; by default all that both checkpoints have, at most 3.
         progress: called with (layer just passed, layers).
         team: the processes that share the work, all of which call this; `device` is then the team's.

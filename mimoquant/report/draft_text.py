@@ -50,7 +50,9 @@ def _verdict(facts: EvalDraftDocument) -> Iterator[tuple[str, str]]:
         f"of {facts['depth']} drafted tokens {theirs} are accepted where the reference accepts {ours} ({change}, 95 % "
         f"interval {ends}), sampling at temperature 1 along the text's own tokens",
     )
-    if facts["draft"] != "mtp":
+    if facts["draft"] == "mtp-backbone":
+        yield "DRAFTER", "MTP layers, each on the backbone's hidden states, as SGLang runs them"
+    elif facts["draft"] != "mtp":
         yield "DRAFTER", facts["draft"]
     if facts["nonfinite_share"] > 0:
         yield "NOT FINITE", f"{percent(facts['nonfinite_share'])} of the starts, which are left out"

@@ -28,7 +28,7 @@ from mimoquant.cli.app import app
 from mimoquant.errors import CheckpointError, UsageError
 from mimoquant.evaluation import eval_draft as acceptance
 from mimoquant.evaluation.divergence import bootstrap
-from mimoquant.evaluation.drafts import Mtp, choose_draft
+from mimoquant.evaluation.drafts import BACKBONE, CHAIN, Mtp, choose_draft
 from mimoquant.evaluation.eval_draft import DraftScores, compare_drafts, eval_draft, overlap, summarize_drafts
 from mimoquant.evaluation.eval_kl import open_layout
 from mimoquant.model.layer_stream import Stream, walk
@@ -99,7 +99,7 @@ def test_the_accepted_length_counts_a_guess_only_after_all_before_it() -> None:
 # --- the walk ---------------------------------------------------------------------------------------------------------
 
 
-def brute_force(folder: Path, tokens: TokenSet, depth: int) -> tuple[np.ndarray, np.ndarray]:
+def brute_force(folder: Path, tokens: TokenSet, depth: int, *, chained: bool) -> tuple[np.ndarray, np.ndarray]:
     """Both scores from whole logits in float64, a start at a time; the MTP layers are those of `mtp_reference`."""
     judge, layout = Reference(folder), open_layout(folder)
     embedding = judge.read("model.embed_tokens.weight").double().numpy()
@@ -112,7 +112,7 @@ def brute_force(folder: Path, tokens: TokenSet, depth: int) -> tuple[np.ndarray,
     accepted, match = [], []
     for ids, hidden in zip(tokens.ids, stream.batches[0].double().numpy(), strict=True):
         final = judge.norm(hidden, "model.norm.weight")
-        drafted = judge.chain(final, embedding[ids], depth)
+        drafted = judge.drafted(final, embedding[ids], depth, chained=chained)
         for t in range(len(ids) - depth):
             for d in range(1, depth + 1):
                 z = np.stack([head @ final[t + d], head @ drafted[d - 1][t]])
@@ -125,11 +125,12 @@ def brute_force(folder: Path, tokens: TokenSet, depth: int) -> tuple[np.ndarray,
     return np.reshape(accepted, shape), np.reshape(match, shape)
 
 
-def test_scores_equal_brute_force_in_float64(int4: Path) -> None:
+@pytest.mark.parametrize("draft", [CHAIN, BACKBONE])
+def test_scores_equal_brute_force_in_float64(draft: str, int4: Path) -> None:
     tokens = held_out(2, 70)
-    ours, theirs = compare_drafts(open_layout(MICRO), open_layout(int4), tokens, Mtp(3))
+    ours, theirs = compare_drafts(open_layout(MICRO), open_layout(int4), tokens, Mtp(3, draft))
     for scores, folder in ((ours, MICRO), (theirs, int4)):
-        accepted, match = brute_force(folder, tokens, 3)
+        accepted, match = brute_force(folder, tokens, 3, chained=draft == CHAIN)
         assert scores.acceptance.shape == (2, 67, 3)
         assert np.abs(scores.acceptance - accepted).max() < 1e-4
         assert (scores.match == match).mean() > 0.995  # ties within rounding
@@ -315,7 +316,7 @@ def test_mistakes_end_in_one_sentence(int4: Path, tiny_checkpoint: Any, tmp_path
         (
             ("eval-draft", MICRO, int4, "--draft", "eagle"),
             2,
-            "--draft eagle: is neither mtp nor the folder of a drafter",
+            "--draft eagle: is neither mtp nor mtp-backbone nor the folder of a drafter",
         ),
         (("eval-draft", MICRO, int4, "--draft", int4.parent), 2, "has no config.json"),
         (("eval-draft", MICRO, int4, "--draft", MICRO), 3, "has no dflash_config, so it is no DFlash drafter"),

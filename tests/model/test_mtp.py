@@ -14,7 +14,7 @@ from mtp_reference import Floats, Reference
 
 from mimoquant import pipeline
 from mimoquant.checkpoint.reader import CheckpointReader
-from mimoquant.evaluation.drafts import draft_chain
+from mimoquant.evaluation.drafts import draft_tokens
 from mimoquant.evaluation.eval_kl import open_layout
 from mimoquant.model.mtp import MtpWeights
 from mimoquant.planning.plan import make_plan
@@ -61,7 +61,7 @@ def ours(folder: Path, change: Change = lambda weights: weights) -> list[torch.T
     with CheckpointReader(layout.index) as reader:
         source = CheckpointWeights(reader, layout, torch.device("cpu"))
         layers = [change(source.mtp_layer(number)) for number in range(DEPTHS)]
-        return draft_chain(*inputs(folder), layers, source.config)
+        return draft_tokens(*inputs(folder), layers, source.config, chained=True)
 
 
 def error(folder: Path, drafted: list[torch.Tensor], expected: list[Floats]) -> list[float]:
@@ -70,7 +70,7 @@ def error(folder: Path, drafted: list[torch.Tensor], expected: list[Floats]) -> 
 
 def expected_chain(folder: Path) -> list[Floats]:
     final, embedded = (x[0].double().numpy() for x in inputs(folder))
-    return Reference(folder).chain(final, embedded, DEPTHS)
+    return Reference(folder).drafted(final, embedded, DEPTHS)
 
 
 @pytest.fixture(scope="module")
