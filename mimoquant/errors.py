@@ -7,8 +7,11 @@ Key idea: every failure that a user can cause is one sentence (what, where, both
 from __future__ import annotations
 
 import errno
+import re
 
 MAX_CHARACTERS = 2000  # of a message
+_USER_INFO = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*:/{1,2})(?:[^\s/:@]*:\S*|[^\s/]*)@")
+_SECRET_VALUE = re.compile(r"([?&#;][^\s=&]*(?:key|token|secret|passw|pwd|auth|sig)[^\s=&]*=)[^\s&#]+", re.IGNORECASE)
 _DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
 
@@ -19,8 +22,16 @@ class MimoquantError(Exception):
     told = False  # another process of the run says it
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
-        super().__init__(_sentence(message))
-        self.hint = hint
+        super().__init__(_sentence(without_secrets(message)))
+        self.hint = None if hint is None else without_secrets(hint)
+
+
+def without_secrets(text: str) -> str:
+    """The text without what an address in it may hold of passwords: all before its `@`, and keys in its query. A path
+    has one slash where the address had two."""
+    if ":/" not in text:
+        return text
+    return _SECRET_VALUE.sub(r"\1***", _USER_INFO.sub(r"\1***@", text))
 
 
 def _sentence(message: str) -> str:

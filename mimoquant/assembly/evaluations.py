@@ -15,7 +15,7 @@ from mimoquant.evaluation.drafts import choose_draft
 from mimoquant.evaluation.eval_draft import eval_draft
 from mimoquant.evaluation.eval_kl import EvaluationFile, eval_kl, kept_bytes, open_layout
 from mimoquant.evaluation.eval_server import eval_server
-from mimoquant.evaluation.server import connect
+from mimoquant.evaluation.server import connect, shown_address
 from mimoquant.machine.devices import resolve_device
 from mimoquant.machine.memory import peak_rss_bytes
 from mimoquant.wording import size
@@ -162,7 +162,7 @@ def check_candidate(
             "there is nothing to compare the reference with", hint="give a CANDIDATE folder, or --server URL"
         )
     if candidate is not None and server is not None:
-        raise UsageError(f"{candidate} and --server {server}: only one of them can be the candidate")
+        raise UsageError(f"{candidate} and --server {shown_address(server)}: only one of them can be the candidate")
     for option, value in (of_candidate if candidate is None else of_server).items():
         if value is not None:
             raise UsageError(f"{option} cannot go with {'--server' if candidate is None else 'a CANDIDATE folder'}")

@@ -10,7 +10,8 @@ two tokens, best first, before any expensive work:
     SGLang  /generate                `token_ids_logprob`: one list of ids for all positions; asked for in windows
 
 An id whose log-probability the server does not give is NaN, never a floor; so is the -9999 by which vLLM writes -inf.
-Only the given address is spoken to: no redirects, no proxies. Left out: API keys, streaming, parallel requests.
+Only the given address is spoken to: no redirects, no proxies. A key comes from the environment (`KEY_NAME`), goes into
+a header and is never told. Left out: streaming, parallel requests.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import base64
 import http.client
 import io
 import json
+import os
 import re
 import time
 from collections.abc import Callable
@@ -39,11 +41,13 @@ MODES = {
     "whole-vocabulary": "the server gave its whole vocabulary, the reference's ids were taken from it",
     "server-top": "the server gave only its own most likely ids; what the reference has beside them is lumped",
 }
+HIDDEN = "***"
 DEFAULT_TOP_K = 256  # asked for if the user does not say; a server that allows fewer says how many
 CONNECT_S, ANSWER_S = 10.0, 900.0  # a long prompt's prefill is one answer
 RETRY_AFTER_S = (0.5, 2.0)
 _WHOLE_ENTRIES = 2**18  # of an answer with the whole vocabulary: about 20 MB of JSON
 _WINDOW_ENTRIES = 2**18  # of an answer of SGLang: a window's positions times the ids asked for
+KEY_NAME = "MIMOQUANT_API_KEY"  # in the environment: a command line can be read by everybody on the machine
 _VLLM_MINUS_INFINITY = -9000.0
 
 
@@ -59,9 +63,11 @@ class Answer:
 class Refusal(CheckpointError):
     """The server answered with a status of 300 or above; redirects are not followed."""
 
-    def __init__(self, where: str, status: int, said: str) -> None:
+    def __init__(self, where: str, status: int, said: str, *, key_sent: bool = False) -> None:
+        asks = f"the server asks for an API key: put it into the environment as {KEY_NAME}"
+        key = f"the server does not take the key that {KEY_NAME} holds" if key_sent else asks
         hints = {
-            401: "the server asks for an API key, which is not sent: start it without one",
+            401: key,
             404: "is this the address of a vLLM or SGLang server?",
         }
         hint = hints.get(status, "the server's log says more" if status >= 500 else None)
@@ -81,19 +87,42 @@ def printable(text: object, length: int = 300) -> str:
     return line if len(line) <= length else line[: length - 1] + "…"
 
 
+def shown_address(url: str) -> str:
+    """An address as it may be told: without user, password, query and fragment, also where it is none."""
+    scheme, slashes, rest = url.rpartition("://") if url.count("://") == 1 else ("", "", url)
+    _, at, place = rest.rpartition("@")
+    host = re.split("[?#]", place, maxsplit=1)
+    return printable(f"{scheme}{slashes}{f'{HIDDEN}@' if at else ''}{host[0]}{HIDDEN if len(host) > 1 else ''}")
+
+
+def _key_of_environment() -> str:
+    """The server's API key, "" for none. Raises UsageError where a header cannot hold it."""
+    key = os.environ.get(KEY_NAME, "").strip()
+    if not key.isascii() or not key.isprintable():
+        raise UsageError(f"{KEY_NAME}: has characters that no header can hold", hint="it is plain text, of one line")
+    return key
+
+
 class Link:
     """JSON over HTTP to one address. `url`: http(s)://host[:port][/path], a trailing /v1 is dropped."""
 
     def __init__(self, url: str) -> None:
+        shown = shown_address(url)
+        if "@" in url or "?" in url or "#" in url:
+            raise UsageError(
+                f"--server {shown}: is not an address alone, it has a user, a password, a query or a fragment",
+                hint=f"it is like http://localhost:8000; a key for it is put into the environment as {KEY_NAME}",
+            )
         try:
             parts = urlsplit(url)
             self.tls, self.host, self.port = parts.scheme == "https", parts.hostname or "", parts.port
             self.host.encode("idna")
         except ValueError as error:
-            raise UsageError(f"--server {printable(url)}: is not an address ({printable(error)})") from error
+            raise UsageError(f"--server {shown}: is not an address ({printable(error)})") from error
         plain = url.isascii() and url.isprintable() and " " not in url
-        if not plain or parts.scheme not in ("http", "https") or not self.host or parts.query or parts.username:
-            raise UsageError(f"--server {printable(url)}: is not an address", hint="it is like http://localhost:8000")
+        if not plain or parts.scheme not in ("http", "https") or not self.host:
+            raise UsageError(f"--server {shown}: is not an address", hint="it is like http://localhost:8000")
+        self._key = _key_of_environment()
         self.path = parts.path.rstrip("/").removesuffix("/v1")
         self.url = f"{parts.scheme}://{parts.netloc}{self.path}"
 
@@ -114,11 +143,15 @@ class Link:
                     raise CheckpointError(problem, hint="is the server up, and is the address right?") from error
                 time.sleep(wait_s)
         if status >= 300:
-            raise Refusal(f"{self.url}{path}", status, _reason(raw))
+            raise Refusal(f"{self.url}{path}", status, _reason(self._untold(raw)), key_sent=bool(self._key))
         try:
             return json.loads(raw)
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{self.url}{path}: the answer is not JSON ({printable(error)})") from error
+
+    def _untold(self, raw: bytes) -> bytes:
+        """What a server says, which may repeat the key that it was sent."""
+        return raw.replace(self._key.encode(), HIDDEN.encode()) if self._key else raw
 
     def _exchange(self, path: str, body: dict[str, Any] | None) -> tuple[int, bytes]:
         kind = http.client.HTTPSConnection if self.tls else http.client.HTTPConnection
@@ -129,6 +162,8 @@ class Link:
             connection.sock.settimeout(ANSWER_S)
             data = None if body is None else json.dumps(body).encode()
             headers = {"Accept": "application/json"} | ({"Content-Type": "application/json"} if data else {})
+            if self._key:
+                headers["Authorization"] = f"Bearer {self._key}"
             connection.request("GET" if data is None else "POST", self.path + path, data, headers)
             answer = connection.getresponse()
             return answer.status, answer.read()

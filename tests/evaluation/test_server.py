@@ -172,6 +172,7 @@ class Fake(ThreadingHTTPServer):
         self.answers: dict[str, Any] = settings.get("answers", {})
         self.drop = 0  # so many connections are closed without an answer
         self.asked: list[str] = []
+        self.keys: set[str | None] = set()  # what came as Authorization
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
     @property
@@ -198,6 +199,7 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, body: Any) -> None:
         fake = self.server
         fake.asked.append(self.path)
+        fake.keys.add(self.headers["Authorization"])
         if fake.drop:
             fake.drop -= 1
             self.connection.close()
@@ -453,6 +455,52 @@ def test_an_address_is_read_strictly() -> None:
     ):
         with pytest.raises(UsageError, match="is not an address"):
             server.Link(url)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://user:s3cret@h:8000/v1",
+        "http://user:p@s3cret/@h",
+        "http://:s3cret@h",
+        "http://s3cret@h",
+        "user:s3cret@h:8000",
+        "http://user:s3cret@[bad",
+        "http://user:s3cret@h:port",
+        "http://h/v1?api_key=s3cret",
+        "http://h/v1?a=b@c&token=s3cret",
+        "http://h/#s3cret",
+        "http:/u:s3cret@h",
+        "http://us\ner:s3cret@h",
+    ],
+)
+@pytest.mark.parametrize("more", [(), (MICRO,)])
+def test_a_secret_in_an_address_is_refused_and_never_told(url: str, more: tuple[Path, ...]) -> None:
+    result = call(*more, "--server", url, *SIZE)
+    assert result.exit_code == 2 and "s3cret" not in result.output, result.output
+    assert ("only one of them" if more else "is not an address") in result.stderr
+
+
+def test_a_key_comes_from_the_environment_and_stays_there(
+    fake: Callable[..., Fake], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(server.KEY_NAME, "sk-s3cret\n")
+    junit, one = tmp_path / "j.xml", fake(max_logprobs=20)
+    result = call("--server", one.url, *SIZE, "--json", "--max-kl", "9", "--junit", junit)
+    assert result.exit_code == 0 and one.keys == {"Bearer sk-s3cret"}, result.output
+    assert "s3cret" not in result.output + junit.read_text()
+    one.answers["/v1/models"] = (401, b'{"error": "the key sk-s3cret is unknown"}')
+    result = call("--server", one.url, *SIZE)
+    assert result.exit_code == 3 and "401: the key *** is unknown" in result.stderr and "s3cret" not in result.output
+    assert "does not take the key that MIMOQUANT_API_KEY holds" in result.stderr
+    for key in ("s3cr\u00e9t", "s3cret\r\nX-Other: 1"):
+        monkeypatch.setenv(server.KEY_NAME, key)
+        result = call("--server", one.url, *SIZE)
+        assert result.exit_code == 2 and "no header can hold" in result.stderr and "s3cr" not in result.output
+    monkeypatch.setenv(server.KEY_NAME, "")
+    free = fake()
+    server.Link(free.url).call("/v1/models")
+    assert free.keys == {None}
 
 
 def change(part: Callable[[Any], None], probe: bool = False) -> Callable[[Any, Any], bytes]:
