@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mimoquant.__version__ import SCHEMA_VERSION
+from mimoquant.assembly.files import at_home
 from mimoquant.errors import UsageError
 from mimoquant.evaluation.documents import EvalDraftDocument, EvalFolderDocument, EvalServerDocument
 from mimoquant.mixing.documents import SensitivityDocument
@@ -25,6 +26,7 @@ from mimoquant.synthetic.documents import SynthDocument
 Folder = Path | str
 
 
+@at_home
 def inspect(checkpoint: Folder, *, allow_unknown: bool = False) -> InspectDocument:
     """What a checkpoint holds: layers, experts, dtypes, traps in its file layout. Reads headers only.
 
@@ -39,6 +41,7 @@ def inspect(checkpoint: Folder, *, allow_unknown: bool = False) -> InspectDocume
     return layout_facts(read_layout(index, read_config(index), allow_unknown=allow_unknown, packed=True))
 
 
+@at_home
 def plan(
     source: Folder,
     recipe: str,
@@ -76,6 +79,7 @@ def plan(
     return plan_document(source, choice, device=device, gpu_memory=gpu_memory, folder=folder, measure=measure)
 
 
+@at_home
 def quantize(
     source: Folder,
     recipe: str,
@@ -115,6 +119,7 @@ def quantize(
     return run.execute(told)
 
 
+@at_home
 def relayout(
     source: Folder,
     out: Folder,
@@ -136,6 +141,7 @@ def relayout(
     return RelayoutRun(source, out, qkv=qkv, tp=tp, bf16=bf16, resume=resume, allow_unknown=allow_unknown).execute()
 
 
+@at_home
 def verify(
     out: Folder,
     source: Folder | None = None,
@@ -172,6 +178,7 @@ def verify(
     return document
 
 
+@at_home
 def launch(
     out: Folder,
     engine: str,
@@ -195,6 +202,7 @@ def launch(
     return make(read_served(out), engine, gpu, gpus, version=engine_version, mtp=mtp, dflash=draft)
 
 
+@at_home
 def eval_kl(
     reference: Folder,
     candidate: Folder | None = None,
@@ -252,6 +260,7 @@ def eval_kl(
     )
 
 
+@at_home
 def eval_draft(
     reference: Folder,
     candidate: Folder,
@@ -288,6 +297,7 @@ def eval_draft(
     )
 
 
+@at_home
 def sensitivity(
     source: Folder,
     recipe: str,
@@ -334,6 +344,7 @@ def sensitivity(
     )
 
 
+@at_home
 def synth(
     out: Folder,
     layout: str,

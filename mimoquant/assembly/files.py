@@ -1,10 +1,44 @@
-"""Where a file beside the checkpoints may be written: refused before a long run rather than after it."""
+"""Files that a caller names: `~` in front of them, and where one beside the checkpoints may be written, which is
+refused before a long run rather than after it."""
 
 from __future__ import annotations
 
+import functools
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
 
 from mimoquant.errors import UsageError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+_NO_PATHS = ("server", "model", "data_column", "engine_version")  # arguments whose `~` is their own
+
+
+def at_home(function: Callable[P, R]) -> Callable[P, R]:
+    """`function`, whose paths may begin with `~` or `~user`: a shell does not put the folder there in `--out=~/x`.
+
+    Raises UsageError where there is no such home, rather than let a folder named `~` be made.
+    """
+
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> R:
+        named = {key: value if key in _NO_PATHS else _expanded(value) for key, value in kwargs.items()}
+        return function(*map(_expanded, args), **named)
+
+    return called
+
+
+def _expanded(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return type(value)(map(_expanded, value))
+    if not isinstance(value, str | Path) or not str(value).startswith("~"):
+        return value
+    path = os.path.expanduser(value)
+    if path.startswith("~"):
+        raise UsageError(f"{value}: there is no such home folder", hint=f"what is itself named so is ./{value}")
+    return type(value)(path)
 
 
 def check_new(path: Path, checkpoints: tuple[Path, ...]) -> None:

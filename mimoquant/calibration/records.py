@@ -75,7 +75,7 @@ class Source:
 
 def find(entry: str) -> Source:
     """Raises UsageError: there is nothing of that name, or nothing in it that can be read."""
-    path = calib_folder() / entry if entry in shipped_sets() else Path(entry)
+    path = calib_folder() / entry if entry in shipped_sets() else Path(os.path.expanduser(entry))
     if path.is_dir():
         return _in_folder(entry, path)
     looks_like_a_path = os.sep in entry or entry.endswith(_SUFFIXES)

@@ -119,7 +119,7 @@ def _silent() -> Iterator[None]:
 def _plain_tokenizer(folder: Path) -> Tokenizer:
     """`tokenizer.json` alone; special tokens and chat template from the files beside it."""
     tokenizers = importlib.import_module("tokenizers")
-    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer = tokenizers.Tokenizer.from_buffer((folder / "tokenizer.json").read_bytes())  # whose path may be no UTF-8
     config_file = folder / "tokenizer_config.json"
     config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
     special = {

@@ -16,10 +16,11 @@ import typer
 from typer.core import TyperGroup
 
 from mimoquant.__version__ import __version__
+from mimoquant.assembly.files import at_home
 from mimoquant.cli.eval_draft import eval_draft
 from mimoquant.cli.eval_kl import eval_kl
 from mimoquant.cli.sensitivity import sensitivity
-from mimoquant.cli.terminal import RESUMABLE, tell
+from mimoquant.cli.terminal import INTERRUPTED, RESUMABLE, open_streams, say, tell
 from mimoquant.cli.verbs import inspect, launch, plan, quantize, relayout, synth, verify
 from mimoquant.errors import MimoquantError, is_disk_trouble, is_out_of_memory
 from mimoquant.machine.team import refuse_ranks
@@ -43,14 +44,14 @@ class _Group(TyperGroup):
             return super().invoke(ctx)
         except MimoquantError as error:
             if not error.told:
-                typer.echo(f"error: {error}", err=True)
+                tell(f"error: {error}")
             if error.hint and not error.told:
-                typer.echo(f"hint: {error.hint}", err=True)
+                tell(f"hint: {error.hint}")
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt as interrupt:
-            typer.echo("interrupted", err=True)
+            tell(INTERRUPTED)
             if ctx.invoked_subcommand in _RESUMABLE_VERBS or RESUMABLE in getattr(interrupt, "__notes__", ()):
-                typer.echo(f"hint: {RESUMABLE}", err=True)
+                tell(f"hint: {RESUMABLE}")
             raise typer.Exit(EXIT_INTERRUPTED) from None
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -62,6 +63,10 @@ class _Group(TyperGroup):
             if ctx.invoked_subcommand == "quantize":
                 tell("hint: go on with --resume where there is more; fewer --sequences need less, plan says how much")
             raise typer.Exit(4) from None
+        except UnicodeEncodeError as error:  # of a name on disk; what is printed or written holds any
+            tell(f"error: {ascii(error.object)[:200]}: is no name of a file in the encoding {error.encoding}")
+            tell("hint: with LC_ALL=C.UTF-8 names may hold any character")
+            raise typer.Exit(2) from None
         except OSError as error:
             # what no module foresaw: a path too long, a folder that may not be entered, a full disk under stdout
             where = f"{error.filename}: " if error.filename else ""
@@ -98,7 +103,7 @@ def version_text() -> str:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(version_text())
+        say(version_text())
         raise typer.Exit
 
 
@@ -117,15 +122,16 @@ def _options(
 
 
 for verb in (inspect, plan, quantize, relayout, verify, launch):
-    app.command()(verb)
-app.command("eval-kl")(eval_kl)
-app.command()(sensitivity)
-app.command("eval-draft")(eval_draft)
-app.command()(synth)
+    app.command()(at_home(verb))
+app.command("eval-kl")(at_home(eval_kl))
+app.command()(at_home(sensitivity))
+app.command("eval-draft")(at_home(eval_draft))
+app.command()(at_home(synth))
 
 
 def main() -> None:
     """The console script."""
+    open_streams()
     try:
         app()
     except KeyboardInterrupt:  # before the verb had begun, or a second time while the first was being told

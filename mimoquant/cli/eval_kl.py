@@ -18,7 +18,7 @@ from mimoquant.cli.options import (
     QuietOption,
     ResumeOption,
 )
-from mimoquant.cli.terminal import hint_to_resume, print_document, tell, watcher
+from mimoquant.cli.terminal import hint_to_resume, printed_last, tell, watcher
 from mimoquant.shipped import HELD_OUT_SET, HELD_OUT_TOKENS
 
 if TYPE_CHECKING:
@@ -190,8 +190,8 @@ def eval_kl(
         from mimoquant.report.server_text import server_text
 
         of_server = evaluate_server(reference, ServerChoice(str(server), model, top_k), choice, device)
-        print_document(of_server, server_text, as_json)
-        write_outcome(of_server, candidate, junit, card)
+        with printed_last(of_server, server_text, as_json):
+            write_outcome(of_server, candidate, junit, card)
         fail_the_gate(of_server, is_lower_bound=of_server["server"]["is_lower_bound"])
         return
     from mimoquant.report import changes_card, eval_page, eval_text
@@ -203,8 +203,8 @@ def eval_kl(
         return
     if document["activations_quantized"]:
         tell(f"note: {candidate}: its config quantizes activations too; J is of its weights alone")
-    if html is not None:
-        write_page(html, eval_page.eval_page(document, changes_card.changes_part(candidate)))
-    print_document(document, eval_text.eval_text, as_json)
-    write_outcome(document, candidate, junit, card)
+    with printed_last(document, eval_text.eval_text, as_json):
+        write_outcome(document, candidate, junit, card)
+        if html is not None:
+            write_page(html, eval_page.eval_page(document, changes_card.changes_part(candidate)))
     fail_the_gate(document, is_lower_bound=False)

@@ -29,6 +29,6 @@ def check_profile(path: Path, made: Plan, out: Path) -> None:
 
 def write_page(path: Path, page: str, option: str = "--html") -> None:
     try:
-        path.write_text(page, encoding="utf-8")
+        path.write_text(page, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise UsageError(f"{option} {path}: cannot be written ({error.strerror})") from error

@@ -21,7 +21,7 @@ from mimoquant.cli.options import (
     UnknownOption,
     option_value,
 )
-from mimoquant.cli.terminal import Lines, hint_to_resume, print_document, watcher
+from mimoquant.cli.terminal import Lines, hint_to_resume, printed_last, watcher
 from mimoquant.shipped import HELD_OUT_SET, HELD_OUT_TOKENS, SENSITIVITY_SEQUENCES, shipped_recipes, shipped_sets
 
 if TYPE_CHECKING:
@@ -120,9 +120,9 @@ def sensitivity(
         )
     if not team.leads:
         return
-    if html is not None:
-        write_page(html, sensitivity_page.sensitivity_page(document))
-    print_document(document, _text, as_json)
+    with printed_last(document, _text, as_json):
+        if html is not None:
+            write_page(html, sensitivity_page.sensitivity_page(document))
 
 
 def _text(document: SensitivityDocument) -> str:

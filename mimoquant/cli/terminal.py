@@ -6,12 +6,13 @@ Key idea: what a run says while it works goes through `tell`, so `--quiet` is on
 from __future__ import annotations
 
 import contextlib
+import io
 import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
-import typer
+from mimoquant.errors import without_secrets
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")  # a verb's document
 WIDE = 72  # columns from which on a bar has room for what bounds the run
 RESUMABLE = "run the same command again with --resume to go on where it stopped"
+INTERRUPTED = "interrupted"
+_NEVER_HUSHED = ("error: ", "hint: ", INTERRUPTED)
 _quiet = False
 
 
@@ -49,7 +52,7 @@ class Progress:
         self.wide = True
 
     def __enter__(self) -> Progress:
-        if sys.stderr.isatty() and not _quiet:
+        if sys.stderr and sys.stderr.isatty() and not _quiet:
             from rich.console import Console
             from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
             from rich.progress import Progress as Bar
@@ -114,12 +117,24 @@ def watcher(leads: bool = True) -> Watcher:
     return Watcher(lambda note: tell(f"note: {note}"), Lines()) if leads else Watcher()
 
 
+def open_streams() -> None:
+    """Let stdout and stderr take any name, whatever their encoding: what it cannot hold is written as an escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # neither closed nor replaced
+            stream.reconfigure(errors="backslashreplace")
+
+
+def say(text: str) -> None:
+    """Data on stdout."""
+    print(text, flush=True)
+
+
 def tell(line: str) -> None:
-    """A line on stderr; a reader who has left is no reason to stop."""
-    if _quiet and not line.startswith(("error: ", "hint: ")):
+    """A line on stderr; a reader who has left, or a stderr that is closed, is no reason to stop."""
+    if not sys.stderr or (_quiet and not line.startswith(_NEVER_HUSHED)):
         return
     with contextlib.suppress(OSError):
-        print(line, file=sys.stderr, flush=True)
+        print(without_secrets(line), file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -135,6 +150,15 @@ def hint_to_resume(wanted: bool) -> Iterator[None]:
 
 def print_document(document: T, to_text: Callable[[T], str], as_json: bool) -> None:
     """A verb's result on stdout: one JSON document, or the text that is made from it."""
-    from mimoquant.wording import json_text
+    from mimoquant.wording import json_text, visible
 
-    typer.echo(json_text(document) if as_json else to_text(document))
+    say(json_text(document) if as_json else "\n".join(map(visible, to_text(document).split("\n"))))
+
+
+@contextlib.contextmanager
+def printed_last(document: T, to_text: Callable[[T], str], as_json: bool) -> Iterator[None]:
+    """Print a document when what is written inside is written; also where that fails, since the work is done."""
+    try:
+        yield
+    finally:
+        print_document(document, to_text, as_json)

@@ -33,7 +33,7 @@ from mimoquant.cli.options import (
     VersionOption,
     option_value,
 )
-from mimoquant.cli.terminal import Lines, Progress, print_document, tell
+from mimoquant.cli.terminal import Lines, Progress, print_document, printed_last, tell
 
 
 def inspect(
@@ -143,11 +143,11 @@ def quantize(
             document = run.execute(progress.advance if progress else None)
     if not team.leads:
         return
-    if profile is not None:
-        write_page(profile, run.timeline.chrome_trace(), "--profile")
-    if html is not None:
-        write_page(html, coverage_page.coverage_page(document))
-    print_document(document, verb_text.quantize_text, as_json)
+    with printed_last(document, verb_text.quantize_text, as_json):
+        if profile is not None:
+            write_page(profile, run.timeline.chrome_trace(), "--profile")
+        if html is not None:
+            write_page(html, coverage_page.coverage_page(document))
 
 
 def relayout(

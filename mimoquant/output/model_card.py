@@ -122,7 +122,9 @@ def read_card(folder: Path) -> str:
 def write_quality(folder: Path, measured: Evaluation) -> None:
     """Put what `eval-kl` measured into the card of an output. Raises UsageError where it has no place for that."""
     before, after = quality_place(read_card(folder))
-    write_file_durably(folder / "README.md", (before + "\n".join(_quality(measured)) + after).encode())
+    write_file_durably(
+        folder / "README.md", (before + "\n".join(_quality(measured)) + after).encode(errors="backslashreplace")
+    )
 
 
 def without_quality(card: str) -> str:

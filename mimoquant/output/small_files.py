@@ -21,6 +21,10 @@ from mimoquant.planning.relayout import RelayoutPlan, relayout_texts
 from mimoquant.serving.served import planned
 from mimoquant.weights.container import MODELOPT, hf_quant_config
 
+ESCAPE = (
+    "backslashreplace"  # what UTF-8 cannot hold, half a character or a byte of a path: JSON's own way of writing it
+)
+
 
 def written_texts(plan: Plan, finished: dict[str, JournalLine], calibration: dict[str, Any] | None) -> dict[str, bytes]:
     """By name. `finished`: the journal, by unit."""
@@ -40,7 +44,7 @@ def written_texts(plan: Plan, finished: dict[str, JournalLine], calibration: dic
         texts["README.md"] = model_card(report, planned(plan), real_fold=real_fold)
     if plan.container == MODELOPT:
         texts[MODELOPT_CONFIG_NAME] = json.dumps(hf_quant_config(plan.config, __version__), indent=2)
-    return {name: (text.rstrip("\n") + "\n").encode() for name, text in texts.items()}
+    return {name: (text.rstrip("\n") + "\n").encode(errors=ESCAPE) for name, text in texts.items()}
 
 
 def is_as_written(name: str, found: bytes, written: bytes) -> bool:
