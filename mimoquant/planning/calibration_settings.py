@@ -232,12 +232,11 @@ def _check_mapping(mapping: Any, number: int, fail: Fail) -> None:
     """Two kinds exist here: up_proj → down_proj, and the norm → router, gate_proj and up_proj, all three of them."""
     smooth = mapping.get("smooth_layer") if isinstance(mapping, dict) else None
     balanced = mapping.get("balance_layers") if isinstance(mapping, dict) else None
-    if (
-        not isinstance(smooth, str)
-        or not isinstance(balanced, list)
-        or set(mapping) - {"smooth_layer", "balance_layers"}
-    ):
+    if not isinstance(smooth, str) or not isinstance(balanced, list):
         fail(f"mapping {number} is not smooth_layer (a pattern) and balance_layers (a list of patterns)")
+    for key in mapping:
+        if key not in ("smooth_layer", "balance_layers"):
+            fail(f"mapping {number} has {key}: {repr(mapping[key])[:80]}, which is not supported", "leave it out")
     for pattern in (smooth, *balanced):
         try:
             check_pattern(str(pattern).removeprefix("re:"))

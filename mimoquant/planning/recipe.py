@@ -26,6 +26,7 @@ from mimoquant.planning.calibration_settings import (
     match_name,
     parse_calibration,
 )
+from mimoquant.planning.modifiers import FORMAT_KEYS, METHODS, settings_of, weight_observer
 from mimoquant.planning.strict_yaml import read_yaml
 from mimoquant.quant.formats import GROUP_SIZES, SEARCHES, Format
 from mimoquant.quant.method import Method
@@ -34,7 +35,6 @@ from mimoquant.weights.container import CONTAINERS, format_weights
 
 VERSION = 1
 MAX_RECIPE_BYTES = 1_000_000
-METHODS = {"QuantizationModifier": "rtn", "GPTQModifier": "gptq", "AWQModifier": "awq"}
 CARVE_OUTS = ("bf16", "fp8")
 _PRESETS = {
     "W4A16": Format("int4", 128),
@@ -49,20 +49,6 @@ _OBSERVERS = {
     "mse": "mse",
     "memoryless_mse": "mse",
 }
-_QUANTIZATION_KEYS = {
-    "targets",
-    "ignore",
-    "scheme",
-    "config_groups",
-    "kv_cache_scheme",
-    "bypass_divisibility_checks",
-    "requires_calibration_data",
-}
-_MODIFIER_KEYS = {
-    "QuantizationModifier": _QUANTIZATION_KEYS,
-    "GPTQModifier": _QUANTIZATION_KEYS | {"block_size", "dampening_frac", "actorder", "offload_hessians"},
-    "AWQModifier": _QUANTIZATION_KEYS | {"mappings", "offload_device", "duo_scaling", "n_grid"},
-}
 _BLOCK_KEYS = {
     "version",
     "scale_search",
@@ -76,6 +62,7 @@ _BLOCK_KEYS = {
 }
 # what the command line calls them
 _OPTIONS = {"reconstruct": "refine", "reconstruct_layers": "refine-layer", "column": "data-column"}
+_GROUP_KEYS = {"targets", "weights", "input_activations", "output_activations", "format"}
 _FOLDS = ("pow2", "exact-real", "none")
 _WEIGHT_DEFAULTS: dict[str, tuple[Any, ...]] = {
     "dynamic": (False,),
@@ -242,7 +229,8 @@ class _Parser:
     def known(self, value: dict[Any, Any], keys: set[str], what: str) -> None:
         unknown = [key for key in value if key not in keys]
         if unknown:
-            self.fail(f"unknown key {unknown[0]!r} in {what}", f"known are {', '.join(sorted(keys))}")
+            found = repr(value[unknown[0]])[:80]
+            self.fail(f"unknown key {unknown[0]!r} in {what}, with {found}", f"known are {', '.join(sorted(keys))}")
 
     def strings(self, value: Any, what: str) -> tuple[str, ...]:
         items = [value] if isinstance(value, str) else [] if value is None else value
@@ -260,7 +248,8 @@ class _Parser:
         stages = [key for key in document if isinstance(key, str) and re.fullmatch(r".*_stage(_\d+)?", key)]
         self.known(document, {*stages, "mimoquant"}, "the document")
         if len(stages) != 1:
-            self.fail(f"needs exactly one stage (such as default_stage), found {len(stages)}")
+            named = f" ({', '.join(stages)})" if stages else ""
+            self.fail(f"needs exactly one stage (such as default_stage), found {len(stages)}{named}")
         modifiers = self.modifiers(self.mapping(document[stages[0]], stages[0]), stages[0])
         recipe = self.quantization(modifiers)
         return self.block(recipe, self.mapping(document.get("mimoquant") or {}, "mimoquant"))
@@ -275,8 +264,7 @@ class _Parser:
                     self.fail(f"{modifier} is not supported", f"supported are {', '.join(METHODS)}")
                 if modifier in found:
                     self.fail(f"{modifier} appears twice", "use one modifier with several config_groups")
-                found[modifier] = self.mapping(settings or {}, modifier)
-                self.known(found[modifier], _MODIFIER_KEYS[modifier], modifier)
+                found[modifier] = settings_of(modifier, self.mapping(settings or {}, modifier), self.fail)
         if {"GPTQModifier", "QuantizationModifier"} <= found.keys():
             self.fail("has both GPTQModifier and QuantizationModifier, which both choose the weights")
         if not found:
@@ -291,18 +279,13 @@ class _Parser:
                 "AWQModifier is followed by a QuantizationModifier that says the format",
             )
         carrier = modifiers[carriers[0]]
-        if carrier.get("bypass_divisibility_checks"):
-            self.fail("bypass_divisibility_checks is not supported: group sizes must divide the width")
-        if carrier.get("kv_cache_scheme") is not None:
-            self.fail("kv_cache_scheme is not supported: only routed experts are quantized")
         groups, searches = self.groups(carrier, carriers[0])
         ignore = tuple(
             pattern for settings in modifiers.values() for pattern in self.strings(settings.get("ignore"), "ignore")
         )
         methods = [METHODS[key] for key in ("AWQModifier", "GPTQModifier") if key in modifiers]
         extra = {
-            key: {k: v for k, v in settings.items() if k not in _QUANTIZATION_KEYS}
-            for key, settings in modifiers.items()
+            key: {k: v for k, v in settings.items() if k not in FORMAT_KEYS} for key, settings in modifiers.items()
         }
         check_settings(extra, self.fail)
         for key, defaults in MODIFIER_DEFAULTS.items():
@@ -322,33 +305,56 @@ class _Parser:
         scheme, config_groups = settings.get("scheme"), settings.get("config_groups")
         if (scheme is None) == (config_groups is None):
             self.fail(f"{where} needs a scheme or config_groups, not both")
+        chosen = weight_observer(settings, where, self.fail)
         if scheme is not None:
-            if not isinstance(scheme, str) or scheme not in _PRESETS:
-                self.fail(f"scheme {scheme!r} is not supported", f"supported are {', '.join(_PRESETS)}")
-            targets = self.strings(settings.get("targets"), "targets") or ("Linear",)
-            return (Group("group_0", targets, _PRESETS[scheme]),), set()
+            return self.presets(scheme, settings), self.searches(chosen, where)
         groups: list[Group] = []
         searches: set[str | None] = set()
         for name, group in self.mapping(config_groups, "config_groups").items():
             group = self.mapping(group, f"group {name}")
-            self.known(group, {"targets", "weights", "input_activations", "output_activations", "format"}, name)
+            self.known(group, _GROUP_KEYS, name)
             for side in ("input_activations", "output_activations"):
                 if group.get(side) is not None:
                     self.fail(f"{name} quantizes {side}, which is not supported", "weights only: leave it out or null")
             weights = self.mapping(group.get("weights"), f"{name}.weights")
-            groups.append(Group(str(name), self.strings(group.get("targets"), "targets"), self.format(weights, name)))
-            observer = weights.get("observer")
-            if observer is not None and (not isinstance(observer, str) or observer not in _OBSERVERS):
-                self.fail(
-                    f"{name} has the observer {observer!r}, which is not supported",
-                    f"supported are {', '.join(_OBSERVERS)}",
-                )
-            searches.add(None if observer is None else _OBSERVERS[observer])
+            fmt = self.format(weights, name)
+            groups.append(Group(str(name), self.strings(group.get("targets"), "targets"), fmt))
+            expected = f"{'' if fmt.name == 'int4' else f'{fmt.name}-'}pack-quantized"
+            if group.get("format") not in (None, expected):
+                self.fail(f"{name}.format is {group['format']!r}, {fmt.label} is stored as {expected}")
+            observer = weights.get("observer") if chosen is None else chosen
+            searches |= self.searches(observer, name) or {None}
         if not groups:
             self.fail("config_groups is empty")
         if len(searches) > 1:
             self.fail("its groups have different observers", "one scale_search goes for all: mimoquant.scale_search")
         return tuple(groups), {search for search in searches if search is not None}
+
+    def presets(self, scheme: Any, settings: dict[str, Any]) -> tuple[Group, ...]:
+        """A preset scheme by its name, for the modifier's targets; or several, each with its own."""
+        if isinstance(scheme, dict):
+            named = [(name, self.strings(targets, f"scheme {name}")) for name, targets in scheme.items()]
+        else:
+            named = [(scheme, self.strings(settings.get("targets"), "targets") or ("Linear",))]
+        for name, targets in named:
+            if not isinstance(name, str) or name not in _PRESETS:
+                self.fail(f"scheme {name!r} is not supported", f"supported are {', '.join(_PRESETS)}")
+            if not targets:
+                self.fail(f"scheme {name} has no targets")
+        if not named:
+            self.fail("scheme is empty")
+        return tuple(Group(f"group_{n}", targets, _PRESETS[name]) for n, (name, targets) in enumerate(named))
+
+    def searches(self, observer: Any, where: str) -> set[str]:
+        """The scale search that an observer asks for; none where there is no observer."""
+        if observer is None:
+            return set()
+        if not isinstance(observer, str) or observer not in _OBSERVERS:
+            self.fail(
+                f"{where} has the observer {observer!r}, which is not supported",
+                f"supported are {', '.join(_OBSERVERS)}",
+            )
+        return {_OBSERVERS[observer]}
 
     def format(self, weights: dict[str, Any], where: str) -> Format:
         self.known(
@@ -360,7 +366,7 @@ class _Parser:
             if key in weights and weights[key] not in allowed:
                 self.fail(f"{where}.weights.{key} is {weights[key]!r}, which is not supported")
         bits, kind, size = weights.get("num_bits", 8), weights.get("type", "int"), weights.get("group_size")
-        strategy = weights.get("strategy", "group" if size else "tensor")
+        strategy = weights.get("strategy") or ("group" if size else "tensor")
         symmetric = weights.get("symmetric", True)
         if bits != 4 or kind not in ("int", "float"):
             self.fail(f"{where} asks for {bits}-bit {kind} weights; 4-bit int and float are supported")

@@ -241,7 +241,7 @@ def test_made_up_patterns_match_as_in_compressed_tensors(name: str, pattern: str
 
 def test_unknown_keys_are_refused_where_they_stand() -> None:
     refused(document() | {"mimoqaunt": {}}, "'mimoqaunt'")
-    refused(document(observer="mse"), "'observer'", "QuantizationModifier")
+    refused(document(observer="mse"), "QuantizationModifier.observer is 'mse'")
     refused(document({"groupsize": 64}), "'groupsize'", "experts.weights")
     refused(document() | {"mimoquant": {"scale_serach": "mse"}}, "'scale_serach'", "mimoquant")
     refused(document() | {"mimoquant": {"calibration": {"samples": 3}}}, "'samples'", "calibration")
@@ -290,7 +290,20 @@ def test_activation_quantization_is_refused(side: str) -> None:
     parsed(spoiled)
 
 
-OTHER_SCHEMES = ["FP8_DYNAMIC", "W8A8", "W4A8", "MXFP4", "NVFP4", "w4a16", 4, ["W4A16"], {"W4A16": ["Linear"]}]
+OTHER_SCHEMES = [
+    "FP8_DYNAMIC",
+    "W8A8",
+    "W4A8",
+    "MXFP4",
+    "NVFP4",
+    "w4a16",
+    4,
+    ["W4A16"],
+    {"W8A8": ["Linear"]},
+    {},
+    {"W4A16": []},
+    {4: "x"},
+]
 
 
 @pytest.mark.parametrize("scheme", OTHER_SCHEMES, ids=str)

@@ -1,0 +1,86 @@
+"""The modifiers that are read, and what llm-compressor writes into them that changes nothing.
+
+Key idea: its `Recipe.yaml()` writes a modifier's every key that is not null. A key at its default is dropped here, so
+that a recipe means the same with it and without; one at another value that would be dropped is refused with that value.
+
+Reference: the fields of llm-compressor 0.14.0.1's QuantizationModifier, GPTQModifier and AWQModifier.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mimoquant.planning.calibration_settings import Fail
+
+METHODS = {"QuantizationModifier": "rtn", "GPTQModifier": "gptq", "AWQModifier": "awq"}
+FORMAT_KEYS = {
+    "targets",
+    "ignore",
+    "scheme",
+    "config_groups",
+    "weight_observer",
+    "observer",
+}  # what goes to what format
+_OWN_KEYS = {
+    "QuantizationModifier": set(),
+    "GPTQModifier": {"block_size", "dampening_frac", "actorder", "offload_hessians"},
+    "AWQModifier": {"mappings", "offload_device", "duo_scaling", "n_grid"},
+}
+# Null where the key may be left out as well; the others have a default of their own, and null is another value.
+_NULL_IS_DEFAULT = FORMAT_KEYS | {"mappings", "offload_device", "offload_hessians"}
+_AT_DEFAULT: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("index", "group", "start", "end", "update"), (None,)),
+    **dict.fromkeys(("initialized_", "finalized_", "started_", "ended_"), (False,)),
+    **dict.fromkeys(("input_observer", "output_observer"), (None,)),
+    "bypass_divisibility_checks": (None, False),
+    "kv_cache_scheme": (None,),
+    "requires_calibration_data": (None, False, True),  # what follows from the other keys
+}
+_WHY = {
+    "bypass_divisibility_checks": "group sizes must divide the width",
+    "kv_cache_scheme": "only routed experts are quantized",
+    "input_observer": "weights only: leave it out or null",
+    "output_observer": "weights only: leave it out or null",
+}
+
+
+def settings_of(modifier: str, given: dict[Any, Any], fail: Fail) -> dict[str, Any]:
+    """A modifier's settings without what is at its default. Raises RecipeError for what is not supported."""
+    known = FORMAT_KEYS | _OWN_KEYS[modifier] | _AT_DEFAULT.keys()
+    if modifier == "GPTQModifier":
+        known |= {"batched_quantization"}
+    kept = {}
+    for key, value in given.items():
+        if key not in known:
+            fail(f"unknown key {key!r} in {modifier}, with {_shown(value)}", f"known are {', '.join(sorted(known))}")
+        if key in _AT_DEFAULT:
+            if not any(value is default for default in _AT_DEFAULT[key]):
+                fail(f"{modifier}.{key} is {_shown(value)}, which is not supported", _WHY.get(key, "leave it out"))
+        elif key == "batched_quantization":  # how many modules at a time: no matter of what comes out
+            if value not in (None, "auto") and (type(value) is not int or value < 1):
+                fail(f"{modifier}.{key} is {_shown(value)}", "known are auto, null and a number of modules")
+        elif value is not None or key not in _NULL_IS_DEFAULT:
+            kept[key] = value
+    for number, mapping in enumerate(kept.get("mappings") or ()):
+        if isinstance(mapping, dict) and mapping.get("activation_hook_target", 0) is None:
+            kept["mappings"][number] = {k: v for k, v in mapping.items() if k != "activation_hook_target"}
+    return kept
+
+
+def weight_observer(settings: dict[str, Any], where: str, fail: Fail) -> str | None:
+    """The observer that a modifier has for the weights of all its groups; `observer` goes before `weight_observer`."""
+    named = settings.get("observer", {})
+    if not isinstance(named, dict):
+        fail(f"{where}.observer is {_shown(named)}, expected a mapping such as {{weights: mse}}")
+    for key, value in named.items():
+        if key != "weights" and value is not None:
+            fail(f"{where}.observer.{key} is {_shown(value)}, which is not supported", "weights only: leave it out")
+    found = named.get("weights", settings.get("weight_observer"))
+    if found is not None and not isinstance(found, str):
+        fail(f"{where} has the observer {_shown(found)}, which is not supported")
+    return found
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
