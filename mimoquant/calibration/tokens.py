@@ -30,6 +30,7 @@ from mimoquant.calibration.conversations import Chat, content_of
 from mimoquant.calibration.fingerprints import NOTHING, Fingerprints
 from mimoquant.calibration.records import KINDS, Record, digest, domain_of, find, records
 from mimoquant.calibration.tokenizer import Tokenizer, load_tokenizer, one_line
+from mimoquant.checkpoint.folders import is_there, read_inside
 from mimoquant.checkpoint.hf_files import FINGERPRINTS_NAME
 from mimoquant.errors import CheckpointError, UsageError
 from mimoquant.model.layout import ModelLayout
@@ -37,6 +38,7 @@ from mimoquant.model.layout import ModelLayout
 Ids = npt.NDArray[np.int64]
 Decode = Callable[[list[int]], str]
 HASH_DIGITS = 16
+_MAX_RECIPE_BYTES, _MAX_FINGERPRINTS_BYTES = 10_000_000, 4_000_000_000
 
 
 @dataclass(frozen=True)
@@ -69,26 +71,26 @@ class CalibrationRecord:
         return CalibrationRecord(tokens.name, tokens.sha256, tokens.origins, short, tokens.fingerprints)
 
     @staticmethod
-    def read(recipe: Path) -> CalibrationRecord | None:
-        """None where the recipe, by this program or another, tells of no calibration.
+    def read(folder: Path) -> CalibrationRecord | None:
+        """What a checkpoint's recipe.yaml, by this program or another, tells of its calibration; None: of none.
 
-        Raises CheckpointError: the fingerprints beside it are not those that it names.
+        Raises CheckpointError: the fingerprints beside it are not those that it names, or a link leads elsewhere.
         """
+        raw = read_inside(folder, "recipe.yaml", _MAX_RECIPE_BYTES)
         try:
-            held = yaml.safe_load(recipe.read_text(encoding="utf-8"))["mimoquant"]["provenance"]["calibration"]
+            held = yaml.safe_load(raw.decode("utf-8"))["mimoquant"]["provenance"]["calibration"]
             found = CalibrationRecord(
                 str(held["name"]), str(held["tokens_sha256"]), tuple(held["origins"]), tuple(held["sequences"])
             )
             named = held.get("fingerprints_sha256")
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError, KeyError, TypeError):
+        except (UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError, KeyError, TypeError):
             return None
-        path = recipe.with_name(FINGERPRINTS_NAME)
-        if named is None or not path.is_file():
+        if named is None or not is_there(folder, FINGERPRINTS_NAME):
             return found
-        data = path.read_bytes()
+        data = read_inside(folder, FINGERPRINTS_NAME, _MAX_FINGERPRINTS_BYTES)
         if hashlib.sha256(data).hexdigest() != named:
             raise CheckpointError(
-                f"{path}: is not what the recipe beside it names, sha256 {str(named)[:12]}...",
+                f"{folder / FINGERPRINTS_NAME}: is not what the recipe beside it names, sha256 {str(named)[:12]}...",
                 hint="copy it again from where the checkpoint was made",
             )
         return replace(found, fingerprints=Fingerprints.from_bytes(data))

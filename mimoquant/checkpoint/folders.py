@@ -8,10 +8,11 @@ Reference: the cache layout of huggingface_hub (`models--ORG--NAME/{blobs,refs,s
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from mimoquant.errors import CheckpointError
 
@@ -49,7 +50,7 @@ def resolve_inside(folder: Path, name: str) -> Path:
     return resolved
 
 
-def open_inside(folder: Path, name: str) -> BinaryIO:
+def open_inside(folder: Path, name: str) -> BufferedReader:
     """`name` of `folder`, open for reading: the very file that was resolved and checked, whatever is swapped meanwhile.
 
     Raises CheckpointError as `resolve_inside`, and where the file is another by the time it is open. OSError: it cannot
@@ -62,6 +63,34 @@ def open_inside(folder: Path, name: str) -> BinaryIO:
         os.close(descriptor)
         raise CheckpointError(f"{folder / name}: was exchanged while it was being opened")
     return os.fdopen(descriptor, "rb")
+
+
+def read_inside(folder: Path, name: str, max_bytes: int) -> bytes:
+    """The bytes of `name` of `folder`. Raises CheckpointError as `open_inside`, for what cannot be read and for what is
+    larger."""
+    path = folder / name
+    try:
+        with open_inside(folder, name) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > max_bytes:
+                raise CheckpointError(f"{path}: {size} bytes, more than the {max_bytes} that it may have")
+            return file.read(size)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def sha256_inside(folder: Path, name: str) -> str:
+    """sha256 of `name` of `folder`, in hex. Raises CheckpointError as `open_inside`, and for what cannot be read."""
+    try:
+        with open_inside(folder, name) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{folder / name}: cannot be read ({error.strerror})") from error
+
+
+def is_there(folder: Path, name: str) -> bool:
+    """Whether there is such a name, be it a link that leads nowhere."""
+    return os.path.lexists(folder / name)
 
 
 def _allowed(resolved: Path, folder: Path) -> bool:

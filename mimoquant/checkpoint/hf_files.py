@@ -32,7 +32,7 @@ _WRITTEN_ANEW = {
     FINGERPRINTS_NAME,
 }
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".onnx", ".h5", ".msgpack")
-_OTHER_FORMS = {"original", "onnx", "openvino", "gguf", "__pycache__"}  # of the same weights, or made by running
+_OTHER_FORMS = {"original", "onnx", "openvino", "gguf"}  # of the same weights
 _UNFINISHED = (".incomplete", ".aria2", ".part", ".crdownload", ".lock", ".tmp")
 _WEIGHT_INDEX = ".index.json"  # of weights that are not carried, so it would lead nowhere
 
@@ -56,11 +56,32 @@ def side_files(folder: Path, shards: Collection[str]) -> SideFiles:
     is done, rather than after hours.
     """
 
+    files, left_out = list_files(folder)
+    names: list[str] = []
+    for name in files:
+        if name not in shards and name not in _WRITTEN_ANEW:
+            (left_out if _is_left_out(name) else names).append(name)
+    sizes: dict[str, int] = {}
+    for name in names:
+        path = resolve_inside(folder, name)
+        if not os.access(path, os.R_OK):
+            raise CheckpointError(f"{folder / name}: cannot be read (Permission denied)")
+        sizes[name] = path.stat().st_size
+    return SideFiles(sizes, sorted(left_out))
+
+
+def list_files(folder: Path) -> tuple[list[str], list[str]]:
+    """The relative paths of a checkpoint folder's files, sorted, and of its folders that hold other forms of the
+    weights, which are not entered, with a slash at the end. What is hidden is in neither: the Hub's and git's own.
+
+    Raises CheckpointError for a link to a folder, and for a folder that cannot be read.
+    """
+
     def fail(error: OSError) -> None:
         raise CheckpointError(f"{error.filename}: cannot be read ({error.strerror})") from error
 
-    names: list[str] = []
-    left_out: list[str] = []
+    found: list[str] = []
+    other_forms: list[str] = []
     for root, folders, files in os.walk(folder, onerror=fail):
         relative, kept = Path(root).relative_to(folder), []
         for name in sorted(folders):
@@ -71,29 +92,22 @@ def side_files(folder: Path, shards: Collection[str]) -> SideFiles:
                     f"{Path(root, name)}: is a link to a folder, {os.readlink(Path(root, name))}",
                     hint="copy that folder here, or remove the link",
                 )
-            if relative == Path() and name in _OTHER_FORMS:
-                left_out.append(f"{name}/")
-            elif name != "__pycache__":
+            if name == "__pycache__" or (relative == Path() and name in _OTHER_FORMS):
+                other_forms.append(f"{(relative / name).as_posix()}/")
+            else:
                 kept.append(name)
         folders[:] = kept
-        for file in files:
-            name = (relative / file).as_posix()
-            if file.startswith(".") or name in shards or name in _WRITTEN_ANEW:
-                continue
-            (left_out if _is_left_out(relative, file) else names).append(name)
-    sizes: dict[str, int] = {}
-    for name in sorted(names):
-        path = resolve_inside(folder, name)
-        if not os.access(path, os.R_OK):
-            raise CheckpointError(f"{folder / name}: cannot be read (Permission denied)")
-        sizes[name] = path.stat().st_size
-    return SideFiles(sizes, sorted(left_out))
+        found += [(relative / file).as_posix() for file in files if not file.startswith(".")]
+    return sorted(found), other_forms
 
 
-def _is_left_out(folder: Path, file: str) -> bool:
-    if file.endswith(_UNFINISHED):
-        return True
-    return folder == Path() and file.endswith((*_WEIGHT_SUFFIXES, _WEIGHT_INDEX))
+def is_unfinished(name: str) -> bool:
+    """Whether a file is what a download leaves while it is under way."""
+    return name.endswith(_UNFINISHED)
+
+
+def _is_left_out(name: str) -> bool:
+    return is_unfinished(name) or ("/" not in name and name.endswith((*_WEIGHT_SUFFIXES, _WEIGHT_INDEX)))
 
 
 def copy_side_files(source: Path, target: Path, names: Iterable[str]) -> None:

@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from mimoquant.checkpoint.folders import open_inside
+from mimoquant.checkpoint.folders import is_there, open_inside, read_inside
 from mimoquant.errors import CheckpointError, UsageError
 
 DTYPE_BYTES = {
@@ -164,16 +164,7 @@ def read_json_inside(
 
     Size-limited, UTF-8 (CRLF and a BOM are fine). `unique`: its keys are.
     """
-    path = folder / name
-    try:
-        with open_inside(folder, name) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > max_bytes:
-                raise CheckpointError(f"{path}: {size} bytes, more than the {max_bytes} a JSON file may have here")
-            raw = file.read(max_bytes)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    return _parse_json_object(raw, path, unique=unique)
+    return _parse_json_object(read_inside(folder, name, max_bytes), folder / name, unique=unique)
 
 
 def _parse_json_object(raw: bytes, path: Path, *, unique: bool = False) -> dict[str, Any]:
@@ -200,7 +191,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _read_weight_map(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
     """name → file from the index file, or from the only shard when there is no index."""
     index_path = folder / INDEX_NAME
-    if index_path.exists():
+    if is_there(folder, INDEX_NAME):  # a link to a file that is missing is an incomplete download
         index = read_json_inside(folder, INDEX_NAME, unique=True)
         weight_map = index.get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):

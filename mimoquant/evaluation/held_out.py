@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mimoquant.calibration.fingerprints import OVERLAP_LIMIT
 from mimoquant.calibration.tokens import CalibrationRecord, TokenSet
+from mimoquant.checkpoint.folders import is_there
 from mimoquant.errors import UsageError
 from mimoquant.shipped import HELD_OUT_SET
 from mimoquant.wording import percent
@@ -24,8 +25,7 @@ def refuse_shared_data(candidate: Path, tokens: TokenSet) -> float | None:
 
     Raises UsageError: that is OVERLAP_LIMIT or more. CheckpointError: what the candidate says of it is damaged.
     """
-    path = candidate / "recipe.yaml"
-    record = CalibrationRecord.read(path) if path.is_file() else None
+    record = CalibrationRecord.read(candidate) if is_there(candidate, "recipe.yaml") else None
     return None if record is None else refuse_shared(record, tokens, str(candidate))
 
 

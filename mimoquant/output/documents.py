@@ -89,5 +89,8 @@ class VerifyDocument(TypedDict):
     """relMSE over all quantized tensors together; absent without --source."""
     unproven: NotRequired[list[str]]
     """What the recipe asks for and files alone cannot prove, each in a sentence; absent without --source."""
+    set_aside: NotRequired[list[str]]
+    """Files that are no part of the proof, each with why: edited or added where the checkpoint was published (model
+    card, pictures, licence, chat template), or left there by tools; absent without --source."""
     engine: NotRequired[EngineCheck]
     """What the engine accepts; absent without --engine, and where files are damaged already."""

@@ -5,12 +5,15 @@ Key idea: they follow from the plan, the journal and what was calibrated on, so 
 
 from __future__ import annotations
 
+import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from mimoquant.__version__ import __version__
+from mimoquant.checkpoint.folders import read_inside, resolve_inside, sha256_inside
 from mimoquant.checkpoint.hf_files import CONFIG_NAME, MODELOPT_CONFIG_NAME
 from mimoquant.checkpoint.index import INDEX_NAME
 from mimoquant.checkpoint.journal import JournalLine
@@ -21,9 +24,8 @@ from mimoquant.planning.relayout import RelayoutPlan, relayout_texts
 from mimoquant.serving.served import planned
 from mimoquant.weights.container import MODELOPT, hf_quant_config
 
-ESCAPE = (
-    "backslashreplace"  # what UTF-8 cannot hold, half a character or a byte of a path: JSON's own way of writing it
-)
+ESCAPE = "backslashreplace"  # of what UTF-8 cannot hold, half a character or a byte of a path, as JSON writes it
+MAX_CARD_BYTES = 10_000_000
 
 
 def written_texts(plan: Plan, finished: dict[str, JournalLine], calibration: dict[str, Any] | None) -> dict[str, bytes]:
@@ -47,11 +49,16 @@ def written_texts(plan: Plan, finished: dict[str, JournalLine], calibration: dic
     return {name: (text.rstrip("\n") + "\n").encode(errors=ESCAPE) for name, text in texts.items()}
 
 
-def is_as_written(name: str, found: bytes, written: bytes) -> bool:
-    """Whether a small file is what `written_texts` says; a model card may have been told its quality since."""
-    if name == "README.md":
-        return without_quality(found.decode("utf-8", "replace")).encode() == written
-    return found == written
+def is_as_written(folder: Path, name: str, written: bytes) -> bool:
+    """Whether a small file is what `written_texts` says; a model card may have been told its quality since.
+
+    Raises CheckpointError: it cannot be read, or leads out of the folder.
+    """
+    if sha256_inside(folder, name) == hashlib.sha256(written).hexdigest():
+        return True
+    if name != "README.md" or resolve_inside(folder, name).stat().st_size > MAX_CARD_BYTES:
+        return False
+    return without_quality(read_inside(folder, name, MAX_CARD_BYTES).decode("utf-8", "replace")).encode() == written
 
 
 def resolved_recipe(plan: Plan, finished: dict[str, JournalLine], calibration: dict[str, Any] | None) -> str:

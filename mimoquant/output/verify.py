@@ -21,14 +21,16 @@ import numpy as np
 import numpy.typing as npt
 
 from mimoquant.__version__ import SCHEMA_VERSION
-from mimoquant.checkpoint.hf_files import FINGERPRINTS_NAME
+from mimoquant.checkpoint.folders import is_there, resolve_inside, sha256_inside
+from mimoquant.checkpoint.hf_files import FINGERPRINTS_NAME, is_unfinished, list_files
 from mimoquant.checkpoint.index import CheckpointIndex, TensorInfo, open_index
-from mimoquant.checkpoint.journal import JOURNAL_NAME, file_sha256, read_journal
+from mimoquant.checkpoint.journal import JOURNAL_NAME, JournalLine, read_journal
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.checkpoint.writer import Entry
 from mimoquant.errors import CheckpointError, MimoquantError, UsageError
 from mimoquant.model.layout import PROJECTIONS, norm_name, router_name
 from mimoquant.output.documents import VerifyDocument
+from mimoquant.output.published import is_dangling_index, may_be_edited, only_template_differs
 from mimoquant.output.small_files import is_as_written, written_texts
 from mimoquant.planning.plan import Plan, make_plan
 from mimoquant.planning.recipe import load_recipe
@@ -57,6 +59,7 @@ class VerifyReport:
     worst_relative_error_tensor: str | None = None
     mean_relative_error: float = 0.0
     unproven: list[str] = field(default_factory=list)
+    set_aside: list[str] = field(default_factory=list)
     out: str = ""
 
     def problem(self, text: str) -> None:
@@ -77,6 +80,7 @@ class VerifyReport:
             worst_relative_error_tensor=self.worst_relative_error_tensor,
             mean_relative_error=self.mean_relative_error,
             unproven=self.unproven,
+            set_aside=self.set_aside,
         )
 
 
@@ -90,7 +94,7 @@ def verify(
     Raises UsageError where `out` is no output of this program, CheckpointError where the source itself is bad.
     """
     out, report = Path(out), VerifyReport(out=str(out))
-    plan = plan_again(out, source) if (out / RECORD_NAME).is_file() else _planned_by_recipe(out, source)
+    plan = plan_again(out, source) if is_there(out, RECORD_NAME) else _planned_by_recipe(out, source)
     if plan.recipe.calibrated:
         from mimoquant.output.verify_calibrated import unproven
 
@@ -117,11 +121,12 @@ def verify(
 
 
 def _planned_by_recipe(out: Path, source: Path | str) -> Plan:
-    if not (out / "recipe.yaml").is_file():
+    if not is_there(out, "recipe.yaml"):
         raise UsageError(
             f"{out}: has no recipe.yaml, so it is not a finished output of mimoquant quantize",
             hint="of what others wrote, verify --engine and eval-kl tell",
         )
+    resolve_inside(out, "recipe.yaml")
     recipe = load_recipe(str(out / "recipe.yaml"))
     plan = make_plan(source, recipe, allow_unknown=True)
     before, now = recipe.provenance.get("source_headers_sha256"), plan.layout.index.headers_fingerprint()
@@ -135,9 +140,9 @@ def _planned_by_recipe(out: Path, source: Path | str) -> Plan:
 
 
 def _check_files(out: Path, plan: Plan, report: VerifyReport, tell: Callable[[str, int, int], None]) -> None:
-    """Shards against plan and journal, config.json, nothing missing, nothing extra."""
+    """Shards against plan and journal, small files against what is written anew, nothing missing, nothing extra."""
     try:
-        journal = {line.file: line for line in read_journal(out / JOURNAL_NAME)}
+        journal = {line.file: line for line in read_journal(resolve_inside(out, JOURNAL_NAME))}
     except (CheckpointError, OSError) as error:
         report.problem(str(error))
         journal = {}
@@ -146,33 +151,84 @@ def _check_files(out: Path, plan: Plan, report: VerifyReport, tell: Callable[[st
     for file in sorted(present - planned.keys()):
         report.problem(f"{file}: is an extra weights file")
     for number, (file, unit) in enumerate(planned.items(), start=1):
-        line = journal.get(file)
-        if file not in present:
-            report.problem(f"{file}: is missing")
-        elif (size := (out / file).stat().st_size) != unit.size_bytes:
-            report.problem(f"{file}: has {size} bytes, planned are {unit.size_bytes}")
-        elif line is None:
-            report.problem(f"{file}: is not in the journal")
-        elif (sha256 := file_sha256(out / file)) != line.sha256:
-            report.problem(f"{file}: sha256 is {sha256[:12]}..., the journal has {line.sha256[:12]}...")
+        if wrong := _wrong_shard(out, unit, journal.get(file)):
+            report.problem(wrong)
         report.checked["files"] += 1
         tell(f"hash of {file}", number, len(planned))
     lines, record = {line.unit: line for line in journal.values()}, plan.recipe.provenance.get("calibration")
     texts = written_texts(plan, lines, record) if len(journal) == len(planned) else {}
     for name in [*plan.side_files, *texts]:
-        path = out / name
-        if not path.is_file():
-            report.problem(f"{name}: is missing")
-        elif name in plan.side_files and file_sha256(path) != file_sha256(plan.layout.index.folder / name):
-            report.problem(f"{name}: differs from the source's")
-        elif name in texts and not is_as_written(name, path.read_bytes(), texts[name]):
-            report.problem(f"{name}: is not what the recipe makes of this source")
+        _check_small_file(out, name, plan, texts.get(name), report)
         report.checked["files"] += 1
     expected = {*planned, *plan.side_files, *texts, JOURNAL_NAME, *_check_fingerprints(out, record, report)}
-    for path in sorted(out.rglob("*")) if texts else []:
-        name = path.relative_to(out).as_posix()
-        if name not in expected and name not in (*present, "report.html") and not path.is_dir():
+    if texts:
+        _check_extras(out, {*expected, *present, "report.html"}, report)
+
+
+def _wrong_shard(out: Path, unit: Unit, line: JournalLine | None) -> str | None:
+    """What is wrong with a shard as a file."""
+    if not is_there(out, unit.file):
+        return f"{unit.file}: is missing"
+    try:
+        size, sha256 = resolve_inside(out, unit.file).stat().st_size, None
+        if size == unit.size_bytes and line is not None:
+            sha256 = sha256_inside(out, unit.file)
+    except CheckpointError as error:
+        return str(error)
+    if size != unit.size_bytes:
+        return f"{unit.file}: has {size} bytes, planned are {unit.size_bytes}"
+    if line is None or sha256 is None:
+        return f"{unit.file}: is not in the journal"
+    return (
+        None
+        if sha256 == line.sha256
+        else (f"{unit.file}: sha256 is {sha256[:12]}..., the journal has {line.sha256[:12]}...")
+    )
+
+
+def _check_small_file(out: Path, name: str, plan: Plan, written: bytes | None, report: VerifyReport) -> None:
+    """Against what quantize writes (`written`) or the source has; what was edited for publishing is told of."""
+    source = plan.layout.index.folder
+    if not is_there(out, name):
+        report.problem(f"{name}: is missing")
+        return
+    try:
+        if written is None:
+            wrong = "differs from the source's" if sha256_inside(out, name) != sha256_inside(source, name) else None
+        else:
+            wrong = None if is_as_written(out, name, written) else "is not what the recipe makes of this source"
+    except CheckpointError as error:
+        report.problem(str(error))
+        return
+    if wrong and may_be_edited(name):
+        report.set_aside.append(f"{name}: edited, not part of the proof")
+    elif wrong and written is None and only_template_differs(name, out, source):
+        report.set_aside.append(f"{name}: its chat_template was edited, which is not part of the proof")
+    elif wrong:
+        report.problem(f"{name}: {wrong}")
+
+
+def _check_extras(out: Path, expected: set[str], report: VerifyReport) -> None:
+    """Files that nobody planned. What the Hub and git add is hidden, and no part of a checkpoint."""
+    try:
+        files, other_forms = list_files(out)
+    except CheckpointError as error:
+        report.problem(str(error))
+        return
+    for name in (name for name in files if name not in expected):
+        if may_be_edited(name):
+            report.set_aside.append(f"{name}: added, not part of the proof")
+        elif is_unfinished(name):
+            report.set_aside.append(f"{name}: left by a download, not part of the proof")
+        elif is_dangling_index(name, out):
+            report.set_aside.append(f"{name}: an index of weights that are not here, not part of the proof")
+        else:
             report.problem(f"{name}: is an extra file")
+    for name in other_forms:
+        if name.endswith("__pycache__/"):
+            report.problem(f"{name}: is an extra folder")
+        else:
+            report.set_aside.append(f"{name}: another form of the weights, not part of the proof")
 
 
 def _check_fingerprints(out: Path, record: object, report: VerifyReport) -> list[str]:
@@ -180,11 +236,16 @@ def _check_fingerprints(out: Path, record: object, report: VerifyReport) -> list
     named = record.get("fingerprints_sha256") if isinstance(record, dict) else None
     if named is None:  # data-free, or by an earlier version
         return []
-    path = out / FINGERPRINTS_NAME
-    if not path.is_file():
+    if not is_there(out, FINGERPRINTS_NAME):
         report.problem(f"{FINGERPRINTS_NAME}: is missing")
-    elif (sha256 := file_sha256(path)) != named:
-        report.problem(f"{FINGERPRINTS_NAME}: sha256 is {sha256[:12]}..., the recipe has {str(named)[:12]}...")
+    else:
+        try:
+            sha256 = sha256_inside(out, FINGERPRINTS_NAME)
+            if sha256 != named:
+                found = f"sha256 is {sha256[:12]}..., the recipe has {str(named)[:12]}..."
+                report.problem(f"{FINGERPRINTS_NAME}: {found}")
+        except CheckpointError as error:
+            report.problem(str(error))
     report.checked["files"] += 1
     return [FINGERPRINTS_NAME]
 

@@ -179,6 +179,7 @@ def _proof_lines(facts: VerifyDocument, limit: int) -> list[str]:
             else []
         ),
         *(f"unproven   {text}" for text in facts["unproven"]),
+        *(f"beside     {text}" for text in facts["set_aside"]),
         *(f"problem    {problem}" for problem in problems[:limit]),
     ]
     if len(problems) > limit:

@@ -262,7 +262,7 @@ def test_fingerprints_are_held_against_the_recipe(calibrated: Path, tmp_path: Pa
     try:
         path.write_bytes(kept[:-8])
         with pytest.raises(CheckpointError, match="is not what the recipe beside it names"):
-            CalibrationRecord.read(calibrated / "out" / "recipe.yaml")
+            CalibrationRecord.read(calibrated / "out")
         report = CliRunner().invoke(app, ["verify", str(calibrated / "out"), "--source", str(MICRO)])
         assert report.exit_code == 3 and f"{FINGERPRINTS_NAME}: sha256 is" in report.output
         path.unlink()

@@ -86,9 +86,11 @@ def test_an_evaluation_is_written_into_the_card_and_verify_still_holds(out: Path
     after = (out / "README.md").read_text()
     assert f"| symmetric KL, J | {json.loads(done.stdout)['j']['mean']:.4g} (95 % " in after
     assert without_quality(after) == before and not list(out.glob("*.tmp"))
-    assert call("verify", out, "--source", MICRO).exit_code == 0
+    measured = call("verify", out, "--source", MICRO)
+    assert measured.exit_code == 0 and "edited" not in measured.stdout
     (out / "README.md").write_text(after.replace("Only the routed", "All the routed"))
-    assert call("verify", out, "--source", MICRO).exit_code == 3
+    edited = call("verify", out, "--source", MICRO)
+    assert edited.exit_code == 0 and "README.md: edited, not part of the proof" in edited.stdout
     (out / "README.md").write_text("a card of another kind")
     refused = call("eval-kl", MICRO, out, *FEW, "--card")
     assert refused.exit_code == 2 and "no section on quality" in refused.stderr and "layer" not in refused.stderr

@@ -267,7 +267,6 @@ def test_an_expert_that_is_clipped_away(outputs: dict[str, Path], tmp_path: Path
     [
         ("recipe.yaml", "scale_search: mse", "scale_search: absmax"),
         ("report.json", '"method": "rtn"', '"method": "gptq"'),
-        ("README.md", "Only the routed experts", "All weights"),
         (INDEX_NAME, '"total_size": ', '"total_size": 1'),
     ],
 )
