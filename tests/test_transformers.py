@@ -131,6 +131,35 @@ mimoquant: {{{settings}version: 1}}
         assert lost <= unexpected
 
 
+def retarget(folder: Path, ignore: list[str]) -> None:
+    """As llm-compressor writes it by default: the class Linear, and the names of what is not quantized."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    for group in config["quantization_config"]["config_groups"].values():
+        group["targets"] = ["Linear"]
+    config["quantization_config"]["ignore"] = ignore
+    path.write_text(json.dumps(config))
+
+
+def test_linear_as_a_target_is_right_where_all_else_is_ignored(tmp_path: Path) -> None:
+    """Experts are no Linear there; it takes the first group of classes for them, and ours is what we mean."""
+    synth(tmp_path / "source", "flash", sizes=SynthSizes(layers=3, experts=2, top_k=2))
+    plan = make_plan(tmp_path / "source", load_recipe("int4-g32-mse"))
+    pipeline.quantize(plan, tmp_path / "out", device="cpu")
+    ids = torch.randint(0, plan.layout.geometry.vocab, (2, 32), generator=torch.Generator().manual_seed(0))
+    before = logits(tmp_path / "out", ids)
+    names = [name.removesuffix(".weight") for name in open_index(tmp_path / "out").tensors if "_proj.weight" in name]
+    retarget(tmp_path / "out", ["lm_head", *(name for name in names if ".experts." not in name)])
+    assert torch.equal(logits(tmp_path / "out", ids), before)
+    assert not [problem for problem in check(read_served(tmp_path / "out"), "transformers") if problem.fails]
+
+    retarget(tmp_path / "out", ["lm_head"])
+    found = check(read_served(tmp_path / "out"), "transformers")
+    assert [problem.verdict for problem in found if "draws random weights" in problem.text] == ["corrupted"]
+    _, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert any("self_attn.q_proj" in key for key in info["missing_keys"])
+
+
 def test_a_trained_bf16_checkpoint_keeps_its_predictions(tmp_path: Path, shared: Path) -> None:
     """On the shared trained model: int4 must stay close to bf16, which random weights cannot show."""
     source = shared / "models" / "mimo-tiny"

@@ -26,6 +26,8 @@ _KNOWN_QUANTIZATION: dict[str, tuple[Any, ...]] = {
     "kv_cache_scheme": (None,),
     "modules_to_convert": (None,),
 }
+# Two names of one list, in the order in which vLLM reads them: SGLang's too, transformers'
+IGNORE_LISTS = ("ignored_layers", "modules_to_not_convert")
 _MODELOPT_METHODS = ("modelopt", "modelopt_fp4", "modelopt_mixed")
 _KNOWN_MODELOPT: dict[str, tuple[Any, ...]] = {"quant_algo": ("MIXED_PRECISION", "NVFP4", "W4A16_NVFP4")}
 _RELEASES = {
@@ -182,7 +184,28 @@ def _quant_method(config: dict[str, Any], where: str, *, packed: bool) -> str | 
     elif packed:
         known = known | {"store_dtype": (*known["store_dtype"], "mxfp4")}
     check_known(quantization, known, where, "quantization_config.")
+    if method == "fp8":
+        _check_ignored(quantization, where)
     return str(method)
+
+
+def _check_ignored(quantization: dict[str, Any], where: str) -> None:
+    """The list of what stays in bf16 has two names; where both are filled, they agree."""
+    told: dict[str, list[str]] = {}
+    for key in IGNORE_LISTS:
+        names = quantization.get(key) or []
+        if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise CheckpointError(f"{where}: quantization_config.{key} must be a list of modules' names")
+        if names:
+            told[key] = names
+    if len(told) == 2:
+        first, second = (set(names) for names in told.values())
+        if odd := sorted(first ^ second):
+            raise CheckpointError(
+                f"{where}: quantization_config has {' and '.join(told)}, of {len(first)} and {len(second)} modules, "
+                f"and {odd[0]} is in one only: which holds?",
+                hint="they are two names of one list, of which engines read one: delete the other",
+            )
 
 
 def _check_transforms(transforms: Any, where: str) -> None:

@@ -19,8 +19,9 @@ from mimoquant.__version__ import SCHEMA_VERSION
 from mimoquant.errors import CheckpointError, UsageError
 from mimoquant.model.drafter import Drafter, open_drafter
 from mimoquant.serving import contracts as c
-from mimoquant.serving.check import Problem, check
+from mimoquant.serving.check import check
 from mimoquant.serving.documents import LaunchDocument, ParallelLayout, PatchFacts
+from mimoquant.serving.problem import Problem
 from mimoquant.serving.served import Served
 from mimoquant.wording import size
 

@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mimoquant.model.config_keys import drop_text_key, set_text_key, text_keys
+from mimoquant.model.geometry import IGNORE_LISTS
 from mimoquant.model.layout import PROJECTIONS, expert_module
 from mimoquant.quant.formats import Format
 
@@ -100,14 +101,27 @@ def keeps_fp8(container: str) -> bool:
     return container == NATIVE
 
 
+def ignored_modules(quantization: dict[str, Any]) -> list[str]:
+    """What `quant_method: fp8` leaves in bf16, by whichever of the list's two names."""
+    return next((list(quantization[key]) for key in IGNORE_LISTS if quantization.get(key)), [])
+
+
+def add_ignored(config: dict[str, Any], modules: Iterable[str]) -> None:
+    """Name more modules as bf16, in the list that is there. Never in a second one beside it: vLLM would read only
+    that, and SGLang only the first, even where it is empty."""
+    quantization = text_keys(config, _CONFIG)["quantization_config"]
+    named = [*dict.fromkeys([*ignored_modules(quantization), *modules])]
+    present = [key for key in IGNORE_LISTS if key in quantization]
+    keys = [key for key in present if quantization[key]] or present[:1] or IGNORE_LISTS[:1]
+    for key in {*present} - {*keys}:
+        del quantization[key]
+    quantization |= dict.fromkeys(keys, named)
+
+
 def ignore_qkv(config: dict[str, Any], stems: Iterable[str]) -> None:
     """Name the q, k, v of these layers (`model.layers.0`) as bf16: under `quant_method: fp8` engines make FP8 modules
     of all that is not ignored, so they are named as the module that engines build and as its parts."""
-    names = [f"{stem}.self_attn.{part}_proj" for stem in stems for part in ("qkv", "q", "k", "v")]
-    quantization = text_keys(config, _CONFIG)["quantization_config"]
-    lists = [key for key in ("ignored_layers", "modules_to_not_convert") if quantization.get(key)]
-    for key in lists or ["ignored_layers"]:
-        quantization[key] = list(dict.fromkeys([*(quantization.get(key) or []), *names]))
+    add_ignored(config, [f"{stem}.self_attn.{part}_proj" for stem in stems for part in ("qkv", "q", "k", "v")])
 
 
 def output_config(
@@ -125,8 +139,7 @@ def output_config(
         quantization["store_dtype"] = "mxfp4"
         quantization["mxfp4_block_size"] = 32
         if carve_outs:
-            ignored = list(quantization.get("ignored_layers") or [])
-            quantization["ignored_layers"] = ignored + [f"model.layers.{n}.mlp.experts" for n in sorted(carve_outs)]
+            add_ignored(out, [f"model.layers.{layer}.mlp.experts" for layer in sorted(carve_outs)])
         if bf16_qkv:
             ignore_qkv(out, [f"model.layers.{layer}" for layer in bf16_qkv])
         return out

@@ -23,7 +23,8 @@ from mimoquant.output.verify import verify
 from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import load_recipe
 from mimoquant.serving import contracts
-from mimoquant.serving.check import Problem, check
+from mimoquant.serving.check import check
+from mimoquant.serving.problem import Problem
 from mimoquant.serving.served import planned, read_served, served
 from mimoquant.synthetic.checkpoint import SynthSizes, synth
 
@@ -98,6 +99,32 @@ def lose(suffix: str) -> Callable[[dict[str, Any], Headers], None]:
 def exact_targets(config: dict[str, Any], tensors: Headers) -> None:
     group(config)["targets"] = ["Linear"]
     config["quantization_config"]["ignore"] = ["lm_head"]
+
+
+def linear_with_a_list(config: dict[str, Any], tensors: Headers) -> None:
+    """As llm-compressor writes it: every matrix that was left alone, by name."""
+    group(config)["targets"] = ["Linear"]
+    others = [
+        name.removesuffix(".weight") for name in tensors if name.endswith("_proj.weight") and ".experts." not in name
+    ]
+    config["quantization_config"]["ignore"] = ["lm_head", *others]
+
+
+def linear_with_fused_names(config: dict[str, Any], tensors: Headers) -> None:
+    """The same for engines, whose modules are fused."""
+    linear_with_a_list(config, tensors)
+    ignore = config["quantization_config"]["ignore"]
+    fused = {"q_proj": "qkv_proj", "gate_proj": "gate_up_proj"}
+    ignore += [name.replace(part, whole) for name in ignore for part, whole in fused.items() if name.endswith(part)]
+
+
+def half_ignored(config: dict[str, Any], tensors: Headers) -> None:
+    linear_with_a_list(config, tensors)
+    config["quantization_config"]["ignore"].remove("model.layers.0.mlp.up_proj")
+
+
+def no_quantization_config(config: dict[str, Any], tensors: Headers) -> None:
+    del config["quantization_config"]
 
 
 def no_ignore(config: dict[str, Any], tensors: Headers) -> None:
@@ -204,6 +231,20 @@ PLANTED: list[Row] = [  # engine, form, verdict, what is done to V2.5, TP, versi
     ("vllm", "nvfp4", "corrupted", lose("weight_global_scale"), 8, None, "weight_global_scale is missing"),
     ("vllm", "int4-g128", "warning", lose("weight_shape"), 8, None, "weight_shape is missing"),
     ("vllm", "int4-g128", "refused", mixed_experts, 8, None, "layer 1: its experts have 2 formats"),
+    ("vllm", "int4-g128", "refused", linear_with_a_list, 8, None, "0.self_attn.qkv_proj and 50 others are bf16"),
+    ("sglang", "int4-g128", "refused", linear_with_a_list, 8, None, "0.self_attn.qkv_proj and 54 others are bf16"),
+    ("vllm", "int4-g128", "refused", half_ignored, 8, None, "0.mlp.gate_up_proj and 0 others: quantization_config ign"),
+    (
+        "transformers",
+        "int4-g128",
+        "corrupted",
+        exact_targets,
+        None,
+        None,
+        "targets them: transformers 5.17.0 draws random",
+    ),
+    ("vllm", "native", "corrupted", no_quantization_config, 8, None, "47 layers (1-47): experts are native mxfp4"),
+    ("vllm", "native", "corrupted", no_quantization_config, 8, None, "config.json has no quantization_config"),
     ("vllm", "int4-g128", "refused", exact_targets, 8, None, "are bf16, and quantization_config targets them"),
     (
         "vllm",
@@ -212,7 +253,7 @@ PLANTED: list[Row] = [  # engine, form, verdict, what is done to V2.5, TP, versi
         anchored,
         8,
         None,
-        "layer 1: experts are compressed-tensors int4 g128, quantization_config makes them bf16",
+        "47 layers (1-47): experts are compressed-tensors int4 g128, quantization_config makes them bf16",
     ),
     ("vllm", "int4-g128", "corrupted", one_layer_ignored, 8, None, "layer 7: experts are compressed-tensors int4 g128"),
     ("sglang", "int4-g128", "refused", one_layer_ignored, 8, None, "layer 7: experts are compressed-tensors int4 g128"),
@@ -283,6 +324,28 @@ def test_a_planted_problem_is_told(
     plant(config, tensors)
     found = check(served(config, tensors, "OUT", {"tp_size": 4}), engine, version, tp)
     assert any(problem.verdict == verdict and said in problem.text for problem in found), found
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang", "transformers"])
+@pytest.mark.parametrize("form", ["int4-g128", "mxfp4", "nvfp4"])
+def test_linear_is_right_where_all_else_is_named(engine: str, form: str) -> None:
+    """What a pattern for experts gives, `Linear` with a full list gives, in any container of compressed-tensors."""
+    config, tensors = output("v2-flash", form, experts=FEW)
+    before = check(served(config, tensors, "OUT", {}), engine, None, 4)
+    linear_with_fused_names(config, tensors)
+    assert check(served(config, tensors, "OUT", {}), engine, None, 4) == before
+
+
+def test_what_repeats_is_one_line() -> None:
+    """47 layers with one fault are one sentence; of two faults there are two."""
+    config, tensors = output("v2.5", "int4-g128", experts=FEW)
+    config["quantization_config"]["config_groups"]["group_0"]["targets"] = ["re:nothing"]
+    texts = failures(check(served(config, tensors, "OUT", {}), "vllm"))
+    assert [text.split(":")[0] for text in texts] == ["47 layers (1-47)"]
+    group(config)["targets"] = [r"re:.*layers\.(4|5|6|9)\.mlp\.experts.*"]
+    config["quantization_config"]["ignore"] += [r"re:.*layers\.5\.mlp\.experts\.\d+\.up_proj"]
+    texts = failures(check(served(config, tensors, "OUT", {}), "vllm"))
+    assert sorted(text.split(":")[0] for text in texts) == ["43 layers (1-3, 7-8, 10-47)", "layer 5"]
 
 
 def test_the_anchored_pattern_fails_for_its_prefix_only() -> None:
