@@ -95,6 +95,7 @@ def quantize(
     refine: int | None = None,
     refine_layer: Sequence[int] | None = None,
     container: str | None = None,
+    base_model: str | None = None,
     allow_unknown: bool = False,
     progress: Callable[[str, int, bool], None] | None = None,
 ) -> QuantizeDocument:
@@ -102,6 +103,7 @@ def quantize(
 
     Args:
         resume: continue what a killed run left in `out`.partial. The others: see `plan`.
+        base_model: what the card names as such: the source's repository on the Hub, where its files do not tell.
         refine: rounds in which an expert's projections are chosen together at the end; refine_layer: only there.
         progress: called with (unit, its bytes that are written, whether it is finished); a unit is a shard.
     Raises UsageError, RecipeError: nothing was done. CheckpointError: bad data. QualityError: too many starved experts.
@@ -113,7 +115,7 @@ def quantize(
     from mimoquant.machine.team import Team
 
     calibration = CalibrationChoice(data, sequences, tokens, refine, refine_layer, data_column)
-    choice = PlanChoice(recipe, container, allow_unknown, calibration)
+    choice = PlanChoice(recipe, container, allow_unknown, calibration, base_model)
     run = QuantizeRun(source, choice, out, Team(resolve_device(device)), gpu_memory=gpu_memory, resume=resume)
     told = (lambda unit, size_bytes, finished: progress(unit.name, size_bytes, finished)) if progress else None
     return run.execute(told)
@@ -129,16 +131,28 @@ def relayout(
     bf16: bool = False,
     resume: bool = False,
     allow_unknown: bool = False,
+    base_model: str | None = None,
 ) -> RelayoutDocument:
     """Write q, k and v in another layout (`split`, `canonical`, `interleaved`); all else is copied byte for byte.
 
     Args:
-        tp: chunks of `interleaved`; by default the KV heads. bf16: an FP8 qkv becomes bf16.
+        tp: chunks of `interleaved`; by default the KV heads. bf16: an FP8 qkv becomes bf16. base_model: as for
+            `quantize`.
     Raises UsageError: nothing would change, or not exactly. CheckpointError: the source. StoppedError: the disk.
     """
     from mimoquant.assembly.plans import RelayoutRun
 
-    return RelayoutRun(source, out, qkv=qkv, tp=tp, bf16=bf16, resume=resume, allow_unknown=allow_unknown).execute()
+    run = RelayoutRun(
+        source,
+        out,
+        qkv=qkv,
+        tp=tp,
+        bf16=bf16,
+        resume=resume,
+        allow_unknown=allow_unknown,
+        base_model=base_model,
+    )
+    return run.execute()
 
 
 @at_home

@@ -47,12 +47,16 @@ class CalibrationChoice:
 
 @dataclass(frozen=True)
 class PlanChoice:
-    """A recipe for a source. `recipe`: a shipped name, or a file. `container`: None lets recipe and source decide."""
+    """A recipe for a source. `recipe`: a shipped name, or a file. `container`: None lets recipe and source decide.
+
+    `base_model`: the source's repository on the Hub, for the card; None: what its files or the recipe say.
+    """
 
     recipe: str
     container: str | None = None
     allow_unknown: bool = False
     calibration: CalibrationChoice = field(default_factory=CalibrationChoice)
+    base_model: str | None = None
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 def fitted_plan(source: Path | str, choice: PlanChoice, device: str, has: Machine, ranks: int = 1) -> Plan:
     """The plan in chunks that fit a machine."""
-    recipe = load_recipe(choice.recipe).calibrated_on(choice.calibration.changes())
+    recipe = load_recipe(choice.recipe).calibrated_on(choice.calibration.changes()).of_base(choice.base_model)
 
     def make(chunk_bytes: int) -> Plan:
         return make_plan(
@@ -133,10 +133,11 @@ class RelayoutRun:
         bf16: bool = False,
         resume: bool = False,
         allow_unknown: bool = False,
+        base_model: str | None = None,
     ) -> None:
         """Raises UsageError: nothing would change, or not exactly. CheckpointError: the source."""
         self._begin, self.out, self.resume = time.monotonic(), out, resume
-        self.plan = make_relayout(source, qkv, tp=tp, bf16=bf16, allow_unknown=allow_unknown)
+        self.plan = make_relayout(source, qkv, tp=tp, bf16=bf16, allow_unknown=allow_unknown, base_model=base_model)
         self.engines = planned_facts(planned(self.plan))
 
     def execute(self, progress: pipeline.Progress | None = None) -> RelayoutDocument:

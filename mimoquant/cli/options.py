@@ -93,6 +93,13 @@ UnknownOption = Annotated[
 ContainerOption = Annotated[
     Container | None, typer.Option(help="How the quantized experts are stored; by default what fits their format.")
 ]
+BaseModelOption = Annotated[
+    str | None,
+    typer.Option(
+        help="What the card names as base model: the source's repository on the Hub, where its files do not tell.",
+        metavar="OWNER/NAME",
+    ),
+]
 DeviceOption = Annotated[
     str,
     typer.Option(

@@ -10,6 +10,7 @@ import typer
 
 from mimoquant.cli.files import check_page, check_profile, write_page
 from mimoquant.cli.options import (
+    BaseModelOption,
     ContainerOption,
     DataColumnOption,
     DataOption,
@@ -112,6 +113,7 @@ def quantize(
     refine: RefineOption = None,
     refine_layer: RefineLayersOption = None,
     container: ContainerOption = None,
+    base_model: BaseModelOption = None,
     html: Annotated[
         Path | None, typer.Option(help="Write a page that shows what calibration reached.", metavar="FILE")
     ] = None,
@@ -130,7 +132,7 @@ def quantize(
     from mimoquant.report import coverage_page, verb_text
 
     calibration = CalibrationChoice(data, sequences, tokens, refine, refine_layer, data_column)
-    choice = PlanChoice(recipe, option_value(container), allow_unknown, calibration)
+    choice = PlanChoice(recipe, option_value(container), allow_unknown, calibration, base_model)
     with Team.from_environment(resolve_device(device)) as team:
         run = QuantizeRun(source, choice, out, team, gpu_memory=gpu_memory, resume=resume)
         if html is not None:
@@ -161,6 +163,7 @@ def relayout(
     dtype: Annotated[
         QkvDtype, typer.Option(help="What q, k and v are stored in: as in the source, or bf16 also where they are FP8.")
     ] = QkvDtype.SOURCE,
+    base_model: BaseModelOption = None,
     resume: ResumeOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -178,6 +181,7 @@ def relayout(
         bf16=dtype is QkvDtype.BF16,
         resume=resume,
         allow_unknown=allow_unknown,
+        base_model=base_model,
     )
     with Progress(run.plan) as progress:
         for line in [*(f"note: {note}" for note in run.plan.notes), *verb_text.planned_lines(run.engines)]:

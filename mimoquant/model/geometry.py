@@ -30,11 +30,6 @@ _KNOWN_QUANTIZATION: dict[str, tuple[Any, ...]] = {
 IGNORE_LISTS = ("ignored_layers", "modules_to_not_convert")
 _MODELOPT_METHODS = ("modelopt", "modelopt_fp4", "modelopt_mixed")
 _KNOWN_MODELOPT: dict[str, tuple[Any, ...]] = {"quant_algo": ("MIXED_PRECISION", "NVFP4", "W4A16_NVFP4")}
-_RELEASES = {
-    ("mimo_v2_flash", 4096, 48, 256): "XiaomiMiMo/MiMo-V2-Flash",
-    ("mimo_v2", 4096, 48, 256): "XiaomiMiMo/MiMo-V2.5",
-    ("mimo_v2", 6144, 70, 384): "XiaomiMiMo/MiMo-V2.5-Pro",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +75,6 @@ class Geometry:
     @property
     def moe_layers(self) -> list[int]:
         return [layer for layer, sparse in enumerate(self.moe) if sparse]
-
-    @property
-    def release(self) -> str | None:
-        """The published model with these sizes, if any."""
-        return _RELEASES.get((self.model_type, self.hidden, self.layers, self.experts))
 
     def expert_shape(self, projection: str) -> tuple[int, int]:
         """[out_features, in_features] of one expert's projection."""

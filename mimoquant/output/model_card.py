@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,16 +32,28 @@ _UNMEASURED = "Not measured yet: `mimoquant eval-kl SOURCE THIS --card` writes s
 _GPUS = (1, 2, 4, 8, 16, 32)
 
 
-def model_card(report: QuantizeReport, served: Served, *, real_fold: bool) -> str:
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What was quantized: which published model it is, and its repository on the Hub; None where that is unknown."""
+
+    release: str | None
+    base_model: str | None
+
+    @property
+    def title(self) -> str:
+        return (self.base_model or self.release or "MiMo-V2 checkpoint").rpartition("/")[2]
+
+
+def model_card(report: QuantizeReport, served: Served, origin: Origin, *, real_fold: bool) -> str:
     """The card, its quality not measured yet. `real_fold`: norms and routers were scaled by real factors."""
-    release, served = served.geometry.release, replace(served, name=".")
+    served = replace(served, name=".")
     folded = "their norms and routers are scaled against each other by real factors, and " if real_fold else ""
     formats = layers_of_formats(report["formats"])
     kept = ", ".join(f"layer {layer} in {kind}" for layer, kind in report["carve_outs"].items()) or "none"
     lines = [
-        *_front_matter(release, report, served),
+        *_front_matter(origin.base_model, report, served),
         "",
-        f"# {release.split('/')[-1] if release else 'MiMo-V2 checkpoint'}, routed experts in 4 bits",
+        f"# {origin.title}, routed experts in 4 bits",
         "",
         f"Written by mimoquant {__version__}. Only the routed experts were quantized; {folded}the value of "
         "every other weight is the source's.",
@@ -72,10 +84,10 @@ def model_card(report: QuantizeReport, served: Served, *, real_fold: bool) -> st
     return "\n".join(lines)
 
 
-def _front_matter(release: str | None, report: QuantizeReport, served: Served) -> Iterator[str]:
+def _front_matter(base_model: str | None, report: QuantizeReport, served: Served) -> Iterator[str]:
     yield from ("---", "license: mit")
-    if release:
-        yield from (f"base_model: {release}", "base_model_relation: quantized")
+    if base_model:
+        yield from (f"base_model: {base_model}", "base_model_relation: quantized")
     if engine_facts(served, "transformers", None, None)["ok"]:  # the Hub shows how to load it with the library named
         yield "library_name: transformers"
     yield from ("pipeline_tag: text-generation", "tags:", "- mimoquant")

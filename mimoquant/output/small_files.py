@@ -17,7 +17,8 @@ from mimoquant.checkpoint.folders import read_inside, resolve_inside, sha256_ins
 from mimoquant.checkpoint.hf_files import CONFIG_NAME, MODELOPT_CONFIG_NAME
 from mimoquant.checkpoint.index import INDEX_NAME
 from mimoquant.checkpoint.journal import JournalLine
-from mimoquant.output.model_card import model_card, without_quality
+from mimoquant.model.releases import base_model, release_of
+from mimoquant.output.model_card import Origin, model_card, without_quality
 from mimoquant.output.quantize_report import fallbacks, quantize_report
 from mimoquant.planning.plan import Plan
 from mimoquant.planning.relayout import RelayoutPlan, relayout_texts
@@ -43,10 +44,15 @@ def written_texts(plan: Plan, finished: dict[str, JournalLine], calibration: dic
         texts["recipe.yaml"] = resolved_recipe(plan, finished, calibration)
         texts["report.json"] = json.dumps(report, indent=2)
         real_fold = plan.recipe.real_fold and any(map(plan.recipe.folds_norm, plan.formats))
-        texts["README.md"] = model_card(report, planned(plan), real_fold=real_fold)
+        texts["README.md"] = model_card(report, planned(plan), _origin(plan), real_fold=real_fold)
     if plan.container == MODELOPT:
         texts[MODELOPT_CONFIG_NAME] = json.dumps(hf_quant_config(plan.config, __version__), indent=2)
     return {name: (text.rstrip("\n") + "\n").encode(errors=ESCAPE) for name, text in texts.items()}
+
+
+def _origin(plan: Plan) -> Origin:
+    release = release_of(plan.layout)
+    return Origin(release.name if release else None, base_model(plan.layout, plan.recipe.base_model))
 
 
 def is_as_written(folder: Path, name: str, written: bytes) -> bool:
@@ -63,10 +69,10 @@ def is_as_written(folder: Path, name: str, written: bytes) -> bool:
 
 def resolved_recipe(plan: Plan, finished: dict[str, JournalLine], calibration: dict[str, Any] | None) -> str:
     """`OUT/recipe.yaml`: every default written out, and where the source came from. Reading it back repeats the run."""
-    document = plan.recipe.resolved(plan.container)
+    document, release = plan.recipe.resolved(plan.container), release_of(plan.layout)
     document["mimoquant"]["provenance"] = {
         "mimoquant": __version__,
-        "release": plan.layout.geometry.release,
+        "release": release.name if release else None,
         "source_headers_sha256": plan.layout.index.headers_fingerprint(),
         "quantized_layers": len(plan.formats),
         "routed_experts": plan.layout.geometry.experts,

@@ -48,7 +48,9 @@ class InspectDocument(TypedDict):
     model_type: str
     """As config.json has it: mimo_v2_flash or mimo_v2."""
     release: str | None
-    """The published model that has these sizes; null for any other."""
+    """The published model that it is or was converted from, told by sizes, settings and towers; null for any other."""
+    repositories: list[str]
+    """Of that release on the Hub: the files can be of any of these. None where they are not as published."""
     files: int
     """Shards."""
     tensors: int
@@ -185,6 +187,8 @@ class PlanDocument(TypedDict):
     """Of this document; a number changes its meaning only together with this one."""
     source: str
     """The checkpoint to be quantized."""
+    release: str | None
+    """The published model that it is or was converted from; null for any other."""
     recipe: str
     """The recipe's name, or its file."""
     method: str

@@ -16,6 +16,7 @@ from mimoquant.machine.memory import Machine
 from mimoquant.model.drafter import carried_drafter
 from mimoquant.model.geometry import Attention, Geometry
 from mimoquant.model.layout import ModelLayout
+from mimoquant.model.releases import release_of
 from mimoquant.planning.documents import (
     AttentionSizes,
     CarriedDrafter,
@@ -43,11 +44,13 @@ def layout_facts(layout: ModelLayout) -> InspectDocument:
     """`inspect`."""
     geometry, index = layout.geometry, layout.index
     split, parted = expert_placement(layout)
+    release = release_of(layout)
     return InspectDocument(
         schema_version=SCHEMA_VERSION,
         checkpoint=str(index.folder),
         model_type=geometry.model_type,
-        release=geometry.release,
+        release=release.name if release else None,
+        repositories=list(release.repositories) if release else [],
         files=len(index.file_sizes),
         tensors=len(index.tensors),
         size_bytes=index.size_bytes,
@@ -120,13 +123,14 @@ def plan_facts(
     """`plan`. `engines`: what `planned_facts` says of it. `sensitivity`: what that verb would need. `took`: of a
     rehearsal, if there was one. `folder`: on whose disk the output would lie."""
     wants, refused = needs(plan, device), refusal(plan, device, has)
-    free = None if folder is None else free_bytes(folder)
+    free, release = None if folder is None else free_bytes(folder), release_of(plan.layout)
     notes = [*plan.notes, *([f"quantize would refuse: {refused}; {refused.hint}"] if refused else [])]
     if free is not None and free < plan.shard_bytes + plan.side_bytes:
         notes.append(f"{folder}: has room for {size(free)} only")
     return PlanDocument(
         schema_version=SCHEMA_VERSION,
         source=str(plan.layout.index.folder),
+        release=release.name if release else None,
         recipe=plan.recipe.name,
         method=plan.recipe.method,
         scale_search=plan.recipe.scale_search,

@@ -16,6 +16,7 @@ from mimoquant.checkpoint.index import CheckpointIndex, open_index, read_json_in
 from mimoquant.errors import RecipeError
 from mimoquant.model.drafter import carried_drafter
 from mimoquant.model.layout import PROJECTIONS, ModelLayout, read_layout
+from mimoquant.model.releases import base_model_note
 from mimoquant.planning.recipe import Recipe
 from mimoquant.planning.units import Unit, UnitBuilder
 from mimoquant.quant.formats import Format
@@ -311,6 +312,8 @@ def _notes(layout: ModelLayout, recipe: Recipe, container: str, carve_outs: dict
             f"calibrates on {', '.join(calibration.data)}: {calibration.sequences} sequences of "
             f"{calibration.tokens} tokens"
         )
+    if unnamed := base_model_note(layout, recipe.base_model):
+        notes.append(unnamed)
     if recipe.real_fold and any(map(recipe.folds_norm, geometry.moe_layers)):
         notes.append("fold exact-real rounds norms and routers anew, so a few tokens may go to other experts")
     return notes

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mimoquant.errors import RecipeError
+from mimoquant.model.releases import check_repository, is_repository
 from mimoquant.planning.calibration_settings import (
     DAMP,
     MODIFIER_DEFAULTS,
@@ -59,6 +60,7 @@ _BLOCK_KEYS = {
     "fold",
     "refine",
     "signed_scales",
+    "base_model",
 }
 # what the command line calls them
 _OPTIONS = {"reconstruct": "refine", "reconstruct_layers": "refine-layer", "column": "data-column"}
@@ -100,6 +102,7 @@ class Recipe:
     signed_scales: bool = True  # calibrated symmetric int4 may have negative scales
     extra: dict[str, dict[str, Any]] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)  # of the run that wrote this recipe, if one did
+    base_model: str | None = None  # the source's repository on the Hub, where its user says it
 
     def group_of(self, module: str, ignored: bool) -> Group | None:
         """The group that claims `module`, or None where it is ignored or nobody does."""
@@ -132,6 +135,10 @@ class Recipe:
                 hint="leave it out, or choose a recipe that calibrates, such as gptq-int4-g128",
             )
         return replace(self, calibration=replace(self.calibration, **changes))
+
+    def of_base(self, named: str | None) -> Recipe:
+        """The recipe for a source that is from this repository. Raises UsageError where the name is none."""
+        return replace(self, base_model=check_repository(named)) if named is not None else self
 
     def expert_method(self) -> Method:
         damp = float(self.extra.get("GPTQModifier", {}).get("dampening_frac", DAMP))
@@ -179,6 +186,8 @@ class Recipe:
         if self.calibrated:
             block["signed_scales"] = self.signed_scales
         block["carve_outs"] = dict(sorted(self.carve_outs.items()))
+        if self.base_model is not None:
+            block["base_model"] = self.base_model
         return {"default_stage": {"default_modifiers": modifiers}, "mimoquant": block}
 
 
@@ -385,6 +394,11 @@ class _Parser:
                 self.fail(f"{where}.weights.{key} is {weights[key]!r}, {fmt.label} stores {stored[key]!r}")
         return fmt
 
+    def base_model(self, value: Any) -> str | None:
+        if value is not None and not (isinstance(value, str) and is_repository(value)):
+            self.fail(f"base_model is {value!r}, expected owner/model as the Hub has it")
+        return value
+
     def block(self, recipe: Recipe, block: dict[Any, Any]) -> Recipe:
         """Apply the `mimoquant:` block."""
         self.known(block, _BLOCK_KEYS, "mimoquant")
@@ -420,6 +434,7 @@ class _Parser:
             refine=refine,
             signed_scales=signed,
             provenance=self.mapping(block.get("provenance") or {}, "provenance"),
+            base_model=self.base_model(block.get("base_model")),
         )
         unused = {
             "calibration": not recipe.calibrated,

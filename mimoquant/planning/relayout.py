@@ -42,6 +42,7 @@ from mimoquant.model.config_keys import drop_text_key, set_text_key
 from mimoquant.model.geometry import Geometry
 from mimoquant.model.layout import PROJECTIONS, ModelLayout, Weight, read_layout
 from mimoquant.model.qkv import possible_chunks
+from mimoquant.model.releases import check_repository, is_repository
 from mimoquant.planning.plan import Plan, read_config
 from mimoquant.planning.recipe import Recipe
 from mimoquant.planning.reorder import Reorder, reorder
@@ -62,6 +63,7 @@ class RelayoutPlan(Plan):
     target: Geometry
     qkv: str
     bf16: bool
+    base_model: str | None
 
     def record(self) -> dict[str, Any]:
         """What was asked for, and of which source: `OUT/relayout.json`."""
@@ -72,7 +74,7 @@ class RelayoutPlan(Plan):
             "tp": self.target.qkv_chunks if self.qkv == INTERLEAVED else None,
             "bf16": self.bf16,
             "source_headers_sha256": self.layout.index.headers_fingerprint(),
-        }
+        } | ({} if self.base_model is None else {"base_model": self.base_model})
 
     def identity(self) -> dict[str, Any]:
         return {key: str(value) for key, value in self.record().items()}
@@ -83,13 +85,20 @@ class RelayoutPlan(Plan):
 
 
 def make_relayout(
-    source: Path | str, qkv: str, *, tp: int | None = None, bf16: bool = False, allow_unknown: bool = False
+    source: Path | str,
+    qkv: str,
+    *,
+    tp: int | None = None,
+    bf16: bool = False,
+    allow_unknown: bool = False,
+    base_model: str | None = None,
 ) -> RelayoutPlan:
     """Plan a relayout. Reads headers and config.json only.
 
     Args:
         qkv: one of LAYOUTS. tp: chunks of `interleaved`; None: num_key_value_heads.
         bf16: qkv in FP8 becomes bf16. Otherwise its codes and scales are kept.
+        base_model: the source's repository on the Hub, for the card; None: what the source's card says.
     Raises:
         UsageError: nothing would change, the heads do not split, FP8 cannot be kept. CheckpointError: the source.
     """
@@ -129,6 +138,7 @@ def make_relayout(
         target=target,
         qkv=qkv,
         bf16=bf16,
+        base_model=None if base_model is None else check_repository(base_model),
     )
     metadata = {key: value for key, value in index.metadata.items() if key != "tp_size"}
     metadata |= {"total_size": plan.tensor_bytes} | ({"tp_size": target.qkv_chunks} if target.fused_qkv else {})
@@ -216,6 +226,8 @@ def relayout_texts(plan: RelayoutPlan) -> dict[str, str]:
         card = resolve_inside(folder, "README.md").read_text(encoding="utf-8", errors="replace")
     card = card.partition(_HEADING)[0].rstrip("\n")  # of an earlier relayout, what it said is past
     chunks = f" in {plan.target.qkv_chunks} chunks" if plan.qkv == INTERLEAVED else ""
+    if plan.base_model is not None:
+        card = _with_base_model(card, plan.base_model)
     said = [
         *([card, ""] if card else []),
         _HEADING,
@@ -230,12 +242,27 @@ def relayout_texts(plan: RelayoutPlan) -> dict[str, str]:
     return {RECORD_NAME: json.dumps(plan.record(), indent=2), "README.md": "\n".join(said)}
 
 
+def _with_base_model(card: str, name: str) -> str:
+    """A card whose front matter names this base model and no other."""
+    lines = card.split("\n")
+    end = lines.index("---", 1) if lines[0] == "---" and "---" in lines[1:] else 0
+    front, rest = (lines[1:end], lines[end + 1 :]) if end else ([], lines)
+    kept, dropping = [], False
+    for line in front:
+        dropping = line.startswith("base_model:") or (dropping and line.startswith(("-", " ")))  # or one of its list
+        kept += [] if dropping else [line]
+    return "\n".join(["---", *kept, f"base_model: {name}", "---", *rest]).rstrip("\n")
+
+
 def plan_again(out: Path, source: Path | str) -> RelayoutPlan:
     """The plan that `out`'s record tells of. Raises CheckpointError where the record is damaged."""
     record = read_json_inside(out, RECORD_NAME, max_bytes=1_000_000)
-    qkv, tp, bf16 = (record.get(key) for key in ("qkv", "tp", "bf16"))
-    if qkv not in LAYOUTS or not isinstance(bf16, bool) or not (tp is None or type(tp) is int):
-        raise CheckpointError(f"{out / RECORD_NAME}: is damaged (qkv {qkv!r}, tp {tp!r}, bf16 {bf16!r})")
+    qkv, tp, bf16, base = (record.get(key) for key in ("qkv", "tp", "bf16", "base_model"))
+    named = base is None or (isinstance(base, str) and is_repository(base))
+    if qkv not in LAYOUTS or not isinstance(bf16, bool) or not (tp is None or type(tp) is int) or not named:
+        raise CheckpointError(
+            f"{out / RECORD_NAME}: is damaged (qkv {qkv!r}, tp {tp!r}, bf16 {bf16!r}, base_model {base!r})"
+        )
     before, now = record.get("source_headers_sha256"), open_index(source).headers_fingerprint()
     if before != now:
         raise CheckpointError(
@@ -243,4 +270,4 @@ def plan_again(out: Path, source: Path | str) -> RelayoutPlan:
             f"here they have {now[:12]}...",
             hint="give the checkpoint that relayout read; what that was made from is proven by its own verify",
         )
-    return make_relayout(source, qkv, tp=tp, bf16=bf16, allow_unknown=True)
+    return make_relayout(source, qkv, tp=tp, bf16=bf16, allow_unknown=True, base_model=base)

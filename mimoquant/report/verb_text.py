@@ -42,6 +42,7 @@ def layout_text(facts: InspectDocument) -> str:
         f"(top {facts['top_k']}, width {facts['hidden']} x {facts['expert_intermediate']})",
         f"attention qkv {facts['qkv']}; global in layers {ranges(facts['global_layers'])}, sliding window elsewhere",
         f"MTP       {facts['mtp_layers'] or 'no'} layers",
+        *([f"on the Hub {' or '.join(facts['repositories'])}"] if facts["repositories"] else []),
         *([f"drafter   {drafter_text(facts['drafter'])}"] if facts["drafter"] else []),
         "",
         *table(
@@ -73,6 +74,7 @@ def plan_text(facts: PlanDocument) -> str:
     largest = max(facts["shards"], key=lambda shard: shard["size_bytes"])
     return "\n".join(
         [
+            *([f"release    {facts['release']}"] if facts["release"] else []),
             f"recipe     {facts['recipe']}: {facts['method']}, scales by {facts['scale_search']}",
             f"experts    {formats}",
             f"carve-outs {kept}",

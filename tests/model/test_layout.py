@@ -20,6 +20,7 @@ from mimoquant.checkpoint.index import open_index
 from mimoquant.errors import CheckpointError
 from mimoquant.model.geometry import read_geometry
 from mimoquant.model.layout import ModelLayout, read_layout
+from mimoquant.model.releases import Release, release_of
 from mimoquant.planning.facts import expert_placement
 from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import load_recipe
@@ -301,7 +302,7 @@ def test_the_published_v25_is_understood_and_planned_in_seconds(shared: Path, tm
     layout = layout_of(folder)
     assert len(layout.index.tensors) == 73_081 and len(all_names(layout)) == 73_081
     assert layout.index.size_bytes == 315_031_102_208 == layout.index.metadata["total_size"]
-    assert layout.geometry.release == "XiaomiMiMo/MiMo-V2.5" and layout.mtp_layers == 3
+    assert release_of(layout) == Release("MiMo-V2.5", ("XiaomiMiMo/MiMo-V2.5",)) and layout.mtp_layers == 3
     split_layers, parted = expert_placement(layout)
     assert [str(layer) for layer in split_layers] == ["43"]
     assert sorted(parted) == sorted(f"model.layers.43.mlp.experts.{32 * r + 31}.up_proj.weight" for r in range(8))
@@ -320,7 +321,7 @@ def test_the_published_pro_is_understood_and_planned(shared: Path, tmp_path: Pat
     layout = layout_of(folder)
     assert len(layout.index.tensors) == 159_581 == len(all_names(layout))
     assert layout.index.size_bytes == 1_033_369_538_304
-    assert layout.geometry.release == "XiaomiMiMo/MiMo-V2.5-Pro"
+    assert release_of(layout) == Release("MiMo-V2.5-Pro", ("XiaomiMiMo/MiMo-V2.5-Pro",))
     plan, cpu_s = seconds(lambda: make_plan(folder, load_recipe("int4-g128-rtn")))
     assert len(plan.formats) == 69 and cpu_s < 8
 

@@ -17,8 +17,9 @@ from typer.testing import CliRunner
 import mimoquant
 from mimoquant.cli.app import app
 from mimoquant.output.documents import QuantizeReport
-from mimoquant.output.model_card import model_card, without_quality
+from mimoquant.output.model_card import Origin, model_card, without_quality
 
+ORIGIN = Origin("MiMo-V2.5-Pro", "XiaomiMiMo/MiMo-V2.5-Pro")
 FEW = ("--sequences", "7", "--tokens", "32", "--device", "cpu", "--no-noise-floor")
 
 
@@ -61,7 +62,11 @@ def test_a_format_in_two_sizes_is_one_tag() -> None:
     served = at_scale("v2.5", "mxfp4")
     formats = {"int4 g128": [1], "int4 g32": [2]}
     report = written(served.container, formats)
-    assert ModelCard(model_card(report, served, real_fold=False)).data.tags == ["mimoquant", served.container, "int4"]
+    assert ModelCard(model_card(report, served, ORIGIN, real_fold=False)).data.tags == [
+        "mimoquant",
+        served.container,
+        "int4",
+    ]
 
 
 @pytest.mark.parametrize(("form", "library"), [("native", None), ("mxfp4", "transformers"), ("nvfp4", None)])
@@ -69,8 +74,9 @@ def test_a_format_in_two_sizes_is_one_tag() -> None:
 def test_a_real_model_gets_its_base_and_commands_that_serve_it(variant: str, form: str, library: str | None) -> None:
     served = at_scale(variant, form)
     report = written(served.container, {"mxfp4 g32": [1]})
-    card = ModelCard(model_card(report, served, real_fold=False))
-    assert card.data.base_model == {"v2.5": "XiaomiMiMo/MiMo-V2.5", "v2.5-pro": "XiaomiMiMo/MiMo-V2.5-Pro"}[variant]
+    card = ModelCard(model_card(report, served, ORIGIN, real_fold=False))
+    assert card.data.base_model == "XiaomiMiMo/MiMo-V2.5-Pro"
+    assert "# MiMo-V2.5-Pro, routed experts in 4 bits" in card.text
     assert card.data.to_dict()["base_model_relation"] == "quantized"
     assert card.data.library_name == library  # transformers loads the other two wrong
     commands = [line for line in card.text.splitlines() if line.startswith(("vllm serve .", "python3 -m sglang"))]
