@@ -96,6 +96,7 @@ def quantize(
     refine_layer: Sequence[int] | None = None,
     container: str | None = None,
     base_model: str | None = None,
+    mend_json: bool = False,
     allow_unknown: bool = False,
     progress: Callable[[str, int, bool], None] | None = None,
 ) -> QuantizeDocument:
@@ -104,6 +105,7 @@ def quantize(
     Args:
         resume: continue what a killed run left in `out`.partial. The others: see `plan`.
         base_model: what the card names as such: the source's repository on the Hub, where its files do not tell.
+        mend_json: write JSON files that have a comma too many without it; they are refused otherwise.
         refine: rounds in which an expert's projections are chosen together at the end; refine_layer: only there.
         progress: called with (unit, its bytes that are written, whether it is finished); a unit is a shard.
     Raises UsageError, RecipeError: nothing was done. CheckpointError: bad data. QualityError: too many starved experts.
@@ -115,7 +117,7 @@ def quantize(
     from mimoquant.machine.team import Team
 
     calibration = CalibrationChoice(data, sequences, tokens, refine, refine_layer, data_column)
-    choice = PlanChoice(recipe, container, allow_unknown, calibration, base_model)
+    choice = PlanChoice(recipe, container, allow_unknown, calibration, base_model, mend_json)
     run = QuantizeRun(source, choice, out, Team(resolve_device(device)), gpu_memory=gpu_memory, resume=resume)
     told = (lambda unit, size_bytes, finished: progress(unit.name, size_bytes, finished)) if progress else None
     return run.execute(told)

@@ -283,6 +283,8 @@ def _finish(
                 progress(unit, unit.size_bytes, True)
     if team.leads:
         copy_side_files(plan.layout.index.folder, run.partial, plan.side_files)
+        for name, data in plan.mended.items():  # in place of the copy, whose folder there is now
+            write_file_durably(run.partial / name, data)
         record = CalibrationRecord.of(tokens).as_plain() if tokens else None
         for name, data in written_texts(plan, run.finished, record).items():
             write_file_durably(run.path(name), data)

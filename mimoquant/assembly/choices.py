@@ -49,7 +49,8 @@ class CalibrationChoice:
 class PlanChoice:
     """A recipe for a source. `recipe`: a shipped name, or a file. `container`: None lets recipe and source decide.
 
-    `base_model`: the source's repository on the Hub, for the card; None: what its files or the recipe say.
+    `base_model`: the source's repository on the Hub, for the card; None: what its files or the recipe say. `mend_json`:
+    whether JSON files that no parser takes are written mended.
     """
 
     recipe: str
@@ -57,6 +58,7 @@ class PlanChoice:
     allow_unknown: bool = False
     calibration: CalibrationChoice = field(default_factory=CalibrationChoice)
     base_model: str | None = None
+    mend_json: bool = False
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 def fitted_plan(source: Path | str, choice: PlanChoice, device: str, has: Machine, ranks: int = 1) -> Plan:
     """The plan in chunks that fit a machine."""
-    recipe = load_recipe(choice.recipe).calibrated_on(choice.calibration.changes()).of_base(choice.base_model)
+    recipe = load_recipe(choice.recipe).calibrated_on(choice.calibration.changes())
+    recipe = recipe.chosen(choice.base_model, mend_json=choice.mend_json)
 
     def make(chunk_bytes: int) -> Plan:
         return make_plan(
@@ -102,8 +103,9 @@ class QuantizeRun:
         has = memory.machine(team.device, gpu_memory)
         has = replace(has, gpu_bytes=min(team.gather(has.gpu_bytes)))  # chunks must be the same everywhere
         self.plan = fitted_plan(source, choice, team.device, has, team.size)
-        if refused := refusal(self.plan, team.device, has, team.size):
-            raise refused
+        for refused in (self.plan.json_refusal, refusal(self.plan, team.device, has, team.size)):
+            if refused:
+                raise refused
         self.timeline = Timeline()
 
     def execute(self, progress: pipeline.Progress | None = None) -> QuantizeDocument:

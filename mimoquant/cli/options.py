@@ -100,6 +100,12 @@ BaseModelOption = Annotated[
         metavar="OWNER/NAME",
     ),
 ]
+MendOption = Annotated[
+    bool,
+    typer.Option(
+        "--mend-json", help="Write JSON files that have a comma too many without it, instead of refusing them."
+    ),
+]
 DeviceOption = Annotated[
     str,
     typer.Option(

@@ -20,6 +20,7 @@ from mimoquant.cli.options import (
     GpuMemoryOption,
     JsonOption,
     Layout,
+    MendOption,
     Qkv,
     QkvDtype,
     QuietOption,
@@ -114,6 +115,7 @@ def quantize(
     refine_layer: RefineLayersOption = None,
     container: ContainerOption = None,
     base_model: BaseModelOption = None,
+    mend_json: MendOption = False,
     html: Annotated[
         Path | None, typer.Option(help="Write a page that shows what calibration reached.", metavar="FILE")
     ] = None,
@@ -132,7 +134,7 @@ def quantize(
     from mimoquant.report import coverage_page, verb_text
 
     calibration = CalibrationChoice(data, sequences, tokens, refine, refine_layer, data_column)
-    choice = PlanChoice(recipe, option_value(container), allow_unknown, calibration, base_model)
+    choice = PlanChoice(recipe, option_value(container), allow_unknown, calibration, base_model, mend_json)
     with Team.from_environment(resolve_device(device)) as team:
         run = QuantizeRun(source, choice, out, team, gpu_memory=gpu_memory, resume=resume)
         if html is not None:

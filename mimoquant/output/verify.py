@@ -193,7 +193,10 @@ def _check_small_file(out: Path, name: str, plan: Plan, written: bytes | None, r
         report.problem(f"{name}: is missing")
         return
     try:
-        if written is None:
+        if name in plan.mended:
+            mended = hashlib.sha256(plan.mended[name]).hexdigest()
+            wrong = "is not what --mend-json makes of the source's" if sha256_inside(out, name) != mended else None
+        elif written is None:
             wrong = "differs from the source's" if sha256_inside(out, name) != sha256_inside(source, name) else None
         else:
             wrong = None if is_as_written(out, name, written) else "is not what the recipe makes of this source"
@@ -202,7 +205,7 @@ def _check_small_file(out: Path, name: str, plan: Plan, written: bytes | None, r
         return
     if wrong and may_be_edited(name):
         report.set_aside.append(f"{name}: edited, not part of the proof")
-    elif wrong and written is None and only_template_differs(name, out, source):
+    elif wrong and written is None and name not in plan.mended and only_template_differs(name, out, source):
         report.set_aside.append(f"{name}: its chat_template was edited, which is not part of the proof")
     elif wrong:
         report.problem(f"{name}: {wrong}")

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mimoquant.__version__ import SCHEMA_VERSION
+from mimoquant.checkpoint.hf_files import CONFIG_NAME
 from mimoquant.checkpoint.journal import JournalLine, free_bytes
 from mimoquant.machine.memory import Machine
-from mimoquant.model.drafter import carried_drafter
+from mimoquant.model.drafter import FOLDER, carried_drafter
 from mimoquant.model.geometry import Attention, Geometry
 from mimoquant.model.layout import ModelLayout
 from mimoquant.model.releases import release_of
@@ -34,6 +35,7 @@ from mimoquant.planning.documents import (
 from mimoquant.planning.needs import largest_chunk, needs, refusal
 from mimoquant.planning.plan import Plan
 from mimoquant.planning.relayout import RelayoutPlan
+from mimoquant.planning.side_json import json_faults
 from mimoquant.wording import size
 
 if TYPE_CHECKING:
@@ -92,6 +94,8 @@ def qkv_text(geometry: Geometry) -> str:
 def drafter_facts(layout: ModelLayout) -> CarriedDrafter | None:
     """The drafter in the checkpoint's folder; `problem`: why it could not be used, if so."""
     drafter, problem = carried_drafter(layout.index.folder, layout.geometry)
+    if problem and (faults := json_faults(layout, [f"{FOLDER}/{CONFIG_NAME}"])):
+        problem = f"{faults[0].text}; {faults[0].hint}"
     if drafter is None:
         return {"problem": problem} if problem else None
     return {
@@ -124,7 +128,8 @@ def plan_facts(
     rehearsal, if there was one. `folder`: on whose disk the output would lie."""
     wants, refused = needs(plan, device), refusal(plan, device, has)
     free, release = None if folder is None else free_bytes(folder), release_of(plan.layout)
-    notes = [*plan.notes, *([f"quantize would refuse: {refused}; {refused.hint}"] if refused else [])]
+    refusals = [error for error in (plan.json_refusal, refused) if error]
+    notes = [*plan.notes, *(f"quantize would refuse: {error}; {error.hint}" for error in refusals)]
     if free is not None and free < plan.shard_bytes + plan.side_bytes:
         notes.append(f"{folder}: has room for {size(free)} only")
     return PlanDocument(

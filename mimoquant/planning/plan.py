@@ -13,11 +13,12 @@ from typing import Any
 from mimoquant.__version__ import __version__
 from mimoquant.checkpoint.hf_files import CONFIG_NAME, side_files
 from mimoquant.checkpoint.index import CheckpointIndex, open_index, read_json_inside
-from mimoquant.errors import RecipeError
+from mimoquant.errors import MimoquantError, RecipeError
 from mimoquant.model.drafter import carried_drafter
 from mimoquant.model.layout import PROJECTIONS, ModelLayout, read_layout
 from mimoquant.model.releases import base_model_note
 from mimoquant.planning.recipe import Recipe
+from mimoquant.planning.side_json import Fault, json_faults, refusal
 from mimoquant.planning.units import Unit, UnitBuilder
 from mimoquant.quant.formats import Format
 from mimoquant.weights.container import COMPRESSED_TENSORS, MODELOPT, NATIVE, keeps_fp8, output_config
@@ -39,10 +40,22 @@ class Plan:
     formats: dict[int, Format]
     carve_outs: dict[int, str]
     units: list[Unit]
-    side_files: dict[str, int]  # relative path → bytes, copied
+    side_files: dict[str, int]  # relative path → bytes, copied; or `mended`
     notes: list[str]
     config: dict[str, Any]
     index_metadata: dict[str, Any] = field(default_factory=dict)
+    json_faults: tuple[Fault, ...] = ()  # of the side files
+
+    @property
+    def json_refusal(self) -> MimoquantError | None:
+        """A side file that no parser takes and the recipe does not mend, if there is one."""
+        return refusal(self.json_faults, mend=self.recipe.mend_json)
+
+    @property
+    def mended(self) -> dict[str, bytes]:
+        """Side files that go out otherwise than they are: name → bytes."""
+        faults = self.json_faults if self.recipe.mend_json else ()
+        return {fault.name: fault.mended for fault in faults if fault.mended is not None}
 
     @property
     def shard_bytes(self) -> int:
@@ -116,6 +129,7 @@ def make_plan(
             "such a k and v on other rows"
         )
     beside = side_files(index.folder, index.file_sizes)
+    faults = json_faults(layout, beside.sizes)
     if beside.left_out:
         notes.append(f"not copied: {', '.join(beside.left_out)}")
     plan = Plan(
@@ -128,7 +142,10 @@ def make_plan(
         beside.sizes,
         notes,
         output_config(config, chosen, formats, carve_outs, builder.bf16_qkv),
+        json_faults=faults,
     )
+    plan = replace(plan, side_files=plan.side_files | {name: len(data) for name, data in plan.mended.items()})
+    notes += [f"{name} is written mended, without a comma that no JSON parser takes" for name in plan.mended]
     metadata = dict(index.metadata) if chosen == NATIVE else {}
     return replace(plan, index_metadata=metadata | {"total_size": plan.tensor_bytes})
 
@@ -285,7 +302,7 @@ def _notes(layout: ModelLayout, recipe: Recipe, container: str, carve_outs: dict
     notes = []
     geometry = layout.geometry
     _, problem = carried_drafter(layout.index.folder, geometry)
-    if problem:
+    if problem and not recipe.mend_json:
         notes.append(f"the drafter is copied as it is, but {problem}")
     dequantized = sum(weight.scale is not None for weights in layout.units.values() for weight in weights)
     if not keeps_fp8(container) and dequantized:

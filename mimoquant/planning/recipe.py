@@ -61,6 +61,7 @@ _BLOCK_KEYS = {
     "refine",
     "signed_scales",
     "base_model",
+    "mend_json",
 }
 # what the command line calls them
 _OPTIONS = {"reconstruct": "refine", "reconstruct_layers": "refine-layer", "column": "data-column"}
@@ -103,6 +104,7 @@ class Recipe:
     extra: dict[str, dict[str, Any]] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)  # of the run that wrote this recipe, if one did
     base_model: str | None = None  # the source's repository on the Hub, where its user says it
+    mend_json: bool = False  # whether JSON files beside the shards are mended where no parser takes them
 
     def group_of(self, module: str, ignored: bool) -> Group | None:
         """The group that claims `module`, or None where it is ignored or nobody does."""
@@ -136,9 +138,10 @@ class Recipe:
             )
         return replace(self, calibration=replace(self.calibration, **changes))
 
-    def of_base(self, named: str | None) -> Recipe:
-        """The recipe for a source that is from this repository. Raises UsageError where the name is none."""
-        return replace(self, base_model=check_repository(named)) if named is not None else self
+    def chosen(self, base_model: str | None, *, mend_json: bool) -> Recipe:
+        """The recipe with what was chosen beside it. Raises UsageError where `base_model` is no repository's name."""
+        base = self.base_model if base_model is None else check_repository(base_model)
+        return replace(self, base_model=base, mend_json=self.mend_json or mend_json)
 
     def expert_method(self) -> Method:
         damp = float(self.extra.get("GPTQModifier", {}).get("dampening_frac", DAMP))
@@ -188,6 +191,8 @@ class Recipe:
         block["carve_outs"] = dict(sorted(self.carve_outs.items()))
         if self.base_model is not None:
             block["base_model"] = self.base_model
+        if self.mend_json:
+            block["mend_json"] = True
         return {"default_stage": {"default_modifiers": modifiers}, "mimoquant": block}
 
 
@@ -394,6 +399,12 @@ class _Parser:
                 self.fail(f"{where}.weights.{key} is {weights[key]!r}, {fmt.label} stores {stored[key]!r}")
         return fmt
 
+    def yes_or_no(self, block: dict[Any, Any], key: str, *, default: bool) -> bool:
+        value = block.get(key, default)
+        if not isinstance(value, bool):
+            self.fail(f"{key} is {value!r}, expected true or false")
+        return value
+
     def base_model(self, value: Any) -> str | None:
         if value is not None and not (isinstance(value, str) and is_repository(value)):
             self.fail(f"base_model is {value!r}, expected owner/model as the Hub has it")
@@ -417,13 +428,11 @@ class _Parser:
         for layer, kind in carve_outs.items():
             if type(layer) is not int or layer < 0 or kind not in CARVE_OUTS:
                 self.fail(f"carve_outs has {layer!r}: {kind!r}; expected a layer number and bf16 or fp8")
-        fold, refine, signed = block.get("fold", "pow2"), block.get("refine", 2), block.get("signed_scales", True)
+        fold, refine = block.get("fold", "pow2"), block.get("refine", 2)
         if fold not in _FOLDS:
             self.fail(f"fold {fold!r} is unknown", f"known are {', '.join(_FOLDS)}")
         if type(refine) is not int or not 0 <= refine <= 100:
             self.fail(f"refine is {refine!r}, expected a number of rounds")
-        if not isinstance(signed, bool):
-            self.fail(f"signed_scales is {signed!r}, expected true or false")
         held = parse_calibration(block.get("calibration"), self.fail)
         recipe = replace(
             recipe,
@@ -432,9 +441,10 @@ class _Parser:
             carve_outs=dict(carve_outs),
             fold=fold,
             refine=refine,
-            signed_scales=signed,
+            signed_scales=self.yes_or_no(block, "signed_scales", default=True),
             provenance=self.mapping(block.get("provenance") or {}, "provenance"),
             base_model=self.base_model(block.get("base_model")),
+            mend_json=self.yes_or_no(block, "mend_json", default=False),
         )
         unused = {
             "calibration": not recipe.calibrated,

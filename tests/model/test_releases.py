@@ -6,6 +6,7 @@ import copy
 import json
 import lzma
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from mimoquant.cli.app import app
 from mimoquant.model.geometry import read_geometry
 from mimoquant.model.layout import ModelLayout, Weight
 from mimoquant.model.releases import base_model, base_model_note, release_of
+from mimoquant.planning import side_json
 
 INDEX_OF_V26 = {"save_format": "mxfp4", "total_size": 172923364096, "tp_size": 4}
 TOWERS = {"MiMo-V2.5", "MiMo-V2.6-Flash", "MiMo-V2.6-Pro"}
@@ -101,6 +103,17 @@ def test_v25_in_mxfp4_is_not_v26(shared: Path) -> None:
     config["quantization_config"] |= {"store_dtype": "mxfp4", "mxfp4_block_size": 32}
     release = release_of(layout(config, metadata, towers=True))
     assert release is not None and (release.name, release.repositories) == ("MiMo-V2.5", ())
+
+
+def test_the_revision_that_mends_a_file_of_flash_is_named(shared: Path, tmp_path: Path) -> None:
+
+    (tmp_path / "dflash").mkdir()
+    (tmp_path / "dflash" / "config.json").write_text('{"a": [1, 2],\n}\n')
+    for name, told in (("MiMo-V2.6-Flash", True), ("MiMo-V2.5", False)):
+        found = layout(*published(shared, name), towers=True)
+        found = replace(found, index=replace(found.index, folder=tmp_path))
+        (fault,) = side_json.json_faults(found, ["dflash/config.json"])
+        assert ("b2674c72" in fault.hint) == told and "--mend-json" in fault.hint
 
 
 def test_a_named_base_model_is_in_card_and_recipe_and_proven(tmp_path: Path) -> None:
