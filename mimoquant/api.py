@@ -56,6 +56,8 @@ def plan(
     refine: int | None = None,
     refine_layer: Sequence[int] | None = None,
     container: str | None = None,
+    dense: str | None = None,
+    input_scales: str | None = None,
     measure: bool = False,
     allow_unknown: bool = False,
 ) -> PlanDocument:
@@ -67,14 +69,16 @@ def plan(
         data, sequences, tokens: what to calibrate on, where the recipe says otherwise; data_column: of its records,
             only that is read. refine, refine_layer: as for
             `quantize`.
+        dense, input_scales: of ModelOpt's container: whether FP8 beside the experts stays ("fp8") or becomes "bf16",
+            whether they have input scales of 1 ("unit") or "none".
         measure: rehearse the plan's steps on one chunk of experts, to tell the time.
     Raises UsageError, RecipeError, CheckpointError.
     """
-    from mimoquant.assembly.choices import CalibrationChoice, PlanChoice
+    from mimoquant.assembly.choices import CalibrationChoice, OutputChoice, PlanChoice
     from mimoquant.assembly.plans import plan_document
 
     calibration = CalibrationChoice(data, sequences, tokens, refine, refine_layer, data_column)
-    choice = PlanChoice(recipe, container, allow_unknown, calibration)
+    choice = PlanChoice(recipe, container, allow_unknown, calibration, OutputChoice(dense, input_scales))
     folder = None if out is None else Path(out)
     return plan_document(source, choice, device=device, gpu_memory=gpu_memory, folder=folder, measure=measure)
 
@@ -95,6 +99,8 @@ def quantize(
     refine: int | None = None,
     refine_layer: Sequence[int] | None = None,
     container: str | None = None,
+    dense: str | None = None,
+    input_scales: str | None = None,
     base_model: str | None = None,
     mend_json: bool = False,
     allow_unknown: bool = False,
@@ -111,13 +117,14 @@ def quantize(
     Raises UsageError, RecipeError: nothing was done. CheckpointError: bad data. QualityError: too many starved experts.
     StoppedError: the disk; resumable.
     """
-    from mimoquant.assembly.choices import CalibrationChoice, PlanChoice
+    from mimoquant.assembly.choices import CalibrationChoice, OutputChoice, PlanChoice
     from mimoquant.assembly.plans import QuantizeRun
     from mimoquant.machine.devices import resolve_device
     from mimoquant.machine.team import Team
 
     calibration = CalibrationChoice(data, sequences, tokens, refine, refine_layer, data_column)
-    choice = PlanChoice(recipe, container, allow_unknown, calibration, base_model, mend_json)
+    output = OutputChoice(dense, input_scales, base_model, mend_json)
+    choice = PlanChoice(recipe, container, allow_unknown, calibration, output)
     run = QuantizeRun(source, choice, out, Team(resolve_device(device)), gpu_memory=gpu_memory, resume=resume)
     told = (lambda unit, size_bytes, finished: progress(unit.name, size_bytes, finished)) if progress else None
     return run.execute(told)

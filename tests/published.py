@@ -144,6 +144,18 @@ def native_mxfp4(source: Path, out: Path) -> tuple[Path, Path]:
     return write(out / "native", config, stored, chunks), twin(out / "native-twin", config, values)
 
 
+def small_v26(source: Path, out: Path) -> Path:
+    """As V2.6: MXFP4 experts, a router in bf16, and what its config.json has that V2.5's has not."""
+    folder = native_mxfp4(source, out)[0]
+    config, tensors = read(folder)
+    tensors |= {name: value.bfloat16() for name, value in tensors.items() if name.endswith("mlp.gate.weight")}
+    rope = {"rope_type": "default", "type": "default", "rope_theta": config["rope_theta"]}
+    rope["partial_rotary_factor"] = config["partial_rotary_factor"]
+    config |= {"moe_router_dtype": "bfloat16", "num_nextn_predict_layers": 3, "rope_parameters": rope}
+    chunks = {"save_format": "mxfp4", "tp_size": config["num_key_value_heads"]}
+    return write(out / "v26", config, tensors, chunks)
+
+
 def modelopt_nvfp4(source: Path, out: Path) -> tuple[Path, Path]:
     """As lukealonso publishes V2.5: NVFP4 experts; attention and dense MLP in MXFP8 whose `weight_scale_inv` is a
     scale; qkv as [Q|K|V], though the config still says fused_qkv and the index tp_size."""

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import published
 import pytest
 import torch
@@ -12,14 +16,19 @@ from micro import MICRO
 from typer.testing import CliRunner
 
 from mimoquant import pipeline
+from mimoquant.calibration.tokens import TokenSet
 from mimoquant.checkpoint.index import open_index
 from mimoquant.checkpoint.journal import file_sha256
 from mimoquant.cli.app import app
 from mimoquant.errors import CheckpointError, RecipeError
+from mimoquant.evaluation.eval_kl import eval_kl
+from mimoquant.model.layout import PROJECTIONS
 from mimoquant.output.verify import verify
 from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import load_recipe, parse_recipe
 from mimoquant.planning.units import Unit
+from mimoquant.serving.check import check
+from mimoquant.serving.served import planned
 
 EXPERT = "model.layers.2.mlp.experts.3.down_proj"
 
@@ -30,12 +39,29 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     base = tmp_path_factory.mktemp("sources")
     plan = make_plan(MICRO, load_recipe("mxfp4-mse"), container="compressed-tensors")
     pipeline.quantize(plan, base / "ct", device="cpu")
-    return {"native": published.native_mxfp4(MICRO, base)[0], "compressed-tensors": base / "ct"}
+    (base / "later").mkdir()
+    v26 = published.small_v26(MICRO, base / "later")
+    return {"native": published.native_mxfp4(MICRO, base)[0], "compressed-tensors": base / "ct", "v2.6": v26}
 
 
 def cast_into(source: Path, out: Path, container: str) -> Path:
     pipeline.quantize(make_plan(source, load_recipe("nvfp4-cast"), container=container), out, device="cpu")
     return out
+
+
+def tensors_of(folder: Path) -> published.Tensors:
+    return published.read(folder)[1]
+
+
+def same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
+    alike = (one.dtype, one.shape) == (other.dtype, other.shape)
+    return alike and torch.equal(*(value.reshape(-1).view(torch.uint8) for value in (one, other)))
+
+
+def j(source: Path, candidate: Path) -> float:
+    ids = np.random.default_rng(3).integers(0, 1024, (2, 64))
+    tokens = TokenSet("test", ids, ("a", "b"), "0" * 64, ("0", "1"), ("test",))
+    return float(eval_kl(source, candidate, tokens, noise_floor=False)["j"]["mean"])
 
 
 def experts(folder: Path) -> dict[str, torch.Tensor]:
@@ -136,3 +162,107 @@ def test_a_cast_is_of_nvfp4_alone() -> None:
     assert "cast" in text
     with pytest.raises(RecipeError, match="scale_search cast makes NVFP4 of MXFP4 and nothing else"):
         parse_recipe(text, "mxfp4-cast")
+
+
+# --- FP8 beside the experts in ModelOpt's container -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def dense(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """V2.6 as NVFP4 with its FP8 and input scales, by the command line."""
+    out = tmp_path_factory.mktemp("dense") / "out"
+    options = ["-r", "nvfp4-cast", "--container", "modelopt", "--dense", "fp8", "--input-scales", "unit", "-q"]
+    made = CliRunner().invoke(app, ["quantize", str(sources["v2.6"]), "-o", str(out), *options])
+    assert made.exit_code == 0, made.output
+    return out
+
+
+def test_everything_but_experts_is_the_sources_bytes(sources: dict[str, Path], dense: Path) -> None:
+    before, after = tensors_of(sources["v2.6"]), tensors_of(dense)
+    rest = [name for name in before if ".experts." not in name]
+    assert rest == [name for name in before if name in after and ".experts." not in name]
+    assert all(same_bytes(before[name], after[name]) for name in rest)
+    assert len(after) == len(before) + 2 * 96
+    scales = [value for name, value in after.items() if name.endswith(".input_scale")]
+    assert len(scales) == 96 and all(same_bytes(scale, torch.ones(())) for scale in scales)
+    values = experts(dense)
+    for module, expected in experts(sources["v2.6"]).items():
+        assert torch.equal(expected.view(torch.int16), values[module].view(torch.int16)), module
+    metadata = json.loads((dense / "model.safetensors.index.json").read_text())["metadata"]
+    assert metadata["tp_size"] == 2 and "save_format" not in metadata
+
+
+def test_the_config_names_what_is_fp8_and_in_4_bits(sources: dict[str, Path], dense: Path) -> None:
+    config = json.loads((dense / "config.json").read_text())
+    layers = config["quantization_config"]["quantized_layers"]
+    fp8 = {
+        name[: -len(".weight")]
+        for name, value in tensors_of(dense).items()
+        if value.dtype == torch.float8_e4m3fn and "weight_scale" not in name
+    }
+    blocks = {name for name, entry in layers.items() if entry["quant_algo"] == "FP8_BLOCK_SCALES"}
+    assert fp8 <= blocks and all(layers[name]["group_size"] == 128 for name in blocks)
+    engines = {"model.layers.0.mlp.gate_up_proj", *(f"model.mtp.layers.{n}.mlp.gate_up_proj" for n in range(3))}
+    draft = {
+        f"model.decoder.{part}"
+        for part in ("self_attn.qkv_proj", *(f"mlp.{p}_proj" for p in (*PROJECTIONS, "gate_up")))
+    }
+    assert blocks - fp8 == engines | draft
+    assert {entry["quant_algo"] for name, entry in layers.items() if name not in blocks} == {"NVFP4"}
+    assert config["attention_projection_layout"] == "fused_qkv"
+    beside = json.loads((dense / "hf_quant_config.json").read_text())["quantization"]
+    assert beside["quantized_layers"] == layers
+
+
+def test_its_values_are_the_sources_to_the_bit(sources: dict[str, Path], dense: Path) -> None:
+    report = verify(dense, sources["v2.6"])
+    assert report.ok and report.checked["quantized tensors"] == 96, report.problems
+    assert j(sources["v2.6"], dense) == 0
+
+
+def test_another_input_scale_is_seen(sources: dict[str, Path], dense: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(dense, tmp_path / "out"))
+    info = open_index(out).tensors[f"{EXPERT}.input_scale"]
+    raw = bytearray((out / info.file).read_bytes())
+    raw[info.offset + 3] ^= 0x01
+    (out / info.file).write_bytes(raw)
+    assert f"{EXPERT}.input_scale: its values are not the source's" in verify(out, sources["v2.6"]).problems
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--dense", "fp8"], "is for the modelopt container"),
+        (["--input-scales", "unit", "--container", "compressed-tensors"], "is for the modelopt container"),
+    ],
+)
+def test_other_containers_have_neither(sources: dict[str, Path], options: list[str], said: str, tmp_path: Path) -> None:
+    asked = ["quantize", str(sources["v2.6"]), "-r", "nvfp4-cast", "-o", str(tmp_path / "out"), *options]
+    refused = CliRunner().invoke(app, asked)
+    assert refused.exit_code == 2 and said in refused.stderr, refused.output
+
+
+def test_a_source_without_fp8_has_none_to_keep(sources: dict[str, Path]) -> None:
+    recipe = load_recipe("nvfp4-cast").stored_as({"dense": "fp8"})
+    with pytest.raises(RecipeError, match="has no FP8 blocks beside its experts"):
+        make_plan(sources["compressed-tensors"], recipe, container="modelopt")
+
+
+def test_flash_is_planned_at_the_size_of_the_public_casts(shared: Path, tmp_path: Path) -> None:
+    """145,273 tensors of 182,386,002,688 bytes, as three releases have them; nothing is written."""
+    tool, folder = shared / "tools" / "make_sparse_checkpoint.py", tmp_path / "flash"
+    if not tool.is_file():
+        pytest.skip(f"{tool} is not there")
+    subprocess.run([sys.executable, tool, "v26-flash", folder], check=True, capture_output=True)
+    recipe = load_recipe("nvfp4-cast").stored_as({"dense": "fp8", "input_scales": "unit"})
+    plan = make_plan(folder, recipe, container="modelopt")
+    assert sum(len(unit.entries) for unit in plan.units) == 145_273 and plan.tensor_bytes == 182_386_002_688
+    found = {engine: check(planned(plan), engine) for engine in ("vllm", "sglang")}
+    assert [p.verdict for p in found["vllm"] if p.fails] == ["refused"] and "#55496" in found["vllm"][0].source
+    assert not any(problem.fails for problem in found["sglang"])
+
+
+def test_its_qkv_is_not_relaid(dense: Path, tmp_path: Path) -> None:
+    asked = ["relayout", str(dense), "--qkv", "split", "--dtype", "bf16", "-o", str(tmp_path / "out")]
+    refused = CliRunner().invoke(app, asked)
+    assert refused.exit_code == 2 and "its qkv is FP8 in ModelOpt's container" in refused.stderr

@@ -46,19 +46,32 @@ class CalibrationChoice:
 
 
 @dataclass(frozen=True)
-class PlanChoice:
-    """A recipe for a source. `recipe`: a shipped name, or a file. `container`: None lets recipe and source decide.
+class OutputChoice:
+    """How an output is stored beside its experts' formats, where the recipe says otherwise; None leaves it to that.
 
-    `base_model`: the source's repository on the Hub, for the card; None: what its files or the recipe say. `mend_json`:
-    whether JSON files that no parser takes are written mended.
+    `dense`, `input_scales`: of ModelOpt's container. `base_model`: the source's repository on the Hub, for the card.
+    `mend_json`: whether JSON files that no parser takes are written mended.
     """
+
+    dense: str | None = None
+    input_scales: str | None = None
+    base_model: str | None = None
+    mend_json: bool = False
+
+    def changes(self) -> dict[str, Any]:
+        """For `Recipe.stored_as`."""
+        return {key: value for key, value in vars(self).items() if value}
+
+
+@dataclass(frozen=True)
+class PlanChoice:
+    """A recipe for a source. `recipe`: a shipped name, or a file. `container`: None lets recipe and source decide."""
 
     recipe: str
     container: str | None = None
     allow_unknown: bool = False
     calibration: CalibrationChoice = field(default_factory=CalibrationChoice)
-    base_model: str | None = None
-    mend_json: bool = False
+    output: OutputChoice = field(default_factory=OutputChoice)
 
 
 @dataclass(frozen=True)

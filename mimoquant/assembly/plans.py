@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 def fitted_plan(source: Path | str, choice: PlanChoice, device: str, has: Machine, ranks: int = 1) -> Plan:
     """The plan in chunks that fit a machine."""
     recipe = load_recipe(choice.recipe).calibrated_on(choice.calibration.changes())
-    recipe = recipe.chosen(choice.base_model, mend_json=choice.mend_json)
+    recipe = recipe.stored_as(choice.output.changes())
 
     def make(chunk_bytes: int) -> Plan:
         return make_plan(

@@ -19,6 +19,20 @@ class Container(StrEnum):
     MODELOPT = "modelopt"
 
 
+class Dense(StrEnum):
+    """`--dense`: FP8 beside the experts, in ModelOpt's container."""
+
+    BF16 = "bf16"
+    FP8 = "fp8"
+
+
+class InputScales(StrEnum):
+    """`--input-scales`: of experts' activations, in ModelOpt's container."""
+
+    NONE = "none"
+    UNIT = "unit"
+
+
 class Layout(StrEnum):
     """`synth --layout`: the published on-disk formats."""
 
@@ -99,6 +113,14 @@ BaseModelOption = Annotated[
         help="What the card names as base model: the source's repository on the Hub, where its files do not tell.",
         metavar="OWNER/NAME",
     ),
+]
+DenseOption = Annotated[
+    Dense | None,
+    typer.Option(help="What FP8 attention, dense MLP and MTP become with --container modelopt; by default bf16."),
+]
+InputScalesOption = Annotated[
+    InputScales | None,
+    typer.Option(help="Input scales of the experts with --container modelopt: none (weights only), or 1 for each."),
 ]
 MendOption = Annotated[
     bool,

@@ -14,10 +14,12 @@ from mimoquant.cli.options import (
     ContainerOption,
     DataColumnOption,
     DataOption,
+    DenseOption,
     DeviceOption,
     Engine,
     Gpu,
     GpuMemoryOption,
+    InputScalesOption,
     JsonOption,
     Layout,
     MendOption,
@@ -68,6 +70,8 @@ def plan(
     refine: RefineOption = None,
     refine_layer: RefineLayersOption = None,
     container: ContainerOption = None,
+    dense: DenseOption = None,
+    input_scales: InputScalesOption = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Also tell the time, by a rehearsal on some experts.")
     ] = False,
@@ -94,6 +98,8 @@ def plan(
         refine=refine,
         refine_layer=refine_layer,
         container=option_value(container),
+        dense=option_value(dense),
+        input_scales=option_value(input_scales),
         measure=measure,
         allow_unknown=allow_unknown,
     )
@@ -114,6 +120,8 @@ def quantize(
     refine: RefineOption = None,
     refine_layer: RefineLayersOption = None,
     container: ContainerOption = None,
+    dense: DenseOption = None,
+    input_scales: InputScalesOption = None,
     base_model: BaseModelOption = None,
     mend_json: MendOption = False,
     html: Annotated[
@@ -127,14 +135,15 @@ def quantize(
     allow_unknown: UnknownOption = False,
 ) -> None:
     """Write the 4-bit checkpoint. The folder appears only when it is complete; an interrupted run can be resumed."""
-    from mimoquant.assembly.choices import CalibrationChoice, PlanChoice
+    from mimoquant.assembly.choices import CalibrationChoice, OutputChoice, PlanChoice
     from mimoquant.assembly.plans import QuantizeRun, data_notes
     from mimoquant.machine.devices import resolve_device
     from mimoquant.machine.team import Team
     from mimoquant.report import coverage_page, verb_text
 
     calibration = CalibrationChoice(data, sequences, tokens, refine, refine_layer, data_column)
-    choice = PlanChoice(recipe, option_value(container), allow_unknown, calibration, base_model, mend_json)
+    output = OutputChoice(option_value(dense), option_value(input_scales), base_model, mend_json)
+    choice = PlanChoice(recipe, option_value(container), allow_unknown, calibration, output)
     with Team.from_environment(resolve_device(device)) as team:
         run = QuantizeRun(source, choice, out, team, gpu_memory=gpu_memory, resume=resume)
         if html is not None:

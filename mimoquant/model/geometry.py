@@ -67,7 +67,7 @@ class Geometry:
     global_attention: Attention
     sliding_attention: Attention
     fp8: bool  # 128x128 blocks
-    mxfp8: bool  # weights beside the experts may be FP8 with an E8M0 scale for 32 of a row
+    mxfp8: bool  # ModelOpt's: weights beside the experts may be FP8 with an E8M0 scale for 32 of a row, or in blocks
 
     def attention(self, layer: int) -> Attention:
         return self.sliding_attention if self.sliding[layer] else self.global_attention

@@ -248,13 +248,14 @@ class _Claims:
             raise CheckpointError(f"{self.where}: {name} is FP8 but {name}_scale_inv is missing")
         if self.geometry.mxfp8 and (scale.dtype, scale.shape) == ("U8", (shape[0], shape[1] // MXFP8_BLOCK)):
             return scale
-        if not self.geometry.fp8:
+        if not (self.geometry.fp8 or self.geometry.mxfp8):
             raise CheckpointError(f"{self.where}: {name} is FP8, config.json has no quantization_config for it")
         allowed = [(rows, math.ceil(shape[1] / FP8_BLOCK)) for rows in scale_row_counts(self.geometry, role, shape[0])]
         if scale.dtype != "F32" or scale.shape not in allowed:
+            mxfp8 = f" or U8{[shape[0], shape[1] // MXFP8_BLOCK]}" if self.geometry.mxfp8 else ""
             raise CheckpointError(
                 f"{self.where}: {name}_scale_inv is {scale.dtype}{list(scale.shape)}, expected F32"
-                f"{' or '.join(str(list(shape)) for shape in allowed)}"
+                f"{' or '.join(str(list(blocks)) for blocks in allowed)}{mxfp8}"
             )
         return scale
 

@@ -29,6 +29,9 @@ class Header(Protocol):
     """A tensor of an index or of a plan."""
 
     @property
+    def dtype(self) -> str: ...
+
+    @property
     def shape(self) -> tuple[int, ...]: ...
 
 
@@ -82,10 +85,13 @@ def possible_chunks(geometry: Geometry) -> list[int]:
 def with_chunks(geometry: Geometry, tensors: Mapping[str, Header], metadata: dict[str, Any], where: str) -> Geometry:
     """The geometry with the chunks that its fused qkv is stored in: `tp_size` of the index, or what scale rows prove.
 
-    Raises CheckpointError where they contradict each other, or neither tells: in bf16 all orders look alike.
+    Raises CheckpointError where they contradict each other, or neither tells: in bf16 all orders look alike. ModelOpt's
+    exports are [Q|K|V], but for those that leave the published FP8 blocks as they were.
     """
-    if not geometry.fused_qkv or geometry.mxfp8:
+    scales = {name: scale for name, scale in tensors.items() if name.endswith("self_attn.qkv_proj.weight_scale_inv")}
+    if not geometry.fused_qkv or (geometry.mxfp8 and not any(scale.dtype == "F32" for scale in scales.values())):
         return geometry
+    published = geometry.global_attention.kv_heads
     said, possible = metadata.get("tp_size"), possible_chunks(geometry)
     if said is not None and (type(said) is not int or said not in possible):
         kinds = (geometry.global_attention, geometry.sliding_attention)
@@ -95,16 +101,15 @@ def with_chunks(geometry: Geometry, tensors: Mapping[str, Header], metadata: dic
         )
     blocked = [
         (tensors[name.removesuffix("_scale_inv")].shape[0], scale.shape[0])
-        for name, scale in tensors.items()
-        if name.endswith("self_attn.qkv_proj.weight_scale_inv") and name.removesuffix("_scale_inv") in tensors
+        for name, scale in scales.items()
+        if name.removesuffix("_scale_inv") in tensors
     ]
     proven = [n for n in possible if all(n * math.ceil(rows / n / BLOCK) == count for rows, count in blocked)]
     if said is None and len(proven) > 1:
         raise CheckpointError(
             f"{where}: the fused qkv may be interleaved over {' or '.join(map(str, proven))} ranks, and the index has "
             "no tp_size",
-            hint=f'add "tp_size" to the metadata of the index: {geometry.qkv_chunks} for the published order, '
-            "1 for [Q|K|V]",
+            hint=f'add "tp_size" to the metadata of the index: {published} for the published order, 1 for [Q|K|V]',
         )
     if said is not None and proven and said not in proven:
         raise CheckpointError(
@@ -112,4 +117,4 @@ def with_chunks(geometry: Geometry, tensors: Mapping[str, Header], metadata: dic
             f"{' or '.join(map(str, proven))}"
         )
     # with none proven, the scales have no right shape, which is told by name when they are read
-    return replace(geometry, qkv_chunks=said or (proven[0] if proven else geometry.qkv_chunks))
+    return replace(geometry, qkv_chunks=said or (proven[0] if proven else published))

@@ -11,6 +11,7 @@ Problems are collected, not thrown: a report of all that is wrong beats the firs
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -19,7 +19,7 @@ from mimoquant.model.layout import PROJECTIONS, ModelLayout, read_layout
 from mimoquant.model.releases import base_model_note
 from mimoquant.planning.recipe import Recipe
 from mimoquant.planning.side_json import Fault, json_faults, refusal
-from mimoquant.planning.units import Unit, UnitBuilder
+from mimoquant.planning.units import Copy, Unit, UnitBuilder
 from mimoquant.quant.formats import Format
 from mimoquant.weights.container import COMPRESSED_TENSORS, MODELOPT, NATIVE, keeps_fp8, output_config
 from mimoquant.weights.stored import packed_format
@@ -49,12 +49,12 @@ class Plan:
     @property
     def json_refusal(self) -> MimoquantError | None:
         """A side file that no parser takes and the recipe does not mend, if there is one."""
-        return refusal(self.json_faults, mend=self.recipe.mend_json)
+        return refusal(self.json_faults, mend=self.recipe.output.mend_json)
 
     @property
     def mended(self) -> dict[str, bytes]:
         """Side files that go out otherwise than they are: name → bytes."""
-        faults = self.json_faults if self.recipe.mend_json else ()
+        faults = self.json_faults if self.recipe.output.mend_json else ()
         return {fault.name: fault.mended for fault in faults if fault.mended is not None}
 
     @property
@@ -120,7 +120,7 @@ def make_plan(
     if chosen == MODELOPT:
         formats = {layer: replace(fmt, pow2_global=True) for layer, fmt in formats.items()}
     recipe = _with_carve_outs(recipe, carve_outs)
-    builder = UnitBuilder(layout, chosen, formats, carve_outs, chunk_bytes)
+    builder = UnitBuilder(layout, chosen, formats, carve_outs, chunk_bytes, recipe.output)
     units = builder.units()
     notes += _notes(layout, recipe, chosen, carve_outs)
     if builder.bf16_qkv:
@@ -141,13 +141,33 @@ def make_plan(
         units,
         beside.sizes,
         notes,
-        output_config(config, chosen, formats, carve_outs, builder.bf16_qkv),
+        output_config(
+            config,
+            chosen,
+            formats,
+            carve_outs,
+            builder.bf16_qkv,
+            fp8_modules=_fp8_modules(units) if chosen == MODELOPT else (),
+            input_scales=recipe.output.input_scales,
+        ),
         json_faults=faults,
     )
-    plan = replace(plan, side_files=plan.side_files | {name: len(data) for name, data in plan.mended.items()})
-    notes += [f"{name} is written mended, without a comma that no JSON parser takes" for name in plan.mended]
-    metadata = dict(index.metadata) if chosen == NATIVE else {}
-    return replace(plan, index_metadata=metadata | {"total_size": plan.tensor_bytes})
+    return _finished(plan)
+
+
+def _finished(plan: Plan) -> Plan:
+    """A plan with what follows from its units and its faulty side files."""
+    mended = plan.mended
+    notes = [*plan.notes, *(f"{name} is written mended, without a comma that no JSON parser takes" for name in mended)]
+    metadata = dict(plan.layout.index.metadata) if keeps_fp8(plan.container, plan.recipe.output.dense) else {}
+    if plan.container != NATIVE:
+        metadata.pop("save_format", None)
+    return replace(
+        plan,
+        side_files=plan.side_files | {name: len(data) for name, data in mended.items()},
+        notes=notes,
+        index_metadata=metadata | {"total_size": plan.tensor_bytes},
+    )
 
 
 def read_config(index: CheckpointIndex) -> dict[str, Any]:
@@ -257,8 +277,14 @@ def _choose_container(
     notes: list[str],
 ) -> str:
     if wanted == MODELOPT:
-        _check_modelopt(recipe, formats, carve_outs)
+        _check_modelopt(layout, recipe, formats, carve_outs)
         return MODELOPT
+    if recipe.output.dense == "fp8" or recipe.output.input_scales != "none":
+        told = f"dense {recipe.output.dense} with input scales {recipe.output.input_scales}"
+        raise RecipeError(
+            f"recipe {recipe.name}: {told} is for the modelopt container",
+            hint="add --container modelopt; native keeps FP8 by itself, compressed-tensors has no place for it",
+        )
     only_mxfp4 = all(fmt.name == "mxfp4" for fmt in formats.values())
     obstacle = None
     if not only_mxfp4:
@@ -280,7 +306,9 @@ def _choose_container(
     return chosen
 
 
-def _check_modelopt(recipe: Recipe, formats: dict[int, Format], carve_outs: dict[int, str]) -> None:
+def _check_modelopt(
+    layout: ModelLayout, recipe: Recipe, formats: dict[int, Format], carve_outs: dict[int, str]
+) -> None:
     other = next((fmt for fmt in formats.values() if fmt.name != "nvfp4"), None)
     problem = f"not {other.label}" if other else "and no layer of FP8 experts" if "fp8" in carve_outs.values() else None
     if problem:
@@ -288,6 +316,18 @@ def _check_modelopt(recipe: Recipe, formats: dict[int, Format], carve_outs: dict
             f"recipe {recipe.name}: the modelopt container holds NVFP4, {problem}",
             hint=f"use --container {COMPRESSED_TENSORS}",
         )
+    scales = {weight.scale.dtype for weights in layout.units.values() for weight in weights if weight.scale}
+    if recipe.output.dense == "fp8" and scales != {"F32"}:
+        raise RecipeError(
+            f"recipe {recipe.name}: dense is fp8, and {layout.index.folder} has no FP8 blocks beside its experts",
+            hint="leave --dense out",
+        )
+
+
+def _fp8_modules(units: list[Unit]) -> list[str]:
+    """Matrices beside the experts that go out in FP8 with their block scales."""
+    copies = (step for unit in units for step in unit.steps if isinstance(step, Copy))
+    return [step.weight.name.removesuffix(".weight") for step in copies if step.info == step.weight.scale]
 
 
 def _with_carve_outs(recipe: Recipe, carve_outs: dict[int, str]) -> Recipe:
@@ -302,21 +342,9 @@ def _notes(layout: ModelLayout, recipe: Recipe, container: str, carve_outs: dict
     notes = []
     geometry = layout.geometry
     _, problem = carried_drafter(layout.index.folder, geometry)
-    if problem and not recipe.mend_json:
+    if problem and not recipe.output.mend_json:
         notes.append(f"the drafter is copied as it is, but {problem}")
-    dequantized = sum(weight.scale is not None for weights in layout.units.values() for weight in weights)
-    if not keeps_fp8(container) and dequantized:
-        why = "has no place for their block scales"
-        if container == MODELOPT:
-            why = "has no name for their block scales that vLLM and SGLang both read"
-        notes.append(
-            f"{dequantized} FP8 weights beside the experts (attention, dense MLP, MTP) become bf16: {container} {why}"
-        )
-    if not keeps_fp8(container) and geometry.fused_qkv:
-        notes.append(
-            f"fused qkv ({geometry.qkv_chunks} interleaved ranks) is written as bf16 q_proj, k_proj, v_proj with "
-            "attention_projection_layout: split, which vLLM and SGLang load rightly at any tensor parallelism"
-        )
+    notes += _dense_notes(layout, recipe, container)
     if container == NATIVE and carve_outs:
         notes.append("bf16 layers in the native container go by ignored_layers, as vLLM 0.33 reads it; SGLang untried")
     if not layout.mtp_layers:
@@ -329,10 +357,40 @@ def _notes(layout: ModelLayout, recipe: Recipe, container: str, carve_outs: dict
             f"calibrates on {', '.join(calibration.data)}: {calibration.sequences} sequences of "
             f"{calibration.tokens} tokens"
         )
-    if unnamed := base_model_note(layout, recipe.base_model):
+    if unnamed := base_model_note(layout, recipe.output.base_model):
         notes.append(unnamed)
     if recipe.real_fold and any(map(recipe.folds_norm, geometry.moe_layers)):
         notes.append("fold exact-real rounds norms and routers anew, so a few tokens may go to other experts")
+    return notes
+
+
+def _dense_notes(layout: ModelLayout, recipe: Recipe, container: str) -> list[str]:
+    """What becomes of FP8 beside the experts, and of their activations."""
+    notes, geometry = [], layout.geometry
+    dequantized = sum(weight.scale is not None for weights in layout.units.values() for weight in weights)
+    keeps = keeps_fp8(container, recipe.output.dense)
+    if not keeps and dequantized:
+        why = "has no place for their block scales"
+        if container == MODELOPT:
+            why = "has no name for their block scales that vLLM and SGLang both read (--dense fp8 keeps them)"
+        notes.append(
+            f"{dequantized} FP8 weights beside the experts (attention, dense MLP, MTP) become bf16: {container} {why}"
+        )
+    if container == MODELOPT and keeps:
+        notes.append(
+            f"{dequantized} weights beside the experts stay FP8 as FP8_BLOCK_SCALES, qkv as it lies: SGLang 0.5.23 "
+            "reads them; vLLM up to 0.33 stops there (issue #55496 and pull request #50617 are open)"
+        )
+    if recipe.output.input_scales == "unit":
+        notes.append(
+            "input scales are 1, so experts are declared NVFP4: kernels on Blackwell round activations to 4 bits by "
+            "them, which J does not know of; others compute weights-only"
+        )
+    if not keeps and geometry.fused_qkv:
+        notes.append(
+            f"fused qkv ({geometry.qkv_chunks} interleaved ranks) is written as bf16 q_proj, k_proj, v_proj with "
+            "attention_projection_layout: split, which vLLM and SGLang load rightly at any tensor parallelism"
+        )
     return notes
 
 

@@ -11,12 +11,12 @@ References: llm-compressor 0.14 recipe format; compressed-tensors 0.19 `Quantiza
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from mimoquant.errors import RecipeError
-from mimoquant.model.releases import check_repository, is_repository
 from mimoquant.planning.calibration_settings import (
     DAMP,
     MODIFIER_DEFAULTS,
@@ -28,6 +28,7 @@ from mimoquant.planning.calibration_settings import (
     parse_calibration,
 )
 from mimoquant.planning.modifiers import FORMAT_KEYS, METHODS, settings_of, weight_observer
+from mimoquant.planning.output_settings import OUTPUT_KEYS, OutputSettings, check_chosen, parse_output_settings
 from mimoquant.planning.strict_yaml import read_yaml
 from mimoquant.quant.formats import GROUP_SIZES, SEARCHES, Format
 from mimoquant.quant.method import Method
@@ -60,8 +61,7 @@ _BLOCK_KEYS = {
     "fold",
     "refine",
     "signed_scales",
-    "base_model",
-    "mend_json",
+    *OUTPUT_KEYS,
 }
 # what the command line calls them
 _OPTIONS = {"reconstruct": "refine", "reconstruct_layers": "refine-layer", "column": "data-column"}
@@ -103,8 +103,7 @@ class Recipe:
     signed_scales: bool = True  # calibrated symmetric int4 may have negative scales
     extra: dict[str, dict[str, Any]] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)  # of the run that wrote this recipe, if one did
-    base_model: str | None = None  # the source's repository on the Hub, where its user says it
-    mend_json: bool = False  # whether JSON files beside the shards are mended where no parser takes them
+    output: OutputSettings = field(default_factory=OutputSettings)
 
     def group_of(self, module: str, ignored: bool) -> Group | None:
         """The group that claims `module`, or None where it is ignored or nobody does."""
@@ -138,10 +137,9 @@ class Recipe:
             )
         return replace(self, calibration=replace(self.calibration, **changes))
 
-    def chosen(self, base_model: str | None, *, mend_json: bool) -> Recipe:
-        """The recipe with what was chosen beside it. Raises UsageError where `base_model` is no repository's name."""
-        base = self.base_model if base_model is None else check_repository(base_model)
-        return replace(self, base_model=base, mend_json=self.mend_json or mend_json)
+    def stored_as(self, changes: Mapping[str, Any]) -> Recipe:
+        """The recipe with other settings of its output. Raises UsageError for what is no repository's name."""
+        return replace(self, output=replace(self.output, **check_chosen(changes)))
 
     def expert_method(self) -> Method:
         damp = float(self.extra.get("GPTQModifier", {}).get("dampening_frac", DAMP))
@@ -189,10 +187,7 @@ class Recipe:
         if self.calibrated:
             block["signed_scales"] = self.signed_scales
         block["carve_outs"] = dict(sorted(self.carve_outs.items()))
-        if self.base_model is not None:
-            block["base_model"] = self.base_model
-        if self.mend_json:
-            block["mend_json"] = True
+        block |= self.output.as_plain()
         return {"default_stage": {"default_modifiers": modifiers}, "mimoquant": block}
 
 
@@ -399,17 +394,6 @@ class _Parser:
                 self.fail(f"{where}.weights.{key} is {weights[key]!r}, {fmt.label} stores {stored[key]!r}")
         return fmt
 
-    def yes_or_no(self, block: dict[Any, Any], key: str, *, default: bool) -> bool:
-        value = block.get(key, default)
-        if not isinstance(value, bool):
-            self.fail(f"{key} is {value!r}, expected true or false")
-        return value
-
-    def base_model(self, value: Any) -> str | None:
-        if value is not None and not (isinstance(value, str) and is_repository(value)):
-            self.fail(f"base_model is {value!r}, expected owner/model as the Hub has it")
-        return value
-
     def block(self, recipe: Recipe, block: dict[Any, Any]) -> Recipe:
         """Apply the `mimoquant:` block."""
         self.known(block, _BLOCK_KEYS, "mimoquant")
@@ -428,11 +412,13 @@ class _Parser:
         for layer, kind in carve_outs.items():
             if type(layer) is not int or layer < 0 or kind not in CARVE_OUTS:
                 self.fail(f"carve_outs has {layer!r}: {kind!r}; expected a layer number and bf16 or fp8")
-        fold, refine = block.get("fold", "pow2"), block.get("refine", 2)
+        fold, refine, signed = block.get("fold", "pow2"), block.get("refine", 2), block.get("signed_scales", True)
         if fold not in _FOLDS:
             self.fail(f"fold {fold!r} is unknown", f"known are {', '.join(_FOLDS)}")
         if type(refine) is not int or not 0 <= refine <= 100:
             self.fail(f"refine is {refine!r}, expected a number of rounds")
+        if not isinstance(signed, bool):
+            self.fail(f"signed_scales is {signed!r}, expected true or false")
         held = parse_calibration(block.get("calibration"), self.fail)
         recipe = replace(
             recipe,
@@ -441,10 +427,9 @@ class _Parser:
             carve_outs=dict(carve_outs),
             fold=fold,
             refine=refine,
-            signed_scales=self.yes_or_no(block, "signed_scales", default=True),
+            signed_scales=signed,
             provenance=self.mapping(block.get("provenance") or {}, "provenance"),
-            base_model=self.base_model(block.get("base_model")),
-            mend_json=self.yes_or_no(block, "mend_json", default=False),
+            output=parse_output_settings(block, self.fail),
         )
         unused = {
             "calibration": not recipe.calibrated,

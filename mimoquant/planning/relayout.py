@@ -105,10 +105,8 @@ def make_relayout(
     index = open_index(source)
     config = read_config(index)
     layout = read_layout(index, config, allow_unknown=allow_unknown, packed=True)
-    target = _target(layout, qkv, tp)
-    dequantized = bf16 and any(
-        weight.scale for weights in layout.units.values() for weight in weights if weight.role in _QKV_ROLES
-    )
+    target, fp8 = _target(layout, qkv, tp), _fp8_qkv(layout)
+    dequantized = bf16 and fp8
     before = layout.geometry
     if (before.fused_qkv, before.qkv_chunks) == (target.fused_qkv, target.qkv_chunks) and not dequantized:
         chunks = f" over {target.qkv_chunks}" if qkv == INTERLEAVED else ""
@@ -143,6 +141,18 @@ def make_relayout(
     metadata = {key: value for key, value in index.metadata.items() if key != "tp_size"}
     metadata |= {"total_size": plan.tensor_bytes} | ({"tp_size": target.qkv_chunks} if target.fused_qkv else {})
     return replace(plan, config=_config(plan), index_metadata=metadata, notes=_notes(plan))
+
+
+def _fp8_qkv(layout: ModelLayout) -> bool:
+    """Whether any q, k, v is FP8. Raises UsageError where that cannot be relaid."""
+    fp8 = any(w.scale for weights in layout.units.values() for w in weights if w.role in _QKV_ROLES)
+    if fp8 and layout.geometry.mxfp8:
+        raise UsageError(
+            f"{layout.index.folder}: its qkv is FP8 in ModelOpt's container, whose quantized_layers would no longer "
+            "hold",
+            hint="quantize its source anew, with --dense bf16 for split q, k, v",
+        )
+    return fp8
 
 
 def _target(layout: ModelLayout, qkv: str, tp: int | None) -> Geometry:

@@ -16,6 +16,7 @@ from mimoquant.checkpoint.index import TensorInfo
 from mimoquant.checkpoint.writer import Entry, file_order, shard_header
 from mimoquant.errors import CheckpointError
 from mimoquant.model.layout import PROJECTIONS, ModelLayout, Weight, expert_module
+from mimoquant.planning.output_settings import OutputSettings
 from mimoquant.planning.reorder import Reorder, reorder
 from mimoquant.quant.formats import Format
 from mimoquant.weights.container import expert_tensors, keeps_fp8, shape_tensor
@@ -56,6 +57,14 @@ class Shapes:
 
 
 @dataclass(frozen=True, slots=True)
+class InputScales:
+    """The `input_scale` tensors of a layer's experts, each 1: nothing is known of their activations."""
+
+    entries: tuple[Entry, ...]
+    role: ClassVar[str] = "expert"
+
+
+@dataclass(frozen=True, slots=True)
 class Experts:
     """Experts `begin..end` of a MoE layer. `fmt` None: kept, as `kept` bf16 or fp8."""
 
@@ -68,7 +77,7 @@ class Experts:
     role: ClassVar[str] = "expert"
 
 
-Step = Copy | Dequantize | Reorder | Shapes | Experts
+Step = Copy | Dequantize | Reorder | Shapes | InputScales | Experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,10 +132,12 @@ class UnitBuilder:
         formats: dict[int, Format],
         carve_outs: dict[int, str],
         chunk_bytes: int,
+        output: OutputSettings,
     ) -> None:
-        self.layout, self.container = layout, container
+        self.layout, self.container, self.input_scales = layout, container, output.input_scales
+        self.keeps_fp8 = keeps_fp8(container, output.dense)
         self.formats, self.carve_outs, self.chunk_bytes = formats, carve_outs, chunk_bytes
-        self.bf16_qkv = layout.ragged_qkv_layers if keeps_fp8(container) else ()
+        self.bf16_qkv = layout.ragged_qkv_layers if self.keeps_fp8 else ()
 
     def units(self) -> list[Unit]:
         return lay_out({name: tuple(self._steps(name)) for name in self.layout.units}, self.layout.index.folder)
@@ -141,11 +152,11 @@ class UnitBuilder:
 
     def _rest(self, weight: Weight, layer: int | None) -> list[Step]:
         """The steps of one weight that is not an expert's."""
-        if not keeps_fp8(self.container) and weight.role == "qkv":
+        if not self.keeps_fp8 and weight.role == "qkv":
             geometry = self.layout.geometry
             sliding = layer is None or geometry.sliding[layer]  # MTP layers are sliding
             return [*reorder([weight], geometry, replace(geometry, fused_qkv=False), sliding=sliding, bf16=True)]
-        widened = not keeps_fp8(self.container) or (layer in self.bf16_qkv and weight.role in ("q", "k", "v"))
+        widened = not self.keeps_fp8 or (layer in self.bf16_qkv and weight.role in ("q", "k", "v"))
         if widened and weight.scale is not None:
             return [Dequantize(weight, (Entry(weight.name, "BF16", weight.info.shape),))]
         return [Copy(weight, info, (Entry(info.name, info.dtype, info.shape),)) for info in weight.infos]
@@ -158,6 +169,8 @@ class UnitBuilder:
                 tuple(Entry(f"{expert_module(layer, e, p)}.weight_shape", "I64", (2,)) for e, p in modules),
                 tuple(self.layout.geometry.expert_shape(p) for _, p in modules),
             )
+        if fmt and self.input_scales != "none":
+            yield InputScales(tuple(Entry(f"{expert_module(layer, e, p)}.input_scale", "F32", ()) for e, p in modules))
         size = sum(self.layout.expert(layer, 0, p).size_bytes for p in PROJECTIONS)
         chunk = -(-experts // -(-experts // max(1, self.chunk_bytes // size)))  # as even as can be, for ranks
         for begin in range(0, experts, chunk):

@@ -21,7 +21,7 @@ from mimoquant.errors import CheckpointError
 from mimoquant.model.layout import PROJECTIONS
 from mimoquant.planning.plan import Plan
 from mimoquant.planning.reorder import Reorder, RowBlock, block_values, read_blocks
-from mimoquant.planning.units import Copy, Dequantize, Experts, Shapes, Step
+from mimoquant.planning.units import Copy, Dequantize, Experts, InputScales, Shapes, Step
 from mimoquant.quant.cast import InexactError, cast
 from mimoquant.quant.stack import Engine, NonFiniteError, Stack
 from mimoquant.run.deal import Task
@@ -197,6 +197,17 @@ class Shaping(Computing[Shapes]):
             yield entry.name, np.array(shape, np.int64)
 
 
+class ScalingInputs(Computing[InputScales]):
+    """Scales of activations that nothing is known of."""
+
+    def read(self, shop: Workshop, steps: tuple[InputScales, ...]) -> Iterator[tuple[None, bool]]:
+        yield None, True
+
+    def _values(self, shop: Workshop, step: InputScales, data: None) -> Produced:
+        for entry in step.entries:
+            yield entry.name, np.float32(1).reshape(1)
+
+
 class Dequantizing(Computing[Dequantize]):
     """An FP8 weight as bf16."""
 
@@ -268,6 +279,7 @@ _KINDS: dict[type, Kind[Any]] = {
     Copy: Copying(),
     Reorder: Reordering(),
     Shapes: Shaping(),
+    InputScales: ScalingInputs(),
     Dequantize: Dequantizing(),
 }
 

@@ -71,6 +71,8 @@ class _Check:
         if self.engine == c.TRANSFORMERS:
             yield from (Problem(*row) for row in config_problems(self.checkpoint))
             return
+        if self.checkpoint.modelopt_blocks:
+            yield from self._row(c.BLOCKS, c.MO_BLOCKS, "config.json")
         yield from self._remote_code()
         yield from self._qkv()
         yield from self._widths()

@@ -191,6 +191,18 @@ QKV: tuple[Row, ...] = (
     Row(TRANSFORMERS, PLAIN_MXFP8, RIGHT, UNVERIFIED, "left to the checkpoint's remote code"),
 )  # fmt: skip
 
+# --- FP8 beside the experts in ModelOpt's container -------------------------------------------------------------------
+
+MO_BLOCKS = "FP8_BLOCK_SCALES beside the experts"
+BLOCKS: tuple[Row, ...] = (
+    Row(VLLM, MO_BLOCKS, REFUSED, RUN, "0.32 on a CPU: KeyError; LINEAR_ALGOS in its modelopt.py; issue #55496 and "
+        "pull request #50617 are open",
+        what="makes it stop with KeyError at weight_scale_inv: it has no linear method of this name, and builds bf16",
+        hint="leave --dense fp8 out: attention, dense MLP and MTP become bf16"),
+    Row(SGLANG, MO_BLOCKS, RIGHT, RUN, "the loader of 0.5.23 at TP 1 and 2 of 2 chunks", since=(0, 5, 23)),
+    Row(TRANSFORMERS, MO_BLOCKS, REFUSED, UNVERIFIED, "quant_method modelopt is unknown to it"),
+)  # fmt: skip
+
 # --- GPUs -------------------------------------------------------------------------------------------------------------
 
 
@@ -292,5 +304,5 @@ def rows_for(table: tuple[Row, ...], engine: str, subject: str, version: Version
 
 def known_since(engine: str, subject: str) -> Version:
     """From which version on a subject is known to be right; () where it always was, or never is."""
-    rows = [row for row in (*FORMATS, *CARVE_OUTS, *QKV) if (row.engine, row.subject) == (engine, subject)]
+    rows = [row for row in (*FORMATS, *CARVE_OUTS, *QKV, *BLOCKS) if (row.engine, row.subject) == (engine, subject)]
     return max((row.since for row in rows if row.verdict == RIGHT and row.until is None), default=())

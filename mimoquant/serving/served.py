@@ -72,6 +72,11 @@ class Served:
         return COMPRESSED_TENSORS if quantization.get("quant_method") == COMPRESSED_TENSORS else NATIVE
 
     @property
+    def modelopt_blocks(self) -> bool:
+        """Whether ModelOpt's container has FP8 in 128x128 blocks beside the experts."""
+        return self.geometry.mxfp8 and self.qkv != contracts.PLAIN_MXFP8 and "F8_E4M3" in self.linears.values()
+
+    @property
     def subjects(self) -> list[str]:
         """The formats that quantized layers have."""
         found = {form.subject for forms in self.experts.values() for form in forms}
@@ -175,7 +180,7 @@ def _qkv(geometry: Geometry, tensors: Mapping[str, Tensor]) -> str:
     if geometry.fused_qkv:
         if tensors[f"{prefix}qkv_proj.weight"].dtype != "F8_E4M3":
             return contracts.CANONICAL_BF16 if geometry.qkv_chunks == 1 else contracts.FUSED_BF16
-        if geometry.mxfp8:
+        if tensors[f"{prefix}qkv_proj.weight_scale_inv"].dtype == "U8":
             return contracts.PLAIN_MXFP8
         published = geometry.qkv_chunks == geometry.global_attention.kv_heads
         return contracts.FUSED_FP8 if published else contracts.OTHER_FP8

@@ -9,7 +9,9 @@ builds config.json's `quantization_config`. What the engines accept was read fro
     modelopt             NVFP4 as ModelOpt exports it: MIXED_PRECISION, whose `quantized_layers` name the experts and
                          nothing else, each W4A16_NVFP4 (weights only, so there is no `input_scale`). All else as under
                          compressed-tensors: 128x128 FP8 has a name there (FP8_PB_WO), but vLLM reads `weight_scale`
-                         [o, 1, i, 1] where SGLang reads `weight_scale_inv` [o, i], and neither a chunk-wise blocked qkv
+                         [o, 1, i, 1] where SGLang reads `weight_scale_inv` [o, i]. Where that is asked for, it is as
+                         public releases are: FP8 stays, named FP8_BLOCK_SCALES, and experts are NVFP4 (activations in
+                         4 bits) with an `input_scale` of 1
 
 ModelOpt stores a multiplier, `weight_scale_2`, where the formats here have a divisor. Its global scales are powers of
 two (`Format.pow2_global`): both are exact, and so is every product of code, block scale and global scale, in bf16 and
@@ -20,7 +22,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +40,8 @@ EXPERT_TARGET = r"re:.*mlp\.experts\.\d+\.(gate|up|down)_proj$"
 # Everything but the experts: SGLang 0.5.23 stops at a matrix that is in neither targets nor ignore. The name of a whole
 # layer of experts must not match either, engines look that up too.
 NOT_EXPERTS = r"re:^(?!.*\.mlp\.experts(\.|$)).*$"
+DENSE = ("bf16", "fp8")  # what FP8 beside the experts becomes in ModelOpt's container
+INPUT_SCALES = ("none", "unit")  # what experts there have to scale activations by: nothing, or 1 (an amax of 6 x 448)
 _CONFIG = "config.json"
 FORMAT_VERSION = "0.19.0"  # of compressed-tensors, whose layout this is
 
@@ -96,9 +100,12 @@ def shape_tensor(container: str, fmt: Format) -> bool:
     return container == COMPRESSED_TENSORS and fmt.name == "int4"
 
 
-def keeps_fp8(container: str) -> bool:
-    """Whether what lies beside the experts goes out as it is stored, with FP8 block scales; else it becomes bf16."""
-    return container == NATIVE
+def keeps_fp8(container: str, dense: str) -> bool:
+    """Whether what lies beside the experts goes out as it is stored, with FP8 block scales; else it becomes bf16.
+
+    `dense`: one of DENSE, where the container leaves that open.
+    """
+    return container == NATIVE or (container == MODELOPT and dense == "fp8")
 
 
 def ignored_modules(quantization: dict[str, Any]) -> list[str]:
@@ -130,9 +137,12 @@ def output_config(
     formats: dict[int, Format],
     carve_outs: dict[int, str],
     bf16_qkv: Sequence[int] = (),
+    *,
+    fp8_modules: Sequence[str] = (),
+    input_scales: str = "none",
 ) -> dict[str, Any]:
     """The source's config.json with the keys that the output changes. `formats`: MoE layer → format; `bf16_qkv`: layers
-    whose q, k, v become bf16 in a container that keeps others in FP8."""
+    whose q, k, v become bf16 in a container that keeps others in FP8. Of ModelOpt's: `fp8_modules` stay FP8."""
     out = copy.deepcopy(config)
     if container == NATIVE:
         quantization = text_keys(out, _CONFIG)["quantization_config"]
@@ -143,11 +153,13 @@ def output_config(
         if bf16_qkv:
             ignore_qkv(out, [f"model.layers.{layer}" for layer in bf16_qkv])
         return out
-    if text_keys(out, _CONFIG).get("attention_projection_layout") == "fused_qkv":
+    if text_keys(out, _CONFIG).get("attention_projection_layout") == "fused_qkv" and not fp8_modules:
         set_text_key(out, "attention_projection_layout", "split")
     drop_text_key(out, "quantization_config")
     if container == MODELOPT:
-        out["quantization_config"] = {"quant_method": "modelopt"} | _modelopt_settings(config, formats)
+        algo = "W4A16_NVFP4" if input_scales == "none" else "NVFP4"
+        settings = _modelopt_settings(config, formats, algo, fp8_modules)
+        out["quantization_config"] = {"quant_method": "modelopt"} | settings
     else:
         out["quantization_config"] = _compressed_tensors_config(formats, carve_outs)
     return out
@@ -161,9 +173,12 @@ def hf_quant_config(config: dict[str, Any], version: str) -> dict[str, Any]:
     return {"producer": {"name": "mimoquant", "version": version}, "quantization": settings}
 
 
-def _modelopt_settings(config: dict[str, Any], layers: Iterable[int]) -> dict[str, Any]:
+def _modelopt_settings(
+    config: dict[str, Any], layers: Iterable[int], algo: str, fp8_modules: Sequence[str]
+) -> dict[str, Any]:
     """What is not in `quantized_layers` is left alone by both engines: attention, MTP (also under the draft's own
-    prefix), head and towers need no entry."""
+    prefix), head and towers need no entry where they are bf16."""
+    blocks = dict.fromkeys(name for module in fp8_modules for name in _engine_names(module))
     modules = (
         expert_module(layer, expert, projection)
         for layer in sorted(layers)
@@ -174,8 +189,21 @@ def _modelopt_settings(config: dict[str, Any], layers: Iterable[int]) -> dict[st
         "quant_algo": "MIXED_PRECISION",
         "kv_cache_quant_algo": None,
         "ignore": [],
-        "quantized_layers": {module: {"quant_algo": "W4A16_NVFP4", "group_size": 16} for module in modules},
+        "quantized_layers": {
+            **{module: {"quant_algo": "FP8_BLOCK_SCALES", "group_size": 128} for module in blocks},
+            **{module: {"quant_algo": algo, "group_size": 16} for module in modules},
+        },
     }
+
+
+def _engine_names(module: str) -> Iterator[str]:
+    """A module under all names that engines look it up by: gate and up also as the one that SGLang fuses them to,
+    MTP's also as its draft model has them."""
+    stem, _, last = module.rpartition(".")
+    fused = [module, *([f"{stem}.gate_up_proj"] if last in ("gate_proj", "up_proj") else [])]
+    yield from fused
+    if module.startswith("model.mtp.layers."):
+        yield from (f"model.decoder.{name.split('.', 4)[4]}" for name in fused)
 
 
 def _compressed_tensors_config(formats: dict[int, Format], carve_outs: dict[int, str]) -> dict[str, Any]:

@@ -162,7 +162,8 @@ class Shard:
         if suffix == "weight_shape":
             return
         count = sum(name.startswith(f"{module}.") and name.endswith(f".gate_proj.{suffix}") for name in self.files)
-        mine = range(count)[count // self.ep * self.rank :][: count // self.ep] if self.ep > 1 else range(count)
+        whole = self.ep == 1 or suffix == "input_scale"  # those of all experts are on each rank
+        mine = range(count) if whole else range(count)[count // self.ep * self.rank :][: count // self.ep]
         named = [[f"{module}.{e}.{part}_proj.{suffix}" for part in ("gate", "up", "down")] for e in mine]
         if self.files[named[0][0]].numel() == 1:
             yield (

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from engine_cases import CASES, PYTHON, Plant, Tensors, damaged, hub_order, slug
+from engine_cases import CASES, DENSE_FP8, PYTHON, Plant, Tensors, damaged, hub_order, slug
 from micro import MICRO
 from safetensors.torch import load_file
 
@@ -29,6 +29,8 @@ from mimoquant.evaluation.eval_kl import open_layout
 from mimoquant.evaluation.side_by_side import final_hidden, streams_of
 from mimoquant.model.decoder_layer import linear
 from mimoquant.model.layer_stream import walk
+from mimoquant.serving.check import check
+from mimoquant.serving.served import read_served
 from mimoquant.weights.decoded import CheckpointWeights, packed_format
 
 pytestmark = pytest.mark.engine
@@ -196,7 +198,16 @@ def test_bf16_is_the_noise_of_float32(answers: Answers) -> None:
     assert answers.differences("split", "split")[0] < NOISE
 
 
-@pytest.mark.parametrize("name", CASES)
+def test_fp8_beside_modelopts_experts_stops_vllm_as_we_say(answers: Answers) -> None:
+    """No linear method has this name, so its layers have no `weight_scale_inv`."""
+    (problem,) = [p for p in check(read_served(answers.folders[DENSE_FP8]), "vllm", "0.32.0", 1) if p.fails]
+    assert problem.verdict == "refused" and "weight_scale_inv" in problem.text
+    log = (answers.out / f"{slug(DENSE_FP8)}.log").read_text(errors="replace")
+    assert re.search(r"KeyError: '.*\.weight_scale_inv'", log), log[-3000:]
+    assert not (answers.out / f"{slug(DENSE_FP8)}.npy").exists()
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != DENSE_FP8])
 def test_a_container_answers_with_our_numbers(name: str, answers: Answers) -> None:
     most, mean, _ = answers.differences(name, name)
     assert most < NOISE

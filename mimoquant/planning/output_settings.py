@@ -1,0 +1,62 @@
+"""What a recipe says of its output beside how experts are quantized: how the rest is stored, what it is called.
+
+Key idea: these stand in the `mimoquant:` block, written out only where they are not the default, so that recipes and
+outputs which do without them are what they were. As in `recipe`, what is not known is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, NoReturn, Protocol
+
+from mimoquant.model.releases import check_repository, is_repository
+from mimoquant.weights.container import DENSE, INPUT_SCALES
+
+
+class Fail(Protocol):
+    """Raises RecipeError, naming the recipe."""
+
+    def __call__(self, problem: str, hint: str | None = None) -> NoReturn: ...
+
+
+@dataclass(frozen=True, slots=True)
+class OutputSettings:
+    """`dense`: FP8 beside the experts, and `input_scales`: of their activations, in ModelOpt's container. `base_model`:
+    the source's repository on the Hub, where its user says it. `mend_json`: whether JSON files beside the shards are
+    mended where no parser takes them."""
+
+    dense: str = DENSE[0]
+    input_scales: str = INPUT_SCALES[0]
+    base_model: str | None = None
+    mend_json: bool = False
+
+    def as_plain(self) -> dict[str, Any]:
+        """What is not the default."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {key: value for key, value in values.items() if value != _DEFAULTS[key]}
+
+
+_DEFAULTS = {field.name: field.default for field in fields(OutputSettings)}
+OUTPUT_KEYS = set(_DEFAULTS)
+
+
+def check_chosen(changes: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Settings from the command line. Raises UsageError where `base_model` is no repository's name."""
+    if changes.get("base_model") is not None:
+        check_repository(changes["base_model"])
+    return changes
+
+
+def parse_output_settings(block: Mapping[Any, Any], fail: Fail) -> OutputSettings:
+    """Of a recipe's `mimoquant:` block; `fail` raises RecipeError."""
+    held = {key: value for key, value in block.items() if key in OUTPUT_KEYS and value is not None}
+    for key, known in (("dense", DENSE), ("input_scales", INPUT_SCALES)):
+        if held.get(key, known[0]) not in known:
+            fail(f"{key} {held[key]!r} is unknown", f"known are {', '.join(known)}")
+    base = held.get("base_model")
+    if base is not None and not (isinstance(base, str) and is_repository(base)):
+        fail(f"base_model is {base!r}, expected owner/model as the Hub has it")
+    if not isinstance(held.get("mend_json", False), bool):
+        fail(f"mend_json is {held['mend_json']!r}, expected true or false")
+    return OutputSettings(**held)
