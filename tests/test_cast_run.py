@@ -28,7 +28,7 @@ from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import load_recipe, parse_recipe
 from mimoquant.planning.units import Unit
 from mimoquant.serving.check import check
-from mimoquant.serving.served import planned
+from mimoquant.serving.served import planned, read_served
 
 EXPERT = "model.layers.2.mlp.experts.3.down_proj"
 
@@ -157,11 +157,14 @@ def test_a_layer_of_a_cast_cannot_be_kept(sources: dict[str, Path]) -> None:
         make_plan(sources["native"], parse_recipe(text, "kept"))
 
 
-def test_a_cast_is_of_nvfp4_alone() -> None:
-    text = (Path(MICRO).parent.parent / "recipes" / "mxfp4-rtn.yaml").read_text().replace("absmax", "cast")
-    assert "cast" in text
-    with pytest.raises(RecipeError, match="scale_search cast makes NVFP4 of MXFP4 and nothing else"):
-        parse_recipe(text, "mxfp4-cast")
+def test_a_cast_is_of_4_bit_floats_alone() -> None:
+    text = (
+        (Path(MICRO).parent.parent / "recipes" / "int4-g32-mse.yaml")
+        .read_text()
+        .replace("scale_search: mse", "scale_search: cast")
+    )
+    with pytest.raises(RecipeError, match="int4 holds no value of theirs exactly"):
+        parse_recipe(text, "int4-cast")
 
 
 # --- FP8 beside the experts in ModelOpt's container -------------------------------------------------------------------
@@ -266,3 +269,109 @@ def test_its_qkv_is_not_relaid(dense: Path, tmp_path: Path) -> None:
     asked = ["relayout", str(dense), "--qkv", "split", "--dtype", "bf16", "-o", str(tmp_path / "out")]
     refused = CliRunner().invoke(app, asked)
     assert refused.exit_code == 2 and "its qkv is FP8 in ModelOpt's container" in refused.stderr
+
+
+# --- into MXFP4, and back to it ---------------------------------------------------------------------------------------
+
+WAYS: dict[str, tuple[str, str, dict[str, str]]] = {  # recipe, container, settings: from native to another container
+    "MXFP4, compressed-tensors": ("mxfp4-cast", "compressed-tensors", {}),
+    "NVFP4, compressed-tensors": ("nvfp4-cast", "compressed-tensors", {}),
+    "NVFP4, ModelOpt": ("nvfp4-cast", "modelopt", {}),
+    "NVFP4, ModelOpt, input scales": ("nvfp4-cast", "modelopt", {"input_scales": "unit"}),
+    "NVFP4, ModelOpt, FP8": ("nvfp4-cast", "modelopt", {"dense": "fp8"}),
+}
+
+
+@pytest.fixture(scope="module")
+def casts(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+    """Way → what it makes of V2.6, and that cast back to the native container."""
+    base, made = tmp_path_factory.mktemp("ways"), {}
+    for number, (way, (recipe, container, settings)) in enumerate(WAYS.items()):
+        there, back = base / f"there{number}", base / f"back{number}"
+        plan = make_plan(sources["v2.6"], load_recipe(recipe).stored_as(settings), container=container)
+        pipeline.quantize(plan, there, device="cpu")
+        pipeline.quantize(make_plan(there, load_recipe("mxfp4-cast")), back, device="cpu")
+        made[way] = there, back
+    return made
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_there_and_back_no_value_changes(
+    sources: dict[str, Path], casts: dict[str, tuple[Path, Path]], way: str
+) -> None:
+    before = experts(sources["v2.6"])
+    for source, out in ((sources["v2.6"], casts[way][0]), casts[way]):
+        after = experts(out)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[m].view(torch.int16), after[m].view(torch.int16)) for m in before)
+        report = verify(out, source)
+        assert report.ok and report.checked["quantized tensors"] == 96, report.problems
+        assert j(sources["v2.6"], out) == 0
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_comes_back_is_what_the_release_had(
+    sources: dict[str, Path], casts: dict[str, tuple[Path, Path]], way: str
+) -> None:
+    """Codes always, exponents but for blocks of zeros; all else where its FP8 was kept, else what is bf16 in both."""
+    back, before, after = casts[way][1], tensors_of(sources["v2.6"]), tensors_of(casts[way][1])
+    config = json.loads((back / "config.json").read_text())
+    source = json.loads((sources["v2.6"] / "config.json").read_text())
+    quantization = config["quantization_config"]
+    assert (quantization["quant_method"], quantization["store_dtype"]) == ("fp8", "mxfp4")
+    for name in [name for name in before if ".experts." in name]:
+        live = torch.ones(before[name].shape, dtype=torch.bool)
+        if name.endswith("_scale"):
+            live = (published.unpack(before[name.removesuffix("_scale")]) & 7).unflatten(1, (-1, 32)).amax(-1) > 0
+        assert torch.equal(before[name][live], after[name][live]), name
+    if "FP8" in way:
+        assert before.keys() == after.keys()
+        assert all(same_bytes(before[name], after[name]) for name in before if ".experts." not in name)
+        assert {*source["quantization_config"]["ignored_layers"]} <= {*quantization["ignored_layers"]}
+        assert all("o_proj" in name for name in quantization["ignored_layers"])
+    else:
+        held = [n for n in after if after[n].dtype == torch.bfloat16 and n.endswith("_proj.weight") and "eh" not in n]
+        assert {name.removesuffix(".weight") for name in held if name.startswith("model.")} <= {
+            *quantization["ignored_layers"]
+        }
+        assert not [name for name in after if after[name].dtype == torch.float8_e4m3fn]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_engines_take_what_came_back(casts: dict[str, tuple[Path, Path]], way: str) -> None:
+    served = read_served(casts[way][1])
+    for engine in ("vllm", "sglang"):
+        problems = [p for p in check(served, engine, tp=1) if p.fails and "auto_map" not in p.text]
+        assert not problems, problems
+
+
+def test_nvfp4_that_was_not_cast_cannot_go_back(tmp_path: Path) -> None:
+    folder = published.modelopt_nvfp4(MICRO, tmp_path)[0]
+    config, tensors = published.read(folder)
+    blocks = [name for name in tensors if name.endswith("weight_scale_inv")]
+    with pytest.raises(RecipeError, match="has MXFP8 beside its experts"):
+        make_plan(folder, load_recipe("mxfp4-cast"))
+    plain, plain_values = tmp_path / "plain", published.read(tmp_path / "modelopt-twin")[1]
+    stored = {name: value for name, value in tensors.items() if ".experts." in name}
+    stored |= {name: value for name, value in plain_values.items() if ".experts." not in name}
+    assert blocks and published.write(plain, config | {"attention_projection_layout": "split"}, stored)
+    with pytest.raises(CheckpointError, match=r"MXFP4 cannot hold it exactly, .* of its blocks of 32 have two scales"):
+        pipeline.quantize(make_plan(plain, load_recipe("mxfp4-cast")), tmp_path / "out", device="cpu")
+
+
+@pytest.mark.parametrize("kind", ["v2.6", "compressed-tensors"])
+def test_a_cast_that_would_change_nothing_is_refused(sources: dict[str, Path], kind: str) -> None:
+    container = "native" if kind == "v2.6" else "compressed-tensors"
+    with pytest.raises(RecipeError, match=f"are MXFP4 in the {container} container already"):
+        make_plan(sources[kind], load_recipe("mxfp4-cast"), container=container)
+
+
+def test_damage_to_what_came_back_is_seen(casts: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+    source, back = casts["NVFP4, compressed-tensors"]
+    out = Path(shutil.copytree(back, tmp_path / "out"))
+    info = open_index(out).tensors[f"{EXPERT}.weight_scale"]
+    raw = bytearray((out / info.file).read_bytes())
+    raw[info.offset] ^= 0x01
+    (out / info.file).write_bytes(raw)
+    found = verify(out, source).problems
+    assert any(f"{EXPERT}.weight: 2 blocks of 16 do not have the source's values" in problem for problem in found)

@@ -164,7 +164,7 @@ def _quant_method(config: dict[str, Any], where: str, *, packed: bool) -> str | 
     if not packed and (elsewhere or quantization.get("store_dtype") == "mxfp4"):
         raise CheckpointError(
             f"{where}: the experts are quantized already",
-            hint="quantize starts from the published FP8 or bf16 files; the recipe nvfp4-cast takes MXFP4 experts",
+            hint="quantize starts from the published files or bf16; casts (nvfp4-cast, mxfp4-cast) take MXFP4 experts",
         )
     if method == "compressed-tensors":
         known = {}

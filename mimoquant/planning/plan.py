@@ -147,7 +147,7 @@ def make_plan(
             formats,
             carve_outs,
             builder.bf16_qkv,
-            fp8_modules=_fp8_modules(units) if chosen == MODELOPT else (),
+            modules=_named_modules(chosen, layout, units),
             input_scales=recipe.output.input_scales,
         ),
         json_faults=faults,
@@ -229,6 +229,7 @@ def _fate(layout: ModelLayout, recipe: Recipe, layer: int, expert: int, projecti
     return group.fmt if group else None
 
 
+_LINEAR = ("qkv", "q", "k", "v", "o", "dense")
 _LINEAR_ROLES = ("qkv", "q", "k", "v", "o", "dense", "mtp_projection", "lm_head")
 
 
@@ -256,12 +257,14 @@ def _check_shapes(layout: ModelLayout, recipe: Recipe, formats: dict[int, Format
 
 
 def _check_cast(layout: ModelLayout, recipe: Recipe, formats: dict[int, Format]) -> None:
-    """What is cast is MXFP4, and what is kept is not packed."""
+    """What is cast is MXFP4, or NVFP4 that becomes it; what is kept is not packed."""
+    back = any(fmt.name == "mxfp4" for fmt in formats.values())
     for (layer, _, _), weight in layout.experts.items():
         found = packed_format(weight).label if weight.packed else "fp8" if weight.scale else "bf16"
-        if layer in formats and found != "mxfp4":
+        if layer in formats and found not in (("mxfp4", "nvfp4") if back else ("mxfp4",)):
             raise RecipeError(
-                f"recipe {recipe.name}: casts MXFP4 experts, {weight.name} is {found}",
+                f"recipe {recipe.name}: casts MXFP4 experts{' and NVFP4 of them' if back else ''}, {weight.name} is "
+                f"{found}",
                 hint="quantize such a source by another recipe" if not weight.packed else None,
             )
         if layer not in formats and weight.packed:
@@ -286,6 +289,8 @@ def _choose_container(
             hint="add --container modelopt; native keeps FP8 by itself, compressed-tensors has no place for it",
         )
     only_mxfp4 = all(fmt.name == "mxfp4" for fmt in formats.values())
+    if recipe.casts and only_mxfp4:
+        return _container_of_mxfp4(layout, recipe, wanted)
     obstacle = None
     if not only_mxfp4:
         obstacle = "holds MXFP4 only"
@@ -303,6 +308,22 @@ def _choose_container(
     fp8_kept = sorted(layer for layer, kind in carve_outs.items() if kind == "fp8")
     if fp8_kept and not all(layout.expert(layer, 0, p).scale for layer in fp8_kept for p in PROJECTIONS):
         raise RecipeError(f"recipe {recipe.name}: layer {fp8_kept[0]} cannot stay fp8, the source's experts are bf16")
+    return chosen
+
+
+def _container_of_mxfp4(layout: ModelLayout, recipe: Recipe, wanted: str | None) -> str:
+    """Where MXFP4 goes that is cast: from the native container to compressed-tensors', from any other back to it."""
+    native = layout.geometry.fp8
+    chosen = wanted or (COMPRESSED_TENSORS if native else NATIVE)
+    first = next(iter(layout.experts.values()))
+    here = NATIVE if native else COMPRESSED_TENSORS if packed_format(first).name == "mxfp4" else None
+    if chosen == here:
+        raise RecipeError(f"recipe {recipe.name}: the experts are MXFP4 in the {chosen} container already")
+    scales = {weight.scale.dtype for weights in layout.units.values() for weight in weights if weight.scale}
+    if "U8" in scales:
+        raise RecipeError(
+            f"recipe {recipe.name}: {layout.index.folder} has MXFP8 beside its experts, which stays nowhere"
+        )
     return chosen
 
 
@@ -324,10 +345,16 @@ def _check_modelopt(
         )
 
 
-def _fp8_modules(units: list[Unit]) -> list[str]:
-    """Matrices beside the experts that go out in FP8 with their block scales."""
-    copies = (step for unit in units for step in unit.steps if isinstance(step, Copy))
-    return [step.weight.name.removesuffix(".weight") for step in copies if step.info == step.weight.scale]
+def _named_modules(container: str, layout: ModelLayout, units: list[Unit]) -> list[str]:
+    """Linear modules beside the experts that config.json has to name: what is FP8 under ModelOpt's, and what is bf16
+    in a native one whose source is in another container."""
+    if container == MODELOPT:
+        copies = (step for unit in units for step in unit.steps if isinstance(step, Copy))
+        return [step.weight.name.removesuffix(".weight") for step in copies if step.info == step.weight.scale]
+    if container != NATIVE or layout.geometry.fp8:
+        return []
+    entries = (entry for unit in units for step in unit.steps if step.role in _LINEAR for entry in step.entries)
+    return [entry.name.removesuffix(".weight") for entry in entries if entry.dtype == "BF16"]
 
 
 def _with_carve_outs(recipe: Recipe, carve_outs: dict[int, str]) -> Recipe:
@@ -381,6 +408,11 @@ def _dense_notes(layout: ModelLayout, recipe: Recipe, container: str) -> list[st
             f"{dequantized} weights beside the experts stay FP8 as FP8_BLOCK_SCALES, qkv as it lies: SGLang 0.5.23 "
             "reads them; vLLM up to 0.33 stops there (issue #55496 and pull request #50617 are open)"
         )
+    if container == NATIVE and not geometry.fp8:
+        held = (
+            "goes out in FP8 as it is" if dequantized else "stays bf16, in ignored_layers: the source has no FP8 of it"
+        )
+        notes.append(f"attention, dense MLP and MTP {held}; the experts have the values of the source's, in MXFP4")
     if recipe.output.input_scales == "unit":
         notes.append(
             "input scales are 1, so experts are declared NVFP4: kernels on Blackwell round activations to 4 bits by "

@@ -117,7 +117,7 @@ class Recipe:
 
     @property
     def casts(self) -> bool:
-        """Whether the source's experts are MXFP4 already, and go out as NVFP4 of the same values."""
+        """Whether the source's experts are in 4 bits already, and go out with the same values."""
         return self.scale_search == "cast"
 
     @property
@@ -394,6 +394,13 @@ class _Parser:
                 self.fail(f"{where}.weights.{key} is {weights[key]!r}, {fmt.label} stores {stored[key]!r}")
         return fmt
 
+    def check_cast(self, recipe: Recipe) -> None:
+        names = {group.fmt.name for group in recipe.groups}
+        if recipe.method != "rtn" or len(names) > 1:
+            self.fail("scale_search cast has one format and no calibration", "see nvfp4-cast and mxfp4-cast")
+        if "int4" in names:
+            self.fail("scale_search cast makes NVFP4 or MXFP4, int4 holds no value of theirs exactly")
+
     def block(self, recipe: Recipe, block: dict[Any, Any]) -> Recipe:
         """Apply the `mimoquant:` block."""
         self.known(block, _BLOCK_KEYS, "mimoquant")
@@ -403,8 +410,8 @@ class _Parser:
         search = block.get("scale_search", default)
         if search not in (*SEARCHES, "gram", "cast"):
             self.fail(f"scale_search {search!r} is unknown", f"known are {', '.join(SEARCHES)}, gram, cast")
-        if search == "cast" and (recipe.method != "rtn" or any(group.fmt.name != "nvfp4" for group in recipe.groups)):
-            self.fail("scale_search cast makes NVFP4 of MXFP4 and nothing else", "use it with a plain NVFP4 recipe")
+        if search == "cast":
+            self.check_cast(recipe)
         container = block.get("container")
         if container not in (None, *CONTAINERS):
             self.fail(f"container {container!r} is unknown", f"known are {', '.join(CONTAINERS)}")

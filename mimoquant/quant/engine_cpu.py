@@ -106,10 +106,10 @@ class CpuEngine:
         return [audit._replace(scales_ok=ok) for audit, ok in zip(audits, positive, strict=True)]
 
     def audit_cast(self, stack: Stack, fmt: Format, parts: dict[str, Array]) -> list[Audit]:
-        """Hold NVFP4 parts against the MXFP4 they were cast from; `outside` counts blocks of 16 of other values."""
+        """Hold parts against the MXFP4 they were cast from; `outside` counts blocks of 16 of other values."""
         assert stack.scales is not None
         wanted = np.repeat(_effective_scale(Format("mxfp4", 32), {"scale": stack.scales}), 2, axis=-1)
-        scale, shape = _effective_scale(fmt, parts), (*wanted.shape, 8)
+        scale, shape = np.repeat(_effective_scale(fmt, parts), fmt.group_size // 16, axis=-1), (*wanted.shape, 8)
         wrong = (parts["codes"].reshape(shape) != stack.values.reshape(shape)).max(-1)
         wrong |= (scale != wanted) & nonzero_blocks(stack.values, 8)
         audits = []

@@ -68,7 +68,8 @@ def rehearse(plan: Plan, device: str, folder: Path | None = None) -> Estimate:
 
 
 def _read(plan: Plan, reader: CheckpointReader, engine: Engine, step: Experts) -> dict[str, Stack]:
-    return read_experts(reader, plan.layout, step.layer, step.begin, step.end, engine.empty)
+    codes = plan.recipe.casts
+    return read_experts(reader, plan.layout, step.layer, step.begin, step.end, engine.empty, as_codes=codes)
 
 
 def _read_rate(plan: Plan, reader: CheckpointReader, engine: Engine, steps: Sequence[Experts]) -> float:
@@ -111,7 +112,11 @@ def _encode(plan: Plan, engine: Engine, step: Experts, stacks: dict[str, Stack])
     fmt, search = step.fmt, plan.recipe.scale_search
 
     def work() -> Parts:
-        return cast(stacks) if plan.recipe.casts else engine.encode(stacks, fmt, "mse" if search == "gram" else search)
+        return (
+            cast(stacks, fmt)
+            if plan.recipe.casts
+            else engine.encode(stacks, fmt, "mse" if search == "gram" else search)
+        )
 
     work()
     seconds, parts = _timed(work)

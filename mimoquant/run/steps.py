@@ -327,14 +327,17 @@ def _refuse_non_finite(info: TensorInfo, block: Array) -> None:
 
 
 def _read_chunk(shop: Workshop, step: Experts) -> dict[str, Stack]:
-    return read_experts(shop.reader, shop.plan.layout, step.layer, step.begin, step.end, shop.engine.empty)
+    codes = shop.plan.recipe.casts
+    return read_experts(
+        shop.reader, shop.plan.layout, step.layer, step.begin, step.end, shop.engine.empty, as_codes=codes
+    )
 
 
 def _encoded(shop: Workshop, step: Experts, stacks: dict[str, Stack]) -> Parts:
     assert step.fmt is not None
     recipe, layout = shop.plan.recipe, shop.plan.layout
     try:
-        return cast(stacks) if recipe.casts else shop.engine.encode(stacks, step.fmt, recipe.scale_search)
+        return cast(stacks, step.fmt) if recipe.casts else shop.engine.encode(stacks, step.fmt, recipe.scale_search)
     except NonFiniteError as error:
         raise not_finite(layout.expert(step.layer, step.begin + error.expert, error.projection).name) from error
     except InexactError as error:

@@ -138,13 +138,17 @@ def output_config(
     carve_outs: dict[int, str],
     bf16_qkv: Sequence[int] = (),
     *,
-    fp8_modules: Sequence[str] = (),
+    modules: Sequence[str] = (),
     input_scales: str = "none",
 ) -> dict[str, Any]:
     """The source's config.json with the keys that the output changes. `formats`: MoE layer → format; `bf16_qkv`: layers
-    whose q, k, v become bf16 in a container that keeps others in FP8. Of ModelOpt's: `fp8_modules` stay FP8."""
+    whose q, k, v become bf16 in a container that keeps others in FP8; `modules`: beside the experts, those that stay
+    FP8 in ModelOpt's container, or that are bf16 in a native one whose source is in another."""
     out = copy.deepcopy(config)
     if container == NATIVE:
+        if (text_keys(out, _CONFIG).get("quantization_config") or {}).get("quant_method") != "fp8":
+            drop_text_key(out, "quantization_config")
+            out["quantization_config"] = _native_settings(modules)
         quantization = text_keys(out, _CONFIG)["quantization_config"]
         quantization["store_dtype"] = "mxfp4"
         quantization["mxfp4_block_size"] = 32
@@ -153,12 +157,12 @@ def output_config(
         if bf16_qkv:
             ignore_qkv(out, [f"model.layers.{layer}" for layer in bf16_qkv])
         return out
-    if text_keys(out, _CONFIG).get("attention_projection_layout") == "fused_qkv" and not fp8_modules:
+    if text_keys(out, _CONFIG).get("attention_projection_layout") == "fused_qkv" and not modules:
         set_text_key(out, "attention_projection_layout", "split")
     drop_text_key(out, "quantization_config")
     if container == MODELOPT:
         algo = "W4A16_NVFP4" if input_scales == "none" else "NVFP4"
-        settings = _modelopt_settings(config, formats, algo, fp8_modules)
+        settings = _modelopt_settings(config, formats, algo, modules)
         out["quantization_config"] = {"quant_method": "modelopt"} | settings
     else:
         out["quantization_config"] = _compressed_tensors_config(formats, carve_outs)
@@ -194,6 +198,26 @@ def _modelopt_settings(
             **{module: {"quant_algo": algo, "group_size": 16} for module in modules},
         },
     }
+
+
+def _native_settings(bf16_modules: Sequence[str]) -> dict[str, Any]:
+    """As published, but for what is in bf16: under the names of the files and of what engines fuse."""
+    names = dict.fromkeys(name for module in bf16_modules for name in (*_engine_names(module), *_fused_qkv(module)))
+    return {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "ignored_layers": list(names),
+        "mxfp4_block_size": 32,
+        "quant_method": "fp8",
+        "store_dtype": "mxfp4",
+        "weight_block_size": [128, 128],
+    }
+
+
+def _fused_qkv(module: str) -> Iterator[str]:
+    stem, _, last = module.rpartition(".")
+    if last == "q_proj":
+        yield from _engine_names(f"{stem}.qkv_proj")
 
 
 def _engine_names(module: str) -> Iterator[str]:

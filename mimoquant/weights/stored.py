@@ -18,6 +18,7 @@ from mimoquant.errors import CheckpointError
 from mimoquant.model.geometry import FP8_BLOCK, Geometry
 from mimoquant.model.layout import PROJECTIONS, ModelLayout, Weight
 from mimoquant.model.qkv import Indexes, deinterleave_rows, scale_row_of
+from mimoquant.quant.cast import exponents
 from mimoquant.quant.formats import Format
 from mimoquant.quant.stack import Engine, NonFiniteError, Stack
 from mimoquant.weights.container import expert_tensors
@@ -32,14 +33,18 @@ def read_experts(
     begin: int,
     end: int,
     empty: Callable[..., Array] = np.empty,
+    *,
+    as_codes: bool = False,
 ) -> dict[str, Stack]:
-    """Experts begin..end of a layer: projection → stack, bytes as stored, in memory from `empty`."""
-    return {p: read_stack(reader, [layout.expert(layer, e, p) for e in range(begin, end)], empty) for p in PROJECTIONS}
+    """Experts begin..end of a layer: projection → stack, in memory from `empty`.
+
+    `as_codes`: experts in 4 bits, as codes of MXFP4 with its exponents, for a cast. Otherwise bytes as stored.
+    """
+    read = read_codes if as_codes else read_stack
+    return {p: read(reader, [layout.expert(layer, e, p) for e in range(begin, end)], empty) for p in PROJECTIONS}
 
 
 def read_stack(reader: CheckpointReader, weights: list[Weight], empty: Callable[..., Array] = np.empty) -> Stack:
-    if weights[0].packed:
-        return _read_codes(reader, weights, empty)
     fp8 = weights[0].scale is not None
     if any((weight.scale is not None) != fp8 for weight in weights):
         raise CheckpointError(f"{weights[0].name}: its neighbours have another dtype; a layer's experts must share one")
@@ -54,14 +59,35 @@ def read_stack(reader: CheckpointReader, weights: list[Weight], empty: Callable[
     return Stack(values, scales)
 
 
-def _read_codes(reader: CheckpointReader, weights: list[Weight], empty: Callable[..., Array]) -> Stack:
-    """Experts in MXFP4, which the caller knows them to be: packed codes and E8M0 exponents, as stored."""
+def read_codes(reader: CheckpointReader, weights: list[Weight], empty: Callable[..., Array] = np.empty) -> Stack:
+    """Experts in MXFP4, or in NVFP4 of such values: packed codes and E8M0 exponents.
+
+    Raises CheckpointError for NVFP4 that MXFP4 cannot hold exactly.
+    """
     scale = [next(info for info in weight.packed if part_name(info) == "scale") for weight in weights]
     codes = empty((len(weights), *weights[0].info.shape), np.uint8)
-    exponents = empty((len(weights), *scale[0].shape), np.uint8)
-    for infos, targets in (([weight.info for weight in weights], codes), (scale, exponents)):
+    scales = empty((len(weights), *scale[0].shape), np.uint8)
+    for infos, targets in (([weight.info for weight in weights], codes), (scale, scales)):
         reader.read_many((info, target.reshape(-1)) for info, target in zip(infos, targets, strict=True))
-    return Stack(codes, exponents)
+    if scale[0].dtype == "U8":
+        return Stack(codes, scales)
+    found, lost = exponents(codes, scales, np.array([_global_scale(reader, weight) for weight in weights]))
+    if lost.any():
+        expert = int(np.flatnonzero(lost)[0])
+        raise CheckpointError(
+            f"{weights[expert].name}: MXFP4 cannot hold it exactly, {lost[expert]} of its blocks of 32 have two "
+            "scales, or one that is no power of two",
+            hint="only NVFP4 that was cast from MXFP4 can go back",
+        )
+    return Stack(codes, found)
+
+
+def _global_scale(reader: CheckpointReader, weight: Weight) -> tuple[float, float]:
+    """Of an expert in NVFP4: what its block scales are multiplied and divided by."""
+    parts = {part_name(info): info for info in weight.packed}
+    info = parts.get("multiplier") or parts["global_scale"]
+    value = float(reader.read(info.name).view(np.float32)[0])
+    return (value, 1.0) if "multiplier" in parts else (1.0, value)
 
 
 def part_name(info: TensorInfo) -> str:

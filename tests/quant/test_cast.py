@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mimoquant.quant.cast import InexactError, cast
+from mimoquant.quant.cast import InexactError, cast, exponents
 from mimoquant.quant.engine_cpu import CpuEngine
 from mimoquant.quant.formats import Format
 from mimoquant.quant.stack import NonFiniteError, Stack
@@ -46,7 +48,7 @@ def cast_values(parts: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def assert_equal(stacks: dict[str, Stack]) -> None:
-    parts = cast(stacks)
+    parts = cast(stacks, NVFP4)
     for projection, held in stacks.items():
         np.testing.assert_array_equal(cast_values(parts[projection]).view(np.int64), source_values(held).view(np.int64))
         assert (np.frexp(parts[projection]["global_scale"])[0] == 0.5).all(), "a power of two"
@@ -64,7 +66,7 @@ def test_gate_and_up_count_together() -> None:
     stacks = some(120, 120) | {"up": stack(np.random.default_rng(1), SHAPES["up"], 137, 137)}
     assert_equal(stacks)
     with pytest.raises(InexactError) as caught:
-        cast(stacks | {"up": stack(np.random.default_rng(1), SHAPES["up"], 138, 138)})
+        cast(stacks | {"up": stack(np.random.default_rng(1), SHAPES["up"], 138, 138)}, NVFP4)
     assert (caught.value.projection, caught.value.expert, caught.value.blocks) == ("gate", 0, 16)
 
 
@@ -74,7 +76,7 @@ def test_blocks_too_far_below_are_counted() -> None:
     stacks["down"].scales[1, :3] = 102
     stacks["down"].scales[1, 5] = 120
     with pytest.raises(InexactError) as caught:
-        cast(stacks)
+        cast(stacks, NVFP4)
     assert (caught.value.projection, caught.value.expert, caught.value.blocks) == ("down", 1, 3)
 
 
@@ -91,7 +93,7 @@ def test_an_expert_of_zeros_is_not_scaled() -> None:
     stacks = some(110, 120)
     stacks["down"].values[0] = 0x80
     assert_equal(stacks)
-    assert cast(stacks)["down"]["global_scale"][0, 0] == 1
+    assert cast(stacks, NVFP4)["down"]["global_scale"][0, 0] == 1
 
 
 def test_an_exponent_that_is_nan_is_refused() -> None:
@@ -99,13 +101,13 @@ def test_an_exponent_that_is_nan_is_refused() -> None:
     assert stacks["up"].scales is not None
     stacks["up"].scales[1, 2, 0] = 255
     with pytest.raises(NonFiniteError) as caught:
-        cast(stacks)
+        cast(stacks, NVFP4)
     assert (caught.value.projection, caught.value.expert) == ("up", 1)
 
 
 def test_the_audit_sees_every_other_value() -> None:
     stacks = some(110, 120)
-    engine, parts = CpuEngine(1), cast(stacks)["gate"]
+    engine, parts = CpuEngine(1), cast(stacks, NVFP4)["gate"]
     assert [audit.outside for audit in engine.audit_cast(stacks["gate"], NVFP4, parts)] == [0, 0]
     for part, damage, wrong in (("codes", 0x08, 1), ("scale", 0x01, 1), ("global_scale", 1, 32)):
         broken = parts | {part: parts[part].copy()}
@@ -117,3 +119,61 @@ def test_the_audit_sees_every_other_value() -> None:
     broken = parts | {"scale": np.full_like(parts["scale"], 0x7F)}
     assert not any(audit.scales_ok for audit in engine.audit_cast(stacks["gate"], NVFP4, broken))
     engine.close()
+
+
+# --- and back ---------------------------------------------------------------------------------------------------------
+
+
+def test_mxfp4_as_mxfp4_is_what_it_was() -> None:
+    stacks = some(0, 254)
+    for projection, parts in cast(stacks, Format("mxfp4", 32)).items():
+        assert parts["codes"] is stacks[projection].values and parts["scale"] is stacks[projection].scales
+    stacks["up"].scales[0, 0, 0] = 255  # type: ignore[index]
+    with pytest.raises(NonFiniteError):
+        cast(stacks, Format("mxfp4", 32))
+
+
+@settings(max_examples=60, deadline=None)
+@given(low=st.integers(0, 237), span=st.integers(0, 17), seed=st.integers(0, 2**16))
+def test_exponents_come_back(low: int, span: int, seed: int) -> None:
+    stacks = some(low, low + span, seed)
+    for projection, parts in cast(stacks, NVFP4).items():
+        divisor = parts["global_scale"].astype(np.float64)
+        ratio = np.concatenate([np.ones_like(divisor), divisor], axis=1)
+        found, lost = exponents(parts["codes"], parts["scale"], ratio)
+        live = ((stacks[projection].values & 0x77).reshape(*found.shape, 16) > 0).any(-1)
+        assert not lost.any()
+        np.testing.assert_array_equal(found[live], stacks[projection].scales[live])  # type: ignore[index]
+        assert (found[~live] == 127).all()
+
+
+@settings(max_examples=200, deadline=None)
+@given(seed=st.integers(0, 2**16), divisor=st.sampled_from([1.0, 1.5, 0.875, 3.0, 2.0**120, 448 * 6 / 0.37, 0.0]))
+def test_what_is_no_power_of_two_is_counted(seed: int, divisor: float) -> None:
+    """Against exact fractions: a block goes back where both its halves have one power of two, or are zero."""
+    rng = np.random.default_rng(seed)
+    scale = rng.choice(np.array([0x38, 0x38, 0x3C, 0x40, 0x3E, 0x00, 0x01, 0x7E, 0x7F, 0xB8], np.uint8), (1, 4, 4))
+    codes = rng.integers(0, 256, (1, 4, 32), dtype=np.uint8) * (rng.random((1, 4, 4)) < 0.8).repeat(8, -1)
+    found, lost = exponents(codes, scale, np.array([[1.0, np.float32(divisor)]]))
+    values = torch.from_numpy(scale).view(torch.float8_e4m3fn).double().numpy()
+    wrong = 0
+    for row in range(4):
+        for block in range(2):
+            wanted = set()
+            for half in (0, 1):
+                at = 2 * block + half
+                if (codes[0, row, 8 * at : 8 * at + 8] & 0x77).any():
+                    wanted.add(power_of(values[0, row, at], float(np.float32(divisor))))
+            if None in wanted or len(wanted) > 1:
+                wrong += 1
+            else:
+                assert int(found[0, row, block]) - 127 == (wanted.pop() if wanted else 0)
+    assert lost.tolist() == [wrong]
+
+
+def power_of(scale: float, divisor: float) -> int | None:
+    """k where scale / divisor is 2^k that E8M0 has."""
+    if not divisor or not np.isfinite(scale) or scale <= 0:
+        return None
+    ratio = Fraction(scale) / Fraction(divisor)
+    return next((k for k in range(-127, 128) if ratio == Fraction(2) ** k), None)
