@@ -55,6 +55,7 @@ def plan(
     tokens: int | None = None,
     refine: int | None = None,
     refine_layer: Sequence[int] | None = None,
+    objective: str | None = None,
     container: str | None = None,
     dense: str | None = None,
     input_scales: str | None = None,
@@ -67,8 +68,7 @@ def plan(
         recipe: a shipped recipe's name, or the path of a recipe file.
         gpu_memory: GB of the GPU's memory that may be used. out: on whose disk to look for room.
         data, sequences, tokens: what to calibrate on, where the recipe says otherwise; data_column: of its records,
-            only that is read. refine, refine_layer: as for
-            `quantize`.
+            only that is read. refine, refine_layer, objective: as for `quantize`.
         dense, input_scales: of ModelOpt's container: whether FP8 beside the experts stays ("fp8") or becomes "bf16",
             whether they have input scales of 1 ("unit") or "none".
         measure: rehearse the plan's steps on one chunk of experts, to tell the time.
@@ -77,7 +77,7 @@ def plan(
     from mimoquant.assembly.choices import CalibrationChoice, OutputChoice, PlanChoice
     from mimoquant.assembly.plans import plan_document
 
-    calibration = CalibrationChoice(data, sequences, tokens, refine, refine_layer, data_column)
+    calibration = CalibrationChoice(data, sequences, tokens, refine, refine_layer, data_column, objective)
     choice = PlanChoice(recipe, container, allow_unknown, calibration, OutputChoice(dense, input_scales))
     folder = None if out is None else Path(out)
     return plan_document(source, choice, device=device, gpu_memory=gpu_memory, folder=folder, measure=measure)
@@ -98,6 +98,7 @@ def quantize(
     tokens: int | None = None,
     refine: int | None = None,
     refine_layer: Sequence[int] | None = None,
+    objective: str | None = None,
     container: str | None = None,
     dense: str | None = None,
     input_scales: str | None = None,
@@ -113,6 +114,7 @@ def quantize(
         base_model: what the card names as such: the source's repository on the Hub, where its files do not tell.
         mend_json: write JSON files that have a comma too many without it; they are refused otherwise.
         refine: rounds in which an expert's projections are chosen together at the end; refine_layer: only there.
+        objective: what codes are chosen for, `kl` or `output`, where the recipe says otherwise.
         progress: called with (unit, its bytes that are written, whether it is finished); a unit is a shard.
     Raises UsageError, RecipeError: nothing was done. CheckpointError: bad data. QualityError: too many starved experts.
     StoppedError: the disk; resumable.
@@ -122,7 +124,7 @@ def quantize(
     from mimoquant.machine.devices import resolve_device
     from mimoquant.machine.team import Team
 
-    calibration = CalibrationChoice(data, sequences, tokens, refine, refine_layer, data_column)
+    calibration = CalibrationChoice(data, sequences, tokens, refine, refine_layer, data_column, objective)
     output = OutputChoice(dense, input_scales, base_model, mend_json)
     choice = PlanChoice(recipe, container, allow_unknown, calibration, output)
     run = QuantizeRun(source, choice, out, Team(resolve_device(device)), gpu_memory=gpu_memory, resume=resume)

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,18 +26,24 @@ from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.checkpoint.writer import ShardWriter, write_file_durably
 from mimoquant.errors import CheckpointError, StoppedError, UsageError
 from mimoquant.machine.devices import make_engine, resolve_device
+from mimoquant.machine.memory import machine
 from mimoquant.machine.overlap import WriteBehind, read_ahead
 from mimoquant.machine.team import Team
 from mimoquant.machine.timeline import WAIT_READ, WAIT_WRITE, Timeline
 from mimoquant.output.documents import QuantizeReport
 from mimoquant.output.quantize_report import quantize_report
 from mimoquant.output.small_files import written_texts
+from mimoquant.planning.needs import disk_bytes
 from mimoquant.planning.plan import WRITE_LANES, WRITE_QUEUE_BYTES, Plan
 from mimoquant.planning.units import Experts, Unit
 from mimoquant.quant.stack import Engine
 from mimoquant.run.deal import Task, deal
 from mimoquant.run.steps import Array, Workshop, label, load, yielded
 
+if TYPE_CHECKING:
+    from mimoquant.fisher.matrices import Fisher
+
+Walked = Callable[[str, int, int], None]  # which way, layers passed, layers
 Progress = Callable[[Unit, int, bool], None]  # unit, output bytes of it done, whether it is finished
 
 DISK_SLACK = 64 * 2**20
@@ -52,9 +58,12 @@ def quantize(
     progress: Progress | None = None,
     timeline: Timeline | None = None,
     team: Team | None = None,
+    walked: Walked | None = None,
 ) -> QuantizeReport:
     """Execute a plan into the folder `out`, which appears only when it is complete. Arguments: see `execute`."""
-    finished = execute(plan, out, device=device, resume=resume, progress=progress, timeline=timeline, team=team)
+    finished = execute(
+        plan, out, device=device, resume=resume, progress=progress, timeline=timeline, team=team, walked=walked
+    )
     return quantize_report(plan, finished)
 
 
@@ -67,6 +76,7 @@ def execute(
     progress: Progress | None = None,
     timeline: Timeline | None = None,
     team: Team | None = None,
+    walked: Walked | None = None,
 ) -> dict[str, JournalLine]:
     """Write what a plan says, a relayout's or a recipe's, into the folder `out`; returns the journal, unit by unit.
 
@@ -76,6 +86,7 @@ def execute(
         resume: continue what a killed run left in `out`.partial.
         timeline: is told what the run spends its time on.
         team: the processes that share the run, all of which call this; `device` is then the team's.
+        walked: is told of each layer that the walk back has passed, which comes first where the recipe asks for it.
     Raises:
         UsageError: `out` exists, lies in the source, an unfinished run is there; disk too small.
         CheckpointError: bad data. QualityError: too many starved experts. StoppedError: disk trouble, resumable.
@@ -87,10 +98,12 @@ def execute(
     identity = _identity(plan, tokens, team)
     with (
         contextlib.closing(make_engine(device)) as engine,
-        opened(RunFolder(out, identity, resume=resume, rank=team.rank), team, partial(_check_disk, plan)) as run,
+        opened(RunFolder(out, identity, resume=resume, rank=team.rank), team, partial(_check_disk, plan, team)) as run,
     ):
         try:
-            _write_units(plan, run, engine, tokens, progress, timeline or Timeline(), team)
+            timeline = timeline or Timeline()
+            fisher = _walked_back(plan, run, tokens, timeline, team, walked)
+            _write_units(plan, run, engine, tokens, progress, timeline, team, fisher)
             return _finish(plan, run, tokens, progress, team)
         except CheckpointError:
             if not run.finished and team.size == 1:  # nothing that a resume could use, and nobody who still writes
@@ -127,15 +140,30 @@ def _preflight(plan: Plan, out: Path | str) -> Path:
     return target
 
 
-def _check_disk(plan: Plan, run: RunFolder) -> None:
+def _check_disk(plan: Plan, team: Team, run: RunFolder) -> None:
     done = sum(line.size_bytes for line in run.finished.values())
-    needed, free = plan.shard_bytes + plan.side_bytes - done + DISK_SLACK, free_bytes(run.partial)
+    done += sum(path.stat().st_size for path in run.partial.glob("*/*") if path.is_file())  # of the walk back
+    needed = disk_bytes(plan, team.device, machine(team.device), team.size) - done + DISK_SLACK
+    free = free_bytes(run.partial)
     if needed > free:
         sentence = f"{run.out}: needs {needed / 1e9:.2f} GB but {free / 1e9:.2f} GB are free"
         if run.finished:
             raise StoppedError(sentence, hint="make room, then run the same command again with --resume")
         run.discard()
         raise UsageError(sentence, hint="make room or choose another --out")
+
+
+def _walked_back(
+    plan: Plan, run: RunFolder, tokens: TokenSet | None, timeline: Timeline, team: Team, walked: Walked | None
+) -> Fisher | None:
+    """What the loss feels of each layer, where the recipe asks for it and a layer is left to be quantized."""
+    left = any(unit.layer in plan.formats and unit.name not in run.finished for unit in plan.units)
+    if plan.recipe.objective != "kl" or tokens is None or not left:
+        return None
+    from mimoquant.run.objective import walked_back  # torch is loaded only where it is needed
+
+    with timeline.span("walk back"), CheckpointReader(plan.layout.index) as reader:
+        return walked_back(plan, reader, tokens, run.partial, team, walked)
 
 
 def _write_units(
@@ -146,6 +174,7 @@ def _write_units(
     progress: Progress,
     timeline: Timeline,
     team: Team,
+    fisher: Fisher | None,
 ) -> None:
     tasks = deal(plan, run.finished.keys(), team.rank, team.size)
     for unit in plan.units:
@@ -156,7 +185,7 @@ def _write_units(
         lanes, queue = WRITE_LANES, 2 * max(unit.size_bytes for unit in plan.units)
     reading = CheckpointReader(plan.layout.index)
     with reading as reader, contextlib.ExitStack() as opened, WriteBehind(queue, lanes) as behind:
-        walk = _Walk(plan, run, reader, tokens, team) if tokens else None
+        walk = _Walk(plan, run, reader, tokens, team, fisher) if tokens else None
         shards = _Shards(run, behind, queue // 2 + 1 if lanes == 1 else 0, progress, timeline, opened)
         shop = Workshop(plan, reader, engine, team.rank)
         ahead = read_ahead(timeline.waited("read", load(shop, tasks)))
@@ -234,11 +263,19 @@ def _write(timeline: Timeline, writer: ShardWriter, name: str, array: Array) -> 
 class _Walk:
     """Keeps the calibration tokens beside the units: a layer's are there when its shard begins, also after a resume."""
 
-    def __init__(self, plan: Plan, run: RunFolder, reader: CheckpointReader, tokens: TokenSet, team: Team) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        run: RunFolder,
+        reader: CheckpointReader,
+        tokens: TokenSet,
+        team: Team,
+        fisher: Fisher | None,
+    ) -> None:
         from mimoquant.run.calibrated import Calibrator  # torch is loaded only where it is needed
 
         self.plan, self.run = plan, run
-        self.calibrator = Calibrator(plan, reader, tokens, team.device, team)
+        self.calibrator = Calibrator(plan, reader, tokens, team.device, team, fisher=fisher)
         self.at = 0  # the next layer to walk
 
     def enter(self, unit: Unit) -> None:
@@ -282,6 +319,10 @@ def _finish(
             if unit.name not in mine:
                 progress(unit, unit.size_bytes, True)
     if team.leads:
+        if plan.recipe.objective == "kl":
+            from mimoquant.run.objective import let_go
+
+            let_go(run.partial)
         copy_side_files(plan.layout.index.folder, run.partial, plan.side_files)
         for name, data in plan.mended.items():  # in place of the copy, whose folder there is now
             write_file_durably(run.partial / name, data)

@@ -36,12 +36,23 @@ ALLOWED: dict[str, set[str]] = {
     "weights": {"checkpoint", "model", "quant"},
     "calibration": {"checkpoint", "model"},
     "fisher": {"calibration", "checkpoint", "machine", "model", "weights"},
-    "planning": {"checkpoint", "machine", "model", "quant", "weights"},
+    "planning": {"checkpoint", "fisher", "machine", "model", "quant", "weights"},
     "serving": {"checkpoint", "model", "planning", "quant", "weights"},
-    "run": {"calibration", "checkpoint", "machine", "model", "planning", "quant", "weights"},
+    "run": {"calibration", "checkpoint", "fisher", "machine", "model", "planning", "quant", "weights"},
     "output": {"calibration", "checkpoint", "model", "planning", "quant", "run", "serving", "weights"},
     "evaluation": {"calibration", "checkpoint", "machine", "model", "planning", "weights"},
-    "mixing": {"calibration", "checkpoint", "evaluation", "machine", "model", "planning", "quant", "run", "weights"},
+    "mixing": {
+        "calibration",
+        "checkpoint",
+        "evaluation",
+        "fisher",
+        "machine",
+        "model",
+        "planning",
+        "quant",
+        "run",
+        "weights",
+    },
     "synthetic": {"checkpoint", "model", "weights"},
     "pipeline": {"calibration", "checkpoint", "machine", "output", "planning", "quant", "run"},
     "report": {"serving"},
@@ -76,6 +87,7 @@ FLOOR = {"errors", "wording", "shipped", "__version__"}
 # for annotations only, under `if TYPE_CHECKING:`; nothing is loaded
 ALLOWED_FOR_TYPES: dict[str, set[str]] = {
     "output": {"evaluation.documents"},  # a card is told what was measured
+    "pipeline": {"fisher.matrices"},
     "report": {
         "calibration.layer_facts",
         "evaluation.documents",

@@ -31,6 +31,7 @@ class CalibrationChoice:
     refine: int | None = None
     refine_layer: Sequence[int] | None = None
     column: str | None = None
+    objective: str | None = None
 
     def changes(self) -> dict[str, Any]:
         """For `Recipe.calibrated_on`."""
@@ -41,6 +42,7 @@ class CalibrationChoice:
             "reconstruct": self.refine,
             "reconstruct_layers": tuple(self.refine_layer) if self.refine_layer else None,
             "column": self.column,
+            "objective": self.objective,
         }
         return {key: value for key, value in given.items() if value is not None}
 

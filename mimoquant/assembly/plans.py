@@ -108,10 +108,18 @@ class QuantizeRun:
                 raise refused
         self.timeline = Timeline()
 
-    def execute(self, progress: pipeline.Progress | None = None) -> QuantizeDocument:
+    def execute(
+        self, progress: pipeline.Progress | None = None, walked: pipeline.Walked | None = None
+    ) -> QuantizeDocument:
         """Write `out`; see `pipeline.execute`. The same on every rank of the team, but for times."""
         report = pipeline.quantize(
-            self.plan, self.out, resume=self.resume, team=self.team, timeline=self.timeline, progress=progress
+            self.plan,
+            self.out,
+            resume=self.resume,
+            team=self.team,
+            timeline=self.timeline,
+            progress=progress,
+            walked=walked,
         )
         what, share = self.timeline.bound
         return {

@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NotRequired, TypedDict, cast
+from typing import Any, NotRequired, TypedDict, cast
+
+
+class LayerFisherFacts(TypedDict):
+    """What the walk back says of a layer: F is the second moment of the gradient of log p at its output."""
+
+    trace: float
+    """tr(F)."""
+    effective_rank: float
+    """tr(F)² / tr(F²): how many directions the loss feels, of as many as the model is wide."""
+    share: float
+    """Of what it would cost if the experts of every layer erred by the same relative amount, 0 to 1."""
 
 
 class LayerRecord(TypedDict):
@@ -24,6 +35,13 @@ class LayerRecord(TypedDict):
     """relMSE of what was written."""
     answer: NotRequired[list[list[float]]]
     """Squared error of the expert's output before and after the joint rounds; absent without such rounds."""
+    felt_plain: NotRequired[list[float]]
+    """The same as relmse_plain by what the loss feels, tr(F D H Dᵀ) / tr(F W H Wᵀ), F the metric of a projection's
+    outputs; absent where codes were not chosen for the loss."""
+    felt: NotRequired[list[float]]
+    """The same of what was written."""
+    fisher: NotRequired[LayerFisherFacts]
+    """What the walk back says of the layer; absent without one."""
     topk_changed: NotRequired[float]
     """Share of tokens that a folded router sends to other experts; absent where no norm is folded."""
     starved: int
@@ -59,6 +77,9 @@ class LayerFacts:
     folded_channels: int = 0
     answer: list[list[float]] = field(default_factory=list)  # [before, after] the joint rounds: see `reconstruct`
     topk_changed: float | None = None  # share of tokens a folded router sends elsewhere; None: no norm is folded
+    felt_plain: list[float] = field(default_factory=list)
+    felt: list[float] = field(default_factory=list)
+    fisher: LayerFisherFacts | None = None
 
     def as_plain(self) -> LayerRecord:
         """In the order of the journal, whose bytes must stay."""
@@ -68,6 +89,10 @@ class LayerFacts:
         }
         routed = {} if self.topk_changed is None else {"topk_changed": _short(self.topk_changed)}
         walked = {"answer": [[_short(v) for v in pair] for pair in self.answer]} if self.answer else {}
+        felt: dict[str, Any] = {}
+        if self.fisher is not None:
+            felt = {name: [_short(v) for v in getattr(self, name)] for name in ("felt_plain", "felt")}
+            felt["fisher"] = {name: _short(cast(float, value)) for name, value in self.fisher.items()}
         counted = {
             "starved": self.starved,
             "shrinkage": self.shrinkage,
@@ -76,7 +101,7 @@ class LayerFacts:
             "rounded": self.rounded,
             "folded_channels": self.folded_channels,
         }
-        return cast(LayerRecord, lists | walked | routed | counted)
+        return cast(LayerRecord, lists | walked | routed | felt | counted)
 
 
 def _short(value: float) -> float:

@@ -54,6 +54,17 @@ class TokenSet:
     left_out: tuple[str, ...] = ()  # domains with fewer tokens than one sequence takes
     fingerprints: Fingerprints = NOTHING  # of the records that the sequences were made from
 
+    def first(self, sequences: int) -> TokenSet:
+        """The same set, of fewer sequences."""
+        ids = self.ids[:sequences]
+        return replace(
+            self,
+            ids=ids,
+            domains=self.domains[:sequences],
+            sha256=hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest(),
+            sequence_hashes=self.sequence_hashes[:sequences],
+        )
+
 
 @dataclass(frozen=True)
 class CalibrationRecord:

@@ -41,6 +41,13 @@ class Layout(StrEnum):
     PRO = "pro"
 
 
+class Objective(StrEnum):
+    """What codes are chosen for."""
+
+    KL = "kl"
+    OUTPUT = "output"
+
+
 class Qkv(StrEnum):
     """`relayout --qkv`: how q, k and v lie on disk."""
 
@@ -171,6 +178,10 @@ RefineOption = Annotated[
 ]
 RefineLayersOption = Annotated[
     list[int] | None, typer.Option("--refine-layer", min=0, help="Refine only this layer; repeatable.", metavar="LAYER")
+]
+ObjectiveOption = Annotated[
+    Objective | None,
+    typer.Option(help="Choose codes for the loss (kl) or for what each projection answers; by default as the recipe."),
 ]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")]
 PlaceOption = Annotated[str, typer.Option(help="What computes: auto, cpu or cuda.", autocompletion=lambda: DEVICES)]

@@ -46,7 +46,7 @@ class Progress:
         self.units, self.total = len(made.units), made.shard_bytes
         self.finished = 0
         self.done: dict[str, int] = {}
-        self.begin = time.monotonic()
+        self.begin, self.walk = time.monotonic(), Lines()
         self.kept = 0  # bytes that an earlier run had written
         self.bar: Bar | None = None
         self.wide = True
@@ -74,6 +74,14 @@ class Progress:
     def __exit__(self, *exc: object) -> None:
         if self.bar:
             self.bar.stop()
+
+    def walked(self, way: str, done: int, layers: int) -> None:
+        """Called by the run where it walks back, before anything is quantized."""
+        if self.bar:
+            self.bar.update(self.task, description=f"{way}, {done} of {layers} layers")
+        else:
+            self.walk(way, done, layers)
+        self.begin = time.monotonic()
 
     def advance(self, unit: Unit, size_bytes: int, finished: bool) -> None:
         """Called by the run; `size_bytes` of the unit are written."""

@@ -23,6 +23,7 @@ from mimoquant.cli.options import (
     JsonOption,
     Layout,
     MendOption,
+    ObjectiveOption,
     Qkv,
     QkvDtype,
     QuietOption,
@@ -69,6 +70,7 @@ def plan(
     tokens: TokensOption = None,
     refine: RefineOption = None,
     refine_layer: RefineLayersOption = None,
+    objective: ObjectiveOption = None,
     container: ContainerOption = None,
     dense: DenseOption = None,
     input_scales: InputScalesOption = None,
@@ -97,6 +99,7 @@ def plan(
         tokens=tokens,
         refine=refine,
         refine_layer=refine_layer,
+        objective=option_value(objective),
         container=option_value(container),
         dense=option_value(dense),
         input_scales=option_value(input_scales),
@@ -119,6 +122,7 @@ def quantize(
     tokens: TokensOption = None,
     refine: RefineOption = None,
     refine_layer: RefineLayersOption = None,
+    objective: ObjectiveOption = None,
     container: ContainerOption = None,
     dense: DenseOption = None,
     input_scales: InputScalesOption = None,
@@ -141,7 +145,7 @@ def quantize(
     from mimoquant.machine.team import Team
     from mimoquant.report import coverage_page, verb_text
 
-    calibration = CalibrationChoice(data, sequences, tokens, refine, refine_layer, data_column)
+    calibration = CalibrationChoice(data, sequences, tokens, refine, refine_layer, data_column, option_value(objective))
     output = OutputChoice(option_value(dense), option_value(input_scales), base_model, mend_json)
     choice = PlanChoice(recipe, option_value(container), allow_unknown, calibration, output)
     with Team.from_environment(resolve_device(device)) as team:
@@ -153,7 +157,7 @@ def quantize(
         with Progress(run.plan, team.size, run.timeline) if team.leads else contextlib.nullcontext() as progress:
             for note in (*run.plan.notes, *data_notes(run.plan)) if team.leads else ():
                 tell(f"note: {note}")
-            document = run.execute(progress.advance if progress else None)
+            document = run.execute(*((progress.advance, progress.walked) if progress else ()))
     if not team.leads:
         return
     with printed_last(document, verb_text.quantize_text, as_json):

@@ -64,6 +64,11 @@ class Fisher:
     layers: dict[int, LayerFisher]
     identity: dict[str, Any]
 
+    @property
+    def samples(self) -> int:
+        """Gradients that each matrix is the second moment of."""
+        return len(self.record.tokens.sequences) * int(self.identity["tokens a sequence"]) * self.record.draws
+
     @staticmethod
     def open(folder: Path) -> Fisher:
         """Raises CheckpointError where the folder is not one that a walk back has finished."""

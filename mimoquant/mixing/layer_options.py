@@ -20,6 +20,7 @@ from torch import Tensor
 from mimoquant.calibration.tokens import TokenSet
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.errors import RecipeError
+from mimoquant.fisher.matrices import Fisher
 from mimoquant.machine.team import Team
 from mimoquant.model.decoder_layer import ExpertChunk, LayerWeights
 from mimoquant.model.layout import PROJECTIONS
@@ -106,9 +107,15 @@ class CalibratedOptions(LayerOptions):
     """The same for a recipe that calibrates. The plan's own formats are what the calibration tokens go through."""
 
     def __init__(
-        self, plan: Plan, reader: CheckpointReader, engine: Engine, device: str, tokens: TokenSet, team: Team
+        self,
+        plan: Plan,
+        reader: CheckpointReader,
+        engine: Engine,
+        tokens: TokenSet,
+        team: Team,
+        fisher: Fisher | None = None,
     ) -> None:
-        super().__init__(plan, reader, engine, device)
+        super().__init__(plan, reader, engine, team.device)
         folded = next(filter(plan.recipe.folds_norm, plan.formats), None)
         if folded is not None:
             raise RecipeError(
@@ -117,7 +124,7 @@ class CalibratedOptions(LayerOptions):
                 hint="leave the mapping from the norm out; that from up_proj to down_proj can stay",
             )
         self.team, self.ranks = team, team.size
-        self.calibrator = Calibrator(plan, reader, tokens, device, team, self.source)
+        self.calibrator = Calibrator(plan, reader, tokens, team.device, team, self.source, fisher)
 
     def begin(self, layer: int, weights: LayerWeights) -> None:
         self.calibrator.begin(layer, weights=weights)

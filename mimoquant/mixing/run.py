@@ -27,6 +27,7 @@ from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.errors import UsageError
 from mimoquant.evaluation.held_out import refuse_shared
 from mimoquant.evaluation.snapshots import Snapshots
+from mimoquant.fisher.matrices import Fisher
 from mimoquant.machine.devices import make_engine
 from mimoquant.machine.team import Team
 from mimoquant.mixing.attribution import Ablation, Floats
@@ -40,6 +41,7 @@ from mimoquant.mixing.needs import Forks
 from mimoquant.model.layer_stream import portions
 from mimoquant.planning.plan import Plan
 from mimoquant.quant.stack import Engine
+from mimoquant.run.objective import walked_back
 
 Progress = Callable[[str, int, int], None]  # what is walked, layers passed (0: it begins), layers
 
@@ -73,7 +75,11 @@ def sensitivity(
         contextlib.closing(make_engine(team.device)) as engine,
         Snapshots.beside(out, identity, resume=resume, team=team) as snapshots,
     ):
-        walks = Walks(mixtures, tokens, calibration, engine, team, snapshots, progress)
+        fisher = None
+        if calibration and mixtures.plan.recipe.objective == "kl":
+            with CheckpointReader(mixtures.plan.layout.index) as reader:
+                fisher = walked_back(mixtures.plan, reader, calibration, snapshots.run.partial, team, progress)
+        walks = Walks(mixtures, tokens, calibration, engine, team, snapshots, progress, fisher)
         facts, text = _found(walks, tokens, budget, target_j)
         facts["data"]["shared_with_calibration"] = shared
         snapshots.finish(text)
@@ -165,9 +171,10 @@ class Walks:
         team: Team,
         snapshots: Snapshots | None = None,
         progress: Progress | None = None,
+        fisher: Fisher | None = None,
     ) -> None:
         self.mixtures, self.calibration, self.engine, self.team = mixtures, calibration, engine, team
-        self.snapshots, self.progress = snapshots, progress or (lambda *told: None)
+        self.snapshots, self.progress, self.fisher = snapshots, progress or (lambda *told: None), fisher
         self.geometry = mixtures.plan.layout.geometry
         ids, self.tokens = torch.from_numpy(tokens.ids), tokens.ids.size
         self.order = halves(tokens)
@@ -257,7 +264,7 @@ class Walks:
     def _options(self, plan: Plan, reader: CheckpointReader) -> LayerOptions:
         if self.calibration is None:
             return LayerOptions(plan, reader, self.engine, self.team.device)
-        return CalibratedOptions(plan, reader, self.engine, self.team.device, self.calibration, self.team)
+        return CalibratedOptions(plan, reader, self.engine, self.calibration, self.team, self.fisher)
 
     def _begun(self, source: LayerOptions, lanes: list[Lane]) -> int:
         embedding = source.source.tensor("model.embed_tokens.weight")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, NoReturn, Protocol, cast
 
 from mimoquant.planning.documents import CalibrationSettings
@@ -21,6 +21,8 @@ MODIFIER_DEFAULTS: dict[str, dict[str, Any]] = {
     "AWQModifier": {"n_grid": AWQ_GRID, "duo_scaling": True},
 }
 MOST_REPETITIONS, MOST_GROUPS = 5, 20  # of a pattern
+MOST_TOKENS, MOST_DRAWS = 2**31, 64  # that are walked back
+OBJECTIVES = ("kl", "output")
 _CALIBRATION_KEYS = (
     "set",
     "data",
@@ -32,6 +34,7 @@ _CALIBRATION_KEYS = (
     "max_starved_experts",
     "reconstruct",
     "reconstruct_layers",
+    "fisher",
 )
 
 
@@ -63,6 +66,15 @@ def match_name(name: str, pattern: str) -> bool:
     return name == pattern
 
 
+@dataclass(frozen=True, slots=True)
+class FisherSample:
+    """What Fisher matrices are measured on: the first sequences that make up `tokens` tokens, with `draws` labels drawn
+    at each position."""
+
+    tokens: int = 131_072
+    draws: int = 2
+
+
 @dataclass(frozen=True)
 class Calibration:
     """What a calibrated run sees and does with it. `data`: shipped sets, files or folders (see `calibration.tokens`).
@@ -71,7 +83,7 @@ class Calibration:
     shrinkage: how far thin statistics are shrunk, n0 over the width; None lets held-out tokens choose, layer by layer.
     max_starved_experts: more experts than this, in a layer, with fewer tokens than half the width are an error.
     reconstruct: rounds in which gate, up and down of an expert are chosen together at the end; reconstruct_layers: in
-    which layers, () for all.
+    which layers, () for all. fisher: with it, codes are chosen for the loss, and not for a projection's own output.
     """
 
     data: tuple[str, ...] = (CALIBRATION_SET,)
@@ -83,6 +95,13 @@ class Calibration:
     reconstruct: int = 0
     reconstruct_layers: tuple[int, ...] = ()
     column: str | None = None
+    fisher: FisherSample | None = None
+
+    @property
+    def fisher_sequences(self) -> int:
+        """The first sequences, that are walked back; one at least."""
+        assert self.fisher is not None
+        return max(1, min(self.sequences, self.fisher.tokens // self.tokens))
 
     def reconstructs(self, layer: int) -> bool:
         return self.reconstruct > 0 and (not self.reconstruct_layers or layer in self.reconstruct_layers)
@@ -101,7 +120,8 @@ class Calibration:
             "shrinkage": "auto" if self.shrinkage is None else self.shrinkage,
             "max_starved_experts": self.max_starved_experts,
         }
-        return cast(CalibrationSettings, named | settings | rounds)
+        walked = {"fisher": asdict(self.fisher)} if self.fisher else {}
+        return cast(CalibrationSettings, named | settings | rounds | walked)
 
 
 @dataclass(frozen=True)
@@ -141,10 +161,12 @@ def _norm(layer: int) -> str:
     return f"model.layers.{layer}.post_attention_layernorm"
 
 
-def parse_calibration(block: Any, fail: Fail) -> Calibration | None:
-    """The `calibration:` block."""
+def parse_calibration(block: Any, objective: Any, fail: Fail) -> Calibration | None:
+    """The `calibration:` block, and the objective, which says whether anything is walked back."""
+    if objective not in OBJECTIVES:
+        fail(f"objective {objective!r} is unknown", f"known are {', '.join(OBJECTIVES)}")
     if block is None:
-        return None
+        return Calibration(fisher=FisherSample()) if objective == "kl" else None
     if not isinstance(block, dict):
         fail(f"calibration must be a mapping, found {type(block).__name__}")
     unknown = [key for key in block if key not in _CALIBRATION_KEYS]
@@ -177,6 +199,7 @@ def parse_calibration(block: Any, fail: Fail) -> Calibration | None:
         starved,
         *_reconstruction(block, fail),
         column,
+        _fisher(block.get("fisher"), objective, fail),
     )
 
 
@@ -189,6 +212,22 @@ def _reconstruction(block: dict[Any, Any], fail: Fail) -> tuple[int, tuple[int, 
     if layers and not rounds:
         fail("calibration.reconstruct_layers is given and reconstruct is not", "say how many rounds, such as 1")
     return rounds, tuple(layers)
+
+
+def _fisher(held: Any, objective: str, fail: Fail) -> FisherSample | None:
+    if held is None:
+        return FisherSample() if objective == "kl" else None
+    if objective != "kl":
+        fail(f"calibration.fisher is given, and the objective is {objective}", "add objective: kl")
+    names = [field.name for field in fields(FisherSample)]
+    if not isinstance(held, dict) or set(held) - set(names):
+        fail(f"calibration.fisher is {held!r}, expected a mapping with {' and '.join(names)}")
+    sample = FisherSample(**held)
+    for name, most in (("tokens", MOST_TOKENS), ("draws", MOST_DRAWS)):
+        value = getattr(sample, name)
+        if type(value) is not int or not 1 <= value <= most:
+            fail(f"calibration.fisher.{name} is {value!r}, expected a number from 1 to {most}")
+    return sample
 
 
 def _data(block: dict[Any, Any], fail: Fail) -> tuple[str, ...]:

@@ -124,6 +124,29 @@ class RunEstimate(TypedDict):
     """Seconds of that one, which are the run's."""
 
 
+class WalkBackNeeds(TypedDict):
+    """What the walk takes that comes before anything is quantized, where codes are chosen for the loss."""
+
+    tokens: int
+    """Tokens that are walked forward and back."""
+    draws: int
+    """Labels drawn at each of them."""
+    states: str
+    """Where their hidden states rest, by what is free here: host or files."""
+    states_bytes: int
+    """Hidden states, of all processes, on hosts or in files."""
+    file_bytes: int
+    """Files beside the output at the peak, in OUT.partial; hidden states among them where they rest there."""
+    matrices_bytes: int
+    """Files that stay until the last layer is written."""
+    host_memory_bytes: int
+    """Host memory at the peak, at most."""
+    gpu_memory_bytes: int
+    """GPU memory at the peak, at most; 0 where none computes."""
+    computing_s: NotRequired[float]
+    """Seconds, reckoned from the rehearsal; absent without --measure."""
+
+
 class ForkNeeds(TypedDict):
     """What `sensitivity` would need for the same recipe, on as many tokens as it takes by itself."""
 
@@ -223,6 +246,8 @@ class PlanDocument(TypedDict):
     """Experts that are in memory together."""
     sensitivity: ForkNeeds | None
     """What `sensitivity` would need; null for a recipe that it refuses."""
+    walk_back: WalkBackNeeds | None
+    """What comes before anything is quantized; null where codes are chosen for what a projection answers."""
     estimate: RunEstimate | None
     """Time; null without --measure."""
     shards: list[PlannedShard]
@@ -239,6 +264,15 @@ class PlanDocument(TypedDict):
     """What a user should know before starting."""
     engines: list[EngineCheck]
     """vLLM and SGLang, as far as it does not depend on how they are started."""
+
+
+class FisherSettings(TypedDict):
+    """What is walked back for the Fisher matrices of a recipe with `objective: kl`."""
+
+    tokens: int
+    """Tokens at most, in the first sequences of the calibration data."""
+    draws: int
+    """Labels drawn from the model's own prediction at each of them."""
 
 
 class CalibrationSettings(TypedDict):
@@ -264,6 +298,8 @@ class CalibrationSettings(TypedDict):
     """Rounds in which an expert's projections are chosen together; absent for none."""
     reconstruct_layers: NotRequired[list[int]]
     """Layers of those rounds; absent: all."""
+    fisher: NotRequired[FisherSettings]
+    """What Fisher matrices are measured on; absent where codes are chosen for a projection's own output."""
 
 
 # --- relayout ---------------------------------------------------------------------------------------------------------

@@ -30,9 +30,18 @@ from mimoquant.planning.documents import (
     PlannedShard,
     RelayoutDocument,
     RunEstimate,
+    WalkBackNeeds,
     WrittenShard,
 )
-from mimoquant.planning.needs import largest_chunk, needs, refusal
+from mimoquant.planning.needs import (
+    disk_bytes,
+    largest_chunk,
+    matrices_bytes,
+    needs,
+    refusal,
+    states_place,
+    walk_back_needs,
+)
 from mimoquant.planning.plan import Plan
 from mimoquant.planning.relayout import RelayoutPlan
 from mimoquant.planning.side_json import json_faults
@@ -130,7 +139,7 @@ def plan_facts(
     free, release = None if folder is None else free_bytes(folder), release_of(plan.layout)
     refusals = [error for error in (plan.json_refusal, refused) if error]
     notes = [*plan.notes, *(f"quantize would refuse: {error}; {error.hint}" for error in refusals)]
-    if free is not None and free < plan.shard_bytes + plan.side_bytes:
+    if free is not None and free < disk_bytes(plan, device, has):
         notes.append(f"{folder}: has room for {size(free)} only")
     return PlanDocument(
         schema_version=SCHEMA_VERSION,
@@ -153,6 +162,7 @@ def plan_facts(
         machine=MachineMemory(host_bytes=has.host_bytes, host_free_bytes=has.host_free_bytes, gpu_bytes=has.gpu_bytes),
         experts_at_once=largest_chunk(plan),
         sensitivity=sensitivity,
+        walk_back=_walk_back(plan, device, has, took),
         estimate=None if took is None else _estimated(took),
         shards=[PlannedShard(unit=unit.name, file=unit.file, size_bytes=unit.size_bytes) for unit in plan.units],
         side_files=plan.side_files,
@@ -162,6 +172,26 @@ def plan_facts(
         notes=notes,
         engines=engines,
     )
+
+
+def _walk_back(plan: Plan, device: str, has: Machine, took: Estimate | None) -> WalkBackNeeds | None:
+    states, calibration = states_place(plan, device, has), plan.recipe.calibration
+    wants = walk_back_needs(plan, device, states=states)
+    if wants is None or calibration is None or calibration.fisher is None:
+        return None
+    facts = WalkBackNeeds(
+        tokens=calibration.fisher_sequences * calibration.tokens,
+        draws=calibration.fisher.draws,
+        states=states,
+        states_bytes=wants.states_bytes,
+        file_bytes=wants.file_bytes,
+        matrices_bytes=matrices_bytes(plan),
+        host_memory_bytes=wants.host_bytes,
+        gpu_memory_bytes=wants.gpu_bytes,
+    )
+    if took is not None:
+        facts["computing_s"] = took.walking_back_s
+    return facts
 
 
 def _estimated(took: Estimate) -> RunEstimate:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from mimoquant.errors import UsageError
 from mimoquant.machine.memory import Machine
@@ -18,10 +19,15 @@ from mimoquant.planning.plan import CHUNK_BYTES, CUDA_CHUNK_BYTES, WRITE_QUEUE_B
 from mimoquant.planning.units import Dequantize, Experts
 from mimoquant.quant.method import WALKED_COLUMNS, WALKED_FEWEST, WALKED_MOST, WALKED_TOKENS, WALKED_TURNS
 
+if TYPE_CHECKING:
+    from mimoquant.fisher.kept import Place
+    from mimoquant.fisher.needs import FisherNeeds
+
 _INTERPRETER_BYTES, _TORCH_BYTES, _CUDA_BYTES = 320 * 2**20, 400 * 2**20, 2 * 2**30
 _GROUP_ROWS = 2**16  # of tokens that go through a group of experts at once (`decoder_layer`)
 # How many float32 matrices of the shape of the Gram matrix, and of gate and up together, a method holds an expert.
 _WITH_GPTQ, _SEARCH_ONLY = (5, 7), (3, 4)
+_OF_METRIC = 3  # more of the metric of gate's and up's outputs, where codes are chosen for the loss
 _REFINED_MATRICES = 12  # of a projection's shape, which the joint refinement holds
 
 
@@ -50,9 +56,41 @@ def needs(plan: Plan, device: str = "cpu", ranks: int = 1) -> Needs:
         forward_bytes(plan, experts, _tokens(plan)),
         _refine_bytes(plan, experts, "cuda" if cuda else "cpu"),
     )
-    if cuda:
-        return Needs(host + states, work + 2**30)
-    return Needs(host + _TORCH_BYTES + states + work, 0)
+    wants = Needs(host + states, work + 2**30) if cuda else Needs(host + _TORCH_BYTES + states + work, 0)
+    back = walk_back_needs(plan, device, ranks) or wants  # one after the other
+    return Needs(max(wants.host_bytes, back.host_bytes), max(wants.gpu_bytes, back.gpu_bytes))
+
+
+def walk_back_needs(plan: Plan, device: str = "cpu", ranks: int = 1, states: Place = "files") -> FisherNeeds | None:
+    """Of the walk that comes before anything is quantized, where codes are chosen for the loss."""
+    calibration = plan.recipe.calibration
+    if calibration is None or calibration.fisher is None:
+        return None
+    from mimoquant.fisher.needs import fisher_needs  # torch is loaded only where it is needed
+    from mimoquant.fisher.walk import FisherSettings
+
+    settings = FisherSettings(calibration.fisher.draws, states=states)
+    tokens = calibration.fisher_sequences * calibration.tokens
+    return fisher_needs(plan.layout.geometry, tokens, settings, device, ranks)
+
+
+def states_place(plan: Plan, device: str, has: Machine, ranks: int = 1) -> Place:
+    """Where the hidden states of that walk rest: on the host, where they fit into what is free of it."""
+    on_host = walk_back_needs(plan, device, ranks, "host")
+    return "host" if on_host is None or on_host.host_bytes <= has.host_free_bytes else "files"
+
+
+def matrices_bytes(plan: Plan) -> int:
+    """Files that the walk back leaves until the run's end."""
+    geometry = plan.layout.geometry
+    return 4 * geometry.hidden**2 * (geometry.layers - min(geometry.moe_layers))
+
+
+def disk_bytes(plan: Plan, device: str, has: Machine, ranks: int = 1) -> int:
+    """What a run writes, at its peak."""
+    output = plan.shard_bytes + plan.side_bytes
+    back = walk_back_needs(plan, device, ranks, states_place(plan, device, has, ranks))
+    return output if back is None else max(back.file_bytes, output + matrices_bytes(plan))
 
 
 def _source_bytes(plan: Plan, step: Experts | Dequantize) -> int:
@@ -81,7 +119,8 @@ def token_bytes(plan: Plan, ranks: int) -> tuple[int, int]:
 def _method_bytes(plan: Plan, experts: int) -> int:
     width, inner = plan.layout.geometry.hidden, plan.layout.geometry.expert_intermediate
     squares, matrices = _WITH_GPTQ if plan.recipe.expert_method().gptq else _SEARCH_ONLY
-    return experts * 4 * (squares * width**2 + matrices * 2 * inner * width)
+    metrics = _OF_METRIC * (2 * inner) ** 2 if plan.recipe.objective == "kl" else 0
+    return experts * 4 * (squares * width**2 + matrices * 2 * inner * width + metrics)
 
 
 def _refine_bytes(plan: Plan, experts: int, device: str) -> int:
@@ -153,6 +192,9 @@ def _what_would_fit(plan: Plan, device: str, ranks: int, has: Machine) -> str:
     calibration = plan.recipe.calibration
     if calibration is None:
         return "a machine with more memory would fit"
+    back = walk_back_needs(plan, device, ranks)
+    if back is not None and lacking(Needs(back.host_bytes, back.gpu_bytes), has):
+        return _what_could_walk_back(plan, device, ranks, has)
 
     def wanted(sequences: int) -> Needs:
         fewer = replace(calibration, sequences=sequences)
@@ -160,6 +202,19 @@ def _what_would_fit(plan: Plan, device: str, ranks: int, has: Machine) -> str:
 
     otherwise = "take fewer --tokens a sequence, a machine with more memory, or a recipe that does not calibrate"
     return fewer_sequences(calibration.sequences, wanted, has) or otherwise
+
+
+def _what_could_walk_back(plan: Plan, device: str, ranks: int, has: Machine) -> str:
+    calibration = plan.recipe.calibration
+    assert calibration is not None and calibration.fisher is not None
+    tokens = calibration.fisher_sequences * calibration.tokens // 2
+    while tokens >= calibration.tokens:
+        fewer = replace(calibration, fisher=replace(calibration.fisher, tokens=tokens))
+        back = walk_back_needs(replace(plan, recipe=replace(plan.recipe, calibration=fewer)), device, ranks)
+        if back is not None and lacking(Needs(back.host_bytes, back.gpu_bytes), has) is None:
+            return f"calibration: {{fisher: {{tokens: {tokens}}}}} in the recipe would fit, or --objective output"
+        tokens //= 2
+    return "--objective output walks nothing back"
 
 
 def fewer_sequences(sequences: int, wanted: Callable[[int], Needs], has: Machine, least: int = 1) -> str | None:
@@ -181,6 +236,7 @@ class Estimate:
     writing_s: float
     read_bytes_per_s: float
     write_bytes_per_s: float  # of hashing alone, where no folder was given
+    walking_back_s: float = 0.0  # of the computing, before anything is quantized
 
     @property
     def bound(self) -> tuple[str, float]:

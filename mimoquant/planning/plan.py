@@ -384,6 +384,11 @@ def _notes(layout: ModelLayout, recipe: Recipe, container: str, carve_outs: dict
             f"calibrates on {', '.join(calibration.data)}: {calibration.sequences} sequences of "
             f"{calibration.tokens} tokens"
         )
+        if calibration.fisher is not None:
+            notes.append(
+                f"chooses codes for the loss: {calibration.fisher_sequences * calibration.tokens} of these tokens are "
+                f"walked forward and back first, with {calibration.fisher.draws} draws of labels"
+            )
     if unnamed := base_model_note(layout, recipe.output.base_model):
         notes.append(unnamed)
     if recipe.real_fold and any(map(recipe.folds_norm, geometry.moe_layers)):

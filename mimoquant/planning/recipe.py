@@ -22,6 +22,7 @@ from mimoquant.planning.calibration_settings import (
     MODIFIER_DEFAULTS,
     Awq,
     Calibration,
+    FisherSample,
     check_pattern,
     check_settings,
     match_name,
@@ -62,6 +63,7 @@ _BLOCK_KEYS = {
     "refine",
     "signed_scales",
     *OUTPUT_KEYS,
+    "objective",
 }
 # what the command line calls them
 _OPTIONS = {"reconstruct": "refine", "reconstruct_layers": "refine-layer", "column": "data-column"}
@@ -129,13 +131,31 @@ class Recipe:
         """The recipe with other calibration settings. Raises RecipeError where it calibrates on nothing."""
         if not changes:
             return self
+        changes = dict(changes)
+        objective = changes.pop("objective", None)
         if self.calibration is None:
             first = next(iter(changes))
             raise RecipeError(
                 f"recipe {self.name}: needs no tokens, --{_OPTIONS.get(first, first)} cannot go with it",
                 hint="leave it out, or choose a recipe that calibrates, such as gptq-int4-g128",
             )
-        return replace(self, calibration=replace(self.calibration, **changes))
+        changed = replace(self, calibration=replace(self.calibration, **changes))
+        return changed if objective is None else changed.rounded_for(objective)
+
+    @property
+    def objective(self) -> str:
+        """What codes are chosen for: "kl", the loss, or "output", what a projection answers."""
+        return "kl" if self.calibration is not None and self.calibration.fisher is not None else "output"
+
+    def rounded_for(self, objective: str) -> Recipe:
+        """The recipe with another objective. Raises RecipeError where its method has none."""
+        if "gptq" not in self.method or self.calibration is None:
+            raise RecipeError(
+                f"recipe {self.name}: is of the method {self.method}, an objective has a meaning for GPTQModifier only",
+                hint="choose a recipe with it, such as gptq-int4-g128",
+            )
+        sample = (self.calibration.fisher or FisherSample()) if objective == "kl" else None
+        return replace(self, calibration=replace(self.calibration, fisher=sample))
 
     def stored_as(self, changes: Mapping[str, Any]) -> Recipe:
         """The recipe with other settings of its output. Raises UsageError for what is no repository's name."""
@@ -178,6 +198,8 @@ class Recipe:
         key = "GPTQModifier" if "gptq" in self.method else "QuantizationModifier"
         modifiers[key] = quantization | self.extra.get(key, {})
         block: dict[str, Any] = {"version": VERSION, "scale_search": self.scale_search, "container": container}
+        if self.objective != "output":
+            block["objective"] = self.objective
         if self.calibration is not None:
             block["calibration"] = self.calibration.as_plain()
         if "awq" in self.method:
@@ -426,7 +448,7 @@ class _Parser:
             self.fail(f"refine is {refine!r}, expected a number of rounds")
         if not isinstance(signed, bool):
             self.fail(f"signed_scales is {signed!r}, expected true or false")
-        held = parse_calibration(block.get("calibration"), self.fail)
+        held = parse_calibration(block.get("calibration"), block.get("objective", "output"), self.fail)
         recipe = replace(
             recipe,
             scale_search=search,
@@ -443,6 +465,7 @@ class _Parser:
             "signed_scales": not recipe.calibrated,
             "fold": "awq" not in recipe.method,
             "refine": "gptq" not in recipe.method,
+            "objective": "gptq" not in recipe.method,
         }
         for key in unused:
             if unused[key] and block.get(key) is not None:

@@ -116,11 +116,14 @@ def loss(weight_EOI: Tensor, values_EOI: Tensor, gram_EII: Tensor) -> Tensor:
     return energy(values_EOI.to(torch.float32) - weight_EOI.to(torch.float32), gram_EII)
 
 
-def energy(weight_EOI: Tensor, gram_EII: Tensor) -> Tensor:
-    """[E] float32: tr(W H Wᵀ), with products of bfloat16 and sums of float32, which is plenty for a report."""
+def energy(weight_EOI: Tensor, gram_EII: Tensor, metric_EOO: Tensor | None = None) -> Tensor:
+    """[E] float32: tr(W H Wᵀ), or tr(F W H Wᵀ) under a metric of the outputs; with products of bfloat16 and sums of
+    float32, which is plenty for a report."""
     rough = weight_EOI.to(torch.bfloat16)
     if rough.is_cuda:
         pushed = torch.bmm(rough, gram_EII.to(torch.bfloat16), out_dtype=torch.float32)
+        felt = None if metric_EOO is None else torch.bmm(metric_EOO.to(rough.dtype), rough, out_dtype=torch.float32)
     else:
-        pushed = rough.to(torch.float32) @ gram_EII
-    return (pushed * rough).sum((-2, -1))
+        wide = rough.to(torch.float32)
+        pushed, felt = wide @ gram_EII, None if metric_EOO is None else metric_EOO @ wide
+    return (pushed * (rough if felt is None else felt)).sum((-2, -1))

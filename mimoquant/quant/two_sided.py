@@ -38,7 +38,8 @@ def two_sided(
     """Codes of `weight_EOI` on `grid` (float32 all), under inputs' Gram matrices and outputs' metrics.
 
     Args:
-        metric_EOO: dampened by the caller, who knows how many tokens it is from; of zeros, all outputs count alike.
+        metric_EOO: dampened by the caller, who knows how many tokens it is from; of zeros, all outputs count alike. One
+            that is `expand`ed over the experts is factored once.
         damp: of the Gram matrices, see `gptq`.
     """
     columns, push, damped, rounded = _ordered_factor(gram_EII, damp)
@@ -79,5 +80,10 @@ def _by_bands(stack: Rows, fall: Tensor, push: Tensor) -> None:
 
 def _ordered_factor(matrix: Tensor, damp: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The order by falling diagonal [E, n], and `gptq.push_factor` in it."""
+    if len(matrix) > 1 and matrix.stride(0) == 0:
+        order, push, damped, rounded = (
+            made.expand(len(matrix), *made.shape[1:]).contiguous() for made in _ordered_factor(matrix[:1], damp)
+        )
+        return order, push, damped, rounded
     order = torch.argsort(torch.diagonal(matrix, dim1=-2, dim2=-1), dim=-1, descending=True, stable=True)
     return order, *push_factor(reordered(matrix, order).gather(2, order[:, None, :].expand_as(matrix)), damp)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from markupsafe import Markup
 
@@ -57,6 +57,11 @@ GROUPS = (
 )
 
 FOLD_GROUP = ("top-k", ("changed",))  # where the norm of a layer was folded
+FISHER_GROUPS = (  # where codes were chosen for the loss
+    ("Fisher matrix", ("trace", "rank", "share")),
+    ("felt before", ("mean", "worst")),
+    ("felt after", ("mean", "worst")),
+)
 
 
 class HeatMap(NamedTuple):
@@ -86,6 +91,7 @@ def coverage_page(report: QuantizeDocument) -> str:
             errors=errors_map(layers) if layers else None,
             table=layer_table(layers) if layers else None,
             folds=folded(layers),
+            felt=felt(layers),
             about=about(report),
         )
     )
@@ -106,7 +112,8 @@ def map_style(layers: dict[str, Facts]) -> Markup:
 
 
 def figures(layers: dict[str, Facts]) -> list[tuple[str, str, str]]:
-    """The run in eight numbers, or nine where norms were folded: name, value, remark."""
+    """The run in eight numbers, one more where norms were folded and where codes were chosen for the loss: name, value,
+    remark."""
     c = coverage(layers.values())
     least, low, median = map(token_count, c["tokens"])
     fallbacks = f"{c['damped']} damped more, {c['rounded']} rounded plainly"
@@ -120,6 +127,9 @@ def figures(layers: dict[str, Facts]) -> list[tuple[str, str, str]]:
         ("relMSE after", number(c["relmse"][0], 3), f"mean; worst {number(c['relmse'][1], 3)}"),
         ("GPTQ fallbacks", str(c["damped"] + c["rounded"]), fallbacks),
     ]
+    if c["felt"]:
+        before, after = (number(c[name][0], 3) for name in ("felt_plain", "felt"))
+        rows.append(("Felt by the loss", after, f"mean; before {before}"))
     if c["topk_changed"]:
         mean, worst = map(percent, c["topk_changed"])
         rows.append(("Top-k changed", mean, f"of tokens, by folded norms; worst layer {worst}"))
@@ -218,6 +228,11 @@ def folded(layers: dict[str, Facts]) -> bool:
     return any("topk_changed" in facts for facts in layers.values())
 
 
+def felt(layers: dict[str, Facts]) -> bool:
+    """Whether codes were chosen for what the loss feels."""
+    return any("fisher" in facts for facts in layers.values())
+
+
 class LayerTable(NamedTuple):
     """Every layer's figures as text."""
 
@@ -226,7 +241,7 @@ class LayerTable(NamedTuple):
 
 
 def layer_table(layers: dict[str, Facts]) -> LayerTable:
-    groups = (*GROUPS, FOLD_GROUP) if folded(layers) else GROUPS
+    groups = (*GROUPS, *(FOLD_GROUP,) * folded(layers), *FISHER_GROUPS * felt(layers))
     rows = [(name.removeprefix("layer "), _cells(facts, groups)) for name, facts in layers.items()]
     return LayerTable(groups, rows)
 
@@ -244,15 +259,25 @@ def _cells(facts: Facts, groups: Sequence[tuple[str, tuple[str, ...]]]) -> list[
         [*(number(value) for value in c["relmse"]), str(worst)],
         [number(held.get(f"{kind}_{used}")) for kind in ("predicted", "measured")],
         [str(c["damped"]), str(c["rounded"])],
-        [percent(c["topk_changed"][0]) if c["topk_changed"] else "n/a"],
     )
+    more = {FOLD_GROUP: [percent(c["topk_changed"][0]) if c["topk_changed"] else "n/a"]} | _felt_cells(facts, c)
     cells = []
-    for (name, _), values in zip(groups, figures, strict=False):  # the last figure has no group without folded norms
+    for (name, _), values in zip(groups, [*figures, *(more[g] for g in groups if g in more)], strict=True):
         alarming = name in ("experts", "GPTQ fallbacks")
         for k, value in enumerate(values):
             style = ["new"] * (k == 0) + ["bad"] * (alarming and value != "0")
             cells.append((" ".join(style), value))
     return cells
+
+
+def _felt_cells(facts: Facts, c: dict[str, Any]) -> dict[tuple[str, tuple[str, ...]], list[str]]:
+    """Of `FISHER_GROUPS`; empty for a layer without."""
+    if "fisher" not in facts:
+        return {}
+    of = facts["fisher"]
+    told = [number(of["trace"], 3), number(of["effective_rank"], 3), percent(of["share"])]
+    felt = ([number(value) for value in c[name]] for name in ("felt_plain", "felt"))
+    return dict(zip(FISHER_GROUPS, (told, *felt), strict=True))
 
 
 def about(report: QuantizeDocument) -> list[tuple[str, str]]:

@@ -17,11 +17,12 @@ def coverage_text(layers: dict[str, LayerRecord]) -> str:
     least, low, median = map(token_count, c["tokens"])
     weakest, strongest = c["lambda"]
     changed = c["topk_changed"][0] if c["topk_changed"] else 0.0
+    felt = f"; felt by the loss {c['felt_plain'][0]:.3g} -> {c['felt'][0]:.3g}" if c["felt"] else ""
     routed = f"; top-k changed for {100 * changed:.3g} % of tokens" if changed else ""
     return (
         f"tokens per expert {least} min, {low} p5, {median} median; {c['starved']} of {c['experts']} starved, "
         f"{c['without_tokens']} without; lambda {weakest:.3g} to {strongest:.3g}; "
-        f"relMSE {c['relmse_plain'][0]:.3g} -> {c['relmse'][0]:.3g}{routed}"
+        f"relMSE {c['relmse_plain'][0]:.3g} -> {c['relmse'][0]:.3g}{felt}{routed}"
     )
 
 
@@ -29,7 +30,8 @@ def coverage(layers: Iterable[LayerRecord]) -> dict[str, Any]:
     """`calibrated.LayerFacts` of one or more layers as figures over all their experts.
 
     tokens and effective: minimum, 5th percentile, median. lambda: least and most. relmse and relmse_plain: mean, worst.
-    topk_changed: mean and worst of the layers whose norm was folded, None without such a layer.
+    topk_changed: mean and worst of the layers whose norm was folded, None without such a layer. felt and felt_plain: as
+    relmse, by what the loss feels; None where codes were not chosen for it.
     """
     layers = list(layers)
     every = {
@@ -41,6 +43,10 @@ def coverage(layers: Iterable[LayerRecord]) -> dict[str, Any]:
         figures[name] = [float(value) for value in np.quantile(every[name], (0.0, 0.05, 0.5))]
     for name in ("relmse_plain", "relmse"):
         figures[name] = [float(np.mean(every[name])), float(np.max(every[name]))]
+    felt_plain = [value for facts in layers for value in facts.get("felt_plain", [])]
+    felt = [value for facts in layers for value in facts.get("felt", [])]
+    for name, values in (("felt_plain", felt_plain), ("felt", felt)):
+        figures[name] = [float(np.mean(values)), float(np.max(values))] if values else None
     changed = [facts["topk_changed"] for facts in layers if "topk_changed" in facts]
     return figures | {
         "topk_changed": [float(np.mean(changed)), max(changed)] if changed else None,

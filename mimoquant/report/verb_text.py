@@ -107,6 +107,15 @@ def _demands(facts: PlanDocument) -> list[str]:
             f"GPU        at most about {size(facts['gpu_memory_bytes'])} of its memory (here "
             f"{size(has['gpu_bytes'])}), {facts['experts_at_once']} experts at once"
         )
+    if back := facts["walk_back"]:
+        gpu = f" and {size(back['gpu_memory_bytes'])} of the GPU's" if back["gpu_memory_bytes"] else ""
+        spent = f", about {duration(back['computing_s'])}" if "computing_s" in back else ""
+        lines.append(
+            f"walk back  {back['tokens']} tokens x {back['draws']} draws first{spent}: at most about "
+            f"{size(back['host_memory_bytes'])} of host memory{gpu}; hidden states {size(back['states_bytes'])} "
+            f"{'in files' if back['states'] == 'files' else 'on the host'}, files {size(back['file_bytes'])}, of which "
+            f"{size(back['matrices_bytes'])} stay until the last layer"
+        )
     if facts["disk_free_bytes"] is not None:
         lines.append(
             f"disk       {size(facts['output_bytes'] + facts['side_bytes'])}, free are {size(facts['disk_free_bytes'])}"

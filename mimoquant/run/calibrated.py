@@ -31,6 +31,7 @@ from mimoquant.calibration.layer_facts import LayerFacts, LayerRecord, starved
 from mimoquant.calibration.tokens import TokenSet
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.errors import CheckpointError, QualityError
+from mimoquant.fisher.matrices import Fisher
 from mimoquant.machine.team import Team
 from mimoquant.model.decoder_layer import DenseWeights, ExpertChunk, LayerWeights, Router
 from mimoquant.model.layout import PROJECTIONS, norm_name, router_name
@@ -43,6 +44,8 @@ from mimoquant.quant.formats import Format
 from mimoquant.quant.method import WALKED_MOST, Method
 from mimoquant.quant.reconstruct import reconstruct
 from mimoquant.quant.stack import Stack
+from mimoquant.run.chunk_facts import Rounded, chunk_facts
+from mimoquant.run.objective import OutputMetrics
 from mimoquant.run.portions import Portions, Seen
 from mimoquant.weights.decoded import CheckpointWeights, decoded_chunk
 from mimoquant.weights.stored import not_finite, read_experts, read_parts
@@ -56,7 +59,6 @@ SAMPLE_EXPERTS = 16  # at most, of a layer's first chunk, that choose the shrink
 SAMPLE_TOKENS = 4096  # at most, that are forced through each expert: what down_proj's statistics are shrunk toward
 SAMPLE_PER_COLUMN = 8  # of them, for each column of down_proj
 SHRINKAGES = (0.0, 1.0, 4.0)  # times the width, that are tried
-TOLD_ROWS = 1024  # at least, of a matrix, that tell its relMSE
 COARSE = 5  # one in so many scale multipliers is tried while a fold or a shrinkage is chosen
 
 
@@ -82,6 +84,7 @@ class Calibrator:
         device: str,
         team: Team | None = None,
         weights: CheckpointWeights | None = None,
+        fisher: Fisher | None = None,
     ) -> None:
         assert plan.recipe.calibration is not None
         self.plan, self.settings, self.device = plan, plan.recipe.calibration, torch.device(device)
@@ -91,7 +94,8 @@ class Calibrator:
         ids = torch.from_numpy(tokens.ids)
         self.team = team or Team(device)
         self.tokens = Portions(self.weights, [ids[part] for part in (~held, held) if bool(part.any())], self.team)
-        self.facts = LayerFacts(-1)
+        self.facts, self.fisher = LayerFacts(-1), fisher
+        self.metrics: OutputMetrics | None = None  # of the layer, where its codes are chosen for the loss
         self.norm_fold: Tensor | None = None
         self._round: tuple[ExpertChunk | None, Tensor | None] | None = None  # what `encode` chose from
 
@@ -100,12 +104,15 @@ class Calibrator:
         """Attention and routing of a layer; a dense layer is passed whole. `written`: its shard, if it exists.
         `weights`: of the layer, where they are read already."""
         weights = weights or self.weights.layer(layer)
-        self.facts, self.norm_fold = LayerFacts(layer), None
+        self.facts, self.norm_fold, self.metrics = LayerFacts(layer), None, None
         if isinstance(weights.mlp, DenseWeights):
             self.tokens.dense(weights)
             return
         self.tokens.attend(weights)
         self._pool()
+        if self.fisher and written is None and layer in self.plan.formats:
+            self.metrics = OutputMetrics(self.fisher, layer, self.device)
+            self.facts.fisher = self.metrics.told
         if layer in self.plan.formats and self.plan.recipe.folds_norm(layer):
             self._apply_norm_fold(weights, self._agreed_fold(layer, written))
         self._refuse_starved(layer)
@@ -179,17 +186,18 @@ class Calibrator:
         n0, count = self.shrinkage * len(self.pooled), self.facts.tokens[begin:end]
         chunk, folded = self._folded_down(original, fmt, count) if self.plan.recipe.folds_down else (original, 0)
         gram = _finite(statistics.shrink(inputs, count, self.pooled, n0), self.facts.layer)
-        rows = _gate_and_up(chunk)
-        both = _encode(rows, gram, fmt, self.method)
+        rows, metric = _gate_and_up(chunk), self._felt_of_gate_and_up(chunk, count)
+        both = _encode(rows, gram, fmt, self.method, metric)
         gate, up = both.values.chunk(2, dim=1)
         half = ExpertChunk(begin, gate.contiguous(), up.contiguous(), chunk.down)
         inner = self._inner_grams(half, count)
-        down = _encode(chunk.down, inner, fmt, self.method)
+        of_down = self.metrics.down(len(chunk.down)) if self.metrics else None
+        down = _encode(chunk.down, inner, fmt, self.method, of_down)
         chosen = Chosen(_named(both.parts, down.parts), replace(half, down=down.values), {})
         if self.settings.reconstructs(self.facts.layer):
             chosen = self._reconstructed(chunk, chosen, {"gate": gram, "up": gram, "down": inner}, fmt)
             both, down = replace(both, values=_gate_and_up(chosen.chunk)), replace(down, values=chosen.chunk.down)
-        facts = _chunk_facts([(rows, gram, both), (chunk.down, inner, down)], fmt)
+        facts = chunk_facts([Rounded(rows, gram, metric, both), Rounded(chunk.down, inner, of_down, down)], fmt)
         facts |= {"shrunk": statistics.shares(count, n0), "folded_channels": folded}
         return replace(chosen, facts=chosen.facts | facts)
 
@@ -260,6 +268,14 @@ class Calibrator:
         forced = statistics.forced_grams(self.sample, chunk.gate, chunk.up)
         assert self.shrinkage is not None
         return _finite(statistics.shrink(sums, count, forced, self.shrinkage * width), self.facts.layer)
+
+    def _felt_of_gate_and_up(self, chunk: ExpertChunk, count: list[int]) -> Tensor | None:
+        if self.metrics is None:
+            assert self.plan.recipe.objective == "output"
+            return None
+        assert self.shrinkage is not None
+        n0 = self.shrinkage * chunk.gate.shape[1]
+        return _finite(self.metrics.gate_up(chunk, self._seen(), count, self.sample, n0), self.facts.layer)
 
     def _agree_on_shrinkage(self, chunk: ExpertChunk | None, inputs: Tensor | None, fmt: Format) -> None:
         """The rank that has the layer's first chunk chooses for all."""
@@ -393,17 +409,8 @@ def _gate_and_up(chunk: ExpertChunk) -> Tensor:
     return torch.cat([chunk.gate, chunk.up], dim=1)
 
 
-def _encode(weight: Tensor, gram: Tensor, fmt: Format, method: Method) -> Encoded:
-    return encode_with(weight, gram, fmt, method, nvfp4_global_scale(amax(weight), method.search, fmt))
-
-
-def _losses(weight: Tensor, values: Tensor, gram: Tensor, fmt: Format) -> Tensor:
-    """[3, E]: the output's energy, what quantizing lost of it, what plain rounding loses. Of a matrix with thousands of
-    rows one in several stands for all."""
-    step = max(1, weight.shape[1] // TOLD_ROWS)
-    rows, scale = weight[:, ::step].contiguous(), nvfp4_global_scale(amax(weight), "absmax", fmt)
-    plain = encode_with(rows, gram, fmt, Method("absmax"), scale).values
-    return torch.stack([energy(rows, gram), loss(rows, values[:, ::step], gram), loss(rows, plain, gram)])
+def _encode(weight: Tensor, gram: Tensor, fmt: Format, method: Method, metric: Tensor | None = None) -> Encoded:
+    return encode_with(weight, gram, fmt, method, nvfp4_global_scale(amax(weight), method.search, fmt), metric)
 
 
 def _finite(gram: Tensor, layer: int) -> Tensor:
@@ -413,19 +420,6 @@ def _finite(gram: Tensor, layer: int) -> Tensor:
             hint="the hidden states overflow: is this data for this model?",
         )
     return gram
-
-
-def _chunk_facts(made: list[tuple[Tensor, Tensor, Encoded]], fmt: Format) -> dict[str, Any]:
-    """Facts of a chunk. `made`: weights, their Gram matrices, and what became of them."""
-    told = [_losses(weight, encoded.values, gram, fmt) for weight, gram, encoded in made]
-    total, mine, plain = torch.stack(told).sum(0)
-    total = total.clamp(min=1e-30)
-    return {
-        "relmse": (mine / total).tolist(),
-        "relmse_plain": (plain / total).tolist(),
-        "damped": sum(encoded.damped for _, _, encoded in made),
-        "rounded": sum(encoded.rounded for _, _, encoded in made),
-    }
 
 
 def _named(both: dict[str, Tensor], down: dict[str, Tensor]) -> dict[str, Tensor]:

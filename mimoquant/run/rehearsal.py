@@ -38,6 +38,8 @@ from mimoquant.run.steps import Parts
 from mimoquant.weights.stored import read_experts
 
 if TYPE_CHECKING:
+    from mimoquant.calibration.tokens import TokenSet
+    from mimoquant.fisher.matrices import Fisher
     from mimoquant.run.calibrated import Calibrator
 
 T = TypeVar("T")
@@ -60,11 +62,13 @@ def rehearse(plan: Plan, device: str, folder: Path | None = None) -> Estimate:
         read_rate = _read_rate(plan, reader, engine, steps[1:] or steps)
         encoded, rate = _encode(plan, engine, step, stacks)
         write_rate = _write_rate(encoded, WRITE_LANES if device.startswith("cuda") else 1, folder)
-        if plan.recipe.calibration is None:
-            computing = _expert_bytes(plan) / rate
-        else:
-            computing = _calibrated_seconds(plan, reader, device, step, stacks)
-    return Estimate(plan.source_bytes / read_rate, computing, plan.shard_bytes / write_rate, read_rate, write_rate)
+        computing, walking = _expert_bytes(plan) / rate, 0.0
+        if plan.recipe.calibration is not None:
+            computing, walking = _calibrated_seconds(plan, reader, device, step, stacks)
+    reading, writing = plan.source_bytes / read_rate, plan.shard_bytes / write_rate
+    if plan.recipe.objective == "kl":
+        reading *= 3  # the walk back reads the source once each way
+    return Estimate(reading, computing + walking, writing, read_rate, write_rate, walking)
 
 
 def _read(plan: Plan, reader: CheckpointReader, engine: Engine, step: Experts) -> dict[str, Stack]:
@@ -140,8 +144,9 @@ def _write_rate(parts: Parts, lanes: int, folder: Path | None) -> float:
 
 def _calibrated_seconds(
     plan: Plan, reader: CheckpointReader, device: str, step: Experts, stacks: dict[str, Stack]
-) -> float:
-    """Of one process: attention of all tokens, experts of all routed tokens, and the method on all experts."""
+) -> tuple[float, float]:
+    """Of one process: attention of all tokens, experts of all routed tokens, and the method on all experts; and, before
+    that, of the walk back."""
     from mimoquant.run.calibrated import SAMPLE_EXPERTS
 
     held, geometry = plan.recipe.calibration, plan.layout.geometry
@@ -152,7 +157,7 @@ def _calibrated_seconds(
     count, place = few.end - few.begin, slice(few.begin - step.begin, few.end - step.begin)
     own = {name: _some(stack, place) for name, stack in stacks.items()}
     walk.settings = replace(held, reconstruct=0)
-    choice, method, rows = _expert_seconds(walk, few, own)
+    choice, method, rows, passing = _expert_seconds(walk, few, own)
     routed = max(1, sum(walk.facts.tokens[few.begin : few.end])) / sum(walk.facts.tokens)
     scale = held.sequences * held.tokens / rehearsed
     refined = [layer for layer in plan.formats if held.reconstructs(layer)]
@@ -160,7 +165,20 @@ def _calibrated_seconds(
     of_tokens = scale * (geometry.layers * attention + len(geometry.moe_layers) * rows / routed)
     sample = min(SAMPLE_EXPERTS, step.end - step.begin)
     of_layer = folding + (choice * sample + method * geometry.experts) / count
-    return of_tokens + len(plan.formats) * of_layer + len(refined) * refining * geometry.experts
+    walking = _walking_back_seconds(plan, attention / rehearsed, passing / routed / rehearsed)
+    return of_tokens + len(plan.formats) * of_layer + len(refined) * refining * geometry.experts, walking
+
+
+def _walking_back_seconds(plan: Plan, attention: float, experts: float) -> float:
+    """Reckoned from a token's seconds in a layer's attention and in its experts: a layer's forward is made twice, but
+    for the experts' last product the second time, and a draw's gradients take another two products of attention's each
+    and three of the experts' three."""
+    held = plan.recipe.calibration
+    if held is None or held.fisher is None:
+        return 0.0
+    layers, draws = plan.layout.geometry.layers, held.fisher.draws
+    of_token = (2 + 2 * draws) * attention + (5 / 3 + draws) * experts
+    return held.fisher_sequences * held.tokens * layers * of_token
 
 
 def _walk_to(plan: Plan, reader: CheckpointReader, device: str, layer: int) -> tuple[Calibrator, int]:
@@ -175,11 +193,31 @@ def _walk_to(plan: Plan, reader: CheckpointReader, device: str, layer: int) -> t
     count = max(HELD_OUT, min(held.sequences, most // length) // HELD_OUT * HELD_OUT)
     ids = np.random.default_rng(0).integers(0, plan.layout.geometry.vocab, (count, length))
     lenient = replace(plan, recipe=replace(plan.recipe, calibration=replace(held, max_starved_experts=None)))
-    walk = Calibrator(lenient, reader, TokenSet("random", ids, (), "", (), ()), device)
+    tokens = TokenSet("random", ids, (), "", (), ())
+    fisher = _any_fisher(plan, tokens) if held.fisher else None
+    walk = Calibrator(lenient, reader, tokens, device, fisher=fisher)
     for earlier in range(layer):
         walk.begin(earlier)
         walk.end()
     return walk, ids.size
+
+
+def _any_fisher(plan: Plan, tokens: TokenSet) -> Fisher:
+    """Matrices of no model: what they hold does not change how long rounding by them takes."""
+    import torch
+
+    from mimoquant.calibration.tokens import CalibrationRecord
+    from mimoquant.fisher.matrices import Fisher, FisherRecord, LayerFisher
+
+    width = plan.layout.geometry.hidden
+
+    class Unit(Fisher):
+        def load(self, layer: int, device: str = "cpu") -> torch.Tensor:
+            return torch.eye(width, device=device)
+
+    layers = {layer: LayerFisher(layer, "", "", 1.0, 1.0, None, 0.0) for layer in plan.formats}
+    record = FisherRecord(CalibrationRecord.of(tokens), 1, 0, "")
+    return Unit(Path(), record, layers, {"tokens a sequence": str(tokens.ids.shape[1])})
 
 
 def _attention_seconds(walk: Calibrator, layer: int) -> tuple[float, float]:
@@ -190,8 +228,9 @@ def _attention_seconds(walk: Calibrator, layer: int) -> tuple[float, float]:
     return attention, max(0.0, _seconds(walk, lambda: walk.begin(layer)) - attention)
 
 
-def _expert_seconds(walk: Calibrator, few: Experts, stacks: dict[str, Stack]) -> tuple[float, float, float]:
-    """Of choosing a layer's shrinkage, of the method, and of the tokens' way through these experts and statistics."""
+def _expert_seconds(walk: Calibrator, few: Experts, stacks: dict[str, Stack]) -> tuple[float, float, float, float]:
+    """Of choosing a layer's shrinkage, of the method, of the tokens' way through these experts and statistics, and of
+    that way alone."""
     from mimoquant.calibration.statistics import expert_grams, intermediate_of
 
     geometry = walk.plan.layout.geometry
@@ -205,8 +244,8 @@ def _expert_seconds(walk: Calibrator, few: Experts, stacks: dict[str, Stack]) ->
         expert_grams(seen, few.begin, few.end, geometry.hidden)
         expert_grams(seen, few.begin, few.end, geometry.expert_intermediate, intermediate_of(chunk))
 
-    rows = _seconds(walk, pass_on)
-    return max(0.0, first - again), max(0.0, again - rows), rows
+    rows, passing = _seconds(walk, pass_on), _seconds(walk, lambda: walk.tokens.through(chunk))
+    return max(0.0, first - again), max(0.0, again - rows), rows, passing
 
 
 def _refining_seconds(walk: Calibrator, few: Experts, stacks: dict[str, Stack], rounds: int, scale: float) -> float:

@@ -109,6 +109,19 @@ def test_calibrated_runs_write_the_bytes_of_one_process(gptq: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
+def test_codes_for_the_loss_are_those_of_one_process_after_a_kill_too(tmp_path: Path) -> None:
+    """The walk back is shared as well; a rank is killed in it."""
+    for ranks, out in ((1, "one"), (2, "two")):
+        done = quantize(ranks, "gptq-int4-g128", tmp_path / out, *SMALL, "--objective", "kl")
+        assert done.returncode == 0, done.stderr
+    killed = quantize(2, "gptq-int4-g128", tmp_path / "killed", *SMALL, "--objective", "kl", "--kill-at", "4")
+    assert killed.returncode and (tmp_path / "killed.partial" / "fisher.partial").is_dir(), killed.stderr
+    done = quantize(2, "gptq-int4-g128", tmp_path / "killed", *SMALL, "--objective", "kl", "--resume")
+    assert done.returncode == 0, done.stderr
+    assert same(tmp_path / "one", tmp_path / "two") and same(tmp_path / "one", tmp_path / "killed")
+
+
+@pytest.mark.slow
 def test_folds_kept_layers_and_original_tokens_too(awq: Path, tmp_path: Path) -> None:
     for ranks in (1, 3):
         done = quantize(ranks, str(awq), tmp_path / str(ranks), *SMALL)

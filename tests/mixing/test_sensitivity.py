@@ -60,6 +60,7 @@ default_stage:
     GPTQModifier: {scheme: W4A16, targets: ['re:.*mlp\.experts\.\d+\.(gate|up|down)_proj$']}
 mimoquant: {scale_search: absmax, calibration: {set: mixed-v1, sequences: 16, tokens: 64}, refine: 0}
 """
+KL = GPTQ.replace("refine: 0", "objective: kl")
 PLANTED = 3
 
 
@@ -311,8 +312,9 @@ def test_an_expert_that_quantizing_ruins_is_named(tmp_path: Path) -> None:
     assert named == {2: [5]} and "note: layer 2: experts 5: quantized badly" in sensitivity_text(facts)
 
 
-def test_a_calibrated_recipe_is_measured_with_its_own_codes(tmp_path: Path) -> None:
-    held, tokens = mixtures(GPTQ), held_out(14, 48)
+@pytest.mark.parametrize("recipe", [GPTQ, pytest.param(KL, marks=pytest.mark.slow)], ids=["output", "kl"])
+def test_a_calibrated_recipe_is_measured_with_its_own_codes(recipe: str, tmp_path: Path) -> None:
+    held, tokens = mixtures(recipe), held_out(14, 48)
     budget = held.size([1, 3, 0, 0])
     facts = sensitivity(held, tokens, tmp_path / "r.yaml", budget_bytes=budget)
     assert facts["j"]["mean"] == pytest.approx(j_of_choice(held, [0] * 4, tokens, tmp_path / "all"), rel=1e-3)

@@ -24,7 +24,7 @@ from mimoquant.report.coverage_text import coverage
 from mimoquant.report.eval_page import number
 from mimoquant.report.verb_text import quantize_text
 from mimoquant.run.calibrated import LayerFacts, starved
-from mimoquant.wording import visible
+from mimoquant.wording import percent, visible
 
 HOSTILE = "</title></style><script src='http://x'>alert(1)</script>\"'&\x00\u202e\n"
 WIDTH = 256
@@ -367,3 +367,16 @@ def test_trying_the_path_leaves_nothing_and_changes_nothing(tmp_path: Path) -> N
     assert (tmp_path / "old.html").read_text() == "old" and not (tmp_path / "new.html").exists()
     inside = call(*arguments, MICRO / "a.html", "--out", tmp_path / "o")
     assert inside.exit_code == 2 and "which holds a checkpoint" in inside.stderr
+
+
+def test_what_the_loss_feels_is_told() -> None:
+    fisher = {"trace": 0.5, "effective_rank": 40.0, "share": 0.25}
+    felt = {"felt_plain": [0.02, 0.04], "felt": [0.01, 0.015], "fisher": fisher}
+    report = report_of({"layer 1": layer_of([9, 90], **felt), "layer 2": layer_of([9, 90], seed=1, **felt)})
+    page = coverage_page(report)
+    assert "Felt by the loss" in page and "Fisher matrix" in page and percent(0.25) in page
+    cells = re.findall(r"<td[^>]*>([^<]*)</td>", page)
+    assert cells[-4:] == [number(value) for value in (0.03, 0.04, 0.0125, 0.015)], "before and after, mean and worst"
+    assert "felt by the loss 0.03 -> 0.0125" in quantize_text(report)
+    without = coverage_page(report_of({"layer 1": layer_of([9, 90])}))
+    assert "elt " not in without and "Fisher" not in without

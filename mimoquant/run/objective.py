@@ -1,0 +1,96 @@
+"""What codes are chosen for: the walk back of a run, and what it says of a layer's projections.
+
+Key idea: before anything is quantized the first of the calibration tokens go through the clean model and back, once,
+and leave a Fisher matrix a layer in `OUT.partial/fisher`. It goes when the last layer is written. Where hidden states
+rest on the way, on the host or in files, follows from the memory that is free; the matrices do not depend on it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mimoquant.calibration import statistics
+from mimoquant.calibration.layer_facts import LayerFisherFacts
+from mimoquant.calibration.tokens import TokenSet
+from mimoquant.checkpoint.reader import CheckpointReader
+from mimoquant.checkpoint.writer import stopping
+from mimoquant.fisher.matrices import Fisher
+from mimoquant.fisher.walk import FisherSettings, walk_back
+from mimoquant.machine import memory
+from mimoquant.machine.team import Team
+from mimoquant.model.decoder_layer import ExpertChunk
+from mimoquant.planning.needs import states_place
+from mimoquant.planning.plan import Plan
+from mimoquant.quant.output_metric import gate_up_metric, shrunk_fisher
+from mimoquant.run.portions import Seen
+from mimoquant.weights.decoded import CheckpointWeights
+
+Told = Callable[[str, int, int], None]  # what is walked, layers passed, layers
+
+_FOLDER, _GOING = "fisher", "fisher.gone"  # in a run's folder; what it is called while it is removed
+
+
+def walked_back(
+    plan: Plan, reader: CheckpointReader, tokens: TokenSet, folder: Path, team: Team, told: Told | None = None
+) -> Fisher:
+    """The Fisher matrices of a plan's source, below the run's `folder`; a walk that was begun there is taken up."""
+    calibration, layers = plan.recipe.calibration, plan.layout.geometry.layers
+    assert calibration is not None and calibration.fisher is not None
+    places = team.gather(states_place(plan, team.device, memory.machine(team.device), team.size))
+    settings = FisherSettings(calibration.fisher.draws, states="files" if "files" in places else "host")
+
+    first = min(plan.layout.geometry.moe_layers)
+
+    def passed(way: str, layer: int) -> None:
+        done = (layer + 1, layers) if way == "forward" else (layers - layer, layers - first)
+        if told and team.leads:
+            told(f"walk {way}", *done)
+
+    some, weights = (
+        tokens.first(calibration.fisher_sequences),
+        CheckpointWeights(reader, plan.layout, torch.device(team.device)),
+    )
+    return walk_back(weights, some, settings, folder / _FOLDER, team=team, resume=True, progress=passed)
+
+
+def let_go(folder: Path) -> None:
+    """Remove what `walked_back` has left. Killed on the way, a folder by its name is still whole or not there."""
+    held, going = folder / _FOLDER, folder / _GOING
+    with stopping(held):
+        shutil.rmtree(going, ignore_errors=True)
+        if held.is_dir():
+            os.rename(held, going)
+            shutil.rmtree(going)
+
+
+class OutputMetrics:
+    """What the loss feels of the outputs of one layer's experts. `told`: what was measured there."""
+
+    def __init__(self, fisher: Fisher, layer: int, device: torch.device) -> None:
+        facts = fisher.layers[layer]
+        self.told: LayerFisherFacts = {
+            "trace": facts.trace,
+            "effective_rank": facts.effective_rank,
+            "share": facts.share,
+        }
+        self.fisher = shrunk_fisher(fisher.load(layer, str(device)), fisher.samples)
+
+    def gate_up(self, chunk: ExpertChunk, seen: Seen, count: list[int], sample: Tensor, n0: float) -> Tensor:
+        """[E, 2I, 2I] of a chunk's gate and up. `sample`: tokens that the statistics of `seen` are shrunk toward by
+        `n0`."""
+        width = 2 * chunk.gate.shape[1]
+        end = chunk.begin + len(chunk.gate)
+        sums = statistics.expert_grams(seen, chunk.begin, end, width, statistics.slopes_of(chunk))
+        forced = statistics.forced_slopes(sample, chunk.gate, chunk.up)
+        slopes = statistics.shrink(sums, count, forced, n0)
+        return gate_up_metric(self.fisher, chunk.down.to(torch.float32), slopes)
+
+    def down(self, experts: int) -> Tensor:
+        """[E, H, H] of down_proj: the same matrix for all experts, which is held once."""
+        return self.fisher.expand(experts, -1, -1)
