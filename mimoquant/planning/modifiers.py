@@ -11,6 +11,8 @@ from __future__ import annotations
 from typing import Any
 
 from mimoquant.planning.calibration_settings import Fail
+from mimoquant.quant.formats import GROUP_SIZES, Format
+from mimoquant.weights.container import format_weights
 
 METHODS = {"QuantizationModifier": "rtn", "GPTQModifier": "gptq", "AWQModifier": "awq"}
 FORMAT_KEYS = {
@@ -84,3 +86,26 @@ def weight_observer(settings: dict[str, Any], where: str, fail: Fail) -> str | N
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def weight_format(weights: dict[str, Any], where: str, fail: Fail) -> Format:
+    """The format that a config group's `weights` ask for. Raises RecipeError for one that is not supported."""
+    bits, kind, size = weights.get("num_bits", 8), weights.get("type", "int"), weights.get("group_size")
+    strategy = weights.get("strategy") or ("group" if size else "tensor")
+    symmetric = weights.get("symmetric", True)
+    if bits != 4 or kind not in ("int", "float"):
+        fail(f"{where} asks for {bits}-bit {kind} weights; 4-bit int and float are supported")
+    name = "int4" if kind == "int" else {16: "nvfp4", 32: "mxfp4"}.get(size, "") if type(size) is int else ""
+    if strategy != ("tensor_group" if name == "nvfp4" else "group"):
+        fail(f"{where} has the strategy {strategy!r} with group size {size}, which is not supported")
+    if type(size) is not int or size not in GROUP_SIZES.get(name, ()):
+        sizes = GROUP_SIZES["int4"] if kind == "int" else (16, 32)
+        fail(f"{where} has group size {size}; {kind} weights take {', '.join(map(str, sizes))}")
+    if not isinstance(symmetric, bool) or (name != "int4" and not symmetric):
+        fail(f"{where} has symmetric: {symmetric!r}; only int4 may be asymmetric")
+    fmt = Format(name, size, symmetric)
+    stored = format_weights(fmt)
+    for key in ("scale_dtype", "zp_dtype"):
+        if weights.get(key) not in (None, stored[key]):
+            fail(f"{where}.weights.{key} is {weights[key]!r}, {fmt.label} stores {stored[key]!r}")
+    return fmt

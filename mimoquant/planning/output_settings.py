@@ -8,16 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, NoReturn, Protocol
+from typing import Any
 
 from mimoquant.model.releases import check_repository, is_repository
+from mimoquant.planning.calibration_settings import Fail
 from mimoquant.weights.container import DENSE, INPUT_SCALES
-
-
-class Fail(Protocol):
-    """Raises RecipeError, naming the recipe."""
-
-    def __call__(self, problem: str, hint: str | None = None) -> NoReturn: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,10 +28,10 @@ from mimoquant.planning.calibration_settings import (
     match_name,
     parse_calibration,
 )
-from mimoquant.planning.modifiers import FORMAT_KEYS, METHODS, settings_of, weight_observer
+from mimoquant.planning.modifiers import FORMAT_KEYS, METHODS, settings_of, weight_format, weight_observer
 from mimoquant.planning.output_settings import OUTPUT_KEYS, OutputSettings, check_chosen, parse_output_settings
 from mimoquant.planning.strict_yaml import read_yaml
-from mimoquant.quant.formats import GROUP_SIZES, SEARCHES, Format
+from mimoquant.quant.formats import SEARCHES, Format
 from mimoquant.quant.method import Method
 from mimoquant.shipped import recipes_folder, shipped_recipes
 from mimoquant.weights.container import CONTAINERS, format_weights
@@ -396,25 +396,7 @@ class _Parser:
         for key, allowed in _WEIGHT_DEFAULTS.items():
             if key in weights and weights[key] not in allowed:
                 self.fail(f"{where}.weights.{key} is {weights[key]!r}, which is not supported")
-        bits, kind, size = weights.get("num_bits", 8), weights.get("type", "int"), weights.get("group_size")
-        strategy = weights.get("strategy") or ("group" if size else "tensor")
-        symmetric = weights.get("symmetric", True)
-        if bits != 4 or kind not in ("int", "float"):
-            self.fail(f"{where} asks for {bits}-bit {kind} weights; 4-bit int and float are supported")
-        name = "int4" if kind == "int" else {16: "nvfp4", 32: "mxfp4"}.get(size, "") if type(size) is int else ""
-        if strategy != ("tensor_group" if name == "nvfp4" else "group"):
-            self.fail(f"{where} has the strategy {strategy!r} with group size {size}, which is not supported")
-        if type(size) is not int or size not in GROUP_SIZES.get(name, ()):
-            sizes = GROUP_SIZES["int4"] if kind == "int" else (16, 32)
-            self.fail(f"{where} has group size {size}; {kind} weights take {', '.join(map(str, sizes))}")
-        if not isinstance(symmetric, bool) or (name != "int4" and not symmetric):
-            self.fail(f"{where} has symmetric: {symmetric!r}; only int4 may be asymmetric")
-        fmt = Format(name, size, symmetric)
-        stored = format_weights(fmt)
-        for key in ("scale_dtype", "zp_dtype"):
-            if weights.get(key) not in (None, stored[key]):
-                self.fail(f"{where}.weights.{key} is {weights[key]!r}, {fmt.label} stores {stored[key]!r}")
-        return fmt
+        return weight_format(weights, where, self.fail)
 
     def check_cast(self, recipe: Recipe) -> None:
         names = {group.fmt.name for group in recipe.groups}
