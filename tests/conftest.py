@@ -177,7 +177,8 @@ def make_checkpoint(
             "attention_projection_layout": "fused_qkv",
         }
     if fp8:
-        config.setdefault("quantization_config", dict(FP8_CONFIG))
+        ignored = [f"model.layers.{layer}.self_attn.o_proj" for layer in range(config["num_hidden_layers"])]
+        config.setdefault("quantization_config", FP8_CONFIG | {"ignored_layers": ignored})
     rng = np.random.default_rng(seed)
     tensors: dict[str, TensorBytes] = {}
     hidden, ranks = config["hidden_size"], config["num_key_value_heads"]

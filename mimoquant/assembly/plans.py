@@ -86,7 +86,8 @@ def data_notes(plan: Plan) -> list[str]:
 
 
 class QuantizeRun:
-    """A quantize run that is put together and not begun. Its plan may be looked at before it is executed."""
+    """A quantize run that is put together and not begun. Its plan may be looked at before it is executed.
+    `engines`: what they will make of its output."""
 
     def __init__(
         self,
@@ -106,6 +107,7 @@ class QuantizeRun:
         for refused in (self.plan.json_refusal, refusal(self.plan, team.device, has, team.size)):
             if refused:
                 raise refused
+        self.engines = planned_facts(planned(self.plan))
         self.timeline = Timeline()
 
     def execute(
@@ -127,6 +129,7 @@ class QuantizeRun:
             "out": str(self.out),
             "elapsed_s": round(time.monotonic() - self._begin, 3),
             "bound_by": Bound(what=what, share=share),
+            "engines": self.engines,
         }
 
 

@@ -155,8 +155,10 @@ def quantize(
         if profile is not None:
             check_profile(profile, run.plan, out)
         with Progress(run.plan, team.size, run.timeline) if team.leads else contextlib.nullcontext() as progress:
-            for note in (*run.plan.notes, *data_notes(run.plan)) if team.leads else ():
-                tell(f"note: {note}")
+            if team.leads:
+                notes = (f"note: {note}" for note in (*run.plan.notes, *data_notes(run.plan)))
+                for line in [*notes, *verb_text.planned_lines(run.engines)]:
+                    tell(line)
             document = run.execute(*((progress.advance, progress.walked) if progress else ()))
     if not team.leads:
         return

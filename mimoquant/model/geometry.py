@@ -66,8 +66,17 @@ class Geometry:
     moe: tuple[bool, ...]
     global_attention: Attention
     sliding_attention: Attention
-    fp8: bool  # 128x128 blocks
-    mxfp8: bool  # ModelOpt's: weights beside the experts may be FP8 with an E8M0 scale for 32 of a row, or in blocks
+    quant_method: str | None  # of quantization_config; None: there is none
+
+    @property
+    def fp8(self) -> bool:
+        """Whether config.json says that weights are FP8 with a scale for 128x128."""
+        return self.quant_method == "fp8"
+
+    @property
+    def mxfp8(self) -> bool:
+        """Whether weights beside the experts may be FP8 with an E8M0 scale for 32 of a row, or in blocks."""
+        return self.quant_method in _MODELOPT_METHODS
 
     def attention(self, layer: int) -> Attention:
         return self.sliding_attention if self.sliding[layer] else self.global_attention
@@ -103,7 +112,6 @@ def read_geometry(config: dict[str, Any], where: str, *, packed: bool = False) -
     check_forward_keys(config, where)
     check_rope(config, where)
     method = _quant_method(config, where, packed=packed)
-    modelopt = method in _MODELOPT_METHODS
 
     def size(key: str) -> int:
         value = config.get(key)
@@ -123,7 +131,9 @@ def read_geometry(config: dict[str, Any], where: str, *, packed: bool = False) -
         experts=size("n_routed_experts"),
         top_k=size("num_experts_per_tok"),
         vocab=size("vocab_size"),
-        qkv_chunks=1 if modelopt else size("num_key_value_heads"),  # ModelOpt's releases undo the interleaving
+        qkv_chunks=1
+        if method in _MODELOPT_METHODS
+        else size("num_key_value_heads"),  # ModelOpt's releases undo the interleaving
         fused_qkv=config.get("attention_projection_layout") == "fused_qkv",
         sliding=_pattern(config, "hybrid_layer_pattern", "layer_types", "sliding_attention", layers, where),
         moe=_pattern(config, "moe_layer_freq", "mlp_layer_types", "sparse", layers, where),
@@ -141,8 +151,7 @@ def read_geometry(config: dict[str, Any], where: str, *, packed: bool = False) -
             size("swa_v_head_dim"),
             bool(config.get("add_swa_attention_sink_bias", False)),
         ),
-        fp8=method == "fp8",
-        mxfp8=modelopt,
+        quant_method=method,
     )
     for attention in (geometry.global_attention, geometry.sliding_attention):
         if geometry.fused_qkv and any(count % geometry.qkv_chunks for count in attention.rows):
@@ -162,9 +171,11 @@ def _quant_method(config: dict[str, Any], where: str, *, packed: bool) -> str | 
     method, known = quantization.get("quant_method"), _KNOWN_QUANTIZATION
     elsewhere = method == "compressed-tensors" or method in _MODELOPT_METHODS
     if not packed and (elsewhere or quantization.get("store_dtype") == "mxfp4"):
+        said = "store_dtype 'mxfp4'" if method == "fp8" else f"quant_method {method!r}"
         raise CheckpointError(
-            f"{where}: the experts are quantized already",
-            hint="quantize starts from the published files or bf16; casts (nvfp4-cast, mxfp4-cast) take MXFP4 experts",
+            f"{where}: the experts are quantized already, quantization_config says ({said})",
+            hint="quantize starts from the published files or bf16; casts (nvfp4-cast, mxfp4-cast) take MXFP4 experts; "
+            "where the files are bf16 and this is left over, delete it",
         )
     if method == "compressed-tensors":
         known = {}

@@ -248,7 +248,8 @@ class _Claims:
             raise CheckpointError(f"{self.where}: {name} is FP8 but {name}_scale_inv is missing")
         if self.geometry.mxfp8 and (scale.dtype, scale.shape) == ("U8", (shape[0], shape[1] // MXFP8_BLOCK)):
             return scale
-        if not (self.geometry.fp8 or self.geometry.mxfp8):
+        blocks = self.geometry.fp8 or self.geometry.mxfp8 or self.geometry.quant_method is None  # unsaid: the files say
+        if not blocks:
             raise CheckpointError(f"{self.where}: {name} is FP8, config.json has no quantization_config for it")
         allowed = [(rows, math.ceil(shape[1] / FP8_BLOCK)) for rows in scale_row_counts(self.geometry, role, shape[0])]
         if scale.dtype != "F32" or scale.shape not in allowed:

@@ -59,6 +59,8 @@ class QuantizeDocument(QuantizeReport):
     """Seconds from the beginning of the verb to its end."""
     bound_by: Bound
     """What the run waited for most."""
+    engines: list[EngineCheck]
+    """vLLM and SGLang, as far as it does not depend on how they are started."""
 
 
 class VerifyDocument(TypedDict):

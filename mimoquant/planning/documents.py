@@ -89,6 +89,8 @@ class InspectDocument(TypedDict):
     """Experts' weights that lie in another file than their scale."""
     unknown_tensors: list[str]
     """Tensors without a known role, which only --allow-unknown lets pass."""
+    notes: list[str]
+    """Where config.json and files differ, and what is rounded beside weights."""
 
 
 # --- plan -------------------------------------------------------------------------------------------------------------

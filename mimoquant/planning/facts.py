@@ -45,6 +45,7 @@ from mimoquant.planning.needs import (
 from mimoquant.planning.plan import Plan
 from mimoquant.planning.relayout import RelayoutPlan
 from mimoquant.planning.side_json import json_faults
+from mimoquant.planning.stored import config_notes, stored_weights
 from mimoquant.wording import size
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def layout_facts(layout: ModelLayout) -> InspectDocument:
         files=len(index.file_sizes),
         tensors=len(index.tensors),
         size_bytes=index.size_bytes,
-        weights=_weights(layout),
+        weights=stored_weights(layout),
         layers=geometry.layers,
         global_layers=[n for n, sliding in enumerate(geometry.sliding) if not sliding],
         moe_layers=geometry.moe_layers,
@@ -81,6 +82,7 @@ def layout_facts(layout: ModelLayout) -> InspectDocument:
         layers_with_an_expert_in_two_files=split,
         weights_parted_from_their_scale=parted,
         unknown_tensors=layout.unknown,
+        notes=config_notes(layout),
     )
 
 
@@ -114,13 +116,6 @@ def drafter_facts(layout: ModelLayout) -> CarriedDrafter | None:
         "window": drafter.window,
         "captured_layers": list(drafter.captured),
     }
-
-
-def _weights(layout: ModelLayout) -> str:
-    """What most of the checkpoint is stored in."""
-    if any(weight.packed for weight in layout.experts.values()):
-        return "4-bit experts"
-    return "fp8 128x128" if layout.geometry.fp8 else "bf16"
 
 
 def plan_facts(

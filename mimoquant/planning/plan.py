@@ -19,6 +19,7 @@ from mimoquant.model.layout import PROJECTIONS, ModelLayout, read_layout
 from mimoquant.model.releases import base_model_note
 from mimoquant.planning.recipe import Recipe
 from mimoquant.planning.side_json import Fault, json_faults, refusal
+from mimoquant.planning.stored import config_notes, native_obstacle
 from mimoquant.planning.units import Copy, Unit, UnitBuilder
 from mimoquant.quant.formats import Format
 from mimoquant.weights.container import COMPRESSED_TENSORS, MODELOPT, NATIVE, keeps_fp8, output_config
@@ -294,10 +295,10 @@ def _choose_container(
     obstacle = None
     if not only_mxfp4:
         obstacle = "holds MXFP4 only"
-    elif not layout.geometry.fp8:
-        obstacle = "needs an FP8 source (it declares quant_method fp8)"
     elif "fp8" in carve_outs.values():
         obstacle = "cannot hold a layer of FP8 experts"
+    else:
+        obstacle = native_obstacle(layout, formats)
     if wanted == NATIVE and obstacle:
         raise RecipeError(
             f"recipe {recipe.name}: the native container {obstacle}", hint=f"use --container {COMPRESSED_TENSORS}"
@@ -366,7 +367,7 @@ def _with_carve_outs(recipe: Recipe, carve_outs: dict[int, str]) -> Recipe:
 
 def _notes(layout: ModelLayout, recipe: Recipe, container: str, carve_outs: dict[int, str]) -> list[str]:
     """What a user should know before starting."""
-    notes = []
+    notes = config_notes(layout)
     geometry = layout.geometry
     _, problem = carried_drafter(layout.index.folder, geometry)
     if problem and not recipe.output.mend_json:

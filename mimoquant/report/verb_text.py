@@ -64,6 +64,7 @@ def layout_text(facts: InspectDocument) -> str:
         lines += [f"note: {len(parted)} weights lie in another file than their scale, first {parted[0]}"]
     if facts["unknown_tensors"]:
         lines += [f"note: {len(facts['unknown_tensors'])} unknown tensors, first {facts['unknown_tensors'][0]}"]
+    lines += [f"note: {note}" for note in facts["notes"]]
     return "\n".join(lines)
 
 
@@ -147,6 +148,7 @@ def quantize_text(facts: QuantizeDocument) -> str:
             *([f"coverage   {coverage_text(facts['calibration'])}"] if facts["calibration"] else []),
             f"time       {seconds:.1f} s, {size(int(before / max(seconds, 1e-3)))}/s of source; bound by "
             f"{facts['bound_by']['what']} ({facts['bound_by']['share']:.0%})",
+            *planned_lines(facts["engines"]),
         ]
     )
 
@@ -160,6 +162,7 @@ def relayout_text(facts: RelayoutDocument) -> str:
             f"qkv        {qkv['before']}, {dtypes['before']} -> {qkv['after']}, {dtypes['after']} "
             f"in {facts['layers']} layers",
             f"time       {facts['elapsed_s']:.1f} s, {size(int(after / max(facts['elapsed_s'], 1e-3)))}/s",
+            *planned_lines(facts["engines"]),
         ]
     )
 

@@ -68,6 +68,7 @@ class _Check:
         yield from self._kept()
         yield from self.contradictions.experts()
         yield from self.contradictions.linears()
+        yield from self.contradictions.names()
         if self.engine == c.TRANSFORMERS:
             yield from (Problem(*row) for row in config_problems(self.checkpoint))
             return

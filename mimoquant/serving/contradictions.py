@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mimoquant.model.layout import PROJECTIONS, expert_module
+from mimoquant.planning.stored import absent_modules, absent_text
 from mimoquant.serving import contracts as c
 from mimoquant.serving.declared import CLAIMED, IGNORED, PARTED, UNCLAIMED, Declared
 from mimoquant.serving.problem import WARNING, Problem, and_others, of_layers
@@ -58,6 +59,11 @@ class Contradictions:
             )
         for (declared, stored), layers in others.items():
             yield self._contradiction(layers, declared, stored)
+
+    def names(self) -> Iterator[Problem]:
+        """Of modules that the model does not have."""
+        if absent := absent_modules(self.declared.config, self.checkpoint.geometry):
+            yield Problem(WARNING, absent_text(absent, self.checkpoint.geometry), "config.json")
 
     def _forms(self, layer: int) -> list[Stored | None]:
         """What each projection of a layer's first expert is to be."""

@@ -28,7 +28,6 @@ _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_pro
 _LINEAR = "Linear"
 _EXPERTS_CLASS = {c.VLLM: "RoutedExperts", c.SGLANG: "FusedMoE"}
 _LINEAR_CLASSES = {"qkv_proj": "QKVParallelLinear", "gate_up_proj": "MergedColumnParallelLinear"}
-Group = dict[str, Any]
 
 
 class Declared:
@@ -46,12 +45,12 @@ class Declared:
         self.own_experts = engine == c.TRANSFORMERS and flash  # transformers' class, whose experts are no modules
 
     @cached_property
-    def groups(self) -> dict[str, Group]:
+    def groups(self) -> dict[str, dict[str, Any]]:
         """Target → its group, in the config's order; of two groups with one target the last counts."""
         groups = self.config.get("config_groups") or {}
         if not isinstance(groups, dict):
             raise self._not(groups, "config_groups", "an object")
-        found: dict[str, Group] = {}
+        found: dict[str, dict[str, Any]] = {}
         for name, group in groups.items():
             if not (isinstance(group, dict) and isinstance(group.get("weights") or {}, dict)):
                 raise self._not(group, f"config_groups.{name}", "an object with targets and weights")
@@ -91,7 +90,7 @@ class Declared:
             return None if self.engine == c.SGLANG else Stored(c.BF16)
         return _group_form(group.get("weights") or {})
 
-    def expert_group(self, name: str) -> Group | None:
+    def expert_group(self, name: str) -> dict[str, Any] | None:
         """The group that an expert's matrix is in, whether it is ignored or not."""
         if self.own_experts:
             return self._own_experts_group()
@@ -102,7 +101,7 @@ class Declared:
         by_class = next((target for target in self.groups if self._is_class(target, known)), None)
         return self.groups.get(_LINEAR if by_class is None else by_class)
 
-    def _own_experts_group(self) -> Group | None:
+    def _own_experts_group(self) -> dict[str, Any] | None:
         """get_experts_scheme of transformers: one group for the experts of all layers, whatever is ignored."""
         named = (target for target in self.groups if target.startswith("re:") and "experts" in target)
         classes = (target for target in self.groups if not target.startswith("re:"))

@@ -182,9 +182,19 @@ def test_a_cropped_qkv_scale_is_refused(tiny_checkpoint: Callable[..., Path]) ->
     refused(folder, [4, 1], "F32[3, 1]", f"{name}_scale_inv")
 
 
-def test_fp8_weights_need_a_quantization_config(tiny_checkpoint: Callable[..., Path]) -> None:
-    folder = tiny_checkpoint(fp8=True, edit=lambda checkpoint: checkpoint.config.pop("quantization_config"))
-    refused(folder, "FP8", "no quantization_config", "model.layers.0.")
+def test_fp8_weights_without_a_quantization_config_are_what_they_are(tiny_checkpoint: Callable[..., Path]) -> None:
+    """Blocks of 128x128 can be seen in the files; under the config of another method they are a contradiction."""
+
+    def lost(checkpoint: Any) -> None:
+        del checkpoint.config["quantization_config"]
+
+    def other(checkpoint: Any) -> None:
+        checkpoint.config["quantization_config"] = {"quant_method": "compressed-tensors", "config_groups": {}}
+
+    folder = tiny_checkpoint(fp8=True, edit=lost)
+    assert layout_of(folder).experts == layout_of(tiny_checkpoint(fp8=True, name="kept")).experts
+    with pytest.raises(CheckpointError, match=r"is FP8, config\.json has no quantization_config for it"):
+        mimoquant.inspect(tiny_checkpoint(fp8=True, edit=other, name="other"))
 
 
 @pytest.mark.parametrize(
