@@ -15,6 +15,11 @@ def layers_of_formats(formats: dict[str, list[int]]) -> str:
     return "; ".join(f"{label} in {many(len(layers), 'layer')}" for label, layers in formats.items())
 
 
+def left_out_note(left_out: list[str]) -> list[str]:
+    """What is said wherever J is, of what J leaves out; nothing where it leaves nothing out."""
+    return [f"its config quantizes {' and '.join(left_out)} too: J is of its weights alone"] if left_out else []
+
+
 def many(count: int, thing: str) -> str:
     return f"{count} {thing}{'s' * (count != 1)}"
 

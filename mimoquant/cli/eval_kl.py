@@ -195,14 +195,15 @@ def eval_kl(
         fail_the_gate(of_server, is_lower_bound=of_server["server"]["is_lower_bound"])
         return
     from mimoquant.report import changes_card, eval_page, eval_text
+    from mimoquant.wording import left_out_note
 
     document = evaluate(
         reference, candidate, choice, baseline=baseline, device=device, out=out, resume=resume, html=html
     )
     if document is None:  # another rank tells
         return
-    if document["activations_quantized"]:
-        tell(f"note: {candidate}: its config quantizes activations too; J is of its weights alone")
+    for note in left_out_note(document["left_out"]):
+        tell(f"note: {candidate}: {note}")
     with printed_last(document, eval_text.eval_text, as_json):
         write_outcome(document, candidate, junit, card)
         if html is not None:

@@ -268,6 +268,9 @@ class Evaluation(Scores):
     """The candidate's folder, or the server's address."""
     recipe: str | None
     """The recipe.yaml beside the candidate; null without one."""
+    left_out: list[str]
+    """What the candidate's config quantizes beside weights, in words, which J leaves out; empty for a server, whose
+    answers have it in them."""
     data: DataFacts
     """The held-out tokens."""
     layers: list[LayerPart]

@@ -107,6 +107,7 @@ def eval_server(
         "reference": str(reference),
         "candidate": server.link.url,
         "recipe": None,
+        "left_out": [],
         "data": data_facts(tokens, None),
         **summarize(scores, tokens),
         "layers": [],

@@ -17,14 +17,12 @@ from mimoquant.calibration.tokens import TokenSet
 from mimoquant.evaluation import documents
 from mimoquant.evaluation.documents import BaselineFacts, DataFacts, FolderEvaluation, LayerPart, NoiseFloor
 from mimoquant.evaluation.summary import paired_difference, summarize
-from mimoquant.model.config_keys import text_keys
+from mimoquant.model.rounding import left_out_of_j, rounds_activations
 
 if TYPE_CHECKING:
     from mimoquant.evaluation.eval_kl import Comparison, LayerTrace
     from mimoquant.evaluation.side_by_side import WorstToken
     from mimoquant.model.layout import ModelLayout
-
-_MODELOPT_BOTH = {"NVFP4", "MXFP8"}  # of its names for formats, those that quantize activations too
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,8 @@ def evaluation_of(
         "reference": named.reference,
         "candidate": named.candidate,
         "recipe": recipe_name(Path(named.candidate)),
-        "activations_quantized": _quantizes_activations(layout),
+        "activations_quantized": rounds_activations(layout),
+        "left_out": left_out_of_j(layout),
         "data": data_facts(tokens, shared),
         **summarize(scores, tokens),
         "layers": [_layer_part(trace) for trace in comparisons[0].layers],
@@ -84,17 +83,6 @@ def recipe_name(candidate: Path) -> str | None:
     """The recipe beside a checkpoint, if there is one."""
     path = candidate / "recipe.yaml"
     return str(path) if path.is_file() else None
-
-
-def _quantizes_activations(layout: ModelLayout) -> bool:
-    quantization = text_keys(layout.config, "config.json").get("quantization_config") or {}
-    groups, layers = quantization.get("config_groups"), quantization.get("quantized_layers")
-    of_groups = groups.values() if isinstance(groups, dict) else ()
-    named = layers.values() if isinstance(layers, dict) else ()
-    algos = {entry.get("quant_algo") for entry in (quantization, *named) if isinstance(entry, dict)}
-    return bool(algos & _MODELOPT_BOTH) or any(
-        isinstance(group, dict) and bool(group.get("input_activations")) for group in of_groups
-    )
 
 
 def _layer_part(trace: LayerTrace) -> LayerPart:

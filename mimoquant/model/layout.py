@@ -30,7 +30,10 @@ _PACKED_SUFFIXES = (
     "weight_shape",
     "weight_scale_2",
     "input_scale",
+    "input_global_scale",
 )
+# scales of keys and values in a cache, as llm-compressor, ModelOpt and older tools name them
+_CACHE_SCALES = ("k_scale", "v_scale", "k_proj.k_scale", "v_proj.v_scale", "k_proj.output_scale", "v_proj.output_scale")
 _NORM, _ROUTER, _PLAIN, _SCALED = ("BF16", "F32"), ("F32", "BF16"), ("BF16",), ("F8_E4M3", "BF16")
 
 
@@ -103,6 +106,8 @@ def read_layout(
     experts: dict[tuple[int, int, str], Weight] = {}
     for layer in range(geometry.layers):
         units[f"layer {layer}"] = [claim.take(*row) for row in layer_rows(geometry, layer)]
+        if packed:
+            units[f"layer {layer}"] += claim.take_cache_scales(layer)
         if geometry.moe[layer]:
             for expert in range(geometry.experts):
                 for projection in PROJECTIONS:
@@ -241,6 +246,14 @@ class _Claims:
         self.left.pop(codes.name)
         parts = (self.left.pop(f"{module}.{suffix}", None) for suffix in _PACKED_SUFFIXES)
         return Weight(name, role, codes, packed=tuple(info for info in parts if info))
+
+    def take_cache_scales(self, layer: int) -> Iterator[Weight]:
+        """What a cache of keys and values is scaled by: a number for the whole of a layer, where it is there."""
+        for suffix in _CACHE_SCALES:
+            name = f"model.layers.{layer}.self_attn.{suffix}"
+            info = self.left.get(name)
+            if info is not None and info.dtype in _NORM and info.shape in ((), (1,)):
+                yield Weight(name, "cache_scale", self.left.pop(name))
 
     def _take_scale(self, name: str, role: str, shape: tuple[int, ...]) -> TensorInfo:
         scale = self.left.pop(f"{name}_scale_inv", None)

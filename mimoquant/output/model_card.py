@@ -22,7 +22,7 @@ from mimoquant.serving.contracts import ENGINES, SGLANG, VLLM
 from mimoquant.serving.launch import launch
 from mimoquant.serving.served import Served
 from mimoquant.weights.container import NATIVE
-from mimoquant.wording import interval, layers_of_formats, number, size
+from mimoquant.wording import interval, layers_of_formats, left_out_note, number, size
 
 if TYPE_CHECKING:
     from mimoquant.evaluation.documents import Evaluation
@@ -164,6 +164,7 @@ def _quality(measured: Evaluation) -> Iterator[str]:
     yield f"sequences of up to {length}), over the full vocabulary, in nats per token:"
     yield from ("", "| | |", "|---|---|")
     yield f"| symmetric KL, J | {number(j['mean'])} (95 % {interval(j, sequences=sequences)}) |"
+    yield from (f"| what J leaves out | {note} |" for note in left_out_note(measured["left_out"]))
     yield f"| J at the median, p99 | {number(j['median'])}, {number(j['p99'])} |"
     if floor:
         noise = max(floor["batch"], floor["relative_noise"])

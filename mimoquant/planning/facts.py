@@ -18,6 +18,7 @@ from mimoquant.model.drafter import FOLDER, carried_drafter
 from mimoquant.model.geometry import Attention, Geometry
 from mimoquant.model.layout import ModelLayout
 from mimoquant.model.releases import release_of
+from mimoquant.model.rounding import left_out_of_j
 from mimoquant.planning.documents import (
     AttentionSizes,
     CarriedDrafter,
@@ -46,7 +47,7 @@ from mimoquant.planning.plan import Plan
 from mimoquant.planning.relayout import RelayoutPlan
 from mimoquant.planning.side_json import json_faults
 from mimoquant.planning.stored import config_notes, stored_weights
-from mimoquant.wording import size
+from mimoquant.wording import left_out_note, size
 
 if TYPE_CHECKING:
     from mimoquant.planning.needs import Estimate
@@ -82,7 +83,7 @@ def layout_facts(layout: ModelLayout) -> InspectDocument:
         layers_with_an_expert_in_two_files=split,
         weights_parted_from_their_scale=parted,
         unknown_tensors=layout.unknown,
-        notes=config_notes(layout),
+        notes=[*config_notes(layout), *left_out_note(left_out_of_j(layout))],
     )
 
 

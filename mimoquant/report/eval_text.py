@@ -6,7 +6,18 @@ import math
 import textwrap
 from typing import TYPE_CHECKING, Literal, TypedDict
 
-from mimoquant.wording import NAME_CHARS, WIDTH, has_interval, interval, number, percent, size, table, visible
+from mimoquant.wording import (
+    NAME_CHARS,
+    WIDTH,
+    has_interval,
+    interval,
+    left_out_note,
+    number,
+    percent,
+    size,
+    table,
+    visible,
+)
 
 if TYPE_CHECKING:
     from mimoquant.evaluation.documents import DataFacts, EvalKlDocument
@@ -26,7 +37,8 @@ def verdict(facts: EvalKlDocument) -> tuple[str, str, str]:
     """(good | bad | plain, one word, one sentence)."""
     j, limit, broken, floor = facts["j"], facts["max_kl"], facts["nonfinite_share"], facts["noise_floor"]
     mean = j["mean"]
-    value = f"J {number(mean)} nats per token (95 % interval {interval(j, sequences=facts['sequences'])})"
+    of_what = "J of the weights alone" if facts["left_out"] else "J"
+    value = f"{of_what} {number(mean)} nats per token (95 % interval {interval(j, sequences=facts['sequences'])})"
     tail = f"; {percent(broken)} of the rows are not finite" if broken > 0 else ""
     if limit is not None and not has_interval(j):
         tail = f"; the limit is held against the mean, of which there is no interval{tail}"
@@ -52,7 +64,7 @@ def comparisons(facts: EvalKlDocument) -> list[tuple[str, str]]:
         mean, largest = facts["j"]["mean"], max(floor["batch"], floor["relative_noise"])
         said = f"{number(floor['batch'])} (other batch shape), {number(floor['relative_noise'])} (2⁻⁹ relative noise)"
         said += f"; J is {number(mean / largest, 3)} times the larger" if largest > 0 and mean > 0 else ""
-    out = [("noise floor", said)]
+    out = [*(("left out", note) for note in left_out_note(facts["left_out"])), ("noise floor", said)]
     if baseline:
         told = "better" if baseline["high"] < 0 else "worse" if baseline["low"] > 0 else "not told apart"
         ends = interval(baseline, sequences=facts["sequences"])

@@ -158,7 +158,7 @@ def served(config: dict[str, Any], tensors: Mapping[str, Tensor], name: str, met
         fp8_k_rows,
         len(mtp),
         any(key.startswith(TOWER_PREFIXES) for key in tensors),
-        any(key.endswith(".input_scale") for key in tensors),
+        any(key.endswith((".input_scale", ".input_global_scale")) for key in tensors),
         sizes,
     )
 

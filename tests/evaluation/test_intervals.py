@@ -48,6 +48,7 @@ def evaluation(sequences: int) -> dict[str, Any]:
         "reference": "/m/a",
         "candidate": "/m/c",
         "recipe": None,
+        "left_out": [],
         "data": {"name": "x", "sha256": "", "origins": [], "shared_with_calibration": None},
     }
     rest = {"layers": [], "worst_tokens": [], "noise_floor": {"batch": 9.0, "relative_noise": 9.0}, "baseline": other}

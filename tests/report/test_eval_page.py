@@ -72,6 +72,7 @@ def facts_of(layers: int = 8) -> Facts:
         "reference": "/m/reference",
         "candidate": "/m/candidate",
         "recipe": "int4-g128-gptq",
+        "left_out": [],
         "tokens": 1000,
         "sequences": 4,
         "sequence_tokens": 256,
