@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ from mimoquant.machine.overlap import WriteBehind, read_ahead
 from mimoquant.machine.team import Team
 from mimoquant.machine.timeline import WAIT_READ, WAIT_WRITE, Timeline
 from mimoquant.output.documents import QuantizeReport
+from mimoquant.output.finished import finished_already
 from mimoquant.output.quantize_report import quantize_report
 from mimoquant.output.small_files import written_texts
 from mimoquant.planning.needs import disk_bytes
@@ -46,6 +48,18 @@ if TYPE_CHECKING:
 Walked = Callable[[str, int, int], None]  # which way, layers passed, layers
 Progress = Callable[[Unit, int, bool], None]  # unit, output bytes of it done, whether it is finished
 
+
+@dataclass(frozen=True, slots=True)
+class Tells:
+    """Whom a run tells more: `walked` of each layer that the walk back has passed, which comes first where the recipe
+    asks for it; `note`, in a sentence, of what was found finished."""
+
+    walked: Walked | None = None
+    note: Callable[[str], None] | None = None
+
+
+NOBODY = Tells()
+
 DISK_SLACK = 64 * 2**20
 
 
@@ -58,11 +72,11 @@ def quantize(
     progress: Progress | None = None,
     timeline: Timeline | None = None,
     team: Team | None = None,
-    walked: Walked | None = None,
+    tells: Tells = NOBODY,
 ) -> QuantizeReport:
     """Execute a plan into the folder `out`, which appears only when it is complete. Arguments: see `execute`."""
     finished = execute(
-        plan, out, device=device, resume=resume, progress=progress, timeline=timeline, team=team, walked=walked
+        plan, out, device=device, resume=resume, progress=progress, timeline=timeline, team=team, tells=tells
     )
     return quantize_report(plan, finished)
 
@@ -76,25 +90,31 @@ def execute(
     progress: Progress | None = None,
     timeline: Timeline | None = None,
     team: Team | None = None,
-    walked: Walked | None = None,
+    tells: Tells = NOBODY,
 ) -> dict[str, JournalLine]:
     """Write what a plan says, a relayout's or a recipe's, into the folder `out`; returns the journal, unit by unit.
 
     Args:
         device: "cpu", "cuda", or "auto" (cuda where there is one). The bytes are the same, unless the recipe
             calibrates: then they are the same on the same kind of device.
-        resume: continue what a killed run left in `out`.partial.
-        timeline: is told what the run spends its time on.
+        resume: continue what a killed run left in `out`.partial; where `out` is finished there is nothing to do.
+        timeline: is told what the run spends its time on. tells: whom else the run tells.
         team: the processes that share the run, all of which call this; `device` is then the team's.
-        walked: is told of each layer that the walk back has passed, which comes first where the recipe asks for it.
     Raises:
-        UsageError: `out` exists, lies in the source, an unfinished run is there; disk too small.
+        UsageError: `out` exists (with `resume`: by another plan), lies in the source, an unfinished run is there; disk
+        too small.
         CheckpointError: bad data. QualityError: too many starved experts. StoppedError: disk trouble, resumable.
     """
     out = _preflight(plan, out)
     tokens = calibration_tokens(plan.recipe.calibration, plan.layout)
     team = team or Team(resolve_device(device))
     device, progress = team.device, progress or (lambda unit, done, finished: None)
+    if resume and (kept := _finished_before(plan, out, tokens, team)) is not None:
+        for unit in plan.units:
+            progress(unit, unit.size_bytes, False)
+        if tells.note:
+            tells.note(f"{out}: is finished already, by this recipe and of this source; nothing is left to do")
+        return kept
     identity = _identity(plan, tokens, team)
     with (
         contextlib.closing(make_engine(device)) as engine,
@@ -102,13 +122,20 @@ def execute(
     ):
         try:
             timeline = timeline or Timeline()
-            fisher = _walked_back(plan, run, tokens, timeline, team, walked)
+            fisher = _walked_back(plan, run, tokens, timeline, team, tells.walked)
             _write_units(plan, run, engine, tokens, progress, timeline, team, fisher)
             return _finish(plan, run, tokens, progress, team)
         except CheckpointError:
             if not run.finished and team.size == 1:  # nothing that a resume could use, and nobody who still writes
                 run.discard()
             raise
+
+
+def _finished_before(plan: Plan, out: Path, tokens: TokenSet | None, team: Team) -> dict[str, JournalLine] | None:
+    """The journal of an `out` that this plan made before, on every rank; None where there is work to do."""
+    found = finished_already(plan, out, tokens) if team.leads else None
+    told = team.gather(None if found is None else [line.as_plain() for line in found.values()])[0]
+    return None if told is None else {line["unit"]: JournalLine(**line) for line in told}
 
 
 def _identity(plan: Plan, tokens: TokenSet | None, team: Team) -> dict[str, Any]:

@@ -27,6 +27,8 @@ from mimoquant.serving.check import planned_facts
 from mimoquant.serving.served import planned
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from mimoquant.machine.team import Team
     from mimoquant.planning.documents import PlanDocument, RelayoutDocument
 
@@ -111,7 +113,10 @@ class QuantizeRun:
         self.timeline = Timeline()
 
     def execute(
-        self, progress: pipeline.Progress | None = None, walked: pipeline.Walked | None = None
+        self,
+        progress: pipeline.Progress | None = None,
+        walked: pipeline.Walked | None = None,
+        note: Callable[[str], None] | None = None,
     ) -> QuantizeDocument:
         """Write `out`; see `pipeline.execute`. The same on every rank of the team, but for times."""
         report = pipeline.quantize(
@@ -121,7 +126,7 @@ class QuantizeRun:
             team=self.team,
             timeline=self.timeline,
             progress=progress,
-            walked=walked,
+            tells=pipeline.Tells(walked, note),
         )
         what, share = self.timeline.bound
         return {
@@ -153,9 +158,14 @@ class RelayoutRun:
         self.plan = make_relayout(source, qkv, tp=tp, bf16=bf16, allow_unknown=allow_unknown, base_model=base_model)
         self.engines = planned_facts(planned(self.plan))
 
-    def execute(self, progress: pipeline.Progress | None = None) -> RelayoutDocument:
+    def execute(
+        self, progress: pipeline.Progress | None = None, note: Callable[[str], None] | None = None
+    ) -> RelayoutDocument:
         """Write `out`; see `pipeline.execute`."""
-        finished = pipeline.execute(self.plan, self.out, device="cpu", resume=self.resume, progress=progress)
+        tells = pipeline.Tells(note=note)
+        finished = pipeline.execute(
+            self.plan, self.out, device="cpu", resume=self.resume, progress=progress, tells=tells
+        )
         return relayout_facts(
             self.plan, finished, self.engines, out=self.out, elapsed_s=round(time.monotonic() - self._begin, 3)
         )

@@ -215,11 +215,11 @@ class RunFolder:
             before = None
         if not isinstance(before, dict):
             raise UsageError(f"{path}: is damaged", hint="remove the folder and start again")
-        found = _changed({key: before.get(key) for key in self._identity}, self._identity, "")
+        found = first_change({key: before.get(key) for key in self._identity}, self._identity)
         if found:
             what, was, now = found
             raise UsageError(
-                f"{self.partial}: cannot be resumed, {what} was {_short(was)}, is now {_short(now)}",
+                f"{self.partial}: cannot be resumed, {what} was {short_value(was)}, is now {short_value(now)}",
                 hint="resume with what the run began with, or remove the folder and start again",
             )
 
@@ -240,18 +240,18 @@ class RunFolder:
         self._journal = self._lock = -1
 
 
-def _changed(before: Any, now: Any, name: str) -> tuple[str, Any, Any] | None:
+def first_change(before: Any, now: Any, name: str = "") -> tuple[str, Any, Any] | None:
     """The first value that differs: its place (keys with dots between), what it was, what it is."""
     if not isinstance(before, dict) or not isinstance(now, dict):
         return None if before == now else (name, before, now)
     for key in dict.fromkeys((*now, *before)):
-        found = _changed(before.get(key), now.get(key), f"{name}.{key}".lstrip("."))
+        found = first_change(before.get(key), now.get(key), f"{name}.{key}".lstrip("."))
         if found:
             return found
     return None
 
 
-def _short(value: Any) -> str:
+def short_value(value: Any) -> str:
     """As much of a value as tells it from another: of a digest 16 digits."""
     text = str(value)
     return text[:16] if len(text) == 64 and " " not in text else text[:80]

@@ -183,7 +183,9 @@ ObjectiveOption = Annotated[
     Objective | None,
     typer.Option(help="Choose codes for the loss (kl) or for what each projection answers; by default as the recipe."),
 ]
-ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")]
+ResumeOption = Annotated[
+    bool, typer.Option("--resume", help="Go on where an interrupted run stopped; a finished one is left as it is.")
+]
 PlaceOption = Annotated[str, typer.Option(help="What computes: auto, cpu or cuda.", autocompletion=lambda: DEVICES)]
 HeldOutOption = Annotated[
     list[str] | None,

@@ -38,7 +38,7 @@ from mimoquant.cli.options import (
     VersionOption,
     option_value,
 )
-from mimoquant.cli.terminal import Lines, Progress, print_document, printed_last, tell
+from mimoquant.cli.terminal import Lines, Progress, print_document, printed_last, tell, watcher
 
 
 def inspect(
@@ -159,7 +159,8 @@ def quantize(
                 notes = (f"note: {note}" for note in (*run.plan.notes, *data_notes(run.plan)))
                 for line in [*notes, *verb_text.planned_lines(run.engines)]:
                     tell(line)
-            document = run.execute(*((progress.advance, progress.walked) if progress else ()))
+            watched = (progress.advance, progress.walked) if progress else (None, None)
+            document = run.execute(*watched, watcher(team.leads).note)
     if not team.leads:
         return
     with printed_last(document, verb_text.quantize_text, as_json):
@@ -203,7 +204,7 @@ def relayout(
     with Progress(run.plan) as progress:
         for line in [*(f"note: {note}" for note in run.plan.notes), *verb_text.planned_lines(run.engines)]:
             tell(line)
-        document = run.execute(progress.advance)
+        document = run.execute(progress.advance, watcher().note)
     print_document(document, verb_text.relayout_text, as_json)
 
 

@@ -102,6 +102,16 @@ def test_data_free_runs_write_the_bytes_of_one_process(tmp_path: Path) -> None:
     assert same(tmp_path / "one", tmp_path / "two")
 
 
+def test_a_finished_run_that_is_started_again_is_told_once_and_left_as_it_is(gptq: Path) -> None:
+    before = contents(gptq)
+    done = quantize(2, "gptq-int4-g128", gptq, *SMALL, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("is finished already") == 1 and json.loads(done.stdout)["out"] == str(gptq)
+    refused = quantize(2, "gptq-int4-g128", gptq, *SMALL, "--refine", "1", "--resume")
+    assert refused.returncode == 1 and refused.stderr.count("calibration.reconstruct was None, is now 1") == 1
+    assert contents(gptq) == before
+
+
 def test_calibrated_runs_write_the_bytes_of_one_process(gptq: Path, tmp_path: Path) -> None:
     done = quantize(2, "gptq-int4-g128", tmp_path / "out", *SMALL)
     assert done.returncode == 0, done.stderr
