@@ -159,8 +159,8 @@ def quantize(
                 notes = (f"note: {note}" for note in (*run.plan.notes, *data_notes(run.plan)))
                 for line in [*notes, *verb_text.planned_lines(run.engines)]:
                     tell(line)
-            watched = (progress.advance, progress.walked) if progress else (None, None)
-            document = run.execute(*watched, watcher(team.leads).note)
+            advance, walked = (progress.advance, progress.walked) if progress else (None, None)
+            document = run.execute(advance, walked, watcher(team.leads).note)
     if not team.leads:
         return
     with printed_last(document, verb_text.quantize_text, as_json):
