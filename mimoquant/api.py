@@ -176,7 +176,8 @@ def verify(
     tp: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> VerifyDocument:
-    """Hold a checkpoint against its source, value by value, or against what an engine accepts, or both.
+    """Hold a checkpoint against its source, value by value, or against what an engine accepts, or both. Either way
+    the libraries that read it are asked: safetensors, compressed-tensors, transformers.
 
     What is wrong is told, not raised: `ok` and `problems`, and the same of `engine`, which is left out where files are
     damaged already.
@@ -199,7 +200,14 @@ def verify(
         from mimoquant.serving.check import engine_facts
         from mimoquant.serving.served import read_served
 
-        document["engine"] = engine_facts(read_served(out), engine, engine_version, tp)
+        served = read_served(out)
+        document["engine"] = engine_facts(served, engine, engine_version, tp)
+        if source is None:  # with it, they were asked
+            from mimoquant.checkpoint.index import open_index
+            from mimoquant.output.libraries import ask_libraries
+
+            document["problems"] = ask_libraries(open_index(out), served.geometry).problems
+            document["ok"] = not document["problems"]
     return document
 
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import mimoquant
 from mimoquant.cli.app import app
 
-NOT_NEEDED = ("pytest", "compressed_tensors", "llmcompressor", "hypothesis")
+NOT_NEEDED = ("pytest", "llmcompressor", "hypothesis")
 
 
 def runs(folder: Path) -> list[list[str]]:

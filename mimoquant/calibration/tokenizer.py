@@ -18,10 +18,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from mimoquant.checkpoint.folders import resolve_inside
 from mimoquant.errors import CheckpointError
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_SMALL, _MORE_TEMPLATES = (".json", ".jinja", ".txt", ".model"), "additional_chat_templates"
 _OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
@@ -66,6 +68,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             f"{folder}: has no tokenizer (none of {', '.join(_VOCABULARIES)})",
             hint="copy the tokenizer's files beside the weights, or give data that is a .npy array of ids",
         )
+    _refuse_links(folder)
     go_offline()
     problems: list[str] = []
     for package, read in (("tokenizers", _plain_tokenizer), ("transformers", _auto_tokenizer)):
@@ -79,12 +82,27 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     )
 
 
-def _auto_tokenizer(folder: Path) -> Tokenizer:
+def tokenizer_of_transformers(folder: Path) -> Any:
+    """As AutoTokenizer builds it of the folder's files. Raises what transformers raises, and CheckpointError for a file
+    that is a link elsewhere."""
+    go_offline()
+    _refuse_links(folder)
     transformers = importlib.import_module("transformers")
     with _silent():
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False
-        )
+        return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+
+
+def _refuse_links(folder: Path) -> None:
+    """Raises CheckpointError where a small file that a tokenizer may be made of leads out of the folder: the libraries
+    open them by themselves."""
+    for place in (folder, folder / _MORE_TEMPLATES):
+        for path in sorted(place.iterdir()) if place.is_dir() else ():
+            if path.suffix in _SMALL and not path.is_dir():
+                resolve_inside(folder, path.relative_to(folder).as_posix())
+
+
+def _auto_tokenizer(folder: Path) -> Tokenizer:
+    transformers, tokenizer = importlib.import_module("transformers"), tokenizer_of_transformers(folder)
 
     def encode(text: str) -> list[int]:
         ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -153,7 +171,7 @@ def _templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
         found["default"] = json.loads(older.read_text(encoding="utf-8"))["chat_template"]
     if file.is_file():
         found["default"] = file.read_text(encoding="utf-8")
-    for named in sorted((folder / "additional_chat_templates").glob("*.jinja")):
+    for named in sorted((folder / _MORE_TEMPLATES).glob("*.jinja")):
         found[named.stem] = named.read_text(encoding="utf-8")
     return found
 

@@ -230,6 +230,11 @@ def verify(
         out, source, engine=engine.value if engine else None, engine_version=engine_version, tp=tp, progress=Lines()
     )
     print_document(facts, verb_text.verify_text, as_json)
+    if not facts["ok"] and source is None:
+        raise CheckpointError(
+            f"{out}: libraries that read it object (problems: {len(facts['problems'])})",
+            hint="the lines above name them: put the files right, or fetch them again",
+        )
     if not facts["ok"]:
         raise CheckpointError(
             f"{out}: is not what its recipe says (problems: {len(facts['problems'])})",

@@ -71,7 +71,7 @@ class VerifyDocument(TypedDict):
     out: str
     """The checkpoint that was checked."""
     ok: bool
-    """Whether nothing is wrong with its files; what an engine says is in `engine`."""
+    """Whether nothing is wrong with its files, also as libraries read them; what an engine says is in `engine`."""
     problems: list[str]
     """What is wrong with its files, each in a sentence."""
     checked: NotRequired[dict[str, int]]
@@ -95,4 +95,4 @@ class VerifyDocument(TypedDict):
     """Files that are no part of the proof, each with why: edited or added where the checkpoint was published (model
     card, pictures, licence, chat template), or left there by tools; absent without --source."""
     engine: NotRequired[EngineCheck]
-    """What the engine accepts; absent without --engine, and where files are damaged already."""
+    """What the engine accepts; absent without --engine, and where files are not what the source makes them."""

@@ -108,6 +108,7 @@ def verify(
         report.problem(str(error))
         return report
     _check_headers(index, plan, report)
+    _hear_libraries(index, plan, report)
     engine = CpuEngine()
     try:
         with CheckpointReader(plan.layout.index) as ours, CheckpointReader(index) as theirs:
@@ -268,6 +269,16 @@ def _check_headers(index: CheckpointIndex, plan: Plan, report: VerifyReport) -> 
                 f"{name}: is {info.dtype}{list(info.shape)} in {info.file}, "
                 f"planned is {entry.dtype}{list(entry.shape)} in {file}"
             )
+
+
+def _hear_libraries(index: CheckpointIndex, plan: Plan, report: VerifyReport) -> None:
+    from mimoquant.output.libraries import ask_libraries  # which loads them: seconds
+
+    answers = ask_libraries(index, plan.layout.geometry, plan.layout.index.folder)
+    for problem in answers.problems:
+        report.problem(problem)
+    report.set_aside += answers.set_aside
+    report.checked += answers.checked
 
 
 class _Values:

@@ -168,15 +168,14 @@ def relayout_text(facts: RelayoutDocument) -> str:
 
 
 def verify_text(facts: VerifyDocument, limit: int = 20) -> str:
-    lines = _proof_lines(facts, limit) if "checked" in facts else []
+    lines = _proof_lines(facts, limit) if "checked" in facts else _problem_lines(facts["problems"], limit)
     return "\n".join([*lines, *(engine_lines(facts["engine"]) if "engine" in facts else [])])
 
 
 def _proof_lines(facts: VerifyDocument, limit: int) -> list[str]:
     """What `verify --source` found."""
-    problems = facts["problems"]
     checked = ", ".join(f"{count} {what}" for what, count in facts["checked"].items())
-    lines = [
+    return [
         f"{'ok' if facts['ok'] else 'FAILED'}         {facts['out']}",
         f"checked    {checked}; {size(facts['bytes_checked'])} read",
         *(
@@ -194,8 +193,12 @@ def _proof_lines(facts: VerifyDocument, limit: int) -> list[str]:
         ),
         *(f"unproven   {text}" for text in facts["unproven"]),
         *(f"beside     {text}" for text in facts["set_aside"]),
-        *(f"problem    {problem}" for problem in problems[:limit]),
+        *_problem_lines(facts["problems"], limit),
     ]
+
+
+def _problem_lines(problems: list[str], limit: int) -> list[str]:
+    lines = [f"problem    {problem}" for problem in problems[:limit]]
     if len(problems) > limit:
         lines.append(f"problem    ... and {len(problems) - limit} more (--json lists all)")
     return lines
