@@ -199,7 +199,7 @@ def _by_transformers(folder: Path, vocab: object, answers: Answers) -> Iterator[
         else:
             yield f"tokenizer: {name} cannot build it ({one_line(error)})"
         return
-    answers.checked["tokenizers by transformers"] += 1
+    answers.checked["tokenizer by transformers"] += 1
     word, last = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1], default=("", -1))
     if isinstance(vocab, int) and last >= vocab:
         yield f"tokenizer: {name} gives {word!r} the id {last}, {CONFIG_NAME} has {vocab} ids (vocab_size)"
@@ -220,7 +220,7 @@ def _templates(tokenizer: Any, answers: Answers) -> Iterator[str]:
 
     held = tokenizer.chat_template or {}
     for name, template in ({"default": held} if isinstance(held, str) else held).items():
-        answers.checked["templates by transformers"] += 1
+        answers.checked["template by transformers"] += 1
         try:
             tokenizer.apply_chat_template(
                 _GREETING, chat_template=template, tokenize=False, add_generation_prompt=True, tools=None

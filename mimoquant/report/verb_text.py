@@ -174,10 +174,13 @@ def verify_text(facts: VerifyDocument, limit: int = 20) -> str:
 
 def _proof_lines(facts: VerifyDocument, limit: int) -> list[str]:
     """What `verify --source` found."""
-    checked = ", ".join(f"{count} {what}" for what, count in facts["checked"].items())
+    counts = [f"{count} {what}" for what, count in facts["checked"].items()]
+    by_libraries = ", ".join(text for text in counts if " by " in text)
+    checked = ", ".join(text for text in counts if " by " not in text)
     return [
         f"{'ok' if facts['ok'] else 'FAILED'}         {facts['out']}",
         f"checked    {checked}; {size(facts['bytes_checked'])} read",
+        *([f"libraries  {by_libraries}"] if by_libraries else []),
         *(
             [f"rounding   worst {facts['worst_rounding']:.4f} half steps ({facts['worst_rounding_tensor']})"]
             if facts["worst_rounding_tensor"]

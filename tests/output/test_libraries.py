@@ -77,7 +77,7 @@ def test_nothing_is_said_against_what_we_write(outputs: dict[str, Path], name: s
     assert answers.checked["shards by safetensors"] == len(index.file_sizes)
     of_compressed_tensors = MADE[name][1] == "compressed-tensors"
     assert bool(answers.checked["modules by compressed-tensors"]) == of_compressed_tensors
-    assert answers.checked["tokenizers by transformers"] == answers.checked["templates by transformers"] == 1
+    assert answers.checked["tokenizer by transformers"] == answers.checked["template by transformers"] == 1
 
 
 # --- safetensors ------------------------------------------------------------------------------------------------------
