@@ -17,6 +17,8 @@ from pathlib import Path
 from mimoquant.errors import CheckpointError
 
 _CACHED_REPO = "models--"
+LFS_POINTER = b"version https://git-lfs"  # how what a clone without LFS has instead of a file begins
+LFS_HINT = "run git lfs pull there, or download it with hf download"
 _OUTSIDE = "copy the files into one folder (cp -rL), or name the folder that they lie in"
 
 

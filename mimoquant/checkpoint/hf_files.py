@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from mimoquant.checkpoint.folders import resolve_inside
+from mimoquant.checkpoint.folders import LFS_HINT, LFS_POINTER, read_inside, resolve_inside
 from mimoquant.checkpoint.index import INDEX_NAME
 from mimoquant.checkpoint.writer import copy_file_durably, fsync_folder, stopping
 from mimoquant.errors import CheckpointError
@@ -34,6 +34,7 @@ _WRITTEN_ANEW = {
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".onnx", ".h5", ".msgpack")
 _OTHER_FORMS = {"original", "onnx", "openvino", "gguf"}  # of the same weights
 _UNFINISHED = (".incomplete", ".aria2", ".part", ".crdownload", ".lock", ".tmp")
+_MAX_POINTER_BYTES = 1000
 _WEIGHT_INDEX = ".index.json"  # of weights that are not carried, so it would lead nowhere
 
 
@@ -52,8 +53,8 @@ def side_files(folder: Path, shards: Collection[str]) -> SideFiles:
     A drafter's and a tokenizer's weights, in folders of their own, are carried over; other forms of the same weights,
     unfinished downloads and indexes of weights that are not carried are left out.
 
-    Raises CheckpointError for one that cannot be read, leads out of the folder or is no regular file: before anything
-    is done, rather than after hours.
+    Raises CheckpointError for one that cannot be read, leads out of the folder, is no regular file or a pointer of
+    git-lfs: before anything is done, rather than after hours.
     """
 
     files, left_out = list_files(folder)
@@ -67,6 +68,8 @@ def side_files(folder: Path, shards: Collection[str]) -> SideFiles:
         if not os.access(path, os.R_OK):
             raise CheckpointError(f"{folder / name}: cannot be read (Permission denied)")
         sizes[name] = path.stat().st_size
+        if sizes[name] < _MAX_POINTER_BYTES and read_inside(folder, name, _MAX_POINTER_BYTES).startswith(LFS_POINTER):
+            raise CheckpointError(f"{folder / name}: is a pointer of git-lfs, not the file", hint=LFS_HINT)
     return SideFiles(sizes, sorted(left_out))
 
 

@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from mimoquant.checkpoint.folders import is_there, open_inside, read_inside
+from mimoquant.checkpoint.folders import LFS_HINT, LFS_POINTER, is_there, open_inside, read_inside
 from mimoquant.errors import CheckpointError, UsageError
 
 DTYPE_BYTES = {
@@ -140,6 +140,8 @@ def read_shard_header(folder: Path, file: str) -> tuple[list[TensorInfo], int, s
             prefix = handle.read(8)
             if len(prefix) < 8:
                 raise CheckpointError(f"{path}: {file_size} bytes are too few for a safetensors file")
+            if LFS_POINTER.startswith(prefix):
+                raise CheckpointError(f"{path}: is a pointer of git-lfs, not the file", hint=LFS_HINT)
             (header_bytes,) = struct.unpack("<Q", prefix)
             if header_bytes > min(file_size - 8, MAX_HEADER_BYTES):
                 raise CheckpointError(

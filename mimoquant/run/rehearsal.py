@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from mimoquant.checkpoint.folders import open_inside
 from mimoquant.checkpoint.journal import existing_parent
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.machine.devices import make_engine
@@ -100,7 +101,7 @@ def _forget(plan: Plan, step: Experts) -> None:
             info = plan.layout.expert(step.layer, expert, projection).info
             with (
                 contextlib.suppress(OSError, AttributeError),
-                (plan.layout.index.folder / info.file).open("rb") as handle,
+                open_inside(plan.layout.index.folder, info.file) as handle,
             ):
                 os.posix_fadvise(handle.fileno(), info.offset, info.size_bytes, os.POSIX_FADV_DONTNEED)
 

@@ -228,6 +228,21 @@ def test_what_is_no_part_of_a_checkpoint_is_not_carried(tmp_path: Path) -> None:
     ]
 
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+@pytest.mark.parametrize(
+    "name", [min(SHARDS), max(SHARDS), "tokenizer.json", "modeling.py", "dflash/model.safetensors"]
+)
+def test_a_clone_without_lfs_is_refused(name: str, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(MICRO, tmp_path / "source"))
+    (source / name).parent.mkdir(exist_ok=True)
+    (source / name).write_text(POINTER)
+    with pytest.raises(CheckpointError, match=f"{name}: is a pointer of git-lfs") as caught:
+        make_plan(source, load_recipe("mxfp4-rtn"))
+    assert caught.value.hint and "git lfs pull" in caught.value.hint
+
+
 def test_shards_in_subfolders_are_read_and_not_copied(tmp_path: Path) -> None:
     source, out = tmp_path / "source", tmp_path / "out"
     shutil.copytree(MICRO, source)
