@@ -46,12 +46,12 @@ def twin(folder: Path, config: dict[str, Any], tensors: Tensors) -> Path:
 # --- the source's own form, by hand -----------------------------------------------------------------------------------
 
 
-def from_blocks(codes: Tensor, scales: Tensor, chunks: int = 1) -> Tensor:
-    """FP8 with 128x128 blocks as bf16; blocks begin anew in each chunk of rows."""
+def from_blocks(codes: Tensor, scales: Tensor, chunks: int = 1, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """FP8 with 128x128 blocks as bf16, or as float32; blocks begin anew in each chunk of rows."""
     rows, columns = codes.shape
     per, blocks = rows // chunks, math.ceil(rows // chunks / 128)
     row = torch.tensor([r // per * blocks + r % per // 128 for r in range(rows)])
-    return (codes.float() * scales[row][:, torch.arange(columns) // 128]).bfloat16()
+    return (codes.float() * scales[row][:, torch.arange(columns) // 128]).to(dtype)
 
 
 def split_qkv(fused: Tensor, config: dict[str, Any], *, sliding: bool) -> list[Tensor]:
@@ -63,19 +63,19 @@ def split_qkv(fused: Tensor, config: dict[str, Any], *, sliding: bool) -> list[T
     return [torch.cat([part[i] for part in parts]) for i in range(3)]
 
 
-def plain_values(config: dict[str, Any], tensors: Tensors) -> Tensors:
-    """Everything in bf16 (or F32, as stored), q, k, v apart."""
+def plain_values(config: dict[str, Any], tensors: Tensors, dtype: torch.dtype = torch.bfloat16) -> Tensors:
+    """Everything in bf16 (or F32, as stored), q, k, v apart. `dtype`: of what is FP8."""
     out: Tensors = {}
     for name, value in tensors.items():
         scales = tensors.get(f"{name}_scale_inv")
         if name.endswith("_scale_inv"):
             continue
         if not name.endswith("qkv_proj.weight"):
-            out[name] = value if scales is None else from_blocks(value, scales)
+            out[name] = value if scales is None else from_blocks(value, scales, 1, dtype)
             continue
         assert scales is not None
         layer = int(name.split(".")[2]) if name.startswith("model.layers.") else None
-        fused = from_blocks(value, scales, config["num_key_value_heads"])
+        fused = from_blocks(value, scales, config["num_key_value_heads"], dtype)
         sliding = layer is None or bool(config["hybrid_layer_pattern"][layer])
         for letter, part in zip("qkv", split_qkv(fused, config, sliding=sliding), strict=True):
             out[name.replace("qkv_proj", f"{letter}_proj")] = part
@@ -154,6 +154,68 @@ def small_v26(source: Path, out: Path) -> Path:
     config |= {"moe_router_dtype": "bfloat16", "num_nextn_predict_layers": 3, "rope_parameters": rope}
     chunks = {"save_format": "mxfp4", "tp_size": config["num_key_value_heads"]}
     return write(out / "v26", config, tensors, chunks)
+
+
+def lossless_cast(v26: Path, out: Path, style: str) -> Path:
+    """V2.6 as others cast it to NVFP4: two equal E4M3 scales for an exponent, 2^k beside them with k the largest one
+    less 8, gate and up together.
+
+    `style`: "fp8", the release's FP8 as FP8_BLOCK_SCALES, input scales of 1; "float32", all dense matrices so, qkv as
+    [Q|K|V], weights-only; "beside", as that in bf16 with the settings in hf_quant_config.json alone, and KV scales.
+    """
+    config, tensors = read(v26)
+    stored = {name: value for name, value in tensors.items() if ".experts." not in name}
+    layers: dict[str, dict[str, Any]] = {}
+    for name in filter(is_expert, tensors):
+        tied = [name.replace("up_proj", "gate_proj"), name.replace("gate_proj", "up_proj")]
+        live = [block_is_live(tensors[n]) * tensors[f"{n}_scale"].int() for n in tied]
+        least = max(int(exponents.max()) for exponents in live) - 8
+        exponent = tensors[f"{name}_scale"].int() - least
+        scale = torch.exp2(exponent.clamp(-9, 8).float()).to(torch.float8_e4m3fn)
+        stored[name], stored[f"{name}_scale"] = tensors[name], scale.repeat_interleave(2, 1)
+        stored[f"{name}_scale_2"] = torch.exp2(torch.tensor(least - 127.0))
+        layers[name.removesuffix(".weight")] = {"quant_algo": "W4A16_NVFP4", "group_size": 16}
+        if style == "fp8":
+            stored[name.replace("weight", "input_scale")] = torch.tensor(1.0)
+            layers[name.removesuffix(".weight")]["quant_algo"] = "NVFP4"
+    if style == "fp8":
+        scaled = [name.removesuffix(".weight") for name in stored if f"{name}_scale_inv" in stored]
+        layers |= {module: {"quant_algo": "FP8_BLOCK_SCALES", "group_size": 128} for module in scaled}
+    else:
+        rest = {name: value for name, value in tensors.items() if ".experts." not in name}
+        values = plain_values(config, rest, torch.float32 if style == "float32" else torch.bfloat16)
+        stored = {name: value for name, value in stored.items() if ".experts." in name} | fused_again(values)
+        config["conversion_metadata"] = {"qkv_layout": "global_q_k_v"}
+    settings = {"quant_algo": "MIXED_PRECISION", "exclude_modules": [], "quantized_layers": layers}
+    del config["quantization_config"]
+    if style == "beside":
+        heads = [name for name in stored if name.endswith("qkv_proj.weight")]
+        stored |= {
+            name.replace("qkv_proj.weight", f"{p}_proj.{p}_scale"): torch.tensor(0.5) for name in heads for p in "kv"
+        }
+    else:
+        config["quantization_config"] = {"quant_method": "modelopt"} | settings
+    folder = write(out / style, config, stored)
+    if style == "beside":
+        said = settings | {"kv_cache_quant_algo": "FP8"}
+        (folder / "hf_quant_config.json").write_text(
+            json.dumps({"producer": {"name": "modelopt"}, "quantization": said})
+        )
+    return folder
+
+
+def block_is_live(codes: Tensor) -> Tensor:
+    """[O, I/32]: whether any value of a block is not zero."""
+    return (unpack(codes) & 7).unflatten(1, (-1, 32)).amax(-1) > 0
+
+
+def fused_again(values: Tensors) -> Tensors:
+    """q, k, v one after the other as qkv."""
+    out = dict(values)
+    for name in [name for name in values if name.endswith("self_attn.q_proj.weight") and name.startswith("model.")]:
+        parts = [out.pop(name.replace("q_proj", f"{letter}_proj")) for letter in "qkv"]
+        out[name.replace("q_proj", "qkv_proj")] = torch.cat(parts)
+    return out
 
 
 def modelopt_nvfp4(source: Path, out: Path) -> tuple[Path, Path]:

@@ -111,6 +111,7 @@ def read_geometry(config: dict[str, Any], where: str, *, packed: bool = False) -
     config = text_keys(config, where)
     check_forward_keys(config, where)
     check_rope(config, where)
+    _check_conversion(config, where)
     method = _quant_method(config, where, packed=packed)
 
     def size(key: str) -> int:
@@ -159,6 +160,14 @@ def read_geometry(config: dict[str, Any], where: str, *, packed: bool = False) -
                 f"{where}: the fused qkv's {attention.rows} rows do not split over {geometry.qkv_chunks} ranks"
             )
     return geometry
+
+
+def _check_conversion(config: dict[str, Any], where: str) -> None:
+    """What a converter says of the order of qkv's rows: only the one that ModelOpt's exports have anyway is known."""
+    told = config.get("conversion_metadata") or {}
+    if not isinstance(told, dict):
+        raise CheckpointError(f"{where}: conversion_metadata is {type(told).__name__}, expected an object")
+    check_known(told, {"qkv_layout": ("global_q_k_v", None)}, where, "conversion_metadata.")
 
 
 def _quant_method(config: dict[str, Any], where: str, *, packed: bool) -> str | None:

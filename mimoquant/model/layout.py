@@ -107,7 +107,7 @@ def read_layout(
     for layer in range(geometry.layers):
         units[f"layer {layer}"] = [claim.take(*row) for row in layer_rows(geometry, layer)]
         if packed:
-            units[f"layer {layer}"] += claim.take_cache_scales(layer)
+            units[f"layer {layer}"] += claim.take_cache_scales(f"model.layers.{layer}")
         if geometry.moe[layer]:
             for expert in range(geometry.experts):
                 for projection in PROJECTIONS:
@@ -120,6 +120,9 @@ def read_layout(
     ]
     mtp_layers = _count_mtp(left)
     units["mtp"] = [claim.take(*row) for i in range(mtp_layers) for row in mtp_rows(geometry, i)]
+    if packed:
+        for i in range(mtp_layers):
+            units["mtp"] += claim.take_cache_scales(f"model.mtp.layers.{i}")
     units["towers"] = [
         Weight(name, "tower", left.pop(name)) for name in sorted(left) if name.startswith(TOWER_PREFIXES)
     ]
@@ -210,6 +213,8 @@ class _Claims:
                 f"{self.where}: {name} is missing, which config.json calls for",
                 hint="the download is incomplete, or config.json belongs to another checkpoint",
             )
+        if self.geometry.mxfp8 and "BF16" in dtypes:  # others' exports may be in float32, which engines round
+            dtypes = tuple(dict.fromkeys((*dtypes, "F32")))
         if info.dtype not in dtypes:
             raise CheckpointError(f"{self.where}: {name} is {info.dtype}, expected {' or '.join(dtypes)}")
         if info.shape != shape:
@@ -247,13 +252,18 @@ class _Claims:
         parts = (self.left.pop(f"{module}.{suffix}", None) for suffix in _PACKED_SUFFIXES)
         return Weight(name, role, codes, packed=tuple(info for info in parts if info))
 
-    def take_cache_scales(self, layer: int) -> Iterator[Weight]:
+    def take_cache_scales(self, module: str) -> Iterator[Weight]:
         """What a cache of keys and values is scaled by: a number for the whole of a layer, where it is there."""
         for suffix in _CACHE_SCALES:
-            name = f"model.layers.{layer}.self_attn.{suffix}"
-            info = self.left.get(name)
-            if info is not None and info.dtype in _NORM and info.shape in ((), (1,)):
-                yield Weight(name, "cache_scale", self.left.pop(name))
+            name = f"{module}.self_attn.{suffix}"
+            info = self.left.pop(name, None)
+            if info is None:
+                continue
+            if info.dtype not in _NORM or math.prod(info.shape) != 1:
+                raise CheckpointError(
+                    f"{self.where}: {name} is {info.dtype}{list(info.shape)}, a scale of the KV cache is one number"
+                )
+            yield Weight(name, "cache_scale", info)
 
     def _take_scale(self, name: str, role: str, shape: tuple[int, ...]) -> TensorInfo:
         scale = self.left.pop(f"{name}_scale_inv", None)

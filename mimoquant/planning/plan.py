@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from mimoquant.__version__ import __version__
-from mimoquant.checkpoint.hf_files import CONFIG_NAME, side_files
+from mimoquant.checkpoint.hf_files import CONFIG_NAME, MODELOPT_CONFIG_NAME, side_files
 from mimoquant.checkpoint.index import CheckpointIndex, open_index, read_json_inside
-from mimoquant.errors import MimoquantError, RecipeError
+from mimoquant.errors import CheckpointError, MimoquantError, RecipeError
+from mimoquant.model.config_keys import text_keys
 from mimoquant.model.drafter import carried_drafter
 from mimoquant.model.layout import PROJECTIONS, ModelLayout, read_layout
 from mimoquant.model.releases import base_model_note
@@ -172,8 +173,15 @@ def _finished(plan: Plan) -> Plan:
 
 
 def read_config(index: CheckpointIndex) -> dict[str, Any]:
-    """config.json of a checkpoint folder."""
-    return read_json_inside(index.folder, CONFIG_NAME, max_bytes=50_000_000)
+    """config.json of a checkpoint folder; with what ModelOpt says beside it, where config.json says nothing."""
+    config = read_json_inside(index.folder, CONFIG_NAME, max_bytes=50_000_000)
+    beside = index.folder / MODELOPT_CONFIG_NAME
+    if text_keys(config, str(index.folder / CONFIG_NAME)).get("quantization_config") is None and beside.is_file():
+        told = read_json_inside(index.folder, MODELOPT_CONFIG_NAME, max_bytes=50_000_000).get("quantization")
+        if not isinstance(told, dict) or not told.get("quant_algo"):
+            raise CheckpointError(f"{beside}: has no quantization with a quant_algo, so it says nothing of the weights")
+        config["quantization_config"] = {"quant_method": "modelopt"} | told
+    return config
 
 
 def _resolve_layers(layout: ModelLayout, recipe: Recipe) -> tuple[dict[int, Format], dict[int, str]]:
@@ -321,9 +329,11 @@ def _container_of_mxfp4(layout: ModelLayout, recipe: Recipe, wanted: str | None)
     if chosen == here:
         raise RecipeError(f"recipe {recipe.name}: the experts are MXFP4 in the {chosen} container already")
     scales = {weight.scale.dtype for weights in layout.units.values() for weight in weights if weight.scale}
-    if "U8" in scales:
+    dtypes = {w.info.dtype for ws in layout.units.values() for w in ws if w.role in _LINEAR_ROLES}
+    if strange := "MXFP8" if "U8" in scales else "float32 matrices" if "F32" in dtypes else None:
         raise RecipeError(
-            f"recipe {recipe.name}: {layout.index.folder} has MXFP8 beside its experts, which stays nowhere"
+            f"recipe {recipe.name}: {layout.index.folder} has {strange} beside its experts, which no container takes",
+            hint="cast its source, which has the same experts",
         )
     return chosen
 

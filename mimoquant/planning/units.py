@@ -152,8 +152,9 @@ class UnitBuilder:
 
     def _rest(self, weight: Weight, layer: int | None) -> list[Step]:
         """The steps of one weight that is not an expert's."""
-        if not self.keeps_fp8 and weight.role == "qkv":
-            geometry = self.layout.geometry
+        geometry = self.layout.geometry
+        bf16 = weight.scale is None and not geometry.fp8  # fused, which only FP8 may be: engines misread it
+        if weight.role == "qkv" and (bf16 or not self.keeps_fp8):
             sliding = layer is None or geometry.sliding[layer]  # MTP layers are sliding
             return [*reorder([weight], geometry, replace(geometry, fused_qkv=False), sliding=sliding, bf16=True)]
         widened = not self.keeps_fp8 or (layer in self.bf16_qkv and weight.role in ("q", "k", "v"))

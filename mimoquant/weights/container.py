@@ -149,6 +149,9 @@ def output_config(
         if (text_keys(out, _CONFIG).get("quantization_config") or {}).get("quant_method") != "fp8":
             drop_text_key(out, "quantization_config")
             out["quantization_config"] = _native_settings(modules)
+            fused = text_keys(out, _CONFIG).get("attention_projection_layout") == "fused_qkv"
+            if fused and any(module.endswith(".q_proj") for module in modules):
+                set_text_key(out, "attention_projection_layout", "split")
         quantization = text_keys(out, _CONFIG)["quantization_config"]
         quantization["store_dtype"] = "mxfp4"
         quantization["mxfp4_block_size"] = 32

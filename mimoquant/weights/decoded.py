@@ -41,7 +41,7 @@ class CheckpointWeights:
     """A checkpoint, published or quantized, as weights to compute with: a `layer_stream.WeightSource`.
 
     Values are what an engine computes with, in bf16: FP8 and 4-bit weights are rounded to it once. The router and what
-    is stored in float32 are float32.
+    is stored in float32 are float32, but for matrices that others' exports store so: engines hold them in bf16.
     """
 
     def __init__(self, reader: CheckpointReader, layout: ModelLayout, device: torch.device) -> None:
@@ -56,6 +56,8 @@ class CheckpointWeights:
         weight = self._units[name]
         if weight.info.dtype == "F32":
             values = torch.from_numpy(self.reader.read(name).view(np.float32))
+            if weight.role not in _HELD_IN_F32:
+                values = values.to(torch.bfloat16)
         elif weight.scale and weight.scale.dtype == "U8":
             values = self._mxfp8(weight)
         else:
@@ -226,4 +228,5 @@ _TORCH = {
     "U8": torch.uint8,
     "F8_E4M3": torch.float8_e4m3fn,
 }
+_HELD_IN_F32 = ("norm", "router", "router_bias", "sink")  # by engines, where they are stored so; matrices never are
 _NOT_OF_WEIGHTS = ("shape", "input_scale")

@@ -14,7 +14,7 @@ import numpy as np
 import published
 import pytest
 import torch
-from micro import MICRO
+from micro import MICRO, edit_json
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -22,7 +22,7 @@ from mimoquant import pipeline
 from mimoquant.calibration.tokens import TokenSet
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.cli.app import app
-from mimoquant.errors import CheckpointError
+from mimoquant.errors import CheckpointError, RecipeError
 from mimoquant.evaluation.eval_kl import eval_kl, open_layout
 from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import load_recipe
@@ -143,3 +143,90 @@ def test_mxfp8_scales_of_another_shape_are_refused(releases: dict[str, tuple[Pat
 def test_a_modelopt_checkpoint_is_no_source(releases: dict[str, tuple[Path, Path]]) -> None:
     with pytest.raises(CheckpointError, match="the experts are quantized already"):
         make_plan(releases["modelopt"][0], load_recipe("nvfp4-mse"))
+
+
+# --- V2.6, cast by others without loss --------------------------------------------------------------------------------
+
+STYLES = ("fp8", "float32", "beside")
+
+
+@pytest.fixture(scope="module")
+def v26(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The source and its casts."""
+    base = tmp_path_factory.mktemp("v26")
+    source = published.small_v26(MICRO, base)
+    return {"source": source} | {style: published.lossless_cast(source, base, style) for style in STYLES}
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_cast_by_others_is_its_source_to_the_bit(style: str, v26: dict[str, Path]) -> None:
+    before, after = weights_of(v26["source"]), weights_of(v26[style])
+    same = [
+        name for name in before if torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype
+    ]
+    assert len(same) == len(before)
+    told = eval_kl(v26["source"], v26[style], tokens(), noise_floor=False)
+    assert told["j"]["mean"] == 0 and told["top1"]["all"] == 1
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_inspect_and_the_engine_checks_read_it(style: str, v26: dict[str, Path]) -> None:
+    result = CliRunner().invoke(app, ["inspect", str(v26[style]), "--json"])
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    assert (facts["weights"], facts["mtp_layers"], facts["unknown_tensors"]) == ("4-bit experts", 3, [])
+    assert facts["qkv"] == ("fused, 2 interleaved ranks" if style == "fp8" else "fused [Q|K|V]")
+    for engine in ("vllm", "sglang"):
+        checked = CliRunner().invoke(app, ["verify", str(v26[style]), "--engine", engine, "--tp", "1"])
+        assert checked.exit_code in (0, 3) and "Traceback" not in checked.output, checked.output
+        assert ("weight_scale_inv" in checked.output) == (style == "fp8" and engine == "vllm"), checked.output
+
+
+def test_a_matrix_in_float32_is_no_source_of_a_cast(v26: dict[str, Path]) -> None:
+    with pytest.raises(RecipeError, match="has float32 matrices beside its experts"):
+        make_plan(v26["float32"], load_recipe("mxfp4-cast"))
+
+
+@pytest.mark.parametrize("style", ["fp8", "beside"])
+def test_a_cast_by_others_goes_back_to_native(style: str, v26: dict[str, Path], tmp_path: Path) -> None:
+    pipeline.quantize(make_plan(v26[style], load_recipe("mxfp4-cast")), tmp_path / "out", device="cpu")
+    assert eval_kl(v26["source"], tmp_path / "out", tokens(), noise_floor=False)["j"]["mean"] == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"conversion_metadata": {"qkv_layout": "by_head"}}, "conversion_metadata.qkv_layout is 'by_head', known is"),
+        ({"conversion_metadata": ["q"]}, "conversion_metadata is list, expected an object"),
+    ],
+)
+def test_an_order_of_rows_that_is_not_known_is_refused(
+    change: dict[str, object], said: str, v26: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(v26["float32"], tmp_path / "copy"))
+    edit_json(folder / "config.json", lambda config: config.update(change))
+    with pytest.raises(CheckpointError, match=said.replace(".", "[.]")):
+        open_layout(folder)
+
+
+def test_settings_beside_that_say_nothing_are_refused(v26: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(v26["beside"], tmp_path / "copy"))
+    (folder / "hf_quant_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="has no quantization with a quant_algo"):
+        open_layout(folder)
+
+
+def test_a_kv_scale_that_is_no_number_is_refused(v26: dict[str, Path], tmp_path: Path) -> None:
+    config, tensors = published.read(v26["beside"])
+    tensors["model.layers.0.self_attn.k_proj.k_scale"] = torch.ones(2)
+    folder = published.write(tmp_path / "copy", config, tensors)
+    shutil.copy(v26["beside"] / "hf_quant_config.json", folder)
+    with pytest.raises(CheckpointError, match="a scale of the KV cache is one number"):
+        open_layout(folder)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_launch_takes_it_where_the_engine_does(style: str, v26: dict[str, Path]) -> None:
+    options = ["--engine", "sglang", "--gpu", "h100", "--gpus", "1"]
+    made = CliRunner().invoke(app, ["launch", str(v26[style]), *options])
+    assert made.exit_code == 0 and "MoE marlin" in made.stdout, made.output
