@@ -147,8 +147,8 @@ def test_what_is_not_mxfp4_is_not_cast(sources: dict[str, Path], tmp_path: Path)
     with pytest.raises(RecipeError, match=r"casts MXFP4 experts, .* is nvfp4"):
         make_plan(nvfp4, recipe)
     with pytest.raises(CheckpointError, match="quantized already") as caught:
-        make_plan(sources["native"], load_recipe("nvfp4-mse"))
-    assert "nvfp4-cast" in str(caught.value.hint)
+        make_plan(sources["compressed-tensors"], load_recipe("nvfp4-mse"))
+    assert "mxfp4-cast" in str(caught.value.hint)
 
 
 def test_a_layer_of_a_cast_cannot_be_kept(sources: dict[str, Path]) -> None:

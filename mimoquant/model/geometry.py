@@ -183,7 +183,7 @@ def _quant_method(config: dict[str, Any], where: str, *, packed: bool) -> str | 
         said = "store_dtype 'mxfp4'" if method == "fp8" else f"quant_method {method!r}"
         raise CheckpointError(
             f"{where}: the experts are quantized already, quantization_config says ({said})",
-            hint="quantize starts from the published files or bf16; casts (nvfp4-cast, mxfp4-cast) take MXFP4 experts; "
+            hint="quantize starts from published files or bf16; mxfp4-cast brings back what was cast from them; "
             "where the files are bf16 and this is left over, delete it",
         )
     if method == "compressed-tensors":

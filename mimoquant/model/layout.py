@@ -56,6 +56,10 @@ class Weight:
     def size_bytes(self) -> int:
         return sum(info.size_bytes for info in self.infos)
 
+    def loaded_bytes(self, *, as_codes: bool) -> int:
+        """What it takes in memory: as stored, but for 4 bits that are not wanted `as_codes` but as bf16."""
+        return self.size_bytes if as_codes or not self.packed else 4 * self.info.size_bytes
+
 
 @dataclass(frozen=True)
 class ModelLayout:

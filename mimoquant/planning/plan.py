@@ -110,9 +110,8 @@ def make_plan(
     Raises:
         UsageError, CheckpointError: the source; RecipeError: the recipe does not fit this source.
     """
-    index = open_index(source)
-    config = read_config(index)
-    layout = read_layout(index, config, allow_unknown=allow_unknown, packed=recipe.casts)
+    layout = _read_source(source, recipe, allow_unknown=allow_unknown)
+    index = layout.index
     formats, carve_outs = _resolve_layers(layout, recipe)
     if recipe.casts:
         _check_cast(layout, recipe, formats)
@@ -122,7 +121,7 @@ def make_plan(
     if chosen == MODELOPT:
         formats = {layer: replace(fmt, pow2_global=True) for layer, fmt in formats.items()}
     recipe = _with_carve_outs(recipe, carve_outs)
-    builder = UnitBuilder(layout, chosen, formats, carve_outs, chunk_bytes, recipe.output)
+    builder = UnitBuilder(layout, chosen, formats, carve_outs, chunk_bytes, recipe.output, casts=recipe.casts)
     units = builder.units()
     notes += _notes(layout, recipe, chosen, carve_outs)
     if builder.bf16_qkv:
@@ -144,7 +143,7 @@ def make_plan(
         beside.sizes,
         notes,
         output_config(
-            config,
+            layout.config,
             chosen,
             formats,
             carve_outs,
@@ -182,6 +181,15 @@ def read_config(index: CheckpointIndex) -> dict[str, Any]:
             raise CheckpointError(f"{beside}: has no quantization with a quant_algo, so it says nothing of the weights")
         config["quantization_config"] = {"quant_method": "modelopt"} | told
     return config
+
+
+def _read_source(source: Path | str, recipe: Recipe, *, allow_unknown: bool) -> ModelLayout:
+    """Experts may be in 4 bits where they are cast, and where they are the family's own MXFP4, as V2.6 is published."""
+    index = open_index(source)
+    config = read_config(index)
+    quantization = text_keys(config, str(index.folder / CONFIG_NAME)).get("quantization_config")
+    mxfp4 = isinstance(quantization, dict) and quantization.get("store_dtype") == "mxfp4"
+    return read_layout(index, config, allow_unknown=allow_unknown, packed=recipe.casts or mxfp4)
 
 
 def _resolve_layers(layout: ModelLayout, recipe: Recipe) -> tuple[dict[int, Format], dict[int, str]]:
@@ -316,7 +324,7 @@ def _choose_container(
     chosen = wanted or (COMPRESSED_TENSORS if obstacle else NATIVE)
     fp8_kept = sorted(layer for layer, kind in carve_outs.items() if kind == "fp8")
     if fp8_kept and not all(layout.expert(layer, 0, p).scale for layer in fp8_kept for p in PROJECTIONS):
-        raise RecipeError(f"recipe {recipe.name}: layer {fp8_kept[0]} cannot stay fp8, the source's experts are bf16")
+        raise RecipeError(f"recipe {recipe.name}: layer {fp8_kept[0]} cannot stay fp8, the source's experts are not")
     return chosen
 
 
@@ -400,6 +408,11 @@ def _notes(layout: ModelLayout, recipe: Recipe, container: str, carve_outs: dict
                 f"chooses codes for the loss: {calibration.fisher_sequences * calibration.tokens} of these tokens are "
                 f"walked forward and back first, with {calibration.fisher.draws} draws of labels"
             )
+    if not recipe.casts and any(weight.packed for weight in layout.experts.values()):
+        notes.append(
+            "the source's experts are MXFP4, 4 bits already: their exact values are rounded anew, and J says how far "
+            "that is from MXFP4; nvfp4-cast and mxfp4-cast change no value"
+        )
     if unnamed := base_model_note(layout, recipe.output.base_model):
         notes.append(unnamed)
     if recipe.real_fold and any(map(recipe.folds_norm, geometry.moe_layers)):

@@ -133,9 +133,12 @@ class UnitBuilder:
         carve_outs: dict[int, str],
         chunk_bytes: int,
         output: OutputSettings,
+        *,
+        casts: bool,
     ) -> None:
+        """`casts`: whether experts are read as the codes that they are."""
         self.layout, self.container, self.input_scales = layout, container, output.input_scales
-        self.keeps_fp8 = keeps_fp8(container, output.dense)
+        self.keeps_fp8, self.casts = keeps_fp8(container, output.dense), casts
         self.formats, self.carve_outs, self.chunk_bytes = formats, carve_outs, chunk_bytes
         self.bf16_qkv = layout.ragged_qkv_layers if self.keeps_fp8 else ()
 
@@ -172,7 +175,7 @@ class UnitBuilder:
             )
         if fmt and self.input_scales != "none":
             yield InputScales(tuple(Entry(f"{expert_module(layer, e, p)}.input_scale", "F32", ()) for e, p in modules))
-        size = sum(self.layout.expert(layer, 0, p).size_bytes for p in PROJECTIONS)
+        size = sum(self.layout.expert(layer, 0, p).loaded_bytes(as_codes=self.casts) for p in PROJECTIONS)
         chunk = -(-experts // -(-experts // max(1, self.chunk_bytes // size)))  # as even as can be, for ranks
         for begin in range(0, experts, chunk):
             end = min(begin + chunk, experts)

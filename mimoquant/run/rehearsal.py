@@ -107,8 +107,9 @@ def _forget(plan: Plan, step: Experts) -> None:
 
 
 def _expert_bytes(plan: Plan) -> int:
-    """Source bytes of the experts that are quantized."""
-    return sum(weight.size_bytes for (layer, _, _), weight in plan.layout.experts.items() if layer in plan.formats)
+    """Bytes of the experts that are quantized, as they are read."""
+    quantized = (weight for (layer, _, _), weight in plan.layout.experts.items() if layer in plan.formats)
+    return sum(weight.loaded_bytes(as_codes=plan.recipe.casts) for weight in quantized)
 
 
 def _encode(plan: Plan, engine: Engine, step: Experts, stacks: dict[str, Stack]) -> tuple[Parts, float]:

@@ -18,7 +18,8 @@ from mimoquant.errors import CheckpointError
 from mimoquant.model.geometry import FP8_BLOCK, Geometry
 from mimoquant.model.layout import PROJECTIONS, ModelLayout, Weight
 from mimoquant.model.qkv import Indexes, deinterleave_rows, scale_row_of
-from mimoquant.quant.cast import exponents
+from mimoquant.quant import cast
+from mimoquant.quant.expand import expand
 from mimoquant.quant.formats import Format
 from mimoquant.quant.stack import Engine, NonFiniteError, Stack
 from mimoquant.weights.container import expert_tensors
@@ -38,13 +39,22 @@ def read_experts(
 ) -> dict[str, Stack]:
     """Experts begin..end of a layer: projection → stack, in memory from `empty`.
 
-    `as_codes`: experts in 4 bits, as codes of MXFP4 with its exponents, for a cast. Otherwise bytes as stored.
+    `as_codes`: experts in 4 bits, as codes of MXFP4 with its exponents, for a cast. Otherwise they are bf16, exactly;
+    FP8 and bf16 are as stored.
     """
     read = read_codes if as_codes else read_stack
     return {p: read(reader, [layout.expert(layer, e, p) for e in range(begin, end)], empty) for p in PROJECTIONS}
 
 
 def read_stack(reader: CheckpointReader, weights: list[Weight], empty: Callable[..., Array] = np.empty) -> Stack:
+    if any(bool(weight.packed) != bool(weights[0].packed) for weight in weights):
+        raise CheckpointError(f"{weights[0].name}: its neighbours are stored otherwise; a layer's experts are alike")
+    if weights[0].packed:
+        codes, exponents = read_codes(reader, weights)
+        assert exponents is not None
+        values = empty((*codes.shape[:2], 2 * codes.shape[2]), np.uint16)
+        expand(codes, exponents, values)
+        return Stack(values, None)
     fp8 = weights[0].scale is not None
     if any((weight.scale is not None) != fp8 for weight in weights):
         raise CheckpointError(f"{weights[0].name}: its neighbours have another dtype; a layer's experts must share one")
@@ -71,7 +81,7 @@ def read_codes(reader: CheckpointReader, weights: list[Weight], empty: Callable[
         reader.read_many((info, target.reshape(-1)) for info, target in zip(infos, targets, strict=True))
     if scale[0].dtype == "U8":
         return Stack(codes, scales)
-    found, lost = exponents(codes, scales, np.array([_global_scale(reader, weight) for weight in weights]))
+    found, lost = cast.exponents(codes, scales, np.array([_global_scale(reader, weight) for weight in weights]))
     if lost.any():
         expert = int(np.flatnonzero(lost)[0])
         raise CheckpointError(

@@ -1,0 +1,94 @@
+"""MXFP4 experts as a source like any other: what is made of them is what is made of their values in bf16."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import published
+import pytest
+from micro import MICRO
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from mimoquant.cli.app import app
+
+CALIBRATED = ("--sequences", "16", "--tokens", "64")
+RECIPES = {
+    "int4-g128-rtn": (),
+    "int4-g32-mse": (),
+    "nvfp4-mse": (),
+    "mxfp4-rtn": ("--container", "compressed-tensors"),
+    "gptq-int4-g128": CALIBRATED,
+}
+
+
+def call(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """As released, and the same values in bf16, decoded by hand."""
+    base = tmp_path_factory.mktemp("mxfp4")
+    native, twin = published.native_mxfp4(MICRO, base)
+    for folder in (native, twin):
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (folder / name).write_bytes((MICRO / name).read_bytes())
+    return native, twin
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_it_is_quantized_from_its_exact_values(folders: tuple[Path, Path], recipe: str, tmp_path: Path) -> None:
+    outs = {folder: tmp_path / folder.name for folder in folders}
+    for folder, out in outs.items():
+        made = call("quantize", folder, "-r", recipe, "-o", out, "--device", "cpu", *RECIPES[recipe])
+        assert made.exit_code == 0, made.output
+        assert ("the source's experts are MXFP4, 4 bits already" in made.stderr) == (folder is folders[0])
+        assert call("verify", out, "--source", folder).exit_code == 0
+    one, other = (published.read(out)[1] for out in outs.values())
+    assert one.keys() == other.keys()
+    experts = [name for name in one if ".experts." in name]
+    assert experts and all(one[name].equal(other[name]) for name in experts)
+
+
+def test_a_layer_is_kept_in_bf16(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    shipped = (Path(MICRO).parent.parent / "recipes" / "int4-g32-mse.yaml").read_text()
+    (tmp_path / "own.yaml").write_text(shipped.rstrip() + "\n  carve_outs: {2: bf16}\n")
+    made = call("quantize", folders[0], "-r", tmp_path / "own.yaml", "-o", tmp_path / "out")
+    assert made.exit_code == 0, made.output
+    found, expected = published.read(tmp_path / "out")[1], published.read(folders[1])[1]
+    name = "model.layers.2.mlp.experts.5.down_proj.weight"
+    assert found[name].equal(expected[name])
+    (tmp_path / "fp8.yaml").write_text(shipped.rstrip() + "\n  carve_outs: {2: fp8}\n")
+    refused = call("quantize", folders[0], "-r", tmp_path / "fp8.yaml", "-o", tmp_path / "other")
+    assert refused.exit_code == 2 and "layer 2 cannot stay fp8, the source's experts are not" in refused.stderr
+
+
+def test_chunks_are_as_large_in_memory_as_those_of_bf16(folders: tuple[Path, Path]) -> None:
+    facts = [json.loads(call("plan", folder, "-r", "int4-g128-mse", "--json").stdout) for folder in folders]
+    assert facts[0]["experts_at_once"] == facts[1]["experts_at_once"]
+    assert facts[0]["host_memory_bytes"] == facts[1]["host_memory_bytes"]
+
+
+def test_sensitivity_begins_from_it(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    options = ("--sequences", "8", "--tokens", "32", "--device", "cpu", "-q", "--json")
+    told = [
+        call("sensitivity", folder, "-r", "int4-g128-mse", "-o", tmp_path / f"{folder.name}.yaml", *options)
+        for folder in folders
+    ]
+    assert all(one.exit_code == 0 for one in told), told[0].output
+    of_mxfp4, of_bf16 = (json.loads(one.stdout) for one in told)
+    assert "fp8" not in of_mxfp4["options"] and of_mxfp4["options"] == of_bf16["options"]
+    assert of_mxfp4["layers"] == of_bf16["layers"]
+
+
+def test_a_value_beyond_bf16_is_refused_by_name(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(folders[0], tmp_path / "copy"))
+    tensors, name = load_file(folder / "model-1-of-2.safetensors"), "model.layers.3.mlp.experts.1.up_proj.weight"
+    tensors[f"{name}_scale"][0, 0], tensors[name][0, :16] = 254, 0x77
+    save_file(tensors, folder / "model-1-of-2.safetensors", metadata={"format": "pt"})
+    refused = call("quantize", folder, "-r", "int4-g128-rtn", "-o", tmp_path / "out")
+    assert refused.exit_code == 3 and f"{name}: holds NaN or Inf" in refused.stderr
