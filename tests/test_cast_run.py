@@ -23,6 +23,7 @@ from mimoquant.cli.app import app
 from mimoquant.errors import CheckpointError, RecipeError
 from mimoquant.evaluation.eval_kl import eval_kl
 from mimoquant.model.layout import PROJECTIONS
+from mimoquant.model.releases import stored_as
 from mimoquant.output.verify import verify
 from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import load_recipe, parse_recipe
@@ -261,6 +262,7 @@ def test_flash_is_planned_at_the_size_of_the_public_casts(shared: Path, tmp_path
     plan = make_plan(folder, recipe, container="modelopt")
     assert sum(len(unit.entries) for unit in plan.units) == 145_273 and plan.tensor_bytes == 182_386_002_688
     found = {engine: check(planned(plan), engine) for engine in ("vllm", "sglang")}
+    assert stored_as(plan.layout) == "MXFP4 experts, FP8 attention, as released"
     assert [p.verdict for p in found["vllm"] if p.fails] == ["refused"] and "#55496" in found["vllm"][0].source
     assert not any(problem.fails for problem in found["sglang"])
 

@@ -92,3 +92,17 @@ def test_a_value_beyond_bf16_is_refused_by_name(folders: tuple[Path, Path], tmp_
     save_file(tensors, folder / "model-1-of-2.safetensors", metadata={"format": "pt"})
     refused = call("quantize", folder, "-r", "int4-g128-rtn", "-o", tmp_path / "out")
     assert refused.exit_code == 3 and f"{name}: holds NaN or Inf" in refused.stderr
+
+
+def test_an_evaluation_calls_its_reference_what_it_is(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """In text and card; of the twin it is bf16."""
+    few = ("--sequences", "7", "--tokens", "32", "--device", "cpu", "--no-noise-floor", "--card")
+    for folder, told in zip(
+        folders, ("the reference (MXFP4 experts, FP8 attention)", "the bf16 reference"), strict=True
+    ):
+        out = tmp_path / folder.name
+        assert call("quantize", folder, "-r", "int4-g128-rtn", "-o", out).exit_code == 0
+        text = call("eval-kl", folder, out, *few)
+        stored = told.partition("(")[2] or "bf16)"
+        assert text.exit_code == 0 and f"({stored}" in " ".join(text.stdout.split()), text.output
+        assert f"Against {told} on " in (out / "README.md").read_text()

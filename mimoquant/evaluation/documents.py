@@ -264,6 +264,8 @@ class Evaluation(Scores):
     """Of this document; a number changes its meaning only together with this one."""
     reference: str
     """The reference's folder."""
+    reference_stored: str
+    """What its experts and attention are stored in: "bf16", "FP8", or "MXFP4 experts, FP8 attention, as released"."""
     candidate: str
     """The candidate's folder, or the server's address."""
     recipe: str | None
@@ -405,6 +407,8 @@ class DraftEvaluation(DraftSummary):
     """Of this document; a number changes its meaning only together with this one."""
     reference: str
     """The reference's folder."""
+    reference_stored: str
+    """What its experts and attention are stored in."""
     candidate: str
     """The candidate's folder."""
     recipe: str | None

@@ -63,6 +63,7 @@ from mimoquant.machine.team import Team
 from mimoquant.model.decoder_layer import linear, rms_norm
 from mimoquant.model.layer_stream import Stream, portions, walk
 from mimoquant.model.layout import ModelLayout
+from mimoquant.model.releases import stored_as
 from mimoquant.weights.decoded import CheckpointWeights
 
 _LOGITS = 2**25  # of one distribution's that are held at once
@@ -212,6 +213,7 @@ def eval_draft(
     return {
         "schema_version": SCHEMA_VERSION,
         "reference": str(reference),
+        "reference_stored": stored_as(layouts[0]),
         "candidate": str(candidate),
         "recipe": recipe_name(Path(candidate)),
         "draft": chosen.name,

@@ -1,4 +1,4 @@
-"""`eval-kl`: how far a candidate's predictions are from its bf16 reference, on held-out tokens.
+"""`eval-kl`: how far a candidate's predictions are from its reference, on held-out tokens.
 
 Key idea: both checkpoints are walked side by side, one layer and one chunk of experts at a time, each byte read once.
 The noise floor rides along: the reference once more in another batch shape, and once more with 2^-9 relative noise
@@ -37,6 +37,7 @@ from mimoquant.evaluation.snapshots import Snapshots
 from mimoquant.machine.team import Team
 from mimoquant.model.layer_stream import portions, walk
 from mimoquant.model.layout import ModelLayout, read_layout
+from mimoquant.model.releases import stored_as
 from mimoquant.planning.plan import read_config
 from mimoquant.weights.decoded import CheckpointWeights
 from mimoquant.wording import json_text
@@ -228,7 +229,7 @@ def eval_kl(
             snapshots=snapshots,
             progress=(lambda number: progress(number, first.geometry.layers)) if progress else None,
         )
-        named = Named(str(reference), str(candidate), None if baseline is None else str(baseline))
+        named = Named(str(reference), stored_as(first), str(candidate), None if baseline is None else str(baseline))
         device = team.device if team.size == 1 else team.device.partition(":")[0]
         evaluation = evaluation_of(named, others[0], tokens, comparisons, floor, device, shared)
         if snapshots:

@@ -1,4 +1,4 @@
-"""`eval-kl --server`: how far a running server's predictions are from the bf16 reference, on held-out tokens.
+"""`eval-kl --server`: how far a running server's predictions are from the reference, on held-out tokens.
 
 Key idea: the reference is streamed as ever, alone, and leaves the K most likely ids of every position. The server is
 asked about those, and everything else is lumped (`divergence.lumped_divergence`). So the numbers are of the whole
@@ -33,6 +33,7 @@ from mimoquant.evaluation.side_by_side import final_hidden, streams_of
 from mimoquant.evaluation.summary import summarize
 from mimoquant.model.layer_stream import batch_sequences, walk
 from mimoquant.model.layout import ModelLayout
+from mimoquant.model.releases import stored_as
 from mimoquant.weights.decoded import CheckpointWeights
 
 
@@ -105,6 +106,7 @@ def eval_server(
     return {
         "schema_version": SCHEMA_VERSION,
         "reference": str(reference),
+        "reference_stored": stored_as(layout),
         "candidate": server.link.url,
         "recipe": None,
         "left_out": [],

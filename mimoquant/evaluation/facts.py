@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Named:
-    """The folders of an evaluation, as its caller wrote them."""
+    """The folders of an evaluation, as its caller wrote them, and what the reference is stored in."""
 
     reference: str
+    reference_stored: str
     candidate: str
     baseline: str | None
 
@@ -56,6 +57,7 @@ def evaluation_of(
     return {
         "schema_version": SCHEMA_VERSION,
         "reference": named.reference,
+        "reference_stored": named.reference_stored,
         "candidate": named.candidate,
         "recipe": recipe_name(Path(named.candidate)),
         "activations_quantized": rounds_activations(layout),

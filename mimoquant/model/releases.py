@@ -17,8 +17,9 @@ from typing import Any
 
 from mimoquant.errors import UsageError
 from mimoquant.model.config_keys import same, text_keys
-from mimoquant.model.layout import ModelLayout
+from mimoquant.model.layout import ModelLayout, Weight
 
+_ATTENTION = ("qkv", "q", "k", "v")
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
 
@@ -97,6 +98,25 @@ def release_of(layout: ModelLayout) -> Release | None:
         )
         return marks.release if published else replace(marks.release, repositories=())
     return None
+
+
+def stored_as(layout: ModelLayout) -> str:
+    """What a checkpoint's experts and attention are stored in, in words: what a J against it is a J against."""
+    sample = next(iter(layout.experts.values()))
+    dtypes = {weight.info.dtype for weights in layout.units.values() for weight in weights if weight.role in _ATTENTION}
+    experts = _experts_in(sample)
+    attention = "FP8" if "F8_E4M3" in dtypes else "float32" if "F32" in dtypes else "bf16"
+    told = experts if experts == attention else f"{experts} experts, {attention} attention"
+    release = release_of(layout)
+    return f"{told}, as released" if release and release.repositories else told
+
+
+def _experts_in(weight: Weight) -> str:
+    if not weight.packed:
+        return {"F8_E4M3": "FP8", "BF16": "bf16"}.get(weight.info.dtype, weight.info.dtype)
+    if weight.info.dtype == "I32":
+        return "int4"
+    return "NVFP4" if any(part.dtype == "F8_E4M3" for part in weight.packed) else "MXFP4"
 
 
 def base_model(layout: ModelLayout, named: str | None) -> str | None:

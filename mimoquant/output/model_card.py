@@ -160,7 +160,9 @@ def quality_place(card: str) -> tuple[str, str]:
 def _quality(measured: Evaluation) -> Iterator[str]:
     j, top1, data, floor = measured["j"], measured["top1"], measured["data"], measured["noise_floor"]
     sequences, length = measured["sequences"], measured["sequence_tokens"]
-    yield f"Against the bf16 reference on {measured['tokens']} held-out tokens ({data['name']}, {sequences} "
+    stored = measured["reference_stored"]
+    what = "the bf16 reference" if stored == "bf16" else f"the reference ({stored})"
+    yield f"Against {what} on {measured['tokens']} held-out tokens ({data['name']}, {sequences} "
     yield f"sequences of up to {length}), over the full vocabulary, in nats per token:"
     yield from ("", "| | |", "|---|---|")
     yield f"| symmetric KL, J | {number(j['mean'])} (95 % {interval(j, sequences=sequences)}) |"

@@ -29,6 +29,7 @@ def _origin(facts: EvalDraftDocument) -> Origin:
     """What is scored here is starts."""
     return Origin(
         reference=facts["reference"],
+        reference_stored=facts["reference_stored"],
         candidate=facts["candidate"],
         recipe=facts["recipe"],
         data=facts["data"],

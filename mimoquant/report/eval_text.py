@@ -92,6 +92,7 @@ class Origin(TypedDict):
     """What an evaluation was made from and with; a part of its document, where the fields are described."""
 
     reference: str
+    reference_stored: str
     candidate: str
     recipe: str | None
     data: DataFacts
@@ -108,7 +109,7 @@ def origin(facts: Origin) -> list[tuple[str, str]]:
     shape = f"{facts['sequences']} sequences of up to {facts['sequence_tokens']} tokens, {facts['tokens']} scored"
     used = f", {size(memory)} of host memory at most" if memory is not None else ""
     return [
-        ("reference", facts["reference"]),
+        ("reference", f"{facts['reference']} ({facts['reference_stored']})"),
         ("candidate", facts["candidate"]),
         ("recipe", facts["recipe"] or "none given"),
         ("data", f"{data['name']}: {shape}{shared_part(data)}"),

@@ -46,6 +46,7 @@ def evaluation(sequences: int) -> dict[str, Any]:
     other = {"candidate": "/m/b"} | paired_difference(scores(tokens), scores(tokens, 1), tokens)
     names = {
         "reference": "/m/a",
+        "reference_stored": "bf16",
         "candidate": "/m/c",
         "recipe": None,
         "left_out": [],
@@ -127,7 +128,15 @@ def test_drafts() -> None:
         tokens = held_out(sequences)
         one = DraftScores(np.full((sequences, 13, 3), 0.5), np.ones((sequences, 13, 3)))
         facts = summarize_drafts(one, one, tokens)
-        rest = {"draft": "mtp", "reference": "a", "candidate": "b", "recipe": None, "device": "cpu", "elapsed_s": 1.0}
+        rest = {
+            "draft": "mtp",
+            "reference": "a",
+            "reference_stored": "FP8",
+            "candidate": "b",
+            "recipe": None,
+            "device": "cpu",
+            "elapsed_s": 1.0,
+        }
         rest |= {
             "data": {"name": "x", "sha256": "", "origins": [], "shared_with_calibration": None},
             "peak_rss_bytes": 9,

@@ -166,6 +166,7 @@ def test_a_cast_by_others_is_its_source_to_the_bit(style: str, v26: dict[str, Pa
     ]
     assert len(same) == len(before)
     told = eval_kl(v26["source"], v26[style], tokens(), noise_floor=False)
+    assert told["reference_stored"] == "MXFP4 experts, FP8 attention"
     assert told["j"]["mean"] == 0 and told["top1"]["all"] == 1
 
 

@@ -70,6 +70,7 @@ def facts_of(layers: int = 8) -> Facts:
     return {
         "schema_version": 1,
         "reference": "/m/reference",
+        "reference_stored": "MXFP4 experts, FP8 attention, as released",
         "candidate": "/m/candidate",
         "recipe": "int4-g128-gptq",
         "left_out": [],

@@ -36,6 +36,7 @@ def eval_facts() -> Facts:
     layer = {"layer": 0, "kind": "sliding", "quantized": True, "relative_error": 0.1, "routing_overlap": 0.9}
     return {
         "reference": "/m/reference",
+        "reference_stored": "MXFP4 experts, FP8 attention, as released",
         "candidate": "/m/candidate",
         "recipe": "a recipe",
         "tokens": 100,
