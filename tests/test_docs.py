@@ -15,6 +15,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import published
 import pytest
 from test_architecture import ALLOWED
 from typer.main import get_command
@@ -78,6 +79,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         config = json.loads((folder / name / "config.json").read_text())
         config["auto_map"] = {"AutoConfig": "configuration_mimo_v2.MiMoV2Config"}
         (folder / name / "config.json").write_text(json.dumps(config))
+    (folder / "made").mkdir()
+    released = folder / "MiMo-V2.6-Flash-RL"
+    shutil.copytree(folder / "MiMo-V2.5", released, ignore=shutil.ignore_patterns("*.safetensors*"))
+    made = published.small_v26(folder / "MiMo-V2.5", folder / "made")
+    for path in made.iterdir():
+        shutil.copy(path, released)
     shutil.copytree(mimoquant.micro_drafter(), folder / "MiMo-V2.5-DFlash" / "dflash")
     plan = make_plan(folder / "MiMo-V2.5-DFlash", load_recipe("mxfp4-rtn"))
     pipeline.quantize(plan, folder / "MiMo-V2.5-DFlash-MXFP4", device="cpu")
