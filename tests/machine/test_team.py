@@ -119,16 +119,22 @@ def test_calibrated_runs_write_the_bytes_of_one_process(gptq: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_codes_for_the_loss_are_those_of_one_process_after_a_kill_too(tmp_path: Path) -> None:
-    """The walk back is shared as well; a rank is killed in it."""
+def test_codes_for_the_loss_are_those_of_one_process(tmp_path: Path) -> None:
     for ranks, out in ((1, "one"), (2, "two")):
         done = quantize(ranks, "gptq-int4-g128", tmp_path / out, *SMALL, "--objective", "kl")
         assert done.returncode == 0, done.stderr
-    killed = quantize(2, "gptq-int4-g128", tmp_path / "killed", *SMALL, "--objective", "kl", "--kill-at", "4")
-    assert killed.returncode and (tmp_path / "killed.partial" / "fisher.partial").is_dir(), killed.stderr
-    done = quantize(2, "gptq-int4-g128", tmp_path / "killed", *SMALL, "--objective", "kl", "--resume")
+    assert same(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_a_rank_killed_on_the_walk_back_is_gone_on_from(tmp_path: Path) -> None:
+    wanted = ("gptq-int4-g128", tmp_path / "out", *SMALL, "--objective", "kl")
+    killed = quantize(2, *wanted, "--kill-at", "4")
+    assert killed.returncode and (tmp_path / "out.partial" / "fisher.partial").is_dir(), killed.stderr
+    done = quantize(1, *wanted, "--resume")
     assert done.returncode == 0, done.stderr
-    assert same(tmp_path / "one", tmp_path / "two") and same(tmp_path / "one", tmp_path / "killed")
+    assert quantize(1, wanted[0], tmp_path / "one", *wanted[2:]).returncode == 0
+    assert same(tmp_path / "one", tmp_path / "out")
 
 
 @pytest.mark.slow
