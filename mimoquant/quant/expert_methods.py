@@ -7,7 +7,7 @@ Shapes: E experts, O rows, I columns.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from mimoquant.quant.descent import descend
 from mimoquant.quant.engine_torch import cuda_kernels, decode, encode, pack_nibbles, stored_parts, to_numpy
 from mimoquant.quant.formats import Format, multipliers
-from mimoquant.quant.gptq import gptq
+from mimoquant.quant.gptq import GptqResult, gptq
 from mimoquant.quant.grid import Grid
 from mimoquant.quant.method import Method
 from mimoquant.quant.refine import refine
@@ -49,30 +49,52 @@ def encode_with(
 
     Args:
         metric_EOO: what the loss feels of the outputs (`output_metric`, float32). With it codes are chosen from both
-            sides, and `method.refine` are rounds of descent; without it all outputs count alike.
+            sides, and `method.refine` are rounds of descent afterwards; where scales can move they are first refined as
+            often for outputs that count alike. Without it all outputs count alike.
     """
     if weight_EOI.dtype != torch.bfloat16:
         raise TypeError(f"weights are bfloat16, these are {weight_EOI.dtype}")
     importance = _importance(gram_EII) if method.search == "gram" else None
     parts = _searched(weight_EOI, fmt, method, global_scale_E, importance)
-    damped = rounded = 0
-    if method.gptq:
-        grid = Grid.of(parts, fmt)
-        if metric_EOO is None:
-            weight = weight_EOI.mT.to(torch.float32, memory_format=torch.contiguous_format).mT  # columns come first
-            result = gptq(weight, gram_EII, grid, fmt, method.damp)
-        else:
-            weight = weight_EOI.to(torch.float32)
-            result = two_sided(weight, gram_EII, metric_EOO, grid, fmt, method.damp)
-        codes, damped, rounded = result.codes, result.damped, result.rounded
-        if damped or rounded:  # a zero matrix leaves an expert as it is; a loss without a bottom would ruin it
-            gram_EII = torch.where(result.troubled[:, None, None], 0.0, gram_EII)
-        if method.refine and metric_EOO is not None:
-            codes = descend(weight, gram_EII, metric_EOO, grid, codes, fmt, method.refine)
-        elif method.refine:
-            parts, codes = refine(weight, gram_EII, parts, codes, fmt, method.refine)
-        parts = parts | {"codes": pack_nibbles(codes.contiguous())}
-    return Encoded(parts, decode(parts, fmt).to(torch.bfloat16), damped, rounded)
+    if not method.gptq:
+        return Encoded(parts, decode(parts, fmt).to(torch.bfloat16))
+    if metric_EOO is None or (method.refine and fmt.scales_move):
+        parts, result = _for_outputs(weight_EOI, gram_EII, parts, fmt, method)
+    if metric_EOO is not None:  # the scales stay, codes are chosen anew
+        result = _for_loss(weight_EOI, (gram_EII, metric_EOO), parts, fmt, method)
+    parts = parts | {"codes": pack_nibbles(result.codes.contiguous())}
+    return Encoded(parts, decode(parts, fmt).to(torch.bfloat16), result.damped, result.rounded)
+
+
+def _for_outputs(
+    weight_EOI: Tensor, gram_EII: Tensor, parts: dict[str, Tensor], fmt: Format, method: Method
+) -> tuple[dict[str, Tensor], GptqResult]:
+    """Scales and codes under tr(D H Dᵀ)."""
+    weight = weight_EOI.mT.to(torch.float32, memory_format=torch.contiguous_format).mT  # columns come first
+    result = gptq(weight, gram_EII, Grid.of(parts, fmt), fmt, method.damp)
+    if not method.refine:
+        return parts, result
+    parts, codes = refine(weight, _trusted(gram_EII, result), parts, result.codes, fmt, method.refine)
+    return parts, replace(result, codes=codes)
+
+
+def _for_loss(
+    weight_EOI: Tensor, both: tuple[Tensor, Tensor], parts: dict[str, Tensor], fmt: Format, method: Method
+) -> GptqResult:
+    """Codes under tr(F D H Dᵀ), on the scales that `parts` have. `both`: H and F."""
+    weight, grid, (gram, metric) = weight_EOI.to(torch.float32), Grid.of(parts, fmt), both
+    result = two_sided(weight, gram, metric, grid, fmt, method.damp)
+    if not method.refine:
+        return result
+    codes = descend(weight, _trusted(gram, result), metric, grid, result.codes, fmt, method.refine)
+    return replace(result, codes=codes)
+
+
+def _trusted(gram_EII: Tensor, result: GptqResult) -> Tensor:
+    """Zero matrices leave experts in trouble as they are; a loss without a bottom would ruin them."""
+    if not (result.damped or result.rounded):
+        return gram_EII
+    return torch.where(result.troubled[:, None, None], 0.0, gram_EII)
 
 
 def _searched(

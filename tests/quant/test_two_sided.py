@@ -11,9 +11,12 @@ from torch import Tensor
 from mimoquant.calibration.statistics import slopes
 from mimoquant.quant import descent
 from mimoquant.quant.descent import descend
+from mimoquant.quant.engine_torch import amax, nvfp4_global_scale
+from mimoquant.quant.expert_methods import encode_with
 from mimoquant.quant.formats import Format
-from mimoquant.quant.gptq import gptq
+from mimoquant.quant.gptq import gptq, push_factor
 from mimoquant.quant.grid import Grid
+from mimoquant.quant.method import Method
 from mimoquant.quant.output_metric import dampened, gate_up_metric, shrunk_fisher
 from mimoquant.quant.two_sided import two_sided
 
@@ -110,6 +113,34 @@ def test_the_whole_loss_is_lower_than_from_one_side_and_descent_lowers_it_furthe
         assert (losses[2] < losses[1]).all() and (losses[3] <= losses[2]).all()
         ratios.append(losses[1] / losses[0])
     assert torch.cat(ratios).mean() < 0.8
+
+
+@every_format
+def test_a_metric_of_all_experts_is_factored_once_for_the_same_codes(
+    fmt: Format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, gram, metric, parts = problem(fmt)
+    grid, shared, made = Grid.of(parts, fmt), metric[:1].expand(EXPERTS, -1, -1), []
+
+    def factor(matrix: Tensor, damp: float) -> tuple[Tensor, Tensor, Tensor]:
+        made.append(len(matrix))
+        return push_factor(matrix, damp)
+
+    monkeypatch.setattr("mimoquant.quant.two_sided.push_factor", factor)
+    once = two_sided(weight, gram, shared, grid, fmt, DAMP).codes
+    assert made == [EXPERTS, 1] and torch.equal(once, two_sided(weight, gram, shared.clone(), grid, fmt, DAMP).codes)
+
+
+@every_format
+def test_rounds_of_a_method_lower_what_the_loss_feels(fmt: Format) -> None:
+    weight, gram, metric, _ = problem(fmt)
+    rough, grid_scale = weight.to(torch.bfloat16), nvfp4_global_scale(amax(weight), "gram", fmt)
+    felt = []
+    for rounds, of in ((2, None), (0, metric), (2, metric)):
+        method = Method("gram", gptq=True, refine=rounds, signed=True)
+        off = encode_with(rough, gram, fmt, method, grid_scale, of).values.double() - rough.double()
+        felt.append(((metric.double() @ off @ gram.double()) * off).sum((1, 2)))
+    assert (felt[1] < felt[0]).all() and felt[2].mean() < felt[1].mean()
 
 
 @pytest.mark.parametrize("alike", [0.999, 1.0])

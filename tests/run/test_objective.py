@@ -228,6 +228,11 @@ def test_methods_without_an_objective_refuse_one() -> None:
         gram.calibrated_on({"objective": "kl"})
 
 
+def test_rounds_for_what_an_expert_answers_are_refused() -> None:
+    with pytest.raises(RecipeError, match="chooses codes for the loss, --refine 1 would choose them anew"):
+        plan_of(load_recipe("gptq-nvfp4"), objective="kl", reconstruct=1)
+
+
 def test_a_machine_that_is_too_small_for_the_walk_back_is_told_what_would_fit() -> None:
     recipe = load_recipe("gptq-int4-g128").calibrated_on({"sequences": 64, "objective": "kl"})
     assert recipe.calibration is not None
