@@ -101,7 +101,7 @@ class Recipe:
     carve_outs: dict[int, str] = field(default_factory=dict)
     calibration: Calibration | None = None
     fold: str = "pow2"  # what AWQ may scale channels by
-    refine: int | None = None  # see `rounds`
+    refine: int = 2  # rounds after GPTQ
     signed_scales: bool = True  # calibrated symmetric int4 may have negative scales
     extra: dict[str, dict[str, Any]] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)  # of the run that wrote this recipe, if one did
@@ -161,14 +161,9 @@ class Recipe:
         """The recipe with other settings of its output. Raises UsageError for what is no repository's name."""
         return replace(self, output=replace(self.output, **check_chosen(changes)))
 
-    @property
-    def rounds(self) -> int:
-        """After GPTQ, of better codes; for the loss they take a GPU longer than all else, so none by default."""
-        return self.refine if self.refine is not None else 0 if self.objective == "kl" else 2
-
     def expert_method(self) -> Method:
         damp = float(self.extra.get("GPTQModifier", {}).get("dampening_frac", DAMP))
-        return Method(self.scale_search, "gptq" in self.method, damp, self.rounds, self.signed_scales)
+        return Method(self.scale_search, "gptq" in self.method, damp, self.refine, self.signed_scales)
 
     @property
     def awq(self) -> Awq:
@@ -210,7 +205,7 @@ class Recipe:
         if "awq" in self.method:
             block["fold"] = self.fold
         if "gptq" in self.method:
-            block["refine"] = self.rounds
+            block["refine"] = self.refine
         if self.calibrated:
             block["signed_scales"] = self.signed_scales
         block["carve_outs"] = dict(sorted(self.carve_outs.items()))
@@ -428,10 +423,10 @@ class _Parser:
         for layer, kind in carve_outs.items():
             if type(layer) is not int or layer < 0 or kind not in CARVE_OUTS:
                 self.fail(f"carve_outs has {layer!r}: {kind!r}; expected a layer number and bf16 or fp8")
-        fold, refine, signed = block.get("fold", "pow2"), block.get("refine"), block.get("signed_scales", True)
+        fold, refine, signed = block.get("fold", "pow2"), block.get("refine", 2), block.get("signed_scales", True)
         if fold not in _FOLDS:
             self.fail(f"fold {fold!r} is unknown", f"known are {', '.join(_FOLDS)}")
-        if refine is not None and (type(refine) is not int or not 0 <= refine <= 100):
+        if type(refine) is not int or not 0 <= refine <= 100:
             self.fail(f"refine is {refine!r}, expected a number of rounds")
         if not isinstance(signed, bool):
             self.fail(f"signed_scales is {signed!r}, expected true or false")

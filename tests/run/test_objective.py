@@ -211,14 +211,6 @@ def test_what_cannot_be_meant_is_refused(block: str, sentence: str) -> None:
         parse_recipe(f"{text}mimoquant: {{{block}}}", "test")
 
 
-def test_rounds_after_gptq_are_the_objectives_own_unless_the_recipe_says() -> None:
-    recipe = load_recipe("gptq-mxfp4")
-    assert [recipe.calibrated_on({"objective": one}).rounds for one in ("output", "kl", "output")] == [2, 0, 2]
-    text = f"default_stage: {{default_modifiers: {{GPTQModifier: {{scheme: W4A16, {TARGETS}}}}}}}\n"
-    given = parse_recipe(f"{text}mimoquant: {{objective: kl, refine: 3}}", "test")
-    assert given.rounds == given.calibrated_on({"objective": "output"}).rounds == 3
-
-
 def test_methods_without_an_objective_refuse_one() -> None:
     text = f"default_stage: {{default_modifiers: {{QuantizationModifier: {{scheme: W4A16, {TARGETS}}}}}}}\n"
     with pytest.raises(RecipeError, match="objective has no meaning for the method rtn"):
