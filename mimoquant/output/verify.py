@@ -359,7 +359,7 @@ class _Values:
         if self.plan.recipe.calibrated:
             from mimoquant.output.verify_calibrated import audits
 
-            judged = audits(stored, stacks, step.fmt, self.plan.recipe, self.fold)
+            judged = audits(stored, stacks, step.fmt, self.plan.recipe, self.fold, layer=step.layer)
         elif self.plan.recipe.casts:
             judged = {p: self.engine.audit_cast(stacks[p], step.fmt, stored[p]) for p in PROJECTIONS}
         else:

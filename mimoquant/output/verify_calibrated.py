@@ -2,7 +2,8 @@
 
 Key idea: GPTQ moves weights on purpose, so a code need not be the nearest to its source. What holds: scales are finite
 and not zero; the stored values are near the source's (relMSE of the weights themselves, which a swapped or shifted
-tensor would throw far off); under a search alone every code is the nearest on its scale. Factors that AWQ moved between
+tensor would throw far off); under a search alone, where no rounds at the end chose codes together, every code is the
+nearest on its scale. Factors that AWQ moved between
 channels are read off what is stored, never taken on trust. Between norm, router and experts that is exact, for powers
 of two and for real factors: source norm over stored norm.
 
@@ -31,7 +32,13 @@ BF16_ROUNDING = 2.0**-8  # largest relative change; it has room for what float32
 
 
 def audits(
-    stored: dict[str, dict[str, Array]], stacks: dict[str, Stack], fmt: Format, recipe: Recipe, fold: Array | None
+    stored: dict[str, dict[str, Array]],
+    stacks: dict[str, Stack],
+    fmt: Format,
+    recipe: Recipe,
+    fold: Array | None,
+    *,
+    layer: int,
 ) -> dict[str, list[Audit]]:
     """One audit an expert for each projection. `fold`: what the layer's norm was divided by, if the recipe folds it."""
     engine, cpu = TorchEngine("cpu"), torch.device("cpu")
@@ -40,7 +47,9 @@ def audits(
         weights |= {p: scaled(weights[p], torch.from_numpy(fold)) for p in ("gate", "up")}
     source = {p: weight.to(torch.float32) for p, weight in weights.items()}
     parts = {p: stored_parts(held, fmt, cpu) for p, held in stored.items()}
-    nearest, signed = recipe.method in ("rtn", "awq"), recipe.signed_scales and fmt.name == "int4" and fmt.symmetric
+    moved = recipe.calibration is not None and recipe.calibration.reconstructs(layer)  # codes, by rounds at the end
+    nearest = recipe.method in ("rtn", "awq") and not moved
+    signed = recipe.signed_scales and fmt.name == "int4" and fmt.symmetric
     unfit: dict[str, Tensor] = {}
     if recipe.folds_down:
         if recipe.real_fold and nearest:
