@@ -30,7 +30,7 @@ from mimoquant.quant.engine_torch import TorchEngine, stored_parts
 from mimoquant.quant.formats import Format
 from mimoquant.quant.stack import Engine, NonFiniteError, Stack
 from mimoquant.run.calibrated import Calibrator
-from mimoquant.weights.decoded import CheckpointWeights, decoded_chunk
+from mimoquant.weights.decoded import CheckpointWeights, decoded_chunk, is_finite
 from mimoquant.weights.stored import not_finite, read_experts
 
 Option = Format | None
@@ -80,7 +80,12 @@ class LayerOptions:
 
     def _chunk(self, step: Experts, stacks: dict[str, Stack], option: Option) -> ExpertChunk:
         if option is None:
-            return ExpertChunk(step.begin, *(self.plain.bf16(stacks[p]) for p in PROJECTIONS))
+            plain = {p: self.plain.bf16(stacks[p]) for p in PROJECTIONS}
+            for projection, values in plain.items():
+                for expert, one in enumerate(values if not is_finite(values) else ()):
+                    if not is_finite(one):
+                        raise not_finite(self.plan.layout.expert(step.layer, step.begin + expert, projection).name)
+            return ExpertChunk(step.begin, *plain.values())
         try:
             parts = self.engine.encode(stacks, option, self.plan.recipe.scale_search)
         except NonFiniteError as error:

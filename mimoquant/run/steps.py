@@ -26,7 +26,7 @@ from mimoquant.quant.cast import InexactError, cast
 from mimoquant.quant.stack import Engine, NonFiniteError, Stack
 from mimoquant.run.deal import Task
 from mimoquant.weights.container import expert_tensors
-from mimoquant.weights.stored import dequantize, not_finite, read_experts, read_matrix
+from mimoquant.weights.stored import dequantize, not_finite, read_experts, read_matrix, refuse_non_finite
 
 if TYPE_CHECKING:
     from mimoquant.run.calibrated import Calibrator
@@ -116,7 +116,7 @@ class Copying:
         (step,), block = loaded.steps, loaded.data
         assert isinstance(step, Copy)
         if loaded.task.unit.name not in ("towers", "unknown"):
-            _refuse_non_finite(step.info, block)
+            refuse_non_finite(step.info, block)
         yield step.info.name, block if calibrator is None else calibrator.folded(step.info.name, block)
 
     def check(self, step: Copy, proof: Proof) -> None:
@@ -146,7 +146,7 @@ class Reordering:
         (step,), block = loaded.steps, loaded.data
         assert isinstance(step, Reorder)
         if block.scales is None:
-            _refuse_non_finite(step.infos[0], block.values)
+            refuse_non_finite(step.infos[0], block.values)
         yield block.entry.name, block_values(block, step.weight, shop.engine)
 
     def check(self, step: Reorder, proof: Proof) -> None:
@@ -233,14 +233,16 @@ class KeepingExperts(Computing[Experts]):
         for expert in range(step.end - step.begin):
             for projection in PROJECTIONS:
                 values, scales = data[projection]
+                weight = layout.expert(step.layer, step.begin + expert, projection)
+                refuse_non_finite(weight.info, values[expert])
                 if step.kept == "fp8":
-                    assert scales is not None
+                    assert scales is not None and weight.scale is not None
+                    refuse_non_finite(weight.scale, scales[expert])
                     yield next(names).name, scales[expert]
                     yield next(names).name, values[expert]
                 else:
                     one = slice(expert, expert + 1)
                     stack = Stack(values[one], None if scales is None else scales[one])
-                    weight = layout.expert(step.layer, step.begin + expert, projection)
                     yield next(names).name, dequantize(stack, weight, layout.geometry, shop.engine)
 
     def yielded(self, shop: Workshop, loaded: Loaded, calibrator: Calibrator | None) -> Produced:
@@ -310,20 +312,6 @@ def yielded(shop: Workshop, loaded: Loaded, calibrator: Calibrator | None) -> Pr
 def label(loaded: Loaded) -> str:
     """What the steps are called in a timeline."""
     return kind_of(loaded.steps[0]).label if loaded.steps else Copying.label
-
-
-def _refuse_non_finite(info: TensorInfo, block: Array) -> None:
-    """NaN and Inf have all exponent bits set (E4M3, which has no Inf: all bits but the sign); codes have neither."""
-    masks: dict[str, tuple[Any, int]] = {
-        "BF16": (np.uint16, 0x7F80),
-        "F32": (np.uint32, 0x7F800000),
-        "F8_E4M3": (np.uint8, 0x7F),
-    }
-    if info.dtype not in masks:
-        return
-    kind, mask = masks[info.dtype]
-    if ((block.view(kind) & kind(mask)) == mask).any():
-        raise not_finite(info.name)
 
 
 def _read_chunk(shop: Workshop, step: Experts) -> dict[str, Stack]:

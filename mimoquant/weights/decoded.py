@@ -7,6 +7,7 @@ walker does not know what it walks through. Formats are told by what is stored, 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -64,7 +65,13 @@ class CheckpointWeights:
             stack = read_matrix(self.reader, weight) if len(weight.info.shape) == 2 else None
             bits = dequantize(stack, weight, self.layout.geometry, self._engine) if stack else self.reader.read(name)
             values = torch.from_numpy(np.ascontiguousarray(bits).reshape(-1).view(np.uint8)).view(torch.bfloat16)
-        return values.reshape(weight.info.shape).to(self.device, dtype)
+        values = values.reshape(weight.info.shape).to(self.device, dtype)
+        if not is_finite(values):
+            raise self._damaged(name)
+        return values
+
+    def _damaged(self, name: str) -> CheckpointError:
+        return damaged(self.layout.index.folder, name)
 
     def _mxfp8(self, weight: Weight) -> torch.Tensor:
         """FP8 with an E8M0 scale for 32 of a row, whose name may end in `_inv`: it is a scale all the same."""
@@ -139,8 +146,13 @@ class CheckpointWeights:
     def _stack(self, number: int, begin: int, end: int, projection: str) -> torch.Tensor:
         weights = [self.layout.expert(number, expert, projection) for expert in range(begin, end)]
         if weights[0].packed:
-            return self._unpack(weights).to(torch.bfloat16)
-        return self._engine.bf16(read_stack(self.reader, weights))
+            values = self._unpack(weights).to(torch.bfloat16)
+        else:
+            values = self._engine.bf16(read_stack(self.reader, weights))
+        if not is_finite(values):
+            bad = next(weight for weight, of in zip(weights, values, strict=True) if not is_finite(of))
+            raise self._damaged(bad.name)
+        return values
 
     def _unpack(self, weights: list[Weight]) -> torch.Tensor:
         """4-bit experts of one projection, decoded together: float32 [e, O, I], exact."""
@@ -163,6 +175,22 @@ class CheckpointWeights:
         return values.reshape(len(infos), *infos[0].shape) if dtype == _TORCH[infos[0].dtype] else values
 
 
+def is_finite(values: torch.Tensor) -> bool:
+    """Whether no value is NaN or Inf, in one pass without a copy."""
+    if not values.numel():
+        return True
+    wide = values if values.element_size() > 1 else values.to(torch.float32)
+    return bool(torch.isfinite(torch.stack(torch.aminmax(wide.flatten()))).all())
+
+
+def damaged(folder: Path, name: str) -> CheckpointError:
+    """The error for a tensor of a checkpoint that is read for its values."""
+    return CheckpointError(
+        f"{folder}: {name} holds NaN or Inf, or its scale makes it so",
+        hint="that checkpoint is damaged: download or write the file that holds it again",
+    )
+
+
 def decoded_chunk(begin: int, parts: dict[str, dict[str, torch.Tensor]], fmt: Format) -> ExpertChunk:
     """Experts `begin`.. as an engine reads them, from projection → part → [e, ...]."""
     return ExpertChunk(begin, *(decode(parts[p], fmt).to(torch.bfloat16) for p in PROJECTIONS))
@@ -175,6 +203,9 @@ def read_drafter_weights(drafter: Drafter, index: CheckpointIndex, device: torch
             name: torch.from_numpy(reader.read(name)).view(_TORCH[info.dtype]).reshape(info.shape).to(device)
             for name, info in index.tensors.items()
         }
+    for name, values in tensors.items():
+        if not is_finite(values):
+            raise damaged(index.folder, name)
 
     def layer(prefix: str) -> DraftLayer:
         q, k, v, o, q_norm, k_norm = (
@@ -217,7 +248,10 @@ def _mask_embedding(drafter: Drafter) -> torch.Tensor | None:
         raise CheckpointError(
             f"{path}: holds {size} values for token {token}, expected are {drafter.hidden} for {drafter.mask_token}"
         )
-    return torch.from_numpy(held.data).view(_TORCH[held.dtype])
+    embedding = torch.from_numpy(held.data).view(_TORCH[held.dtype])
+    if not is_finite(embedding):
+        raise damaged(drafter.folder, MASK_FILE)
+    return embedding
 
 
 _TORCH = {

@@ -188,3 +188,23 @@ def not_finite(name: str) -> CheckpointError:
         f"{name}: holds NaN or Inf, or its scale makes it so",
         hint="the source is damaged: download that file again; what was written so far can be kept with --resume",
     )
+
+
+def refuse_non_finite(info: TensorInfo, block: Array) -> None:
+    """Raises CheckpointError for NaN or Inf in (a part of) a tensor's bytes as they are stored.
+
+    They have all exponent bits set; E4M3, which has no Inf, all bits but the sign; E8M0, which is stored as U8, all
+    bits. Codes have neither.
+    """
+    e8m0 = info.dtype == "F8_E8M0" or (info.dtype == "U8" and info.name.endswith(("_scale", "_scale_inv")))
+    kind, mask = (np.uint8, 0xFF) if e8m0 else _NOT_FINITE.get(info.dtype, (None, 0))
+    if kind is not None and ((block.view(kind) & kind(mask)) == mask).any():
+        raise not_finite(info.name)
+
+
+_NOT_FINITE: dict[str, tuple[Any, int]] = {
+    "BF16": (np.uint16, 0x7F80),
+    "F16": (np.uint16, 0x7C00),
+    "F32": (np.uint32, 0x7F800000),
+    "F8_E4M3": (np.uint8, 0x7F),
+}
