@@ -136,14 +136,20 @@ def read_layout(
             f"{where}: {len(unknown)} tensors have no known role, first {unknown[0]} {list(left[unknown[0]].shape)}",
             hint="--allow-unknown copies them as they are",
         )
-    strange = [name for name in unknown if ".mlp.experts." in name and ".input_" not in name]
-    if packed and strange:  # as `weight_g_idx`: columns in another order
-        raise CheckpointError(
-            f"{where}: {strange[0]} belongs to an expert, and what it means for its weight is unknown"
-        )
+    if packed:
+        _refuse_strange(unknown, where)
     units["unknown"] = [Weight(name, "unknown", left[name]) for name in unknown]
     units = {name: weights for name, weights in units.items() if weights}
     return ModelLayout(index, config, geometry, units, mtp_layers, experts, unknown)
+
+
+def _refuse_strange(unknown: list[str], where: str) -> None:
+    """What an expert has beside codes and scales may change them, as `weight_g_idx` does: columns in another order."""
+    strange = [name for name in unknown if ".mlp.experts." in name and ".input_" not in name]
+    if strange:
+        raise CheckpointError(
+            f"{where}: {strange[0]} belongs to an expert, and what it means for its weight is unknown"
+        )
 
 
 Row = tuple[str, str, tuple[str, ...], tuple[int, ...]]  # name, role, dtypes, shape

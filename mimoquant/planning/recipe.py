@@ -405,6 +405,17 @@ class _Parser:
         if "int4" in names:
             self.fail("scale_search cast makes NVFP4 or MXFP4, int4 holds no value of theirs exactly")
 
+    def rounding(self, block: dict[Any, Any]) -> tuple[str, int, bool]:
+        """How AWQ folds its factors, rounds after GPTQ, and whether scales may be negative."""
+        fold, refine, signed = block.get("fold", "pow2"), block.get("refine", 2), block.get("signed_scales", True)
+        if fold not in _FOLDS:
+            self.fail(f"fold {fold!r} is unknown", f"known are {', '.join(_FOLDS)}")
+        if type(refine) is not int or not 0 <= refine <= 100:
+            self.fail(f"refine is {refine!r}, expected a number of rounds")
+        if not isinstance(signed, bool):
+            self.fail(f"signed_scales is {signed!r}, expected true or false")
+        return fold, refine, signed
+
     def block(self, recipe: Recipe, block: dict[Any, Any]) -> Recipe:
         """Apply the `mimoquant:` block."""
         self.known(block, _BLOCK_KEYS, "mimoquant")
@@ -423,13 +434,7 @@ class _Parser:
         for layer, kind in carve_outs.items():
             if type(layer) is not int or layer < 0 or kind not in CARVE_OUTS:
                 self.fail(f"carve_outs has {layer!r}: {kind!r}; expected a layer number and bf16 or fp8")
-        fold, refine, signed = block.get("fold", "pow2"), block.get("refine", 2), block.get("signed_scales", True)
-        if fold not in _FOLDS:
-            self.fail(f"fold {fold!r} is unknown", f"known are {', '.join(_FOLDS)}")
-        if type(refine) is not int or not 0 <= refine <= 100:
-            self.fail(f"refine is {refine!r}, expected a number of rounds")
-        if not isinstance(signed, bool):
-            self.fail(f"signed_scales is {signed!r}, expected true or false")
+        fold, refine, signed = self.rounding(block)
         held = parse_calibration(block.get("calibration"), block.get("objective", "output"), self.fail)
         recipe = replace(
             recipe,

@@ -1,0 +1,82 @@
+"""What a user should know of a plan before it is run, a sentence each."""
+
+from __future__ import annotations
+
+from mimoquant.model.drafter import carried_drafter
+from mimoquant.model.layout import ModelLayout
+from mimoquant.model.releases import base_model_note
+from mimoquant.planning.recipe import Recipe
+from mimoquant.planning.stored import config_notes
+from mimoquant.weights.container import MODELOPT, NATIVE, keeps_fp8
+
+
+def plan_notes(layout: ModelLayout, recipe: Recipe, container: str, carve_outs: dict[int, str]) -> list[str]:
+    """What a user should know before starting."""
+    notes = config_notes(layout)
+    geometry = layout.geometry
+    _, problem = carried_drafter(layout.index.folder, geometry)
+    if problem and not recipe.output.mend_json:
+        notes.append(f"the drafter is copied as it is, but {problem}")
+    notes += _dense_notes(layout, recipe, container)
+    if container == NATIVE and carve_outs:
+        notes.append("bf16 layers in the native container go by ignored_layers, as vLLM 0.33 reads it; SGLang untried")
+    if not layout.mtp_layers:
+        notes.append("the source has no MTP layers: speculative decoding by MTP will not be possible")
+    if layout.unknown:
+        notes.append(f"{len(layout.unknown)} unknown tensors are copied as they are, first {layout.unknown[0]}")
+    if recipe.calibration is not None:
+        calibration = recipe.calibration
+        notes.append(
+            f"calibrates on {', '.join(calibration.data)}: {calibration.sequences} sequences of "
+            f"{calibration.tokens} tokens"
+        )
+        if calibration.fisher is not None:
+            notes.append(
+                f"chooses codes for the loss: {calibration.fisher_sequences * calibration.tokens} of these tokens are "
+                f"walked forward and back first, with {calibration.fisher.draws} draws of labels"
+            )
+    if not recipe.casts and any(weight.packed for weight in layout.experts.values()):
+        notes.append(
+            "the source's experts are MXFP4, 4 bits already: their exact values are rounded anew, and J says how far "
+            "that is from MXFP4; nvfp4-cast and mxfp4-cast change no value"
+        )
+    if unnamed := base_model_note(layout, recipe.output.base_model):
+        notes.append(unnamed)
+    if recipe.real_fold and any(map(recipe.folds_norm, geometry.moe_layers)):
+        notes.append("fold exact-real rounds norms and routers anew, so a few tokens may go to other experts")
+    return notes
+
+
+def _dense_notes(layout: ModelLayout, recipe: Recipe, container: str) -> list[str]:
+    """What becomes of FP8 beside the experts, and of their activations."""
+    notes, geometry = [], layout.geometry
+    dequantized = sum(weight.scale is not None for weights in layout.units.values() for weight in weights)
+    keeps = keeps_fp8(container, recipe.output.dense)
+    if not keeps and dequantized:
+        why = "has no place for their block scales"
+        if container == MODELOPT:
+            why = "has no name for their block scales that vLLM and SGLang both read (--dense fp8 keeps them)"
+        notes.append(
+            f"{dequantized} FP8 weights beside the experts (attention, dense MLP, MTP) become bf16: {container} {why}"
+        )
+    if container == MODELOPT and keeps:
+        notes.append(
+            f"{dequantized} weights beside the experts stay FP8 as FP8_BLOCK_SCALES, qkv as it lies: SGLang 0.5.23 "
+            "reads them; vLLM up to 0.33 stops there (issue #55496 and pull request #50617 are open)"
+        )
+    if container == NATIVE and not geometry.fp8:
+        held = (
+            "goes out in FP8 as it is" if dequantized else "stays bf16, in ignored_layers: the source has no FP8 of it"
+        )
+        notes.append(f"attention, dense MLP and MTP {held}; the experts have the values of the source's, in MXFP4")
+    if recipe.output.input_scales == "unit":
+        notes.append(
+            "input scales are 1, so experts are declared NVFP4: kernels on Blackwell round activations to 4 bits by "
+            "them, which J does not know of; others compute weights-only"
+        )
+    if not keeps and geometry.fused_qkv:
+        notes.append(
+            f"fused qkv ({geometry.qkv_chunks} interleaved ranks) is written as bf16 q_proj, k_proj, v_proj with "
+            "attention_projection_layout: split, which vLLM and SGLang load rightly at any tensor parallelism"
+        )
+    return notes
