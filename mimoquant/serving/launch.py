@@ -205,6 +205,8 @@ class _Maker:
         if self.gpu.node == 1:
             yield "--kv-cache-dtype", "fp8_e4m3"
             yield "--load-format", "instanttensor"
+        if self.checkpoint.answer_tokens is not None:  # else it caps every answer
+            yield "--generation-config", "vllm"
         yield "--reasoning-parser", "mimo"
         yield "--tool-call-parser", "mimo"
         yield ("--enable-auto-tool-choice",)
@@ -290,6 +292,9 @@ class _Maker:
             yield f"not verified: attention by {self.attention()} on {self.gpu.label}"
         if self.gpu.node == 1:
             yield "not verified: this image on Arm; FP8 KV cache and instanttensor are what is known from two Sparks"
+        if self.engine == c.VLLM and self.checkpoint.answer_tokens is not None:
+            capped = self.checkpoint.answer_tokens
+            yield f"--generation-config vllm, or generation_config.json ends every answer after {capped} tokens"
         yield "context is an estimate from sizes, not measured; sample at temperature 1.0, top_p 0.95"
         if mtp and self.engine == c.VLLM:
             yield f"{label} runs 1 of the {self.checkpoint.mtp_layers} MTP layers"

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from mimoquant.checkpoint.index import open_index
+from mimoquant.checkpoint.index import open_index, read_json_inside
+from mimoquant.errors import CheckpointError
 from mimoquant.model.config_keys import text_keys
 from mimoquant.model.geometry import FP8_BLOCK, Attention, Geometry, read_geometry
 from mimoquant.model.layout import PROJECTIONS, TOWER_PREFIXES, read_layout
@@ -21,6 +22,8 @@ from mimoquant.planning.plan import Plan, read_config
 from mimoquant.quant.formats import Format
 from mimoquant.serving import contracts
 from mimoquant.weights.container import COMPRESSED_TENSORS, MODELOPT, NATIVE, expert_tensors, shape_tensor
+
+GENERATION_NAME = "generation_config.json"
 
 
 class Tensor(Protocol):
@@ -58,6 +61,7 @@ class Served:
     towers: bool
     input_scales: bool = False  # whether experts have what rounds their activations to 4 bits
     bytes_by_kind: Counter[str] = field(default_factory=Counter)  # experts, towers, mtp, rest
+    answer_tokens: int | None = None  # that generation_config.json ends an answer at
 
     @property
     def text(self) -> dict[str, Any]:
@@ -119,13 +123,26 @@ def read_served(folder: Path | str) -> Served:
     index = open_index(folder)
     config = read_config(index)
     read_layout(index, config, allow_unknown=True, packed=True)  # nothing is missing, nothing is misshapen
-    return served(config, index.tensors, str(folder), index.metadata)
+    facts = served(config, index.tensors, str(folder), index.metadata)
+    return replace(facts, answer_tokens=_answer_tokens(index.folder))
 
 
 def planned(plan: Plan) -> Served:
     """Facts of what a plan will write."""
     entries = {entry.name: entry for unit in plan.units for entry in unit.entries}
-    return served(plan.config, entries, str(plan.layout.index.folder), plan.index_metadata)
+    facts = served(plan.config, entries, str(plan.layout.index.folder), plan.index_metadata)
+    return replace(facts, answer_tokens=_answer_tokens(plan.layout.index.folder))
+
+
+def _answer_tokens(folder: Path) -> int | None:
+    """`max_new_tokens` of generation_config.json, which vLLM takes for a limit of every answer."""
+    if not (folder / GENERATION_NAME).is_file():
+        return None
+    try:
+        value = read_json_inside(folder, GENERATION_NAME).get("max_new_tokens")
+    except CheckpointError:  # what is no JSON is told where side files are looked at
+        return None
+    return value if type(value) is int else None
 
 
 def served(config: dict[str, Any], tensors: Mapping[str, Tensor], name: str, metadata: dict[str, Any]) -> Served:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 from dflash_reference import changed, write_headers
 from headers import VARIANTS, at_scale, published_config
+from micro import MICRO
 
 from mimoquant.cli.options import Engine, Gpu, Server
 from mimoquant.errors import CheckpointError, MimoquantError, UsageError
@@ -22,6 +24,7 @@ from mimoquant.report.verb_text import launch_text
 from mimoquant.serving import contracts
 from mimoquant.serving.documents import LaunchDocument
 from mimoquant.serving.launch import Layout, launch
+from mimoquant.serving.served import read_served
 
 GOLDEN = Path(__file__).parent / "golden"
 GPUS = {"a100": 8, "h100": 8, "h200": 4, "b200": 4, "gb10": 2}
@@ -92,6 +95,25 @@ def test_sglang_keeps_activations_of_modelopts_container_in_bf16() -> None:
 def test_vllm_takes_v2_flash_native_at_tp_4_at_most() -> None:
     layout = launch(at_scale("v2-flash", "native"), "vllm", "h100", 8)["layout"]
     assert (layout["attention_tp"], layout["dp"], layout["ep"]) == (4, 2, True)
+
+
+def test_answers_do_not_end_where_generation_config_says(tmp_path: Path) -> None:
+    """V2.6 is published with max_new_tokens 2048, which vLLM takes for a limit of every answer."""
+    capped = replace(at_scale("v2.5", "native"), answer_tokens=2048)
+    made = launch(capped, "vllm", "h100", 8)
+    place = made["command"].index("--generation-config")
+    assert made["command"][place + 1] == "vllm" and any("after 2048 tokens" in note for note in made["notes"])
+    assert "--generation-config" not in launch(capped, "sglang", "h100", 8)["command"]
+    assert "--generation-config" not in launch(at_scale("v2.5", "native"), "vllm", "h100", 8)["command"]
+    folder = Path(shutil.copytree(MICRO, tmp_path / "copy"))
+    for text, tokens in (
+        ('{"max_new_tokens": 2048}', 2048),
+        ("{}", None),
+        ("{,", None),
+        ('{"max_new_tokens": "x"}', None),
+    ):
+        (folder / "generation_config.json").write_text(text)
+        assert read_served(folder).answer_tokens == tokens
 
 
 def test_groups_that_tensor_parallelism_would_cut_ask_for_expert_parallelism() -> None:
