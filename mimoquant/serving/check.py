@@ -14,6 +14,7 @@ from mimoquant.planning.documents import EngineCheck
 from mimoquant.serving import contracts as c
 from mimoquant.serving.contradictions import Contradictions
 from mimoquant.serving.problem import WARNING, Problem, of_layers
+from mimoquant.serving.quantization_keys import QuantizationKeys
 from mimoquant.serving.served import Served
 from mimoquant.serving.transformers_config import config_problems
 from mimoquant.wording import ranges
@@ -69,6 +70,7 @@ class _Check:
         yield from self.contradictions.experts()
         yield from self.contradictions.linears()
         yield from self.contradictions.names()
+        yield from QuantizationKeys(self.contradictions.declared, self.label, self.tp).problems()
         if self.engine == c.TRANSFORMERS:
             yield from (Problem(*row) for row in config_problems(self.checkpoint))
             return

@@ -16,6 +16,7 @@ from mimoquant.serving.problem import WARNING, Problem, and_others, of_layers
 from mimoquant.serving.served import Served, Stored
 from mimoquant.weights.container import COMPRESSED_TENSORS, MODELOPT
 
+_SCHEMES = (c.INT4, c.INT4_ASYMMETRIC, c.CT_MXFP4, c.CT_NVFP4)  # of compressed-tensors, for experts in 4 bits
 Forms = tuple[Stored | None, Stored]  # declared, stored
 
 
@@ -82,6 +83,8 @@ class Contradictions:
         same_names = declared.subject == stored.subject or declared.subject.startswith(f"{stored.subject} by ")
         if same_names:
             verdict, then = c.REFUSED, "stops at the shapes of the scales"
+        elif declared.subject.startswith("compressed-tensors ") and declared.subject not in _SCHEMES:
+            verdict, then = c.REFUSED, "has no scheme for them, or stops at their shapes"
         elif self.engine == c.VLLM:
             verdict, then = c.CORRUPTED, "skips the tensors it has no name for and computes with memory not written to"
         elif self.engine == c.TRANSFORMERS:

@@ -232,7 +232,12 @@ class Declared:
 
 def _group_form(weights: dict[str, Any]) -> Stored:
     """The form that a compressed-tensors group declares."""
-    bits, kind, group = weights.get("num_bits", 8), weights.get("type", "int"), weights.get("group_size")
+    told, kind, group = (
+        str(weights.get("num_bits", 8)),
+        str(weights.get("type", "int")).lower(),
+        weights.get("group_size"),
+    )
+    bits = int(told) if told.isdecimal() else 0
     symmetric = weights.get("symmetric", True)
     if (bits, kind) == (8, "float"):
         block = weights.get("strategy") == "block" and weights.get("block_structure") == [FP8_BLOCK, FP8_BLOCK]

@@ -60,6 +60,7 @@ class Served:
     mtp_layers: int
     towers: bool
     input_scales: bool = False  # whether experts have what rounds their activations to 4 bits
+    cache_scales: bool = False  # whether layers have what rounds keys and values
     bytes_by_kind: Counter[str] = field(default_factory=Counter)  # experts, towers, mtp, rest
     answer_tokens: int | None = None  # that generation_config.json ends an answer at
 
@@ -176,6 +177,7 @@ def served(config: dict[str, Any], tensors: Mapping[str, Tensor], name: str, met
         len(mtp),
         any(key.startswith(TOWER_PREFIXES) for key in tensors),
         any(key.endswith((".input_scale", ".input_global_scale")) for key in tensors),
+        any(key.endswith((".k_scale", ".v_scale")) for key in tensors),
         sizes,
     )
 

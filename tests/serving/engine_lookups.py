@@ -2,13 +2,17 @@
 
     python engine_lookups.py JOBS.json      [{"config": {...}, "flash": bool, "modules": [...], "experts": [...]}, ...]
 
-Prints for each: engine → name → "ignored", "claimed", "unclaimed", or the name of the exception that it stops with. Of
-experts it is the number of bits and the type that the scheme has. `sglang_loader` says how SGLang is imported.
+    python engine_lookups.py --moe CONFIGS.json      [{...}, ...]
+
+Prints for each of the first kind: engine → name → "ignored", "claimed", "unclaimed", or the name of the exception that
+it stops with; of experts the type and the number of bits that the scheme has. Of the second kind: engine → what it
+builds for the experts of a layer, or the exception. `sglang_loader` says how SGLang is imported.
 """
 
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import sys
 from collections.abc import Callable
@@ -22,11 +26,13 @@ assert sglang_loader.STUBS  # in place of what SGLang imports and does not use
 
 import sglang.srt.layers.quantization.compressed_tensors.compressed_tensors as sglang_ct  # noqa: E402
 import sglang.srt.layers.quantization.compressed_tensors.utils as sglang_utils  # noqa: E402
+import vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe as vllm_moe_package  # noqa: E402
 import vllm.model_executor.layers.quantization.compressed_tensors.utils as vllm_utils  # noqa: E402
 from sglang.srt.layers.quantization.fp8 import Fp8Config as SglangFp8  # noqa: E402
 from sglang.srt.layers.quantization.utils import is_layer_skipped as sglang_skipped  # noqa: E402
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (  # noqa: E402
     CompressedTensorsConfig,
+    CompressedTensorsKVCacheMethod,
 )
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config  # noqa: E402
 from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_skipped  # noqa: E402
@@ -107,8 +113,38 @@ def sglang(config: dict[str, Any], flash: bool, modules: list[str], experts: lis
     }
 
 
+def vllm_moe(config: dict[str, Any]) -> str:
+    """The class that vLLM takes for experts; what they are constructed with is not looked at."""
+    parts = "w4a4_mxfp4 w4a4_nvfp4 w4a8_fp8 w4a8_int8 w4a8_mxfp4 w8a8_fp8 w8a8_int8 w8a8_mxfp8 wna16"
+    for part in parts.split():
+        made = importlib.import_module(f"{vllm_moe_package.__name__}.compressed_tensors_moe_{part}")
+        for name in [name for name in vars(made) if name.endswith("MoEMethod") and name.startswith("CompressedT")]:
+            if name != "CompressedTensorsMoEMethod":
+                setattr(made, name, type(name, (), {"__init__": lambda self, *args, **more: None}))
+    projections = {f"ckpt_{part}_proj_name": f"{part}_proj" for part in ("gate", "up", "down")}
+    layer = type("RoutedExperts", (torch.nn.Module,), {**projections, "moe_config": None})()
+    read = CompressedTensorsConfig.from_config(copy.deepcopy(config))
+    CompressedTensorsKVCacheMethod.validate_kv_cache_scheme(read.kv_cache_scheme)
+    method = vllm_moe_package.CompressedTensorsMoEMethod.get_moe_method(read, layer, "model.layers.1.mlp.experts")
+    return type(method).__name__
+
+
+def sglang_moe(config: dict[str, Any]) -> str:
+    read = sglang_ct.CompressedTensorsConfig.from_config(copy.deepcopy(config))
+    read._check_scheme_supported = lambda *args, **more: False  # there is no GPU to ask
+    if read._is_mxfp4_moe("model.layers.1.mlp.experts"):
+        return "Mxfp4MoEMethod"
+    layer = type("FusedMoE", (torch.nn.Module,), {})()
+    scheme = read.get_moe_scheme(layer, "model.layers.1.mlp.experts")
+    return f"{type(scheme).__name__} {getattr(scheme, 'has_input_global_scale', '')}".strip()
+
+
 def main() -> None:
-    jobs = json.loads(Path(sys.argv[1]).read_text())
+    jobs = json.loads(Path(sys.argv[-1]).read_text())
+    if sys.argv[1] == "--moe":
+        asked = {"vllm": vllm_moe, "sglang": sglang_moe}
+        print(json.dumps([{e: fate(lambda j=j, ask=ask: ask(j)) for e, ask in asked.items()} for j in jobs]))
+        return
     print(json.dumps([{"vllm": vllm(**job), "sglang": sglang(**job)} for job in jobs]))
 
 
