@@ -99,9 +99,9 @@ def percent(share: float | None) -> str:
 class Interval(TypedDict):
     """The part of a figure that says how sure it is."""
 
-    low: float | None
+    low: float
     """Lower end."""
-    high: float | None
+    high: float
     """Upper end."""
 
 
@@ -109,13 +109,8 @@ FEWEST_SEQUENCES = 5  # that an interval over sequences is told of
 
 
 def has_interval(part: Interval) -> bool:
-    """Whether `part` comes from sequences enough; else it has no ends."""
-    return part["low"] is not None
-
-
-def ends(low: float, high: float) -> tuple[float | None, float | None]:
-    """An interval as documents have it: None for both ends where it is the whole line, which says nothing."""
-    return (None, None) if low == -math.inf else (low, high)
+    """Whether `part` comes from sequences enough; else its ends are -inf and inf."""
+    return part["low"] != -math.inf
 
 
 def interval(part: Interval, digits: int = 4, *, sequences: int | None = None) -> str:
@@ -128,14 +123,10 @@ def interval(part: Interval, digits: int = 4, *, sequences: int | None = None) -
     return f"n/a, {few}"
 
 
+_ENDLESS = re.compile(r'^( *(?:"(?:[^"\\]|\\.)*": )?-?)Infinity(?=,?$)', re.MULTILINE)
+
+
 def json_text(document: object) -> str:
-    """One indented JSON document, as strict readers take it: a figure that is not finite is null."""
-    return json.dumps(_with_nulls(document), indent=2, allow_nan=False)
-
-
-def _with_nulls(value: object) -> object:
-    if isinstance(value, dict):
-        return {key: _with_nulls(held) for key, held in value.items()}
-    if isinstance(value, list | tuple):
-        return [_with_nulls(held) for held in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """One indented JSON document. An end that no interval has is -1e999 or 1e999, which is JSON and is read as
+    infinite: a null would count as 0 or as less than any limit where scripts compare."""
+    return _ENDLESS.sub(r"\g<1>1e999", json.dumps(document, indent=2))

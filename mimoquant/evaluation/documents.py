@@ -2,7 +2,7 @@
 
 J = (KL(p‖q) + KL(q‖p)) / 2 in nats per token, p the reference, q the candidate, over the full vocabulary at temperature
 1 (defined in `divergence`). Intervals are of 95 %, by a bootstrap over whole sequences;
-without ends (null) of fewer than 5 of them. Positions where logits are not
+from -inf to inf, in JSON from -1e999 to 1e999, of fewer than 5 sequences. Positions where logits are not
 finite count in `nonfinite_share` and nowhere else. Shares are of 1. Acceptance is defined in `eval_draft`.
 """
 
@@ -29,9 +29,9 @@ class JFacts(TypedDict):
 
     mean: float
     """What is called J wherever one number is said."""
-    low: float | None
+    low: float
     """Lower end of the mean's interval."""
-    high: float | None
+    high: float
     """Upper end of the mean's interval."""
     max: float
     """Of the worst position."""
@@ -91,9 +91,9 @@ class DomainPart(TypedDict):
     """Sequences."""
     j: float
     """Their mean J, nats per token."""
-    low: float | None
+    low: float
     """Lower end of its interval."""
-    high: float | None
+    high: float
     """Upper end of its interval."""
     top1: float
     """Share of the positions where both have the same most likely token."""
@@ -164,9 +164,9 @@ class Difference(TypedDict):
     """Its mean J, nats per token."""
     difference: float
     """The candidate's J minus this one's: below 0 the candidate is better."""
-    low: float | None
+    low: float
     """Lower end of the difference's interval."""
-    high: float | None
+    high: float
     """Upper end of the difference's interval."""
 
 
@@ -330,9 +330,9 @@ class MeanInterval(TypedDict):
 
     mean: float
     """Over all starts."""
-    low: float | None
+    low: float
     """Lower end of its interval."""
-    high: float | None
+    high: float
     """Upper end of its interval."""
 
 

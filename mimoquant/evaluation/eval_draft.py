@@ -65,7 +65,6 @@ from mimoquant.model.layer_stream import Stream, portions, walk
 from mimoquant.model.layout import ModelLayout
 from mimoquant.model.releases import stored_as
 from mimoquant.weights.decoded import CheckpointWeights
-from mimoquant.wording import ends
 
 _LOGITS = 2**25  # of one distribution's that are held at once
 
@@ -272,5 +271,5 @@ def _figures(reference: DraftScores, candidate: DraftScores, inside: npt.NDArray
 
 
 def _mean(values: _Floats, sequence: _Ints) -> MeanInterval:
-    low, high = ends(*bootstrap(values, sequence))
+    low, high = bootstrap(values, sequence)
     return MeanInterval(mean=float(values.mean()), low=low, high=high)

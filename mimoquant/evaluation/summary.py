@@ -25,7 +25,6 @@ from mimoquant.evaluation.documents import (
     Scores,
     Top1,
 )
-from mimoquant.wording import ends
 
 CONFIDENT = 0.9  # the reference is sure of its token above this probability
 _CONFIDENCE_EDGES = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 0.99, 1.0)
@@ -43,7 +42,7 @@ def paired_difference(candidate: TokenScores, baseline: TokenScores, tokens: Tok
     """J of the baseline, and candidate minus baseline with its interval, over the same positions."""
     ok = candidate.finite & baseline.finite
     difference = (candidate.j - baseline.j)[ok]
-    low, high = ends(*bootstrap(difference, sequence_of(candidate, tokens)[ok]))
+    low, high = bootstrap(difference, sequence_of(candidate, tokens)[ok])
     return Difference(j=float(baseline.j[ok].mean()), difference=float(difference.mean()), low=low, high=high)
 
 
@@ -78,7 +77,7 @@ def summarize(scores: TokenScores, tokens: TokenSet) -> Scores:
 
 
 def _j_facts(j: _Floats, sequence: _Ints) -> JFacts:
-    low, high = ends(*bootstrap(j, sequence))
+    low, high = bootstrap(j, sequence)
     median, p90, p99, p99_9 = map(float, np.quantile(j, [0.5, 0.9, 0.99, 0.999]))
     return JFacts(
         mean=float(j.mean()), low=low, high=high, max=float(j.max()), median=median, p90=p90, p99=p99, p99_9=p99_9
@@ -112,7 +111,7 @@ def _by_confidence(confidence: _Floats, j: _Floats) -> list[ConfidencePart]:
 
 
 def _domain(name: str, j: _Floats, agree: _Bools, sequence: _Ints, inside: _Bools) -> DomainPart:
-    low, high = ends(*bootstrap(j[inside], sequence[inside]))
+    low, high = bootstrap(j[inside], sequence[inside])
     return DomainPart(
         domain=str(name),
         tokens=int(inside.sum()),

@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mimoquant.mixing.documents import JEstimate
-from mimoquant.wording import FEWEST_SEQUENCES, ends
+from mimoquant.wording import FEWEST_SEQUENCES
 
 Floats = npt.NDArray[np.float64]
 RESAMPLES = 2000
@@ -40,8 +40,7 @@ class Estimate:
     high: float
 
     def as_plain(self) -> JEstimate:
-        low, high = ends(self.low, self.high)
-        return JEstimate(mean=self.mean, low=low, high=high)
+        return JEstimate(mean=self.mean, low=self.low, high=self.high)
 
     @staticmethod
     def of(values: Floats, sequences: int = FEWEST_SEQUENCES) -> Estimate:

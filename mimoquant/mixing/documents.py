@@ -1,8 +1,8 @@
 """What `sensitivity` says, field by field: what `--json` prints and the Python function returns.
 
 J is symmetric KL against the source in nats per token, on the tokens that choose; `attribution` defines what a layer
-alone, a gain and a contribution are. Intervals are of 95 %, by a bootstrap over sequences; without
-ends (null) where a half has fewer than 5 of them.
+alone, a gain and a contribution are. Intervals are of 95 %, by a bootstrap over sequences; from -inf to
+inf, in JSON from -1e999 to 1e999, where a half has fewer than 5 of them.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ class JEstimate(TypedDict):
 
     mean: float
     """From the data itself."""
-    low: float | None
+    low: float
     """Lower end of its interval."""
-    high: float | None
+    high: float
     """Upper end of its interval."""
 
 

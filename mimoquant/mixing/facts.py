@@ -226,10 +226,9 @@ def recipe_text(mixtures: Mixtures, choice: Sequence[int], facts: SensitivityFin
     return head + yaml.safe_dump(document, sort_keys=False, default_flow_style=None, width=110)
 
 
-def _short(estimate: JEstimate) -> list[float | None]:
+def _short(estimate: JEstimate) -> list[float]:
     """Mean and interval, in four digits."""
-    values = (estimate["mean"], estimate["low"], estimate["high"])
-    return [None if value is None else float(f"{value:.4g}") for value in values]
+    return [float(f"{value:.4g}") for value in (estimate["mean"], estimate["low"], estimate["high"])]
 
 
 def _estimate(ablation: Ablation, values: Floats) -> JEstimate:

@@ -87,5 +87,5 @@ def _points(difference: MeanInterval, sequences: int) -> tuple[str, str]:
 
 def _change(difference: MeanInterval, sequences: int, factor: int = 1, digits: int = 4) -> tuple[str, str]:
     ends = (difference["mean"], difference["low"], difference["high"])
-    mean, low, high = (f"{factor * (value or 0.0):+.{digits}f}" for value in ends)
+    mean, low, high = (f"{factor * value:+.{digits}f}" for value in ends)
     return mean, f"{low} to {high}" if has_interval(difference) else interval(difference, sequences=sequences)

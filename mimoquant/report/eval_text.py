@@ -53,8 +53,7 @@ def verdict(facts: EvalKlDocument) -> tuple[str, str, str]:
         return "good", "PASSED", f"{value} keeps the limit {number(limit)}{spare}{tail}"
     if mean == 0 and j["max"] == 0:
         return "good", "IDENTICAL", f"{value}: both give the same distribution for every token"
-    high = j["high"]
-    within = floor is not None and high is not None and high <= max(floor["batch"], floor["relative_noise"])
+    within = floor is not None and j["high"] <= max(floor["batch"], floor["relative_noise"])
     return ("good", "WITHIN NOISE", value) if within else ("plain", "MEASURED", value)
 
 
@@ -67,8 +66,7 @@ def comparisons(facts: EvalKlDocument) -> list[tuple[str, str]]:
         said += f"; J is {number(mean / largest, 3)} times the larger" if largest > 0 and mean > 0 else ""
     out = [*(("left out", note) for note in left_out_note(facts["left_out"])), ("noise floor", said)]
     if baseline:
-        low, high = baseline["low"] or 0.0, baseline["high"] or 0.0
-        told = "better" if high < 0 else "worse" if low > 0 else "not told apart"
+        told = "better" if baseline["high"] < 0 else "worse" if baseline["low"] > 0 else "not told apart"
         ends = interval(baseline, sequences=facts["sequences"])
         change = f"difference {number(baseline['difference'])} (95 % interval {ends})"
         out.append(("baseline", f"{baseline['candidate']} has J {number(baseline['j'])}; {change}: {told}"))

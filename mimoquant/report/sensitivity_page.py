@@ -181,8 +181,8 @@ def layers_plot(facts: SensitivityDocument) -> Markup:
 
 
 def _times(part: JEstimate, factor: float) -> JEstimate:
-    low, high = (None if end is None else end * factor for end in (part["low"], part["high"]))
-    return {"mean": part["mean"] * factor, "low": low, "high": high}
+    ends = (part["low"] * factor, part["high"] * factor) if has_interval(part) else (part["low"], part["high"])
+    return {"mean": part["mean"] * factor, "low": ends[0], "high": ends[1]}
 
 
 def shown_options(facts: SensitivityDocument) -> list[tuple[int, str]]:

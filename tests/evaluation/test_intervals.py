@@ -22,10 +22,10 @@ from mimoquant.output.model_card import BEGIN, END, write_quality
 from mimoquant.report.draft_text import draft_text
 from mimoquant.report.eval_page import eval_page
 from mimoquant.report.eval_text import eval_text, verdict
-from mimoquant.wording import ends, interval, json_text
+from mimoquant.wording import interval, json_text
 
 MICRO = micro_checkpoint()
-NONE = (None, None)
+NONE = (-math.inf, math.inf)
 
 
 def held_out(sequences: int) -> TokenSet:
@@ -62,27 +62,27 @@ def evaluation(sequences: int) -> dict[str, Any]:
 def test_no_interval_from_fewer_than_five_sequences(sequences: int, each: int) -> None:
     names = np.repeat(np.arange(sequences) * 7, each)
     low, high = bootstrap(np.random.default_rng(0).random(len(names)), names)
-    assert (ends(low, high) == NONE) == (sequences < 5) and high - low > 1e-9
+    assert ((low, high) == NONE) == (sequences < 5) and high - low > 1e-9
 
 
 @pytest.mark.parametrize(
     ("low", "sequences", "said"),
     [
-        (None, 1, "n/a, 1 sequence"),
-        (None, 4, "n/a, 4 sequences"),
-        (None, 7, "n/a, under 5 finite sequences"),
-        (None, None, "n/a"),
+        (-math.inf, 1, "n/a, 1 sequence"),
+        (-math.inf, 4, "n/a, 4 sequences"),
+        (-math.inf, 7, "n/a, under 5 finite sequences"),
+        (-math.inf, None, "n/a"),
         (-0.5, 1, "-0.5 to 2"),
         (-0.5, 9, "-0.5 to 2"),
     ],
 )
-def test_how_it_is_said(low: float | None, sequences: int | None, said: str) -> None:
+def test_how_it_is_said(low: float, sequences: int | None, said: str) -> None:
     assert interval({"low": low, "high": 2.0}, sequences=sequences) == said
 
 
 def test_domains_and_differences_have_none_either() -> None:
     facts = evaluation(8)  # of seven domains
-    assert facts["j"]["low"] > 0 and facts["baseline"]["high"] is not None
+    assert facts["j"]["low"] > 0 and facts["baseline"]["high"] < math.inf
     assert all((part["low"], part["high"]) == NONE and part["sequences"] <= 2 for part in facts["by_domain"])
     text = eval_text(facts)
     assert text.count("n/a, 1 sequence") == 6 and text.count("n/a, 2 sequences") == 1 and "inf" not in text
@@ -158,9 +158,7 @@ def test_an_interval_without_ends_is_still_json() -> None:
         raise AssertionError(name)
 
     document = {"low": -math.inf, 'a "b": -Infinity': [math.inf, "Infinity", '": Infinity,'], "j": 0.5, "n": None}
-    told = {"low": None, 'a "b": -Infinity': [None, "Infinity", '": Infinity,'], "j": 0.5, "n": None}
-    assert json.loads(json_text(document), parse_constant=refuse, parse_float=float) == told
-    assert json.loads(json_text({"a": ({"b": math.nan}, 1e999)}), parse_constant=refuse) == {"a": [{"b": None}, None]}
+    assert json.loads(json_text(document), parse_constant=refuse) == document
 
 
 def test_the_verb_says_it(tmp_path: Path) -> None:
