@@ -146,7 +146,7 @@ def test_the_functions_find_home_too(home: Path) -> None:
 @pytest.mark.parametrize("path", ["~", "~/", "~nobody-of-this-name", "~nobody-of-this-name/out"])
 def test_a_home_that_is_not_there_or_is_no_new_folder_is_refused(path: str, home: Path) -> None:
     result = call("quantize", MICRO, "-r", "mxfp4-rtn", f"--out={path}", "--device", "cpu")
-    assert result.exit_code == 2 and result.stderr.startswith("error: "), result.output
+    assert result.exit_code == 2 and "error: " in result.stderr, result.output
     assert not list(Path.cwd().iterdir()) and [one.name for one in home.iterdir()] == ["micro"]
 
 
