@@ -270,8 +270,9 @@ class _Claims:
             if info is None:
                 continue
             if info.dtype not in _NORM or math.prod(info.shape) != 1:
+                found = f"{info.dtype}{list(info.shape)}"
                 raise CheckpointError(
-                    f"{self.where}: {name} is {info.dtype}{list(info.shape)}, a scale of the KV cache is one number"
+                    f"{self.where}: {name} is {found}, a scale of the KV cache is one number, BF16 or F32"
                 )
             yield Weight(name, "cache_scale", info)
 

@@ -119,10 +119,18 @@ REFUSED: list[tuple[str, Tensors, str]] = [
         {f"{ATTENTION[:-10]}mlp.experts.0.up_proj.weight_g_idx": torch.zeros(8)},
         "no known role, first .*weight_g_idx",
     ),
-    ("a scale for each head", cache("k_scale", shape=(4,)), "1 tensors have no known role, first .*k_scale"),
+    (
+        "a scale for each head",
+        cache("k_scale", shape=(4,)),
+        r"k_scale is BF16\[4\], a scale of the KV cache is one number",
+    ),
     ("scales of attention's inputs", cache("q_proj.input_scale"), "no known role, first .*q_proj.input_scale"),
     ("a scale of no layer", {"model.layers.9.self_attn.k_scale": torch.ones(1)}, "no known role, first model.layers.9"),
-    ("whole numbers", {f"{ATTENTION}k_scale": torch.ones(1, dtype=torch.int32)}, "no known role, first .*k_scale"),
+    (
+        "whole numbers",
+        {f"{ATTENTION}k_scale": torch.ones(1, dtype=torch.int32)},
+        r"k_scale is I32\[1\], .* BF16 or F32",
+    ),
 ]  # what, tensors, what is said
 
 

@@ -37,6 +37,7 @@ def eval_facts() -> Facts:
     return {
         "reference": "/m/reference",
         "reference_stored": "MXFP4 experts, FP8 attention, as released",
+        "left_out": [],
         "candidate": "/m/candidate",
         "recipe": "a recipe",
         "tokens": 100,
