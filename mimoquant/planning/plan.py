@@ -187,7 +187,8 @@ def _read_source(source: Path | str, recipe: Recipe, *, allow_unknown: bool) -> 
     index = open_index(source)
     config = read_config(index)
     quantization = text_keys(config, str(index.folder / CONFIG_NAME)).get("quantization_config")
-    mxfp4 = isinstance(quantization, dict) and quantization.get("store_dtype") == "mxfp4"
+    declared = isinstance(quantization, dict) and quantization.get("store_dtype") == "mxfp4"
+    mxfp4 = declared and any(t.dtype == "U8" and ".mlp.experts." in name for name, t in index.tensors.items())
     return read_layout(index, config, allow_unknown=allow_unknown, packed=recipe.casts or mxfp4)
 
 
@@ -328,8 +329,10 @@ def _choose_container(
         notes.append(f"container compressed-tensors: the native MXFP4 container {obstacle}")
     chosen = wanted or (COMPRESSED_TENSORS if obstacle else NATIVE)
     fp8_kept = sorted(layer for layer, kind in carve_outs.items() if kind == "fp8")
-    if fp8_kept and not all(layout.expert(layer, 0, p).scale for layer in fp8_kept for p in PROJECTIONS):
-        raise RecipeError(f"recipe {recipe.name}: layer {fp8_kept[0]} cannot stay fp8, the source's experts are not")
+    of_kept = [layout.expert(layer, 0, p) for layer in fp8_kept for p in PROJECTIONS]
+    if other := next((weight for weight in of_kept if not weight.scale), None):
+        held = packed_format(other).label if other.packed else "bf16"
+        raise RecipeError(f"recipe {recipe.name}: layer {fp8_kept[0]} cannot stay fp8, the source's experts are {held}")
     return chosen
 
 
