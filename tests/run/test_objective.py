@@ -122,14 +122,14 @@ def stops_on_the_way(way: str, layers: int) -> Callable[[pytest.MonkeyPatch], No
     """Die in the walk back, when it has passed so many layers in a direction."""
 
     def prepare(patch: pytest.MonkeyPatch) -> None:
-        walk = objective.walk_back
+        walk: Callable[..., object] = objective.walk_back
 
         def walked(*args: object, **more: object) -> object:
             def passed(now: str, layer: int) -> None:
                 if now == way and layer == layers:
                     raise _StopError
 
-            return walk(*args, **more | {"progress": passed})  # type: ignore[arg-type]
+            return walk(*args, **more | {"progress": passed})
 
         patch.setattr(objective, "walk_back", walked)
 
