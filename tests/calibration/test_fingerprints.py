@@ -233,6 +233,7 @@ def test_a_hundredth_is_refused_and_less_is_told(new: int, refused: bool, calibr
         assert share is not None and 0 < share < 0.01
 
 
+@pytest.mark.slow
 def test_what_is_told(calibrated: Path, tmp_path: Path) -> None:
     data = jsonl(tmp_path / "b.jsonl", {"text": prose(0, 64)}, *({"text": prose(500 + s, 64)} for s in range(150)))
     few = ["--data", str(data), "--tokens", "3000", "--no-noise-floor", "--device", "cpu", "--json"]

@@ -307,6 +307,7 @@ def seconds(call: Callable[[], Any]) -> tuple[Any, float]:
     return result, time.process_time() - start
 
 
+@pytest.mark.slow
 def test_the_published_v25_is_understood_and_planned_in_seconds(shared: Path, tmp_path: Path) -> None:
     folder = published(shared, "v25", tmp_path / "v25")
     layout = layout_of(folder)

@@ -54,6 +54,7 @@ def quantize(source: Path, out: Path, limit_bytes: int, *options: str) -> subpro
     )
 
 
+@pytest.mark.slow
 def test_a_run_keeps_to_its_sum_under_a_hard_limit_below_the_size_of_its_source(sparse: Path, tmp_path: Path) -> None:
     plan = planned(sparse, "mxfp4-rtn")
     wants, layer = needs(plan).host_bytes, max(unit.size_bytes for unit in plan.units)
@@ -62,6 +63,7 @@ def test_a_run_keeps_to_its_sum_under_a_hard_limit_below_the_size_of_its_source(
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_calibrated_run_keeps_to_its_sum_too(tmp_path: Path) -> None:
     changes = {"sequences": 16, "tokens": 64}
     plan = planned(MICRO, "gptq-int4-g32", **changes)

@@ -150,6 +150,7 @@ class _StopError(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_modelopts_container_is_calibrated_resumed_and_proven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its global scales are turned over on the way out and, in a resume's walk through written codes, on the way in."""
     plan = make_plan(MICRO, load_recipe("gptq-nvfp4").calibrated_on(FEW), container="modelopt")
@@ -615,6 +616,7 @@ def test_the_journal_carries_the_facts_of_each_layer(gptq: Path) -> None:
     assert record["name"] == "mixed-v1" and len(record["sequences"]) == 32
 
 
+@pytest.mark.slow
 def test_a_refined_layer_is_told_and_proven(tmp_path: Path) -> None:
     """Layers before it keep their bytes, its facts say what it brought, and what was written is what is verified."""
     plan = run(load_recipe("gptq-mxfp4"), tmp_path / "plain")

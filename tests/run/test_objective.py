@@ -82,6 +82,7 @@ def test_nothing_of_the_walk_back_is_left(kl: Path) -> None:
     assert not any("fisher" in path.name for path in kl.iterdir())
 
 
+@pytest.mark.slow
 def test_the_written_recipe_repeats_the_run(awq: Path, tmp_path: Path) -> None:
     recipe = load_recipe(str(awq / "recipe.yaml"))
     assert recipe.objective == "kl" and recipe.calibration is not None
@@ -166,6 +167,7 @@ def test_killed_in_any_phase_it_resumes_to_the_same_bytes(
     assert contents(awq) == contents(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_killed_while_the_matrices_go(awq: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A shard that is damaged then makes the walk back begin anew."""
     plan, out = plan_of(parse_recipe(AWQ, "awq")), tmp_path / "out"
