@@ -57,6 +57,11 @@ class JournalLine:
     def as_plain(self) -> dict[str, Any]:
         return {key: value for key, value in asdict(self).items() if value is not None}
 
+    def is_whole_in(self, folder: Path) -> bool:
+        """Whether the shard is there with the bytes that were written; reads all of it."""
+        path = folder / self.file
+        return path.is_file() and path.stat().st_size == self.size_bytes and file_sha256(path) == self.sha256
+
 
 def read_journal(path: Path) -> list[JournalLine]:
     """All whole lines of a journal. The last one is dropped if it is torn (the process died inside the write) or, as
@@ -227,8 +232,7 @@ class RunFolder:
         """Keep journaled shards whose bytes still have their hash; forget (and so rewrite) the others."""
         journals = [self.path(JOURNAL_NAME), *sorted(self.partial.glob(RANK_JOURNALS))]
         for line in itertools.chain(*map(read_journal, journals)):
-            path = self.path(line.file)
-            if path.is_file() and path.stat().st_size == line.size_bytes and file_sha256(path) == line.sha256:
+            if line.is_whole_in(self.partial):
                 self.finished[line.unit] = line
         self._write_journal(list(self.finished.values()))
 

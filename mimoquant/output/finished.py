@@ -20,7 +20,6 @@ from mimoquant.checkpoint.journal import (
     JOURNAL_NAME,
     RUN_NAME,
     JournalLine,
-    file_sha256,
     first_change,
     read_journal,
     short_value,
@@ -108,5 +107,5 @@ def _check(plan: Plan, out: Path, finished: dict[str, JournalLine], tokens: Toke
             raise CheckpointError(f"{path}: is not what the run wrote", hint=_AGAIN)
     for line in finished.values():
         path = out / line.file
-        if not path.is_file() or path.stat().st_size != line.size_bytes or file_sha256(path) != line.sha256:
+        if not line.is_whole_in(out):
             raise CheckpointError(f"{path}: is missing, or its bytes are not those of the journal", hint=_AGAIN)

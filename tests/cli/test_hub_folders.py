@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hub_cache import hub_cache
 from micro import MICRO, contents
 from typer.testing import CliRunner
 
@@ -40,18 +41,8 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def cached(folder: Path, into: Path) -> Path:
-    """A snapshot of links into blobs, which lie on another disk, named through a link."""
-    repo, blobs = into.with_name(f"models--me--{into.name}"), into.with_name(f"disk-{into.name}")
-    snapshot = repo / "snapshots" / "0123abcd"
-    blobs.mkdir()
-    repo.mkdir()
-    (repo / "blobs").symlink_to(blobs)
-    for number, path in enumerate(path for path in sorted(folder.rglob("*")) if path.is_file()):
-        target = snapshot / path.relative_to(folder)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, blobs / str(number))
-        target.symlink_to("../" * len(target.parent.relative_to(repo).parts) + f"blobs/{number}")
-    into.symlink_to(snapshot)
+    """A snapshot of the Hub's cache, under a name of its own."""
+    into.symlink_to(hub_cache(folder, into.parent, into.name))
     return into
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hub_cache import hub_cache
 from micro import MICRO, edit_json
 from typer.testing import CliRunner
 
@@ -223,24 +224,8 @@ def test_a_recipe_that_leads_out_is_not_read(source: Path, out: Path) -> None:
     assert done.exit_code == 3 and "recipe.yaml: is a link that leads out" in done.stderr
 
 
-def cached(folder: Path, root: Path) -> Path:
-    """A folder as the Hub's cache holds it: links into `blobs`, which lie on another disk."""
-    repo, blobs = root / "models--me--ours", root / "disk"
-    snapshot = repo / "snapshots" / "0123abcd"
-    blobs.mkdir(parents=True)
-    repo.mkdir()
-    (repo / "blobs").symlink_to(blobs)
-    for number, path in enumerate(path for path in sorted(folder.rglob("*")) if path.is_file()):
-        target = snapshot / path.relative_to(folder)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, blobs / str(number))
-        up = "../" * len(target.parent.relative_to(repo).parts)
-        target.symlink_to(f"{up}blobs/{number}")
-    return snapshot
-
-
 def test_an_output_and_its_source_in_the_hubs_cache(source: Path, out: Path, tmp_path: Path) -> None:
-    ours, theirs = cached(out, tmp_path / "a"), cached(source, tmp_path / "b")
+    ours, theirs = hub_cache(out, tmp_path / "a"), hub_cache(source, tmp_path / "b")
     report = verify(ours, theirs)
     assert report.ok and report.set_aside == [], report.problems
     (ours / "README.md").unlink()
