@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import walks
+from ranks import forked
 from walks import MICRO, same_labels, shrink, some_tokens, walked, watch
 
 from mimoquant.calibration.tokens import CalibrationRecord
@@ -23,8 +21,6 @@ from mimoquant.fisher.matrices import Fisher
 from mimoquant.fisher.walk import FisherSettings
 from mimoquant.model.layer_stream import portions
 
-DRIVER = Path(__file__).parent / "walk_driver.py"
-REPOSITORY = DRIVER.parent.parent.parent
 TOKENS = some_tokens(MICRO, walks.SEQUENCES, walks.TOKENS)
 HOST, FILES = FisherSettings(), FisherSettings(states="files")
 LAYERS = (1, 2, 3, 4)  # of the micro checkpoint: those with experts
@@ -55,13 +51,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory, small_portions: None) -> Pat
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def start(ranks: int, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    env = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "MIMOQUANT_RANK_TIMEOUT_S": "60"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command = [*torchrun, str(DRIVER), str(folder), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
 
 
 def test_a_finished_walk_holds_matrices_and_facts_alone(whole: Path) -> None:
@@ -178,7 +167,7 @@ def test_killed_between_its_last_steps(whole: Path, tmp_path: Path, monkeypatch:
 
 
 def test_two_ranks_give_the_bytes_of_one(whole: Path, tmp_path: Path) -> None:
-    done = start(2, tmp_path / "fisher")
+    done = forked(2, "walk_driver", tmp_path / "fisher")
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "fisher") == contents(whole)
 
@@ -192,9 +181,9 @@ def test_another_number_of_ranks_goes_on(
 ) -> None:
     """Three ranks have a portion each, of four one has none."""
     folder = tmp_path / "fisher"
-    done = start(3, folder, "--states", states, "--kill-at", str(count), "--kill-rank", killed)
+    done = forked(3, "walk_driver", folder, "--states", states, "--kill-at", str(count), "--kill-rank", killed)
     assert done.returncode != 0 and not folder.exists() and folder.with_name("fisher.partial").is_dir()
-    done = start(ranks, folder, "--states", states, "--resume")
+    done = forked(ranks, "walk_driver", folder, "--states", states, "--resume")
     assert done.returncode == 0, done.stderr
     assert contents(folder) == contents(whole)
 

@@ -1,4 +1,4 @@
-"""A walk back under torchrun, with small portions, for `test_walk_back`.
+"""A walk back as one of several ranks, with small portions, for `test_walk_back`.
 
 usage: python walk_driver.py FOLDER [--resume] [--states host|files] [--kill-at COUNT] [--kill-rank RANK]
 

@@ -1,19 +1,20 @@
-"""Runs that several processes share, started by torchrun with gloo: the bytes of one process, and a clean end."""
+"""Runs that several processes share, with gloo: the bytes of one process, and a clean end.
+
+Most ranks are forked (see `ranks`); a run of each kind is under torchrun: one that ends well, one that is killed.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import rank_driver
 import torch
 from micro import MICRO, contents
+from ranks import TESTS, forked, under_torchrun
 from typer.testing import CliRunner
 
 from mimoquant import pipeline
@@ -26,9 +27,7 @@ from mimoquant.planning.recipe import load_recipe
 from mimoquant.run.deal import deal
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-DRIVER = REPOSITORY / "tests" / "rank_driver.py"
 SMALL = ("--sequences", "48", "--tokens", "64", "--device", "cpu")
-LIMIT_S = 120
 AWQ = r"""
 default_stage:
   default_modifiers:
@@ -45,15 +44,11 @@ mimoquant: {carve_outs: {3: bf16}, fold: exact-real, calibration: {propagate: or
 """
 
 
-def start(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+def start(ranks: int, *arguments: str, torchrun: bool = False) -> subprocess.CompletedProcess[str]:
     """The command line in so many processes, each with one thread: sums must have one order. One is this process."""
-    if ranks == 1:
-        return alone(*arguments)
-    env = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "MIMOQUANT_RANK_TIMEOUT_S": "60"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return subprocess.run(
-        [*torchrun, str(DRIVER), *arguments], capture_output=True, text=True, env=env, timeout=LIMIT_S
-    )
+    if torchrun:
+        return under_torchrun(ranks, TESTS / "rank_driver.py", *arguments)
+    return alone(*arguments) if ranks == 1 else forked(ranks, "rank_driver", *arguments)
 
 
 def alone(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -69,8 +64,11 @@ def alone(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(arguments, done.exit_code, done.stdout, done.stderr)
 
 
-def quantize(ranks: int, recipe: str, out: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    return start(ranks, "quantize", str(MICRO), "--recipe", recipe, "--out", str(out), "--json", *options)
+def quantize(
+    ranks: int, recipe: str, out: Path, *options: str, torchrun: bool = False
+) -> subprocess.CompletedProcess[str]:
+    verb = ("quantize", str(MICRO), "--recipe", recipe, "--out", str(out), "--json")
+    return start(ranks, *verb, *options, torchrun=torchrun)
 
 
 def same(one: Path, other: Path) -> bool:
@@ -96,7 +94,7 @@ def gptq(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_data_free_runs_write_the_bytes_of_one_process(tmp_path: Path) -> None:
     pipeline.quantize(make_plan(MICRO, load_recipe("int4-g128-rtn")), tmp_path / "one", device="cpu")
-    done = quantize(2, "int4-g128-rtn", tmp_path / "two", "--device", "cpu")
+    done = quantize(2, "int4-g128-rtn", tmp_path / "two", "--device", "cpu", torchrun=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["out"] == str(tmp_path / "two")  # one rank prints
     assert same(tmp_path / "one", tmp_path / "two")
@@ -108,7 +106,7 @@ def test_a_finished_run_that_is_started_again_is_told_once_and_left_as_it_is(gpt
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("is finished already") == 1 and json.loads(done.stdout)["out"] == str(gptq)
     refused = quantize(2, "gptq-int4-g128", gptq, *SMALL, "--refine", "1", "--resume")
-    assert refused.returncode == 1 and refused.stderr.count("calibration.reconstruct was None, is now 1") == 1
+    assert refused.returncode == 2 and refused.stderr.count("calibration.reconstruct was None, is now 1") == 1
     assert contents(gptq) == before
 
 
@@ -148,9 +146,8 @@ def test_folds_kept_layers_and_original_tokens_too(awq: Path, tmp_path: Path) ->
 
 
 def test_a_killed_rank_ends_the_run_and_another_number_of_ranks_goes_on(gptq: Path, tmp_path: Path) -> None:
-    begin = time.monotonic()
     done = quantize(2, "gptq-int4-g128", tmp_path / "out", *SMALL, "--kill-at", "2")
-    assert done.returncode != 0 and time.monotonic() - begin < 60
+    assert done.returncode != 0
     assert not (tmp_path / "out").exists() and (tmp_path / "out.partial" / "journal-1.jsonl").is_file()
     assert done.stderr.count("error: ") == 1 and "hint: a quantize run goes on with --resume" in done.stderr
     done = quantize(1, "gptq-int4-g128", tmp_path / "out", *SMALL, "--resume")
@@ -159,13 +156,16 @@ def test_a_killed_rank_ends_the_run_and_another_number_of_ranks_goes_on(gptq: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("killed", "count", "ranks"), [("0", 3, 3), ("1", 1, 2), ("2", 1, 2)])
+@pytest.mark.parametrize(
+    ("killed", "count", "ranks", "torchrun"), [("0", 3, 3, False), ("1", 1, 2, True), ("2", 1, 2, False)]
+)
 def test_resuming_with_more_and_with_fewer_ranks(
-    killed: str, count: int, ranks: int, gptq: Path, tmp_path: Path
+    killed: str, count: int, ranks: int, torchrun: bool, gptq: Path, tmp_path: Path
 ) -> None:
-    done = quantize(3, "gptq-int4-g128", tmp_path / "out", *SMALL, "--kill-at", str(count), "--kill-rank", killed)
+    kill = ("--kill-at", str(count), "--kill-rank", killed)
+    done = quantize(3, "gptq-int4-g128", tmp_path / "out", *SMALL, *kill, torchrun=torchrun)
     assert done.returncode != 0 and not (tmp_path / "out").exists()
-    done = quantize(ranks, "gptq-int4-g128", tmp_path / "out", *SMALL, "--resume")
+    done = quantize(ranks, "gptq-int4-g128", tmp_path / "out", *SMALL, "--resume", torchrun=torchrun)
     assert done.returncode == 0, done.stderr
     assert same(gptq, tmp_path / "out")
 
