@@ -129,6 +129,31 @@ def mxfp8(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return codes.flatten(1), (exponent + 127).to(torch.uint8), values
 
 
+def expert_values(folder: Path) -> Tensors:
+    """Every expert's values in bf16 but for int4, decoded by hand from whichever layout, by its module's name."""
+    tensors, out = read(folder)[1], {}
+    for name, codes in tensors.items():
+        module, _, suffix = name.rpartition(".")
+        if ".experts." not in name or suffix not in ("weight", "weight_packed") or codes.dtype == torch.int32:
+            continue
+        if codes.dtype == torch.bfloat16:
+            out[module] = codes
+            continue
+        scale = tensors.get(f"{module}.weight_scale", tensors.get(f"{name}_scale_inv"))
+        assert scale is not None
+        if codes.dtype == torch.float8_e4m3fn:
+            out[module] = from_blocks(codes, scale)
+            continue
+        step = torch.exp2(scale.float() - 127) if scale.dtype == torch.uint8 else scale.float()
+        if f"{module}.weight_global_scale" in tensors:
+            step = step / tensors[f"{module}.weight_global_scale"]
+        elif f"{module}.weight_scale_2" in tensors:
+            step = step * tensors[f"{module}.weight_scale_2"]
+        values = E2M1[unpack(codes).long()]
+        out[module] = (values.unflatten(1, (scale.shape[1], -1)) * step[..., None]).flatten(1).bfloat16()
+    return out
+
+
 # --- releases ---------------------------------------------------------------------------------------------------------
 
 

@@ -65,31 +65,13 @@ def j(source: Path, candidate: Path) -> float:
     return float(eval_kl(source, candidate, tokens, noise_floor=False)["j"]["mean"])
 
 
-def experts(folder: Path) -> dict[str, torch.Tensor]:
-    """Every expert's values in bf16, decoded by hand from whichever layout."""
-    tensors, out = published.read(folder)[1], {}
-    for name, codes in tensors.items():
-        module, _, suffix = name.rpartition(".")
-        if ".experts." not in name or suffix not in ("weight", "weight_packed"):
-            continue
-        scale = tensors[f"{module}.weight_scale"]
-        step = torch.exp2(scale.float() - 127) if scale.dtype == torch.uint8 else scale.float()
-        if f"{module}.weight_global_scale" in tensors:
-            step = step / tensors[f"{module}.weight_global_scale"]
-        elif f"{module}.weight_scale_2" in tensors:
-            step = step * tensors[f"{module}.weight_scale_2"]
-        values = published.E2M1[published.unpack(codes).long()]
-        out[module] = (values.unflatten(1, (scale.shape[1], -1)) * step[..., None]).flatten(1).bfloat16()
-    return out
-
-
 @pytest.mark.parametrize("container", ["compressed-tensors", "modelopt"])
 @pytest.mark.parametrize("kind", ["native", "compressed-tensors"])
 def test_a_cast_has_the_values_of_its_source(
     sources: dict[str, Path], kind: str, container: str, tmp_path: Path
 ) -> None:
     out = cast_into(sources[kind], tmp_path / "out", container)
-    before, after = experts(sources[kind]), experts(out)
+    before, after = published.expert_values(sources[kind]), published.expert_values(out)
     assert len(before) == len(after) == 4 * 8 * 3
     for module, values in before.items():
         assert torch.equal(values.view(torch.int16), after[module].view(torch.int16)), module
@@ -152,12 +134,6 @@ def test_what_is_not_mxfp4_is_not_cast(sources: dict[str, Path], tmp_path: Path)
     assert "mxfp4-cast" in str(caught.value.hint)
 
 
-def test_a_layer_of_a_cast_cannot_be_kept(sources: dict[str, Path]) -> None:
-    text = (Path(MICRO).parent.parent / "recipes" / "nvfp4-cast.yaml").read_text() + "  carve_outs: {2: bf16}\n"
-    with pytest.raises(RecipeError, match="layer 2 cannot be kept, its experts are in 4 bits already"):
-        make_plan(sources["native"], parse_recipe(text, "kept"))
-
-
 def test_a_cast_is_of_4_bit_floats_alone() -> None:
     text = (
         (Path(MICRO).parent.parent / "recipes" / "int4-g32-mse.yaml")
@@ -189,8 +165,8 @@ def test_everything_but_experts_is_the_sources_bytes(sources: dict[str, Path], d
     assert len(after) == len(before) + 2 * 96
     scales = [value for name, value in after.items() if name.endswith(".input_scale")]
     assert len(scales) == 96 and all(same_bytes(scale, torch.ones(())) for scale in scales)
-    values = experts(dense)
-    for module, expected in experts(sources["v2.6"]).items():
+    values = published.expert_values(dense)
+    for module, expected in published.expert_values(sources["v2.6"]).items():
         assert torch.equal(expected.view(torch.int16), values[module].view(torch.int16)), module
     metadata = json.loads((dense / "model.safetensors.index.json").read_text())["metadata"]
     assert metadata["tp_size"] == 2 and "save_format" not in metadata
@@ -301,9 +277,9 @@ def casts(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
 def test_there_and_back_no_value_changes(
     sources: dict[str, Path], casts: dict[str, tuple[Path, Path]], way: str
 ) -> None:
-    before = experts(sources["v2.6"])
+    before = published.expert_values(sources["v2.6"])
     for source, out in ((sources["v2.6"], casts[way][0]), casts[way]):
-        after = experts(out)
+        after = published.expert_values(out)
         assert before.keys() == after.keys()
         assert all(torch.equal(before[m].view(torch.int16), after[m].view(torch.int16)) for m in before)
         report = verify(out, source)

@@ -351,8 +351,8 @@ class _Values:
     def audit(self, step: Experts) -> None:
         """Judge each quantized weight of a chunk by its source value."""
         assert step.fmt is not None
-        codes = self.plan.recipe.casts
-        stacks = read_experts(self.ours, self.plan.layout, step.layer, step.begin, step.end, as_codes=codes)
+        layer, begin, end = step.layer, step.begin, step.end
+        stacks = read_experts(self.ours, self.plan.layout, layer, begin, end, as_codes=step.as_codes)
         names = (entry.name for entry in step.entries)
         geometry, container = self.plan.layout.geometry, self.plan.container
         stored = read_parts(self.theirs, names, step.end - step.begin, step.fmt, container, geometry)

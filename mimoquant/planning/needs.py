@@ -102,7 +102,8 @@ def _source_bytes(plan: Plan, step: Experts | Dequantize) -> int:
 def expert_bytes(plan: Plan, layer: int, expert: int) -> int:
     """An expert of the source, with its scales, as it is read."""
     weights = (plan.layout.expert(layer, expert, projection) for projection in PROJECTIONS)
-    return sum(weight.loaded_bytes(as_codes=plan.recipe.casts) for weight in weights)
+    as_codes = plan.recipe.casts and plan.carve_outs.get(layer) != "bf16"
+    return sum(weight.loaded_bytes(as_codes=as_codes) for weight in weights)
 
 
 def _tokens(plan: Plan) -> int:

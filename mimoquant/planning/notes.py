@@ -18,7 +18,7 @@ def plan_notes(layout: ModelLayout, recipe: Recipe, container: str, carve_outs: 
     if problem and not recipe.output.mend_json:
         notes.append(f"the drafter is copied as it is, but {problem}")
     notes += _dense_notes(layout, recipe, container)
-    if container == NATIVE and carve_outs:
+    if container == NATIVE and "bf16" in carve_outs.values():
         notes.append("bf16 layers in the native container go by ignored_layers, as vLLM 0.33 reads it; SGLang untried")
     if not layout.mtp_layers:
         notes.append("the source has no MTP layers: speculative decoding by MTP will not be possible")

@@ -16,6 +16,7 @@ from mimoquant.checkpoint.index import CheckpointIndex, open_index, read_json_in
 from mimoquant.errors import CheckpointError, MimoquantError, RecipeError
 from mimoquant.model.config_keys import text_keys
 from mimoquant.model.layout import PROJECTIONS, ModelLayout, read_layout
+from mimoquant.planning.carve_outs import kept_as, kept_kinds, stored_kind, with_carve_outs
 from mimoquant.planning.notes import plan_notes
 from mimoquant.planning.recipe import Recipe
 from mimoquant.planning.side_json import Fault, json_faults, refusal
@@ -111,15 +112,16 @@ def make_plan(
     """
     layout = _read_source(source, recipe, allow_unknown=allow_unknown)
     index = layout.index
-    formats, carve_outs = _resolve_layers(layout, recipe)
+    formats, kept = _resolve_layers(layout, recipe)
     if recipe.casts:
         _check_cast(layout, recipe, formats)
+    carve_outs = kept_kinds(layout, recipe, kept)
     _check_shapes(layout, recipe, formats)
     notes: list[str] = []
     chosen = _choose_container(layout, recipe, container or recipe.container, formats, carve_outs, notes)
     if chosen == MODELOPT:
         formats = {layer: replace(fmt, pow2_global=True) for layer, fmt in formats.items()}
-    recipe = _with_carve_outs(recipe, carve_outs)
+    recipe = with_carve_outs(recipe, kept)
     builder = UnitBuilder(layout, chosen, formats, carve_outs, chunk_bytes, recipe.output, casts=recipe.casts)
     units = builder.units()
     notes += plan_notes(layout, recipe, chosen, carve_outs)
@@ -280,18 +282,19 @@ def _check_shapes(layout: ModelLayout, recipe: Recipe, formats: dict[int, Format
 
 
 def _check_cast(layout: ModelLayout, recipe: Recipe, formats: dict[int, Format]) -> None:
-    """What is cast is MXFP4, or NVFP4 that becomes it; what is kept is not packed."""
+    """What is cast is MXFP4, or NVFP4 that becomes it."""
     back = any(fmt.name == "mxfp4" for fmt in formats.values())
     for (layer, _, _), weight in layout.experts.items():
-        found = packed_format(weight).label if weight.packed else "fp8" if weight.scale else "bf16"
+        found = stored_kind(weight)
         if layer in formats and found not in (("mxfp4", "nvfp4") if back else ("mxfp4",)):
             raise RecipeError(
                 f"recipe {recipe.name}: casts MXFP4 experts{' and NVFP4 of them' if back else ''}, {weight.name} is "
                 f"{found}",
-                hint="quantize such a source by another recipe" if not weight.packed else None,
+                hint=None
+                if weight.packed
+                else "quantize such a source by another recipe; where it is a layer of a "
+                f"cast, keep it: carve_outs: {{{layer}: source}}",
             )
-        if layer not in formats and weight.packed:
-            raise RecipeError(f"recipe {recipe.name}: layer {layer} cannot be kept, its experts are in 4 bits already")
 
 
 def _choose_container(
@@ -313,36 +316,35 @@ def _choose_container(
         )
     only_mxfp4 = all(fmt.name == "mxfp4" for fmt in formats.values())
     if recipe.casts and only_mxfp4:
-        return _container_of_mxfp4(layout, recipe, wanted)
+        return _container_of_mxfp4(layout, recipe, wanted, carve_outs)
     obstacle = None
     if not only_mxfp4:
         obstacle = "holds MXFP4 only"
     elif "fp8" in carve_outs.values():
         obstacle = "cannot hold a layer of FP8 experts"
     else:
-        obstacle = native_obstacle(layout, formats)
+        obstacle = native_obstacle(layout, [*formats, *kept_as(carve_outs, "mxfp4")])
     if wanted == NATIVE and obstacle:
         raise RecipeError(
             f"recipe {recipe.name}: the native container {obstacle}", hint=f"use --container {COMPRESSED_TENSORS}"
         )
     if wanted is None and only_mxfp4 and obstacle:
         notes.append(f"container compressed-tensors: the native MXFP4 container {obstacle}")
-    chosen = wanted or (COMPRESSED_TENSORS if obstacle else NATIVE)
-    fp8_kept = sorted(layer for layer, kind in carve_outs.items() if kind == "fp8")
-    of_kept = [layout.expert(layer, 0, p) for layer in fp8_kept for p in PROJECTIONS]
-    if other := next((weight for weight in of_kept if not weight.scale), None):
-        held = packed_format(other).label if other.packed else "bf16"
-        raise RecipeError(f"recipe {recipe.name}: layer {fp8_kept[0]} cannot stay fp8, the source's experts are {held}")
-    return chosen
+    return wanted or (COMPRESSED_TENSORS if obstacle else NATIVE)
 
 
-def _container_of_mxfp4(layout: ModelLayout, recipe: Recipe, wanted: str | None) -> str:
+def _container_of_mxfp4(layout: ModelLayout, recipe: Recipe, wanted: str | None, carve_outs: dict[int, str]) -> str:
     """Where MXFP4 goes that is cast: from the native container to compressed-tensors', from any other back to it."""
     native = layout.geometry.fp8
     chosen = wanted or (COMPRESSED_TENSORS if native else NATIVE)
     first = next(iter(layout.experts.values()))
     here = NATIVE if native else COMPRESSED_TENSORS if packed_format(first).name == "mxfp4" else None
-    if chosen == here:
+    if chosen == NATIVE and "fp8" in carve_outs.values():
+        raise RecipeError(
+            f"recipe {recipe.name}: the native container cannot hold a layer of FP8 experts",
+            hint=f"use --container {COMPRESSED_TENSORS}",
+        )
+    if chosen == here and "bf16" not in carve_outs.values():
         raise RecipeError(f"recipe {recipe.name}: the experts are MXFP4 in the {chosen} container already")
     scales = {weight.scale.dtype for weights in layout.units.values() for weight in weights if weight.scale}
     dtypes = {w.info.dtype for ws in layout.units.values() for w in ws if w.role in _LINEAR_ROLES}
@@ -358,7 +360,8 @@ def _check_modelopt(
     layout: ModelLayout, recipe: Recipe, formats: dict[int, Format], carve_outs: dict[int, str]
 ) -> None:
     other = next((fmt for fmt in formats.values() if fmt.name != "nvfp4"), None)
-    problem = f"not {other.label}" if other else "and no layer of FP8 experts" if "fp8" in carve_outs.values() else None
+    kept = next((kind for kind in carve_outs.values() if kind != "bf16"), None)
+    problem = f"not {other.label}" if other else f"and no layer of {kept.upper()} experts" if kept else None
     if problem:
         raise RecipeError(
             f"recipe {recipe.name}: the modelopt container holds NVFP4, {problem}",
@@ -382,13 +385,6 @@ def _named_modules(container: str, layout: ModelLayout, units: list[Unit]) -> li
         return []
     entries = (entry for unit in units for step in unit.steps if step.role in _LINEAR for entry in step.entries)
     return [entry.name.removesuffix(".weight") for entry in entries if entry.dtype == "BF16"]
-
-
-def _with_carve_outs(recipe: Recipe, carve_outs: dict[int, str]) -> Recipe:
-    """The recipe with its kept layers named both ways: `carve_outs` for us, `ignore` for llm-compressor."""
-    patterns = [rf"re:.*layers\.{layer}\.mlp\.experts\..*" for layer in sorted(carve_outs)]
-    ignore = tuple(dict.fromkeys((*recipe.ignore, *patterns)))
-    return replace(recipe, carve_outs=carve_outs, ignore=ignore)
 
 
 WRITE_LANES = 3  # shards that are written and hashed at once where a GPU fills them faster than one thread hashes

@@ -38,7 +38,7 @@ from mimoquant.weights.container import CONTAINERS, format_weights
 
 VERSION = 1
 MAX_RECIPE_BYTES = 1_000_000
-CARVE_OUTS = ("bf16", "fp8")
+CARVE_OUTS = ("bf16", "fp8", "source")
 _PRESETS = {
     "W4A16": Format("int4", 128),
     "W4A16_ASYM": Format("int4", 128, symmetric=False),
@@ -433,7 +433,7 @@ class _Parser:
         carve_outs = self.mapping(block.get("carve_outs") or {}, "mimoquant.carve_outs")
         for layer, kind in carve_outs.items():
             if type(layer) is not int or layer < 0 or kind not in CARVE_OUTS:
-                self.fail(f"carve_outs has {layer!r}: {kind!r}; expected a layer number and bf16 or fp8")
+                self.fail(f"carve_outs has {layer!r}: {kind!r}; expected a layer number and bf16, fp8 or source")
         fold, refine, signed = self.rounding(block)
         held = parse_calibration(block.get("calibration"), block.get("objective", "output"), self.fail)
         recipe = replace(

@@ -18,7 +18,7 @@ from mimoquant.errors import CheckpointError
 from mimoquant.model.layout import PROJECTIONS, ModelLayout, Weight, expert_module
 from mimoquant.planning.output_settings import OutputSettings
 from mimoquant.planning.reorder import Reorder, reorder
-from mimoquant.quant.formats import Format
+from mimoquant.quant.formats import MXFP4, Format
 from mimoquant.weights.container import expert_tensors, keeps_fp8, shape_tensor
 
 
@@ -66,13 +66,15 @@ class InputScales:
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """Experts `begin..end` of a MoE layer. `fmt` None: kept, as `kept` bf16 or fp8."""
+    """Experts `begin..end` of a MoE layer. `fmt` None: kept, as `kept` bf16, fp8 or mxfp4. `as_codes`: 4 bits of the
+    source are read as the codes that they are, not as bf16."""
 
     layer: int
     begin: int
     end: int
     fmt: Format | None
     kept: str | None
+    as_codes: bool
     entries: tuple[Entry, ...]
     role: ClassVar[str] = "expert"
 
@@ -175,19 +177,20 @@ class UnitBuilder:
             )
         if fmt and self.input_scales != "none":
             yield InputScales(tuple(Entry(f"{expert_module(layer, e, p)}.input_scale", "F32", ()) for e, p in modules))
-        size = sum(self.layout.expert(layer, 0, p).loaded_bytes(as_codes=self.casts) for p in PROJECTIONS)
+        kept = self.carve_outs.get(layer)
+        small = self.casts and kept != "bf16"  # a kept layer of a calibrated run goes through as bf16 too
+        size = sum(self.layout.expert(layer, 0, p).loaded_bytes(as_codes=small) for p in PROJECTIONS)
         chunk = -(-experts // -(-experts // max(1, self.chunk_bytes // size)))  # as even as can be, for ranks
         for begin in range(0, experts, chunk):
             end = min(begin + chunk, experts)
-            kept = self.carve_outs.get(layer)
             entries = tuple(entry for e in range(begin, end) for entry in self._expert_entries(layer, e, fmt, kept))
-            yield Experts(layer, begin, end, fmt, kept, entries)
+            yield Experts(layer, begin, end, fmt, kept, small or kept == "mxfp4", entries)
 
     def _expert_entries(self, layer: int, expert: int, fmt: Format | None, kept: str | None) -> Iterable[Entry]:
         for projection in PROJECTIONS:
             module, shape = expert_module(layer, expert, projection), self.layout.geometry.expert_shape(projection)
-            if fmt:
-                for stored in expert_tensors(self.container, fmt, *shape):
+            if fmt or kept == "mxfp4":
+                for stored in expert_tensors(self.container, fmt or MXFP4, *shape):
                     yield Entry(f"{module}.{stored.suffix}", stored.dtype, stored.shape)
             elif kept == "fp8":
                 weight = self.layout.expert(layer, expert, projection)

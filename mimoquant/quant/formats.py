@@ -113,3 +113,6 @@ class Format:
         if out_features % 8:
             return f"{out_features} rows are no multiple of 8"
         return None
+
+
+MXFP4 = Format("mxfp4", 32)

@@ -73,8 +73,8 @@ def rehearse(plan: Plan, device: str, folder: Path | None = None) -> Estimate:
 
 
 def _read(plan: Plan, reader: CheckpointReader, engine: Engine, step: Experts) -> dict[str, Stack]:
-    codes = plan.recipe.casts
-    return read_experts(reader, plan.layout, step.layer, step.begin, step.end, engine.empty, as_codes=codes)
+    layer, begin, end = step.layer, step.begin, step.end
+    return read_experts(reader, plan.layout, layer, begin, end, engine.empty, as_codes=step.as_codes)
 
 
 def _read_rate(plan: Plan, reader: CheckpointReader, engine: Engine, steps: Sequence[Experts]) -> float:

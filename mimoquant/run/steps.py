@@ -18,15 +18,24 @@ import numpy.typing as npt
 from mimoquant.checkpoint.index import TensorInfo
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.errors import CheckpointError
-from mimoquant.model.layout import PROJECTIONS
+from mimoquant.model.layout import PROJECTIONS, Weight
 from mimoquant.planning.plan import Plan
 from mimoquant.planning.reorder import Reorder, RowBlock, block_values, read_blocks
 from mimoquant.planning.units import Copy, Dequantize, Experts, InputScales, Shapes, Step
 from mimoquant.quant.cast import InexactError, cast
+from mimoquant.quant.formats import MXFP4
 from mimoquant.quant.stack import Engine, NonFiniteError, Stack
 from mimoquant.run.deal import Task
 from mimoquant.weights.container import expert_tensors
-from mimoquant.weights.stored import dequantize, not_finite, read_experts, read_matrix, refuse_non_finite
+from mimoquant.weights.stored import (
+    dequantize,
+    expanded,
+    not_finite,
+    packed_scale,
+    read_experts,
+    read_matrix,
+    refuse_non_finite,
+)
 
 if TYPE_CHECKING:
     from mimoquant.run.calibrated import Calibrator
@@ -221,7 +230,8 @@ class Dequantizing(Computing[Dequantize]):
 
 
 class KeepingExperts(Computing[Experts]):
-    """A chunk of experts that a carve-out keeps, in bf16 or FP8. The calibration tokens go through it on all ranks."""
+    """A chunk of experts that a carve-out keeps, in bf16, FP8 or MXFP4. The calibration tokens go through it on all
+    ranks."""
 
     label = "keep experts"
 
@@ -233,25 +243,37 @@ class KeepingExperts(Computing[Experts]):
         for expert in range(step.end - step.begin):
             for projection in PROJECTIONS:
                 values, scales = data[projection]
+                one = slice(expert, expert + 1)
+                stack = Stack(values[one], None if scales is None else scales[one])
                 weight = layout.expert(step.layer, step.begin + expert, projection)
-                refuse_non_finite(weight.info, values[expert])
-                if step.kept == "fp8":
-                    assert scales is not None and weight.scale is not None
-                    refuse_non_finite(weight.scale, scales[expert])
-                    yield next(names).name, scales[expert]
-                    yield next(names).name, values[expert]
-                else:
-                    one = slice(expert, expert + 1)
-                    stack = Stack(values[one], None if scales is None else scales[one])
-                    yield next(names).name, dequantize(stack, weight, layout.geometry, shop.engine)
+                for array in _kept(shop, step, weight, stack):
+                    yield next(names).name, array
 
     def yielded(self, shop: Workshop, loaded: Loaded, calibrator: Calibrator | None) -> Produced:
         (step,), stacks = loaded.steps, loaded.data
         assert isinstance(step, Experts)
         if calibrator is not None:
-            calibrator.keep(step, stacks)
+            calibrator.keep(step, {p: expanded(stack) for p, stack in stacks.items()} if step.as_codes else stacks)
         if loaded.task.writes:
             yield from self._values(shop, step, stacks)
+
+
+def _kept(shop: Workshop, step: Experts, weight: Weight, stack: Stack) -> Iterator[Array]:
+    """What is stored of a kept matrix, a stack of one, in the order of its entries."""
+    if step.kept == "bf16":
+        refuse_non_finite(weight.info, stack.values, dtype="BF16" if weight.packed else None)
+        yield dequantize(stack, weight, shop.plan.layout.geometry, shop.engine)
+        return
+    assert stack.scales is not None
+    codes, scales, packed = stack.values[0], stack.scales[0], step.kept == "mxfp4"
+    refuse_non_finite(packed_scale(weight) if packed else weight.infos[1], scales)
+    if packed:
+        rows, width = codes.shape
+        stored = expert_tensors(shop.plan.container, MXFP4, rows, 2 * width)
+        yield from ({"codes": codes, "scale": scales}[tensor.part] for tensor in stored)
+        return
+    refuse_non_finite(weight.info, codes)
+    yield from (scales, codes)
 
 
 class QuantizingExperts:
@@ -315,10 +337,8 @@ def label(loaded: Loaded) -> str:
 
 
 def _read_chunk(shop: Workshop, step: Experts) -> dict[str, Stack]:
-    codes = shop.plan.recipe.casts
-    return read_experts(
-        shop.reader, shop.plan.layout, step.layer, step.begin, step.end, shop.engine.empty, as_codes=codes
-    )
+    layer, begin, end = step.layer, step.begin, step.end
+    return read_experts(shop.reader, shop.plan.layout, layer, begin, end, shop.engine.empty, as_codes=step.as_codes)
 
 
 def _encoded(shop: Workshop, step: Experts, stacks: dict[str, Stack]) -> Parts:

@@ -32,7 +32,7 @@ import numpy.typing as npt
 from mimoquant.model.config_keys import drop_text_key, set_text_key, text_keys
 from mimoquant.model.geometry import IGNORE_LISTS
 from mimoquant.model.layout import PROJECTIONS, expert_module
-from mimoquant.quant.formats import Format
+from mimoquant.quant.formats import MXFP4, Format
 
 COMPRESSED_TENSORS, NATIVE, MODELOPT = "compressed-tensors", "native", "modelopt"
 CONTAINERS = (COMPRESSED_TENSORS, NATIVE, MODELOPT)
@@ -141,9 +141,10 @@ def output_config(
     modules: Sequence[str] = (),
     input_scales: str = "none",
 ) -> dict[str, Any]:
-    """The source's config.json with the keys that the output changes. `formats`: MoE layer → format; `bf16_qkv`: layers
-    whose q, k, v become bf16 in a container that keeps others in FP8; `modules`: beside the experts, those that stay
-    FP8 in ModelOpt's container, or that are bf16 in a native one whose source is in another."""
+    """The source's config.json with the keys that the output changes. `formats`: MoE layer → format; `carve_outs`: MoE
+    layer → what it is kept in; `bf16_qkv`: layers whose q, k, v become bf16 in a container that keeps others in FP8;
+    `modules`: beside the experts, those that stay FP8 in ModelOpt's container, or that are bf16 in a native one whose
+    source is in another."""
     out = copy.deepcopy(config)
     if container == NATIVE:
         if (text_keys(out, _CONFIG).get("quantization_config") or {}).get("quant_method") != "fp8":
@@ -155,8 +156,8 @@ def output_config(
         quantization = text_keys(out, _CONFIG)["quantization_config"]
         quantization["store_dtype"] = "mxfp4"
         quantization["mxfp4_block_size"] = 32
-        if carve_outs:
-            add_ignored(out, [f"model.layers.{layer}.mlp.experts" for layer in sorted(carve_outs)])
+        if bf16_layers := [layer for layer, kind in sorted(carve_outs.items()) if kind == "bf16"]:
+            add_ignored(out, [f"model.layers.{layer}.mlp.experts" for layer in bf16_layers])
         if bf16_qkv:
             ignore_qkv(out, [f"model.layers.{layer}" for layer in bf16_qkv])
         return out
@@ -234,6 +235,7 @@ def _engine_names(module: str) -> Iterator[str]:
 
 
 def _compressed_tensors_config(formats: dict[int, Format], carve_outs: dict[int, str]) -> dict[str, Any]:
+    formats = formats | {layer: MXFP4 for layer, kind in carve_outs.items() if kind == "mxfp4"}
     distinct = sorted(set(formats.values()), key=lambda fmt: fmt.label)
     groups: dict[str, Any] = {}
     for number, fmt in enumerate(distinct):

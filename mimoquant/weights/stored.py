@@ -50,11 +50,7 @@ def read_stack(reader: CheckpointReader, weights: list[Weight], empty: Callable[
     if any(bool(weight.packed) != bool(weights[0].packed) for weight in weights):
         raise CheckpointError(f"{weights[0].name}: its neighbours are stored otherwise; a layer's experts are alike")
     if weights[0].packed:
-        codes, exponents = read_codes(reader, weights)
-        assert exponents is not None
-        values = empty((*codes.shape[:2], 2 * codes.shape[2]), np.uint16)
-        expand(codes, exponents, values)
-        return Stack(values, None)
+        return expanded(read_codes(reader, weights), empty)
     fp8 = weights[0].scale is not None
     if any((weight.scale is not None) != fp8 for weight in weights):
         raise CheckpointError(f"{weights[0].name}: its neighbours have another dtype; a layer's experts must share one")
@@ -69,12 +65,20 @@ def read_stack(reader: CheckpointReader, weights: list[Weight], empty: Callable[
     return Stack(values, scales)
 
 
+def expanded(codes: Stack, empty: Callable[..., Array] = np.empty) -> Stack:
+    """MXFP4 as bf16."""
+    assert codes.scales is not None
+    values = empty((*codes.values.shape[:2], 2 * codes.values.shape[2]), np.uint16)
+    expand(codes.values, codes.scales, values)
+    return Stack(values, None)
+
+
 def read_codes(reader: CheckpointReader, weights: list[Weight], empty: Callable[..., Array] = np.empty) -> Stack:
     """Experts in MXFP4, or in NVFP4 of such values: packed codes and E8M0 exponents.
 
     Raises CheckpointError for NVFP4 that MXFP4 cannot hold exactly.
     """
-    scale = [next(info for info in weight.packed if part_name(info) == "scale") for weight in weights]
+    scale = [packed_scale(weight) for weight in weights]
     codes = empty((len(weights), *weights[0].info.shape), np.uint8)
     scales = empty((len(weights), *scale[0].shape), np.uint8)
     for infos, targets in (([weight.info for weight in weights], codes), (scale, scales)):
@@ -104,6 +108,11 @@ def part_name(info: TensorInfo) -> str:
     """`...gate_proj.weight_global_scale` → `global_scale`; ModelOpt's `weight_scale_2` → `multiplier`."""
     suffix = info.name.rpartition(".")[2].removeprefix("weight_")
     return "multiplier" if suffix == "scale_2" else suffix
+
+
+def packed_scale(weight: Weight) -> TensorInfo:
+    """The block scales of a 4-bit expert."""
+    return next(info for info in weight.packed if part_name(info) == "scale")
 
 
 def packed_format(weight: Weight) -> Format:
@@ -190,14 +199,15 @@ def not_finite(name: str) -> CheckpointError:
     )
 
 
-def refuse_non_finite(info: TensorInfo, block: Array) -> None:
-    """Raises CheckpointError for NaN or Inf in (a part of) a tensor's bytes as they are stored.
+def refuse_non_finite(info: TensorInfo, block: Array, dtype: str | None = None) -> None:
+    """Raises CheckpointError for NaN or Inf in (a part of) a tensor's bytes, as they are stored or in `dtype`.
 
     They have all exponent bits set; E4M3, which has no Inf, all bits but the sign; E8M0, which is stored as U8, all
     bits. Codes have neither.
     """
-    e8m0 = info.dtype == "F8_E8M0" or (info.dtype == "U8" and info.name.endswith(("_scale", "_scale_inv")))
-    kind, mask = (np.uint8, 0xFF) if e8m0 else _NOT_FINITE.get(info.dtype, (None, 0))
+    dtype = dtype or info.dtype
+    e8m0 = dtype == "F8_E8M0" or (dtype == "U8" and info.name.endswith(("_scale", "_scale_inv")))
+    kind, mask = (np.uint8, 0xFF) if e8m0 else _NOT_FINITE.get(dtype, (None, 0))
     if kind is not None and ((block.view(kind) & kind(mask)) == mask).any():
         raise not_finite(info.name)
 
