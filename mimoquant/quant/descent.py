@@ -1,26 +1,31 @@
-"""Codes improved one by one under the two-sided loss tr(F D H Dᵀ), after `two_sided`.
+"""Codes improved in rounds under the two-sided loss tr(F D H Dᵀ), after `two_sided`.
 
-Key idea: with all other codes given, an entry's best value has a closed form, w - d + (F D H)_ij / (F_ii H_jj) for what
-is left of it, and the code nearest to it is the best one. Rows go in bands, columns in blocks, and a tile goes by
-anti-diagonals (`tiles.improve_tile`); entries of one anti-diagonal share neither row nor column, so that they do not
-know of each other costs next to nothing. Where it does cost, an expert whose loss did not fall keeps what it had.
+Key idea: with all other codes given, an entry's best value has a closed form, its value and (F D H)_ij / (F_ii H_jj)
+for what is left, D. A round goes through the rows in panels, and a panel is one sweep of `two_sided` that starts from
+there: what an entry changes moves those below it and after it, by the metric and the Gram matrix with each column over
+its diagonal element. Changes above and after an entry, or below and before it, it does not know of: they couple by both
+matrices at once, which is little within a panel, and the next panel begins with the slope of what is then left. Where
+it does cost, an expert whose loss did not fall keeps what it had.
 
-Shapes: E experts, O rows, I columns, M rows of a band, N columns of a block.
+Shapes: E experts, O rows, I columns, P rows of a panel.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from mimoquant.quant.formats import Format
-from mimoquant.quant.gptq import BLOCK, spans
+from mimoquant.quant.gptq import spans
 from mimoquant.quant.grid import Grid
-from mimoquant.quant.products import Halves, halves, part, product, put
-from mimoquant.quant.tiles import Rows, Tile, improve_tile
-from mimoquant.quant.two_sided import BAND
+from mimoquant.quant.products import rough_product
+from mimoquant.quant.tiles import Rows
+from mimoquant.quant.two_sided import falling, in_order, laid, laid_back, once_for_all, stack_of, sweep
 
 _DAMP = 1e-3  # of the Gram matrix's mean diagonal: keeps a column that no token used from moving
+_PANELS = 8  # of the rows: more follow the loss more closely and give a GPU less to do at once
 
 
 def descend(
@@ -31,53 +36,58 @@ def descend(
     Args:
         metric_EOO: as `two_sided` takes it; of zeros, rows go each for itself.
     """
-    gram = gram_EII.clone()
-    diagonal = torch.diagonal(gram, dim1=-2, dim2=-1)
-    diagonal += _DAMP * diagonal.mean(-1, keepdim=True)
-    normed = _normed(metric_EOO)
-    group = torch.arange(gram.shape[-1], device=gram.device).div(fmt.group_size, rounding_mode="floor")
-    stack = Rows(
-        weight_EOI.contiguous(),
-        grid.scale.contiguous(),
-        None if grid.zero is None else grid.zero.contiguous(),
-        group.to(torch.int32).repeat(len(gram), 1),
-        codes_EOI.clone(memory_format=torch.contiguous_format),
-        fmt,
-    )
-    left = halves(stack.weight - grid.wide(fmt).decode(stack.codes, fmt))
-    across, cost, before = halves(normed), halves(gram), whole_loss(left, gram, metric_EOO)
-    for _ in range(rounds):
-        for band in (slice(*span) for span in spans(0, normed.shape[-1], BAND)):
-            _improve_band(stack, band, left, across, cost, normed, gram)
-    better = whole_loss(left, gram, metric_EOO) < before
-    return torch.where(better[:, None, None], stack.codes, codes_EOI)
+    rows, across = once_for_all(lambda one: _normed(_never_zero(one)), metric_EOO)
+    columns, along = once_for_all(lambda one: _normed(_held(one)), gram_EII)
+    weight, push = laid(weight_EOI, rows, columns), along.triu(1)
+    stack = replace(stack_of(weight, weight, grid, rows, columns, fmt), codes=laid(codes_EOI, rows, columns))
+    left = weight - _values(stack)
+    panels = [slice(*span) for span in spans(0, weight.shape[1], -(-weight.shape[1] // _PANELS))]
+    for panel in panels * rounds:
+        slope = rough_product(rough_product(across[:, :, panel].mT, left), along)
+        part = _part(stack, panel, torch.where(torch.isfinite(slope), slope, 0.0))
+        sweep(part, across[:, panel, panel].triu(1), push, roughly=True)
+        stack.codes[:, panel] = part.codes
+        left[:, panel] = weight[:, panel] - _values(part)
+    codes, wide = laid_back(stack.codes, rows, columns), grid.wide(fmt)
+    before, after = (whole_loss(weight_EOI - wide.decode(of, fmt), gram_EII, metric_EOO) for of in (codes_EOI, codes))
+    return torch.where((after < before)[:, None, None], codes, codes_EOI)
 
 
-def _improve_band(
-    stack: Rows, band: slice, left: Halves, across: Halves, cost: Halves, normed: Tensor, gram: Tensor
-) -> None:
-    """Some rows, block after block. Fills codes and left."""
-    every = slice(None)
-    pushed = product(part(across, band, every), left)
-    down = normed[:, band, band].mT.contiguous()
-    for now in (slice(*span) for span in spans(0, gram.shape[-1], BLOCK)):
-        slope = product(halves(pushed), part(cost, every, now))
-        rest, moved = improve_tile(stack, Tile(band, now, down, gram[:, now, now].contiguous()), slope)
-        put(left, band, rest, now)
-        pushed[:, :, now] += moved
+def _part(stack: Rows, panel: slice, slope_EPI: Tensor) -> Rows:
+    """A panel of a stack, as a sweep improves it."""
+    scale, zero = stack.scale[:, panel].contiguous(), None if stack.zero is None else stack.zero[:, panel].contiguous()
+    part = replace(stack, scale=scale, zero=zero, codes=stack.codes[:, panel].contiguous())
+    value = _values(part)
+    return replace(part, weight=value, wanted=value + slope_EPI)
 
 
-def _normed(metric: Tensor) -> Tensor:
-    """Each row over its diagonal element; a row without one counts alone."""
-    diagonal = torch.diagonal(metric, dim1=-2, dim2=-1)[..., None]
-    return torch.where(diagonal > 0, metric / diagonal, torch.eye(metric.shape[-1], device=metric.device))
+def _values(stack: Rows) -> Tensor:
+    """What the codes mean, in the stack's order."""
+    group = stack.group[:, None].long().expand(stack.codes.shape)
+    zero = None if stack.zero is None else stack.zero.gather(2, group)
+    return Grid(stack.scale.gather(2, group), zero).decode(stack.codes, stack.fmt)
 
 
-def whole_loss(left: Halves, gram: Tensor, metric: Tensor) -> Tensor:
-    """[E] float32: tr(F D H Dᵀ) of what is left, D; products of their first halves."""
-    own = left[0]
-    if len(left) == 1:
-        return ((metric @ own @ gram) * own).sum((-2, -1))
-    half = torch.bfloat16
-    pushed = torch.bmm(metric.to(half), own, out_dtype=torch.float32).to(half)
-    return (torch.bmm(pushed, gram.to(half), out_dtype=torch.float32) * own).sum((-2, -1))
+def _normed(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Of symmetric matrices: the order of rows, and in it each column over its diagonal element; zeros, if that is."""
+    order = falling(matrix)
+    matrix = in_order(matrix, order)
+    diagonal = torch.diagonal(matrix, dim1=-2, dim2=-1)[..., None, :]
+    return order, torch.where(diagonal > 0, matrix / diagonal, 0.0)
+
+
+def _never_zero(metric: Tensor) -> Tensor:
+    """A row that nothing is felt of counts for itself."""
+    diagonal = torch.diagonal(metric, dim1=-2, dim2=-1)
+    return metric + torch.diag_embed((diagonal <= 0).to(metric.dtype))
+
+
+def _held(gram: Tensor) -> Tensor:
+    """With `_DAMP`."""
+    mean = torch.diagonal(gram, dim1=-2, dim2=-1).mean(-1)
+    return gram + torch.diag_embed((_DAMP * mean)[:, None].expand(gram.shape[:2]))
+
+
+def whole_loss(left: Tensor, gram: Tensor, metric: Tensor) -> Tensor:
+    """[E] float32: tr(F D H Dᵀ) of what is left, D, by rough products."""
+    return (rough_product(rough_product(metric, left), gram) * left).sum((-2, -1))

@@ -1,8 +1,8 @@
-"""The two inner loops under a two-sided loss, over a tile of rows and columns: the rounding's, and the descent's.
+"""The inner loop under a two-sided loss, over a tile of rows and columns.
 
 Key idea: an entry waits for those above it and those before it, so all entries of an anti-diagonal are ready at once: m
-rows and n columns take m + n - 1 steps. The loops stand here in plain torch, which says what they do; compiled ones of
-equal bytes run in their place: `kernels.tiles_cpu` on a CPU, `kernels.tiles_cuda` on CUDA where Triton is. Products and
+rows and n columns take m + n - 1 steps. The loop stands here in plain torch, which says what it does; compiled ones of
+equal bytes run in its place: `kernels.tiles_cpu` on a CPU, `kernels.tiles_cuda` on CUDA where Triton is. Products and
 sums are separate float32 operations everywhere, and an entry's sums begin with what stood there and go up in rows and
 in columns.
 
@@ -28,11 +28,14 @@ from mimoquant.quant.products import Halves, put
 class Rows:
     """A stack of weights on its way to codes, rows and columns in the order in which they are rounded; contiguous.
 
-    weight: float32 [E, O, I]. scale, zero: float32 [E, O, G], of rows in that order and groups as stored. group: int32
-    [E, I], the group of a column. codes: uint8 [E, O, I].
+    weight: float32 [E, O, I], what is left of an entry is counted from. wanted: float32 [E, O, I], what an entry is
+    rounded to while nothing is left of others: the weight itself, or in the descent what is best beside them. scale,
+    zero: float32 [E, O, G], of rows in that order and groups as stored. group: int32 [E, I], the group of a column.
+    codes: uint8 [E, O, I].
     """
 
     weight: Tensor
+    wanted: Tensor
     scale: Tensor
     zero: Tensor | None
     group: Tensor
@@ -44,8 +47,8 @@ class Rows:
 class Tile:
     """Where a tile is, and the blocks of both matrices on its diagonal, float32.
 
-    down: [E, M, M], in row i how far what is left of row i moves each other one. along: [E, N, N], the same of columns.
-    When tiles are rounded both are strictly upper triangular factors; in the descent, metrics.
+    down: [E, M, M], in row i how far what is left of row i moves each later one. along: [E, N, N], the same of columns.
+    Both are strictly upper triangular.
     """
 
     rows: slice
@@ -58,8 +61,8 @@ def round_tile(stack: Rows, tile: Tile, target_EMN: Tensor, above_EMN: Tensor) -
     """Round entries to the codes nearest to target + above. Fills codes; overwrites both arguments.
 
     Args:
-        target_EMN: weights, moved by the columns before the tile; in the tile each entry moves those after it in its
-            row by along times what it is `moved`.
+        target_EMN: what is wanted, moved by the columns before the tile; in the tile each entry moves those after it in
+            its row by along times what it is `moved`.
         above_EMN: how far the rows above the tile move an entry; in the tile each entry moves those below it by down
             times what is `left` of it.
     Returns left = weight - value and moved = left + above, float32 [E, M, N] each.
@@ -71,24 +74,10 @@ def round_tile(stack: Rows, tile: Tile, target_EMN: Tensor, above_EMN: Tensor) -
     return both
 
 
-def improve_tile(stack: Rows, tile: Tile, slope_EMN: Tensor) -> tuple[Tensor, Tensor]:
-    """Give entries the codes that are best, all others given; those of an anti-diagonal do not know of each other.
-
-    Fills codes. `tile.along` is the Gram matrix, `tile.down` the metric with column i over its diagonal element.
-
-    Args:
-        slope_EMN: (metric · (weight - values) · Gram matrix) over the metric's diagonal element of the row.
-    Returns left = weight - value, float32 [E, M, N], and [E, M, N] how that changed, times the normed metric.
-    """
-    kernels = _kernels(slope_EMN.device.type)
-    both: tuple[Tensor, Tensor] = (kernels.improve_tile if kernels else improve_tile_plainly)(stack, tile, slope_EMN)
-    return both
-
-
-def by_waves(device: torch.device) -> Callable[[Rows, Tensor, Tensor], None] | None:
-    """What fills a whole stack's codes in waves of tiles, from `two_sided`'s factors of rows and of columns."""
+def by_waves(device: torch.device) -> Callable[[Rows, Tensor, Tensor, bool], None] | None:
+    """What fills a whole stack's codes in waves of tiles: see `two_sided.sweep`."""
     kernels = _kernels(device.type)
-    waves: Callable[[Rows, Tensor, Tensor], None] | None = getattr(kernels, "round_all", None)
+    waves: Callable[[Rows, Tensor, Tensor, bool], None] | None = getattr(kernels, "round_all", None)
     return waves
 
 
@@ -155,20 +144,3 @@ def round_wave_plainly(
         target, above = (of[:, t, :m, :n].clone() for of in wanted)
         for whole, some in zip(kept, round_tile_plainly(stack, tile, target, above), strict=True):
             put(whole, rows, some, columns)
-
-
-def improve_tile_plainly(stack: Rows, tile: Tile, slope: Tensor) -> tuple[Tensor, Tensor]:
-    """See `improve_tile`."""
-    columns = slope.shape[2]
-    left, moved = torch.empty_like(slope), torch.zeros_like(slope)
-    for step, (i, j, row, column, place) in enumerate(_diagonals(stack, tile)):
-        steep, curvature = slope[:, i, j], tile.along[:, j, j]
-        for k in range(min(step, columns)):  # the columns that may have changed
-            steep = steep + tile.along[:, k, j] * moved[:, i, k]
-        start, away = place.decode(stack.codes[:, row, column], stack.fmt), steep / curvature
-        sound = torch.isfinite(away) & (curvature > 0)  # else all codes cost the same: keep this one
-        code = place.encode(torch.where(sound, start + away, start), stack.fmt)
-        new = place.decode(code, stack.fmt)
-        stack.codes[:, row, column], left[:, i, j] = code, stack.weight[:, row, column] - new
-        moved[:, :, j] += tile.down[:, i].mT * (start - new)[:, None]
-    return left, moved

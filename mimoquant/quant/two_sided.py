@@ -20,6 +20,8 @@ curvature for rounding is YAQA's, arXiv 2505.22988.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -43,20 +45,43 @@ def two_sided(
         damp: of the Gram matrices, see `gptq`.
     """
     columns, push, damped, rounded = _ordered_factor(gram_EII, damp)
-    order, fall, _, _ = _ordered_factor(metric_EOO, 0.0)
-    weight = reordered(reordered(weight_EOI, order).mT.contiguous(), columns).mT.contiguous()
-    scale, zero = reordered(grid.scale, order), None if grid.zero is None else reordered(grid.zero, order)
-    group = (columns // fmt.group_size).to(torch.int32)
-    stack = Rows(weight, scale, zero, group, torch.empty(weight.shape, dtype=torch.uint8, device=weight.device), fmt)
-    waves = by_waves(weight.device)
+    rows, fall, _, _ = _ordered_factor(metric_EOO, 0.0)
+    weight = laid(weight_EOI, rows, columns)
+    stack = stack_of(weight, weight, grid, rows, columns, fmt)
+    sweep(stack, fall, push)
+    return GptqResult(laid_back(stack.codes, rows, columns), int(damped.sum()), int(rounded.sum()), damped | rounded)
+
+
+def laid(matrix_EOI: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """A stack of matrices with their rows [E, O] and columns [E, I] in another order; contiguous."""
+    return reordered(reordered(matrix_EOI, rows).mT.contiguous(), columns).mT.contiguous()
+
+
+def laid_back(matrix_EOI: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """What `laid` has made of the result."""
+    return laid(matrix_EOI, torch.argsort(rows, dim=-1), torch.argsort(columns, dim=-1))
+
+
+def stack_of(weight: Tensor, wanted: Tensor, grid: Grid, rows: Tensor, columns: Tensor, fmt: Format) -> Rows:
+    """`weight` and `wanted` are laid in the order of `rows` and `columns`, the grid is not. Codes are room for them."""
+    scale, zero = reordered(grid.scale, rows), None if grid.zero is None else reordered(grid.zero, rows)
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    return Rows(weight, wanted, scale, zero, (columns // fmt.group_size).to(torch.int32), codes, fmt)
+
+
+def sweep(stack: Rows, fall: Tensor, push: Tensor, *, roughly: bool = False) -> None:
+    """Fill the codes, once through the matrix.
+
+    Args:
+        fall, push: strictly upper triangular, [E, O, O] and [E, I, I]: in row k how far what is left of row or column
+            k moves each later one.
+        roughly: products of first halves are enough (`products.rough_product`).
+    """
+    waves = by_waves(stack.weight.device)
     if waves is None:
         _by_bands(stack, fall, push)
     else:
-        waves(stack, fall, push)
-    back = reordered(
-        reordered(stack.codes, torch.argsort(order, dim=-1)).mT.contiguous(), torch.argsort(columns, dim=-1)
-    )
-    return GptqResult(back.mT, int(damped.sum()), int(rounded.sum()), damped | rounded)
+        waves(stack, fall, push, roughly)
 
 
 def _by_bands(stack: Rows, fall: Tensor, push: Tensor) -> None:
@@ -69,7 +94,7 @@ def _by_bands(stack: Rows, fall: Tensor, push: Tensor) -> None:
         above = product(transposed(part(down, over, band)), part(left, over, every))
         moved = zeros(experts, band.stop - band.start, width, stack.weight)
         for now in (slice(*span) for span in spans(0, width, BLOCK)):
-            target, before = stack.weight[:, band, now].clone(), slice(0, now.start)
+            target, before = stack.wanted[:, band, now].clone(), slice(0, now.start)
             if now.start:
                 add_product(target, part(moved, every, before), part(along, before, now))
             tile = Tile(band, now, fall[:, band, band].contiguous(), push[:, now, now].contiguous())
@@ -78,12 +103,29 @@ def _by_bands(stack: Rows, fall: Tensor, push: Tensor) -> None:
             put(moved, every, shift, now)
 
 
+def falling(matrix: Tensor) -> Tensor:
+    """[E, n]: rows by falling diagonal."""
+    return torch.argsort(torch.diagonal(matrix, dim1=-2, dim2=-1), dim=-1, descending=True, stable=True)
+
+
+def in_order(matrix: Tensor, order: Tensor) -> Tensor:
+    """Both sides of symmetric matrices [E, n, n] in an order [E, n]."""
+    return reordered(matrix, order).gather(2, order[:, None, :].expand_as(matrix))
+
+
+def once_for_all(make: Callable[[Tensor], tuple[Tensor, ...]], matrix: Tensor) -> tuple[Tensor, ...]:
+    """`make` of a stack of matrices; of one that is `expand`ed over the experts, once."""
+    if len(matrix) == 1 or matrix.stride(0):
+        return make(matrix)
+    return tuple(made.expand(len(matrix), *made.shape[1:]).contiguous() for made in make(matrix[:1]))
+
+
 def _ordered_factor(matrix: Tensor, damp: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The order by falling diagonal [E, n], and `gptq.push_factor` in it."""
-    if len(matrix) > 1 and matrix.stride(0) == 0:
-        order, push, damped, rounded = (
-            made.expand(len(matrix), *made.shape[1:]).contiguous() for made in _ordered_factor(matrix[:1], damp)
-        )
-        return order, push, damped, rounded
-    order = torch.argsort(torch.diagonal(matrix, dim1=-2, dim2=-1), dim=-1, descending=True, stable=True)
-    return order, *push_factor(reordered(matrix, order).gather(2, order[:, None, :].expand_as(matrix)), damp)
+
+    def make(matrix: Tensor) -> tuple[Tensor, ...]:
+        order = falling(matrix)
+        return order, *push_factor(in_order(matrix, order), damp)
+
+    order, push, damped, rounded = once_for_all(make, matrix)
+    return order, push, damped, rounded

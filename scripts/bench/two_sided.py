@@ -7,7 +7,7 @@ times its chunks. Synthetic weights; inputs and outputs that share an eighth of 
 
 usage: scripts/bench/two_sided.py [--variants] [--descent]
   --variants: also time sizes of tiles and cells, and depths of products (minutes: each is compiled)
-  --descent: also a round of descent after it, and what it does to the loss
+  --descent: also rounds of descent after it, by numbers of panels, and what they do to the loss
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from mimoquant.quant.formats import Format
 from mimoquant.quant.gptq import gptq
 from mimoquant.quant.grid import Grid
 from mimoquant.quant.kernels import tiles_cuda
-from mimoquant.quant.products import halves
 from mimoquant.quant.tiles import Rows
 from mimoquant.quant.two_sided import two_sided
 
@@ -51,6 +50,7 @@ VARIANTS = [  # of `tiles_cuda`'s constants
     {"_DEPTH": 64, "_STAGES": 3},
 ]
 DAMP = 0.05
+PANELS = 8, 4, 16
 ENOUGH = 130  # seconds after which no other variant is begun
 BEGUN = time.perf_counter()
 
@@ -104,7 +104,7 @@ def seconds(call: Callable[[], object], times: int = 3) -> float:
 def stack_of(weight: Tensor, grid: Grid, fmt: Format) -> Rows:
     group = (torch.arange(weight.shape[2], device="cuda") // fmt.group_size).to(torch.int32).repeat(len(weight), 1)
     codes = torch.empty(weight.shape, dtype=torch.uint8, device="cuda")
-    return Rows(weight, grid.scale.contiguous(), None, group, codes, fmt)
+    return Rows(weight, weight, grid.scale.contiguous(), None, group, codes, fmt)
 
 
 def time_size(name: str, fmt: Format, with_descent: bool) -> None:
@@ -127,14 +127,21 @@ def time_size(name: str, fmt: Format, with_descent: bool) -> None:
         flush=True,
     )
     if with_descent:
-        spent = factor * seconds(lambda: descent.descend(weight, gram, outer, grid, both, fmt, 1), 1)
-        after = descent.descend(weight, gram, outer, grid, both, fmt, 1)
-        lost.append(float(loss(weight, grid, after, fmt, gram, outer).mean()))
-        print(f"  a round of descent {spent:.2f} s more, loss {lost[2] / lost[1]:.4f} of before", flush=True)
+        for panels in PANELS:
+            with mock.patch.object(descent, "_PANELS", panels):
+                spent = factor * seconds(lambda: descent.descend(weight, gram, outer, grid, both, fmt, 2), 1)
+                after = descent.descend(weight, gram, outer, grid, both, fmt, 2)
+            peak = torch.cuda.max_memory_allocated() / 1e9
+            lost.append(float(loss(weight, grid, after, fmt, gram, outer).mean()))
+            print(
+                f"  two rounds of descent by {panels} panels {spent:.2f} s more, loss {lost[-1] / lost[1]:.4f} of "
+                f"before, {float((after != both).float().mean()):.2%} of codes, peak {peak:.1f} GB",
+                flush=True,
+            )
 
 
 def loss(weight: Tensor, grid: Grid, codes: Tensor, fmt: Format, gram: Tensor, outer: Tensor) -> Tensor:
-    return descent.whole_loss(halves(weight - grid.wide(fmt).decode(codes, fmt)), gram, outer)
+    return descent.whole_loss(weight - grid.wide(fmt).decode(codes, fmt), gram, outer)
 
 
 def parts_of_a_layer() -> None:
@@ -149,9 +156,9 @@ def parts_of_a_layer() -> None:
             break
         try:
             with mock.patch.multiple(tiles_cuda, **variant) if variant else mock.MagicMock():
-                whole = factor * seconds(lambda: tiles_cuda.round_all(stack, fall, push), 2)
+                whole = factor * seconds(lambda: tiles_cuda.round_all(stack, fall, push, False), 2)
                 with mock.patch.object(tiles_cuda, "round_wave"):
-                    products = factor * seconds(lambda: tiles_cuda.round_all(stack, fall, push), 2)
+                    products = factor * seconds(lambda: tiles_cuda.round_all(stack, fall, push, False), 2)
         except Exception as error:  # a variant that does not fit the chip is none
             print(f"{variant}: {type(error).__name__}", flush=True)
             continue

@@ -53,7 +53,6 @@ def two_sided_differs(device: str, fmt: Format) -> bool:
         with contextlib.ExitStack() as patched:
             if plainly:
                 patched.enter_context(mock.patch.object(two_sided, "round_tile", tiles.round_tile_plainly))
-                patched.enter_context(mock.patch.object(descent, "improve_tile", tiles.improve_tile_plainly))
                 if device.startswith("cuda"):
                     from mimoquant.quant.kernels import tiles_cuda
 

@@ -150,9 +150,9 @@ def test_descent_never_raises_the_loss_even_of_outputs_and_inputs_that_are_all_a
     grid = Grid.of(parts, fmt)
     same = [alike + (1 - alike) * torch.eye(size).repeat(EXPERTS, 1, 1) for size in (WIDTH, ROWS)]
     codes = grid.wide(fmt).encode(weight, fmt)
-    left = (weight - grid.wide(fmt).decode(codes, fmt),)
+    left = weight - grid.wide(fmt).decode(codes, fmt)
     after = descend(weight, *same, grid, codes, fmt, 2)
-    moved = (weight - grid.wide(fmt).decode(after, fmt),)
+    moved = weight - grid.wide(fmt).decode(after, fmt)
     assert (descent.whole_loss(moved, *same) <= descent.whole_loss(left, *same)).all()
 
 

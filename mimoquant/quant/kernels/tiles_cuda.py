@@ -1,4 +1,4 @@
-"""`tiles`' loops as Triton kernels, and the walk of `two_sided` over the whole matrix by waves of tiles.
+"""`tiles`' loop as Triton kernels, and the sweep of `two_sided` over the whole matrix by waves of tiles.
 
 Key idea: tiles of an anti-diagonal of tiles wait only for those of the anti-diagonals before, so each such wave is one
 launch of products from both sides, a program a tile and expert, and then of the roundings. Within a tile the same goes
@@ -14,19 +14,16 @@ Shapes: E experts, T tiles of a wave, M rows and N columns of a tile, O rows and
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mimoquant.quant.kernels.arithmetic_cuda import NO_FUSION, steps
-from mimoquant.quant.kernels.columns_cuda import array_or, coded, keep_halves, level_of
+from mimoquant.quant.kernels.arithmetic_cuda import NO_FUSION
+from mimoquant.quant.kernels.columns_cuda import array_or, coded, keep_halves
 from mimoquant.quant.products import Halves, halves, zeros
 from mimoquant.quant.tiles import Rows, Tile
 
-_LEAST_ROWS = 32  # of a program: a warp
 TILE_SIDE = 128  # rows and columns that are rounded before what is left of them is pushed onto the rest
 _SAY_EACH = True  # see `_pulled`
 _CELL, _UNROLL = 32, 8  # rows and columns of a warp; how many of what moves an entry are asked for at once
@@ -39,18 +36,20 @@ def _reach(
     first_low,
     second_high,
     second_low,
-    weight,
+    wanted,
     out,
     first,
     begin,
     height,
     width,
     IS_ABOVE: tl.constexpr,
+    ROUGHLY: tl.constexpr,
     TILE: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
     """Tile t of a wave lies t tiles below row `first` and left of column `begin`. What rows above it move it by,
-    (down of all rows above)ᵀ · left; or its weights and what columns before it move them by, moved · along.
+    (down of all rows above)ᵀ · left; or what is wanted and columns before it move that by, moved · along. ROUGHLY: from
+    first halves alone.
     """
     t, expert = tl.program_id(0), tl.program_id(1).to(tl.int64)
     top, side = first + t * TILE, begin - t * TILE
@@ -66,16 +65,17 @@ def _reach(
     total = tl.zeros((TILE, TILE), tl.float32)
     for _ in range(0, until, DEPTH):
         a_high = tl.load(first_high + one, mask=(i < height)[:, None], other=0.0)
-        a_low = tl.load(first_low + one, mask=(i < height)[:, None], other=0.0)
         b_high = tl.load(second_high + two, mask=(j < width)[None, :], other=0.0)
-        b_low = tl.load(second_low + two, mask=(j < width)[None, :], other=0.0)
-        total = tl.dot(a_low, b_high, total)
-        total = tl.dot(a_high, b_low, total)
+        if not ROUGHLY:
+            a_low = tl.load(first_low + one, mask=(i < height)[:, None], other=0.0)
+            b_low = tl.load(second_low + two, mask=(j < width)[None, :], other=0.0)
+            total = tl.dot(a_low, b_high, total)
+            total = tl.dot(a_high, b_low, total)
         total = tl.dot(a_high, b_high, total)
         one += one_step
         two += DEPTH * width
     if not IS_ABOVE:
-        total += tl.load(weight + whole + i[:, None].to(tl.int64) * width + j[None, :], mask=inside, other=0.0)
+        total += tl.load(wanted + whole + i[:, None].to(tl.int64) * width + j[None, :], mask=inside, other=0.0)
     place = (expert * tl.num_programs(0) + t) * TILE * TILE
     inner = tl.arange(0, TILE)
     tl.store(out + place + inner[:, None] * TILE + inner[None, :], total)
@@ -188,67 +188,8 @@ def _round_cells(
         keep_halves(tl.load(moved + turned, mask=inside, other=0.0), moved_high, moved_low, place, inside)
 
 
-@triton.jit
-def _improve_tile(
-    slope,
-    weight,
-    scale,
-    zero,
-    group,
-    down,
-    along,
-    codes,
-    left,
-    moved,
-    change,
-    numbers,
-    first,
-    begin,
-    rows,
-    columns,
-    height,
-    width,
-    groups,
-    IS_INT4: tl.constexpr,
-    HAS_ZERO: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """`change` [E, M]: room for what an anti-diagonal changed, by row."""
-    expert, i = tl.program_id(0).to(tl.int64), tl.load(numbers + tl.arange(0, ROWS))
-    tile, inside = expert * rows * columns, i < rows
-    of_row = expert * height + first + i
-    for step in range(0, rows + columns - 1):
-        j = step - i
-        there = inside & (j >= 0) & (j < columns)
-        steep = tl.load(slope + tile + i * columns + j, mask=there, other=0.0)
-        for k in tl.range(0, tl.minimum(step, columns), loop_unroll_factor=4):
-            by = tl.load(along + (expert * columns + k) * columns + j, mask=there, other=0.0)
-            steep = steep + by * tl.load(moved + tile + k * rows + i, mask=there, other=0.0)
-        g = tl.load(group + expert * width + begin + j, mask=there, other=0)
-        s = tl.load(scale + of_row * groups + g, mask=there, other=1.0)
-        z = tl.load(zero + of_row * groups + g, mask=there, other=0.0) if HAS_ZERO else tl.zeros_like(s)
-        place = of_row * width + begin + j
-        level = level_of(tl.load(codes + place, mask=there, other=0), IS_INT4)
-        start = (level - z) * s if HAS_ZERO else level * s
-        curvature = tl.load(along + (expert * columns + j) * columns + j, mask=there, other=1.0)
-        away = tl.div_rn(steep, curvature)
-        sound = (tl.abs(away) < float("inf")) & (curvature > 0)
-        code, value = coded(tl.where(sound, start + away, start), s, z, IS_INT4)
-        tl.store(codes + place, code, mask=there)
-        tl.store(left + tile + i * columns + j, tl.load(weight + place, mask=there, other=0.0) - value, mask=there)
-        tl.store(change + expert * rows + i, start - value, mask=there)
-        tl.debug_barrier()  # every thread reads what all rows changed
-        for k in range(tl.maximum(0, step - columns + 1), tl.minimum(rows, step + 1)):
-            by = tl.load(change + expert * rows + k)
-            if by != 0.0:  # few codes change
-                to = moved + tile + (step - k) * rows + i
-                far = tl.load(down + (expert * rows + k) * rows + i, mask=inside, other=0.0)
-                tl.store(to, tl.load(to, mask=inside, other=0.0) + by * far, mask=inside)
-        tl.debug_barrier()  # before what changed is overwritten
-
-
-def round_all(stack: Rows, fall: Tensor, push: Tensor) -> None:
-    """Fill the codes of a whole stack, by waves of tiles. `fall` [E, O, O], `push` [E, I, I]: `two_sided`'s factors."""
+def round_all(stack: Rows, fall: Tensor, push: Tensor, roughly: bool) -> None:
+    """Fill the codes of a whole stack, by waves of tiles: see `two_sided.sweep`."""
     experts, rows, width = stack.weight.shape
     blocks = _diagonal_blocks(fall), _diagonal_blocks(push)
     down, along = halves(fall), halves(push)
@@ -257,12 +198,16 @@ def round_all(stack: Rows, fall: Tensor, push: Tensor) -> None:
     for wave in range(bands + columns - 1):
         top = max(0, wave - columns + 1)
         place = top * TILE_SIDE, (wave - top) * TILE_SIDE, min(bands, wave + 1) - top
-        target, above = reach(stack.weight, place, (down, along), (left, moved))
+        target, above = reach(stack.wanted, place, (down, along), (left, moved), roughly)
         round_wave(stack, place, blocks, (target, above), (left, moved))
 
 
 def reach(
-    weight: Tensor, place: tuple[int, int, int], factors: tuple[Halves, Halves], done: tuple[Halves, Halves]
+    wanted: Tensor,
+    place: tuple[int, int, int],
+    factors: tuple[Halves, Halves],
+    done: tuple[Halves, Halves],
+    roughly: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(target, above) of a wave's tiles, float32 [E, T, M, N]: see `tiles.round_tile`.
 
@@ -270,20 +215,21 @@ def reach(
         place: the first tile's row and column, and how many there are; each is one tile below and left of the last.
     """
     (down, along), (left, moved) = factors, done
-    experts, rows, width = weight.shape
+    experts, rows, width = wanted.shape
     first, begin, count = place
-    target, above = (weight.new_empty(experts, count, TILE_SIDE, TILE_SIDE) for _ in range(2))
+    target, above = (wanted.new_empty(experts, count, TILE_SIDE, TILE_SIDE) for _ in range(2))
     for is_above, one, two, out in ((True, down, left, above), (False, moved, along, target)):
         _reach[(count, experts)](
             *one,
             *two,
-            weight,
+            wanted,
             out,
             first,
             begin,
             rows,
             width,
             IS_ABOVE=is_above,
+            ROUGHLY=roughly,
             TILE=TILE_SIDE,
             DEPTH=_DEPTH,
             num_warps=_WARPS,
@@ -372,45 +318,3 @@ def _diagonal_blocks(matrix: Tensor) -> Tensor:
         own = slice(b * TILE_SIDE, min(size, (b + 1) * TILE_SIDE))
         blocks[:, b, : own.stop - own.start, : own.stop - own.start] = matrix[:, own, own]
     return blocks
-
-
-def improve_tile(stack: Rows, tile: Tile, slope: Tensor) -> tuple[Tensor, Tensor]:
-    """See `tiles.improve_tile`."""
-    experts, rows, columns = slope.shape
-    left, moved = torch.empty_like(slope), slope.new_zeros(experts, columns, rows)
-    _launch(_improve_tile, stack, tile, (slope,), (left, moved, slope.new_empty(experts, rows)))
-    return left, moved.mT
-
-
-def _launch(kernel: Any, stack: Rows, tile: Tile, given: tuple[Tensor, ...], made: tuple[Tensor, ...]) -> None:
-    """A program an expert, whose threads are the tile's rows."""
-    experts, rows, columns = given[0].shape
-    arrays = (
-        *given,
-        stack.weight,
-        stack.scale,
-        array_or(stack.zero, stack.scale),
-        stack.group,
-        tile.down,
-        tile.along,
-        stack.codes,
-        *made,
-        steps(stack.weight.device),
-    )
-    if not all(array.is_contiguous() for array in arrays):
-        raise ValueError("a tile kernel wants contiguous arrays")
-    threads = max(_LEAST_ROWS, triton.next_power_of_2(rows))
-    kernel[(experts,)](
-        *arrays,
-        tile.rows.start,
-        tile.columns.start,
-        rows,
-        columns,
-        *stack.weight.shape[1:],
-        stack.scale.shape[2],
-        IS_INT4=stack.fmt.name == "int4",
-        HAS_ZERO=stack.zero is not None,
-        ROWS=threads,
-        num_warps=threads // _LEAST_ROWS,
-        **NO_FUSION,
-    )
