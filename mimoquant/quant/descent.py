@@ -25,7 +25,7 @@ from mimoquant.quant.tiles import Rows
 from mimoquant.quant.two_sided import falling, in_order, laid, laid_back, once_for_all, stack_of, sweep
 
 _DAMP = 1e-3  # of the Gram matrix's mean diagonal: keeps a column that no token used from moving
-_PANELS = 8  # of the rows: more follow the loss more closely and give a GPU less to do at once
+_PANELS = 4  # of the rows: more follow the loss more closely, fewer give a GPU more to do at once
 
 
 def descend(
