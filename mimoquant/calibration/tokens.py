@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -38,6 +39,7 @@ from mimoquant.model.layout import ModelLayout
 Ids = npt.NDArray[np.int64]
 Decode = Callable[[list[int]], str]
 HASH_DIGITS = 16
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
 _MAX_RECIPE_BYTES, _MAX_FINGERPRINTS_BYTES = 10_000_000, 4_000_000_000
 
 
@@ -215,7 +217,7 @@ def _encode(record: Record, column: str | None, tokenizer: _LazyTokenizer, vocab
         ids = content
     else:
         text = _chat_text(record, content, tokenizer.loaded) if isinstance(content, Chat) else content
-        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        if not text.isascii() and _HALF_PAIR.search(text):
             raise CheckpointError(f"{record.where} holds half of a surrogate pair, which is no character")
         ids = tokenizer.loaded.encode(text)
     if ids:

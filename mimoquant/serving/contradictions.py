@@ -117,12 +117,16 @@ class Contradictions:
 
     def _modules(self) -> Iterator[tuple[str, bool]]:
         """Linear modules as the engine builds them, and whether any matrix on disk that makes one up is FP8."""
+        for module, names in self._parts().items():
+            yield module, any(self.checkpoint.linears[name] == "F8_E4M3" for name in names)
+
+    def _parts(self) -> dict[str, list[str]]:
+        """Module as the engine builds it → the matrices on disk that make it up."""
         fused = self.engine != c.TRANSFORMERS
         parts: dict[str, list[str]] = {}
         for name in self.checkpoint.linears:
             parts.setdefault(_fused(name) if fused else name, []).append(name)
-        for module, names in parts.items():
-            yield module, any(self.checkpoint.linears[name] == "F8_E4M3" for name in names)
+        return parts
 
     def _compressed(self) -> Iterator[Problem]:
         modules = dict(self._modules())
@@ -190,10 +194,9 @@ class Contradictions:
         )
 
     def _modelopt(self) -> Iterator[Problem]:
-        wrong = []
+        wrong, parts = [], self._parts()
         for module, fp8 in self._modules():
-            parts = [name for name in self.checkpoint.linears if _fused(name) == module]
-            declared = {self.declared.algo(module), *map(self.declared.algo, parts)} - {None}
+            declared = {self.declared.algo(module), *map(self.declared.algo, parts[module])} - {None}
             if bool(declared) != fp8:
                 wrong.append(module)
         if wrong:

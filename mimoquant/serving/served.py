@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -64,12 +65,12 @@ class Served:
     bytes_by_kind: Counter[str] = field(default_factory=Counter)  # experts, towers, mtp, rest
     answer_tokens: int | None = None  # that generation_config.json ends an answer at
 
-    @property
+    @cached_property
     def text(self) -> dict[str, Any]:
         """The text model's keys of config.json."""
         return text_keys(self.config, self.name)
 
-    @property
+    @cached_property
     def container(self) -> str:
         if self.geometry.mxfp8:
             return MODELOPT
@@ -81,13 +82,13 @@ class Served:
         """Whether ModelOpt's container has FP8 in 128x128 blocks beside the experts."""
         return self.geometry.mxfp8 and self.qkv != contracts.PLAIN_MXFP8 and "F8_E4M3" in self.linears.values()
 
-    @property
+    @cached_property
     def subjects(self) -> list[str]:
         """The formats that quantized layers have."""
         found = {form.subject for forms in self.experts.values() for form in forms}
         return sorted(found - {contracts.BF16, contracts.FP8})
 
-    @property
+    @cached_property
     def kept(self) -> dict[int, str]:
         """Layers whose experts are not in 4 bits."""
         kinds = {layer: forms[0].subject for layer, forms in self.experts.items() if len(forms) == 1}
