@@ -7,6 +7,7 @@ only together with the layout that ARCHITECTURE describes.
 from __future__ import annotations
 
 import ast
+import functools
 import resource
 import subprocess
 import sys
@@ -102,10 +103,16 @@ ALLOWED_FOR_TYPES: dict[str, set[str]] = {
 LAYOUT_ROWS = 20  # a table that grows beyond them is no layout any more
 
 
+@functools.cache
 def modules() -> dict[str, Path]:
     """Dotted name below `mimoquant` → file."""
     files = (path for path in PACKAGE.rglob("*.py") if "__pycache__" not in path.parts)
     return {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(files)}
+
+
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def area(module: str) -> str:
@@ -144,7 +151,7 @@ def imports(path: Path) -> tuple[set[str], set[str]]:
         for child in ast.iter_child_nodes(node):
             visit(child, types_only)
 
-    visit(ast.parse(path.read_text(encoding="utf-8")), False)
+    visit(parsed(path), False)
     return found
 
 
@@ -228,7 +235,7 @@ def body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 def test_functions_fit_on_a_screen() -> None:
     long = {}
     for module, path in modules().items():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and body_lines(node) > MAX_BODY_LINES:
                 long[f"{module}.{node.name}"] = body_lines(node)
     assert long.keys() == LONG_FUNCTIONS, long
@@ -238,7 +245,7 @@ def test_no_private_name_is_imported() -> None:
     """A name with an underscore in front stays in its module, in the tests too."""
     taken = []
     for path in sorted([*PACKAGE.rglob("*.py"), *(REPOSITORY / "tests").rglob("*.py")]):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.ImportFrom) and str(node.module).startswith("mimoquant"):
                 taken += [f"{path.name}: {alias.name}" for alias in node.names if is_private(alias.name)]
     assert taken == []
@@ -250,7 +257,7 @@ def is_private(name: str) -> bool:
 
 def crowded(path: Path) -> Iterator[str]:
     """Functions with more parameters than a reader can hold; one that is called on an object has that besides."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             given = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
             count = sum(one.arg not in ("self", "cls") for one in given)
