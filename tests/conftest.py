@@ -10,8 +10,8 @@ import json
 import math
 import os
 import signal
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,32 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("the shared folder is not beside this clone")
     return SHARED
+
+
+@pytest.fixture(scope="session", autouse=True)
+def calibration_tokens_are_made_once() -> Iterator[None]:
+    """What runs take from the shipped sets: to make it takes a fifth of a second, as long as a small run itself.
+
+    Only where a run looks its recipe's tokens up, and where nothing but plain files lies beside the tokenizer: whoever
+    calls `load_tokens` gets its own, and so does a folder with links or with other files.
+    """
+    from mimoquant.calibration import tokens
+    from mimoquant.shipped import shipped_sets
+
+    load, made = tokens.load_tokens, {}
+
+    def once(data: Sequence[str], folder: Path, **settings: Any) -> tokens.TokenSet:
+        beside = sorted(path for path in folder.iterdir() if path.suffix != ".safetensors")
+        if not set(data) <= set(shipped_sets()) or any(path.is_symlink() or not path.is_file() for path in beside):
+            return load(data, folder, **settings)
+        key = (*data, *settings.items(), *((path.name, path.read_bytes()) for path in beside))
+        if key not in made:
+            made[key] = load(data, folder, **settings)
+        return replace(made[key], ids=made[key].ids.copy())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokens, "load_tokens", once)
+        yield
 
 
 # --- tiny checkpoints -------------------------------------------------------------------------------------------------
