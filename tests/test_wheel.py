@@ -62,6 +62,7 @@ def test_the_wheel_holds_the_data_that_verbs_read(wheel: Path) -> None:
     assert not [name for name in names if name.startswith(("tests/", "scripts/"))]
 
 
+@pytest.mark.slow
 def test_every_verb_runs_from_the_wheel_alone(wheel: Path, tmp_path: Path) -> None:
     venv.create(tmp_path / "fresh", with_pip=False, symlinks=True)
     (site,) = (tmp_path / "fresh" / "lib").glob("python*/site-packages")
