@@ -22,7 +22,8 @@ from mimoquant.quant.formats import Format
 from mimoquant.quant.stack import NonFiniteError, Stack
 
 Array = npt.NDArray[Any]
-_NAN = 255  # of E8M0
+_SLAB_BLOCKS = 2**14  # that are looked at together
+_NAN = _NONE = 255  # of E8M0; no exponent
 _LARGEST, _SMALLEST = 8, -9  # exponents of powers of two that are used as E4M3 scales
 _E4M3 = np.array([1, 2, 4, *range(8, 8 * 16, 8)], np.uint8)  # of 2^-9 .. 2^8
 _UNSCALED = 127 + _LARGEST  # the biased k_max that makes m 0
@@ -53,14 +54,13 @@ def cast(stacks: dict[str, Stack], fmt: Format) -> dict[str, dict[str, Array]]:
         stacks: `values` packed codes, uint8 [E, O, I/2]; `scales` biased exponents, uint8 [E, O, I/32].
     Raises NonFiniteError for an exponent that is NaN, InexactError where NVFP4 cannot hold a block.
     """
-    live = {projection: nonzero_blocks(stack.values, 16) for projection, stack in stacks.items()}
-    top = {projection: _largest(projection, stack, live[projection]) for projection, stack in stacks.items()}
+    largest = {projection: _largest(projection, stack) for projection, stack in stacks.items()}
     if fmt.name == "mxfp4":
         return {p: {"codes": stack.values, "scale": _scales(stack)} for p, stack in stacks.items()}
+    top = {projection: _largest_live(stack, largest[projection]) for projection, stack in stacks.items()}
     top["gate"] = top["up"] = np.maximum(top["gate"], top["up"])
     return {
-        p: _parts(p, stack, live[p], np.where(top[p] < 0, _UNSCALED, np.maximum(top[p], _LEAST)))
-        for p, stack in stacks.items()
+        p: _parts(p, stack, np.where(top[p] < 0, _UNSCALED, np.maximum(top[p], _LEAST))) for p, stack in stacks.items()
     }
 
 
@@ -74,20 +74,32 @@ def exponents(codes: Array, scale: Array, ratio_E2: Array) -> tuple[Array, Array
     """
     with np.errstate(all="ignore"):
         mantissa, power = np.frexp(_E4M3_VALUES * ratio_E2[:, :1] / ratio_E2[:, 1:])
-    biased = np.where((mantissa == 0.5) & (power >= 1 - 127) & (power <= 128), power + 126, -1).astype(np.int16)
-    found = np.take_along_axis(biased[:, None], scale.reshape(len(scale), 1, -1).astype(np.intp), axis=2)
-    pair = np.where(nonzero_blocks(codes, 8), found.reshape(scale.shape), -2).reshape(*scale.shape[:2], -1, 2)
-    one, other = pair[..., 0], pair[..., 1]
-    bad = (one == -1) | (other == -1) | ((one >= 0) & (other >= 0) & (one != other))
-    largest = np.maximum(one, other)
-    return np.where(largest < 0, _ZEROS, largest).astype(np.uint8), bad.sum((1, 2))
+    is_power = (mantissa == 0.5) & (power >= 1 - 127) & (power <= 128)
+    halves = _looked_up(np.where(is_power, power + 126, _NONE), scale).reshape(*scale.shape[:2], -1, 2)
+    one, other = halves[..., 0], halves[..., 1]
+    found = np.where(nonzero_blocks(codes, 16), one, np.uint8(_ZEROS))
+    bad = np.zeros(len(codes), np.int64)
+    odd = np.flatnonzero((one != other) | (one == _NONE))  # a half of zeros may be scaled by anything
+    if len(odd):
+        live = nonzero_blocks(codes.reshape(-1, 16)[odd], 8)
+        pair = np.where(live, halves.reshape(-1, 2)[odd], np.int16(-1))
+        lost = (pair == _NONE).any(1) | ((pair >= 0).all(1) & (pair[:, 0] != pair[:, 1]))
+        np.add.at(bad, odd // found[0].size, lost)
+        found.reshape(-1)[odd] = np.where(live.any(1), pair.max(1), _ZEROS)
+    return found, bad
 
 
 def nonzero_blocks(codes: Array, block_bytes: int) -> Array:
-    """Whether any value of a block is not zero: bool [E, O, blocks]. A code without its sign bit is zero for zero."""
-    words = codes.view(np.uint64) & np.uint64(0x7777777777777777)
-    live: Array = words.reshape(*codes.shape[:2], -1, block_bytes // 8).max(-1) != 0
-    return live
+    """Whether any value of a block is not zero: bool [..., blocks]. A code without its sign bit is zero for zero."""
+    words = codes.reshape(-1, block_bytes).view(np.uint64)
+    live = np.empty(len(words), np.bool_)
+    for begin in range(0, len(words), _SLAB_BLOCKS):  # what fits a cache
+        slab = words[begin : begin + _SLAB_BLOCKS]
+        every = slab[:, 0] & np.uint64(0x7777777777777777)
+        for place in range(1, slab.shape[1]):
+            every |= slab[:, place] & np.uint64(0x7777777777777777)
+        np.not_equal(every, 0, out=live[begin : begin + _SLAB_BLOCKS])
+    return live.reshape(*codes.shape[:-1], codes.shape[-1] // block_bytes)
 
 
 def _scales(stack: Stack) -> Array:
@@ -95,22 +107,50 @@ def _scales(stack: Stack) -> Array:
     return stack.scales
 
 
-def _largest(projection: str, stack: Stack, live: Array) -> Array:
-    """[E] biased exponent of the largest block that is not zero; -1 where all are."""
-    scales = _scales(stack)
-    bad = np.flatnonzero(scales.max((1, 2)) == _NAN)
+def _looked_up(table: Array, values: Array) -> Array:
+    """Bytes [E, ...] by a table [E, 256] of bytes: `bytes.translate`, which needs no wide indexes."""
+    tables = table.astype(np.uint8)
+    found = b"".join(one.tobytes().translate(table.tobytes()) for one, table in zip(values, tables, strict=True))
+    return np.frombuffer(found, np.uint8).reshape(values.shape)
+
+
+def _largest(projection: str, stack: Stack) -> Array:
+    """[E] biased exponent of the largest block."""
+    largest: Array = _scales(stack).reshape(len(stack.values), -1).max(1)
+    bad = np.flatnonzero(largest == _NAN)
     if len(bad):
         raise NonFiniteError(projection, int(bad[0]))
-    largest: Array = np.where(live, scales.astype(np.int32), -1).max((1, 2))
     return largest
 
 
-def _parts(projection: str, stack: Stack, live: Array, top_E: Array) -> dict[str, Array]:
-    exponent = _scales(stack).astype(np.int32) - top_E[:, None, None] + _LARGEST
-    lost = ((exponent < _SMALLEST) & live).sum((1, 2))
-    if lost.any():
-        expert = int(np.flatnonzero(lost)[0])
-        raise InexactError(projection, expert, int(lost[expert]))
-    scale = _E4M3[exponent.clip(_SMALLEST, _LARGEST) - _SMALLEST]
+def _largest_live(stack: Stack, largest_E: Array) -> Array:
+    """[E] biased exponent of the largest block that is not zero; -1 where all are.
+
+    Codes are looked at in the blocks that have the largest exponent; in others only where all of those are zero.
+    """
+    scales, top = _scales(stack), largest_E.astype(np.int32)
+    expert, live = _live_where(stack, scales == largest_E[:, None, None])
+    for number in np.setdiff1d(np.arange(len(top)), expert[live]).tolist():
+        top[number] = np.where(nonzero_blocks(stack.values[number], 16), scales[number].astype(np.int32), -1).max()
+    return top
+
+
+def _live_where(stack: Stack, wanted: Array) -> tuple[Array, Array]:
+    """Of the blocks that are `wanted` [E, O, I/32], one after the other: its expert, and whether it is not zero."""
+    place = np.flatnonzero(wanted)
+    live = nonzero_blocks(stack.values.reshape(-1, 16)[place], 16)[:, 0]
+    return place // wanted[0].size, live
+
+
+def _parts(projection: str, stack: Stack, top_E: Array) -> dict[str, Array]:
+    scales = _scales(stack)
+    least = (top_E - (_LARGEST - _SMALLEST)).clip(0).astype(np.uint8)
+    expert, live = _live_where(stack, scales < least[:, None, None])
+    if live.any():
+        first = int(expert[live][0])
+        raise InexactError(projection, first, int((expert[live] == first).sum()))
+    exponent = np.arange(256) - top_E[:, None] + _LARGEST
+    scale = _looked_up(_E4M3[exponent.clip(_SMALLEST, _LARGEST) - _SMALLEST], scales)
     divisor = np.ldexp(np.float32(1), _UNSCALED - top_E).astype(np.float32)
-    return {"codes": stack.values, "scale": np.repeat(scale, 2, axis=-1), "global_scale": divisor[:, None]}
+    twice = (scale.astype(np.uint16) * np.uint16(0x101)).view(np.uint8)  # one for each half of the block
+    return {"codes": stack.values, "scale": twice, "global_scale": divisor[:, None]}

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mimoquant.quant.cast import InexactError, cast, exponents
+from mimoquant.quant.cast import InexactError, cast, exponents, nonzero_blocks
 from mimoquant.quant.engine_cpu import CpuEngine
 from mimoquant.quant.formats import Format
 from mimoquant.quant.stack import NonFiniteError, Stack
@@ -94,6 +94,17 @@ def test_an_expert_of_zeros_is_not_scaled() -> None:
     stacks["down"].values[0] = 0x80
     assert_equal(stacks)
     assert cast(stacks, NVFP4)["down"]["global_scale"][0, 0] == 1
+
+
+@pytest.mark.parametrize("block_bytes", [8, 16])
+def test_blocks_of_zeros_are_found_wherever_they_lie(block_bytes: int) -> None:
+    """More of them than are looked at together, a value in the first byte, in the last, or nowhere."""
+    codes = np.full((2, 9000, 2 * block_bytes), 0x80, np.uint8)
+    wanted = np.zeros((2, 9000, 2), bool)
+    for place in ((0, 0, 0), (1, 7383, 1), (1, 7384, 0), (1, 8999, 1)):
+        codes.reshape(2, 9000, 2, block_bytes)[place][place[2] - 1] = 0x81
+        wanted[place] = True
+    np.testing.assert_array_equal(nonzero_blocks(codes, block_bytes), wanted)
 
 
 def test_an_exponent_that_is_nan_is_refused() -> None:

@@ -165,3 +165,14 @@ def test_values_in_one_pass(dtype: torch.dtype) -> None:
             assert is_finite(values.to(dtype)) and is_finite(values[:0].to(dtype))
             values[at] = value
             assert not is_finite(values.to(dtype)) or dtype == torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize(("dtype", "kind", "bad"), [("BF16", np.uint16, 0xFF80), ("F8_E4M3", np.uint8, 0xFF)])
+@pytest.mark.parametrize("place", [0, 2**17 - 1, 2**17, 300_000])
+def test_a_large_tensor_is_looked_at_to_its_end(dtype: str, kind: type, bad: int, place: int) -> None:
+    values = np.full(300_001, 0x77, kind)
+    info = TensorInfo("layer.weight", "model.safetensors", dtype, (300_001,), 0, values.nbytes)
+    refuse_non_finite(info, values.view(np.uint8))
+    values[place] = bad
+    with pytest.raises(CheckpointError, match=r"layer\.weight: holds NaN or Inf"):
+        refuse_non_finite(info, values.view(np.uint8))
