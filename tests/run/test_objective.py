@@ -24,6 +24,7 @@ from mimoquant.run import objective
 
 TARGETS = r"targets: ['re:.*mlp\.experts\.\d+\.(gate|up|down)_proj$']"
 FEW = {"sequences": 32, "tokens": 64}
+HALF = FEW | {"sequences": 16}
 AWQ = rf"""
 default_stage:
   default_modifiers:
@@ -36,7 +37,7 @@ default_stage:
       duo_scaling: false
       n_grid: 3
     GPTQModifier: {{scheme: W4A16, {TARGETS}}}
-mimoquant: {{objective: kl, carve_outs: {{3: bf16}}, calibration: {{fisher: {{tokens: 1024, draws: 1}}}}}}
+mimoquant: {{objective: kl, carve_outs: {{2: bf16, 3: bf16}}, calibration: {{fisher: {{tokens: 512, draws: 1}}}}}}
 """
 
 
@@ -56,12 +57,12 @@ def kl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def awq(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folds, a kept layer, and a walk back over half of the tokens."""
-    return run(parse_recipe(AWQ, "awq"), tmp_path_factory.mktemp("awq") / "out")
+    """Folds, kept layers, and a walk back over half of the tokens."""
+    return run(parse_recipe(AWQ, "awq"), tmp_path_factory.mktemp("awq") / "out", **HALF)
 
 
 def test_two_thousand_tokens_do_not_make_it_worse(kl: Path, tmp_path: Path) -> None:
-    tokens = held_out(56, 64)
+    tokens = held_out(28, 64)
     plain = run(load_recipe("gptq-int4-g128"), tmp_path / "output", objective="output")
     assert j_of(kl, tokens) < j_of(plain, tokens)
 
@@ -86,7 +87,7 @@ def test_nothing_of_the_walk_back_is_left(kl: Path) -> None:
 def test_the_written_recipe_repeats_the_run(awq: Path, tmp_path: Path) -> None:
     recipe = load_recipe(str(awq / "recipe.yaml"))
     assert recipe.objective == "kl" and recipe.calibration is not None
-    assert recipe.calibration.fisher == FisherSample(1024, 1) and recipe.calibration.fisher_sequences == 16
+    assert recipe.calibration.fisher == FisherSample(512, 1) and recipe.calibration.fisher_sequences == 8
     pipeline.quantize(make_plan(MICRO, recipe), tmp_path / "again", device="cpu")
     assert contents(awq) == contents(tmp_path / "again")
 
@@ -95,8 +96,8 @@ def test_folds_and_kept_layers_are_proven(awq: Path) -> None:
     report = verify(awq, MICRO)
     assert report.ok, report.problems
     told = json.loads((awq / "report.json").read_text())
-    assert "layer 3" not in told["calibration"] and told["carve_outs"] == {"3": "bf16"}
-    assert j_of(awq, held_out(56, 64)) < 0.03
+    assert list(told["calibration"]) == ["layer 1", "layer 4"] and told["carve_outs"] == {"2": "bf16", "3": "bf16"}
+    assert j_of(awq, held_out(28, 64)) < 0.03
 
 
 class _StopError(Exception):
@@ -155,12 +156,12 @@ def test_killed_in_any_phase_it_resumes_to_the_same_bytes(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    plan = plan_of(parse_recipe(AWQ, "awq"))
+    plan = plan_of(parse_recipe(AWQ, "awq"), **HALF)
     monkeypatch.setattr(objective, "states_place", lambda *args: states)
     with monkeypatch.context() as patch, pytest.raises(_StopError):
         dies(patch)
         pipeline.quantize(plan, tmp_path / "out", device="cpu")
-    other = make_plan(MICRO, parse_recipe(AWQ.replace("draws: 1", "draws: 2"), "awq").calibrated_on(FEW))
+    other = make_plan(MICRO, parse_recipe(AWQ.replace("draws: 1", "draws: 2"), "awq").calibrated_on(HALF))
     with pytest.raises(UsageError, match=r"calibration\.fisher\.draws was 1, is now 2"):
         pipeline.quantize(other, tmp_path / "out", device="cpu", resume=True)
     pipeline.quantize(plan, tmp_path / "out", device="cpu", resume=True)
@@ -170,7 +171,7 @@ def test_killed_in_any_phase_it_resumes_to_the_same_bytes(
 @pytest.mark.slow
 def test_killed_while_the_matrices_go(awq: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A shard that is damaged then makes the walk back begin anew."""
-    plan, out = plan_of(parse_recipe(AWQ, "awq")), tmp_path / "out"
+    plan, out = plan_of(parse_recipe(AWQ, "awq"), **HALF), tmp_path / "out"
 
     def half(folder: Path) -> None:
         (folder / "fisher").rename(folder / "fisher.gone")
@@ -179,7 +180,7 @@ def test_killed_while_the_matrices_go(awq: Path, tmp_path: Path, monkeypatch: py
     with monkeypatch.context() as patch, pytest.raises(_StopError):
         patch.setattr(objective, "let_go", half)
         pipeline.quantize(plan, out, device="cpu")
-    shard = next(unit.file for unit in plan.units if unit.layer == 2)
+    shard = next(unit.file for unit in plan.units if unit.layer == 1)
     damaged = bytearray((tmp_path / "out.partial" / shard).read_bytes())
     damaged[-1] ^= 1
     (tmp_path / "out.partial" / shard).write_bytes(damaged)
@@ -190,8 +191,8 @@ def test_killed_while_the_matrices_go(awq: Path, tmp_path: Path, monkeypatch: py
 def test_a_recipe_without_the_key_rounds_for_the_output(tmp_path: Path) -> None:
     """And what it writes does not name an objective, so that its bytes are those of earlier versions."""
     text = f"default_stage: {{default_modifiers: {{GPTQModifier: {{scheme: MXFP4A16, {TARGETS}}}}}}}"
-    one = run(parse_recipe(text, "a"), tmp_path / "one")
-    two = run(parse_recipe(f"{text}\nmimoquant: {{objective: output}}", "a"), tmp_path / "two")
+    one = run(parse_recipe(text, "a"), tmp_path / "one", sequences=8)
+    two = run(parse_recipe(f"{text}\nmimoquant: {{objective: output}}", "a"), tmp_path / "two", sequences=8)
     assert contents(one) == contents(two)
     assert "objective" not in (one / "recipe.yaml").read_text() and "felt" not in (one / "report.json").read_text()
 
