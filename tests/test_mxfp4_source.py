@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from mimoquant.cli.app import app
 
-CALIBRATED = ("--sequences", "16", "--tokens", "64")
+CALIBRATED = ("--sequences", "8", "--tokens", "64")
 RECIPES = {
     "int4-g128-rtn": (),
     "int4-g32-mse": (),

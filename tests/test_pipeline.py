@@ -31,6 +31,7 @@ from mimoquant.planning.units import Unit
 from mimoquant.quant.engine_torch import TorchEngine
 from mimoquant.report.verb_text import layout_text
 from mimoquant.shipped import shipped_recipes
+from mimoquant.synthetic.checkpoint import SynthSizes, synth
 
 RUNNABLE = [name for name in shipped_recipes() if name.endswith(("-rtn", "-mse"))]
 
@@ -61,9 +62,11 @@ def test_every_shipped_recipe_writes_what_it_planned_and_verifies(recipe: str, t
 
 @pytest.mark.parametrize("recipe", RUNNABLE)
 def test_both_engines_write_the_same_folder(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run(recipe, tmp_path / "compiled")
+    synth(tmp_path / "source", "v2.5", sizes=SynthSizes(layers=3, experts=4, expert_intermediate=128), seed=1)
+    plan = make_plan(tmp_path / "source", load_recipe(recipe))
+    pipeline.quantize(plan, tmp_path / "compiled", device="cpu")
     monkeypatch.setattr(pipeline, "make_engine", lambda device: TorchEngine("cpu"))
-    run(recipe, tmp_path / "torch")
+    pipeline.quantize(plan, tmp_path / "torch", device="cpu")
     assert contents(tmp_path / "compiled") == contents(tmp_path / "torch")
 
 
@@ -154,7 +157,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path) -> None:
         time.sleep(0.001)
     victim.wait()
     if not (tmp_path / "out").exists():  # on a very fast machine the run may have won
-        subprocess.run([*command, "--out", str(tmp_path / "out"), "--resume"], check=True, stderr=subprocess.DEVNULL)
+        run("nvfp4-mse", tmp_path / "out", resume=True)
     assert contents(tmp_path / "whole") == contents(tmp_path / "out")
 
 

@@ -20,7 +20,7 @@ RECIPES = {
 }
 
 
-@pytest.mark.parametrize("name", list(RECIPES))
+@pytest.mark.parametrize("name", [pytest.param("awq", marks=pytest.mark.slow), "awq, real", "search"])
 def test_rounds_at_the_end_are_no_problem(name: str, tmp_path: Path) -> None:
     recipe, out = tmp_path / "r.yaml", tmp_path / "out"
     recipe.write_text(RECIPES[name])

@@ -51,7 +51,7 @@ _entry = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(header=st.dictionaries(st.text(), _entry | _json, max_size=4), payload=st.integers(0, 40))
 def test_made_up_headers(tmp_path: Path, header: dict[str, object], payload: int) -> None:
     check(READERS["header"], header_file(header, payload), tmp_path)
@@ -260,7 +260,7 @@ def shipped_source(number: int, folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("make", "count"),
     [
-        (small_source, 120),
+        (small_source, 64),
         pytest.param(small_source, 2000, marks=pytest.mark.slow),
         pytest.param(shipped_source, 240, marks=pytest.mark.slow),
     ],
