@@ -21,6 +21,7 @@ from mimoquant.quant.gptq import GptqResult, gptq
 from mimoquant.quant.grid import Grid
 from mimoquant.quant.method import Method
 from mimoquant.quant.refine import refine
+from mimoquant.quant.refit import can_fit, refit
 from mimoquant.quant.stack import Stack
 from mimoquant.quant.two_sided import two_sided
 
@@ -49,8 +50,8 @@ def encode_with(
 
     Args:
         metric_EOO: what the loss feels of the outputs (`output_metric`, float32). With it codes are chosen from both
-            sides, and `method.refine` are rounds of descent afterwards; where scales can move they are first refined as
-            often for outputs that count alike. Without it all outputs count alike.
+            sides, and `method.refine` are rounds of descent afterwards, each with int4 scales fitted anew; scales that
+            can move are first refined as often for outputs that count alike. Without it all outputs count alike.
     """
     if weight_EOI.dtype != torch.bfloat16:
         raise TypeError(f"weights are bfloat16, these are {weight_EOI.dtype}")
@@ -60,8 +61,8 @@ def encode_with(
         return Encoded(parts, decode(parts, fmt).to(torch.bfloat16))
     if metric_EOO is None or (method.refine and fmt.scales_move):
         parts, result = _for_outputs(weight_EOI, gram_EII, parts, fmt, method)
-    if metric_EOO is not None:  # the scales stay, codes are chosen anew
-        result = _for_loss(weight_EOI, (gram_EII, metric_EOO), parts, fmt, method)
+    if metric_EOO is not None:
+        parts, result = _for_loss(weight_EOI, (gram_EII, metric_EOO), parts, fmt, method)
     parts = parts | {"codes": pack_nibbles(result.codes.contiguous())}
     return Encoded(parts, decode(parts, fmt).to(torch.bfloat16), result.damped, result.rounded)
 
@@ -80,14 +81,18 @@ def _for_outputs(
 
 def _for_loss(
     weight_EOI: Tensor, both: tuple[Tensor, Tensor], parts: dict[str, Tensor], fmt: Format, method: Method
-) -> GptqResult:
-    """Codes under tr(F D H Dᵀ), on the scales that `parts` have. `both`: H and F."""
-    weight, grid, (gram, metric) = weight_EOI.to(torch.float32), Grid.of(parts, fmt), both
-    result = two_sided(weight, gram, metric, grid, fmt, method.damp)
+) -> tuple[dict[str, Tensor], GptqResult]:
+    """Codes under tr(F D H Dᵀ), on the scales that `parts` have; then rounds of better scales and better codes.
+    `both`: H and F."""
+    weight, (gram, metric) = weight_EOI.to(torch.float32), both
+    result = two_sided(weight, gram, metric, Grid.of(parts, fmt), fmt, method.damp)
     if not method.refine:
-        return result
-    codes = descend(weight, _trusted(gram, result), metric, grid, result.codes, fmt, method.refine)
-    return replace(result, codes=codes)
+        return parts, result
+    codes, gram = result.codes, _trusted(gram, result)
+    for rounds in [1] * method.refine if can_fit(fmt) else [method.refine]:
+        parts = refit(weight, gram, metric, parts, codes, fmt)
+        codes = descend(weight, gram, metric, Grid.of(parts, fmt), codes, fmt, rounds)
+    return parts, replace(result, codes=codes)
 
 
 def _trusted(gram_EII: Tensor, result: GptqResult) -> Tensor:
