@@ -54,6 +54,35 @@ def expert_grams(
     return out
 
 
+def gradient_grams(
+    gradients_DNH: Tensor, blocks: Sequence[tuple[Tensor, Dispatch]], begin: int, end: int
+) -> tuple[Tensor, Tensor]:
+    """What the loss feels of each of experts begin..end at its own tokens, in two halves of them.
+
+    An expert's answer goes times its routing weight into the layer's output, so the gradient at the answer is that at
+    the output times the weight.
+
+    Args:
+        gradients_DNH: at the layer's output, of draws and the first N of the blocks' tokens.
+    Returns sums of outer products [2, E, H, H], and of how many they are [2, E], float32 both.
+    """
+    draws, count, width = gradients_DNH.shape
+    sums = torch.zeros(2, end - begin, width, width, device=gradients_DNH.device)
+    counts, first = sums.new_zeros(2, end - begin), 0
+    for tokens, dispatch in blocks:
+        for group in dispatch.groups(begin, end) if first < count else ():
+            rows = group.rows + first
+            gains = torch.where(rows < count, group.gains, 0)
+            rows, places = rows.clamp(max=count - 1), torch.tensor(group.experts, device=sums.device) - begin
+            middle = rows.shape[1] // 2  # rows go up, so what is drawn of a sequence falls into one half
+            for half, slots in enumerate((slice(middle), slice(middle, None))):
+                counts[half, places] += draws * (gains[:, slots] > 0).sum(1)
+                for gradients in gradients_DNH:
+                    sums[half, places] += gram(gradients[rows[:, slots]] * gains[:, slots, None])
+        first += len(tokens)
+    return sums, counts
+
+
 def tokens_of(blocks: Sequence[tuple[Tensor, Dispatch]], begin: int, end: int, most: int) -> list[Tensor]:
     """The tokens [n, H] that each of experts begin..end sees, evenly thinned to `most`."""
     out = []

@@ -2,7 +2,7 @@
 
 Key idea: a run folder, as a quantize run has one, so what is there after a kill is whole and belongs to this walk.
 Threads write while the next layer is walked. A file belongs to a portion of the tokens, never to a rank, so any number
-of processes can go on. A layer's gradients go when those of the layer before it are there, on all ranks.
+of processes can go on.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from mimoquant.checkpoint.index import open_shard
 from mimoquant.checkpoint.journal import JournalLine, RunFolder
 from mimoquant.checkpoint.reader import CheckpointReader
-from mimoquant.checkpoint.writer import Entry, ShardWriter, stopping
+from mimoquant.checkpoint.writer import Entry, ShardWriter
 from mimoquant.machine.team import Team
 
 Place = Literal["host", "files"]
@@ -42,7 +42,6 @@ class Kept:
         self._made: dict[str, Future[Tensor | None]] = {}  # by this process; what is on the host comes out of it
         self._writing: list[Future[Any]] = []  # of the layer that is being walked
         self._before: list[Future[Any]] = []
-        self._replaced: list[Path] = []  # what goes when those are written
 
     def put(self, unit: str, values: Tensor, facts: dict[str, Any] | None = None) -> None:
         """Keep a tensor, which nobody may change any more. What goes wrong is raised by a later `layer_done`."""
@@ -55,9 +54,7 @@ class Kept:
         made = self._made[unit].result() if unit in self._made else None
         if made is not None:
             return made
-        with CheckpointReader(open_shard(self.path(unit))) as reader:
-            info = reader.index.tensors[_TENSOR]
-            return torch.from_numpy(reader.read(_TENSOR)).view(_DTYPES[info.dtype]).view(info.shape)
+        return read_values(self.path(unit))
 
     def drop(self, unit: str) -> None:
         """Let go of what is on the host."""
@@ -72,12 +69,12 @@ class Kept:
         """Whether all of them are in files."""
         return all(unit in self.run.finished for unit in units)
 
-    def layer_done(self, replaced: Iterable[str] = ()) -> None:
-        """Wait for what was put before the last call, on all ranks. `replaced`: units that this rank lets go of when
-        what it has put since then is written."""
-        self._settle()
+    def layer_done(self) -> None:
+        """Wait for what was put before the last call, on all ranks."""
+        for future in self._before:
+            future.result()
+        self.team.gather(None)
         self._before, self._writing = self._writing, []
-        self._replaced = [self.path(unit) for unit in replaced]
 
     def finish(self) -> None:
         """Wait for everything, on all ranks."""
@@ -99,14 +96,6 @@ class Kept:
         kind, *numbers = unit.split()
         return self.run.path("-".join([kind, *(f"{int(number):04d}" for number in numbers)]) + ".safetensors")
 
-    def _settle(self) -> None:
-        for future in self._before:
-            future.result()
-        self.team.gather(None)
-        for path in self._replaced:
-            with stopping(path):
-                path.unlink(missing_ok=True)
-
     def _keep(self, unit: str, values: Tensor, ready: Any, facts: dict[str, Any] | None) -> Tensor | None:
         """The tensor itself where it stays on the host."""
         held, path = _to_host(values, ready).contiguous(), self.path(unit)
@@ -120,6 +109,13 @@ class Kept:
         finally:
             writer.abandon()
         return None
+
+
+def read_values(path: Path) -> Tensor:
+    """The tensor of a unit's file."""
+    with CheckpointReader(open_shard(path)) as reader:
+        info = reader.index.tensors[_TENSOR]
+        return torch.from_numpy(reader.read(_TENSOR)).view(_DTYPES[info.dtype]).view(info.shape)
 
 
 def _to_host(values: Tensor, ready: Any) -> Tensor:

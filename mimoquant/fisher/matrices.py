@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,20 @@ import torch
 from torch import Tensor
 
 from mimoquant.calibration.tokens import CalibrationRecord
-from mimoquant.checkpoint.index import open_shard
 from mimoquant.checkpoint.journal import file_sha256
-from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.errors import CheckpointError
+from mimoquant.fisher.kept import read_values
 
 FACTS_NAME = "fisher.json"
+_READERS = 4  # files at once: one is hashed by one thread
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A file of the folder, and what it was written with."""
+
+    file: str
+    sha256: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +35,7 @@ class LayerFisher:
     An error δ of a layer's output costs ½ E[δᵀ F δ] nats a token, to second order. `effective_rank`: tr(F)² / tr(F²).
     `output`: mean squared norm of what the layer's experts add to a token; None for a dense layer. `share`: of what it
     would cost if the experts of every layer erred by the same relative amount in every direction; 0 for a dense layer.
+    `gradients`: the g themselves, a file for each portion of the tokens.
     """
 
     layer: int
@@ -35,6 +45,7 @@ class LayerFisher:
     effective_rank: float
     output: float | None
     share: float
+    gradients: tuple[Held, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +98,7 @@ class Fisher:
                     record["seed"],
                     record["labels_sha256"],
                 ),
-                {layer["layer"]: LayerFisher(**layer) for layer in held["layers"]},
+                {layer["layer"]: _layer(layer) for layer in held["layers"]},
                 held["identity"],
             )
         except OSError as error:
@@ -98,19 +109,29 @@ class Fisher:
     def load(self, layer: int, device: str = "cpu") -> Tensor:
         """F of a layer, float32 [H, H]. Raises CheckpointError where the file is not the one that was written."""
         facts = self.layers[layer]
-        path = self.folder / Path(facts.file).name
+        return self._read(Held(facts.file, facts.sha256)).to(device)
+
+    def gradients(self, layer: int, device: str = "cpu") -> Tensor:
+        """The g of a layer, bfloat16 [D, S, T, H] of draws and the sequences that were walked back. Raises
+        CheckpointError where a file is not the one that was written."""
+        with ThreadPoolExecutor(_READERS) as pool:
+            return torch.cat([part.to(device) for part in pool.map(self._read, self.layers[layer].gradients)], dim=1)
+
+    def _read(self, held: Held) -> Tensor:
+        path = self.folder / Path(held.file).name
         try:
             digest = file_sha256(path)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-        if digest != facts.sha256:
-            raise CheckpointError(f"{path}: has the sha256 {digest[:16]}, was written with {facts.sha256[:16]}")
-        with CheckpointReader(open_shard(path)) as reader:
-            (name,) = reader.index.tensors
-            values = torch.from_numpy(reader.read(name)).view(torch.float32).view(reader.index.tensors[name].shape)
-        return values.to(device)
+        if digest != held.sha256:
+            raise CheckpointError(f"{path}: has the sha256 {digest[:16]}, was written with {held.sha256[:16]}")
+        return read_values(path)
 
     def as_plain(self) -> dict[str, Any]:
         """The inverse of `open`."""
         layers = [asdict(self.layers[layer]) for layer in sorted(self.layers)]
         return {"record": self.record.as_plain(), "layers": layers, "identity": self.identity}
+
+
+def _layer(plain: dict[str, Any]) -> LayerFisher:
+    return LayerFisher(**plain | {"gradients": tuple(Held(**held) for held in plain["gradients"])})

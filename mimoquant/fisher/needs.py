@@ -41,8 +41,8 @@ def fisher_needs(
     states = kept * tokens * width * size
     portions = -(-tokens // PORTION_TOKENS)
     mine = min(tokens, -(-portions // ranks) * PORTION_TOKENS)
-    gradients = 2 * settings.draws * tokens * width * size  # of a layer, beside those of the one before
-    files = kept * 4 * width**2 + gradients + (states if settings.states == "files" else 0)
+    gradients = settings.draws * tokens * width * size  # of a layer
+    files = kept * (4 * width**2 + gradients) + (states if settings.states == "files" else 0)
     on_host = -(-states * mine // tokens) if settings.states == "host" else 2 * mine * width * size
     work = _token_bytes(geometry, mine, settings, size) + _work_bytes(geometry, settings.draws, size, device)
     host = _INTERPRETER_BYTES + _TORCH_BYTES + on_host + settings.draws * mine * width * size

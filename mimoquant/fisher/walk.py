@@ -9,6 +9,8 @@ so the forward that is made again on the way back is the same one, and a walk th
 bytes. One layer's weights are there at a time, in either direction. Attention and router are float32, what goes through
 experts is bfloat16 with float32 sums, gradients rest between layers in bfloat16. With `exact` everything is float32.
 
+The gradients stay beside the matrices: what they are at the tokens of one expert says what is felt of that expert.
+
 Portions of the tokens (`layer_stream.portions`) are dealt out to ranks; each walks on its own, and their second moments
 are summed in the portions' order, so the bytes do not depend on the number of ranks. The walk back ends at the first
 layer with experts: nobody rounds what lies before it.
@@ -30,12 +32,12 @@ from torch import Tensor
 
 import mimoquant
 from mimoquant.calibration.tokens import CalibrationRecord, TokenSet
-from mimoquant.checkpoint.journal import RUN_NAME, RunFolder, opened
+from mimoquant.checkpoint.journal import RUN_NAME, JournalLine, RunFolder, opened
 from mimoquant.checkpoint.writer import stopping, write_file_durably
 from mimoquant.errors import CheckpointError, MimoquantError, UsageError
 from mimoquant.fisher.kept import Kept, Place
 from mimoquant.fisher.labels import head_gradients, uniforms
-from mimoquant.fisher.matrices import FACTS_NAME, Fisher, FisherRecord, LayerFisher
+from mimoquant.fisher.matrices import FACTS_NAME, Fisher, FisherRecord, Held, LayerFisher
 from mimoquant.fisher.passage import Passage, forward_layer
 from mimoquant.machine.team import Team
 from mimoquant.model.layer_stream import batch_sequences, layer_chunks, made_ahead, portions
@@ -91,8 +93,9 @@ def walk_back(
             raise
         if not team.leads:
             run.close()
-        team.gather(None)  # all journals are closed, before they become one
+        told = team.gather([line.as_plain() for line in run.finished.values()])  # all journals are closed by then
         if team.leads:
+            run.finished = {line["unit"]: JournalLine(**line) for lines in told for line in lines}
             _publish(run, walk, tokens, identity)
         team.gather(None)
     return Fisher.open(folder)
@@ -165,7 +168,7 @@ class _Walk:
         all layers above. None if it has not begun."""
         for layer in range(self.first, self.layers):
             above = (self._fisher(number) for number in range(layer + 1, self.layers))
-            if self.kept.has(self._units("gradients", layer)) and self.kept.has(above):
+            if self.kept.has(self.units("gradients", layer)) and self.kept.has(above):
                 return layer
         return None
 
@@ -179,7 +182,7 @@ class _Walk:
         the last)."""
         begin = 0
         for layer in range(self.first + 1, end + 1):
-            if not self.kept.has(self._units("states", layer)):
+            if not self.kept.has(self.units("states", layer)):
                 break
             begin = layer
         if begin == end or end == self.first:
@@ -237,7 +240,7 @@ class _Walk:
                 self._measure(layer, gradients)
                 if layer > self.first:
                     gradients = self._through(layer, gradients, feed)
-                self.kept.layer_done(f"gradients {layer} {portion}" for portion in self.mine)
+                self.kept.layer_done()
                 self.progress("back", layer)
 
     def _weights_and_states(self, top: int) -> Iterator[Any]:
@@ -306,7 +309,8 @@ class _Walk:
 
     # --- units --------------------------------------------------------------------------------------------------------
 
-    def _units(self, kind: str, layer: int) -> list[str]:
+    def units(self, kind: str, layer: int) -> list[str]:
+        """A layer's, one a portion."""
         return [f"{kind} {layer} {portion}" for portion in range(len(self.portions))]
 
     @staticmethod
@@ -330,9 +334,10 @@ def second_moment(rows: Tensor) -> Tensor:
 
 
 def _publish(run: RunFolder, walk: _Walk, tokens: TokenSet, identity: dict[str, Any]) -> None:
-    """Leave the matrices and their facts alone in the folder, and give it its name."""
+    """Leave matrices, gradients and their facts alone in the folder, and give it its name."""
     units = [f"fisher {layer}" for layer in range(walk.first, walk.layers)]
     lines = [run.finished[unit] for unit in units]
+    gradients = [walk.units("gradients", layer) for layer in range(walk.first, walk.layers)]
     facts = [line.facts or {} for line in lines]
     costs = [told["trace"] * (told["output"] or 0.0) for told in facts]
     layers = {
@@ -344,14 +349,17 @@ def _publish(run: RunFolder, walk: _Walk, tokens: TokenSet, identity: dict[str, 
             told["effective_rank"],
             told["output"],
             cost / sum(costs) if sum(costs) else 0.0,
+            tuple(Held(run.finished[unit].file, run.finished[unit].sha256) for unit in of_layer),
         )
-        for layer, line, told, cost in zip(range(walk.first, walk.layers), lines, facts, costs, strict=True)
+        for layer, line, told, cost, of_layer in zip(
+            range(walk.first, walk.layers), lines, facts, costs, gradients, strict=True
+        )
     }
     settings = walk.settings
     record = FisherRecord(CalibrationRecord.of(tokens), settings.draws, settings.seed, facts[-1]["labels"])
-    for path in sorted(run.partial.glob("states-*")) + sorted(run.partial.glob("gradients-*")):
+    for path in sorted(run.partial.glob("states-*")):
         with stopping(path):
             path.unlink()
     plain = Fisher(run.out, record, layers, json.loads(json.dumps(identity))).as_plain()
     write_file_durably(run.path(FACTS_NAME), (json.dumps(plain, indent=2) + "\n").encode())
-    run.publish(units)
+    run.publish(units + [unit for of_layer in gradients for unit in of_layer])

@@ -139,7 +139,7 @@ class WalkBackNeeds(TypedDict):
     """Hidden states, of all processes, on hosts or in files."""
     file_bytes: int
     """Files beside the output at the peak, in OUT.partial; hidden states among them where they rest there."""
-    matrices_bytes: int
+    left_bytes: int
     """Files that stay until the last layer is written."""
     host_memory_bytes: int
     """Host memory at the peak, at most."""

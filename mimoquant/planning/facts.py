@@ -37,7 +37,7 @@ from mimoquant.planning.documents import (
 from mimoquant.planning.needs import (
     disk_bytes,
     largest_chunk,
-    matrices_bytes,
+    left_bytes,
     needs,
     refusal,
     states_place,
@@ -181,7 +181,7 @@ def _walk_back(plan: Plan, device: str, has: Machine, took: Estimate | None) -> 
         states=states,
         states_bytes=wants.states_bytes,
         file_bytes=wants.file_bytes,
-        matrices_bytes=matrices_bytes(plan),
+        left_bytes=left_bytes(plan),
         host_memory_bytes=wants.host_bytes,
         gpu_memory_bytes=wants.gpu_bytes,
     )

@@ -27,7 +27,8 @@ _INTERPRETER_BYTES, _TORCH_BYTES, _CUDA_BYTES = 320 * 2**20, 400 * 2**20, 2 * 2*
 _GROUP_ROWS = 2**16  # of tokens that go through a group of experts at once (`decoder_layer`)
 # How many float32 matrices of the shape of the Gram matrix, and of gate and up together, a method holds an expert.
 _WITH_GPTQ, _SEARCH_ONLY = (5, 7), (3, 4)
-_OF_METRIC = 3  # more of the metric of gate's and up's outputs, where codes are chosen for the loss
+# More, where codes are chosen for the loss: of the metric of gate's and up's outputs, and of that of an expert's.
+_OF_METRIC, _OF_OWN_METRIC = 3, 5
 _REFINED_MATRICES = 12  # of a projection's shape, which the joint refinement holds
 
 
@@ -51,10 +52,14 @@ def needs(plan: Plan, device: str = "cpu", ranks: int = 1) -> Needs:
         return Needs(host, 6 * source if cuda else 0)
     states, seen = token_bytes(plan, ranks)
     experts = largest_chunk(plan)
-    work = seen + max(
-        _method_bytes(plan, experts),
-        forward_bytes(plan, experts, _tokens(plan)),
-        _refine_bytes(plan, experts, "cuda" if cuda else "cpu"),
+    work = (
+        seen
+        + 2 * _gradient_bytes(plan)
+        + max(
+            _method_bytes(plan, experts),
+            forward_bytes(plan, experts, _tokens(plan)),
+            _refine_bytes(plan, experts, "cuda" if cuda else "cpu"),
+        )
     )
     wants = Needs(host + states, work + 2**30) if cuda else Needs(host + _TORCH_BYTES + states + work, 0)
     back = walk_back_needs(plan, device, ranks) or wants  # one after the other
@@ -80,17 +85,26 @@ def states_place(plan: Plan, device: str, has: Machine, ranks: int = 1) -> Place
     return "host" if on_host is None or on_host.host_bytes <= has.host_free_bytes else "files"
 
 
-def matrices_bytes(plan: Plan) -> int:
-    """Files that the walk back leaves until the run's end."""
+def left_bytes(plan: Plan) -> int:
+    """Files that the walk back leaves until the run's end: a matrix and gradients a layer."""
     geometry = plan.layout.geometry
-    return 4 * geometry.hidden**2 * (geometry.layers - min(geometry.moe_layers))
+    return (4 * geometry.hidden**2 + _gradient_bytes(plan)) * (geometry.layers - min(geometry.moe_layers))
+
+
+def _gradient_bytes(plan: Plan) -> int:
+    """Of a layer, as the walk back keeps them."""
+    calibration = plan.recipe.calibration
+    if calibration is None or calibration.fisher is None:
+        return 0
+    tokens = calibration.fisher_sequences * calibration.tokens
+    return 2 * calibration.fisher.draws * tokens * plan.layout.geometry.hidden
 
 
 def disk_bytes(plan: Plan, device: str, has: Machine, ranks: int = 1) -> int:
     """What a run writes, at its peak."""
     output = plan.shard_bytes + plan.side_bytes
     back = walk_back_needs(plan, device, ranks, states_place(plan, device, has, ranks))
-    return output if back is None else max(back.file_bytes, output + matrices_bytes(plan))
+    return output if back is None else max(back.file_bytes, output + left_bytes(plan))
 
 
 def _source_bytes(plan: Plan, step: Experts | Dequantize) -> int:
@@ -121,7 +135,8 @@ def token_bytes(plan: Plan, ranks: int) -> tuple[int, int]:
 def _method_bytes(plan: Plan, experts: int) -> int:
     width, inner = plan.layout.geometry.hidden, plan.layout.geometry.expert_intermediate
     squares, matrices = _WITH_GPTQ if plan.recipe.expert_method().gptq else _SEARCH_ONLY
-    metrics = _OF_METRIC * (2 * inner) ** 2 if plan.recipe.objective == "kl" else 0
+    felt = plan.recipe.objective == "kl"
+    metrics = max(_OF_METRIC * (2 * inner) ** 2 + width**2, _OF_OWN_METRIC * width**2) if felt else 0
     return experts * 4 * (squares * width**2 + matrices * 2 * inner * width + metrics)
 
 

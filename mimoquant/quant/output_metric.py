@@ -10,7 +10,13 @@ F is of as many samples as tokens were walked back through, times draws of label
 mislead, so it is shrunk toward the multiple of the identity with its trace, under which all outputs count alike: that
 is GPTQ on the Gram matrix alone.
 
+An expert sees tokens of its own kind, and what is felt of its answers there is not what is felt of the layer's output
+on average. F_e, the second moment at its own tokens, is of fewer samples, so it is shrunk toward F as far as its noise
+tells. Noise and distance are measured: by two halves of the tokens, which differ by noise alone, and from F.
+
 Shapes: E experts, H hidden, I inner width, J = 2I.
+Reference: shrinkage as in Ledoit and Wolf, 2004, with the variance from halves, since a sequence's tokens depend on one
+another.
 """
 
 from __future__ import annotations
@@ -20,13 +26,46 @@ from torch import Tensor
 
 SHRINKAGE = 1.0  # n0 over the width: samples' worth of the identity
 DAMP = 0.1  # of the mean diagonal, at least, of any metric
+_TINY = torch.finfo(torch.float32).tiny
 
 
 def shrunk_fisher(fisher_HH: Tensor, samples: int) -> Tensor:
-    """F of `samples` gradients, shrunk toward the identity at its own trace and dampened."""
+    """F of `samples` gradients, shrunk toward the identity at its own trace."""
     width = len(fisher_HH)
     share = SHRINKAGE * width / (samples + SHRINKAGE * width)
-    return dampened((1 - share) * fisher_HH, share + DAMP)
+    return dampened((1 - share) * fisher_HH, share / (1 - share))
+
+
+def experts_fisher(halves_2EHH: Tensor, count_2E: Tensor, fisher_HH: Tensor) -> tuple[Tensor, Tensor]:
+    """What is felt of each expert's answers [E, H, H], and how much of it is its layer's [E], 0 to 1.
+
+    (1 - lambda) F_e + lambda F, both with the trace of F; lambda is what expected squared error is least for, the
+    variance of F_e over its mean squared distance from F, and 1 where a half has no samples.
+
+    Args:
+        halves_2EHH: sums of outer products over two halves of the samples, and count_2E of how many.
+    """
+    total = count_2E.sum(0).clamp(min=1)
+    own = halves_2EHH.sum(0) / total[:, None, None]
+    scale = _trace(own) / _trace(fisher_HH).clamp(min=_TINY)
+    apart = halves_2EHH[0] / count_2E[0].clamp(min=1)[:, None, None]
+    apart -= halves_2EHH[1] / count_2E[1].clamp(min=1)[:, None, None]
+    noise = count_2E.prod(0) / total.square() * _squares(apart)
+    del apart
+    far = _squares(own - scale[:, None, None] * fisher_HH)
+    sound = (count_2E > 0).all(0) & (far > 0) & (scale > 0)
+    share = torch.where(sound, noise / far.clamp(min=_TINY), 1.0).clamp(max=1.0)
+    own *= torch.where(sound, (1 - share) / scale.clamp(min=_TINY), 0.0)[:, None, None]
+    return own.add_(share[:, None, None] * fisher_HH), share
+
+
+def _trace(matrices: Tensor) -> Tensor:
+    return torch.diagonal(matrices, dim1=-2, dim2=-1).sum(-1)
+
+
+def _squares(matrices: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(matrices, dim=(-2, -1))
+    return norm.square()
 
 
 def dampened(metric: Tensor, damp: float) -> Tensor:
@@ -41,7 +80,8 @@ def gate_up_metric(fisher_HH: Tensor, down_EHI: Tensor, slopes_EJJ: Tensor) -> T
     """[E, J, J] of gate's rows and up's below them.
 
     Args:
-        down_EHI: down_proj as it will answer, float32. slopes_EJJ: the second moment of s over the tokens.
+        fisher_HH: or one an expert, [E, H, H]. down_EHI: down_proj as it will answer, float32. slopes_EJJ: the second
+            moment of s over the tokens.
     """
     inner = down_EHI.mT @ (fisher_HH @ down_EHI)
     return dampened(slopes_EJJ * inner.repeat(1, 2, 2), DAMP)

@@ -115,7 +115,7 @@ def _demands(facts: PlanDocument) -> list[str]:
             f"walk back  {back['tokens']} tokens x {back['draws']} draws first{spent}: at most about "
             f"{size(back['host_memory_bytes'])} of host memory{gpu}; hidden states {size(back['states_bytes'])} "
             f"{'in files' if back['states'] == 'files' else 'on the host'}, files {size(back['file_bytes'])}, of which "
-            f"{size(back['matrices_bytes'])} stay until the last layer"
+            f"{size(back['left_bytes'])} stay until the last layer"
         )
     if facts["disk_free_bytes"] is not None:
         lines.append(

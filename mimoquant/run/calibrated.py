@@ -45,7 +45,7 @@ from mimoquant.quant.method import WALKED_MOST, Method
 from mimoquant.quant.reconstruct import reconstruct
 from mimoquant.quant.stack import Stack
 from mimoquant.run.chunk_facts import Rounded, chunk_facts
-from mimoquant.run.objective import OutputMetrics
+from mimoquant.run.objective import OutputMetrics, felt_of_gate_up
 from mimoquant.run.portions import Portions, Seen
 from mimoquant.weights.decoded import CheckpointWeights, decoded_chunk
 from mimoquant.weights.stored import not_finite, read_experts, read_parts
@@ -90,10 +90,10 @@ class Calibrator:
         self.plan, self.settings, self.device = plan, plan.recipe.calibration, torch.device(device)
         self.weights, self.engine = weights or CheckpointWeights(reader, plan.layout, self.device), TorchEngine(device)
         self.method = plan.recipe.expert_method()
-        held = torch.arange(len(tokens.ids)) % HELD_OUT == HELD_OUT - 1
-        ids = torch.from_numpy(tokens.ids)
+        self.trains = torch.arange(len(tokens.ids)) % HELD_OUT != HELD_OUT - 1
+        ids, sets = torch.from_numpy(tokens.ids), (self.trains, ~self.trains)
         self.team = team or Team(device)
-        self.tokens = Portions(self.weights, [ids[part] for part in (~held, held) if bool(part.any())], self.team)
+        self.tokens = Portions(self.weights, [ids[part] for part in sets if bool(part.any())], self.team)
         self.facts, self.fisher = LayerFacts(-1), fisher
         self.metrics: OutputMetrics | None = None  # of the layer, where its codes are chosen for the loss
         self.norm_fold: Tensor | None = None
@@ -111,7 +111,7 @@ class Calibrator:
         self.tokens.attend(weights)
         self._pool()
         if self.fisher and written is None and layer in self.plan.formats:
-            self.metrics = OutputMetrics(self.fisher, layer, self.device)
+            self.metrics = OutputMetrics(self.fisher, layer, self.device, self.trains)
             self.facts.fisher = self.metrics.told
         if layer in self.plan.formats and self.plan.recipe.folds_norm(layer):
             self._apply_norm_fold(weights, self._agreed_fold(layer, written))
@@ -186,18 +186,18 @@ class Calibrator:
         n0, count = self.shrinkage * len(self.pooled), self.facts.tokens[begin:end]
         chunk, folded = self._folded_down(original, fmt, count) if self.plan.recipe.folds_down else (original, 0)
         gram = _finite(statistics.shrink(inputs, count, self.pooled, n0), self.facts.layer)
-        rows, metric = _gate_and_up(chunk), self._felt_of_gate_and_up(chunk, count)
+        felt = self.metrics.experts(chunk, self._seen()) if self.metrics else None
+        rows, metric = _gate_and_up(chunk), self._felt_of_gate_and_up(felt, chunk, count)
         both = _encode(rows, gram, fmt, self.method, metric)
         gate, up = both.values.chunk(2, dim=1)
         half = ExpertChunk(begin, gate.contiguous(), up.contiguous(), chunk.down)
         inner = self._inner_grams(half, count)
-        of_down = self.metrics.down(len(chunk.down)) if self.metrics else None
-        down = _encode(chunk.down, inner, fmt, self.method, of_down)
+        down = _encode(chunk.down, inner, fmt, self.method, felt)
         chosen = Chosen(_named(both.parts, down.parts), replace(half, down=down.values), {})
         if self.settings.reconstructs(self.facts.layer):
             chosen = self._reconstructed(chunk, chosen, {"gate": gram, "up": gram, "down": inner}, fmt)
             both, down = replace(both, values=_gate_and_up(chosen.chunk)), replace(down, values=chosen.chunk.down)
-        facts = chunk_facts([Rounded(rows, gram, metric, both), Rounded(chunk.down, inner, of_down, down)], fmt)
+        facts = chunk_facts([Rounded(rows, gram, metric, both), Rounded(chunk.down, inner, felt, down)], fmt)
         facts |= {"shrunk": statistics.shares(count, n0), "folded_channels": folded}
         return replace(chosen, facts=chosen.facts | facts)
 
@@ -269,13 +269,13 @@ class Calibrator:
         assert self.shrinkage is not None
         return _finite(statistics.shrink(sums, count, forced, self.shrinkage * width), self.facts.layer)
 
-    def _felt_of_gate_and_up(self, chunk: ExpertChunk, count: list[int]) -> Tensor | None:
-        if self.metrics is None:
+    def _felt_of_gate_and_up(self, felt: Tensor | None, chunk: ExpertChunk, count: list[int]) -> Tensor | None:
+        if felt is None:
             assert self.plan.recipe.objective == "output"
             return None
         assert self.shrinkage is not None
         n0 = self.shrinkage * chunk.gate.shape[1]
-        return _finite(self.metrics.gate_up(chunk, self._seen(), count, self.sample, n0), self.facts.layer)
+        return _finite(felt_of_gate_up(felt, chunk, self._seen(), count, self.sample, n0), self.facts.layer)
 
     def _agree_on_shrinkage(self, chunk: ExpertChunk | None, inputs: Tensor | None, fmt: Format) -> None:
         """The rank that has the layer's first chunk chooses for all."""

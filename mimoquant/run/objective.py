@@ -27,7 +27,7 @@ from mimoquant.machine.team import Team
 from mimoquant.model.decoder_layer import ExpertChunk
 from mimoquant.planning.needs import states_place
 from mimoquant.planning.plan import Plan
-from mimoquant.quant.output_metric import gate_up_metric, shrunk_fisher
+from mimoquant.quant.output_metric import DAMP, dampened, experts_fisher, gate_up_metric, shrunk_fisher
 from mimoquant.run.portions import Seen
 from mimoquant.weights.decoded import CheckpointWeights
 
@@ -70,27 +70,40 @@ def let_go(folder: Path) -> None:
 
 
 class OutputMetrics:
-    """What the loss feels of the outputs of one layer's experts. `told`: what was measured there."""
+    """What the loss feels of the outputs of one layer's experts. `told`: what was measured there.
 
-    def __init__(self, fisher: Fisher, layer: int, device: torch.device) -> None:
+    Args:
+        trains: bool, which sequences the tokens are of that `seen` has below; those that were walked back come first.
+    """
+
+    def __init__(self, fisher: Fisher, layer: int, device: torch.device, trains: Tensor) -> None:
         facts = fisher.layers[layer]
         self.told: LayerFisherFacts = {
             "trace": facts.trace,
             "effective_rank": facts.effective_rank,
             "share": facts.share,
         }
-        self.fisher = shrunk_fisher(fisher.load(layer, str(device)), fisher.samples)
+        self.pooled = shrunk_fisher(fisher.load(layer, str(device)), fisher.samples)
+        gradients = fisher.gradients(layer, str(device))
+        self.gradients = gradients[:, trains[: gradients.shape[1]].to(device)].flatten(1, 2)
 
-    def gate_up(self, chunk: ExpertChunk, seen: Seen, count: list[int], sample: Tensor, n0: float) -> Tensor:
-        """[E, 2I, 2I] of a chunk's gate and up. `sample`: tokens that the statistics of `seen` are shrunk toward by
-        `n0`."""
-        width = 2 * chunk.gate.shape[1]
-        end = chunk.begin + len(chunk.gate)
-        sums = statistics.expert_grams(seen, chunk.begin, end, width, statistics.slopes_of(chunk))
-        forced = statistics.forced_slopes(sample, chunk.gate, chunk.up)
-        slopes = statistics.shrink(sums, count, forced, n0)
-        return gate_up_metric(self.fisher, chunk.down.to(torch.float32), slopes)
+    def experts(self, chunk: ExpertChunk, seen: Seen) -> Tensor:
+        """[E, H, H] of the answers of a chunk's experts, which is down_proj's metric."""
+        halves, count = statistics.gradient_grams(self.gradients, seen, chunk.begin, chunk.begin + len(chunk.down))
+        own, _ = experts_fisher(halves, count, self.pooled)
+        return dampened(own, DAMP)
 
-    def down(self, experts: int) -> Tensor:
-        """[E, H, H] of down_proj: the same matrix for all experts, which is held once."""
-        return self.fisher.expand(experts, -1, -1)
+
+def felt_of_gate_up(
+    felt_EHH: Tensor, chunk: ExpertChunk, seen: Seen, count: list[int], sample: Tensor, n0: float
+) -> Tensor:
+    """[E, 2I, 2I] of a chunk's gate and up.
+
+    Args:
+        felt_EHH: of what its experts answer. sample: tokens that the statistics of `seen` are shrunk toward by `n0`.
+    """
+    width = 2 * chunk.gate.shape[1]
+    end = chunk.begin + len(chunk.gate)
+    sums = statistics.expert_grams(seen, chunk.begin, end, width, statistics.slopes_of(chunk))
+    forced = statistics.forced_slopes(sample, chunk.gate, chunk.up)
+    return gate_up_metric(felt_EHH, chunk.down.to(torch.float32), statistics.shrink(sums, count, forced, n0))

@@ -211,15 +211,20 @@ def _any_fisher(plan: Plan, tokens: TokenSet) -> Fisher:
     from mimoquant.calibration.tokens import CalibrationRecord
     from mimoquant.fisher.matrices import Fisher, FisherRecord, LayerFisher
 
-    width = plan.layout.geometry.hidden
+    held, width, (count, length) = plan.recipe.calibration, plan.layout.geometry.hidden, tokens.ids.shape
+    assert held is not None and held.fisher is not None
+    draws, share = held.fisher.draws, max(1, count * held.fisher_sequences // held.sequences)
 
     class Unit(Fisher):
         def load(self, layer: int, device: str = "cpu") -> torch.Tensor:
             return torch.eye(width, device=device)
 
-    layers = {layer: LayerFisher(layer, "", "", 1.0, 1.0, None, 0.0) for layer in plan.formats}
+        def gradients(self, layer: int, device: str = "cpu") -> torch.Tensor:
+            return torch.ones(draws, share, length, width, dtype=torch.bfloat16, device=device)
+
+    layers = {layer: LayerFisher(layer, "", "", 1.0, 1.0, None, 0.0, ()) for layer in plan.formats}
     record = FisherRecord(CalibrationRecord.of(tokens), 1, 0, "")
-    return Unit(Path(), record, layers, {"tokens a sequence": str(tokens.ids.shape[1])})
+    return Unit(Path(), record, layers, {"tokens a sequence": str(length)})
 
 
 def _attention_seconds(walk: Calibrator, layer: int) -> tuple[float, float]:
@@ -233,7 +238,7 @@ def _attention_seconds(walk: Calibrator, layer: int) -> tuple[float, float]:
 def _expert_seconds(walk: Calibrator, few: Experts, stacks: dict[str, Stack]) -> tuple[float, float, float, float]:
     """Of choosing a layer's shrinkage, of the method, of the tokens' way through these experts and statistics, and of
     that way alone."""
-    from mimoquant.calibration.statistics import expert_grams, intermediate_of
+    from mimoquant.calibration.statistics import expert_grams, gradient_grams, intermediate_of
 
     geometry = walk.plan.layout.geometry
     _warm_up(walk, few)
@@ -245,6 +250,8 @@ def _expert_seconds(walk: Calibrator, few: Experts, stacks: dict[str, Stack]) ->
         walk.tokens.through(chunk)
         expert_grams(seen, few.begin, few.end, geometry.hidden)
         expert_grams(seen, few.begin, few.end, geometry.expert_intermediate, intermediate_of(chunk))
+        if walk.metrics:
+            gradient_grams(walk.metrics.gradients, seen, few.begin, few.end)
 
     rows, passing = _seconds(walk, pass_on), _seconds(walk, lambda: walk.tokens.through(chunk))
     return max(0.0, first - again), max(0.0, again - rows), rows, passing

@@ -29,7 +29,7 @@ def test_v25_fits_a_gpu_with_its_states_on_the_host() -> None:
     told = fisher_needs(V25, 131_072, FisherSettings(), "cuda")
     assert told.states_bytes == 47 * 131_072 * 4096 * 2  # 50.5 GB
     assert told.gpu_bytes < 60e9 and told.states_bytes < told.host_bytes < 60e9
-    assert told.file_bytes < 10e9
+    assert 47 * 2 * 131_072 * 4096 * 2 < told.file_bytes < 110e9  # gradients, of two draws
 
 
 def test_more_ranks_and_files_take_the_states_off_a_host() -> None:
@@ -42,7 +42,6 @@ def test_more_ranks_and_files_take_the_states_off_a_host() -> None:
 
 @pytest.mark.parametrize("states", ["host", "files"])
 def test_files_are_as_told(states: str, tmp_path: Path) -> None:
-    """While it walks; the gradients of two layers are there only until the first are let go of."""
     tokens, settings = some_tokens(MICRO, 8, 64), FisherSettings(states="files" if states == "files" else "host")
     found = []
 
@@ -52,4 +51,4 @@ def test_files_are_as_told(states: str, tmp_path: Path) -> None:
 
     walked(MICRO, tokens, settings, tmp_path / "fisher", progress=look)
     told = fisher_needs(open_layout(MICRO).geometry, tokens.ids.size, settings).file_bytes
-    assert 0.6 * told < max(found) < told + 8000
+    assert 0.9 * told < max(found) < told + 16_000

@@ -53,9 +53,10 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_finished_walk_holds_matrices_and_facts_alone(whole: Path) -> None:
+def test_a_finished_walk_holds_matrices_gradients_and_facts_alone(whole: Path) -> None:
     assert len(portions(torch.from_numpy(TOKENS.ids))) == 3
     names = {*(f"fisher-{layer:04d}.safetensors" for layer in LAYERS), "fisher.json", "journal.jsonl"}
+    names |= {f"gradients-{layer:04d}-{portion:04d}.safetensors" for layer in LAYERS for portion in range(3)}
     assert {path.name for path in whole.iterdir()} == names
     fisher = Fisher.open(whole)
     assert tuple(fisher.layers) == LAYERS
@@ -67,6 +68,19 @@ def test_a_finished_walk_holds_matrices_and_facts_alone(whole: Path) -> None:
         assert facts.trace == pytest.approx(float(matrix.trace()), rel=1e-5)
         assert 1 < facts.effective_rank < 256 and facts.output is not None and facts.output > 0
         assert float(torch.linalg.eigvalsh(matrix.double())[0]) > -1e-6 * facts.trace
+
+
+def test_gradients_are_those_that_the_matrices_are_the_second_moments_of(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fisher, seen = Fisher.open(whole), watch(monkeypatch)
+    walked(MICRO, TOKENS, HOST, tmp_path / "fisher")
+    for layer in LAYERS:
+        gradients = fisher.gradients(layer)
+        assert gradients.shape == (2, *TOKENS.ids.shape, 256)
+        assert torch.equal(gradients.flatten(1, 2), seen.at(layer))
+        rows = gradients.flatten(0, 2).double()
+        assert torch.allclose(rows.T @ rows / len(rows), fisher.load(layer).double(), rtol=1e-3, atol=1e-9)
 
 
 def test_labels_follow_from_the_seed(whole: Path, tmp_path: Path) -> None:
@@ -225,6 +239,10 @@ def test_damage_is_found(whole: Path, tmp_path: Path) -> None:
     fisher.load(1)
     with pytest.raises(CheckpointError, match=r"fisher-0002\.safetensors: has the sha256"):
         fisher.load(2)
+    (folder / "gradients-0003-0001.safetensors").unlink()
+    fisher.gradients(2)
+    with pytest.raises(CheckpointError, match=r"gradients-0003-0001\.safetensors: cannot be read"):
+        fisher.gradients(3)
     facts = json.loads((folder / "fisher.json").read_text())
     del facts["record"]["draws"]
     (folder / "fisher.json").write_text(json.dumps(facts))

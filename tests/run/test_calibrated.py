@@ -548,6 +548,23 @@ def test_gram_matrices_are_those_of_the_routed_tokens() -> None:
     assert statistics.effective_counts([dispatch], 2, 3)[0] == pytest.approx(expected, rel=1e-4)
 
 
+def test_gradients_of_an_expert_are_those_at_its_own_tokens_times_their_gains() -> None:
+    """Two blocks, and no gradients for the last tokens of the second."""
+    blocks, gradients = [(torch.empty(300, 32), routed(300, 6, 2, seed)) for seed in (0, 1)], torch.randn(2, 500, 32)
+    gradients = gradients.to(torch.bfloat16)
+    seen = [(tokens, Dispatch.of(routing, 6)) for tokens, routing in blocks]
+    sums, counts = statistics.gradient_grams(gradients, seen, 1, 5)
+    experts, weights = (
+        torch.cat([getattr(routing, name) for _, routing in blocks])[:500] for name in ("experts", "weights")
+    )
+    for expert in range(1, 5):
+        gains = ((experts == expert) * weights).sum(1).double()
+        rows = (gradients.double() * gains[:, None]).flatten(0, 1)
+        assert int(counts[:, expert - 1].sum()) == 2 * int((gains > 0).sum())
+        assert counts[:, expert - 1].min() > 100
+        assert torch.allclose(sums[:, expert - 1].sum(0).double(), rows.T @ rows, rtol=1e-2, atol=0.05)
+
+
 def test_an_experts_intermediate_is_that_of_its_weights() -> None:
     tokens, routing = torch.randn(200, 16).to(torch.bfloat16), routed(200, 4, 2)
     gate, up = (torch.randn(4, 8, 16).to(torch.bfloat16) for _ in range(2))
