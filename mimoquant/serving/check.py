@@ -217,6 +217,10 @@ class _Check:
                         "QKVParallelLinear",
                     )
         inner, tp = geometry.expert_intermediate, self.expert_tp or 1
+        one = {f.group_size for forms in self.checkpoint.experts.values() for f in forms if f.subject in c.INT4S}
+        for group in sorted(size for size in one if size and inner // tp == size < geometry.hidden):
+            shown = f"int4 g{group} with {group} inner channels a rank, one group,"
+            yield from self._row(c.GROUPS, c.ONE_GROUP, "experts", shown)
         for group, source in sorted(self._groups().items()):
             if inner % tp or inner // tp % group:
                 yield Problem(

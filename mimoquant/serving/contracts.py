@@ -113,6 +113,23 @@ FORMATS: tuple[Row, ...] = (
     Row(TRANSFORMERS, MIXED, RIGHT, UNVERIFIED, "not tried"),
 )  # fmt: skip
 
+# --- int4 experts of which a rank holds one group of inner channels, on GPUs (CPUs' kernels lay scales otherwise) -----
+
+INT4S, ONE_GROUP = (INT4, INT4_ASYMMETRIC), "int4 with one group a rank"
+GROUPS: tuple[Row, ...] = (
+    Row(
+        VLLM,
+        ONE_GROUP,
+        CORRUPTED,
+        RUN,
+        "0.33 on an H200 (Marlin): J .19 where the file has .045; 0.32's code is the same; pull request #50196",
+        since=(0, 32),
+        what="has the scales of gate and up put in another order than Marlin reads",
+        hint="use a smaller TP, expert parallelism, or quantize with group_size: 32",
+    ),
+    Row(SGLANG, ONE_GROUP, RIGHT, READ, "compressed_tensors_wNa16_moe.py of 0.5.23"),
+)
+
 # --- a layer of experts that is kept: "<format of the rest>: <kind>", or "any: <kind>" --------------------------------
 
 CARVE_OUTS: tuple[Row, ...] = (

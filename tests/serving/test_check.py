@@ -48,7 +48,7 @@ SOUND = [
     ("vllm", "v2.5", "native", 8),
     ("vllm", "v2.5-pro", "native", 16),
     ("vllm", "v2-flash", "native", 4),
-    ("vllm", "v2.5", "int4-g128", 16),
+    ("vllm", "v2.5", "int4-g128", 8),
     ("vllm", "v2.5", "int4-g32-asymmetric", 4),
     ("vllm", "v2.5-pro", "mxfp4", 8),
     ("vllm", "v2-flash", "nvfp4", 8),
@@ -70,6 +70,18 @@ SOUND = [
 @pytest.mark.parametrize(("engine", "variant", "form", "tp"), SOUND)
 def test_a_sound_output_has_no_problem(engine: str, variant: str, form: str, tp: int | None) -> None:
     assert check(at_scale(variant, form), engine, None, tp) == []
+
+
+def test_int4_of_one_group_a_rank_is_known_to_go_wrong_in_vllm() -> None:
+    """2,048 inner channels over TP 16 are one group of 128: vLLM lays gate's and up's scales as if they had one."""
+    for variant in ("v2.5", "v2.5-pro"):
+        (problem,) = check(at_scale(variant, "int4-g128"), "vllm", None, 16, 16)
+        assert problem.verdict == "corrupted" and "int4 g128 with 128 inner channels a rank" in problem.text
+        assert "group_size: 32" in str(problem.hint)
+        assert check(at_scale(variant, "int4-g128"), "vllm", None, 16, 1) == []  # experts whole on their GPU
+        (unsure,) = check(at_scale(variant, "int4-g128"), "vllm", "0.30", 16, 16)
+        assert unsure.verdict == "warning" and "known from 0.32 on" in unsure.text
+    assert check(at_scale("v2.5", "int4-g128"), "sglang", None, 8, 16) == []
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
@@ -476,8 +488,8 @@ def test_native_mxfp4_of_v2_flash_has_global_qkv_in_bf16(tmp_path: Path) -> None
 
 
 def test_verify_with_an_engine(outputs: dict[str, Path]) -> None:
-    good = call("verify", outputs["int4"], "--engine", "vllm", "--tp", "2")
-    assert good.exit_code == 0 and good.stdout == "vLLM 0.33.0 at TP 2: nothing is known against it\n", good.output
+    good = call("verify", outputs["int4"], "--engine", "vllm", "--tp", "1")
+    assert good.exit_code == 0 and good.stdout == "vLLM 0.33.0 at TP 1: nothing is known against it\n", good.output
     bad = call("verify", outputs["nvfp4"], "--engine", "transformers")
     assert bad.exit_code == 3 and "corrupted: layers 1-5: compressed-tensors nvfp4" in bad.stdout, bad.output
     assert "transformers would refuse or corrupt it (problems: 1)" in bad.stderr and "Traceback" not in bad.output
