@@ -1,20 +1,24 @@
-"""The command line in several processes: under torchrun, or forked from a process that has loaded everything once.
+"""The command line in other processes: under torchrun, or forked from one that has loaded everything once.
 
-torchrun and each of its ranks take seconds to import torch, many times what a run of the micro checkpoint takes.
+torchrun and each process take seconds to import torch, many times what a run of the micro checkpoint takes.
 Forked ranks find the same environment, and what torchrun does for them is done here: the board (a key-value store)
 outlives them, and when one ends badly the others get SIGTERM.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from multiprocessing.connection import wait
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
@@ -50,22 +54,29 @@ def under_torchrun(count: int, driver: Path, *arguments: str) -> subprocess.Comp
 
 
 def forked(count: int, driver: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """So many ranks of `driver.main`, a module of the tests; the exit code is that of the first that ended badly."""
-    with pytest.MonkeyPatch.context() as patch:  # for the server, which starts with the first rank
+    """So many ranks of `driver.main`, by its dotted name; the exit code is that of the first that ended badly."""
+    with begun(count, driver, *arguments) as (ranks, told):
+        code = _ended(ranks)
+        out, errors = (path.read_text() if path.exists() else "" for path in told)
+    return subprocess.CompletedProcess(arguments, code, out, errors)
+
+
+@contextlib.contextmanager
+def begun(count: int, driver: str, *arguments: str | Path) -> Iterator[tuple[list[ForkServerProcess], list[Path]]]:
+    """The processes, and the files that take their stdout and stderr."""
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        # for the server, which starts with the first process
         for name, value in SETTINGS.items() | {("PYTHONPATH", str(TESTS.parent)), ("HF_HUB_OFFLINE", "1")}:
             patch.setenv(name, value)
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
         env = SETTINGS | place | {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-        with tempfile.TemporaryDirectory() as folder:
-            told = [Path(folder) / name for name in ("stdout", "stderr")]
-            numbers = [{"RANK": str(n), "LOCAL_RANK": str(n)} for n in range(count)]
-            ranks = [FORKS.Process(target=_rank, args=(driver, arguments, env | mine, told)) for mine in numbers]
-            for rank in ranks:
-                rank.start()
-            code = _ended(ranks)
-            out, errors = (path.read_text() if path.exists() else "" for path in told)
-    return subprocess.CompletedProcess(arguments, code, out, errors)
+        told = [Path(folder) / name for name in ("stdout", "stderr")]
+        numbers = [{"RANK": str(n), "LOCAL_RANK": str(n)} for n in range(count)]
+        ranks = [FORKS.Process(target=_rank, args=(driver, arguments, env | mine, told)) for mine in numbers]
+        for rank in ranks:
+            rank.start()
+        yield ranks, told
 
 
 def _rank(driver: str, arguments: tuple[str | Path, ...], env: dict[str, str], told: list[Path]) -> None:
@@ -73,10 +84,10 @@ def _rank(driver: str, arguments: tuple[str | Path, ...], env: dict[str, str], t
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.environ.update(env)
     sys.argv = [driver, *map(str, arguments)]
-    __import__(driver).main()
+    importlib.import_module(driver).main()
 
 
-def _ended(ranks: list[multiprocessing.context.ForkServerProcess]) -> int:
+def _ended(ranks: list[ForkServerProcess]) -> int:
     """When all have ended: the exit code of the first that ended badly, which has ended the others."""
     until, left, code = time.monotonic() + LIMIT_S, list(ranks), 0
     while left:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import functools
 import json
 import os
 import re
@@ -20,6 +19,7 @@ from typing import Any
 
 import pytest
 from micro import MICRO, edit_json
+from ranks import begun
 from typer.testing import CliRunner
 
 import mimoquant
@@ -325,35 +325,20 @@ def test_usage_mistakes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_an_interrupt_exits_130_and_tells_how_to_resume(number: signal.Signals, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "mimoquant",
-        "quantize",
-        str(MICRO),
-        "-r",
-        "gptq-int4-g128",
-        "--device",
-        "cpu",
-        "--sequences",
-        "32",
-        "--tokens",
-        "64",
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores it
-    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
+    command = ["quantize", str(MICRO), "-r", "gptq-int4-g128", "--sequences", "32", "--tokens", "64", "--device", "cpu"]
+    command += ["--out", str(tmp_path / "out")]
     partial = tmp_path / "out.partial" / "journal.jsonl"
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and run.poll() is None and not (partial.exists() and partial.stat().st_size):
-        time.sleep(0.001)  # a calibrated run has seconds to go when its first shard is finished
-    os.kill(run.pid, number)
-    _, errors = run.communicate()
-    assert run.returncode == 130, errors
+    with begun(1, "mimoquant.cli.app", *command) as ((run,), (_, told)):
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and run.is_alive() and not (partial.exists() and partial.stat().st_size):
+            time.sleep(0.001)  # a calibrated run has seconds to go when its first shard is finished
+        os.kill(run.pid, number)
+        run.join()
+        errors = told.read_text()
+    assert run.exitcode == 130, errors
     assert "--resume" in errors and "Traceback" not in errors
     assert not (tmp_path / "out").exists()
-    again = call(*command[3:], "--resume")
+    again = call(*command, "--resume")
     assert again.exit_code == 0, again.output
     assert call("verify", tmp_path / "out", "--source", MICRO).exit_code == 0
 

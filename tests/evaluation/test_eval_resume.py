@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from micro import MICRO, held_out
+from ranks import begun
 from typer.testing import CliRunner
 
 from mimoquant import pipeline
@@ -168,33 +167,19 @@ def test_an_interrupt_exits_130_and_tells_how_to_resume(
     number: signal.Signals, outputs: dict[str, Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "out.json"
-    command = [
-        sys.executable,
-        "-m",
-        "mimoquant",
-        "eval-kl",
-        str(MICRO),
-        str(outputs["candidate"]),
-        "--device",
-        "cpu",
-        "--sequences",
-        "28",
-        "--tokens",
-        "128",
-        "--no-noise-floor",
-        "--out",
-        str(out),
-    ]
-    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    command = ["eval-kl", str(MICRO), str(outputs["candidate"]), "--sequences", "28", "--tokens", "128"]
+    command += ["--no-noise-floor", "--device", "cpu", "--out", str(out)]
     journal, deadline = tmp_path / "out.json.partial" / "journal.jsonl", time.monotonic() + 60
-    while time.monotonic() < deadline and run.poll() is None and not (journal.exists() and journal.stat().st_size):
-        time.sleep(0.001)
-    os.kill(run.pid, number)
-    errors = run.communicate()[1]
-    assert run.returncode == 130 and "Traceback" not in errors, errors
+    with begun(1, "mimoquant.cli.app", *command) as ((run,), (_, told_on_stderr)):
+        while time.monotonic() < deadline and run.is_alive() and not (journal.exists() and journal.stat().st_size):
+            time.sleep(0.001)
+        os.kill(run.pid, number)
+        run.join()
+        errors = told_on_stderr.read_text()
+    assert run.exitcode == 130 and "Traceback" not in errors, errors
     assert [line.partition(" ")[0] for line in errors.splitlines()[-2:]] == ["interrupted", "hint:"], errors
     assert not out.exists()
-    done = CliRunner().invoke(app, [*command[3:], "--resume", "--json"])
+    done = CliRunner().invoke(app, [*command, "--resume", "--json"])
     assert done.exit_code == 0, done.output
     told = json.loads(out.read_text())
     assert told.items() <= json.loads(done.stdout).items() and told["j"]["mean"] > 0
