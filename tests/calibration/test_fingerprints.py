@@ -135,6 +135,7 @@ def test_bytes_and_back() -> None:
 # --- sets of sequences ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # `test_nothing_held_out_is_in_the_calibration_set` finds passages in a fifth of the time
 def test_the_shipped_sets_share_nothing() -> None:
     calibration, held_out = load("mixed-v1", sequences=None, tokens=2048), load("heldout-v1", tokens=512)
     assert held_out.fingerprints.share_in(calibration.fingerprints) == 0
