@@ -112,19 +112,30 @@ def said(done: Any, folder: Path) -> tuple[int, str, str]:
     return done.exit_code, *told
 
 
-def test_verbs_say_the_same(hub: Path, plain: Path) -> None:
-    for there, here in zip(verbs(hub), verbs(plain), strict=True):
-        assert said(call(*there), hub) == said(call(*here), plain), there[0]
+OfPlain = tuple[list[tuple[int, str, str]], dict[str, bytes]]
 
 
-def test_verify_and_relayout_do_the_same(hub: Path, plain: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def of_plain(plain: Path) -> OfPlain:
+    """What verbs say of the folders as they were made, and what a relayout writes."""
+    return [said(call(*verb), plain) for verb in verbs(plain)], relaid(plain, plain / "relaid")
+
+
+def relaid(folder: Path, to: Path) -> dict[str, bytes]:
+    done = call("relayout", folder / "source", "--qkv", "split", "--dtype", "bf16", "-q", "--out", to)
+    assert done.exit_code == 0, done.output
+    return contents(to)
+
+
+def test_verbs_say_the_same(hub: Path, of_plain: OfPlain) -> None:
+    for there, here in zip(verbs(hub), of_plain[0], strict=True):
+        assert said(call(*there), hub) == here, there[0]
+
+
+def test_verify_and_relayout_do_the_same(hub: Path, plain: Path, of_plain: OfPlain, tmp_path: Path) -> None:
     verified = call("verify", hub / "out", "--source", plain / "source", "-q")
     assert verified.exit_code == 0, verified.output
-    options = ("--qkv", "split", "--dtype", "bf16", "-q", "--out")
-    for folder, to in ((hub, "there"), (plain, "here")):
-        done = call("relayout", folder / "source", *options, tmp_path / to)
-        assert done.exit_code == 0, done.output
-    there, here = contents(tmp_path / "there"), contents(tmp_path / "here")
+    there, here = relaid(hub, tmp_path / "there"), of_plain[1]
     told = ("relayout.json", "journal.jsonl")  # the fingerprint of the source's headers has the files' names
     assert {name: held for name, held in there.items() if name not in told} == {
         name: held for name, held in here.items() if name not in told

@@ -124,7 +124,15 @@ def dies_at(patch: pytest.MonkeyPatch, count: int, *, torn: bool) -> None:
     patch.setattr(RunFolder, "record", stop)
 
 
-@pytest.mark.parametrize(("settings", "torn"), [(HOST, False), (HOST, True), (FILES, False), (FILES, True)])
+@pytest.mark.parametrize(
+    ("settings", "torn"),
+    [
+        (HOST, False),
+        (FILES, True),
+        pytest.param(HOST, True, marks=pytest.mark.slow),
+        pytest.param(FILES, False, marks=pytest.mark.slow),
+    ],
+)
 def test_killed_again_and_again_it_gives_the_same_bytes(
     settings: FisherSettings, torn: bool, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,6 @@
 """Runs that several processes share, with gloo: the bytes of one process, and a clean end.
 
-Most ranks are forked (see `ranks`); a run of each kind is under torchrun: one that ends well, one that is killed.
+Ranks are forked (see `ranks`), but for a slow test: torchrun starts a run that is killed, and the one that goes on.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def gptq(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_data_free_runs_write_the_bytes_of_one_process(tmp_path: Path) -> None:
     pipeline.quantize(make_plan(MICRO, load_recipe("int4-g128-rtn")), tmp_path / "one", device="cpu")
-    done = quantize(2, "int4-g128-rtn", tmp_path / "two", "--device", "cpu", torchrun=True)
+    done = quantize(2, "int4-g128-rtn", tmp_path / "two", "--device", "cpu")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["out"] == str(tmp_path / "two")  # one rank prints
     assert same(tmp_path / "one", tmp_path / "two")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+from typer.testing import CliRunner
+
 import mimoquant
 from mimoquant import pipeline
+from mimoquant.cli.app import app
 from mimoquant.machine.timeline import WAIT_READ, WAIT_WRITE, Timeline
 from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import load_recipe
@@ -40,18 +41,14 @@ def test_a_run_fills_it(tmp_path: Path) -> None:
 
 
 def test_the_profile_is_refused_before_the_run_or_written_after_it(tmp_path: Path) -> None:
-    call = [sys.executable, "-m", "mimoquant", "quantize", str(mimoquant.micro_checkpoint()), "-r", "int4-g128-rtn"]
+    call = ["quantize", str(mimoquant.micro_checkpoint()), "-r", "int4-g128-rtn", "--out", str(tmp_path / "out")]
     for place in (tmp_path / "none" / "trace.json", tmp_path / "out" / "trace.json"):
-        refused = subprocess.run(
-            [*call, "--out", str(tmp_path / "out"), "--profile", str(place)], capture_output=True, text=True
-        )
-        assert refused.returncode == 2 and refused.stderr.startswith("error: --profile "), refused.stderr
+        refused = CliRunner().invoke(app, [*call, "--profile", str(place)])
+        assert refused.exit_code == 2 and refused.stderr.startswith("error: --profile "), refused.stderr
         assert not (tmp_path / "out").exists()
     trace = tmp_path / "trace.json"
-    done = subprocess.run(
-        [*call, "--out", str(tmp_path / "out"), "--profile", str(trace), "--json"], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    done = CliRunner().invoke(app, [*call, "--profile", str(trace), "--json"])
+    assert done.exit_code == 0, done.stderr
     assert json.loads(trace.read_text())["traceEvents"]
     bound = json.loads(done.stdout)["bound_by"]
     assert bound["what"] in ("reading", "writing", "computing") and 0 < bound["share"] <= 1

@@ -121,8 +121,9 @@ def test_gptq_has_less_divergence_than_plain_rounding(gptq: Path, plain_j: float
 
 @pytest.mark.parametrize(
     ("fmt", "plain", "most"),
-    [("mxfp4", "mxfp4-rtn", 0.9), pytest.param("nvfp4", "nvfp4-mse", 0.97, marks=pytest.mark.slow)],
+    [("mxfp4", "mxfp4-rtn", 0.9), ("nvfp4", "nvfp4-mse", 0.97)],
 )
+@pytest.mark.slow
 def test_so_have_other_formats_with_more_tokens(fmt: str, plain: str, most: float, tmp_path: Path) -> None:
     run(load_recipe(f"gptq-{fmt}"), tmp_path / "gptq", sequences=64, tokens=128)
     pipeline.quantize(make_plan(MICRO, load_recipe(plain)), tmp_path / "plain", device="cpu")
