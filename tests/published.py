@@ -54,9 +54,9 @@ def from_blocks(codes: Tensor, scales: Tensor, chunks: int = 1, dtype: torch.dty
     return (codes.float() * scales[row][:, torch.arange(columns) // 128]).to(dtype)
 
 
-def split_qkv(fused: Tensor, config: dict[str, Any], *, sliding: bool) -> list[Tensor]:
-    """[q0 k0 v0 | q1 k1 v1 | ...] → q, k, v."""
-    kind, chunks = "swa_" if sliding else "", config["num_key_value_heads"]
+def split_qkv(fused: Tensor, config: dict[str, Any], *, sliding: bool, chunks: int = 0) -> list[Tensor]:
+    """[q0 k0 v0 | q1 k1 v1 | ...] → q, k, v; as many chunks as KV heads where it is not said."""
+    kind, chunks = "swa_" if sliding else "", chunks or config["num_key_value_heads"]
     heads, kv = config[f"{kind}num_attention_heads"], config[f"{kind}num_key_value_heads"]
     rows = [heads * config[f"{kind}head_dim"], kv * config[f"{kind}head_dim"], kv * config[f"{kind}v_head_dim"]]
     parts = [chunk.split([count // chunks for count in rows]) for chunk in fused.chunk(chunks)]
@@ -70,15 +70,31 @@ def plain_values(config: dict[str, Any], tensors: Tensors, dtype: torch.dtype = 
         scales = tensors.get(f"{name}_scale_inv")
         if name.endswith("_scale_inv"):
             continue
-        if not name.endswith("qkv_proj.weight"):
+        if scales is None or not name.endswith("qkv_proj.weight"):
             out[name] = value if scales is None else from_blocks(value, scales, 1, dtype)
             continue
-        assert scales is not None
-        layer = int(name.split(".")[2]) if name.startswith("model.layers.") else None
         fused = from_blocks(value, scales, config["num_key_value_heads"], dtype)
-        sliding = layer is None or bool(config["hybrid_layer_pattern"][layer])
-        for letter, part in zip("qkv", split_qkv(fused, config, sliding=sliding), strict=True):
+        for letter, part in zip("qkv", split_qkv(fused, config, sliding=is_sliding(name, config)), strict=True):
             out[name.replace("qkv_proj", f"{letter}_proj")] = part
+    return out
+
+
+def is_sliding(name: str, config: dict[str, Any]) -> bool:
+    return not name.startswith("model.layers.") or bool(config["hybrid_layer_pattern"][int(name.split(".")[2])])
+
+
+def rest_values(folder: Path) -> Tensors:
+    """All but experts as engines hold it: matrices in bf16, q, k, v apart; the rest as stored."""
+    config, tensors = read(folder)
+    out: Tensors = {}
+    values = plain_values(config, {name: value for name, value in tensors.items() if ".experts." not in name})
+    for name, value in values.items():
+        held = value.bfloat16() if name.endswith("_proj.weight") else value
+        if name.endswith("qkv_proj.weight") and name.startswith("model."):  # [Q|K|V]
+            parts = split_qkv(held, config, sliding=is_sliding(name, config), chunks=1)
+            out |= {name.replace("qkv_proj", f"{p}_proj"): part for p, part in zip("qkv", parts, strict=True)}
+        else:
+            out[name] = held
     return out
 
 

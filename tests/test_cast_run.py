@@ -124,11 +124,12 @@ def test_exponents_that_lie_too_far_apart_stop_the_run(sources: dict[str, Path],
 
 def test_what_is_not_mxfp4_is_not_cast(sources: dict[str, Path], tmp_path: Path) -> None:
     recipe = load_recipe("nvfp4-cast")
-    with pytest.raises(RecipeError, match=r"casts MXFP4 experts, model\.layers\.1.* is fp8"):
+    with pytest.raises(RecipeError, match=r"casts MXFP4 experts and NVFP4 of them, model\.layers\.1.* is fp8"):
         make_plan(MICRO, recipe)
-    nvfp4 = cast_into(sources["native"], tmp_path / "nvfp4", "modelopt")
-    with pytest.raises(RecipeError, match=r"casts MXFP4 experts, .* is nvfp4"):
-        make_plan(nvfp4, recipe)
+    for container in ("modelopt", "compressed-tensors"):
+        nvfp4 = cast_into(sources["native"], tmp_path / container, container)
+        with pytest.raises(RecipeError, match=f"the experts are NVFP4 in the {container} container already"):
+            make_plan(nvfp4, recipe, container=container)
     with pytest.raises(CheckpointError, match="quantized already") as caught:
         make_plan(sources["compressed-tensors"], load_recipe("nvfp4-mse"))
     assert "mxfp4-cast" in str(caught.value.hint)

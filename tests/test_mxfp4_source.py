@@ -54,6 +54,48 @@ def test_it_is_quantized_from_its_exact_values(folders: tuple[Path, Path], recip
     assert experts and all(one[name].equal(other[name]) for name in experts)
 
 
+AWQ = r"""
+default_stage:
+  default_modifiers:
+    AWQModifier:
+      mappings:
+        - smooth_layer: re:.*layers\.[1-9]\.post_attention_layernorm$
+          balance_layers: ['re:.*mlp\.gate$', 're:.*mlp\.experts\.\d+\.(gate|up)_proj$']
+        - smooth_layer: re:.*mlp\.experts\.\d+\.up_proj$
+          balance_layers: ['re:.*mlp\.experts\.\d+\.down_proj$']
+      n_grid: 4
+    QuantizationModifier: {scheme: W4A16, targets: ['re:.*mlp\.experts\.\d+\.(gate|up|down)_proj$']}
+mimoquant: {fold: FOLD, carve_outs: {2: source, 3: bf16}}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fold", ["pow2", "exact-real"])
+def test_awq_begins_from_its_exact_values(folders: tuple[Path, Path], fold: str, tmp_path: Path) -> None:
+    """Norm, router, up and down scaled against each other as for the same values in bf16; kept layers stay. A channel
+    of each norm is much the largest, so that it is worth it."""
+    (tmp_path / "awq.yaml").write_text(AWQ.replace("FOLD", fold))
+    planted = [Path(shutil.copytree(folder, tmp_path / folder.name)) for folder in folders]
+    for folder in planted:
+        tensors = load_file(folder / "model-2-of-2.safetensors")
+        for name in (name for name in tensors if "post_attention_layernorm" in name):
+            tensors[name][7] *= 64
+        save_file(tensors, folder / "model-2-of-2.safetensors", metadata={"format": "pt"})
+    outs = {folder: tmp_path / f"{folder.name}-out" for folder in planted}
+    for folder, out in outs.items():
+        made = call("quantize", folder, "-r", tmp_path / "awq.yaml", "-o", out, "--device", "cpu", *CALIBRATED)
+        assert made.exit_code == 0, made.output
+        told = call("verify", out, "--source", folder)
+        assert told.exit_code == 0, told.output
+    one, other = (published.read(out)[1] for out in outs.values())
+    source, kept = published.read(planted[0])[1], "model.layers.2."
+    chosen = [name for name in one if ".mlp." in name or "post_attention_layernorm" in name]
+    assert all(one[name].equal(other[name]) for name in chosen if not name.startswith(f"{kept}mlp.experts."))
+    moved = {name for name in one if name in source and "norm" in name and not one[name].equal(source[name])}
+    assert (moved or fold == "pow2") and not any(name.startswith((kept, "model.layers.3.")) for name in moved)
+    assert one[f"{kept}mlp.experts.5.down_proj.weight_packed"].equal(source[f"{kept}mlp.experts.5.down_proj.weight"])
+
+
 def test_a_layer_is_kept_in_bf16(folders: tuple[Path, Path], tmp_path: Path) -> None:
     shipped = (Path(MICRO).parent.parent / "recipes" / "int4-g32-mse.yaml").read_text()
     (tmp_path / "own.yaml").write_text(shipped.rstrip() + "\n  carve_outs: {2: bf16}\n")

@@ -7,7 +7,9 @@ from mimoquant.model.layout import ModelLayout
 from mimoquant.model.releases import base_model_note
 from mimoquant.planning.recipe import Recipe
 from mimoquant.planning.stored import config_notes
+from mimoquant.planning.units import is_wide
 from mimoquant.weights.container import MODELOPT, NATIVE, keeps_fp8
+from mimoquant.wording import ranges
 
 
 def plan_notes(layout: ModelLayout, recipe: Recipe, container: str, carve_outs: dict[int, str]) -> list[str]:
@@ -44,6 +46,11 @@ def plan_notes(layout: ModelLayout, recipe: Recipe, container: str, carve_outs: 
         notes.append(unnamed)
     if recipe.real_fold and any(map(recipe.folds_norm, geometry.moe_layers)):
         notes.append("fold exact-real rounds norms and routers anew, so a few tokens may go to other experts")
+    if keeps_fp8(container, recipe.output.dense) and layout.ragged_qkv_layers:
+        notes.append(
+            f"FP8 q, k, v of layers {ranges(layout.ragged_qkv_layers)} become bf16: vLLM puts the block scales of "
+            "such a k and v on other rows"
+        )
     return notes
 
 
@@ -64,10 +71,13 @@ def _dense_notes(layout: ModelLayout, recipe: Recipe, container: str) -> list[st
             f"{dequantized} weights beside the experts stay FP8 as FP8_BLOCK_SCALES, qkv as it lies: SGLang 0.5.23 "
             "reads them; vLLM up to 0.33 stops there (issue #55496 and pull request #50617 are open)"
         )
-    if container == NATIVE and not geometry.fp8:
-        held = (
-            "goes out in FP8 as it is" if dequantized else "stays bf16, in ignored_layers: the source has no FP8 of it"
+    if wide := sum(is_wide(weight) for weights in layout.units.values() for weight in weights):
+        notes.append(
+            f"{wide} float32 matrices beside the experts become bf16, rounded once, as engines hold them and J has them"
         )
+    if container == NATIVE and not geometry.fp8:
+        stays = "goes out in bf16" if wide else "stays bf16"
+        held = "goes out in FP8 as it is" if dequantized else f"{stays}, in ignored_layers: the source has no FP8 of it"
         notes.append(f"attention, dense MLP and MTP {held}; the experts have the values of the source's, in MXFP4")
     if recipe.output.input_scales == "unit":
         notes.append(

@@ -21,10 +21,9 @@ from mimoquant.planning.notes import plan_notes
 from mimoquant.planning.recipe import Recipe
 from mimoquant.planning.side_json import Fault, json_faults, refusal
 from mimoquant.planning.stored import native_obstacle
-from mimoquant.planning.units import Copy, Unit, UnitBuilder
+from mimoquant.planning.units import Copy, Unit, UnitBuilder, is_wide
 from mimoquant.quant.formats import Format
 from mimoquant.weights.container import COMPRESSED_TENSORS, MODELOPT, NATIVE, keeps_fp8, output_config
-from mimoquant.weights.stored import packed_format
 from mimoquant.wording import ranges
 
 CHUNK_BYTES = 96 * 2**20  # source bytes of the experts that are in memory together
@@ -121,15 +120,12 @@ def make_plan(
     chosen = _choose_container(layout, recipe, container or recipe.container, formats, carve_outs, notes)
     if chosen == MODELOPT:
         formats = {layer: replace(fmt, pow2_global=True) for layer, fmt in formats.items()}
+    if recipe.casts:
+        _refuse_unchanged(layout, recipe, chosen, formats, carve_outs)
     recipe = with_carve_outs(recipe, kept)
     builder = UnitBuilder(layout, chosen, formats, carve_outs, chunk_bytes, recipe.output, casts=recipe.casts)
     units = builder.units()
     notes += plan_notes(layout, recipe, chosen, carve_outs)
-    if builder.bf16_qkv:
-        notes.append(
-            f"FP8 q, k, v of layers {ranges(builder.bf16_qkv)} become bf16: vLLM puts the block scales of "
-            "such a k and v on other rows"
-        )
     beside = side_files(index.folder, index.file_sizes)
     faults = json_faults(layout, beside.sizes)
     if beside.left_out:
@@ -282,19 +278,26 @@ def _check_shapes(layout: ModelLayout, recipe: Recipe, formats: dict[int, Format
 
 
 def _check_cast(layout: ModelLayout, recipe: Recipe, formats: dict[int, Format]) -> None:
-    """What is cast is MXFP4, or NVFP4 that becomes it."""
-    back = any(fmt.name == "mxfp4" for fmt in formats.values())
+    """What is cast is MXFP4, or NVFP4 of it."""
+    _refuse_mxfp8(layout, recipe)
     for (layer, _, _), weight in layout.experts.items():
         found = stored_kind(weight)
-        if layer in formats and found not in (("mxfp4", "nvfp4") if back else ("mxfp4",)):
+        if layer in formats and found not in ("mxfp4", "nvfp4"):
             raise RecipeError(
-                f"recipe {recipe.name}: casts MXFP4 experts{' and NVFP4 of them' if back else ''}, {weight.name} is "
-                f"{found}",
+                f"recipe {recipe.name}: casts MXFP4 experts and NVFP4 of them, {weight.name} is {found}",
                 hint=None
                 if weight.packed
                 else "quantize such a source by another recipe; where it is a layer of a "
                 f"cast, keep it: carve_outs: {{{layer}: source}}",
             )
+
+
+def _refuse_mxfp8(layout: ModelLayout, recipe: Recipe) -> None:
+    if any(weight.scale.dtype == "U8" for weights in layout.units.values() for weight in weights if weight.scale):
+        raise RecipeError(
+            f"recipe {recipe.name}: {layout.index.folder} has MXFP8 beside its experts, which no container takes",
+            hint="cast its source, which has the same experts",
+        )
 
 
 def _choose_container(
@@ -335,25 +338,34 @@ def _choose_container(
 
 def _container_of_mxfp4(layout: ModelLayout, recipe: Recipe, wanted: str | None, carve_outs: dict[int, str]) -> str:
     """Where MXFP4 goes that is cast: from the native container to compressed-tensors', from any other back to it."""
-    native = layout.geometry.fp8
-    chosen = wanted or (COMPRESSED_TENSORS if native else NATIVE)
-    first = next(iter(layout.experts.values()))
-    here = NATIVE if native else COMPRESSED_TENSORS if packed_format(first).name == "mxfp4" else None
+    chosen = wanted or (COMPRESSED_TENSORS if layout.geometry.fp8 else NATIVE)
     if chosen == NATIVE and "fp8" in carve_outs.values():
         raise RecipeError(
             f"recipe {recipe.name}: the native container cannot hold a layer of FP8 experts",
             hint=f"use --container {COMPRESSED_TENSORS}",
         )
-    if chosen == here and "bf16" not in carve_outs.values():
-        raise RecipeError(f"recipe {recipe.name}: the experts are MXFP4 in the {chosen} container already")
-    scales = {weight.scale.dtype for weights in layout.units.values() for weight in weights if weight.scale}
-    dtypes = {w.info.dtype for ws in layout.units.values() for w in ws if w.role in _LINEAR_ROLES}
-    if strange := "MXFP8" if "U8" in scales else "float32 matrices" if "F32" in dtypes else None:
-        raise RecipeError(
-            f"recipe {recipe.name}: {layout.index.folder} has {strange} beside its experts, which no container takes",
-            hint="cast its source, which has the same experts",
-        )
     return chosen
+
+
+def _refuse_unchanged(
+    layout: ModelLayout, recipe: Recipe, chosen: str, formats: dict[int, Format], carve_outs: dict[int, str]
+) -> None:
+    """A cast into the form that the experts have, which would change nothing beside them either."""
+    geometry, first = layout.geometry, layout.expert(next(iter(formats)), 0, PROJECTIONS[0])
+    here = NATIVE if geometry.fp8 else MODELOPT if geometry.mxfp8 else COMPRESSED_TENSORS
+    stored, wanted = (
+        {stored_kind(layout.expert(n, 0, PROJECTIONS[0])) for n in formats},
+        {f.name for f in formats.values()},
+    )
+    if chosen != here or stored != wanted or "bf16" in carve_outs.values():
+        return
+    if chosen == MODELOPT:
+        beside = [weight for weights in layout.units.values() for weight in weights]
+        narrowed = any(map(is_wide, beside)) or (recipe.output.dense == "bf16" and any(w.scale for w in beside))
+        scaled = any(info.name.endswith(".input_scale") for info in first.packed)
+        if narrowed or scaled != (recipe.output.input_scales != "none"):
+            return
+    raise RecipeError(f"recipe {recipe.name}: the experts are {stored.pop().upper()} in the {chosen} container already")
 
 
 def _check_modelopt(

@@ -3,7 +3,7 @@
 Key idea: every layout is a permutation of the rows of [Q|K|V], so a step is an index array: for each row that goes out,
 the row of the source that holds it. bf16 is always moved exactly. FP8 is where every block of 128 rows that goes out
 takes its rows from one scale row; then codes and scales are moved and nothing is computed. Else the value has to be:
-the product of code and scale, rounded once to bf16, which is what every reader makes of it.
+the product of code and scale, rounded once to bf16, which is what every reader makes of it. So are float32 matrices.
 
 Blocks come at most 32 MiB large, so memory does not depend on the size of a tensor.
 """
@@ -25,7 +25,7 @@ from mimoquant.model.geometry import Geometry
 from mimoquant.model.layout import Weight, scale_row_counts
 from mimoquant.model.qkv import Indexes, moved_rows, moved_scale_rows
 from mimoquant.quant.stack import Engine, NonFiniteError
-from mimoquant.weights.stored import not_finite, scale_rows
+from mimoquant.weights.stored import not_finite, rounded, scale_rows
 
 Array = npt.NDArray[Any]
 BLOCK_BYTES = 32 * 2**20
@@ -76,7 +76,7 @@ def reorder(weights: list[Weight], before: Geometry, after: Geometry, *, sliding
     def entries(dtype: str) -> tuple[Entry, ...]:
         return tuple(Entry(f"{stem}{part}_proj.weight", dtype, (count, after.hidden)) for part, count in names)
 
-    if dtypes == {"BF16"}:
+    if dtypes in ({"BF16"}, {"F32"}):
         return [Reorder(first, infos, entries("BF16"), order)]
     if len(dtypes) > 1:
         found = ", ".join(f"{info.name} is {info.dtype}" for info in infos)
@@ -158,10 +158,14 @@ def _gather(reader: CheckpointReader, infos: tuple[TensorInfo, ...], rows: Index
             first += info.shape[0]
 
 
+def _rounds(block: RowBlock) -> bool:
+    return block.values.dtype == np.float32 and block.entry.dtype == "BF16"
+
+
 def block_values(block: RowBlock, weight: Weight, engine: Engine) -> Array:
     """The rows as they go out. Raises CheckpointError where a product is not finite."""
     if block.scales is None or block.scale_row is None:
-        return block.values
+        return rounded(block.values, weight.info) if _rounds(block) else block.values
     try:
         return engine.dequantize(block.values, block.scales, block.scale_row)
     except NonFiniteError as error:

@@ -37,7 +37,7 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Dequantize:
-    """An FP8 weight to bf16."""
+    """An FP8 weight, or a float32 matrix, to bf16."""
 
     weight: Weight
     entries: tuple[Entry, ...]
@@ -79,6 +79,7 @@ class Experts:
     role: ClassVar[str] = "expert"
 
 
+MATRICES = ("embedding", "qkv", "q", "k", "v", "o", "dense", "mtp_projection", "lm_head")
 Step = Copy | Dequantize | Reorder | Shapes | InputScales | Experts
 
 
@@ -124,6 +125,11 @@ def lay_out(steps: dict[str, tuple[Step, ...]], source: Path) -> list[Unit]:
     return units
 
 
+def is_wide(weight: Weight) -> bool:
+    """Whether a matrix is stored in float32, which engines hold in bf16 all the same."""
+    return weight.info.dtype == "F32" and weight.role in MATRICES
+
+
 class UnitBuilder:
     """Lays the units out as shards, steps and entries."""
 
@@ -163,7 +169,7 @@ class UnitBuilder:
             sliding = layer is None or geometry.sliding[layer]  # MTP layers are sliding
             return [*reorder([weight], geometry, replace(geometry, fused_qkv=False), sliding=sliding, bf16=True)]
         widened = not self.keeps_fp8 or (layer in self.bf16_qkv and weight.role in ("q", "k", "v"))
-        if widened and weight.scale is not None:
+        if (widened and weight.scale is not None) or is_wide(weight):
             return [Dequantize(weight, (Entry(weight.name, "BF16", weight.info.shape),))]
         return [Copy(weight, info, (Entry(info.name, info.dtype, info.shape),)) for info in weight.infos]
 

@@ -152,7 +152,7 @@ def output_config(
             out["quantization_config"] = _native_settings(modules)
             fused = text_keys(out, _CONFIG).get("attention_projection_layout") == "fused_qkv"
             if fused and any(module.endswith(".q_proj") for module in modules):
-                set_text_key(out, "attention_projection_layout", "split")
+                _declare_split(out)
         quantization = text_keys(out, _CONFIG)["quantization_config"]
         quantization["store_dtype"] = "mxfp4"
         quantization["mxfp4_block_size"] = 32
@@ -162,7 +162,7 @@ def output_config(
             ignore_qkv(out, [f"model.layers.{layer}" for layer in bf16_qkv])
         return out
     if text_keys(out, _CONFIG).get("attention_projection_layout") == "fused_qkv" and not modules:
-        set_text_key(out, "attention_projection_layout", "split")
+        _declare_split(out)
     drop_text_key(out, "quantization_config")
     if container == MODELOPT:
         algo = "W4A16_NVFP4" if input_scales == "none" else "NVFP4"
@@ -171,6 +171,12 @@ def output_config(
     else:
         out["quantization_config"] = _compressed_tensors_config(formats, carve_outs)
     return out
+
+
+def _declare_split(config: dict[str, Any]) -> None:
+    """q, k and v lie apart; what a converter said of the order of a fused one is past."""
+    set_text_key(config, "attention_projection_layout", "split")
+    drop_text_key(config, "conversion_metadata")
 
 
 def hf_quant_config(config: dict[str, Any], version: str) -> dict[str, Any]:

@@ -161,8 +161,21 @@ def read_parts(
 
 
 def read_matrix(reader: CheckpointReader, weight: Weight) -> Stack:
-    """One weight that is not an expert's, as a stack of one."""
-    return read_stack(reader, [weight])
+    """One weight that is not an expert's, as a stack of one. Float32 is rounded to bf16."""
+    if weight.info.dtype != "F32":
+        return read_stack(reader, [weight])
+    values = reader.read(weight.info.name).view(np.float32).reshape(1, *weight.info.shape)
+    return Stack(rounded(values, weight.info), None)
+
+
+def rounded(values: Array, info: TensorInfo) -> Array:
+    """Float32 as bf16 bits, to the nearest, ties to even. Raises CheckpointError where one is not finite, or too large
+    for bf16."""
+    refuse_non_finite(info, values)
+    bits = values.view(np.uint32)
+    out: Array = ((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    refuse_non_finite(info, out, "BF16")
+    return out
 
 
 def dequantize(stack: Stack, weight: Weight, geometry: Geometry, engine: Engine) -> Array:

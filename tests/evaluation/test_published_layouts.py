@@ -22,7 +22,7 @@ from mimoquant import pipeline
 from mimoquant.calibration.tokens import TokenSet
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.cli.app import app
-from mimoquant.errors import CheckpointError, RecipeError
+from mimoquant.errors import CheckpointError
 from mimoquant.evaluation.eval_kl import eval_kl, open_layout
 from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import load_recipe
@@ -181,17 +181,6 @@ def test_inspect_and_the_engine_checks_read_it(style: str, v26: dict[str, Path])
         checked = CliRunner().invoke(app, ["verify", str(v26[style]), "--engine", engine, "--tp", "1"])
         assert checked.exit_code in (0, 3) and "Traceback" not in checked.output, checked.output
         assert ("weight_scale_inv" in checked.output) == (style == "fp8" and engine == "vllm"), checked.output
-
-
-def test_a_matrix_in_float32_is_no_source_of_a_cast(v26: dict[str, Path]) -> None:
-    with pytest.raises(RecipeError, match="has float32 matrices beside its experts"):
-        make_plan(v26["float32"], load_recipe("mxfp4-cast"))
-
-
-@pytest.mark.parametrize("style", ["fp8", "beside"])
-def test_a_cast_by_others_goes_back_to_native(style: str, v26: dict[str, Path], tmp_path: Path) -> None:
-    pipeline.quantize(make_plan(v26[style], load_recipe("mxfp4-cast")), tmp_path / "out", device="cpu")
-    assert eval_kl(v26["source"], tmp_path / "out", tokens(), noise_floor=False)["j"]["mean"] == 0
 
 
 @pytest.mark.parametrize(
