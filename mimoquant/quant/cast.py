@@ -23,6 +23,7 @@ from mimoquant.quant.stack import NonFiniteError, Stack
 
 Array = npt.NDArray[Any]
 _SLAB_BLOCKS = 2**14  # that are looked at together
+_MAGNITUDES = np.uint64(0x7777777777777777)  # of 16 codes, without their signs
 _NAN = _NONE = 255  # of E8M0; no exponent
 _LARGEST, _SMALLEST = 8, -9  # exponents of powers of two that are used as E4M3 scales
 _E4M3 = np.array([1, 2, 4, *range(8, 8 * 16, 8)], np.uint8)  # of 2^-9 .. 2^8
@@ -75,30 +76,31 @@ def exponents(codes: Array, scale: Array, ratio_E2: Array) -> tuple[Array, Array
     with np.errstate(all="ignore"):
         mantissa, power = np.frexp(_E4M3_VALUES * ratio_E2[:, :1] / ratio_E2[:, 1:])
     is_power = (mantissa == 0.5) & (power >= 1 - 127) & (power <= 128)
-    halves = _looked_up(np.where(is_power, power + 126, _NONE), scale).reshape(*scale.shape[:2], -1, 2)
-    one, other = halves[..., 0], halves[..., 1]
+    table = np.where(is_power, power + 126, _NONE).astype(np.uint8)
+    pairs = scale.view(np.uint16)  # of a block's two halves, most of them alike
+    first = (pairs & 0xFF).astype(np.uint8)
+    one = _looked_up(table, first)
     found = np.where(nonzero_blocks(codes, 16), one, np.uint8(_ZEROS))
     bad = np.zeros(len(codes), np.int64)
-    odd = np.flatnonzero((one != other) | (one == _NONE))  # a half of zeros may be scaled by anything
+    odd = np.flatnonzero((first != pairs >> 8) | (one == _NONE))  # a half of zeros may be scaled by anything
     if len(odd):
+        expert = odd // found[0].size
         live = nonzero_blocks(codes.reshape(-1, 16)[odd], 8)
-        pair = np.where(live, halves.reshape(-1, 2)[odd], np.int16(-1))
+        pair = np.where(live, table[expert[:, None], scale.reshape(-1, 2)[odd]], np.int16(-1))
         lost = (pair == _NONE).any(1) | ((pair >= 0).all(1) & (pair[:, 0] != pair[:, 1]))
-        np.add.at(bad, odd // found[0].size, lost)
+        np.add.at(bad, expert, lost)
         found.reshape(-1)[odd] = np.where(live.any(1), pair.max(1), _ZEROS)
     return found, bad
 
 
 def nonzero_blocks(codes: Array, block_bytes: int) -> Array:
     """Whether any value of a block is not zero: bool [..., blocks]. A code without its sign bit is zero for zero."""
-    words = codes.reshape(-1, block_bytes).view(np.uint64)
-    live = np.empty(len(words), np.bool_)
+    words, live = codes.reshape(-1, block_bytes).view(np.uint64), np.empty(codes.size // block_bytes, np.bool_)
     for begin in range(0, len(words), _SLAB_BLOCKS):  # what fits a cache
-        slab = words[begin : begin + _SLAB_BLOCKS]
-        every = slab[:, 0] & np.uint64(0x7777777777777777)
-        for place in range(1, slab.shape[1]):
-            every |= slab[:, place] & np.uint64(0x7777777777777777)
-        np.not_equal(every, 0, out=live[begin : begin + _SLAB_BLOCKS])
+        slab, found = words[begin : begin + _SLAB_BLOCKS], live[begin : begin + _SLAB_BLOCKS]
+        np.not_equal(slab[:, 0] & _MAGNITUDES, 0, out=found)
+        rest = np.flatnonzero(~found)  # few: a word of zeros is rare
+        found[rest] = ((slab[rest, 1:] & _MAGNITUDES) != 0).any(1)
     return live.reshape(*codes.shape[:-1], codes.shape[-1] // block_bytes)
 
 
@@ -109,8 +111,7 @@ def _scales(stack: Stack) -> Array:
 
 def _looked_up(table: Array, values: Array) -> Array:
     """Bytes [E, ...] by a table [E, 256] of bytes: `bytes.translate`, which needs no wide indexes."""
-    tables = table.astype(np.uint8)
-    found = b"".join(one.tobytes().translate(table.tobytes()) for one, table in zip(values, tables, strict=True))
+    found = b"".join(one.tobytes().translate(row.tobytes()) for one, row in zip(values, table, strict=True))
     return np.frombuffer(found, np.uint8).reshape(values.shape)
 
 

@@ -337,8 +337,10 @@ def label(loaded: Loaded) -> str:
 
 
 def _read_chunk(shop: Workshop, step: Experts) -> dict[str, Stack]:
+    """Codes go from disk to disk, so they need no memory that a GPU copies from."""
     layer, begin, end = step.layer, step.begin, step.end
-    return read_experts(shop.reader, shop.plan.layout, layer, begin, end, shop.engine.empty, as_codes=step.as_codes)
+    empty = np.empty if step.as_codes else shop.engine.empty
+    return read_experts(shop.reader, shop.plan.layout, layer, begin, end, empty, as_codes=step.as_codes)
 
 
 def _encoded(shop: Workshop, step: Experts, stacks: dict[str, Stack]) -> Parts:
