@@ -2,12 +2,13 @@
 
 A checkpoint in V2.6's form is made (one dense layer and some MoE layers of Flash's sizes, random codes), copied by
 `cp -r`, and cast each way; each the best of some repeats. A cast is the run in this process, durable files and their
-sha256 included; start-up is left out. A rate is source bytes a second, a ratio that of the cast over that of the copy
-of the same source. CPU seconds are of all threads; other programs change them little.
+sha256 included; start-up is left out. A rate is source bytes a second, a ratio that of the cast over that of the copy.
+CPU seconds are of all threads; other programs change them little.
 
-usage: scripts/bench/cast_speed.py [--device cpu|cuda] [--work DIR] [--experts 256] [--layers 2] [--repeats 3]
+usage: scripts/bench/cast_speed.py [--device cpu|cuda] [--work DIR] [--experts 256] [--layers 3] [--repeats 3]
        [--ways NAME ...]
-A RAM disk is --work /dev/shm; the defaults take 25 GB there. Prints a Markdown table for scripts/RESULTS.md.
+A RAM disk is --work /dev/shm; the defaults take 36 GB there, and 8 GB beside. Prints a table for
+scripts/RESULTS.md.
 """
 
 from __future__ import annotations
@@ -207,9 +208,9 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--work", type=Path, default=None)
     parser.add_argument("--experts", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--ways", nargs="+", choices=[*WAYS], default=[*WAYS])
+    parser.add_argument("--ways", nargs="+", choices=[*WAYS], default=[*WAYS], metavar="NAME")
     args = parser.parse_args()
     print(f"{os.cpu_count()} cores, {platform.machine()}, device {args.device}, best of {args.repeats}")
     print(versions(("mimoquant", "numpy", "torch")), flush=True)
@@ -219,25 +220,25 @@ def main() -> None:
 
 
 def bench(work: Path, args: argparse.Namespace) -> None:
-    """A row for the copy of each source, and for each way from it."""
-    source, copy_s = write_source(work / "source", args.layers, args.experts), 0.0
-    origin, folder = "", source
-    for way in args.ways:
+    """A row for the copy, and for each way."""
+    source = write_source(work / "source", args.layers, args.experts)
+    copy = row("copy", partial(copied, source), source, work / "copy", args.repeats, None)
+    origin, folder = "source", source
+    for way in sorted(args.ways, key=[*WAYS].index):
         if WAYS[way][0] != origin:
-            origin, folder = WAYS[way][0], source
-            if origin != "source":
-                shutil.rmtree(work / "origin", ignore_errors=True)
-                folder = work / "origin"
-                cast(source, folder, origin, args.device)
-            copy_s = row("copy", partial(copied, folder), folder, work / "copy", args.repeats, None)
-        row(way, partial(cast, folder, way=way, device=args.device), folder, work / "out", args.repeats, copy_s)
+            origin, folder = WAYS[way][0], work / "origin"  # no way leads from the source again
+            shutil.rmtree(folder, ignore_errors=True)
+            cast(source, folder, origin, args.device)
+        row(way, partial(cast, folder, way=way, device=args.device), folder, work / "out", args.repeats, copy)
 
 
-def row(name: str, work: Callable[[Path], None], source: Path, out: Path, repeats: int, copy_s: float | None) -> float:
+def row(name: str, work: Callable[[Path], None], source: Path, out: Path, repeats: int, copy: float | None) -> float:
+    """Measure and print; returns GB a second."""
     took, cpu = measured(work, out, repeats)
-    size, ratio = size_of(source) / 1e9, 1.0 if copy_s is None else copy_s / took
+    size = size_of(source) / 1e9
+    ratio = 1.0 if copy is None else size / took / copy
     print(f"| {name} | {size:.2f} GB | {took:.2f} | {size / took:.2f} | {cpu / size:.2f} | {ratio:.2f} |", flush=True)
-    return took
+    return size / took
 
 
 if __name__ == "__main__":
