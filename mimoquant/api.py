@@ -220,19 +220,21 @@ def launch(
     *,
     mtp: bool = False,
     dflash: Folder | None = None,
+    deepep: bool = False,
     engine_version: str | None = None,
 ) -> LaunchDocument:
     """The command that serves a checkpoint on `gpus` of a kind (`h100`, ...), and what to expect. Reads headers only.
 
     Args:
         mtp: speculate with the checkpoint's MTP layers. dflash: speculate with this draft model.
+        deepep: have SGLang pass tokens to experts by DeepEP.
     Raises UsageError: it does not fit there. CheckpointError: the engine would refuse or corrupt it.
     """
     from mimoquant.serving.launch import launch as make
     from mimoquant.serving.served import read_served
 
     draft = None if dflash is None else Path(dflash)
-    return make(read_served(out), engine, gpu, gpus, version=engine_version, mtp=mtp, dflash=draft)
+    return make(read_served(out), engine, gpu, gpus, version=engine_version, mtp=mtp, dflash=draft, deepep=deepep)
 
 
 @at_home

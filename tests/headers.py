@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from mimoquant.weights.container import CONTAINERS, NATIVE, expert_tensors, outp
 
 CONFIGS = Path(__file__).parent / "serving" / "configs"
 VARIANTS = ("v2-flash", "v2.5", "v2.5-pro")
+V26 = {"v2.6-flash": "v2.5", "v2.6-pro": "v2.5-pro"}  # release → the one whose sizes it has
+SOURCES = (*VARIANTS, *V26)
 FORMATS = {
     "native": Format("mxfp4", 32),
     "int4-g128": Format("int4", 128),
@@ -42,7 +44,9 @@ class Header:
 
 def published_config(variant: str) -> dict[str, Any]:
     """As published, without the towers' settings; the list of ignored layers is written out again."""
-    config: dict[str, Any] = json.loads((CONFIGS / f"{variant}.json").read_text())
+    config: dict[str, Any] = json.loads((CONFIGS / f"{V26.get(variant, variant)}.json").read_text())
+    if variant in V26:
+        config |= {"moe_router_dtype": "bfloat16", "num_nextn_predict_layers": 3}
     modules = [*(f"layers.{layer}" for layer in range(config["num_hidden_layers"])), "decoder"]
     config["quantization_config"]["ignored_layers"] = [f"model.{module}.self_attn.o_proj" for module in modules]
     return config
@@ -80,7 +84,7 @@ def output(
     for mtp in range(3):
         for row in mtp_rows(geometry, mtp):
             add(tensors, geometry, container, *row)
-    if variant == "v2.5":
+    if variant in ("v2.5", *V26):
         tensors["visual.blocks.0.attn.qkv.weight"] = Header("BF16", (TOWER_BYTES // 2, 1))
     return config, tensors
 
@@ -129,3 +133,16 @@ def at_scale(variant: str, form: str, carve_outs: tuple[tuple[int, str], ...] = 
     """Facts of a whole output."""
     config, tensors = output(variant, form, dict(carve_outs))
     return served(config, tensors, "/models/OUT", {})
+
+
+@functools.lru_cache
+def release(variant: str) -> Served:
+    """Facts of a release itself: FP8 throughout, of V2.6 experts in MXFP4 and the router's weight in bf16."""
+    if variant in V26:
+        config, tensors = output(variant, "native")
+        routers = [name for name in tensors if name.endswith("mlp.gate.weight")]
+        tensors |= {name: Header("BF16", tensors[name].shape) for name in routers}
+        return replace(served(config, tensors, "/models/RELEASE", {}), answer_tokens=2048)
+    moe = read_geometry(published_config(variant), variant).moe_layers
+    config, tensors = output(variant, "native", dict.fromkeys(moe, "fp8"), published_qkv=True)
+    return served(published_config(variant), tensors, "/models/RELEASE", {})

@@ -82,10 +82,19 @@ class Gpu(StrEnum):
     """`launch --gpu`."""
 
     A100 = "a100"
+    RTX3090 = "rtx3090"
+    RTX4090 = "rtx4090"
     H100 = "h100"
     H200 = "h200"
     B200 = "b200"
+    B300 = "b300"
+    GB300 = "gb300"
+    RTX_PRO_6000 = "rtx-pro-6000"
+    RTX5090 = "rtx5090"
     GB10 = "gb10"
+    MI300X = "mi300x"
+    MI325X = "mi325x"
+    MI355X = "mi355x"
 
 
 DEVICES = ["auto", "cpu", "cuda"]

@@ -246,7 +246,7 @@ def verify(
 
 
 def launch(
-    out: Annotated[Path, typer.Argument(help="The folder that quantize wrote.", metavar="OUT")],
+    out: Annotated[Path, typer.Argument(help="A folder that quantize wrote, or a release itself.", metavar="OUT")],
     engine: Annotated[Server, typer.Option(help="The engine that serves.")],
     gpu: Annotated[Gpu, typer.Option(help="The kind of GPU.")],
     gpus: Annotated[int, typer.Option(min=1, help="How many GPUs, over all nodes.", metavar="N")],
@@ -254,6 +254,9 @@ def launch(
     dflash: Annotated[
         Path | None, typer.Option(help="Speculative decoding by this DFlash draft model.", metavar="DIR")
     ] = None,
+    deepep: Annotated[
+        bool, typer.Option("--deepep", help="SGLang: pass tokens to experts by DeepEP, for many requests at once.")
+    ] = False,
     engine_version: VersionOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -262,7 +265,9 @@ def launch(
     from mimoquant import api
     from mimoquant.report.verb_text import launch_text
 
-    made = api.launch(out, engine.value, gpu.value, gpus, mtp=mtp, dflash=dflash, engine_version=engine_version)
+    made = api.launch(
+        out, engine.value, gpu.value, gpus, mtp=mtp, dflash=dflash, deepep=deepep, engine_version=engine_version
+    )
     print_document(made, launch_text, as_json)
 
 

@@ -13,6 +13,7 @@ from mimoquant.model.geometry import FP8_BLOCK
 from mimoquant.planning.documents import EngineCheck
 from mimoquant.serving import contracts as c
 from mimoquant.serving.contradictions import Contradictions
+from mimoquant.serving.gpus import unasked
 from mimoquant.serving.problem import WARNING, Problem, of_layers
 from mimoquant.serving.quantization_keys import QuantizationKeys
 from mimoquant.serving.served import Served
@@ -21,7 +22,12 @@ from mimoquant.wording import ranges
 
 
 def check(
-    checkpoint: Served, engine: str, version: str | None = None, tp: int | None = None, expert_tp: int | None = None
+    checkpoint: Served,
+    engine: str,
+    version: str | None = None,
+    tp: int | None = None,
+    expert_tp: int | None = None,
+    arch: str | None = None,
 ) -> list[Problem]:
     """Everything that `engine` would do wrong with a checkpoint, worst first.
 
@@ -29,9 +35,10 @@ def check(
         version: of the engine; None: the newest one that the contracts were read from.
         tp: tensor parallelism of attention; None: what depends on it is told as a warning.
         expert_tp: of the experts, where it is another than that of attention.
+        arch: of the GPUs, as in `gpus`; None: what depends on it is told.
     Raises UsageError: the version cannot be read.
     """
-    looked = _Check(checkpoint, engine, version or c.ENGINES[engine].read, tp, expert_tp or tp)
+    looked = _Check(checkpoint, engine, version or c.ENGINES[engine].read, tp, expert_tp or tp, arch)
     found = list(looked.problems())
     order = {c.CORRUPTED: 0, c.REFUSED: 1, WARNING: 2}
     return sorted(dict.fromkeys(found), key=lambda problem: order[problem.verdict])
@@ -57,8 +64,10 @@ def planned_facts(checkpoint: Served) -> list[EngineCheck]:
 class _Check:
     """One check; every method yields problems."""
 
-    def __init__(self, checkpoint: Served, engine: str, version: str, tp: int | None, expert_tp: int | None) -> None:
-        self.checkpoint, self.engine, self.tp, self.expert_tp = checkpoint, engine, tp, expert_tp
+    def __init__(
+        self, checkpoint: Served, engine: str, version: str, tp: int | None, expert_tp: int | None, arch: str | None
+    ) -> None:
+        self.checkpoint, self.engine, self.tp, self.expert_tp, self.arch = checkpoint, engine, tp, expert_tp, arch
         self.version, self.label = c.parse_version(version), f"{c.ENGINES[engine].label} {version}"
         self.contradictions = Contradictions(checkpoint, engine, self.label)
 
@@ -76,6 +85,8 @@ class _Check:
             return
         if self.checkpoint.modelopt_blocks:
             yield from self._row(c.BLOCKS, c.MO_BLOCKS, "config.json")
+        if self.checkpoint.bf16_router:
+            yield from self._row(c.ROUTERS, c.BF16_ROUTER, "mlp.gate")
         yield from self._remote_code()
         yield from self._qkv()
         yield from self._widths()
@@ -129,9 +140,19 @@ class _Check:
             )
 
     def _formats(self) -> Iterator[Problem]:
-        for subject in self.checkpoint.subjects:
+        served = [] if self.engine == c.TRANSFORMERS else [self.checkpoint.subject]  # FP8 or bf16, if all are
+        for subject in self.checkpoint.subjects or served:
             layers = [n for n, forms in self.checkpoint.experts.items() if any(f.subject == subject for f in forms)]
             yield from self._row(c.FORMATS, subject, f"layers {ranges(layers)}")
+            kernel = unasked(self.engine, subject)
+            if kernel and (self.arch is None or self.arch in kernel.archs):
+                yield Problem(
+                    WARNING,
+                    f"layers {ranges(layers)}: {subject} is computed on {kernel.unasked} with activations rounded "
+                    f"to {kernel.rounds}, which nothing in it asks for and J does not know of ({self.label})",
+                    kernel.source,
+                    "quantize with --container native",
+                )
         subjects, config = set(self.checkpoint.subjects), self.contradictions.declared.config
         if config.get("format") == "mixed-precision" and subjects & {c.INT4, c.INT4_ASYMMETRIC}:
             yield from self._row(c.FORMATS, c.MIXED, "quantization_config.format")
@@ -182,7 +203,7 @@ class _Check:
                 f"self_attn: {subject} is in {chunks} chunks, sliding-window layers have "
                 f"{kv_heads} KV heads: {self.label} stops at their scales",
                 "pull requests #53242 and #57508",
-                "use 0.32.0 or newer",
+                "use 0.31.0 or newer",
             )
             return
         allowed = f"{'must be' if row.tp == 'is the chunks' else 'must divide'} {chunks}"

@@ -6,8 +6,8 @@ Key idea: every row says for which versions it holds, what happens, how that is 
 a row is first known to hold, not where it may first have held.
 
 Left out: what only values can show (swapped gate and up, reversed nibbles, unshared NVFP4 global scales: all load
-without a word, and `verify --source` proves them), AMD, TPU. Sources: vLLM 0.32 and 0.33, SGLang 0.5.23 and
-transformers 5.17 themselves; for older versions their pull requests and release notes.
+without a word, and `verify --source` proves them), TPU; kernels and kinds of GPU are in `gpus`. Sources: vLLM 0.32 and
+0.33, SGLang 0.5.23 and transformers 5.17 themselves; for older versions their pull requests and release notes.
 """
 
 from __future__ import annotations
@@ -33,13 +33,30 @@ class Engine:
     mtp_layers: int  # of the checkpoint's, how many it runs
     text_prefix: str  # what comes before `model.` where the checkpoint has towers
     image: str
+    amd_image: str
     started: str  # its last line of start-up
 
 
 ENGINES = {
-    VLLM: Engine("vLLM", "0.33.0", 1, "language_model.", "vllm/vllm-openai:v{}", "Application startup complete."),
-    SGLANG: Engine("SGLang", "0.5.23", 3, "", "lmsysorg/sglang:v{}", "The server is fired up and ready to roll!"),
-    TRANSFORMERS: Engine("transformers", "5.17.0", 0, "", "", ""),
+    VLLM: Engine(
+        "vLLM",
+        "0.33.0",
+        1,
+        "language_model.",
+        "vllm/vllm-openai:v{}",
+        "vllm/vllm-openai-rocm:v{}",
+        "Application startup complete.",
+    ),
+    SGLANG: Engine(
+        "SGLang",
+        "0.5.23",
+        3,
+        "",
+        "lmsysorg/sglang:v{}",
+        "lmsysorg/sglang:v{}-rocm<version>-<gpu>",
+        "The server is fired up and ready to roll!",
+    ),
+    TRANSFORMERS: Engine("transformers", "5.17.0", 0, "", "", "", ""),
 }
 
 
@@ -71,12 +88,15 @@ class Row:
 NATIVE_MXFP4, INT4, INT4_ASYMMETRIC = "native mxfp4", "compressed-tensors int4", "compressed-tensors int4 asymmetric"
 CT_MXFP4, CT_NVFP4, BF16, FP8 = "compressed-tensors mxfp4", "compressed-tensors nvfp4", "bf16", "fp8"
 MIXED, MO_NVFP4 = "mixed-precision with int4", "modelopt nvfp4"
+NVFP4_INPUTS = "nvfp4 with input scales"  # of the kernels alone: it loads as NVFP4 does
 
 FORMATS: tuple[Row, ...] = (
     Row(VLLM, NATIVE_MXFP4, CORRUPTED, READ, "pull request #45200, in release 0.24.0", until=(0, 24),
         what="is read as FP8: the key store_dtype is not known yet"),
     Row(VLLM, NATIVE_MXFP4, RIGHT, RUN, "0.33 on an H200 (Marlin), 0.32 on a CPU; release 0.24.0",
         since=(0, 24)),
+    Row(VLLM, FP8, RIGHT, RUN, "0.26 on an H100 at TP 1 and 2", since=(0, 26)),
+    Row(VLLM, BF16, RIGHT, RUN, "0.26 on an H100, 0.32 on a CPU", since=(0, 26)),
     Row(VLLM, INT4, RIGHT, RUN, "0.26 on an H100, 0.33 on an H200 (Marlin), 0.32 on a CPU",
         since=(0, 26)),
     Row(VLLM, INT4_ASYMMETRIC, RIGHT, RUN, "0.33 on an H200 (Marlin), 0.32 on a CPU",
@@ -86,7 +106,11 @@ FORMATS: tuple[Row, ...] = (
     Row(VLLM, MO_NVFP4, RIGHT, RUN, "0.33 on an H200 (Marlin), 0.32 on a CPU",
         since=(0, 32)),
     Row(VLLM, MIXED, RIGHT, RUN, "0.33 on an H200 and 0.32 on a CPU: int4, FP8, MXFP4, NVFP4 in one", since=(0, 32)),
+    Row(SGLANG, NATIVE_MXFP4, RIGHT, READ, "pull request #40448 and the notes of release 0.5.21",
+        since=(0, 5, 21), until=(0, 5, 23)),
     Row(SGLANG, NATIVE_MXFP4, RIGHT, RUN, "0.5.23 on an H200; its loader at TP 1 and 2", since=(0, 5, 23)),
+    Row(SGLANG, FP8, RIGHT, READ, "mimo_v2.py of 0.5.17 and 0.5.23; its cookbook for V2.5", since=(0, 5, 17)),
+    Row(SGLANG, BF16, RIGHT, UNVERIFIED, "not tried"),
     Row(SGLANG, INT4, RIGHT, RUN, "0.5.23 on an H200; its loader at TP 1 and 2", since=(0, 5, 23)),
     Row(SGLANG, INT4_ASYMMETRIC, REFUSED, RUN, "the loader of 0.5.23: RuntimeError in _load_w13", since=(0, 5, 23),
         what="makes it stop: its loader does not turn weight_zero_point as it does codes and scales",
@@ -168,8 +192,10 @@ QKV: tuple[Row, ...] = (
         what=_OTHER_ROWS, hint=BF16_QKV),
     Row(VLLM, FUSED_FP8, RIGHT, READ, "issue #42803, pull request #45200", until=(0, 24), tp="is the chunks",
         otherwise=CORRUPTED, what="is cut into equal parts, which puts rows of q where k and v belong"),
-    Row(VLLM, FUSED_FP8, RIGHT, READ, "pull request #45200, release 0.24.0", since=(0, 24), until=(0, 32),
+    Row(VLLM, FUSED_FP8, RIGHT, READ, "pull request #45200, release 0.24.0", since=(0, 24), until=(0, 31),
         tp="divides the chunks", same_kv_heads=True, what="is asserted to split over the KV heads"),
+    Row(VLLM, FUSED_FP8, RIGHT, READ, "pull request #57508, merged before release 0.31.0", since=(0, 31),
+        until=(0, 32)),
     Row(VLLM, FUSED_FP8, RIGHT, RUN, "0.32 on a CPU at TP 1 of 2 chunks (FP8 again, but for TP as many as chunks)",
         since=(0, 32)),
     Row(VLLM, FUSED_BF16, CORRUPTED, RUN, "0.32 on a CPU: KL 2.75",
@@ -208,6 +234,26 @@ QKV: tuple[Row, ...] = (
     Row(TRANSFORMERS, PLAIN_MXFP8, RIGHT, UNVERIFIED, "left to the checkpoint's remote code"),
 )  # fmt: skip
 
+# --- the router: V2.6's weight and config are bf16 --------------------------------------------------------------------
+
+BF16_ROUTER = "a router in bf16"
+ROUTERS: tuple[Row, ...] = (
+    Row(
+        VLLM,
+        BF16_ROUTER,
+        CORRUPTED,
+        READ,
+        "mimo_v2.py of 0.26; pull request #57784 is in release 0.31.0, the first that its recipe names for V2.6",
+        until=(0, 31),
+        hint="use 0.31.0 or newer",
+        what="chooses experts by logits and a correction bias that are rounded to bf16",
+    ),
+    Row(
+        VLLM, BF16_ROUTER, RIGHT, RUN, "0.32's own gate on a CPU; mimo_v2.py and gate_linear.py of 0.33", since=(0, 31)
+    ),
+    Row(SGLANG, BF16_ROUTER, RIGHT, RUN, "0.5.23's own gate on a CPU; mimo_v2.py of 0.5.17, which takes it as float32"),
+)
+
 # --- FP8 beside the experts in ModelOpt's container -------------------------------------------------------------------
 
 MO_BLOCKS = "FP8_BLOCK_SCALES beside the experts"
@@ -219,61 +265,6 @@ BLOCKS: tuple[Row, ...] = (
     Row(SGLANG, MO_BLOCKS, RIGHT, RUN, "the loader of 0.5.23 at TP 1 and 2 of 2 chunks", since=(0, 5, 23)),
     Row(TRANSFORMERS, MO_BLOCKS, REFUSED, UNVERIFIED, "quant_method modelopt is unknown to it"),
 )  # fmt: skip
-
-# --- GPUs -------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Gpu:
-    """`memory_gib`: what a process can have of one GPU; `node`: GPUs of one host; `fraction`: of it, what to give."""
-
-    label: str
-    sm: int
-    memory_gib: int
-    node: int
-    fraction: float
-    vllm_attention: str  # what vLLM picks for heads of 192/128
-    sglang_attention: str
-    evidence: str
-
-
-GPUS = {
-    "a100": Gpu("A100 80 GB", 80, 79, 8, 0.90, "TRITON_ATTN_DIFFKV", "triton", UNVERIFIED),
-    "h100": Gpu("H100", 90, 79, 8, 0.90, "FLASH_ATTN_DIFFKV", "fa3", READ),
-    "h200": Gpu("H200", 90, 140, 8, 0.90, "FLASH_ATTN_DIFFKV", "fa3", READ),
-    "b200": Gpu("B200", 100, 178, 8, 0.90, "FLASH_ATTN_DIFFKV", "fa4", READ),
-    "gb10": Gpu("GB10 (DGX Spark)", 121, 119, 1, 0.86, "TRITON_ATTN_DIFFKV", "triton", UNVERIFIED),
-}
-
-# subject → (least SM, those tried or read); elsewhere the kernel choice is not verified
-MINIMUM_SM = {NATIVE_MXFP4: (80, (90, 100)), CT_MXFP4: (80, (90,)), CT_NVFP4: (80, (90,)), INT4: (80, (80, 90, 100)),
-              INT4_ASYMMETRIC: (80, ()), MO_NVFP4: (80, (80, 90))}  # fmt: skip
-
-# (engine, subject, SM) → the back end that runs it
-MOE_BACKENDS = {
-    (VLLM, INT4, 80): "MARLIN", (VLLM, INT4, 90): "MARLIN", (VLLM, CT_MXFP4, 90): "MARLIN",
-    (VLLM, CT_NVFP4, 90): "MARLIN", (VLLM, NATIVE_MXFP4, 90): "MARLIN", (VLLM, NATIVE_MXFP4, 80): "MARLIN",
-    (VLLM, MO_NVFP4, 80): "MARLIN", (VLLM, MO_NVFP4, 90): "MARLIN", (VLLM, MO_NVFP4, 100): "MARLIN",
-    (VLLM, MO_NVFP4, 121): "MARLIN",
-    (VLLM, NATIVE_MXFP4, 100): "FLASHINFER_TRTLLM_MXFP4_MXFP8",
-    (SGLANG, NATIVE_MXFP4, 80): "marlin", (SGLANG, NATIVE_MXFP4, 90): "marlin",
-    (SGLANG, NATIVE_MXFP4, 100): "flashinfer_mxfp4", (SGLANG, NATIVE_MXFP4, 121): "marlin",
-    (SGLANG, MO_NVFP4, 80): "marlin", (SGLANG, MO_NVFP4, 90): "marlin", (SGLANG, MO_NVFP4, 100): "marlin",
-    (SGLANG, MO_NVFP4, 121): "marlin",
-    (SGLANG, INT4, 80): "CompressedTensorsWNA16MarlinMoEMethod",
-    (SGLANG, INT4, 90): "CompressedTensorsWNA16MarlinMoEMethod",
-    (SGLANG, INT4, 100): "CompressedTensorsWNA16TritonMoE",
-}  # fmt: skip
-# (engine, subject) → SMs where it picks that back end by itself; elsewhere it has to be told
-OWN_CHOICE = {(SGLANG, NATIVE_MXFP4): (90, 100), (SGLANG, MO_NVFP4): (80, 90)}
-VLLM_MOE_WORD = {
-    NATIVE_MXFP4: "Mxfp4",
-    CT_MXFP4: "Mxfp4",
-    CT_NVFP4: "NvFp4",
-    MO_NVFP4: "NvFp4",
-    INT4: "WNA16",
-    INT4_ASYMMETRIC: "WNA16",
-}
 
 # --- patches that the first public deployments carried ----------------------------------------------------------------
 
@@ -320,6 +311,11 @@ def rows_for(table: tuple[Row, ...], engine: str, subject: str, version: Version
 
 
 def known_since(engine: str, subject: str) -> Version:
-    """From which version on a subject is known to be right; () where it always was, or never is."""
-    rows = [row for row in (*FORMATS, *CARVE_OUTS, *QKV, *BLOCKS) if (row.engine, row.subject) == (engine, subject)]
-    return max((row.since for row in rows if row.verdict == RIGHT and row.until is None), default=())
+    """From which version on a subject is known to be right, without a gap; () where it always was, or never is."""
+    tables = (*FORMATS, *CARVE_OUTS, *QKV, *ROUTERS, *BLOCKS)
+    rows = [row for row in tables if (row.engine, row.subject, row.verdict) == (engine, subject, RIGHT)]
+    rows = [row for row in rows if not row.same_kv_heads]  # right for some models only
+    since = max((row.since for row in rows if row.until is None), default=())
+    while earlier := [row.since for row in rows if row.until == since and row.until]:
+        since = min(earlier)
+    return since

@@ -88,6 +88,17 @@ class Served:
         found = {form.subject for forms in self.experts.values() for form in forms}
         return sorted(found - {contracts.BF16, contracts.FP8})
 
+    @property
+    def subject(self) -> str:
+        """What kernels run most experts by: a quantized format, else FP8, else bf16."""
+        kinds = {form.subject for forms in self.experts.values() for form in forms}
+        whole = contracts.FP8 if contracts.FP8 in kinds else contracts.BF16
+        return next(iter(self.subjects), whole)
+
+    @property
+    def bf16_router(self) -> bool:
+        return self.text.get("moe_router_dtype") == "bfloat16"
+
     @cached_property
     def kept(self) -> dict[int, str]:
         """Layers whose experts are not in 4 bits."""

@@ -15,20 +15,30 @@ from typing import Any
 
 import pytest
 from dflash_reference import changed, write_headers
-from headers import VARIANTS, at_scale, published_config
+from headers import VARIANTS, at_scale, published_config, release
 from micro import MICRO
 
 from mimoquant.cli.options import Engine, Gpu, Server
 from mimoquant.errors import CheckpointError, MimoquantError, UsageError
 from mimoquant.report.verb_text import launch_text
-from mimoquant.serving import contracts
+from mimoquant.serving import contracts, gpus
+from mimoquant.serving.check import check
+from mimoquant.serving.command import Layout
 from mimoquant.serving.documents import LaunchDocument
-from mimoquant.serving.launch import Layout, launch
-from mimoquant.serving.served import read_served
+from mimoquant.serving.launch import launch
+from mimoquant.serving.served import Served, read_served
 
 GOLDEN = Path(__file__).parent / "golden"
 GPUS = {"a100": 8, "h100": 8, "h200": 4, "b200": 4, "gb10": 2}
 CONTAINERS = ("native", "int4-g128", "mxfp4", "nvfp4", "modelopt")
+EVERY_KIND = GPUS | {"rtx3090": 16, "rtx4090": 16, "b300": 4, "gb300": 4, "rtx-pro-6000": 2, "rtx5090": 8}
+EVERY_KIND |= {"mi300x": 2, "mi325x": 4, "mi355x": 4}
+RELEASES = {  # as many GPUs as vLLM's recipes and SGLang's cookbook have
+    "v2.5": {"h100": 8, "h200": 8, "b200": 4, "gb300": 4, "mi355x": 4},
+    "v2.5-pro": {"h100": 16, "h200": 16, "b200": 8, "gb300": 8, "mi355x": 8},
+    "v2.6-flash": EVERY_KIND,
+    "v2.6-pro": {"h200": 8, "b200": 8, "b300": 8, "gb300": 8, "rtx-pro-6000": 8, "gb10": 8, "mi355x": 4},
+}
 
 
 def held_to(path: Path, text: str) -> None:
@@ -37,9 +47,9 @@ def held_to(path: Path, text: str) -> None:
     assert path.read_text() == text
 
 
-def told(variant: str, form: str, engine: str, gpu: str, gpus: int) -> str:
+def told(checkpoint: Served, engine: str, gpu: str, gpus: int) -> str:
     try:
-        return launch_text(launch(at_scale(variant, form), engine, gpu, gpus, mtp=True))
+        return launch_text(launch(checkpoint, engine, gpu, gpus, mtp=True))
     except MimoquantError as error:
         return "\n".join([f"error: {error}", *([f"hint: {error.hint}"] if error.hint else [])])
 
@@ -49,8 +59,17 @@ def told(variant: str, form: str, engine: str, gpu: str, gpus: int) -> str:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_commands_are_the_golden_ones(variant: str, form: str, engine: str) -> None:
     scale = 2 if variant == "v2.5-pro" else 1
-    sections = [f"=== {gpu} x {n * scale}\n{told(variant, form, engine, gpu, n * scale)}\n" for gpu, n in GPUS.items()]
+    made = {gpu: told(at_scale(variant, form), engine, gpu, n * scale) for gpu, n in GPUS.items()}
+    sections = [f"=== {gpu} x {GPUS[gpu] * scale}\n{text}\n" for gpu, text in made.items()]
     held_to(GOLDEN / f"{variant}-{form}-{engine}.txt", "\n".join(sections))
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+@pytest.mark.parametrize("variant", RELEASES)
+def test_commands_of_releases_are_the_golden_ones(variant: str, engine: str) -> None:
+    made = {gpu: told(release(variant), engine, gpu, n) for gpu, n in RELEASES[variant].items()}
+    sections = [f"=== {gpu} x {RELEASES[variant][gpu]}\n{text}\n" for gpu, text in made.items()]
+    held_to(GOLDEN / f"release-{variant}-{engine}.txt", "\n".join(sections))
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
@@ -90,6 +109,161 @@ def test_sglang_keeps_activations_of_modelopts_container_in_bf16() -> None:
         command = made("modelopt", "sglang", gpu)["command"]
         assert ("--moe-runner-backend" in command) == told
         assert not told or command[command.index("--moe-runner-backend") + 1] == "marlin"
+
+
+def from_release(variant: str, engine: str, gpu: str, gpus: int, **options: Any) -> LaunchDocument:
+    return launch(release(variant), engine, gpu, gpus, **options)
+
+
+@pytest.mark.parametrize(
+    ("variant", "gpu", "gpus", "attention_tp", "words"),
+    [
+        ("v2.5", "h200", 8, 4, {"--attn-dp-size", "--enable-dp-lm-head", "--mm-enable-dp-encoder"}),
+        ("v2.5", "b200", 4, 4, {"--mm-attention-backend"}),
+        ("v2.5-pro", "h100", 16, 8, {"--attn-dp-size", "--enable-dp-lm-head", "--nnodes"}),
+        ("v2.5-pro", "b200", 8, 8, set()),
+        ("v2.5-pro", "gb300", 8, 8, {"--nnodes"}),
+        ("v2.6-flash", "h200", 4, 4, set()),
+        ("v2.6-pro", "b300", 8, 8, {"--mm-attention-backend"}),
+    ],
+)
+def test_releases_are_shared_as_sglangs_cookbook_has_it(
+    variant: str, gpu: str, gpus: int, attention_tp: int, words: set[str]
+) -> None:
+    """Attention TP is the chunks of the fused qkv, 4 or 8; more GPUs than those are groups of attention."""
+    made = from_release(variant, "sglang", gpu, gpus)
+    assert (made["layout"]["attention_tp"], made["layout"]["dp"]) == (attention_tp, gpus // attention_tp)
+    assert option(made["command"], "--tp") == str(gpus)
+    told = {"--attn-dp-size", "--enable-dp-lm-head", "--mm-enable-dp-encoder", "--mm-attention-backend", "--nnodes"}
+    assert told & set(made["command"]) == words
+    between_nodes = {"NCCL_MNNVL_ENABLE": "1", "NCCL_CUMEM_ENABLE": "1"}
+    assert made["environment"] == (between_nodes if gpu == "gb300" else {})
+
+
+@pytest.mark.parametrize(
+    ("variant", "gpu", "gpus", "runner", "ep"),
+    [
+        ("v2.5", "h100", 8, None, 8),
+        ("v2.5-pro", "h200", 16, None, 16),
+        ("v2.6-flash", "b300", 4, "deep_gemm", 4),
+        ("v2.6-pro", "b300", 8, "deep_gemm", 8),
+    ],
+)
+def test_deepep_is_as_sglangs_cookbook_has_it(variant: str, gpu: str, gpus: int, runner: str | None, ep: int) -> None:
+    made = from_release(variant, "sglang", gpu, gpus, deepep=True)
+    command = made["command"]
+    assert option(command, "--moe-a2a-backend") == "deepep" and option(command, "--deepep-mode") == "auto"
+    assert option(command, "--moe-dense-tp-size") == "1" and option(command, "--ep") == str(ep)
+    assert option(command, "--moe-runner-backend") == runner and "--enable-dp-lm-head" in command
+    assert made["environment"]["SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK"] == "256"
+    assert any("deep_ep" in note for note in made["notes"])
+    plain = from_release(variant, "sglang", gpu, gpus)
+    assert "--moe-a2a-backend" not in plain["command"] and not plain["layout"]["ep"]
+
+
+def test_deepep_is_refused_where_the_cookbook_has_none() -> None:
+    with pytest.raises(UsageError, match="--deepep: SGLang's cookbook has none for fp8 on B200"):
+        from_release("v2.5", "sglang", "b200", 4, deepep=True)
+    with pytest.raises(UsageError, match="--deepep: SGLang's cookbook has none for native mxfp4 on H200"):
+        from_release("v2.6-flash", "sglang", "h200", 4, deepep=True)
+    with pytest.raises(UsageError, match="--deepep: is for --engine sglang"):
+        from_release("v2.6-flash", "vllm", "b300", 4, deepep=True)
+    with pytest.raises(UsageError, match="256 do not divide over 3"):
+        from_release("v2.5", "sglang", "h200", 3, deepep=True)
+
+
+def test_a_drafter_beside_groups_of_attention_needs_a_newer_sglang(tmp_path: Path) -> None:
+    drafter = write_headers(tmp_path / "dflash", changed())
+    with pytest.raises(UsageError, match=r"0\.5\.22 takes no drafter beside .* which 8 GPUs at attention TP 4 need"):
+        from_release("v2.6-flash", "sglang", "h100", 8, version="0.5.22", dflash=drafter)
+    assert "DFLASH" in from_release("v2.6-flash", "sglang", "h200", 4, version="0.5.22", dflash=drafter)["command"]
+    newer = from_release("v2.6-flash", "sglang", "h100", 8, dflash=drafter)["command"]
+    assert {"DFLASH", "--attn-dp-size", "--enable-dp-lm-head"} <= set(newer)
+
+
+def test_v26_needs_the_versions_that_its_recipes_name() -> None:
+    for variant in ("v2.6-flash", "v2.6-pro"):
+        assert from_release(variant, "vllm", "h200", 8)["minimum_version"] == "0.31"
+        assert from_release(variant, "vllm", "h200", 8, version="0.31.0")["layout"]["dp"] == 1
+        with pytest.raises(CheckpointError, match=r"bf16 chooses experts by logits .* rounded to bf16 \(vLLM 0\.30"):
+            from_release(variant, "vllm", "h200", 8, version="0.30")
+        assert from_release(variant, "sglang", "h200", 8)["minimum_version"] == "0.5.21"
+    for version, named in (("0.5.21", "marlin"), ("0.5.22", "marlin"), ("0.5.23", None)):  # which picks it by itself
+        made = from_release("v2.6-flash", "sglang", "h200", 4, version=version)
+        assert option(made["command"], "--moe-runner-backend") == named and made["moe_backend"] == "marlin"
+        assert made["evidence"].startswith("run" if named is None else "read")
+    older = from_release("v2.6-flash", "sglang", "h200", 4, version="0.5.20")
+    assert any("not verified in SGLang 0.5.20, known from 0.5.21 on" in note for note in older["notes"])
+
+
+@pytest.mark.parametrize(
+    ("engine", "gpu", "gpus", "name", "value", "environment"),
+    [
+        (
+            "vllm",
+            "gb10",
+            2,
+            "--moe-backend",
+            "marlin",
+            {"VLLM_USE_DEEP_GEMM": "0", "VLLM_HOST_IP": "<IP of this node>"},
+        ),
+        ("vllm", "rtx-pro-6000", 4, "--moe-backend", "marlin", {"VLLM_USE_DEEP_GEMM": "0"}),
+        ("vllm", "mi300x", 2, "--moe-backend", "aiter_triton_mxfp4_bf16", {"VLLM_ROCM_USE_AITER": "1"}),
+        ("vllm", "mi325x", 2, "--moe-backend", "aiter_triton_mxfp4_bf16", {"VLLM_ROCM_USE_AITER": "1"}),
+        ("vllm", "mi355x", 2, "--moe-backend", None, {"VLLM_ROCM_USE_AITER": "1"}),
+        ("vllm", "b300", 2, "--moe-backend", None, {}),
+        ("sglang", "rtx-pro-6000", 4, "--moe-runner-backend", "marlin", {}),
+        ("sglang", "rtx5090", 8, "--moe-runner-backend", "marlin", {}),
+        ("sglang", "gb10", 2, "--moe-runner-backend", "marlin", {}),
+    ],
+)
+def test_mxfp4_runs_by_kernels_that_have_to_be_named(
+    engine: str, gpu: str, gpus: int, name: str, value: str | None, environment: dict[str, str]
+) -> None:
+    made = from_release("v2.6-flash", engine, gpu, gpus)
+    assert option(made["command"], name) == value and made["environment"] == environment
+    assert option(made["command"], "--generation-config") == ("vllm" if engine == "vllm" else None)
+
+
+def test_kinds_that_nobody_tried_say_so() -> None:
+    for gpu, count in EVERY_KIND.items():
+        notes = from_release("v2.6-flash", "vllm", gpu, count)["notes"]
+        assert ("not tried by us: any engine on" in " ".join(notes)) == (gpu not in ("h100", "h200"))
+    ran = {gpu.arch for gpu in gpus.GPUS.values() if gpu.tried}
+    assert all(set(row.archs) <= ran for row in gpus.KERNELS if row.evidence == contracts.RUN)
+    keys = [(row.engine, row.subject, arch, row.ep) for row in gpus.KERNELS for arch in row.archs]
+    assert len(keys) == len(set(keys))
+
+
+def test_packed_mxfp4_is_rounded_twice_on_blackwell_by_vllm() -> None:
+    """Issue #56770: W4A4, which nothing in the checkpoint asks for; told with and without a kind of GPU."""
+    text = "compressed-tensors mxfp4 is computed on SM100 and newer with activations rounded to MXFP4"
+    for gpu, told in (("h100", False), ("a100", False), ("b200", True), ("rtx-pro-6000", True)):
+        assert any(text in note for note in made("mxfp4", gpu=gpu)["notes"]) == told
+    (problem,) = check(at_scale("v2.5", "mxfp4"), "vllm", tp=4)
+    assert text in problem.text and not problem.fails and "#56770" in problem.source
+
+
+def test_input_scales_ask_for_activations_in_four_bits() -> None:
+    asked = replace(with_algo(at_scale("v2.5", "modelopt"), "NVFP4"), input_scales=True)
+    for gpu, backend, rounds in (("h100", "MARLIN", False), ("b200", "FLASHINFER_TRTLLM", True)):
+        facts = launch(asked, "vllm", gpu, 8)
+        assert facts["moe_backend"] == backend
+        assert any("rounds activations to NVFP4, which J does not know of" in note for note in facts["notes"]) == rounds
+        assert launch(at_scale("v2.5", "modelopt"), "vllm", gpu, 8)["moe_backend"] == "MARLIN"
+
+
+def with_algo(checkpoint: Served, algo: str) -> Served:
+    """The same, with another word for its experts in config.json."""
+    config = json.loads(json.dumps(checkpoint.config).replace('"W4A16_NVFP4"', f'"{algo}"'))
+    return replace(checkpoint, config=config)
+
+
+def test_v2_flash_itself_is_read_wrong() -> None:
+    for engine in ("vllm", "sglang"):
+        with pytest.raises(CheckpointError, match="gets scales of other rows") as wrong:
+            from_release("v2-flash", engine, "h200", 8)
+        assert wrong.value.hint == "mimoquant relayout --qkv split --dtype bf16"
 
 
 def test_vllm_takes_v2_flash_native_at_tp_4_at_most() -> None:
@@ -190,10 +364,10 @@ def test_kv_cache_is_counted_as_others_count_it() -> None:
 
 
 def test_the_choices_are_those_of_the_tables() -> None:
-    assert [gpu.value for gpu in Gpu] == list(contracts.GPUS)
+    assert [gpu.value for gpu in Gpu] == list(gpus.GPUS) == sorted(EVERY_KIND, key=list(gpus.GPUS).index)
     assert [engine.value for engine in Engine] == list(contracts.ENGINES)
     assert [server.value for server in Server] == [contracts.VLLM, contracts.SGLANG]
-    assert {gpu.sm for gpu in contracts.GPUS.values()} >= {sm for _, _, sm in contracts.MOE_BACKENDS}
+    assert {gpu.arch for gpu in gpus.GPUS.values()} == {arch for row in gpus.KERNELS for arch in row.archs}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
