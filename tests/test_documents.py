@@ -181,7 +181,7 @@ def test_what_is_read_from_headers(outs: dict[str, Path], tmp_path: Path) -> Non
     assert valid("inspect", printed("inspect", drafted))["drafter"]["layers"]
     valid("plan", printed("plan", MICRO, "-r", "nvfp4-mse", "--device", "cpu", "-o", tmp_path))
     assert valid("plan", printed("plan", MICRO, "-r", "mxfp4-rtn", "--measure", "--device", "cpu"))["estimate"]
-    valid("launch", printed("launch", outs["plain"], "--engine", "sglang", "--gpu", "a100", "--gpus", "1"))
+    valid("launch", printed("launch", outs["plain"], "--engine", "sglang", "--gpu", "h100", "--gpus", "1"))
 
 
 def test_what_is_written(outs: dict[str, Path], tmp_path: Path) -> None:
