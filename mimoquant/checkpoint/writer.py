@@ -10,6 +10,7 @@ The header carries one metadata key (`format: pt`): anything else would make equ
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import json
 import math
@@ -43,7 +44,12 @@ class Entry:
 
     @property
     def size_bytes(self) -> int:
-        return DTYPE_BYTES[self.dtype] * math.prod(self.shape)
+        return _size_bytes(self.dtype, self.shape)
+
+
+@functools.lru_cache(maxsize=4096)  # 100,000 tensors have some dozen shapes, and each is asked for several times
+def _size_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    return DTYPE_BYTES[dtype] * math.prod(shape)
 
 
 def file_order(entry: Entry) -> tuple[int, str]:

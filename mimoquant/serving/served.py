@@ -6,6 +6,7 @@ is what `verify` would refuse.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -230,7 +231,8 @@ def _stored_forms(layer: int, geometry: Geometry, tensors: Mapping[str, Tensor],
                 missing.append(f"{module}.weight_scale")
                 continue
             forms.setdefault(form)
-            missing += [name for name in _parts(form, module, geometry.expert_shape(projection)) if name not in tensors]
+            names = (f"{module}.{suffix}" for suffix in _parts(form, geometry.expert_shape(projection)))
+            missing += [name for name in names if name not in tensors]
     return list(forms)
 
 
@@ -258,14 +260,15 @@ _FORMATS = {
 }
 
 
-def _parts(form: Stored, module: str, shape: tuple[int, int]) -> list[str]:
-    """Every tensor that such an expert must have."""
+@functools.lru_cache
+def _parts(form: Stored, shape: tuple[int, int]) -> tuple[str, ...]:
+    """Behind the dot: every tensor that such an expert's matrix of this shape must have."""
     if form.subject not in _FORMATS:
-        return []
+        return ()
     try:
         fmt = Format(_FORMATS[form.subject], form.group_size or 0, form.subject != contracts.INT4_ASYMMETRIC)
     except ValueError:  # a group size that this program does not write; the check names it
-        return []
+        return ()
     container = {contracts.NATIVE_MXFP4: NATIVE, contracts.MO_NVFP4: MODELOPT}.get(form.subject, COMPRESSED_TENSORS)
-    names = [f"{module}.{stored.suffix}" for stored in expert_tensors(container, fmt, *shape)]
-    return [*names, f"{module}.weight_shape"] if shape_tensor(container, fmt) else names
+    suffixes = tuple(stored.suffix for stored in expert_tensors(container, fmt, *shape))
+    return (*suffixes, "weight_shape") if shape_tensor(container, fmt) else suffixes

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import resource
 import subprocess
 import sys
 import time
@@ -335,6 +337,42 @@ def test_the_published_pro_is_understood_and_planned(shared: Path, tmp_path: Pat
     assert release_of(layout) == Release("MiMo-V2.5-Pro", ("XiaomiMiMo/MiMo-V2.5-Pro",))
     plan, cpu_s = seconds(lambda: make_plan(folder, load_recipe("int4-g128-rtn")))
     assert len(plan.formats) == 69 and cpu_s < 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "tensors", "size_bytes", "cpu_s", "memory_mb"),
+    [("v26-flash", 73_081, 172_923_364_096, 3, 400), ("v26-pro", 160_040, 566_027_990_784, 6, 800)],
+)
+def test_the_published_v26_is_inspected_and_planned_in_seconds(
+    shared: Path, tmp_path: Path, kind: str, tensors: int, size_bytes: int, cpu_s: float, memory_mb: int
+) -> None:
+    """Each verb in a process of its own: seconds of its user code, and the most memory it had."""
+    folder = published(shared, kind, tmp_path / kind)
+    layout = layout_of(folder, packed=True)
+    assert len(layout.index.tensors) == tensors and layout.index.size_bytes == size_bytes and not layout.unknown
+    assert release_of(layout) == Release(
+        f"MiMo-V2.6-{kind[4:].title()}", tuple(f"XiaomiMiMo/MiMo-V2.6-{kind[4:].title()}-{x}" for x in ("RL", "MOPD"))
+    )
+    for verb in ("inspect", "plan -r nvfp4-cast", "plan -r int4-g128-rtn", "plan -r gptq-int4-g128"):
+        least = float("inf")
+        for _ in range(3):  # what else runs on the machine can only add
+            used = usage_of(*verb.split(), folder)
+            assert used.ru_maxrss < memory_mb * 1024, f"{verb}: {used}"
+            least = min(least, used.ru_utime)
+            if least < cpu_s:
+                break
+        assert least < cpu_s, f"{verb}: {least:.1f} s"
+
+
+def usage_of(*arguments: object) -> resource.struct_rusage:
+    """What a run of the program took, in a process of its own."""
+    code = "from mimoquant.cli.app import app; app()"
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    started = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, used = os.wait4(started.pid, 0)
+    assert status == 0, command
+    return used
 
 
 @pytest.mark.parametrize(
