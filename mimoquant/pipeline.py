@@ -39,6 +39,7 @@ from mimoquant.planning.needs import disk_bytes
 from mimoquant.planning.plan import WRITE_LANES, WRITE_QUEUE_BYTES, Plan
 from mimoquant.planning.units import Experts, Unit
 from mimoquant.quant.stack import Engine
+from mimoquant.run.clamped import Counts
 from mimoquant.run.deal import Task, deal
 from mimoquant.run.steps import Array, Workshop, label, load, yielded
 
@@ -228,7 +229,7 @@ def _write_units(
                     shards.write(name, array)
                 shards.tell()
                 if loaded.last:
-                    shards.end(walk.leave(loaded.task.unit) if walk else None)
+                    shards.end(walk.leave(loaded.task.unit) if walk else None, shop.counted())
 
 
 class _Shards:
@@ -272,11 +273,11 @@ class _Shards:
             assert self.task is not None
             self.progress(self.task.unit, self._writer.size_bytes, False)
 
-    def end(self, facts: LayerRecord | None) -> None:
+    def end(self, facts: LayerRecord | None, clamped: Counts) -> None:
         assert self.task is not None
         unit = self.task.unit
         if self._writer:
-            finish = partial(_complete, unit, self._writer, self.run, self.progress, facts)
+            finish = partial(_complete, unit, self._writer, self.run, self.progress, facts, clamped)
             self.behind.submit(self._lane, self.whole, finish)
         else:
             self.progress(unit, unit.size_bytes, True)
@@ -323,12 +324,15 @@ class _Walk:
         return self.calibrator.end()
 
 
-def _complete(unit: Unit, writer: ShardWriter, run: RunFolder, progress: Progress, facts: LayerRecord | None) -> None:
+def _complete(
+    unit: Unit, writer: ShardWriter, run: RunFolder, progress: Progress, facts: LayerRecord | None, clamped: Counts
+) -> None:
     """The shard is written: make it durable, then say so in the journal."""
     sha256 = writer.close()
     if writer.size_bytes != unit.size_bytes:
         raise AssertionError(f"{unit.file}: wrote {writer.size_bytes} bytes, planned {unit.size_bytes}")
-    run.record(JournalLine(unit.name, unit.file, unit.size_bytes, sha256, facts))
+    counts = {name: [zeroed, clipped, groups] for name, (zeroed, clipped, _, groups) in clamped.items()}
+    run.record(JournalLine(unit.name, unit.file, unit.size_bytes, sha256, facts, counts or None))
     progress(unit, unit.size_bytes, True)
 
 

@@ -105,6 +105,31 @@ class Interval(TypedDict):
     """Upper end."""
 
 
+class ClampedGroups(TypedDict):
+    """Groups of one weight whose scale its format cannot store."""
+
+    zeroed: int
+    """All their values became zero."""
+    clamped: int
+    """Have the format's least or largest scale, which is too large or too small for them."""
+    groups: int
+    """All of the weight."""
+
+
+def clamped_notes(counts: dict[str, ClampedGroups]) -> list[str]:
+    """A sentence on groups without a scale, by weight; none where there are none."""
+    if not counts:
+        return []
+    zeroed, clamped = (sum(one[kind] for one in counts.values()) for kind in ("zeroed", "clamped"))
+    worst = max(counts, key=lambda name: (counts[name]["zeroed"] + counts[name]["clamped"]) / counts[name]["groups"])
+    lost, groups = counts[worst]["zeroed"] + counts[worst]["clamped"], counts[worst]["groups"]
+    return [
+        f"in {many(len(counts), 'weight')} the format has no scale for {many(zeroed + clamped, 'group')} of nonzero "
+        f"values: {zeroed} became zero, {clamped} were clamped; most in {worst}, {lost} of {groups} "
+        f"({percent(lost / groups)})"
+    ]
+
+
 FEWEST_SEQUENCES = 5  # that an interval over sequences is told of
 
 

@@ -80,6 +80,7 @@ class LayerFacts:
     felt_plain: list[float] = field(default_factory=list)
     felt: list[float] = field(default_factory=list)
     fisher: LayerFisherFacts | None = None
+    clamped: dict[str, list[int]] = field(default_factory=dict)  # see `run.clamped`; not in the record
 
     def as_plain(self) -> LayerRecord:
         """In the order of the journal, whose bytes must stay."""

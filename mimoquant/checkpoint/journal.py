@@ -46,13 +46,15 @@ RUN_NAME = "run.json"
 
 @dataclass(frozen=True, slots=True)
 class JournalLine:
-    """One finished shard. `facts`: what a calibrated run tells of the layer."""
+    """One finished shard. `facts`: what a calibrated run tells of the layer. `clamped`: weight → groups that became
+    zero, that were clamped, all; None where no group was."""
 
     unit: str
     file: str
     size_bytes: int
     sha256: str
     facts: Mapping[str, Any] | None = None
+    clamped: Mapping[str, list[int]] | None = None
 
     def as_plain(self) -> dict[str, Any]:
         return {key: value for key, value in asdict(self).items() if value is not None}
@@ -77,14 +79,29 @@ def read_journal(path: Path) -> list[JournalLine]:
             fields = json.loads(part)
             line = JournalLine(**fields)
             kinds = [type(value) for value in asdict(line).values()]
-            if kinds[:-1] != [str, str, int, str] or not isinstance(line.facts, dict | None):
+            if kinds[:4] != [str, str, int, str] or not isinstance(line.facts, dict | None):
                 raise TypeError
+            _check_clamped(line.clamped)
         except (ValueError, TypeError, RecursionError) as error:
             if number == len(parts) - 1 and not parts[-1]:
                 break
             raise CheckpointError(f"{path}: line {number} is damaged") from error
         lines.append(line)
     return lines
+
+
+def _check_clamped(clamped: Any) -> None:
+    """Raises TypeError where it is not what a journal line may have."""
+    if clamped is not None and not (isinstance(clamped, dict) and clamped and all(map(_is_count, clamped.values()))):
+        raise TypeError
+
+
+def _is_count(numbers: Any) -> bool:
+    """Whether these are groups that became zero, that were clamped, all of a matrix."""
+    if not isinstance(numbers, list) or [type(value) for value in numbers] != [int, int, int]:
+        return False
+    zeroed, clamped, groups = map(int, numbers)
+    return min(zeroed, clamped) >= 0 and 0 < zeroed + clamped <= groups
 
 
 class RunFolder:

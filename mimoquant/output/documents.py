@@ -10,6 +10,7 @@ from typing import NotRequired, TypedDict
 
 from mimoquant.calibration.layer_facts import LayerRecord
 from mimoquant.planning.documents import EngineCheck, WrittenShard
+from mimoquant.wording import ClampedGroups
 
 
 class QuantizeReport(TypedDict):
@@ -35,6 +36,9 @@ class QuantizeReport(TypedDict):
     """What a calibrated run did instead of its method → how often; empty without calibration."""
     notes: list[str]
     """What a user should know of the result."""
+    clamped_groups: NotRequired[dict[str, ClampedGroups]]
+    """Weight → its groups that have no scale in the format though they are not zero; of the weights that have such
+    groups, and absent where none has."""
     shards: list[WrittenShard]
     """In the order of writing."""
     calibration: dict[str, LayerRecord] | None

@@ -11,6 +11,7 @@ from mimoquant.__version__ import SCHEMA_VERSION
 from mimoquant.checkpoint.journal import JournalLine
 from mimoquant.output.documents import QuantizeReport
 from mimoquant.planning.facts import written_shards
+from mimoquant.wording import ClampedGroups, clamped_notes
 
 if TYPE_CHECKING:
     from mimoquant.calibration.layer_facts import LayerRecord
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 def quantize_report(plan: Plan, finished: dict[str, JournalLine]) -> QuantizeReport:
     """What a run wrote. `finished`: its journal, by unit."""
     records = {unit.name: finished[unit.name].facts for unit in plan.units if finished[unit.name].facts is not None}
-    return QuantizeReport(
+    counts = clamped_groups(finished)
+    report = QuantizeReport(
         schema_version=SCHEMA_VERSION,
         container=plan.container,
         method=plan.recipe.method,
@@ -30,10 +32,22 @@ def quantize_report(plan: Plan, finished: dict[str, JournalLine]) -> QuantizeRep
         source_bytes=plan.source_bytes,
         output_bytes=plan.shard_bytes,
         fallbacks=fallbacks(finished),
-        notes=plan.notes,
+        notes=[*plan.notes, *clamped_notes(counts)],
         shards=written_shards(plan, finished),
         calibration=cast("dict[str, LayerRecord]", records) or None,
     )
+    if counts:
+        report["clamped_groups"] = counts
+    return report
+
+
+def clamped_groups(finished: dict[str, JournalLine]) -> dict[str, ClampedGroups]:
+    """Weight → its groups that have no scale, by name."""
+    found = {name: counts for line in finished.values() for name, counts in (line.clamped or {}).items()}
+    return {
+        name: ClampedGroups(zeroed=zeroed, clamped=clamped, groups=groups)
+        for name, (zeroed, clamped, groups) in sorted(found.items())
+    }
 
 
 def fallbacks(finished: dict[str, JournalLine]) -> dict[str, int]:

@@ -29,14 +29,14 @@ _LARGEST, _SMALLEST = 8, -9  # exponents of powers of two that are used as E4M3 
 _E4M3 = np.array([1, 2, 4, *range(8, 8 * 16, 8)], np.uint8)  # of 2^-9 .. 2^8
 _UNSCALED = 127 + _LARGEST  # the biased k_max that makes m 0
 _ZEROS = 127  # the exponent that a block of zeros gets, 2^0
-_E4M3_VALUES = np.array(
+E4M3_VALUES = np.array(
     [
         (-1) ** (byte >> 7)
         * (2.0 ** ((byte >> 3 & 15) - 7) * (1 + (byte & 7) / 8) if byte & 0x78 else (byte & 7) / 512)
         for byte in range(256)
     ]
 )
-_E4M3_VALUES[[0x7F, 0xFF]] = np.nan
+E4M3_VALUES[[0x7F, 0xFF]] = np.nan
 _LEAST = _UNSCALED - 126  # the least one that is used, lest the divisor 2^-m overflow; its blocks fit all the same
 
 
@@ -74,7 +74,7 @@ def exponents(codes: Array, scale: Array, ratio_E2: Array) -> tuple[Array, Array
             power of two is found to be one.
     """
     with np.errstate(all="ignore"):
-        mantissa, power = np.frexp(_E4M3_VALUES * ratio_E2[:, :1] / ratio_E2[:, 1:])
+        mantissa, power = np.frexp(E4M3_VALUES * ratio_E2[:, :1] / ratio_E2[:, 1:])
     is_power = (mantissa == 0.5) & (power >= 1 - 127) & (power <= 128)
     table = np.where(is_power, power + 126, _NONE).astype(np.uint8)
     pairs = scale.view(np.uint16)  # of a block's two halves, most of them alike

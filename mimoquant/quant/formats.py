@@ -14,8 +14,9 @@ At the edges, the same on every engine (tests/reliability/test_numerics.py): a g
 an FP8 block whose scale is 0, gets the zero scale below (asymmetric int4: zero point -8) and codes of +0; so does a
 group whose scale underflows. Saturated FP8 is a value as any other. A weight that is NaN or Inf, or becomes so when
 multiplied by its block's scale (as 0 by Inf does), is refused by name. Where squared errors overflow (from 1e19 on) a
-search keeps the plain scale. Not refused though not representable: in MXFP4 1.75 * 2^127 and more, which is rounded up
-to 2^128, and in NVFP4 with powers of two as global scales values near that.
+search keeps the plain scale. Not refused by engines though not representable: in MXFP4 1.75 * 2^127 and more, which is
+rounded up to 2^128, and in NVFP4 with powers of two as global scales values near that. A run counts such groups, and
+those whose scale underflows (`clamped`).
 
 References: OCP Microscaling v1.0; NVIDIA NVFP4; compressed-tensors 0.19 (names, eps, rounding).
 """

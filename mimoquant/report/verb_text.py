@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from mimoquant.report.coverage_text import coverage_text
 from mimoquant.serving import contracts as c
-from mimoquant.wording import duration, layers_of_formats, ranges, size, table
+from mimoquant.wording import clamped_notes, duration, layers_of_formats, ranges, size, table
 
 if TYPE_CHECKING:
     from mimoquant.output.documents import QuantizeDocument, VerifyDocument
@@ -146,6 +146,7 @@ def quantize_text(facts: QuantizeDocument) -> str:
             f"wrote      {facts['out']}: {len(facts['shards'])} shards, {size(after)} ({after / before:.1%} of source)",
             f"experts    {formats} ({facts['method']}, scales by {facts['scale_search']}), {facts['container']}",
             *([f"coverage   {coverage_text(facts['calibration'])}"] if facts["calibration"] else []),
+            *(f"clamped    {note}" for note in clamped_notes(facts.get("clamped_groups", {}))),
             f"time       {seconds:.1f} s, {size(int(before / max(seconds, 1e-3)))}/s of source; bound by "
             f"{facts['bound_by']['what']} ({facts['bound_by']['share']:.0%})",
             *planned_lines(facts["engines"]),

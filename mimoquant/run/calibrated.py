@@ -44,7 +44,7 @@ from mimoquant.quant.formats import Format
 from mimoquant.quant.method import WALKED_MOST, Method
 from mimoquant.quant.reconstruct import reconstruct
 from mimoquant.quant.stack import Stack
-from mimoquant.run.chunk_facts import Rounded, chunk_facts
+from mimoquant.run.chunk_facts import Rounded, chunk_facts, clamped_facts
 from mimoquant.run.objective import OutputMetrics, felt_of_gate_up
 from mimoquant.run.portions import Portions, Seen
 from mimoquant.weights.decoded import CheckpointWeights, decoded_chunk
@@ -199,6 +199,7 @@ class Calibrator:
             both, down = replace(both, values=_gate_and_up(chosen.chunk)), replace(down, values=chosen.chunk.down)
         facts = chunk_facts([Rounded(rows, gram, metric, both), Rounded(chunk.down, inner, felt, down)], fmt)
         facts |= {"shrunk": statistics.shares(count, n0), "folded_channels": folded}
+        facts["clamped"] = clamped_facts(chunk, _by_projection(chosen.parts), fmt, self.plan.layout, self.facts.layer)
         return replace(chosen, facts=chosen.facts | facts)
 
     def _reconstructed(self, chunk: ExpertChunk, chosen: Chosen, grams: dict[str, Tensor], fmt: Format) -> Chosen:
@@ -393,6 +394,7 @@ class Calibrator:
 
     def _tell(self, facts: dict[str, Any]) -> None:
         """Add what a rank says of its chunk to the layer's facts: lists grow, numbers add up."""
+        self.facts.clamped |= facts.pop("clamped")
         for name, value in facts.items():
             setattr(self.facts, name, getattr(self.facts, name) + value)
         self.facts.shrinkage = self.shrinkage or 0.0

@@ -1,17 +1,24 @@
-"""What is told of a chunk of experts: what its codes cost, beside plain rounding, under one metric or both."""
+"""What is told of a chunk of experts: what its codes cost, beside plain rounding, under one metric or both; and which
+groups have no scale in the format."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mimoquant.quant.engine_torch import amax, nvfp4_global_scale
+from mimoquant.model.decoder_layer import ExpertChunk
+from mimoquant.model.layout import PROJECTIONS, ModelLayout
+from mimoquant.quant.clamped import Clamped, Groups, clamped_groups, suspicious
+from mimoquant.quant.engine_torch import amax, nvfp4_global_scale, to_numpy
 from mimoquant.quant.expert_methods import Encoded, encode_with, energy
 from mimoquant.quant.formats import Format
 from mimoquant.quant.method import Method
+from mimoquant.run.clamped import Counts, named
 
 TOLD_ROWS = 1024  # at least, of a matrix, that tell its relMSE
 
@@ -37,6 +44,29 @@ def chunk_facts(made: list[Rounded], fmt: Format) -> dict[str, Any]:
         "damped": sum(one.encoded.damped for one in made),
         "rounded": sum(one.encoded.rounded for one in made),
     }
+
+
+def clamped_facts(
+    chunk: ExpertChunk, parts: dict[str, dict[str, Tensor]], fmt: Format, layout: ModelLayout, layer: int
+) -> Counts:
+    """See `run.clamped`. `parts`: projection → what was stored of the chunk."""
+    found = {projection: _clamped(getattr(chunk, projection), parts[projection], fmt) for projection in PROJECTIONS}
+    return named(layout, layer, chunk.begin, found)
+
+
+def _clamped(weight_EOI: Tensor, parts: dict[str, Tensor], fmt: Format) -> dict[int, Clamped]:
+    """`quant.clamped.clamped` of what lies on a device: of codes and weights only what is asked for leaves it."""
+    held = {name: to_numpy(values) for name, values in parts.items() if name != "codes"}
+    codes = parts["codes"].reshape(*held["scale"].shape, -1)
+    weights = weight_EOI.reshape(*held["scale"].shape, fmt.group_size)
+    picked = (lambda groups: _picked(codes, groups)), (lambda groups: _picked(weights, groups))
+    return clamped_groups(held, fmt, suspicious(held, fmt), *picked)
+
+
+def _picked(values: Tensor, groups: Groups) -> npt.NDArray[Any]:
+    """Some groups' codes, or weights as float32; on the host."""
+    held = values[tuple(torch.from_numpy(np.ascontiguousarray(place)).to(values.device) for place in groups)]
+    return to_numpy(held if held.dtype == torch.uint8 else held.to(torch.float32))
 
 
 def _losses(one: Rounded, fmt: Format) -> Tensor:

@@ -9,7 +9,7 @@ are not encoded again: their audit (`output.verify`) is computed apart from the 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -23,8 +23,10 @@ from mimoquant.planning.plan import Plan
 from mimoquant.planning.reorder import Reorder, RowBlock, block_values, read_blocks
 from mimoquant.planning.units import Copy, Dequantize, Experts, InputScales, Shapes, Step
 from mimoquant.quant.cast import InexactError, cast
+from mimoquant.quant.clamped import clamped
 from mimoquant.quant.formats import MXFP4
 from mimoquant.quant.stack import Engine, NonFiniteError, Stack
+from mimoquant.run.clamped import Counts, named, refuse_many
 from mimoquant.run.deal import Task
 from mimoquant.weights.container import expert_tensors
 from mimoquant.weights.stored import (
@@ -50,12 +52,25 @@ COPY_BLOCK = 32 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Workshop:
-    """What steps are done with: the plan, its source, the engine, and which rank of the run this is."""
+    """What steps are done with: the plan, its source, the engine, and which rank of the run this is; and what is
+    counted meanwhile of groups that have no scale (see `run.clamped`)."""
 
     plan: Plan
     reader: CheckpointReader
     engine: Engine
     rank: int = 0
+    clamped: Counts = field(default_factory=dict)
+
+    def count(self, clamped: Counts, step: Experts) -> None:
+        """Raises QualityError where groups without a scale are many."""
+        refuse_many(clamped, step)
+        self.clamped.update(clamped)
+
+    def counted(self) -> Counts:
+        """What was counted since this was asked last."""
+        counts = dict(self.clamped)
+        self.clamped.clear()
+        return counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,6 +306,7 @@ class QuantizingExperts:
             chunks = [_encoded(shop, experts[0], loaded.data)]
         else:
             chunks = calibrator.encode(experts, loaded.data, wanted=loaded.task.writes)
+            shop.count(calibrator.facts.clamped, experts[0])
         for step, parts in zip(experts, chunks, strict=False):
             yield from _stored(shop.plan, step, parts)
 
@@ -347,7 +363,9 @@ def _encoded(shop: Workshop, step: Experts, stacks: dict[str, Stack]) -> Parts:
     assert step.fmt is not None
     recipe, layout = shop.plan.recipe, shop.plan.layout
     try:
-        return cast(stacks, step.fmt) if recipe.casts else shop.engine.encode(stacks, step.fmt, recipe.scale_search)
+        if recipe.casts:
+            return cast(stacks, step.fmt)
+        parts = shop.engine.encode(stacks, step.fmt, recipe.scale_search)
     except NonFiniteError as error:
         raise not_finite(layout.expert(step.layer, step.begin + error.expert, error.projection).name) from error
     except InexactError as error:
@@ -357,6 +375,9 @@ def _encoded(shop: Workshop, step: Experts, stacks: dict[str, Stack]) -> Parts:
             "than 17 below the largest of its matrix (of gate and up together)",
             hint="keep MXFP4 for this checkpoint, or quantize the published FP8 files with nvfp4-mse",
         ) from error
+    found = {projection: clamped(stacks[projection], parts[projection], step.fmt) for projection in PROJECTIONS}
+    shop.count(named(layout, step.layer, step.begin, found), step)
+    return parts
 
 
 def _stored(plan: Plan, step: Experts, parts: Parts) -> Produced:

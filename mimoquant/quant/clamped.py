@@ -1,0 +1,177 @@
+"""Groups whose scale a format cannot store: not zero, yet out they come as zero, on a scale of the wrong size, or Inf.
+
+Key idea: such a group has a stored scale at an end of what its format stores, or the one that a group of zeros gets. So
+scales are looked through first, a byte or two for 16 to 128 weights; codes and source of the few groups that remain.
+
+Left out: scales that are rounded between the ends, E4M3's subnormals by up to a third; casts, which are exact or
+refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from mimoquant.quant.cast import E4M3_VALUES
+from mimoquant.quant.formats import E2M1_VALUES, Format
+from mimoquant.quant.stack import Stack
+
+Array = npt.NDArray[Any]
+Groups = tuple[Array, ...]  # expert, row and group of each
+Picked = Callable[[Groups], Array]
+
+_AT_ONCE = 2**16  # groups
+_BLOCK = 128  # of FP8, rows and columns
+_INF = 2.0**128 - 2.0**119  # from here on bf16 rounds to Inf
+_LEVELS = np.array([E2M1_VALUES[code & 7] for code in range(16)])
+_TOP = {
+    "int4": 7.5,
+    "mxfp4": 6.0,
+    "nvfp4": 6.0,
+}  # what the largest weight of a group is divided by; asymmetric int4: 15
+_LARGEST = {"int4": 8.0, "mxfp4": 6.0, "nvfp4": 6.0}
+# Stored bits, without a sign: those of a group of zeros, and the least. MXFP4 has the least for zeros too.
+_ZEROS, _LEAST = {"int4": 0x3C00, "mxfp4": 0, "nvfp4": 0x20}, {"int4": 1, "mxfp4": 0, "nvfp4": 1}
+_E4M3_MOST = 0x7E
+# Plain rounding would have stored less than the least scale where a group wants less than so much of it.
+_TOO_LITTLE = {"int4": 0.5, "mxfp4": 3.5 / 6.0, "nvfp4": 0.5}
+_TOO_MUCH = 464.0 / 448.0  # and more than E4M3's largest from here on
+
+
+class Clamped(NamedTuple):
+    """How many groups of a matrix became zero, were `clamped` to a scale that is not theirs, or read as Inf."""
+
+    zeroed: int
+    clamped: int
+    infinite: int
+    groups: int  # all of the matrix
+
+    @property
+    def share(self) -> float:
+        """Of the matrix's groups, 0 to 1."""
+        return (self.zeroed + self.clamped + self.infinite) / self.groups
+
+
+def clamped(stack: Stack, parts: Mapping[str, Array], fmt: Format) -> dict[int, Clamped]:
+    """What became of a stack's groups, for the experts that have clamped ones. `parts`: as engines return them, with
+    the codes nearest to these values: so a group with the scale of zeros and other codes has it by chance."""
+    codes, size = parts["codes"].reshape(*parts["scale"].shape, -1), fmt.group_size
+    values = stack.values.reshape(*parts["scale"].shape, size)
+
+    def weights(groups: Groups) -> Array:
+        if stack.scales is None:
+            return _bf16(values[groups])
+        expert, row, group = groups
+        scale = stack.scales[expert, row // _BLOCK, group * size // _BLOCK]
+        held: Array = E4M3_VALUES[values[groups]] * scale[:, None]
+        return held
+
+    found = suspicious(parts, fmt)
+    if fmt.name != "mxfp4":  # whose scale of zeros is the least, which no other groups have by chance
+        lost = (_bits(parts, fmt)[found] != _ZEROS[fmt.name]) | _begins_with_zeros(found, parts, fmt, codes)
+        found = tuple(place[lost] for place in found)
+    return clamped_groups(parts, fmt, found, codes.__getitem__, weights)
+
+
+def clamped_groups(
+    parts: Mapping[str, Array], fmt: Format, found: Groups, codes: Picked, weights: Picked
+) -> dict[int, Clamped]:
+    """`clamped`, of parts without codes. `codes`, `weights` give some groups' packed codes [n, S/2], weights [n, S]."""
+    bits = _bits(parts, fmt)
+    counts = np.zeros((len(bits), 3), np.int64)
+    for begin in range(0, len(found[0]), _AT_ONCE):
+        groups = tuple(place[begin : begin + _AT_ONCE] for place in found)
+        _count(groups, bits[groups], parts, fmt, codes, weights, counts)
+    total = bits[0].size
+    return {
+        int(expert): Clamped(int(counts[expert, 0]), int(counts[expert, 1]), int(counts[expert, 2]), total)
+        for expert in np.flatnonzero(counts.any(1))
+    }
+
+
+def suspicious(parts: Mapping[str, Array], fmt: Format) -> Groups:
+    """Whose scale is that of zeros, the least, the most, or so large that codes may read as Inf."""
+    bits = _bits(parts, fmt)
+    if fmt.name == "mxfp4":
+        return np.nonzero((bits == 0) | (bits >= 253))
+    found = (bits <= _LEAST[fmt.name]) | (bits == _ZEROS[fmt.name])
+    if fmt.name == "int4":
+        return np.nonzero(found | (bits >= 0x7E00))  # 2^125, eight of which are 2^128
+    found |= bits == _E4M3_MOST
+    huge = np.flatnonzero(_LARGEST["nvfp4"] * 448.0 / parts["global_scale"].ravel().astype(np.float64) >= _INF)
+    found[huge] = True
+    return np.nonzero(found)
+
+
+def _bits(parts: Mapping[str, Array], fmt: Format) -> Array:
+    """[E, O, G] stored scales without their sign."""
+    bits: Array = parts["scale"] & (0xFF if fmt.name == "mxfp4" else 0x7FFF if fmt.name == "int4" else 0x7F)
+    return bits
+
+
+def _begins_with_zeros(groups: Groups, parts: Mapping[str, Array], fmt: Format, codes: Array) -> Array:
+    """[n] whether the first 16 codes of a group are those of zero. `codes`: packed, [E, O, G, S/2]."""
+    first = np.ascontiguousarray(codes).view(np.uint64)[..., 0][groups]
+    if fmt.name != "int4":
+        return np.asarray(first & np.uint64(0x7777777777777777) == 0)
+    zeros: Array = first == np.uint64(0x1111111111111111) * _zero_codes(groups, parts, fmt).astype(np.uint64)
+    return zeros
+
+
+def _count(
+    groups: Groups, bits: Array, parts: Mapping[str, Array], fmt: Format, codes: Picked, weights: Picked, counts: Array
+) -> None:
+    """Add some groups to `counts` [E, 3]."""
+    level = _largest_level(groups, parts, fmt, codes(groups))
+    scale = _scales(groups, bits, parts, fmt)
+    infinite = level * scale >= _INF
+    held = weights(groups).astype(np.float64)
+    low, high = np.minimum(held.min(-1, initial=0.0), 0.0), np.maximum(held.max(-1, initial=0.0), 0.0)
+    spread = np.maximum(-low, high) / _TOP[fmt.name] if fmt.symmetric else (high - low) / (2 * _TOP[fmt.name])
+    live = spread > 0
+    zeroed = live & (level == 0)
+    least = _scales(groups, np.full_like(bits, _LEAST[fmt.name]), parts, fmt)
+    low_end = (bits <= _LEAST[fmt.name]) | (bits == _ZEROS[fmt.name])
+    beyond = low_end & (spread < _TOO_LITTLE[fmt.name] * least)
+    if fmt.name == "nvfp4":
+        beyond |= (bits == _E4M3_MOST) & (spread > _TOO_MUCH * scale)
+    for column, which in enumerate((zeroed, live & beyond & ~zeroed & ~infinite, infinite & ~zeroed)):
+        counts[:, column] += np.bincount(groups[0][which], minlength=len(counts))
+
+
+def _largest_level(groups: Groups, parts: Mapping[str, Array], fmt: Format, packed: Array) -> Array:
+    """[n] float64, the largest of a group's values in units of its scale."""
+    codes = np.stack((packed & 15, packed >> 4), axis=-1).reshape(len(packed), -1)
+    if fmt.name != "int4":
+        largest: Array = _LEVELS[codes].max(-1)
+        return largest
+    largest = np.abs(codes.astype(np.int16) - _zero_codes(groups, parts, fmt)[:, None]).max(-1).astype(np.float64)
+    return largest
+
+
+def _zero_codes(groups: Groups, parts: Mapping[str, Array], fmt: Format) -> Array:
+    """[n] int16, int4's code of zero."""
+    expert, row, group = groups
+    if fmt.symmetric:
+        return np.full(len(expert), 8, np.int16)
+    word = parts["zero_point"].view(np.uint32)[expert, row // 8, group]
+    code: Array = (word >> (4 * (row % 8)).astype(np.uint32) & 15).astype(np.int16)
+    return code
+
+
+def _scales(groups: Groups, bits: Array, parts: Mapping[str, Array], fmt: Format) -> Array:
+    """[n] float64, the magnitude of stored scales."""
+    if fmt.name == "int4":
+        return _bf16(bits)
+    if fmt.name == "mxfp4":
+        return np.ldexp(1.0, bits.astype(np.int32) - 127)
+    scale: Array = E4M3_VALUES[bits] / parts["global_scale"].ravel().astype(np.float64)[groups[0]]
+    return scale
+
+
+def _bf16(bits: Array) -> Array:
+    """float64 of bf16 bits."""
+    return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
