@@ -41,6 +41,7 @@ from mimoquant.planning.units import Experts, Unit
 from mimoquant.quant.stack import Engine
 from mimoquant.run.clamped import Counts
 from mimoquant.run.deal import Task, deal
+from mimoquant.run.side_weights import refuse_side_weights
 from mimoquant.run.steps import Array, Workshop, label, load, yielded
 
 if TYPE_CHECKING:
@@ -116,6 +117,8 @@ def execute(
         if tells.note:
             tells.note(f"{out}: is finished already, by this recipe and of this source; nothing is left to do")
         return kept
+    if team.leads:
+        refuse_side_weights(plan.layout.index.folder, plan.side_files.keys() - plan.mended.keys())
     identity = _identity(plan, tokens, team)
     with (
         contextlib.closing(make_engine(device)) as engine,

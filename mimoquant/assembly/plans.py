@@ -119,6 +119,7 @@ class QuantizeRun:
         note: Callable[[str], None] | None = None,
     ) -> QuantizeDocument:
         """Write `out`; see `pipeline.execute`. The same on every rank of the team, but for times."""
+        finished = _Told(note)
         report = pipeline.quantize(
             self.plan,
             self.out,
@@ -126,7 +127,7 @@ class QuantizeRun:
             team=self.team,
             timeline=self.timeline,
             progress=progress,
-            tells=pipeline.Tells(walked, note),
+            tells=pipeline.Tells(walked, finished),
         )
         what, share = self.timeline.bound
         return {
@@ -135,7 +136,20 @@ class QuantizeRun:
             "elapsed_s": round(time.monotonic() - self._begin, 3),
             "bound_by": Bound(what=what, share=share),
             "engines": self.engines,
+            "found_finished": finished.anything,
         }
+
+
+class _Told:
+    """A note, and whether there was one: of a run that finds its output finished."""
+
+    def __init__(self, note: Callable[[str], None] | None) -> None:
+        self.note, self.anything = note, False
+
+    def __call__(self, text: str) -> None:
+        self.anything = True
+        if self.note:
+            self.note(text)
 
 
 class RelayoutRun:
@@ -162,10 +176,12 @@ class RelayoutRun:
         self, progress: pipeline.Progress | None = None, note: Callable[[str], None] | None = None
     ) -> RelayoutDocument:
         """Write `out`; see `pipeline.execute`."""
-        tells = pipeline.Tells(note=note)
+        told = _Told(note)
+        tells = pipeline.Tells(note=told)
         finished = pipeline.execute(
             self.plan, self.out, device="cpu", resume=self.resume, progress=progress, tells=tells
         )
+        elapsed_s = round(time.monotonic() - self._begin, 3)
         return relayout_facts(
-            self.plan, finished, self.engines, out=self.out, elapsed_s=round(time.monotonic() - self._begin, 3)
+            self.plan, finished, self.engines, out=self.out, elapsed_s=elapsed_s, found_finished=told.anything
         )

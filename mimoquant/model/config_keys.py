@@ -59,6 +59,7 @@ KNOWN_VALUES: dict[str, tuple[Any, ...]] = {
     "zero_expert_num": (None, 0),
     "num_hash_layers": (None, 0),
 }
+OLD_QUANTIZATION = "compression_config"
 _DTYPES = ("bfloat16", "float32")
 # one meaning under two names; the first is the published one
 _TWINS = (
@@ -85,9 +86,12 @@ class Rope:
 def text_keys(config: dict[str, Any], where: str) -> dict[str, Any]:
     """The text model's keys: the top level and, where there is one, `text_config`.
 
-    Raises CheckpointError where a key stands in both with two values.
+    Raises CheckpointError where a key stands in both with two values, or the quantization under its old name.
     """
     nested = config.get("text_config")
+    for place in (config, nested):
+        if isinstance(place, dict) and place.get(OLD_QUANTIZATION):
+            _refuse_old_quantization(place, where)
     if nested is None:
         return config
     if not isinstance(nested, dict):
@@ -100,6 +104,18 @@ def text_keys(config: dict[str, Any], where: str) -> dict[str, Any]:
         elif value is not None and key not in _OF_ITS_OWN and not same(above, value):
             raise CheckpointError(f"{where}: {key} is {above!r} at the top and {value!r} in text_config")
     return merged
+
+
+def _refuse_old_quantization(keys: dict[str, Any], where: str) -> None:
+    """Engines do not agree on it: vLLM reads it where the new name is absent, SGLang and transformers never do."""
+    both = keys.get("quantization_config")
+    if both and both == keys[OLD_QUANTIZATION]:
+        return
+    beside = "beside another quantization_config" if both else "and no quantization_config"
+    raise CheckpointError(
+        f"{where}: has {OLD_QUANTIZATION}, its old name, {beside}; vLLM reads it, SGLang and transformers do not",
+        hint=f"delete {OLD_QUANTIZATION}" if both else f"rename {OLD_QUANTIZATION} to quantization_config",
+    )
 
 
 def set_text_key(config: dict[str, Any], key: str, value: Any) -> None:

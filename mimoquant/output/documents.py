@@ -59,6 +59,8 @@ class QuantizeDocument(QuantizeReport):
 
     out: str
     """The folder that was written."""
+    found_finished: bool
+    """Whether the folder was finished before, by the same request, so that nothing was written."""
     elapsed_s: float
     """Seconds from the beginning of the verb to its end."""
     bound_by: Bound

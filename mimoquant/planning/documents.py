@@ -354,5 +354,7 @@ class RelayoutDocument(TypedDict):
     """vLLM and SGLang, as far as it does not depend on how they are started."""
     out: str
     """The folder that was written."""
+    found_finished: bool
+    """Whether the folder was finished before, by the same request, so that nothing was written."""
     elapsed_s: float
     """Seconds from the beginning of the verb to its end."""

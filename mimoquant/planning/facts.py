@@ -210,6 +210,7 @@ def relayout_facts(
     *,
     out: Path | str,
     elapsed_s: float,
+    found_finished: bool,
 ) -> RelayoutDocument:
     """`relayout`. `engines`: what `planned_facts` says of it."""
     after = (entry.dtype for step in plan.moved for entry in step.entries if entry.name.endswith("weight"))
@@ -226,6 +227,7 @@ def relayout_facts(
         engines=engines,
         out=str(out),
         elapsed_s=elapsed_s,
+        found_finished=found_finished,
     )
 
 

@@ -143,14 +143,27 @@ def quantize_text(facts: QuantizeDocument) -> str:
     formats = layers_of_formats(facts["formats"])
     return "\n".join(
         [
-            f"wrote      {facts['out']}: {len(facts['shards'])} shards, {size(after)} ({after / before:.1%} of source)",
+            f"{_made(facts)}: {len(facts['shards'])} shards, {size(after)} ({after / before:.1%} of source)",
             f"experts    {formats} ({facts['method']}, scales by {facts['scale_search']}), {facts['container']}",
             *([f"coverage   {coverage_text(facts['calibration'])}"] if facts["calibration"] else []),
             *(f"clamped    {note}" for note in clamped_notes(facts.get("clamped_groups", {}))),
-            f"time       {seconds:.1f} s, {size(int(before / max(seconds, 1e-3)))}/s of source; bound by "
-            f"{facts['bound_by']['what']} ({facts['bound_by']['share']:.0%})",
+            *(
+                [f"time       {seconds:.1f} s, to read what is there"]
+                if facts["found_finished"]
+                else [
+                    f"time       {seconds:.1f} s, {size(int(before / max(seconds, 1e-3)))}/s of source; bound by "
+                    f"{facts['bound_by']['what']} ({facts['bound_by']['share']:.0%})"
+                ]
+            ),
             *planned_lines(facts["engines"]),
         ]
+    )
+
+
+def _made(facts: QuantizeDocument | RelayoutDocument) -> str:
+    """Whether a run wrote its folder, or found it finished."""
+    return (
+        f"finished   {facts['out']}, nothing was written" if facts["found_finished"] else f"wrote      {facts['out']}"
     )
 
 
@@ -158,11 +171,15 @@ def relayout_text(facts: RelayoutDocument) -> str:
     qkv, dtypes, after = facts["qkv"], facts["dtypes"], facts["output_bytes"]
     return "\n".join(
         [
-            f"wrote      {facts['out']}: {len(facts['shards'])} shards, {size(after)} "
+            f"{_made(facts)}: {len(facts['shards'])} shards, {size(after)} "
             f"({after / facts['source_bytes']:.1%} of source)",
             f"qkv        {qkv['before']}, {dtypes['before']} -> {qkv['after']}, {dtypes['after']} "
             f"in {facts['layers']} layers",
-            f"time       {facts['elapsed_s']:.1f} s, {size(int(after / max(facts['elapsed_s'], 1e-3)))}/s",
+            *(
+                [f"time       {facts['elapsed_s']:.1f} s, to read what is there"]
+                if facts["found_finished"]
+                else [f"time       {facts['elapsed_s']:.1f} s, {size(int(after / max(facts['elapsed_s'], 1e-3)))}/s"]
+            ),
             *planned_lines(facts["engines"]),
         ]
     )

@@ -50,11 +50,13 @@ def clamped_facts(
     chunk: ExpertChunk, parts: dict[str, dict[str, Tensor]], fmt: Format, layout: ModelLayout, layer: int
 ) -> Counts:
     """See `run.clamped`. `parts`: projection → what was stored of the chunk."""
-    found = {projection: _clamped(getattr(chunk, projection), parts[projection], fmt) for projection in PROJECTIONS}
+    found = {
+        projection: clamped_on_device(getattr(chunk, projection), parts[projection], fmt) for projection in PROJECTIONS
+    }
     return named(layout, layer, chunk.begin, found)
 
 
-def _clamped(weight_EOI: Tensor, parts: dict[str, Tensor], fmt: Format) -> dict[int, Clamped]:
+def clamped_on_device(weight_EOI: Tensor, parts: dict[str, Tensor], fmt: Format) -> dict[int, Clamped]:
     """`quant.clamped.clamped` of what lies on a device: of codes and weights only what is asked for leaves it."""
     held = {name: to_numpy(values) for name, values in parts.items() if name != "codes"}
     codes = parts["codes"].reshape(*held["scale"].shape, -1)

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mimoquant.model.config_keys import drop_text_key, set_text_key, text_keys
+from mimoquant.model.config_keys import OLD_QUANTIZATION, drop_text_key, set_text_key, text_keys
 from mimoquant.model.geometry import IGNORE_LISTS
 from mimoquant.model.layout import PROJECTIONS, expert_module
 from mimoquant.quant.formats import MXFP4, Format
@@ -146,6 +146,7 @@ def output_config(
     `modules`: beside the experts, those that stay FP8 in ModelOpt's container, or that are bf16 in a native one whose
     source is in another."""
     out = copy.deepcopy(config)
+    drop_text_key(out, OLD_QUANTIZATION)  # the same once more, or nothing
     if container == NATIVE:
         if (text_keys(out, _CONFIG).get("quantization_config") or {}).get("quant_method") != "fp8":
             drop_text_key(out, "quantization_config")

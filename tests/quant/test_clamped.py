@@ -11,7 +11,7 @@ from mimoquant.quant.engine_cpu import CpuEngine
 from mimoquant.quant.engine_torch import TorchEngine, decode, stored_parts
 from mimoquant.quant.formats import Format
 from mimoquant.quant.stack import Stack
-from mimoquant.run.chunk_facts import _clamped
+from mimoquant.run.chunk_facts import clamped_on_device
 
 FORMATS = [
     Format("int4", 32),
@@ -37,7 +37,9 @@ def counted(stack: Stack, fmt: Format, search: str) -> tuple[dict[int, Clamped],
     parts = CpuEngine(1).encode({"gate": stack, "up": stack, "down": stack}, fmt, search)["down"]
     held = stored_parts(parts, fmt, torch.device("cpu"))
     found = clamped(stack, parts, fmt)
-    assert found == _clamped(TorchEngine("cpu").bf16(stack), held, fmt), "what a calibrated run counts is the same"
+    assert found == clamped_on_device(TorchEngine("cpu").bf16(stack), held, fmt), (
+        "what a calibrated run counts is the same"
+    )
     return found, parts
 
 

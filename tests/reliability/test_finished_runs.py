@@ -52,6 +52,9 @@ def test_what_is_finished_is_told_and_left_as_it_is(name: str, outputs: dict[str
         f"note: {outputs[name]}: is finished already" in again.stderr and "left" not in again.stderr.split("is left")[0]
     )
     told, first = json.loads(again.stdout), json.loads(outputs[name].with_suffix(".json").read_text())
+    assert told.pop("found_finished") is True and first.pop("found_finished") is False
+    text = call(*RUNS[name], "--out", outputs[name], "--resume").stdout
+    assert text.startswith(f"finished   {outputs[name]}, nothing was written: ") and "wrote" not in text, text
     for changing in ("elapsed_s", "bound_by"):
         told.pop(changing, None), first.pop(changing, None)
     assert told == first and contents(outputs[name]) == before

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 from micro import MICRO
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+import mimoquant
 from mimoquant.checkpoint.index import INDEX_NAME, TensorInfo
 from mimoquant.cli.app import app
 from mimoquant.errors import CheckpointError
@@ -176,3 +178,99 @@ def test_a_large_tensor_is_looked_at_to_its_end(dtype: str, kind: type, bad: int
     values[place] = bad
     with pytest.raises(CheckpointError, match=r"layer\.weight: holds NaN or Inf"):
         refuse_non_finite(info, values.view(np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "numbers", "finite"),
+    [("F64", np.float64, 1.7e308), ("F32", np.float32, 3e38), ("F16", np.float16, 65504)],
+)
+def test_every_place_of_a_block_is_looked_at(dtype: str, numbers: type, finite: float) -> None:
+    values = np.full(300_000, -finite, numbers)
+    info = TensorInfo("visual.a", "f", dtype, values.shape, 0, values.nbytes)
+    refuse_non_finite(info, values.view(np.uint8))
+    refuse_non_finite(info, values[:0].view(np.uint8))
+    for at in (0, 131_071, 131_072, 299_999):
+        for bad in (np.nan, -np.nan, np.inf, -np.inf):
+            spoilt = values.copy()
+            spoilt[at] = bad
+            with pytest.raises(CheckpointError, match=r"visual\.a: holds NaN or Inf"):
+                refuse_non_finite(info, spoilt.view(np.uint8))
+
+
+@pytest.mark.parametrize("code", range(256))
+def test_eight_bit_floats_as_torch_reads_them(code: int) -> None:
+    block = np.array([code], np.uint8)
+    kinds = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu}
+    for dtype, kind in kinds.items():
+        info = TensorInfo("a", "f", dtype, (1,), 0, 1)
+        if bool(torch.isfinite(torch.from_numpy(block).view(kind).float()).all()):
+            refuse_non_finite(info, block)
+        else:
+            with pytest.raises(CheckpointError, match="holds NaN or Inf"):
+                refuse_non_finite(info, block)
+
+
+def with_more_tensors(folder: Path) -> Path:
+    """Towers and tensors that no layer has, in a shard of their own."""
+    shutil.copytree(MICRO, folder)
+    more = {
+        "visual.blocks.77.attn.proj.weight": torch.ones(8, 8, dtype=torch.bfloat16),
+        "audio_encoder.layers.77.fc.bias": torch.ones(8),
+        "unheard.of.half": torch.ones(4, 4, dtype=torch.float16),
+        "unheard.of.double": torch.ones(4, dtype=torch.float64),
+        "unheard.of.input_scale": torch.full((4,), 255, dtype=torch.uint8),
+        "unheard.of.mask": torch.full((4,), 2**31 - 1, dtype=torch.int32),
+    }
+    save_file(more, folder / "more.safetensors")
+    index = json.loads((folder / INDEX_NAME).read_text())
+    index["weight_map"] |= dict.fromkeys(more, "more.safetensors")
+    (folder / INDEX_NAME).write_text(json.dumps(index))
+    return folder
+
+
+MORE = {
+    "visual.blocks.77.attn.proj.weight": MINUS_INF,
+    "audio_encoder.layers.77.fc.bias": NAN32,
+    "unheard.of.half": b"\0\xfc",
+    "unheard.of.double": b"\0\0\0\0\0\0\xf8\x7f",
+}
+RELAYOUT = ("--qkv", "split", "--dtype", "bf16")
+
+
+@pytest.mark.parametrize("tensor", list(MORE))
+def test_of_towers_and_of_what_no_layer_has(tensor: str, tmp_path: Path) -> None:
+    folder = with_more_tensors(tmp_path / "more")
+    spoil(folder, tensor, MORE[tensor])
+    free = ("-r", "mxfp4-rtn", "--device", "cpu", "-q", "--allow-unknown")
+    refused(tensor, "quantize", folder, *free, "-o", tmp_path / "a")
+    refused(tensor, "relayout", folder, *RELAYOUT, "-o", tmp_path / "b", "-q", "--allow-unknown")
+    assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
+
+
+def test_of_all_that_is_copied_every_byte_is_still_proven(tmp_path: Path) -> None:
+    folder, out = with_more_tensors(tmp_path / "more"), tmp_path / "out"
+    done = call("quantize", folder, "-r", "mxfp4-rtn", "--device", "cpu", "-q", "--allow-unknown", "-o", out)
+    assert done.exit_code == 0, done.output
+    assert call("verify", out, "--source", folder).exit_code == 0
+    spoil(out, "unheard.of.double", MORE["unheard.of.double"])
+    done = call("verify", out, "--source", folder)
+    assert done.exit_code and "unheard.of.double: its bytes are not the source's" in done.stdout
+
+
+def test_of_a_drafter_that_is_copied_as_a_file(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(MICRO, tmp_path / "source"))
+    shutil.copytree(mimoquant.micro_drafter(), folder / "dflash")
+    (file,) = (folder / "dflash").glob("*.safetensors")
+    free = ("-r", "mxfp4-rtn", "--device", "cpu", "-q")
+    assert call("quantize", folder, *free, "-o", tmp_path / "good").exit_code == 0
+    raw = bytearray(file.read_bytes())
+    (length,) = struct.unpack("<Q", raw[:8])
+    header = json.loads(raw[8 : 8 + length])
+    name = next(name for name, entry in header.items() if name != "__metadata__" and entry["dtype"] in ("BF16", "F32"))
+    end = 8 + length + header[name]["data_offsets"][1]
+    raw[end - 2 : end] = b"\xc0\x7f"  # the upper half of a NaN in float32 too
+    file.write_bytes(raw)
+    for verb, more in (("quantize", free), ("relayout", (*RELAYOUT, "-q"))):
+        done = call(verb, folder, *more, "-o", tmp_path / "bad")
+        assert done.exit_code == 3 and f"dflash/{file.name}: {name}: holds NaN or Inf" in done.stderr, done.output
+        assert not list(tmp_path.glob("bad*"))

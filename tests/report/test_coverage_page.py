@@ -56,6 +56,7 @@ def report_of(layers: dict[str, dict[str, Any]] | None, **changes: Any) -> dict[
         "output_bytes": 1000,
         "elapsed_s": 1.0,
         "bound_by": {"what": "computing", "share": 0.9},
+        "found_finished": False,
         "engines": [],
     } | changes
 
