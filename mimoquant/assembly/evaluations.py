@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,11 +40,12 @@ def evaluate_folder(
 ) -> EvalFolderDocument:
     """Walk reference and candidate. The same on every rank of the team, but for times; see `eval_kl.eval_kl`."""
     begin = time.monotonic()
-    if team.leads and file:
+    there = file is not None and file.resume and file.path.is_file()  # a result, which may be the one that is wanted
+    if team.leads and file and not there:
         check_new(file.path, tuple(filter(None, (reference, candidate, baseline))))
     layout = open_layout(reference)
     tokens = held_out_tokens(reference, choice, layout.geometry.vocab, watcher)
-    if file:
+    if file and not there:
         kept = kept_bytes(layout, tokens, 2 if baseline is None else 3, choice.noise_floor)
         watcher.note(f"up to {size(2 * kept)} of hidden states will lie in {file.path}.partial")
     measured = eval_kl(
@@ -54,7 +56,7 @@ def evaluate_folder(
         noise_floor=choice.noise_floor,
         progress=_layers(watcher),
         team=team,
-        file=file,
+        file=file and replace(file, note=watcher.note),
     )
     return {
         **measured,

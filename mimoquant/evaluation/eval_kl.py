@@ -32,6 +32,7 @@ from mimoquant.evaluation.divergence import TokenScores
 from mimoquant.evaluation.documents import FolderEvaluation, NoiseFloor
 from mimoquant.evaluation.facts import Named, evaluation_of
 from mimoquant.evaluation.held_out import refuse_shared_data
+from mimoquant.evaluation.kept_result import finished_result, made_of, result_text
 from mimoquant.evaluation.side_by_side import WORST, SideBySide, WorstToken
 from mimoquant.evaluation.snapshots import Snapshots
 from mimoquant.machine.team import Team
@@ -40,7 +41,6 @@ from mimoquant.model.layout import ModelLayout, read_layout
 from mimoquant.model.releases import stored_as
 from mimoquant.planning.plan import read_config
 from mimoquant.weights.decoded import CheckpointWeights
-from mimoquant.wording import json_text
 
 FLOOR_SEQUENCES = 16  # how many sequences of the first portion the noise floor is measured on
 _WALK = "evaluation"  # the name of its snapshots
@@ -181,11 +181,13 @@ def _layer_trace(layout: ModelLayout, number: int, parts: Sequence[tuple[float, 
 class EvaluationFile:
     """A file that the evaluation goes to. Beside it hidden states are kept, twice `kept_bytes`.
 
-    `resume`: take up what a killed evaluation left beside it.
+    `resume`: take up what a killed evaluation left beside it; where the file is finished and of the same request there
+    is nothing to do, and `note` is told so, in a sentence.
     """
 
     path: Path
     resume: bool = False
+    note: Callable[[str], None] | None = None
 
 
 def eval_kl(
@@ -217,7 +219,9 @@ def eval_kl(
     for layout in others:
         same_model(first, layout)
     shared, *_ = [refuse_shared_data(layout.index.folder, tokens) for layout in others]
-    identity = _identity(layouts, tokens, noise_floor, team)
+    identity, made = _identity(layouts, tokens, noise_floor, team), made_of(layouts, tokens, noise_floor, team.device)
+    if file and file.resume and (finished := _finished(file, made, team)) is not None:
+        return {**finished, "reference": str(reference), "candidate": str(candidate)}
     kept = Snapshots.beside(file.path, identity, resume=file.resume, team=team) if file else contextlib.nullcontext()
     with kept as snapshots:
         comparisons, floor = compare(
@@ -233,8 +237,17 @@ def eval_kl(
         device = team.device if team.size == 1 else team.device.partition(":")[0]
         evaluation = evaluation_of(named, others[0], tokens, comparisons, floor, device, shared)
         if snapshots:
-            snapshots.finish(json_text(evaluation) + "\n")
+            snapshots.finish(result_text(evaluation, made))
     return evaluation
+
+
+def _finished(file: EvaluationFile, made: dict[str, str], team: Team) -> FolderEvaluation | None:
+    """What the file has already, on every rank."""
+    told = finished_result(file.path, made) if team.leads else None
+    kept: FolderEvaluation | None = team.gather(told)[0]
+    if kept is not None and file.note:
+        file.note(f"{file.path}: is finished already, of the same checkpoints and tokens; nothing is left to do")
+    return kept
 
 
 def _identity(layouts: dict[str, ModelLayout], tokens: TokenSet, noise_floor: bool, team: Team) -> dict[str, Any]:
