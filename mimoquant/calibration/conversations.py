@@ -34,6 +34,7 @@ _ROLES = {
     "ipython": "tool",
 }
 _NAMES = ("system", "developer", "user", "assistant", "tool")
+_LONGEST_NAME = 40  # of a column, that is shown whole
 _PARTS_LOOP = re.compile(r"""for\s+\w+\s+in\s+\w+(\.content|\[['"]content['"]\]|\.get\(['"]content['"])""")
 Turn: TypeAlias = "dict[str, Any]"
 
@@ -101,7 +102,10 @@ def content_of(fields: dict[str, Any], where: str, column: str | None) -> list[i
         return _chat(_unpacked(value), fields, where, found)
     if found == "input_ids" or isinstance(value, list):
         if not isinstance(value, list) or not all(type(item) is int for item in value):
-            raise CheckpointError(f"{where} has {found} that are not a list of integers")
+            raise CheckpointError(
+                f"{where} has {found} that {'is' if found == 'text' else 'are'} not a list of integers",
+                hint=None if found == "input_ids" else "a list of texts is joined to one, or written as rows, first",
+            )
         return value
     return _string(value, where, found)
 
@@ -136,7 +140,10 @@ def _pair(fields: dict[str, Any], where: str) -> str | Chat:
 
 
 def _named(fields: dict[str, Any]) -> str:
-    return ", ".join(map(str, fields)) or "nothing"
+    """The names that a record has. A text of some length is none: so do the columns read of a table without a head."""
+    names = [str(name) for name in fields]
+    shown = ", ".join(name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}..." for name in names[:20])
+    return (shown + (f" and {len(names) - 20} more" if len(names) > 20 else "")) or "nothing"
 
 
 def _string(value: Any, where: str, name: str) -> str:
@@ -163,6 +170,8 @@ def _unpacked(value: Any) -> Any:
 
 
 def _chat(turns: Any, fields: dict[str, Any], where: str, name: str) -> Chat:
+    if turns == []:
+        raise CheckpointError(f"{where} has no turns in its {name}", hint="leave the row out")
     if not _is_chat(turns) or not all(isinstance(turn.get("role", turn.get("from")), str) for turn in turns):
         raise CheckpointError(f"{where} has {name} that are not a list of turns with a role")
     made = [_turn(turn, where) for turn in turns]

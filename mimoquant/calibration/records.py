@@ -14,6 +14,7 @@ import csv
 import gzip
 import hashlib
 import importlib
+import itertools
 import json
 import lzma
 import os
@@ -194,7 +195,16 @@ def _text(path: Path) -> str:
         with _open_text(path) as stream:
             return stream.read()
     except _UNREADABLE as error:
-        raise CheckpointError(f"{path}: cannot be read ({error})") from error
+        raise _unreadable(f"{path}: cannot be read", error) from error
+
+
+def _unreadable(problem: str, error: Exception) -> CheckpointError:
+    """`problem` with its reason; of another encoding than UTF-8 how to change it."""
+    hint = None
+    if isinstance(error, UnicodeDecodeError):
+        wide = error.object[:2] in (b"\xff\xfe", b"\xfe\xff")
+        hint = f"text is read as UTF-8: iconv -f {'UTF-16' if wide else 'LATIN1'} -t UTF-8 FILE > NEW converts it"
+    return CheckpointError(f"{problem} ({one_line(error)})", hint=hint)
 
 
 def _text_row(path: Path) -> Iterator[tuple[str, Any]]:
@@ -213,7 +223,7 @@ def _line_rows(path: Path) -> Iterator[tuple[str, Any]]:
         problem = f"{path}: line {number} is not JSON ({error.msg} in column {error.colno})"
         raise CheckpointError(problem, hint="each line is one record, as in JSON Lines") from error
     except _UNREADABLE as error:
-        raise CheckpointError(f"{path}: cannot be read after line {number} ({error})") from error
+        raise _unreadable(f"{path}: cannot be read after line {number}", error) from error
     except (RecursionError, ValueError) as error:  # too deep, or a number of thousands of digits
         raise CheckpointError(f"{path}: line {number} cannot be read ({one_line(error)})") from error
 
@@ -240,23 +250,28 @@ def _array_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """All values as they stand: no "NA" becomes nothing, and no text a number."""
-    number, tabs = 0, ".tsv" in path.name.lower()
+    """All values as they stand: no "NA" becomes nothing, and no text a number. Where the first line has semicolons and
+    no comma, as spreadsheets of half the world write it, they part the columns."""
+    number = 0
     csv.field_size_limit(2**31 - 1)  # of one value: a text may be long
     try:
         with _open_text(path) as stream:
-            rows = csv.DictReader(stream, delimiter="\t" if tabs else ",", strict=True)
+            head = stream.readline()
+            parted = "\t" if ".tsv" in path.name.lower() else ";" if ";" in head and "," not in head else ","
+            rows = csv.DictReader(itertools.chain([head], stream), delimiter=parted, strict=True)
             for number, fields in enumerate(rows, start=1):
                 if None in fields:
                     raise CheckpointError(f"{path}: row {number} has more values than the first line has names")
                 yield f"row {number}", fields
     except (*_UNREADABLE, csv.Error) as error:
-        raise CheckpointError(f"{path}: cannot be read after row {number} ({error})") from error
+        raise _unreadable(f"{path}: cannot be read after row {number}", error) from error
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
     datasets, number = _package(path), 0
     try:
+        if not importlib.import_module("pyarrow.parquet").read_metadata(path).num_rows:
+            return  # a part of a split may be empty; datasets fails of it
         rows = datasets.load_dataset(
             "parquet",
             data_files={"train": [str(path)]},

@@ -215,7 +215,10 @@ def _read_weight_map(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
                 f"{folder}: holds pickle weights ({pickles[0]}), which are never opened",
                 hint="convert the checkpoint to safetensors first",
             )
-        raise CheckpointError(f"{folder}: holds no safetensors file", hint="give the folder that holds the shards")
+        hint = "give the folder that holds the shards"
+        if snapshots := sorted(folder.glob("snapshots/*/config.json")):
+            hint = f"a folder of the Hub's cache has them in a snapshot: give {snapshots[-1].parent}"
+        raise CheckpointError(f"{folder}: holds no safetensors file", hint=hint)
     infos, _, _ = read_shard_header(folder, shards[0])
     return {info.name: shards[0] for info in infos}, {}
 

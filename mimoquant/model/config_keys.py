@@ -222,7 +222,7 @@ def _rope_dicts(keys: dict[str, Any], where: str) -> Iterator[tuple[str, dict[st
     """(place, its values, the layer type they are for) of every dictionary that tells of rope."""
     for name in ("rope_scaling", "rope_parameters"):
         value = keys.get(name)
-        if value is None:
+        if value is None or value == {}:
             continue
         if not isinstance(value, dict):
             raise CheckpointError(f"{where}: {name} {value!r} is unknown (known: the default type)")

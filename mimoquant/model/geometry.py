@@ -28,6 +28,7 @@ _KNOWN_QUANTIZATION: dict[str, tuple[Any, ...]] = {
 }
 # Two names of one list, in the order in which vLLM reads them: SGLang's too, transformers'
 IGNORE_LISTS = ("ignored_layers", "modules_to_not_convert")
+_READ_METHODS = ("fp8", "compressed-tensors")
 _MODELOPT_METHODS = ("modelopt", "modelopt_fp4", "modelopt_mixed")
 _KNOWN_MODELOPT: dict[str, tuple[Any, ...]] = {"quant_algo": ("MIXED_PRECISION", "NVFP4", "W4A16_NVFP4")}
 
@@ -173,10 +174,17 @@ def _check_conversion(config: dict[str, Any], where: str) -> None:
 def _quant_method(config: dict[str, Any], where: str, *, packed: bool) -> str | None:
     """What quantization_config declares, each of its keys held against the known values."""
     quantization = config.get("quantization_config")
-    if quantization is None:
+    if quantization is None or quantization == {}:
         return None
     if not isinstance(quantization, dict):
         raise CheckpointError(f"{where}: quantization_config is not an object")
+    if quantization.get("quant_method") not in (*_READ_METHODS, *_MODELOPT_METHODS):
+        raise CheckpointError(
+            f"{where}: quantization_config.quant_method is {quantization.get('quant_method')!r}, "
+            f"known are {', '.join(map(repr, _READ_METHODS))} and ModelOpt's",
+            hint="weights as GPTQ, AWQ, AutoRound, mlx, Quark or bitsandbytes store them are not read: dequantize them "
+            "with the tool that wrote them; where it is left over beside bf16 or FP8 weights, delete it",
+        )
     method, known = quantization.get("quant_method"), _KNOWN_QUANTIZATION
     elsewhere = method == "compressed-tensors" or method in _MODELOPT_METHODS
     if not packed and (elsewhere or quantization.get("store_dtype") == "mxfp4"):

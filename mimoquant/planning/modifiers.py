@@ -94,7 +94,7 @@ def weight_format(weights: dict[str, Any], where: str, fail: Fail) -> Format:
     strategy = weights.get("strategy") or ("group" if size else "tensor")
     symmetric = weights.get("symmetric", True)
     if bits != 4 or kind not in ("int", "float"):
-        fail(f"{where} asks for {bits}-bit {kind} weights; 4-bit int and float are supported")
+        fail(f"{where} asks for {bits!r}-bit {kind} weights; 4-bit int and float are supported")
     name = "int4" if kind == "int" else {16: "nvfp4", 32: "mxfp4"}.get(size, "") if type(size) is int else ""
     if strategy != ("tensor_group" if name == "nvfp4" else "group"):
         fail(f"{where} has the strategy {strategy!r} with group size {size}, which is not supported")

@@ -1,0 +1,89 @@
+"""Data files as strangers have them: read as they are meant, or refused with what to do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mimoquant.calibration.conversations import content_of
+from mimoquant.calibration.records import find, records
+from mimoquant.errors import CheckpointError
+
+HEADS = ("text;other", '"text";"other"')
+
+
+def texts(path: Path) -> list[object]:
+    return [content_of(record.fields, record.where, None) for record in records(find(str(path)), path)]
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_a_table_whose_columns_are_parted_by_semicolons(head: str, mark: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(f'{mark}{head}\n"one, two; ""three""\nfour";1\nfive;2\n')
+    assert texts(path) == ['one, two; "three"\nfour', "five"]
+
+
+def test_semicolons_in_a_table_with_commas_part_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("text,a;b\none; two,1\n")
+    assert texts(path) == ["one; two"]
+    (tmp_path / "b.tsv").write_text("text\ta;b\none; two\t1\n")
+    assert texts(tmp_path / "b.tsv") == ["one; two"]
+    (tmp_path / "c.csv").write_text('"te\nxt",text\n1,one\n')
+    assert texts(tmp_path / "c.csv") == ["one"]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.json", "a.txt"])
+@pytest.mark.parametrize(("encoding", "told"), [("latin-1", "LATIN1"), ("utf-16", "UTF-16")])
+def test_another_encoding_is_told_how_to_change(name: str, encoding: str, told: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes('text\n"café"\n'.encode(encoding))
+    with pytest.raises(CheckpointError, match="codec can't decode") as caught:
+        texts(path)
+    assert caught.value.hint and f"iconv -f {told} -t UTF-8" in caught.value.hint
+
+
+def test_a_table_without_a_head_is_told_in_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(f'"{"word " * 300}",1\n"{"more " * 300}",2\n')
+    with pytest.raises(CheckpointError, match="has none of input_ids") as caught:
+        texts(path)
+    assert len(str(caught.value)) < 400 + len(str(path)) and "..." in str(caught.value)
+
+
+def test_an_empty_part_of_a_split_has_no_rows(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "train-00000-of-00002.parquet")
+    pq.write_table(pa.table({"text": ["one", "two"]}), tmp_path / "train-00001-of-00002.parquet")
+    source = find(str(tmp_path))
+    assert [len(list(records(source, path))) for path in source.files] == [0, 2]
+
+
+def test_a_parquet_file_that_was_cut_off_is_told_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["one"]}), path)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(CheckpointError, match=r"a\.parquet: cannot be read after row 0"):
+        texts(path)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("fields", "told", "hint"),
+    [
+        ({"messages": []}, "has no turns in its messages", "leave the row out"),
+        ({"conversations": []}, "has no turns in its conversations", "leave the row out"),
+        ({"text": ["a", "b"]}, "has text that is not a list of integers", "a list of texts"),
+        ({"input_ids": ["a"]}, "has input_ids that are not a list of integers", None),
+    ],
+)
+def test_what_a_row_lacks(fields: dict[str, object], told: str, hint: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(fields))
+    with pytest.raises(CheckpointError, match=told) as caught:
+        texts(path)
+    assert (hint is None and caught.value.hint is None) or (hint is not None and hint in (caught.value.hint or ""))
