@@ -258,12 +258,14 @@ def _chat_text(record: Record, chat: Chat, tokenizer: Tokenizer) -> str:
             with contextlib.suppress(Exception):
                 return tokenizer.render(fitted.with_strings().messages, fitted.tools)
         raise CheckpointError(
-            f"{record.where}: the chat template refuses it ({one_line(error)})", hint=_refusal_hint(fitted)
+            f"{record.where}: the chat template refuses it ({one_line(error)})", hint=_refusal_hint(fitted, error)
         ) from error
 
 
-def _refusal_hint(chat: Chat) -> str:
-    """How people convert what a template has no place for."""
+def _refusal_hint(chat: Chat, error: Exception) -> str:
+    """How people convert what a template has no place for; of a template that is no template, where it stands."""
+    if type(error).__name__ in ("TemplateSyntaxError", "TemplateAssertionError", "SecurityError"):
+        return "the fault is the template's, in chat_template.jinja or tokenizer_config.json, not the data's"
     roles = [turn["role"] for turn in chat.messages]
     if "system" in roles:
         return "if it takes no system message, put that text before the first user's"

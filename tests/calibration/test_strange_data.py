@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from micro import MICRO, VOCAB
 
 from mimoquant.calibration.conversations import content_of
 from mimoquant.calibration.records import find, records
+from mimoquant.calibration.tokens import load_tokens
 from mimoquant.errors import CheckpointError
 
 HEADS = ("text;other", '"text";"other"')
@@ -87,3 +90,21 @@ def test_what_a_row_lacks(fields: dict[str, object], told: str, hint: str | None
     with pytest.raises(CheckpointError, match=told) as caught:
         texts(path)
     assert (hint is None and caught.value.hint is None) or (hint is not None and hint in (caught.value.hint or ""))
+
+
+@pytest.mark.parametrize(
+    ("template", "hint"),
+    [
+        ("{% for m in messages %}{{ m.content", "the fault is the template's"),
+        ("{{ cycler.__init__.__globals__ }}", "the fault is the template's"),
+        ("{{ messages[0].nothing.more }}", "templates mostly want"),
+        ("{{ raise_exception('no') }}", "templates mostly want user and assistant in turn"),
+    ],
+)
+def test_whose_fault_a_template_is(template: str, hint: str, tmp_path: Path) -> None:
+    folder, data = Path(shutil.copytree(MICRO, tmp_path / "model")), tmp_path / "a.jsonl"
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    data.write_text(json.dumps({"messages": [{"role": "user", "content": "one two"}]}))
+    with pytest.raises(CheckpointError, match="the chat template refuses it") as caught:
+        load_tokens([str(data)], folder, sequences=1, tokens=2, vocab=VOCAB)
+    assert hint in (caught.value.hint or "")
