@@ -48,7 +48,7 @@ DOCUMENTS: dict[str, Any] = {
     "launch": LaunchDocument,
     "eval-kl": evaluation.EvalFolderDocument,
     "eval-kl-server": evaluation.EvalServerDocument,
-    "eval-kl-out": evaluation.FolderEvaluation,
+    "eval-kl-out": evaluation.KeptEvaluation,
     "eval-draft": evaluation.EvalDraftDocument,
     "sensitivity": SensitivityDocument,
     "synth": SynthDocument,

@@ -288,10 +288,18 @@ class Evaluation(Scores):
 
 
 class FolderEvaluation(Evaluation):
-    """Of a candidate folder: what `eval-kl --out` writes, which depends on neither clock nor limit."""
+    """Of a candidate folder; depends on neither clock nor limit."""
 
     activations_quantized: bool
     """Whether the candidate's config quantizes activations too, which J leaves out."""
+
+
+class KeptEvaluation(FolderEvaluation):
+    """What `eval-kl --out` writes."""
+
+    made_of: dict[str, str]
+    """What `--resume` holds a new request against: version, digests of headers, config and files of each checkpoint,
+    tokens, noise floor, kind of device."""
 
 
 class ServerEvaluation(Evaluation):

@@ -16,11 +16,9 @@ from mimoquant.__version__ import __version__
 from mimoquant.calibration.tokens import TokenSet
 from mimoquant.checkpoint.journal import first_change, short_value
 from mimoquant.errors import UsageError
-from mimoquant.evaluation.documents import FolderEvaluation
+from mimoquant.evaluation.documents import FolderEvaluation, KeptEvaluation
 from mimoquant.model.layout import ModelLayout
 from mimoquant.wording import json_text
-
-_KEY = "made_of"
 
 
 def made_of(layouts: dict[str, ModelLayout], tokens: TokenSet, noise_floor: bool, device: str) -> dict[str, str]:
@@ -40,7 +38,8 @@ def made_of(layouts: dict[str, ModelLayout], tokens: TokenSet, noise_floor: bool
 
 def result_text(evaluation: FolderEvaluation, made: dict[str, str]) -> str:
     """The file."""
-    return json_text({**evaluation, _KEY: made}) + "\n"
+    kept: KeptEvaluation = {**evaluation, "made_of": made}
+    return json_text(kept) + "\n"
 
 
 def finished_result(path: Path, made: dict[str, str]) -> FolderEvaluation | None:
@@ -50,7 +49,7 @@ def finished_result(path: Path, made: dict[str, str]) -> FolderEvaluation | None
     """
     try:
         kept = json.loads(path.read_bytes())
-        before = kept.pop(_KEY)
+        before = kept.pop("made_of")
         found = first_change({key: before.get(key) for key in (*made, *before)}, made)
     except FileNotFoundError:
         return None
