@@ -312,13 +312,13 @@ def test_an_expert_that_quantizing_ruins_is_named(tmp_path: Path) -> None:
     assert named == {2: [5]} and "note: layer 2: experts 5: quantized badly" in sensitivity_text(facts)
 
 
-@pytest.mark.parametrize("recipe", [GPTQ, pytest.param(KL, marks=pytest.mark.slow)], ids=["output", "kl"])
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [GPTQ, KL], ids=["output", "kl"])
 def test_a_calibrated_recipe_is_measured_with_its_own_codes(recipe: str, tmp_path: Path) -> None:
     held, tokens = mixtures(recipe), held_out(14, 48)
     budget = held.size([1, 3, 0, 0])
     facts = sensitivity(held, tokens, tmp_path / "r.yaml", budget_bytes=budget)
-    if recipe == KL:  # half a slow test's time; what was chosen is held in both
-        assert facts["j"]["mean"] == pytest.approx(j_of_choice(held, [0] * 4, tokens, tmp_path / "all"), rel=1e-3)
+    assert facts["j"]["mean"] == pytest.approx(j_of_choice(held, [0] * 4, tokens, tmp_path / "all"), rel=1e-3)
     plan = make_plan(MICRO, load_recipe(str(tmp_path / "r.yaml")))
     pipeline.quantize(plan, tmp_path / "out", device="cpu")
     j = eval_kl(MICRO, tmp_path / "out", tokens, noise_floor=False)["j"]["mean"]

@@ -143,7 +143,7 @@ def stops_on_the_way(way: str, layers: int) -> Callable[[pytest.MonkeyPatch], No
     [
         pytest.param(stops_on_the_way("forward", 2), "files", id="forward"),
         pytest.param(stops_on_the_way("back", 2), "host", id="back"),
-        pytest.param(stops_at_line(3), "host", id="codes"),
+        pytest.param(stops_at_line(3), "host", id="codes", marks=pytest.mark.slow),
         pytest.param(stops_on_the_way("forward", 2), "host", id="forward on the host", marks=pytest.mark.slow),
         pytest.param(stops_on_the_way("back", 2), "files", id="back by files", marks=pytest.mark.slow),
         pytest.param(stops_at_line(1), "files", id="first line", marks=pytest.mark.slow),
