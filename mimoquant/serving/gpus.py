@@ -339,6 +339,7 @@ _SGLANG = (
         stops="stops with RuntimeError: its Marlin for MXFP4 requires SM90 or SM120",
     ),
     Kernel(c.SGLANG, c.MO_NVFP4, _HOPPER, "marlin", c.RUN, "0.5.23 on an H200"),
+    Kernel(c.SGLANG, c.NVFP4_INPUTS, _HOPPER, "marlin", c.READ, "modelopt_quant.py of 0.5.23: as without them"),
     Kernel(c.SGLANG, c.MO_NVFP4, ("SM80",), "marlin", c.READ, "modelopt_quant.py of 0.5.23"),
     Kernel(c.SGLANG, c.CT_NVFP4, _HOPPER, "CompressedTensorsW4A16Nvfp4MoE", c.RUN, "0.5.23 on an H200"),
     Kernel(
