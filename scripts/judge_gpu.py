@@ -34,7 +34,7 @@ import traceback
 import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,7 @@ SOURCES: dict[str, tuple[str, dict[str, int]]] = {  # layout, and what is not SI
 }
 MICRO_HEAD = 128
 LENGTHS = (96, 96, 96)
+WINDOWS = {"sliding_window", "sliding_window_size"}
 PARSERS = {  # of a chat's reasoning and tool calls
     "sglang": ("--reasoning-parser", "mimo", "--tool-call-parser", "mimo"),
     "vllm": ("--reasoning-parser", "mimo", "--tool-call-parser", "mimo", "--enable-auto-tool-choice"),
@@ -220,9 +221,14 @@ def prompts(vocab: int) -> list[list[int]]:
 
 
 @torch.no_grad()
-def ours(folder: Path) -> np.ndarray:
-    """Log-probabilities after every token but the last of each prompt, float64 [positions, vocabulary]."""
+def ours(folder: Path, wider: int = 0) -> np.ndarray:
+    """Log-probabilities after every token but the last of each prompt, float64 [positions, vocabulary]. `wider`: this
+    many keys more in the window of sliding layers."""
     layout = open_layout(folder)
+    config = dict(layout.config)
+    for key in WINDOWS & config.keys():
+        config[key] += wider
+    layout = replace(layout, config=config)
     with CheckpointReader(layout.index) as reader:
         weights = CheckpointWeights(reader, layout, torch.device("cpu"))
         [stream] = streams_of(weights, [[torch.tensor(prompts(layout.geometry.vocab))]])
@@ -348,8 +354,13 @@ def judged_rows(options: argparse.Namespace, row: Row, checkpoint: Path) -> dict
         "kl_max": float(kl.max()),
         "kl_median": float(np.median(kl)),
         "worst_positions": np.argsort(-kl)[:5].tolist(),  # of all prompts, one after the other
+        "kl_mean_one_key_more": mean_kl(ours(checkpoint, wider=1), theirs),  # what SGLang's sliding layers see
         "kl_to_source": float((np.exp(origin) * (origin - own)).sum(-1).mean()),
     }
+
+
+def mean_kl(own: np.ndarray, theirs: np.ndarray) -> float:
+    return float((np.exp(own) * (own - theirs)).sum(-1).mean())
 
 
 def micro_prompts(sequences: int, tokens: int) -> TokenSet:
@@ -488,6 +499,7 @@ def server_command(options: argparse.Namespace, checkpoint: Path, port: int) -> 
             "512",
             "--trust-remote-code",
             "--skip-server-warmup",
+            "--disable-radix-cache",  # 0.5.23's, built for torch 2.14, takes an int64 tensor of 2.11 for another type
         ]
     command = [
         options.python,

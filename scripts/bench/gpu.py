@@ -231,7 +231,16 @@ def measure(options: argparse.Namespace) -> list[str]:
     source = make_source(options.work / "v2.5", "V2.5", 2, options.experts) if wanted - {"pro"} else options.work
     few, many = (16, 512), (options.tokens // 512, 512)
     refined = load_recipe("gptq-mxfp4").calibrated_on({"reconstruct": 1})
+    felt = load_recipe("gptq-int4-g128").calibrated_on({"objective": "kl"})
     rows = {
+        "kl": ("V2.5 GPTQ int4 g128, objective kl", felt, few),
+        "kl-many": ("V2.5 GPTQ int4 g128, objective kl", felt, (256, 512)),
+        "gptq-many": ("V2.5 GPTQ int4 g128", load_recipe("gptq-int4-g128"), (256, 512)),
+        "kl-nvfp4": (
+            "V2.5 GPTQ NVFP4, objective kl",
+            load_recipe("gptq-nvfp4").calibrated_on({"objective": "kl"}),
+            few,
+        ),
         "gptq": ("V2.5 GPTQ int4 g128", load_recipe("gptq-int4-g128"), few),
         "awq": ("V2.5 AWQ int4 g128", parse_recipe(AWQ, "awq"), few),
         "mxfp4": ("V2.5 GPTQ MXFP4", load_recipe("gptq-mxfp4"), few),
