@@ -40,7 +40,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return native, twin
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(name, marks=pytest.mark.slow) if RECIPES[name] == CALIBRATED else name for name in RECIPES]
+)
 def test_it_is_quantized_from_its_exact_values(folders: tuple[Path, Path], recipe: str, tmp_path: Path) -> None:
     outs = {folder: tmp_path / folder.name for folder in folders}
     for folder, out in outs.items():

@@ -141,7 +141,7 @@ def stops_on_the_way(way: str, layers: int) -> Callable[[pytest.MonkeyPatch], No
 @pytest.mark.parametrize(
     ("dies", "states"),
     [
-        pytest.param(stops_on_the_way("forward", 2), "files", id="forward"),
+        pytest.param(stops_on_the_way("forward", 2), "files", id="forward", marks=pytest.mark.slow),
         pytest.param(stops_on_the_way("back", 2), "host", id="back"),
         pytest.param(stops_at_line(3), "host", id="codes", marks=pytest.mark.slow),
         pytest.param(stops_on_the_way("forward", 2), "host", id="forward on the host", marks=pytest.mark.slow),
