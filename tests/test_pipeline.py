@@ -16,7 +16,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from micro import MICRO, contents
+from safetensors.torch import save_file
 
 import mimoquant
 from mimoquant import pipeline
@@ -287,12 +289,13 @@ def test_side_files_are_looked_at_before_anything_is_done(make: str, tmp_path: P
 def test_side_files_count_in_the_plan(tmp_path: Path) -> None:
     source = Path(shutil.copytree(MICRO, tmp_path / "source"))
     (source / "dflash").mkdir()
-    (source / "dflash" / "model.safetensors").write_bytes(bytes(123_456))
+    save_file({"x": torch.zeros(123_456, dtype=torch.uint8)}, source / "dflash" / "model.safetensors")
+    size = (source / "dflash" / "model.safetensors").stat().st_size
     plan = make_plan(source, load_recipe("mxfp4-rtn"))
-    assert plan.side_files["dflash/model.safetensors"] == 123_456
-    assert plan.side_bytes == 123_456 + make_plan(MICRO, load_recipe("mxfp4-rtn")).side_bytes
+    assert plan.side_files["dflash/model.safetensors"] == size > 123_456
+    assert plan.side_bytes == size + make_plan(MICRO, load_recipe("mxfp4-rtn")).side_bytes
     pipeline.quantize(plan, tmp_path / "out", device="cpu")
-    assert (tmp_path / "out" / "dflash" / "model.safetensors").stat().st_size == 123_456
+    assert (tmp_path / "out" / "dflash" / "model.safetensors").stat().st_size == size
     assert verify(tmp_path / "out", source).ok
 
 

@@ -363,7 +363,7 @@ BROKEN_LINES = [
     ('{"input_ids": [99999999999999999999]}', "line 3: has the id 99999999999999999999, outside"),
     (f'{{"input_ids": [{"9" * 5000}]}}', "line 3 cannot be read (ValueError"),
     ("[" * 200_000, "line 3 cannot be read (RecursionError"),
-    ('{"messages": []}', "line 3 has messages that are not a list of turns with a role"),
+    ('{"messages": []}', "line 3 has no turns in its messages"),
     ('{"messages": ["x"]}', "line 3 has messages that are not a list of turns with a role"),
     ('{"messages": [{"content": "x"}]}', "line 3 has messages that are not a list of turns with a role"),
 ]
