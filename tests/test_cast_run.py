@@ -229,6 +229,7 @@ def test_a_source_without_fp8_has_none_to_keep(sources: dict[str, Path]) -> None
         make_plan(sources["compressed-tensors"], recipe, container="modelopt")
 
 
+@pytest.mark.slow
 def test_flash_is_planned_at_the_size_of_the_public_casts(shared: Path, tmp_path: Path) -> None:
     """145,273 tensors of 182,386,002,688 bytes, as three releases have them; nothing is written."""
     tool, folder = shared / "tools" / "make_sparse_checkpoint.py", tmp_path / "flash"

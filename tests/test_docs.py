@@ -38,6 +38,9 @@ WHY_WORDS = 100
 SMALL = {"--max-kl": "9", "--budget-gib": "0.0078", "--gpus": "1", "--tp": "1"}
 FEW = ["--sequences", "8", "--tokens", "32"]
 CALIBRATED = ("gptq-", "awq-")
+MEASURING = [
+    f"mimoquant/{name}/README.md" for name in ("fisher", "evaluation", "calibration", "mixing")
+]  # seconds each
 MEASURES = ("eval-kl", "eval-draft", "sensitivity")
 OTHERS = ("srun", "ray", "torchrun", "sha256sum", "curl", "vllm", "apt-get")  # programs that are not run here
 VERBS: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
@@ -131,7 +134,10 @@ def is_refused(words: list[str]) -> bool:
     return {"verify", "sglang", "--tp"} <= set(words)
 
 
-@pytest.mark.parametrize("document", [name for name in DOCUMENTS if commands(name)])
+@pytest.mark.parametrize(
+    "document",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in MEASURING)) for name in DOCUMENTS if commands(name)],
+)
 def test_every_example_does_what_it_says(
     document: str, models: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -40,6 +40,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return native, twin
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "recipe", [pytest.param(name, marks=pytest.mark.slow) if RECIPES[name] == CALIBRATED else name for name in RECIPES]
 )
@@ -117,6 +118,7 @@ def test_chunks_are_as_large_in_memory_as_those_of_bf16(folders: tuple[Path, Pat
     assert facts[0]["host_memory_bytes"] == facts[1]["host_memory_bytes"]
 
 
+@pytest.mark.slow
 def test_sensitivity_begins_from_it(folders: tuple[Path, Path], tmp_path: Path) -> None:
     options = ("--sequences", "8", "--tokens", "32", "--device", "cpu", "-q", "--json")
     told = [

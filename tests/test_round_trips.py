@@ -114,6 +114,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Forms:
     return Forms(base / "v26", base)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("there", "back"), UNTRIED)
 def test_a_direction_loses_nothing(micro: Forms, there: str, back: str, tmp_path: Path) -> None:
     source = micro.made(there)

@@ -87,6 +87,7 @@ def test_mistakes_end_in_one_sentence(outputs: Path, tmp_path: Path) -> None:
         assert "Traceback" not in result.output
 
 
+@pytest.mark.slow
 def test_the_page_says_what_was_changed_and_what_calibration_reached(tmp_path: Path) -> None:
     out, page = tmp_path / "out", tmp_path / "page.html"
     few = ("--sequences", "8", "--tokens", "32", "--device", "cpu")

@@ -204,6 +204,7 @@ def blocks_of(folder: Path, tokens: TokenSet, backbone: Path = MICRO) -> DraftSc
     return compare_drafts(layout, layout, tokens, choose_draft([layout], str(folder), None, tokens.ids.shape[1]))[0]
 
 
+@pytest.mark.slow
 def test_blocks_equal_brute_force_in_float64(int4: Path, tmp_path: Path) -> None:
     """Of the trained drafter on both backbones, and of one that has no mask embedding of its own."""
     tokens = held_out(2, 18)
@@ -219,6 +220,7 @@ def test_blocks_equal_brute_force_in_float64(int4: Path, tmp_path: Path) -> None
     assert np.abs(both[0].acceptance - both[1].acceptance).max() > 0.01
 
 
+@pytest.mark.slow
 def test_training_is_what_makes_the_drafter_accepted(tmp_path: Path) -> None:
     tokens = held_out(7, 96)
     trained = blocks_of(DRAFTER, tokens)

@@ -67,6 +67,7 @@ def stop_after(layer: int, patch: pytest.MonkeyPatch, *, torn: bool = False) -> 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is here")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("torn", [False, True])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
 def test_killed_after_each_layer_it_gives_the_same_bytes(

@@ -367,6 +367,7 @@ WAYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", list(WAYS))
 def test_every_way_gives_a_bound_that_grows_to_the_full_value(
     way: str, fake: Callable[..., Fake], full: dict[str, Any]

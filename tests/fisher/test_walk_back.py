@@ -93,6 +93,7 @@ def test_states_in_files_give_the_same_bytes(whole: Path, tmp_path: Path) -> Non
     assert contents(tmp_path / "fisher") == contents(whole)
 
 
+@pytest.mark.slow
 def test_bfloat16_moves_less_than_other_labels_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What rests between layers, and what goes through experts, is bfloat16; beside float32 with the same labels."""
     with monkeypatch.context() as patch:
@@ -124,6 +125,7 @@ def dies_at(patch: pytest.MonkeyPatch, count: int, *, torn: bool) -> None:
     patch.setattr(RunFolder, "record", stop)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "torn"),
     [

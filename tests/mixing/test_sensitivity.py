@@ -117,6 +117,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Pat
     return json.loads(done.stdout), folder
 
 
+@pytest.mark.slow
 def test_forks_take_what_was_foreseen_and_read_each_byte_once(found: tuple[dict[str, Any], Path]) -> None:
     facts, _ = found
     walk, layers = facts["cost"]["walks"][0], 5
@@ -259,6 +260,7 @@ def test_forks_and_one_choice_are_within_the_bound(formats: int) -> None:
         assert layers / 2 < forward_passes(Forks(plan, formats)) + 1 <= layers / 2 + 3
 
 
+@pytest.mark.slow
 def test_formats_of_another_family_take_off_a_fifth_in_the_same_bytes(tmp_path: Path) -> None:
     """Of MXFP4 everywhere: the recipe's own size is the budget, unless another one is given."""
     recipe, out, few = tmp_path / "r.yaml", tmp_path / "out", ("--sequences", 28, "--tokens", 64)
@@ -279,6 +281,7 @@ def test_formats_of_another_family_take_off_a_fifth_in_the_same_bytes(tmp_path: 
     assert native.exit_code == 2 and "holds mxfp4 and no other format" in native.stderr
 
 
+@pytest.mark.slow
 def test_a_target_is_reached_with_the_least_bytes(tmp_path: Path) -> None:
     source = plant(tmp_path)
     held, tokens = mixtures(source=source), held_out(14, 48, source)
@@ -289,6 +292,7 @@ def test_a_target_is_reached_with_the_least_bytes(tmp_path: Path) -> None:
     assert facts["chosen"]["bytes"] <= held.size([3 if layer == PLANTED else 1 for layer in held.layers])
 
 
+@pytest.mark.slow
 def test_an_expert_that_quantizing_ruins_is_named(tmp_path: Path) -> None:
     """Huge weights behind an intermediate channel that is always zero: they change nothing, but each group's scale."""
     source, expert = shutil.copytree(MICRO, tmp_path / "source"), "model.layers.2.mlp.experts.5."
@@ -332,6 +336,7 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [RECIPE, pytest.param(GPTQ, marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_where_it_was(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held, tokens = mixtures(recipe), held_out(8, 32)
@@ -511,6 +516,7 @@ mimoquant: {calibration: {sequences: 8, tokens: 32}}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["awq.yaml"]
 
 
+@pytest.mark.slow
 def test_a_target_out_of_reach_keeps_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where measurements stay above the target, no recipe is written, and another limit can go on."""
     monkeypatch.setattr("mimoquant.mixing.choose.ROUNDS", 0)

@@ -76,6 +76,7 @@ def plain_rows(hidden: torch.Tensor, weights: AttentionWeights, positions: list[
     return torch.stack(rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sliding", [False, True], ids=["global", "sliding"])
 @pytest.mark.parametrize("chunk_bytes", [2**20, 2**24], ids=["128 chunks", "32 chunks"])
 def test_attention_over_8k_tokens_is_what_it_is_defined_as(

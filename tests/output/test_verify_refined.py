@@ -20,6 +20,7 @@ RECIPES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["awq, real", *(pytest.param(name, marks=pytest.mark.slow) for name in ("awq", "search"))]
 )

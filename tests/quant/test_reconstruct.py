@@ -68,6 +68,7 @@ def walked(fmt: Format, seen: list[Tensor], held: list[Tensor]) -> tuple[Weights
     return given, before, reconstruct(given, before, grams, fmt, seen, held, 1)
 
 
+@pytest.mark.slow
 @every_format
 def test_the_answers_error_falls_on_the_tokens_and_on_others(fmt: Format) -> None:
     seen, held = tokens(TOKENS, 3), tokens(1500, 4)

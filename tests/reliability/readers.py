@@ -5,9 +5,11 @@ A reader may return or refuse with one of our errors, in one printable line. Any
 
 from __future__ import annotations
 
+import atexit
 import copy
 import json
 import random
+import shutil
 import struct
 import tempfile
 from collections.abc import Callable
@@ -99,6 +101,7 @@ def _vector(data: bytes, folder: Path) -> None:
 
 _DRAFTER = mimoquant.micro_drafter()
 _CHECKPOINT = Path(tempfile.mkdtemp(prefix="readers-"))
+atexit.register(shutil.rmtree, _CHECKPOINT, ignore_errors=True)
 small_checkpoint(vocab_size=8, hidden_size=32, intermediate_size=32, moe_intermediate_size=32).save(_CHECKPOINT)
 _SHARD = (_CHECKPOINT / "model-1.safetensors").read_bytes()
 _TOKENIZER = json.loads((mimoquant.micro_checkpoint() / "tokenizer.json").read_bytes())

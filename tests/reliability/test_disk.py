@@ -47,6 +47,7 @@ def assert_nothing_untrue_is_journaled(out: Path) -> None:
             assert hashlib.sha256((partial / line.file).read_bytes()).hexdigest() == line.sha256
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", range(4))
 def test_trouble_at_any_call_stops_the_run_and_a_resume_ends_it(
     first: int, source: Path, whole: tuple[dict[str, bytes], int], tmp_path: Path

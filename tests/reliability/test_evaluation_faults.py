@@ -45,6 +45,7 @@ def taken_up(run: tuple[Path, Path, TokenSet], out: Path) -> bytes:
     return out.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [8, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("trouble", ["killed", "disk"])
 def test_at_any_call(

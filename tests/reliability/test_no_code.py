@@ -51,6 +51,7 @@ def source(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_whole_pipeline_runs_no_code_of_a_checkpoint(source: Path, tmp_path: Path) -> None:
     work, before = tmp_path / "work", state(source)
     work.mkdir()

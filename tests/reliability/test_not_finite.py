@@ -106,6 +106,7 @@ def test_of_a_draft_layer(tensor: str, tmp_path: Path) -> None:
     refused(tensor, "quantize", folder, "-r", "mxfp4-rtn", "-o", tmp_path / "a", "--device", "cpu", "-q")
 
 
+@pytest.mark.slow
 def test_of_quantized_candidates_by_every_format(tmp_path: Path) -> None:
     for recipe, part, value in (
         ("int4-g128-rtn", "weight_scale", NAN),

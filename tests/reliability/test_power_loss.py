@@ -84,6 +84,7 @@ def test_what_is_left_is_finished_or_can_be(
     assert len(found["resumed"]) > 40  # 72 to 95: which moments there are depends on how threads take turns
 
 
+@pytest.mark.slow
 def test_a_run_that_was_resumed_is_as_safe(source: Path, whole: Whole, tmp_path: Path) -> None:
     """Killed half way, resumed, and then the power goes: the second log goes on where the first ended."""
     files, _, calls = whole

@@ -259,6 +259,7 @@ def test_a_run_without_calibrated_layers_says_so() -> None:
     assert "no layer was calibrated" in text and "relMSE" not in text
 
 
+@pytest.mark.slow
 def test_the_largest_model_makes_a_page_that_can_be_mailed() -> None:
     page = coverage_page(pro())
     assert len(page.encode()) < 3_000_000

@@ -205,6 +205,7 @@ def resumable(
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "finished"),
     [
@@ -255,6 +256,7 @@ def test_awq_is_not_worse_than_plain_rounding_and_is_proven(folded: Path, plain_
     assert "layer 3" not in told["calibration"] and told["carve_outs"] == {"3": "bf16"}
 
 
+@pytest.mark.slow
 def test_a_folded_norm_leaves_router_logits_to_the_bit(tmp_path: Path) -> None:
     """A norm fold is forced by a candidate that always wins; the router must see the same products."""
     source = open_layout(MICRO)
@@ -305,12 +307,14 @@ def test_damage_to_a_calibrated_output_is_found(damage: str, folded: Path, tmp_p
     assert any(name.removesuffix("_packed").removesuffix("_scale") in problem for problem in report.problems)
 
 
+@pytest.mark.slow
 def test_search_alone_by_the_gram_diagonal_is_nearest_rounding(tmp_path: Path) -> None:
     run(parse_recipe(GRAM, "gram"), tmp_path / "out")
     report = verify(tmp_path / "out", MICRO)
     assert report.ok, report.problems
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", ["original", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("asymmetric", "down only"))]
 )
@@ -328,6 +332,7 @@ def test_the_other_ways_are_proven_too(kind: str, tmp_path: Path) -> None:
     assert j_of(tmp_path / "out", tokens) < {"asymmetric": 0.037, "original": 0.03, "down only": 0.045}[kind]
 
 
+@pytest.mark.slow
 def test_channels_that_nobody_uses_are_left_alone(tmp_path: Path) -> None:
     """A norm gain of zero and a row of zeros: no exponent could be read off them."""
     source = tmp_path / "source"
@@ -430,6 +435,7 @@ def told_changed(out: Path) -> dict[int, float]:
     return {int(name.split()[1]): facts["topk_changed"] for name, facts in layers.items()}
 
 
+@pytest.mark.slow
 def test_the_share_of_tokens_that_change_experts_is_the_true_one(bf16_router: Path, real: Path) -> None:
     told = told_changed(real)
     assert list(told) == [1, 2, 4] and 0 < max(told.values()) < 0.05
@@ -437,6 +443,7 @@ def test_the_share_of_tokens_that_change_experts_is_the_true_one(bf16_router: Pa
         assert share == float(f"{rerouted(bf16_router, real, layer):.4g}")
 
 
+@pytest.mark.slow
 def test_powers_of_two_change_no_tokens_experts(folded: Path, gptq: Path, bf16_router: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibrated.Calibrator, "_fold_of", lambda self, layer: torch.arange(256, dtype=torch.int32) % 3)
@@ -447,6 +454,7 @@ def test_powers_of_two_change_no_tokens_experts(folded: Path, gptq: Path, bf16_r
     assert "topk_changed" not in (gptq / "report.json").read_text()
 
 
+@pytest.mark.slow
 def test_a_float32_router_makes_up_for_real_factors(tmp_path: Path) -> None:
     run(parse_recipe(REAL, "awq"), tmp_path / "out")
     assert verify(tmp_path / "out", MICRO).ok
@@ -455,6 +463,7 @@ def test_a_float32_router_makes_up_for_real_factors(tmp_path: Path) -> None:
     assert j_of(tmp_path / "out", tokens) < 0.045
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["awq", "gptq", "mxfp4", "asymmetric", "original"])
 def test_real_factors_are_proven_and_what_is_not_is_said(
     kind: str, bf16_router: Path, real: Path, real_original: Path, tmp_path: Path
@@ -515,6 +524,7 @@ def test_damage_to_an_output_with_real_factors_is_found(
     assert any(said in problem for problem in problems), problems
 
 
+@pytest.mark.slow
 def test_real_factors_that_leave_a_channel_alone(bf16_router: Path, tmp_path: Path) -> None:
     """A norm gain of zero has no quotient: it stays, and so do its columns."""
     source = tmp_path / "source"
@@ -592,6 +602,7 @@ def test_shrinkage_keeps_the_trace_and_gives_the_pooled_matrix_to_an_expert_with
     assert statistics.shares([50, 0], 16.0) == [16 / 66, 1.0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_with_half_as_many_tokens_as_columns_shrinkage_beats_all_else_on_other_tokens(seed: int) -> None:
     """Experts share most of their inputs' covariance, as in the facts' model: 60 % shared, 40 % their own."""
@@ -676,6 +687,7 @@ def test_a_refined_layer_is_told_and_proven(tmp_path: Path) -> None:
     assert verify(tmp_path / "refined", MICRO).ok
 
 
+@pytest.mark.slow
 def test_too_few_sequences_to_hold_some_out_refine_all_the_same(tmp_path: Path) -> None:
     run(load_recipe("gptq-mxfp4"), tmp_path / "out", sequences=8, reconstruct=1, reconstruct_layers=(2,))
     told = json.loads((tmp_path / "out" / "report.json").read_text())["calibration"]["layer 2"]["answer"]

@@ -61,6 +61,7 @@ def awq(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run(parse_recipe(AWQ, "awq"), tmp_path_factory.mktemp("awq") / "out", **HALF)
 
 
+@pytest.mark.slow
 def test_two_thousand_tokens_do_not_make_it_worse(kl: Path, tmp_path: Path) -> None:
     tokens = held_out(28, 64)
     plain = run(load_recipe("gptq-int4-g128"), tmp_path / "output", objective="output")
@@ -92,6 +93,7 @@ def test_the_written_recipe_repeats_the_run(awq: Path, tmp_path: Path) -> None:
     assert contents(awq) == contents(tmp_path / "again")
 
 
+@pytest.mark.slow
 def test_folds_and_kept_layers_are_proven(awq: Path) -> None:
     report = verify(awq, MICRO)
     assert report.ok, report.problems
