@@ -138,6 +138,7 @@ def test_an_evaluation_is_written_and_becomes_a_page(tmp_path: Path) -> None:
         mimoquant.eval_kl(MICRO, MICRO, out=file, **FEW)
 
 
+@pytest.mark.slow
 def test_sensitivity_returns_what_it_prints(tmp_path: Path) -> None:
     one, other = tmp_path / "one.yaml", tmp_path / "other.yaml"
     made = mimoquant.sensitivity(MICRO, "int4-g128-mse", one, **FEW)

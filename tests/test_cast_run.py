@@ -275,6 +275,7 @@ def casts(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_there_and_back_no_value_changes(
     sources: dict[str, Path], casts: dict[str, tuple[Path, Path]], way: str

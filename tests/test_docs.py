@@ -38,9 +38,10 @@ WHY_WORDS = 100
 SMALL = {"--max-kl": "9", "--budget-gib": "0.0078", "--gpus": "1", "--tp": "1"}
 FEW = ["--sequences", "8", "--tokens", "32"]
 CALIBRATED = ("gptq-", "awq-")
-MEASURING = [
-    f"mimoquant/{name}/README.md" for name in ("fisher", "evaluation", "calibration", "mixing")
-]  # seconds each
+MEASURING = {  # guides whose examples take seconds
+    "recipes/README.md",
+    *(f"mimoquant/{name}/README.md" for name in ("fisher", "evaluation", "calibration", "mixing", "run")),
+}
 MEASURES = ("eval-kl", "eval-draft", "sensitivity")
 OTHERS = ("srun", "ray", "torchrun", "sha256sum", "curl", "vllm", "apt-get")  # programs that are not run here
 VERBS: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]

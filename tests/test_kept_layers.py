@@ -61,6 +61,7 @@ WAYS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("source", "recipe", "container", "word", "kind"), WAYS)
 def test_a_kept_layer_has_the_sources_values(
     sources: dict[str, Path], source: str, recipe: str, container: str, word: str, kind: str, tmp_path: Path

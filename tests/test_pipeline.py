@@ -62,6 +62,7 @@ def test_every_shipped_recipe_writes_what_it_planned_and_verifies(recipe: str, t
     assert 0 < report.mean_relative_error < 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RUNNABLE)
 def test_both_engines_write_the_same_folder(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synth(tmp_path / "source", "v2.5", sizes=SynthSizes(layers=3, experts=4, expert_intermediate=128), seed=1)

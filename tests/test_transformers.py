@@ -160,6 +160,7 @@ def test_linear_as_a_target_is_right_where_all_else_is_ignored(tmp_path: Path) -
     assert any("self_attn.q_proj" in key for key in info["missing_keys"])
 
 
+@pytest.mark.slow
 def test_a_trained_bf16_checkpoint_keeps_its_predictions(tmp_path: Path, shared: Path) -> None:
     """On the shared trained model: int4 must stay close to bf16, which random weights cannot show."""
     source = shared / "models" / "mimo-tiny"

@@ -198,6 +198,7 @@ def test_nested_rows_of_a_table_lose_what_arrow_added(tmp_path: Path) -> None:
     assert [record.fields for record in records(source, source.files[0])] == rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", ["text", "chat"])
 def test_what_reading_loads(data: str, tmp_path: Path) -> None:
     """Text needs neither datasets nor transformers, a chat transformers alone."""

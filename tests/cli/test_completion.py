@@ -20,6 +20,7 @@ def run(line: str, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=os.environ | asked, capture_output=True, text=True, check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "wanted"),
     [

@@ -132,6 +132,7 @@ def test_verbs_say_the_same(hub: Path, of_plain: OfPlain) -> None:
         assert said(call(*there), hub) == here, there[0]
 
 
+@pytest.mark.slow
 def test_verify_and_relayout_do_the_same(hub: Path, plain: Path, of_plain: OfPlain, tmp_path: Path) -> None:
     verified = call("verify", hub / "out", "--source", plain / "source", "-q")
     assert verified.exit_code == 0, verified.output

@@ -83,6 +83,7 @@ def test_any_name_can_be_printed_in_any_encoding(terminal: str, tmp_path: Path) 
     done.stdout.decode("utf-8" if terminal in ("utf-8", "LANG=C") else "ascii" if "C" in terminal else "latin-1")
 
 
+@pytest.mark.slow
 def test_a_run_whose_every_path_is_strange_writes_and_tells_its_result(tmp_path: Path) -> None:
     strange = tmp_path / "_".join(NAMES)
     source = Path(shutil.copytree(MICRO, f"{strange}-source"))

@@ -297,6 +297,7 @@ def test_the_verb_prints_one_document_or_text(int4: Path) -> None:
     assert max(map(len, text.splitlines())) <= 100
 
 
+@pytest.mark.slow
 def test_a_drafter_is_reported_like_mtp_layers(int4: Path) -> None:
     arguments = ["eval-draft", MICRO, int4, "--draft", DRAFTER, "--sequences", "7", "--tokens", "48", "--device", "cpu"]
     facts = json.loads(call(*arguments, "--json").stdout)

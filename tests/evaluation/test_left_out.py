@@ -97,6 +97,7 @@ READ: list[tuple[str, Callable[[dict[str, Any]], object], Tensors, list[str]]] =
 ]  # what, config, tensors, what J leaves out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("what", "quantization", "more", "left_out"), READ, ids=[row[0] for row in READ])
 def test_it_is_read_and_told(
     what: str, quantization: Any, more: Tensors, left_out: list[str], weights_only: Path, tmp_path: Path

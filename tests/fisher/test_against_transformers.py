@@ -109,6 +109,7 @@ def test_the_micro_checkpoints_gradients(tmp_path: Path, monkeypatch: pytest.Mon
     compare(fisher, seen, gradients_of(twin, torch.from_numpy(tokens.ids), seen.all_labels()))
 
 
+@pytest.mark.slow
 def test_mimo_tinys_gradients(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = shared / "models" / "mimo-tiny"
     tokens, seen = some_tokens(source, 4, 96), watch(monkeypatch)

@@ -69,6 +69,7 @@ def test_a_format_in_two_sizes_is_one_tag() -> None:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("form", "library"), [("native", None), ("mxfp4", "transformers"), ("nvfp4", None)])
 @pytest.mark.parametrize("variant", ["v2.5", "v2.5-pro"])
 def test_a_real_model_gets_its_base_and_commands_that_serve_it(variant: str, form: str, library: str | None) -> None:

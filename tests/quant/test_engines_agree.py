@@ -189,6 +189,7 @@ def test_same_bytes_and_nearest_values(fmt: Format, search: str, data: st.DataOb
         assert_nearest(stack, theirs[projection], fmt)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.label)
 def test_every_oddity_at_once_over_several_slabs(fmt: Format) -> None:
     """More rows than a thread takes in one go, and the last FP8 block of rows and columns is partial."""
@@ -201,6 +202,7 @@ def test_every_oddity_at_once_over_several_slabs(fmt: Format) -> None:
                 assert_equal_bytes(cpu.encode(stacks, fmt, search), theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.label)
 @settings(max_examples=6, deadline=None)
 @given(data=st.data())

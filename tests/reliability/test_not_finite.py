@@ -84,6 +84,7 @@ def test_of_a_source_by_data_free_and_calibrated_runs(spoiled: tuple[str, Path],
     assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
 
 
+@pytest.mark.slow
 def test_of_a_reference_or_a_candidate(spoiled: tuple[str, Path]) -> None:
     tensor, folder = spoiled
     refused(tensor, "eval-kl", folder, MICRO, *DATA)

@@ -35,6 +35,7 @@ def test_what_takes_longest_bounds_a_run() -> None:
     assert Estimate(4, 3, 2, 1, 1).bound == ("reading", 4)
 
 
+@pytest.mark.slow
 def test_a_calibrated_rehearsal_is_of_the_order_of_the_run(tmp_path: Path) -> None:
     """Times on a busy machine vary several times over; what was measured on an idle one is in RESULTS.md."""
     recipe = load_recipe("gptq-int4-g32").calibrated_on({"sequences": 16, "tokens": 64})
