@@ -156,7 +156,8 @@ class _Walk:
 
     def run(self) -> None:
         """Do what is not done yet."""
-        if not self.kept.has(self._fisher(layer) for layer in range(self.first, self.layers)):
+        wanted = range(self.first, self.layers)
+        if not (self.kept.has(map(self._fisher, wanted)) and self._has_gradients(self.first)):
             top = self._begun()
             self._forward(self.layers if top is None else top)
             gradients = self._from_head() if top is None else self._taken_up(top)
@@ -164,13 +165,16 @@ class _Walk:
         self.kept.finish()
 
     def _begun(self) -> int | None:
-        """The layer that an earlier walk back has come to: the gradients at its output are there, and the matrices of
-        all layers above. None if it has not begun."""
+        """The layer that an earlier walk back has come to: the gradients at its output are there, and all of the layers
+        above (two layers are written at a time, in any order). None if it has not begun."""
         for layer in range(self.first, self.layers):
-            above = (self._fisher(number) for number in range(layer + 1, self.layers))
-            if self.kept.has(self.units("gradients", layer)) and self.kept.has(above):
+            if self._has_gradients(layer) and self.kept.has(map(self._fisher, range(layer + 1, self.layers))):
                 return layer
         return None
+
+    def _has_gradients(self, lowest: int) -> bool:
+        """Of this layer and all above."""
+        return all(self.kept.has(self.units("gradients", layer)) for layer in range(lowest, self.layers))
 
     def _taken_up(self, layer: int) -> list[Tensor]:
         return [self.kept.get(f"gradients {layer} {portion}").to(self.weights.device) for portion in self.mine]

@@ -168,6 +168,24 @@ def test_killed_on_the_way_forward(whole: Path, tmp_path: Path) -> None:
         assert (passed[0] == ("forward", 4)) == (settings == FILES)
 
 
+@pytest.mark.parametrize("layer", LAYERS)
+def test_gradients_that_were_not_recorded_in_time_are_made_again(
+    layer: int, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two layers are written at a time, so the lines of a later one may be there and this one's not."""
+    folder = tmp_path / "fisher"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(RunFolder, "publish", lambda *_: (_ for _ in ()).throw(Killed))
+        walked(MICRO, TOKENS, FILES, folder)
+    journal = tmp_path / "fisher.partial" / "journal.jsonl"
+    lines = journal.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if f'"gradients {layer} 0"' not in line]
+    assert len(kept) == len(lines) - 1
+    journal.write_text("".join(kept))
+    walked(MICRO, TOKENS, FILES, folder, resume=True)
+    assert contents(folder) == contents(whole)
+
+
 def test_killed_between_its_last_steps(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, real = tmp_path / "fisher", Path.unlink
     with monkeypatch.context() as patch, pytest.raises(Killed):
