@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 from mimoquant.model.geometry import FP8_BLOCK
 from mimoquant.planning.documents import EngineCheck
@@ -241,7 +242,8 @@ class _Check:
         one = {f.group_size for forms in self.checkpoint.experts.values() for f in forms if f.subject in c.INT4S}
         for group in sorted(size for size in one if size and inner // tp == size < geometry.hidden):
             shown = f"int4 g{group} with {group} inner channels a rank, one group,"
-            yield from self._row(c.GROUPS, c.ONE_GROUP, "experts", shown)
+            found = self._row(c.GROUPS, c.ONE_GROUP, "experts", shown)
+            yield from found if self.expert_tp else (replace(problem, verdict=WARNING) for problem in found)
         for group, source in sorted(self._groups().items()):
             if inner % tp or inner // tp % group:
                 yield Problem(

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,13 @@ def test_int4_of_one_group_a_rank_is_known_to_go_wrong_in_vllm() -> None:
         (unsure,) = check(at_scale(variant, "int4-g128"), "vllm", "0.30", 16, 16)
         assert unsure.verdict == "warning" and "known from 0.32 on" in unsure.text
     assert check(at_scale("v2.5", "int4-g128"), "sglang", None, 8, 16) == []
+
+
+def test_without_a_tp_one_group_a_rank_is_a_warning(outputs: dict[str, Path]) -> None:
+    whole = read_served(outputs["int4"])
+    narrow = replace(whole, geometry=replace(whole.geometry, expert_intermediate=128))
+    (unsure,) = check(narrow, "vllm")
+    assert unsure.verdict == "warning" and "one group" in unsure.text and not unsure.fails
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
