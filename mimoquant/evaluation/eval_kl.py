@@ -219,8 +219,8 @@ def eval_kl(
     for layout in others:
         same_model(first, layout)
     shared, *_ = [refuse_shared_data(layout.index.folder, tokens) for layout in others]
-    identity, made = _identity(layouts, tokens, noise_floor, team), made_of(layouts, tokens, noise_floor, team.device)
-    if file and file.resume and (finished := _finished(file, made, team)) is not None:
+    identity = _identity(layouts, tokens, noise_floor, team)
+    if file and file.resume and (finished := _finished(file, identity, team)) is not None:
         return {**finished, "reference": str(reference), "candidate": str(candidate)}
     kept = Snapshots.beside(file.path, identity, resume=file.resume, team=team) if file else contextlib.nullcontext()
     with kept as snapshots:
@@ -237,13 +237,14 @@ def eval_kl(
         device = team.device if team.size == 1 else team.device.partition(":")[0]
         evaluation = evaluation_of(named, others[0], tokens, comparisons, floor, device, shared)
         if snapshots:
-            snapshots.finish(result_text(evaluation, made))
+            text = result_text(evaluation, made_of(identity)) if team.leads else ""  # the first rank writes it
+            snapshots.finish(text)
     return evaluation
 
 
-def _finished(file: EvaluationFile, made: dict[str, str], team: Team) -> FolderEvaluation | None:
+def _finished(file: EvaluationFile, identity: dict[str, Any], team: Team) -> FolderEvaluation | None:
     """What the file has already, on every rank."""
-    told = finished_result(file.path, made) if team.leads else None
+    told = finished_result(file.path, made_of(identity)) if team.leads else None
     kept: FolderEvaluation | None = team.gather(told)[0]
     if kept is not None and file.note:
         file.note(f"{file.path}: is finished already, of the same checkpoints and tokens; nothing is left to do")

@@ -9,31 +9,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mimoquant.__version__ import __version__
-from mimoquant.calibration.tokens import TokenSet
 from mimoquant.checkpoint.journal import first_change, short_value
 from mimoquant.errors import UsageError
 from mimoquant.evaluation.documents import FolderEvaluation, KeptEvaluation
-from mimoquant.model.layout import ModelLayout
 from mimoquant.wording import json_text
 
 
-def made_of(layouts: dict[str, ModelLayout], tokens: TokenSet, noise_floor: bool, device: str) -> dict[str, str]:
-    """What another result must differ in. `layouts`: by role. `device`: of any index, its kind counts."""
-    told = {"version": __version__}
-    for role, layout in layouts.items():
-        told[f"{role} headers"] = layout.index.headers_fingerprint()
-        told[f"{role} config"] = _digest(layout.config)
-        told[f"{role} files"] = _digest(layout.index.stamps())
-    return told | {
-        "tokens a sequence": str(tokens.ids.shape[1]),
-        "tokens": tokens.sha256,
-        "noise floor": str(noise_floor),
-        "kind of device": device.partition(":")[0],
-    }
+def made_of(identity: Mapping[str, Any]) -> dict[str, str]:
+    """What another result must differ in, of what an evaluation that is taken up must share (`eval_kl`)."""
+    told = {"version": identity["version"]}
+    for role in ("reference", "candidate", "baseline"):
+        if held := identity[role]:
+            told |= {f"{role} headers": held["headers"], f"{role} config": _digest(held["config"])}
+            told[f"{role} files"] = _digest(identity[f"{role} files"])
+    return told | {key: identity[key] for key in ("tokens a sequence", "tokens", "noise floor", "kind of device")}
 
 
 def result_text(evaluation: FolderEvaluation, made: dict[str, str]) -> str:

@@ -50,9 +50,14 @@ class Clamped(NamedTuple):
     groups: int  # all of the matrix
 
     @property
+    def lost(self) -> int:
+        """Groups of all three kinds."""
+        return self.zeroed + self.clamped + self.infinite
+
+    @property
     def share(self) -> float:
         """Of the matrix's groups, 0 to 1."""
-        return (self.zeroed + self.clamped + self.infinite) / self.groups
+        return self.lost / self.groups
 
 
 def clamped(stack: Stack, parts: Mapping[str, Array], fmt: Format) -> dict[int, Clamped]:

@@ -147,13 +147,10 @@ def quantize_text(facts: QuantizeDocument) -> str:
             f"experts    {formats} ({facts['method']}, scales by {facts['scale_search']}), {facts['container']}",
             *([f"coverage   {coverage_text(facts['calibration'])}"] if facts["calibration"] else []),
             *(f"clamped    {note}" for note in clamped_notes(facts.get("clamped_groups", {}))),
-            *(
-                [f"time       {seconds:.1f} s, to read what is there"]
-                if facts["found_finished"]
-                else [
-                    f"time       {seconds:.1f} s, {size(int(before / max(seconds, 1e-3)))}/s of source; bound by "
-                    f"{facts['bound_by']['what']} ({facts['bound_by']['share']:.0%})"
-                ]
+            _time(
+                facts,
+                f"{size(int(before / max(seconds, 1e-3)))}/s of source; bound by "
+                f"{facts['bound_by']['what']} ({facts['bound_by']['share']:.0%})",
             ),
             *planned_lines(facts["engines"]),
         ]
@@ -167,6 +164,11 @@ def _made(facts: QuantizeDocument | RelayoutDocument) -> str:
     )
 
 
+def _time(facts: QuantizeDocument | RelayoutDocument, pace: str) -> str:
+    """`pace`: of a run that wrote something."""
+    return f"time       {facts['elapsed_s']:.1f} s, {'to read what is there' if facts['found_finished'] else pace}"
+
+
 def relayout_text(facts: RelayoutDocument) -> str:
     qkv, dtypes, after = facts["qkv"], facts["dtypes"], facts["output_bytes"]
     return "\n".join(
@@ -175,11 +177,7 @@ def relayout_text(facts: RelayoutDocument) -> str:
             f"({after / facts['source_bytes']:.1%} of source)",
             f"qkv        {qkv['before']}, {dtypes['before']} -> {qkv['after']}, {dtypes['after']} "
             f"in {facts['layers']} layers",
-            *(
-                [f"time       {facts['elapsed_s']:.1f} s, to read what is there"]
-                if facts["found_finished"]
-                else [f"time       {facts['elapsed_s']:.1f} s, {size(int(after / max(facts['elapsed_s'], 1e-3)))}/s"]
-            ),
+            _time(facts, f"{size(int(after / max(facts['elapsed_s'], 1e-3)))}/s"),
             *planned_lines(facts["engines"]),
         ]
     )

@@ -35,10 +35,9 @@ def refuse_many(counts: Counts, step: Experts) -> None:
         one = Clamped(*numbers)
         if not one.infinite and one.share <= LIMIT:
             continue
-        lost = one.zeroed + one.clamped + one.infinite
         allowed = "none may read as Inf" if one.infinite else f"at most {percent(LIMIT)} may"
         raise QualityError(
-            f"{name} (layer {step.layer}): {lost} of its {one.groups} groups ({percent(lost / one.groups)}) are not "
+            f"{name} (layer {step.layer}): {one.lost} of its {one.groups} groups ({percent(one.share)}) are not "
             f"zero and have no scale in {step.fmt.label}: {one.zeroed} became zero, {one.clamped} were clamped, "
             f"{one.infinite} read as Inf; {allowed}",
             hint=f"{_else(step.fmt.name)}keep that layer's experts as they are (mimoquant: carve_outs: "

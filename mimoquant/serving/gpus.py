@@ -211,14 +211,17 @@ _VLLM_OTHERS = (
     ),
     Kernel(c.VLLM, c.INT4, _BLACKWELL, None, c.READ, f"{_ORACLE.format('int_wna16')}: Marlin, or FlashInfer for g32"),
     Kernel(c.VLLM, c.INT4_ASYMMETRIC, _HOPPER, "MARLIN", c.RUN, "0.33 on an H200"),
-    Kernel(
-        c.VLLM,
-        c.CT_NVFP4,
-        (*_AMPERE, *_BLACKWELL, *_SM12X),
-        "MARLIN",
-        c.READ,
-        f"{_ORACLE.format('nvfp4')}: no other takes weights alone",
-        log="Using 'MARLIN' NvFp4 MoE backend",
+    *(
+        Kernel(
+            c.VLLM,
+            subject,
+            (*_AMPERE, *_BLACKWELL, *_SM12X),
+            "MARLIN",
+            c.READ,
+            f"{_ORACLE.format('nvfp4')}: no other takes weights alone",
+            log="Using 'MARLIN' NvFp4 MoE backend",
+        )
+        for subject in (c.CT_NVFP4, c.MO_NVFP4)
     ),
     Kernel(
         c.VLLM,
@@ -236,15 +239,6 @@ _VLLM_OTHERS = (
         "MARLIN",
         c.RUN,
         "0.33 on an H200",
-        log="Using 'MARLIN' NvFp4 MoE backend",
-    ),
-    Kernel(
-        c.VLLM,
-        c.MO_NVFP4,
-        (*_AMPERE, *_BLACKWELL, *_SM12X),
-        "MARLIN",
-        c.READ,
-        f"{_ORACLE.format('nvfp4')}: no other takes weights alone",
         log="Using 'MARLIN' NvFp4 MoE backend",
     ),
     Kernel(

@@ -23,7 +23,7 @@ from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.errors import CheckpointError, UsageError
 from mimoquant.model.geometry import FP8_BLOCK
 from mimoquant.model.layout import TOWER_PREFIXES, read_layout
-from mimoquant.weights.stored import split_qkv
+from mimoquant.weights.stored import bf16_bits, split_qkv
 
 Array = npt.NDArray[Any]
 _E4M3_MAX = np.float32(448)
@@ -70,7 +70,7 @@ class RandomWeights:
             band = np.take(_normal_quantiles(), raw[: count * width].reshape(count, width))
             band *= gain
             band += mean
-            out[begin : begin + count] = _bf16_bits(band) if dtype == "BF16" else band
+            out[begin : begin + count] = bf16_bits(band) if dtype == "BF16" else band
         return out.reshape(shape)
 
 
@@ -99,11 +99,6 @@ def _statistics(stream: np.random.SFC64, name: str, shape: tuple[int, ...]) -> t
 def _normal_quantiles() -> npt.NDArray[np.float32]:
     normal = statistics.NormalDist()
     return np.array([normal.inv_cdf((i + 0.5) / 2**16) for i in range(2**16)], np.float32)
-
-
-def _bf16_bits(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
-    bits = values.view(np.uint32)
-    return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
 
 
 class ConvertedWeights:

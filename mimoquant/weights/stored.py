@@ -169,13 +169,18 @@ def read_matrix(reader: CheckpointReader, weight: Weight) -> Stack:
 
 
 def rounded(values: Array, info: TensorInfo) -> Array:
-    """Float32 as bf16 bits, to the nearest, ties to even. Raises CheckpointError where one is not finite, or too large
+    """Float32 as `bf16_bits`. Raises CheckpointError where one is not finite, or too large
     for bf16."""
     refuse_non_finite(info, values)
-    bits = values.view(np.uint32)
-    out: Array = ((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    out = bf16_bits(values)
     refuse_non_finite(info, out, "BF16")
     return out
+
+
+def bf16_bits(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
+    """The nearest bf16 values, ties to even."""
+    bits = values.view(np.uint32)
+    return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
 
 
 def dequantize(stack: Stack, weight: Weight, geometry: Geometry, engine: Engine) -> Array:

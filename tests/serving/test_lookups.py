@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_cases import PYTHON
+from engine_cases import ask_engines
 from headers import output
 
 from mimoquant.errors import CheckpointError
@@ -23,8 +21,6 @@ from mimoquant.serving.check import check
 from mimoquant.serving.declared import Declared
 from mimoquant.serving.served import Served, served
 
-HERE = Path(__file__).parent
-SGLANG_PACKAGE = HERE.parents[1] / ".sglang-cpu"
 INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}
 FP8 = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "block", "block_structure": [128, 128]}
 EXPERTS = r"re:.*mlp\.experts\.\d+\.(gate|up|down)_proj$"
@@ -172,15 +168,7 @@ def test_the_engines_themselves_say_so(tmp_path: Path) -> None:
         for row, kind in zip(ROWS, kinds, strict=True)
     ]
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
-    done = subprocess.run(
-        [PYTHON, HERE / "engine_lookups.py", tmp_path / "jobs.json"],
-        text=True,
-        capture_output=True,
-        env=os.environ | {"PYTHONPATH": str(SGLANG_PACKAGE), "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    told = json.loads(done.stdout.splitlines()[-1])
+    told = json.loads(ask_engines("engine_lookups.py", tmp_path / "jobs.json", cwd=tmp_path).splitlines()[-1])
     for row, said in zip(ROWS, told, strict=True):
         assert (said["vllm"][row.module], said["sglang"][row.module]) == (row.vllm, row.sglang), row.what
 

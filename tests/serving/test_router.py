@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from engine_cases import PYTHON
-from test_sglang_loader import PACKAGE
+from engine_cases import ask_engines
 
 from mimoquant.model.decoder_layer import Router, route
 
@@ -75,15 +73,7 @@ def test_the_golden_answers_are_the_engines_own(tmp_path: Path) -> None:
     exact = given["tokens"].astype(np.float64) @ given["weight"].astype(np.float64).T
     answers: dict[str, Any] = {}
     for engine in ENGINES:
-        done = subprocess.run(
-            [PYTHON, HERE / "router_engines.py", engine, tmp_path / "in.npz", tmp_path / f"{engine}.npz"],
-            cwd=tmp_path,
-            text=True,
-            capture_output=True,
-            env=os.environ | {"PYTHONPATH": str(PACKAGE), "OMP_NUM_THREADS": "1"},
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        ask_engines("router_engines.py", engine, tmp_path / "in.npz", tmp_path / f"{engine}.npz", cwd=tmp_path)
         found = dict(np.load(tmp_path / f"{engine}.npz"))
         for dtype in DTYPES:
             assert np.abs(found.pop(f"{dtype}_logits") - exact).max() < 2e-6

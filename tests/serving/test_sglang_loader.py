@@ -7,8 +7,6 @@ business and not seen. `sglang_loader.py` says what of SGLang 0.5.23 runs. `scri
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_cases import CASES, PYTHON, Tensors, damaged, hub_order, slug, with_remote_code
+from engine_cases import CASES, Tensors, ask_engines, damaged, hub_order, slug, with_remote_code
 from safetensors.torch import load_file
 
 from mimoquant import pipeline
@@ -27,8 +25,6 @@ from mimoquant.serving.served import read_served
 from mimoquant.synthetic.checkpoint import SynthSizes, synth
 
 pytestmark = pytest.mark.engine
-HERE = Path(__file__).parent
-PACKAGE = HERE.parents[1] / ".sglang-cpu"
 HUB = "bf16 qkv in the hub's order"
 LOADED = [name for name, case in CASES.items() if case.source == "fused"]
 NOT_LOADED = {
@@ -105,15 +101,7 @@ def loads(engine_outputs: dict[str, Path], tmp_path_factory: pytest.TempPathFact
 
 def run_loader(jobs: list[dict[str, Any]], base: Path) -> None:
     (base / "jobs.json").write_text(json.dumps(jobs))
-    done = subprocess.run(
-        [PYTHON, HERE / "sglang_loader.py", base / "jobs.json"],
-        cwd=base,
-        text=True,
-        capture_output=True,
-        env=os.environ | {"PYTHONPATH": str(PACKAGE), "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    ask_engines("sglang_loader.py", base / "jobs.json", cwd=base)
 
 
 # --- what a rank must hold --------------------------------------------------------------------------------------------
