@@ -43,7 +43,7 @@ class Needs:
 def needs(plan: Plan, device: str = "cpu", ranks: int = 1) -> Needs:
     """What a process of a run needs on a kind of device ("cpu" or "cuda"), if `ranks` share the run."""
     cuda = device.startswith("cuda")
-    steps = [step for unit in plan.units for step in unit.steps if isinstance(step, Experts | Dequantize)]
+    steps = _unlike_steps(plan)
     source = max(_source_bytes(plan, step) for step in steps)
     output = max(sum(entry.size_bytes for entry in step.entries) for step in steps)
     queue = 2 * max(unit.size_bytes for unit in plan.units) if cuda else WRITE_QUEUE_BYTES
@@ -64,6 +64,15 @@ def needs(plan: Plan, device: str = "cpu", ranks: int = 1) -> Needs:
     wants = Needs(host + states, work + 2**30) if cuda else Needs(host + _TORCH_BYTES + states + work, 0)
     back = walk_back_needs(plan, device, ranks) or wants  # one after the other
     return Needs(max(wants.host_bytes, back.host_bytes), max(wants.gpu_bytes, back.gpu_bytes))
+
+
+def _unlike_steps(plan: Plan) -> list[Experts | Dequantize]:
+    """One of each size: of a layer's experts, which are alike, one step of each number of them."""
+    steps = (step for unit in plan.units for step in unit.steps if isinstance(step, Experts | Dequantize))
+    keyed = {
+        (step.layer, step.end - step.begin) if isinstance(step, Experts) else step.weight.name: step for step in steps
+    }
+    return list(keyed.values())
 
 
 def walk_back_needs(plan: Plan, device: str = "cpu", ranks: int = 1, states: Place = "files") -> FisherNeeds | None:

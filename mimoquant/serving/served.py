@@ -164,20 +164,18 @@ def served(config: dict[str, Any], tensors: Mapping[str, Tensor], name: str, met
     geometry = with_chunks(read_geometry(config, f"{name}/config.json", packed=True), tensors, metadata, name)
     missing: list[str] = []
     experts = {layer: _stored_forms(layer, geometry, tensors, missing) for layer in geometry.moe_layers}
-    linears = {
-        key.removesuffix(".weight"): tensor.dtype
-        for key, tensor in tensors.items()
-        if _is_linear(key) and ".mlp.experts." not in key
-    }
+    beside = {key: tensor for key, tensor in tensors.items() if ".mlp.experts." not in key}  # some hundreds of 240,000
+    linears = {key.removesuffix(".weight"): tensor.dtype for key, tensor in beside.items() if _is_linear(key)}
     fp8_k_rows = frozenset(
         tensor.shape[0]
-        for key, tensor in tensors.items()
-        if key.endswith("self_attn.k_proj.weight") and f"{key}_scale_inv" in tensors
+        for key, tensor in beside.items()
+        if key.endswith("self_attn.k_proj.weight") and f"{key}_scale_inv" in beside
     )
-    mtp = {key.split(".")[3] for key in tensors if key.startswith("model.mtp.layers.")}
-    sizes: Counter[str] = Counter()
-    for key, tensor in tensors.items():
+    mtp = {key.split(".")[3] for key in beside if key.startswith("model.mtp.layers.")}
+    sizes = Counter(experts=sum(tensor.size_bytes for tensor in tensors.values()))
+    for key, tensor in beside.items():
         sizes[_kind(key)] += tensor.size_bytes
+        sizes["experts"] -= tensor.size_bytes
     return Served(
         name,
         config,
@@ -188,9 +186,9 @@ def served(config: dict[str, Any], tensors: Mapping[str, Tensor], name: str, met
         _qkv(geometry, tensors),
         fp8_k_rows,
         len(mtp),
-        any(key.startswith(TOWER_PREFIXES) for key in tensors),
+        any(key.startswith(TOWER_PREFIXES) for key in beside),
         any(key.endswith((".input_scale", ".input_global_scale")) for key in tensors),
-        any(key.endswith((".k_scale", ".v_scale")) for key in tensors),
+        any(key.endswith((".k_scale", ".v_scale")) for key in beside),
         sizes,
     )
 
@@ -200,8 +198,6 @@ def _is_linear(key: str) -> bool:
 
 
 def _kind(key: str) -> str:
-    if ".mlp.experts." in key:
-        return "experts"
     if key.startswith(TOWER_PREFIXES):
         return "towers"
     return "mtp" if key.startswith("model.mtp.") else "rest"

@@ -307,6 +307,9 @@ def seconds(call: Callable[[], Any]) -> tuple[Any, float]:
     return result, time.process_time() - start
 
 
+TIMES_PARSING = 24  # 3 s for Flash and 6 s for Pro, on the two quiet cores that RESULTS.md speaks of
+
+
 @pytest.mark.slow
 def test_the_published_v25_is_understood_and_planned_in_seconds(shared: Path, tmp_path: Path) -> None:
     folder = published(shared, "v25", tmp_path / "v25")
@@ -317,9 +320,10 @@ def test_the_published_v25_is_understood_and_planned_in_seconds(shared: Path, tm
     split_layers, parted = expert_placement(layout)
     assert [str(layer) for layer in split_layers] == ["43"]
     assert sorted(parted) == sorted(f"model.layers.43.mlp.experts.{32 * r + 31}.up_proj.weight" for r in range(8))
+    parsing_s, _ = usage_of("-c", PARSING, folder)
     for recipe in ("int4-g128-rtn", "mxfp4-rtn"):
         plan, cpu_s = seconds(lambda recipe=recipe: make_plan(folder, load_recipe(recipe)))
-        assert cpu_s < 3, f"{recipe}: {cpu_s:.1f} s"
+        assert cpu_s < TIMES_PARSING * parsing_s, f"{recipe}: {cpu_s:.1f} s"
         assert list(plan.formats) == list(range(1, 48)) and len(plan.units) == 52
         quantized = sum(math.prod(weight.info.shape) for weight in layout.experts.values())
         assert quantized == 47 * 256 * 3 * 2048 * 4096
@@ -334,18 +338,19 @@ def test_the_published_pro_is_understood_and_planned(shared: Path, tmp_path: Pat
     assert layout.index.size_bytes == 1_033_369_538_304
     assert release_of(layout) == Release("MiMo-V2.5-Pro", ("XiaomiMiMo/MiMo-V2.5-Pro",))
     plan, cpu_s = seconds(lambda: make_plan(folder, load_recipe("int4-g128-rtn")))
-    assert len(plan.formats) == 69 and cpu_s < 8
+    assert len(plan.formats) == 69 and cpu_s < TIMES_PARSING * usage_of("-c", PARSING, folder)[0]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "tensors", "size_bytes", "cpu_s", "memory_mb"),
-    [("v26-flash", 73_081, 172_923_364_096, 3, 400), ("v26-pro", 160_040, 566_027_990_784, 6, 800)],
+    ("kind", "tensors", "size_bytes", "memory_mb"),
+    [("v26-flash", 73_081, 172_923_364_096, 400), ("v26-pro", 160_040, 566_027_990_784, 800)],
 )
 def test_the_published_v26_is_inspected_and_planned_in_seconds(
-    shared: Path, tmp_path: Path, kind: str, tensors: int, size_bytes: int, cpu_s: float, memory_mb: int
+    shared: Path, tmp_path: Path, kind: str, tensors: int, size_bytes: int, memory_mb: int
 ) -> None:
-    """Each verb in a process of its own: seconds of its user code, and the most memory it had."""
+    """Each verb in a process of its own: its user code beside that of `json` alone on the same headers, which a slow or
+    busy machine makes longer in the same way, and the most memory it had."""
     folder = published(shared, kind, tmp_path / kind)
     layout = layout_of(folder, packed=True)
     assert len(layout.index.tensors) == tensors and layout.index.size_bytes == size_bytes and not layout.unknown
@@ -354,18 +359,28 @@ def test_the_published_v26_is_inspected_and_planned_in_seconds(
     )
     for verb in ("inspect", "plan -r nvfp4-cast", "plan -r int4-g128-rtn", "plan -r gptq-int4-g128"):
         least = float("inf")
-        for _ in range(3):  # what else runs on the machine can only add
-            taken, most_kb = usage_of(*verb.split(), folder)
+        for _ in range(3):
+            parsing, _ = usage_of("-c", PARSING, folder)
+            taken, most_kb = usage_of("-m", "mimoquant", *verb.split(), folder)
             assert most_kb < memory_mb * 1024, f"{verb}: {most_kb} kB"
-            least = min(least, taken)
-            if least < cpu_s:
+            least = min(least, taken / parsing)
+            if least < TIMES_PARSING:
                 break
-        assert least < cpu_s, f"{verb}: {least:.1f} s"
+        assert least < TIMES_PARSING, f"{verb}: {least:.1f} times as long as json parses the headers"
 
 
+PARSING = """
+import json, pathlib, struct, sys
+for path in pathlib.Path(sys.argv[1]).iterdir():
+    if path.suffix == ".json":
+        json.loads(path.read_bytes())
+    elif path.suffix == ".safetensors":
+        with path.open("rb") as file:
+            json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+"""
 USAGE = """
 import resource, subprocess, sys
-subprocess.run([sys.executable, "-m", "mimoquant", *sys.argv[1:]], stdout=subprocess.DEVNULL, check=True)
+subprocess.run([sys.executable, *sys.argv[1:]], stdout=subprocess.DEVNULL, check=True)
 used = resource.getrusage(resource.RUSAGE_CHILDREN)
 print(used.ru_utime, used.ru_maxrss)
 """
