@@ -29,7 +29,7 @@ import mimoquant
 from mimoquant.calibration.layer_facts import LayerRecord
 from mimoquant.cli.app import app
 from mimoquant.evaluation import documents as evaluation
-from mimoquant.mixing.documents import SensitivityDocument
+from mimoquant.mixing.documents import KeptFindings, SensitivityDocument
 from mimoquant.output.documents import QuantizeDocument, QuantizeReport, VerifyDocument
 from mimoquant.planning.documents import InspectDocument, PlanDocument, RelayoutDocument
 from mimoquant.serving.documents import LaunchDocument
@@ -51,6 +51,7 @@ DOCUMENTS: dict[str, Any] = {
     "eval-kl-out": evaluation.KeptEvaluation,
     "eval-draft": evaluation.EvalDraftDocument,
     "sensitivity": SensitivityDocument,
+    "sensitivity-findings": KeptFindings,
     "synth": SynthDocument,
 }
 STRICT = ConfigDict(extra="forbid", strict=True)

@@ -11,6 +11,7 @@ from mimoquant.assembly.evaluations import held_out_tokens
 from mimoquant.assembly.files import check_new
 from mimoquant.errors import UsageError
 from mimoquant.machine import memory
+from mimoquant.mixing.kept_findings import findings_path
 from mimoquant.mixing.mixtures import Mixtures
 from mimoquant.mixing.needs import foreseen, fork_refusal
 from mimoquant.mixing.run import forks_of, sensitivity
@@ -43,19 +44,23 @@ def choose_mixture(
     resume: bool,
     watcher: Watcher,
 ) -> SensitivityDocument:
-    """Measure, choose, write the recipe `out`. The same on every rank of the team, but for times; see `mixing.run`."""
+    """Measure, choose, write the recipe `out` and its findings. The same on every rank, but for times: `mixing.run`."""
     begin = time.monotonic()
     check_recipe_file(out)
-    if team.leads:
+    there = resume and team.gather(out.is_file())[0]  # a recipe, which may be the one that is wanted
+    if team.leads and not there:
         check_new(out, (source,))
+        if not resume:
+            check_new(findings_path(out), (source,))
     mixtures = mixtures_of(source, mixture, team.device)
     vocab = mixtures.plan.layout.geometry.vocab
     tokens = held_out_tokens(source, choice, vocab, watcher)
     forks = forks_of(mixtures, tokens, team)
-    if refused := fork_refusal(forks, len(tokens.ids), team.device, memory.machine(team.device)):
-        raise refused
-    for note in [*mixtures.dropped, foreseen(forks, team.device)]:
-        watcher.note(note)
+    if not there:
+        if refused := fork_refusal(forks, len(tokens.ids), team.device, memory.machine(team.device)):
+            raise refused
+        for note in [*mixtures.dropped, foreseen(forks, team.device)]:
+            watcher.note(note)
     found = sensitivity(
         mixtures,
         tokens,
@@ -66,6 +71,8 @@ def choose_mixture(
         team=team,
         progress=watcher.progress,
     )
+    if there:
+        watcher.note(f"{out}: is finished already, of the same source, data and limit; nothing is left to do")
     return {
         **found,
         "out": str(out),

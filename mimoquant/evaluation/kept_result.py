@@ -40,6 +40,15 @@ def finished_result(path: Path, made: dict[str, str]) -> FolderEvaluation | None
 
     Raises UsageError: it was made of something else, which is told, or it is no result.
     """
+    evaluation: FolderEvaluation | None = kept_document(path, made, path, "no result of eval-kl")
+    return evaluation
+
+
+def kept_document(path: Path, made: Mapping[str, str], out: Path, otherwise: str) -> Any:
+    """The document of a JSON file, less its `made_of`, which has to be `made`; None where there is no file.
+
+    Raises UsageError about `out`, the file that the caller named: it was made of something else, or is `otherwise`.
+    """
     try:
         kept = json.loads(path.read_bytes())
         before = kept.pop("made_of")
@@ -48,17 +57,17 @@ def finished_result(path: Path, made: dict[str, str]) -> FolderEvaluation | None
         return None
     except (OSError, ValueError, RecursionError, AttributeError, TypeError, KeyError) as error:
         raise UsageError(
-            f"--out {path}: exists, and is no result of eval-kl that --resume could hold against this one",
+            f"--out {out}: exists, and {'' if path == out else f'{path} '}is {otherwise} that --resume could hold "
+            "against this one",
             hint="choose another name or remove it",
         ) from error
     if found:
         what, was, now = found
         raise UsageError(
-            f"--out {path}: is finished, and its {what} was {short_value(was)}, is now {short_value(now)}",
+            f"--out {out}: is finished, and its {what} was {short_value(was)}, is now {short_value(now)}",
             hint="choose another --out, or remove the file to measure again",
         )
-    evaluation: FolderEvaluation = kept
-    return evaluation
+    return kept
 
 
 def _digest(value: Any) -> str:

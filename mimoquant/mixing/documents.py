@@ -204,6 +204,14 @@ class SensitivityFindings(Measurement):
     """Every choice that was measured, the chosen one among them."""
 
 
+class KeptFindings(SensitivityFindings):
+    """The file beside the recipe."""
+
+    made_of: dict[str, str]
+    """What another request must differ in: program, source, recipe and config key by key, data, limit, kind of device,
+    and a digest of the recipe that was written."""
+
+
 class SensitivityDocument(SensitivityFindings):
     """The findings, and what became of them."""
 

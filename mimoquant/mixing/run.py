@@ -35,6 +35,7 @@ from mimoquant.mixing.choose import Choice, Chooser
 from mimoquant.mixing.documents import SensitivityCost, SensitivityFindings, WalkCost
 from mimoquant.mixing.facts import choice_facts, facts_of, recipe_text
 from mimoquant.mixing.forks import Lane, Probe, Trial, finals_of, mean_j, walk_forks
+from mimoquant.mixing.kept_findings import keep_findings, kept_findings, made_of
 from mimoquant.mixing.layer_options import CalibratedOptions, LayerOptions
 from mimoquant.mixing.mixtures import Mixtures
 from mimoquant.mixing.needs import Forks
@@ -63,14 +64,18 @@ def sensitivity(
         tokens: to measure J on; others than the recipe calibrates on.
         budget_bytes: of the output's shards; without it and `target_j`, what the recipe itself takes.
         target_j: the least bytes that keep J below this are chosen.
-        resume: take up what a killed run left beside `out`.
+        resume: take up what a killed run left beside `out`; where that is there, of the same request, nothing is done.
     Returns what was found; the same on every rank of `team`.
-    Raises UsageError: nothing fits, or data is shared; CheckpointError: bad data; QualityError: the target was missed.
+    Raises UsageError: nothing fits, data is shared, or `out` is of another request; CheckpointError: bad data;
+    QualityError: the target was missed.
     """
     team, calibration = team or Team("cpu"), calibration_tokens(mixtures.plan.recipe.calibration, mixtures.plan.layout)
     budget = mixtures.plan.shard_bytes if budget_bytes is None and target_j is None else budget_bytes
     shared = _refuse(mixtures, tokens, calibration, budget)
     identity = _identity(mixtures, tokens, calibration, team)
+    made = made_of(identity, budget, target_j)
+    if resume and (finished := kept_findings(out, made, team)) is not None:
+        return finished
     with (
         contextlib.closing(make_engine(team.device)) as engine,
         Snapshots.beside(out, identity, resume=resume, team=team) as snapshots,
@@ -82,6 +87,8 @@ def sensitivity(
         walks = Walks(mixtures, tokens, calibration, engine, team, snapshots, progress, fisher)
         facts, text = _found(walks, tokens, budget, target_j)
         facts["data"]["shared_with_calibration"] = shared
+        if team.leads:
+            keep_findings(out, facts, made, text)
         snapshots.finish(text)
     return facts
 

@@ -7,7 +7,9 @@ import inspect
 import itertools
 import json
 import os
+import re
 import shutil
+from collections.abc import Callable
 from dataclasses import astuple
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from micro import MICRO, held_out, j_of
+from micro import MICRO, contents, held_out, j_of
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -91,27 +93,18 @@ def call(*arguments: str | Path) -> Any:
     return CliRunner().invoke(app, ["sensitivity", *map(str, arguments), "--device", "cpu"])
 
 
+def asked(folder: Path) -> tuple[Any, ...]:
+    """The command that `found` is of."""
+    budget = 1.06 * mixtures().plan.shard_bytes / 2**30
+    few = ("--sequences", 14, "--tokens", 48)
+    return (MICRO, "-r", RECIPE, "-o", folder / "mixed.yaml", *few, "--budget-gib", budget)
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     """One run by the command line, with room for some carve-outs: its facts, and the folder with recipe and page."""
     folder = tmp_path_factory.mktemp("found")
-    budget = 1.06 * mixtures().plan.shard_bytes / 2**30
-    done = call(
-        MICRO,
-        "-r",
-        RECIPE,
-        "-o",
-        folder / "mixed.yaml",
-        "--sequences",
-        14,
-        "--tokens",
-        48,
-        "--budget-gib",
-        budget,
-        "--html",
-        folder / "page.html",
-        "--json",
-    )
+    done = call(*asked(folder), "--html", folder / "page.html", "--json")
     assert done.exit_code == 0, done.stderr
     assert "forward passes of 672 tokens in one read" in done.stderr
     return json.loads(done.stdout), folder
@@ -470,6 +463,68 @@ def test_a_source_that_changed_is_refused_by_name(tmp_path: Path, monkeypatch: p
     os.utime(source / "model_mtp.safetensors", ns=(1, 1))
     with pytest.raises(UsageError, match=r"source\.model_mtp\.safetensors was .*, is now .* of 1970-01-01"):
         sensitivity(mixtures(source=source), tokens, out, resume=True)
+
+
+def test_a_finished_run_is_told_and_left_as_it_is(found: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
+    """Also with a page, and from Python."""
+    facts, folder = found
+    before = contents(folder)
+    done = call(*asked(folder), "--resume", "--json", "--html", tmp_path / "page.html")
+    assert done.exit_code == 0, done.output
+    assert "mixed.yaml: is finished already" in done.stderr and "layer" not in done.stderr
+    told = json.loads(done.stdout)
+    assert {**told, "elapsed_s": 0} == {**facts, "elapsed_s": 0} and contents(folder) == before
+    of_pages = [
+        re.sub(r"[0-9a-f]{64}", "", path.read_text()) for path in (tmp_path / "page.html", folder / "page.html")
+    ]
+    assert of_pages[0] == of_pages[1]
+    text = call(*asked(folder), "--resume")
+    assert text.exit_code == 0 and "CHOSEN" in text.stdout and not list(folder.glob("*.partial"))
+    again = call(*asked(folder))
+    assert again.exit_code == 2 and "exists already" in again.stderr
+
+
+def edited(folder: Path) -> None:
+    (folder / "mixed.yaml").write_text("# mine\n" + (folder / "mixed.yaml").read_text())
+
+
+def without_findings(folder: Path) -> None:
+    (folder / "mixed.findings.json").unlink()
+
+
+def spoiled(folder: Path) -> None:
+    (folder / "mixed.findings.json").write_text('{"made_of": 3}')
+
+
+OTHERS: dict[str, tuple[tuple[Any, ...], Callable[[Path], None], str]] = {
+    "sequences": (("--sequences", 12), lambda folder: None, "is finished, and its tokens was "),
+    "tokens": (("--tokens", 40), lambda folder: None, "its tokens a sequence was 48, is now 40"),
+    "a format": (("--any-format",), lambda folder: None, "its formats was int4 g128, int4 g64, int4 g32, is now "),
+    "a budget": (("--budget-gib", 0.0075), lambda folder: None, "its budget in bytes was "),
+    "another recipe": (("-r", "int4-g128-rtn"), lambda folder: None, "scale_search was mse, is now absmax"),
+    "an edited recipe": ((), edited, "its written recipe was "),
+    "no findings": ((), without_findings, "mixed.findings.json, which would tell what it was made of, is not beside"),
+    "other findings": ((), spoiled, "mixed.findings.json is not what sensitivity wrote beside a recipe"),
+}
+
+
+@pytest.mark.parametrize("name", list(OTHERS))
+def test_a_finished_run_of_something_else_is_refused(
+    name: str, found: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    more, change, told = OTHERS[name]
+    folder = Path(shutil.copytree(found[1], tmp_path / "copy"))
+    change(folder)
+    before = contents(folder)
+    done = call(*asked(folder), "--resume", *more)
+    assert done.exit_code == 2 and told in done.stderr and "mixed.yaml: " in done.stderr, done.output
+    assert "hint: choose another" in done.stderr and contents(folder) == before
+
+
+def test_findings_of_another_run_are_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "mixed.findings.json").write_text("{}")
+    done = call(*asked(tmp_path))
+    assert done.exit_code == 2 and "mixed.findings.json: exists already" in done.stderr, done.output
 
 
 def test_mistakes_end_in_one_sentence(tmp_path: Path) -> None:
