@@ -347,6 +347,7 @@ def sensitivity(
     container: str | None = None,
     fp8: bool = True,
     any_format: bool = False,
+    objective: str | None = None,
     device: str = "auto",
     resume: bool = False,
     allow_unknown: bool = False,
@@ -356,7 +357,8 @@ def sensitivity(
     Args:
         budget_bytes: what the output's shards may weigh; by default what the recipe takes. target_kl: J that the
             fewest bytes have to keep, instead of it.
-        fp8: whether a layer may stay FP8. any_format: whether int4 may stand beside MXFP4 and NVFP4.
+        fp8: whether a layer may stay FP8. any_format: whether int4 may stand beside MXFP4 and NVFP4. objective: as for
+            `quantize`.
         resume: take up what a killed run left beside `out`.
     Raises UsageError: nothing fits, or shared data. CheckpointError: bad data. QualityError: the target was missed.
     """
@@ -370,7 +372,7 @@ def sensitivity(
     return choose_mixture(
         Path(source),
         Path(out),
-        MixtureChoice(recipe, container, allow_unknown, fp8, any_format),
+        MixtureChoice(recipe, container, allow_unknown, fp8, any_format, objective),
         EvaluationChoice(data, sequences, tokens, column=data_column),
         LimitChoice(budget_bytes, target_kl),
         Team(resolve_device(device)),

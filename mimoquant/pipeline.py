@@ -35,7 +35,7 @@ from mimoquant.output.documents import QuantizeReport
 from mimoquant.output.finished import finished_already
 from mimoquant.output.quantize_report import quantize_report
 from mimoquant.output.small_files import written_texts
-from mimoquant.planning.needs import disk_bytes
+from mimoquant.planning.needs import disk_bytes, lighter_on_disk
 from mimoquant.planning.plan import WRITE_LANES, WRITE_QUEUE_BYTES, Plan
 from mimoquant.planning.units import Experts, Unit
 from mimoquant.quant.stack import Engine
@@ -174,14 +174,16 @@ def _preflight(plan: Plan, out: Path | str) -> Path:
 def _check_disk(plan: Plan, team: Team, run: RunFolder) -> None:
     done = sum(line.size_bytes for line in run.finished.values())
     done += sum(path.stat().st_size for path in run.partial.glob("*/*") if path.is_file())  # of the walk back
-    needed = disk_bytes(plan, team.device, machine(team.device), team.size) - done + DISK_SLACK
-    free = free_bytes(run.partial)
+    has, free = machine(team.device), free_bytes(run.partial)
+    needed = disk_bytes(plan, team.device, has, team.size) - done + DISK_SLACK
     if needed > free:
         sentence = f"{run.out}: needs {needed / 1e9:.2f} GB but {free / 1e9:.2f} GB are free"
         if run.finished:
             raise StoppedError(sentence, hint="make room, then run the same command again with --resume")
         run.discard()
-        raise UsageError(sentence, hint="make room or choose another --out")
+        lighter = lighter_on_disk(plan, team.device, has, free + done - DISK_SLACK, team.size)
+        room = "make room or choose another --out"
+        raise UsageError(sentence, hint=f"{room}; {lighter}" if lighter else room)
 
 
 def _walked_back(

@@ -9,6 +9,7 @@ from typing import Any
 
 import mimoquant
 from mimoquant.calibration.tokens import TokenSet, load_tokens
+from mimoquant.planning.recipe import Recipe, load_recipe
 
 MICRO = mimoquant.micro_checkpoint()
 VOCAB = 1024
@@ -16,6 +17,11 @@ VOCAB = 1024
 
 def held_out(sequences: int, tokens: int, source: Path = MICRO) -> TokenSet:
     return load_tokens(["heldout-v1"], source, sequences=sequences, tokens=tokens, vocab=VOCAB)
+
+
+def plain_gptq(fmt: str) -> Recipe:
+    """A shipped recipe without its walk back, whose seconds are spared where it proves nothing."""
+    return load_recipe(f"gptq-{fmt}").rounded_for("output")
 
 
 def j_of(out: Path, tokens: TokenSet, source: Path = MICRO) -> float:

@@ -187,6 +187,7 @@ def test_what_is_read_from_headers(outs: dict[str, Path], tmp_path: Path) -> Non
 
 def test_what_is_written(outs: dict[str, Path], tmp_path: Path) -> None:
     options = ("--device", "cpu", "--sequences", "16", "--tokens", "64", "--refine", 1, "--refine-layer", 2, "-q")
+    options += ("--objective", "output")
     text = printed("quantize", MICRO, "-r", "gptq-int4-g128", "-o", tmp_path / "out", *options)
     records = valid("quantize", text)["calibration"]
     assert "answer" in records["layer 2"] and "answer" not in records["layer 1"]

@@ -80,7 +80,8 @@ class PlanChoice:
 class MixtureChoice:
     """What each layer may become, beginning from a recipe of one format.
 
-    `fp8`: whether a layer may stay FP8. `any_format`: whether int4 may stand beside MXFP4 and NVFP4.
+    `fp8`: whether a layer may stay FP8. `any_format`: whether int4 may stand beside MXFP4 and NVFP4. `objective`: what
+    codes are chosen for, None leaves it to the recipe.
     """
 
     recipe: str
@@ -88,6 +89,7 @@ class MixtureChoice:
     allow_unknown: bool = False
     fp8: bool = True
     any_format: bool = False
+    objective: str | None = None
 
 
 @dataclass(frozen=True)

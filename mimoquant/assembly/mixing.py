@@ -84,9 +84,10 @@ def choose_mixture(
 def mixtures_of(source: Path, mixture: MixtureChoice, device: str) -> Mixtures:
     """What each layer can become. One container holds all formats; it is the default for them."""
     chunk_bytes = CUDA_CHUNK_BYTES if device.startswith("cuda") else CHUNK_BYTES
+    recipe = load_recipe(mixture.recipe)
     made = make_plan(
         source,
-        load_recipe(mixture.recipe),
+        recipe.rounded_for(mixture.objective) if mixture.objective else recipe,
         container=mixture.container or (COMPRESSED_TENSORS if mixture.any_format else None),
         allow_unknown=mixture.allow_unknown,
         chunk_bytes=chunk_bytes,

@@ -15,6 +15,7 @@ from mimoquant.cli.options import (
     DataColumnOption,
     HeldOutTokensOption,
     JsonOption,
+    ObjectiveOption,
     PlaceOption,
     QuietOption,
     ResumeOption,
@@ -73,6 +74,7 @@ def sensitivity(
     device: PlaceOption = "auto",
     resume: ResumeOption = False,
     container: ContainerOption = None,
+    objective: ObjectiveOption = None,
     fp8: Annotated[
         bool,
         typer.Option(
@@ -111,7 +113,7 @@ def sensitivity(
         document = choose_mixture(
             source,
             out,
-            MixtureChoice(recipe, option_value(container), allow_unknown, fp8, any_format),
+            MixtureChoice(recipe, option_value(container), allow_unknown, fp8, any_format, option_value(objective)),
             EvaluationChoice(data or (HELD_OUT_SET,), sequences, tokens, column=data_column),
             LimitChoice(None if budget_gib is None else int(budget_gib * 2**30), target_kl),
             team,

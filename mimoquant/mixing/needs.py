@@ -19,9 +19,11 @@ from mimoquant.planning.needs import (
     forward_bytes,
     lacking,
     largest_chunk,
+    lighter_objective,
     needs,
     token_bytes,
     too_little,
+    walk_back_needs,
 )
 from mimoquant.planning.plan import CUDA_CHUNK_BYTES, Plan
 from mimoquant.shipped import HELD_OUT_TOKENS, SENSITIVITY_SEQUENCES
@@ -82,6 +84,12 @@ def state_bytes(forks: Forks) -> int:
     return int(forks.share * forks.tokens) * geometry.hidden * 4 * (2 + len(geometry.moe_layers))
 
 
+def resume_bytes(forks: Forks, device: str) -> int:
+    """Files beside the recipe: states of a layer and of the next, and what the walk back for the loss leaves."""
+    back = walk_back_needs(forks.plan, device, forks.ranks)
+    return 2 * state_bytes(forks) + (back.file_bytes if back else 0)
+
+
 def foreseen(forks: Forks, device: str = "cpu") -> str:
     """What a run will need, in one sentence."""
     wants = fork_needs(forks, device)
@@ -89,7 +97,7 @@ def foreseen(forks: Forks, device: str = "cpu") -> str:
     return (
         f"the forks take {forward_passes(forks):.1f} forward passes of {forks.tokens} tokens in one read of the "
         f"checkpoint, each choice that is measured one more; memory{' a process' if forks.ranks > 1 else ''}: at most "
-        f"{size(wants.host_bytes)}{gpu}; beside --out {size(2 * state_bytes(forks))} to resume from"
+        f"{size(wants.host_bytes)}{gpu}; beside --out {size(resume_bytes(forks, device))} to resume from"
     )
 
 
@@ -102,8 +110,12 @@ def fork_refusal(forks: Forks, sequences: int, device: str, has: Machine) -> Usa
     def wanted(fewer: int) -> Needs:
         return fork_needs(replace(forks, tokens=forks.tokens // sequences * fewer), device)
 
-    otherwise = "take fewer --tokens, more GPUs by torchrun, or a machine with more memory"
-    return too_little(forks.plan, short, fewer_sequences(sequences, wanted, has, least=4) or otherwise)
+    hint = (
+        lighter_objective(forks.plan, lambda plan: lacking(fork_needs(replace(forks, plan=plan), device), has) is None)
+        or fewer_sequences(sequences, wanted, has, least=4)
+        or "take fewer --tokens, more GPUs by torchrun, or a machine with more memory"
+    )
+    return too_little(forks.plan, short, hint)
 
 
 def sensitivity_facts(plan: Plan, device: str) -> ForkNeeds | None:
@@ -118,5 +130,5 @@ def sensitivity_facts(plan: Plan, device: str) -> ForkNeeds | None:
         tokens=forks.tokens,
         host_memory_bytes=wants.host_bytes,
         gpu_memory_bytes=wants.gpu_bytes,
-        resume_bytes=2 * state_bytes(forks),
+        resume_bytes=resume_bytes(forks, device),
     )

@@ -11,6 +11,7 @@ import warnings
 from dataclasses import asdict, dataclass, fields
 from typing import Any, NoReturn, Protocol, cast
 
+from mimoquant.errors import RecipeError
 from mimoquant.planning.documents import CalibrationSettings
 from mimoquant.shipped import CALIBRATION_SET
 
@@ -228,6 +229,15 @@ def _fisher(held: Any, objective: str, fail: Fail) -> FisherSample | None:
         if type(value) is not int or not 1 <= value <= most:
             fail(f"calibration.fisher.{name} is {value!r}, expected a number from 1 to {most}")
     return sample
+
+
+def walked_for(objective: str, held: FisherSample | None, name: str) -> FisherSample | None:
+    """What is walked back for an objective that a recipe is given, which may have said of what. Raises RecipeError."""
+    if objective not in OBJECTIVES:
+        raise RecipeError(
+            f"recipe {name}: objective {objective!r} is unknown", hint=f"known are {', '.join(OBJECTIVES)}"
+        )
+    return (held or FisherSample()) if objective == "kl" else None
 
 
 def _data(block: dict[Any, Any], fail: Fail) -> tuple[str, ...]:

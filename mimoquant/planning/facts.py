@@ -38,6 +38,7 @@ from mimoquant.planning.needs import (
     disk_bytes,
     largest_chunk,
     left_bytes,
+    lighter_on_disk,
     needs,
     refusal,
     states_place,
@@ -136,7 +137,8 @@ def plan_facts(
     refusals = [error for error in (plan.json_refusal, refused) if error]
     notes = [*plan.notes, *(f"quantize would refuse: {error}; {error.hint}" for error in refusals)]
     if free is not None and free < disk_bytes(plan, device, has):
-        notes.append(f"{folder}: has room for {size(free)} only")
+        lighter = lighter_on_disk(plan, device, has, free)
+        notes.append(f"{folder}: has room for {size(free)} only{f'; {lighter}' if lighter else ''}")
     return PlanDocument(
         schema_version=SCHEMA_VERSION,
         source=str(plan.layout.index.folder),

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from mimoquant.errors import UsageError
 from mimoquant.machine.memory import Machine
 from mimoquant.model.layout import PROJECTIONS
+from mimoquant.planning.calibration_settings import Calibration
 from mimoquant.planning.plan import CHUNK_BYTES, CUDA_CHUNK_BYTES, WRITE_QUEUE_BYTES, Plan
 from mimoquant.planning.units import Dequantize, Experts
 from mimoquant.quant.method import WALKED_COLUMNS, WALKED_FEWEST, WALKED_MOST, WALKED_TOKENS, WALKED_TURNS
@@ -116,6 +117,11 @@ def disk_bytes(plan: Plan, device: str, has: Machine, ranks: int = 1) -> int:
     return output if back is None else max(back.file_bytes, output + left_bytes(plan))
 
 
+def lighter_on_disk(plan: Plan, device: str, has: Machine, room_bytes: int, ranks: int = 1) -> str | None:
+    """The hint for a disk that has room for so much only; None where no lighter objective would fit it."""
+    return lighter_objective(plan, lambda changed: disk_bytes(changed, device, has, ranks) <= room_bytes)
+
+
 def _source_bytes(plan: Plan, step: Experts | Dequantize) -> int:
     if isinstance(step, Dequantize):
         return step.weight.size_bytes
@@ -214,33 +220,45 @@ def too_little(plan: Plan, short: tuple[str, int, int], hint: str) -> UsageError
 
 
 def _what_would_fit(plan: Plan, device: str, ranks: int, has: Machine) -> str:
-    """Fewer tokens, if there is a number of them that fits."""
+    """A lighter objective, or fewer tokens: of either what fits."""
     calibration = plan.recipe.calibration
     if calibration is None:
         return "a machine with more memory would fit"
-    back = walk_back_needs(plan, device, ranks)
-    if back is not None and lacking(Needs(back.host_bytes, back.gpu_bytes), has):
-        return _what_could_walk_back(plan, device, ranks, has)
 
-    def wanted(sequences: int) -> Needs:
-        fewer = replace(calibration, sequences=sequences)
-        return needs(replace(plan, recipe=replace(plan.recipe, calibration=fewer)), device, ranks)
+    def wanted(changed: Plan) -> Needs:
+        return needs(changed, device, ranks)
 
+    def fewer(of: Calibration) -> str | None:
+        return fewer_sequences(of.sequences, lambda n: wanted(_calibrated(plan, replace(of, sequences=n))), has)
+
+    if lighter := lighter_objective(plan, lambda changed: lacking(wanted(changed), has) is None):
+        return lighter
+    ways = [fewer(calibration)]
+    if calibration.fisher is not None and (plain := fewer(replace(calibration, fisher=None))) not in (None, *ways):
+        ways.append(f"{plain} with --objective output")
     otherwise = "take fewer --tokens a sequence, a machine with more memory, or a recipe that does not calibrate"
-    return fewer_sequences(calibration.sequences, wanted, has) or otherwise
+    return "; ".join(filter(None, ways)) or otherwise
 
 
-def _what_could_walk_back(plan: Plan, device: str, ranks: int, has: Machine) -> str:
+def lighter_objective(plan: Plan, fits: Callable[[Plan], bool]) -> str | None:
+    """The hint that names the first of a half, a quarter, ... of the tokens that are walked back with which a plan
+    fits, and whether it does with none."""
     calibration = plan.recipe.calibration
-    assert calibration is not None and calibration.fisher is not None
-    tokens = calibration.fisher_sequences * calibration.tokens // 2
+    if calibration is None or calibration.fisher is None:
+        return None
+    ways, tokens = [], calibration.fisher_sequences * calibration.tokens // 2
     while tokens >= calibration.tokens:
-        fewer = replace(calibration, fisher=replace(calibration.fisher, tokens=tokens))
-        back = walk_back_needs(replace(plan, recipe=replace(plan.recipe, calibration=fewer)), device, ranks)
-        if back is not None and lacking(Needs(back.host_bytes, back.gpu_bytes), has) is None:
-            return f"calibration: {{fisher: {{tokens: {tokens}}}}} in the recipe would fit, or --objective output"
+        if fits(_calibrated(plan, replace(calibration, fisher=replace(calibration.fisher, tokens=tokens)))):
+            ways.append(f"calibration: {{fisher: {{tokens: {tokens}}}}} in the recipe")
+            break
         tokens //= 2
-    return "--objective output walks nothing back"
+    if fits(_calibrated(plan, replace(calibration, fisher=None))):
+        ways.append("--objective output")
+    return f"{', or '.join(ways)} would fit" if ways else None
+
+
+def _calibrated(plan: Plan, calibration: Calibration) -> Plan:
+    return replace(plan, recipe=replace(plan.recipe, calibration=calibration))
 
 
 def fewer_sequences(sequences: int, wanted: Callable[[int], Needs], has: Machine, least: int = 1) -> str | None:

@@ -22,11 +22,11 @@ from mimoquant.planning.calibration_settings import (
     MODIFIER_DEFAULTS,
     Awq,
     Calibration,
-    FisherSample,
     check_pattern,
     check_settings,
     match_name,
     parse_calibration,
+    walked_for,
 )
 from mimoquant.planning.modifiers import FORMAT_KEYS, METHODS, settings_of, weight_format, weight_observer
 from mimoquant.planning.output_settings import OUTPUT_KEYS, OutputSettings, check_chosen, parse_output_settings
@@ -154,8 +154,8 @@ class Recipe:
                 f"recipe {self.name}: is of the method {self.method}, an objective has a meaning for GPTQModifier only",
                 hint="choose a recipe with it, such as gptq-int4-g128",
             )
-        sample = (self.calibration.fisher or FisherSample()) if objective == "kl" else None
-        return replace(self, calibration=replace(self.calibration, fisher=sample))
+        walked = walked_for(objective, self.calibration.fisher, self.name)
+        return replace(self, calibration=replace(self.calibration, fisher=walked))
 
     def stored_as(self, changes: Mapping[str, Any]) -> Recipe:
         """The recipe with other settings of its output. Raises UsageError for what is no repository's name."""

@@ -216,6 +216,10 @@ def _any_fisher(plan: Plan, tokens: TokenSet) -> Fisher:
     draws, share = held.fisher.draws, max(1, count * held.fisher_sequences // held.sequences)
 
     class Unit(Fisher):
+        @property
+        def samples(self) -> int:
+            return draws * share * length
+
         def load(self, layer: int, device: str = "cpu") -> torch.Tensor:
             return torch.eye(width, device=device)
 

@@ -33,7 +33,7 @@ from mimoquant.machine.devices import resolve_device
 from mimoquant.machine.team import Team
 from mimoquant.machine.timeline import Timeline
 from mimoquant.planning.plan import CUDA_CHUNK_BYTES, Plan, Unit, make_plan
-from mimoquant.planning.recipe import load_recipe, parse_recipe
+from mimoquant.planning.recipe import Recipe, load_recipe, parse_recipe
 from mimoquant.synthetic import weights
 
 synth = importlib.import_module("mimoquant.synthetic.checkpoint")  # the module: `mimoquant.synth` is the verb
@@ -153,6 +153,11 @@ def run(plan: Plan, work: Path, device: str) -> tuple[dict[int, float], float, f
     return seconds, total, peak
 
 
+def for_outputs(name: str) -> Recipe:
+    """A shipped recipe without its walk back."""
+    return load_recipe(name).rounded_for("output")
+
+
 def calibrated(name: str, source: Path, recipe: Any, tokens: tuple[int, int], options: argparse.Namespace) -> str:
     ids = np.random.default_rng(0).integers(0, 1000, tokens).astype(np.int32)
     data = options.work / "ids.npy"
@@ -230,24 +235,20 @@ def measure(options: argparse.Namespace) -> list[str]:
     wanted = set(options.only)
     source = make_source(options.work / "v2.5", "V2.5", 2, options.experts) if wanted - {"pro"} else options.work
     few, many = (16, 512), (options.tokens // 512, 512)
-    refined = load_recipe("gptq-mxfp4").calibrated_on({"reconstruct": 1})
-    felt = load_recipe("gptq-int4-g128").calibrated_on({"objective": "kl"})
+    refined = for_outputs("gptq-mxfp4").calibrated_on({"reconstruct": 1})
+    felt = load_recipe("gptq-int4-g128")
     rows = {
         "kl": ("V2.5 GPTQ int4 g128, objective kl", felt, few),
         "kl-many": ("V2.5 GPTQ int4 g128, objective kl", felt, (256, 512)),
-        "gptq-many": ("V2.5 GPTQ int4 g128", load_recipe("gptq-int4-g128"), (256, 512)),
-        "kl-nvfp4": (
-            "V2.5 GPTQ NVFP4, objective kl",
-            load_recipe("gptq-nvfp4").calibrated_on({"objective": "kl"}),
-            few,
-        ),
-        "gptq": ("V2.5 GPTQ int4 g128", load_recipe("gptq-int4-g128"), few),
+        "gptq-many": ("V2.5 GPTQ int4 g128", for_outputs("gptq-int4-g128"), (256, 512)),
+        "kl-nvfp4": ("V2.5 GPTQ NVFP4, objective kl", load_recipe("gptq-nvfp4"), few),
+        "gptq": ("V2.5 GPTQ int4 g128", for_outputs("gptq-int4-g128"), few),
         "awq": ("V2.5 AWQ int4 g128", parse_recipe(AWQ, "awq"), few),
-        "mxfp4": ("V2.5 GPTQ MXFP4", load_recipe("gptq-mxfp4"), few),
-        "nvfp4": ("V2.5 GPTQ NVFP4", load_recipe("gptq-nvfp4"), few),
+        "mxfp4": ("V2.5 GPTQ MXFP4", for_outputs("gptq-mxfp4"), few),
+        "nvfp4": ("V2.5 GPTQ NVFP4", for_outputs("gptq-nvfp4"), few),
         "refine": ("V2.5 GPTQ MXFP4, --refine 1", refined, few),
         "refine-many": ("V2.5 GPTQ MXFP4, --refine 1", refined, (2**18 // 512, 512)),
-        "million": ("V2.5 GPTQ int4 g128", load_recipe("gptq-int4-g128"), many),
+        "million": ("V2.5 GPTQ int4 g128", for_outputs("gptq-int4-g128"), many),
     }
     for row in (row for row in rows if row in options.only):
         lines.append(calibrated(rows[row][0], source, *rows[row][1:], options))
@@ -257,7 +258,7 @@ def measure(options: argparse.Namespace) -> list[str]:
         shutil.rmtree(source)
     if "pro" in options.only:
         source = make_source(options.work / "pro", "Pro", 2, options.experts * 3 // 2)
-        lines.append(calibrated("Pro GPTQ int4 g128", source, load_recipe("gptq-int4-g128"), few, options))
+        lines.append(calibrated("Pro GPTQ int4 g128", source, for_outputs("gptq-int4-g128"), few, options))
         print(lines[-1], flush=True)
     if free:
         lines += [

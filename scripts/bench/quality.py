@@ -67,6 +67,7 @@ METHODS: dict[str, tuple[str, dict[str, Any], str]] = {
     "gptq-refine0": ("GPTQModifier", {"refine": 0}, "*"),
     "gptq-refine1": ("GPTQModifier", {"refine": 1}, "*"),
     "gptq": ("GPTQModifier", {}, "*"),
+    "gptq-kl": ("GPTQModifier", {"objective": "kl"}, "*"),
     "gptq-unsigned": ("GPTQModifier", {"signed_scales": False}, "int4-*"),
 }
 # [FORMAT_][awq_]SCALES or [FORMAT_][awq_]gptq[SCALES]. SCALES says the modifier's `weight_observer`: rtn (nothing after

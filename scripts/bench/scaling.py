@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """What a calibrated layer costs with more tokens, experts and layers: measured, fitted by a line, plotted.
 
-Points are GPTQ int4 g128 runs on V2.5's sizes, as `gpu.py` makes and times them: experts at 8,192 tokens, tokens
-at V2.5's number of experts, and the layers of the run with the fewest, which must not slow down. The line's constant is
-told beside its slope, with the largest distance of a point from it.
+Points are GPTQ int4 g128 runs on V2.5's sizes with the objective output, as `gpu.py` makes and times them: experts at
+8,192 tokens, tokens at V2.5's number of experts, and the layers of the run with the fewest, which must not slow down.
+The line's constant is told beside its slope, with the largest distance of a point from it.
 
 usage: scripts/bench/scaling.py [--work /dev/shm] [--device cuda] [--tokens N...] [--experts N...] [--full N]
                                 [--layers N] [--hidden 4096] [--inner 2048] [--svg FILE]
@@ -33,7 +33,7 @@ def layer_seconds(source: Path, tokens: int, options: argparse.Namespace) -> lis
     ids = np.random.default_rng(0).integers(0, 1000, (max(16, tokens // SEQUENCE), SEQUENCE)).astype(np.int32)
     data = options.work / "ids.npy"
     np.save(data, ids)
-    changes = {"data": (str(data),), "sequences": len(ids), "tokens": SEQUENCE}
+    changes = {"data": (str(data),), "sequences": len(ids), "tokens": SEQUENCE, "objective": "output"}
     recipe = load_recipe("gptq-int4-g128").calibrated_on(changes)
     plan = make_plan(source, recipe, chunk_bytes=CUDA_CHUNK_BYTES)
     seconds, _, _ = gpu.run(plan, options.work, options.device)

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from micro import MICRO, plain_gptq
 from typer.testing import CliRunner
 
-from mimoquant import micro_checkpoint, pipeline, relayout
+from mimoquant import pipeline, relayout
 from mimoquant.calibration import fingerprints
 from mimoquant.calibration.fingerprints import GRAM, LEAST, WINDOW, Fingerprints, of_ids, of_texts
 from mimoquant.calibration.tokenizer import load_tokenizer
@@ -22,9 +23,7 @@ from mimoquant.cli.app import app
 from mimoquant.errors import CheckpointError, UsageError
 from mimoquant.evaluation.held_out import refuse_shared_data
 from mimoquant.planning.plan import make_plan
-from mimoquant.planning.recipe import load_recipe
 
-MICRO = micro_checkpoint()
 SYLLABLES = ["ka", "mi", "to", "re", "shu", "vel", "dor", "in", "pax", "ul"]
 
 
@@ -209,9 +208,7 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("calibrated")
     jsonl(folder / "mine.jsonl", *({"text": prose(seed)} for seed in range(8)))
     settings = {"data": [str(folder / "mine.jsonl")], "sequences": 8, "tokens": 32, "max_starved_experts": None}
-    pipeline.quantize(
-        make_plan(MICRO, load_recipe("gptq-int4-g128").calibrated_on(settings)), folder / "out", device="cpu"
-    )
+    pipeline.quantize(make_plan(MICRO, plain_gptq("int4-g128").calibrated_on(settings)), folder / "out", device="cpu")
     return folder
 
 

@@ -326,7 +326,7 @@ def test_usage_mistakes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_an_interrupt_exits_130_and_tells_how_to_resume(number: signal.Signals, tmp_path: Path) -> None:
     command = ["quantize", str(MICRO), "-r", "gptq-int4-g128", "--sequences", "32", "--tokens", "64", "--device", "cpu"]
-    command += ["--out", str(tmp_path / "out")]
+    command += ["--objective", "output", "--out", str(tmp_path / "out")]
     partial = tmp_path / "out.partial" / "journal.jsonl"
     with begun(1, "mimoquant.cli.app", *command) as ((run,), (_, told)):
         deadline = time.monotonic() + 60

@@ -91,7 +91,7 @@ def test_mistakes_end_in_one_sentence(outputs: Path, tmp_path: Path) -> None:
 def test_the_page_says_what_was_changed_and_what_calibration_reached(tmp_path: Path) -> None:
     out, page = tmp_path / "out", tmp_path / "page.html"
     few = ("--sequences", "8", "--tokens", "32", "--device", "cpu")
-    assert call("quantize", MICRO, "-r", "gptq-mxfp4", "-o", out, *few).exit_code == 0
+    assert call("quantize", MICRO, "-r", "gptq-mxfp4", "--objective", "output", "-o", out, *few).exit_code == 0
     assert call("eval-kl", MICRO, out, *few, "--html", page).exit_code == 0
     text = page.read_text()
     for said in ("What was changed and what was not", "mxfp4 in 4 layers (gptq", "lm_head, MTP layers", "mixed-v1"):

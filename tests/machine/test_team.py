@@ -28,6 +28,7 @@ from mimoquant.run.deal import deal
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SMALL = ("--sequences", "48", "--tokens", "64", "--device", "cpu")
+PLAIN = (*SMALL, "--objective", "output")  # of gptq-int4-g128, where the walk back proves nothing
 AWQ = r"""
 default_stage:
   default_modifiers:
@@ -87,7 +88,7 @@ def awq(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def gptq(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one process writes."""
     out = tmp_path_factory.mktemp("gptq") / "out"
-    done = quantize(1, "gptq-int4-g128", out, *SMALL)
+    done = quantize(1, "gptq-int4-g128", out, *PLAIN)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -102,16 +103,16 @@ def test_data_free_runs_write_the_bytes_of_one_process(tmp_path: Path) -> None:
 
 def test_a_finished_run_that_is_started_again_is_told_once_and_left_as_it_is(gptq: Path) -> None:
     before = contents(gptq)
-    done = quantize(2, "gptq-int4-g128", gptq, *SMALL, "--resume")
+    done = quantize(2, "gptq-int4-g128", gptq, *PLAIN, "--resume")
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("is finished already") == 1 and json.loads(done.stdout)["out"] == str(gptq)
-    refused = quantize(2, "gptq-int4-g128", gptq, *SMALL, "--refine", "1", "--resume")
+    refused = quantize(2, "gptq-int4-g128", gptq, *PLAIN, "--refine", "1", "--resume")
     assert refused.returncode == 2 and refused.stderr.count("calibration.reconstruct was None, is now 1") == 1
     assert contents(gptq) == before
 
 
 def test_calibrated_runs_write_the_bytes_of_one_process(gptq: Path, tmp_path: Path) -> None:
-    done = quantize(2, "gptq-int4-g128", tmp_path / "out", *SMALL)
+    done = quantize(2, "gptq-int4-g128", tmp_path / "out", *PLAIN)
     assert done.returncode == 0, done.stderr
     assert same(gptq, tmp_path / "out")
 
@@ -119,14 +120,14 @@ def test_calibrated_runs_write_the_bytes_of_one_process(gptq: Path, tmp_path: Pa
 @pytest.mark.slow
 def test_codes_for_the_loss_are_those_of_one_process(tmp_path: Path) -> None:
     for ranks, out in ((1, "one"), (2, "two")):
-        done = quantize(ranks, "gptq-int4-g128", tmp_path / out, *SMALL, "--objective", "kl")
+        done = quantize(ranks, "gptq-int4-g128", tmp_path / out, *SMALL)
         assert done.returncode == 0, done.stderr
     assert same(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.slow
 def test_a_rank_killed_on_the_walk_back_is_gone_on_from(tmp_path: Path) -> None:
-    wanted = ("gptq-int4-g128", tmp_path / "out", *SMALL, "--objective", "kl")
+    wanted = ("gptq-int4-g128", tmp_path / "out", *SMALL)
     killed = quantize(2, *wanted, "--kill-at", "4")
     assert killed.returncode and (tmp_path / "out.partial" / "fisher.partial").is_dir(), killed.stderr
     done = quantize(1, *wanted, "--resume")
@@ -146,11 +147,11 @@ def test_folds_kept_layers_and_original_tokens_too(awq: Path, tmp_path: Path) ->
 
 
 def test_a_killed_rank_ends_the_run_and_another_number_of_ranks_goes_on(gptq: Path, tmp_path: Path) -> None:
-    done = quantize(2, "gptq-int4-g128", tmp_path / "out", *SMALL, "--kill-at", "2")
+    done = quantize(2, "gptq-int4-g128", tmp_path / "out", *PLAIN, "--kill-at", "2")
     assert done.returncode != 0
     assert not (tmp_path / "out").exists() and (tmp_path / "out.partial" / "journal-1.jsonl").is_file()
     assert done.stderr.count("error: ") == 1 and "hint: a quantize run goes on with --resume" in done.stderr
-    done = quantize(1, "gptq-int4-g128", tmp_path / "out", *SMALL, "--resume")
+    done = quantize(1, "gptq-int4-g128", tmp_path / "out", *PLAIN, "--resume")
     assert done.returncode == 0, done.stderr
     assert same(gptq, tmp_path / "out")
 
@@ -163,16 +164,16 @@ def test_resuming_with_more_and_with_fewer_ranks(
     killed: str, count: int, ranks: int, torchrun: bool, gptq: Path, tmp_path: Path
 ) -> None:
     kill = ("--kill-at", str(count), "--kill-rank", killed)
-    done = quantize(3, "gptq-int4-g128", tmp_path / "out", *SMALL, *kill, torchrun=torchrun)
+    done = quantize(3, "gptq-int4-g128", tmp_path / "out", *PLAIN, *kill, torchrun=torchrun)
     assert done.returncode != 0 and not (tmp_path / "out").exists()
-    done = quantize(ranks, "gptq-int4-g128", tmp_path / "out", *SMALL, "--resume", torchrun=torchrun)
+    done = quantize(ranks, "gptq-int4-g128", tmp_path / "out", *PLAIN, "--resume", torchrun=torchrun)
     assert done.returncode == 0, done.stderr
     assert same(gptq, tmp_path / "out")
 
 
 @pytest.mark.slow
 def test_a_refusal_is_one_sentence(gptq: Path) -> None:
-    done = quantize(2, "gptq-int4-g128", gptq, *SMALL)
+    done = quantize(2, "gptq-int4-g128", gptq, *PLAIN)
     assert done.returncode != 0
     assert done.stderr.count("error: ") == 1 and f"error: {gptq}: exists already" in done.stderr
     assert "mimoquant/pipeline.py" not in done.stderr  # no traceback of ours
@@ -187,7 +188,7 @@ def test_damage_that_one_rank_finds_is_one_sentence(tmp_path: Path) -> None:
     (source / info.file).write_bytes(raw)
     done = start(2, "quantize", str(source), "--recipe", "gptq-int4-g128", "--out", str(tmp_path / "out"), *SMALL)
     assert done.returncode != 0
-    assert done.stderr.count("error: ") == 1 and f"error: {name}: holds NaN" in done.stderr
+    assert done.stderr.count("error: ") == 1 and f"{name} holds NaN or Inf" in done.stderr  # by the walk back already
 
 
 def test_an_evaluation_gives_the_numbers_of_one_process(gptq: Path) -> None:
@@ -327,7 +328,9 @@ def test_the_others_end_as_the_rank_that_failed_and_are_silent() -> None:
 @pytest.mark.parametrize("recipe", ["int4-g128-rtn", "gptq-int4-g128"])
 def test_ranks_find_what_one_process_finds(recipe: str, tmp_path: Path) -> None:
     """Facts, costs and the recipe; after a kill, too."""
-    text = (REPOSITORY / "recipes" / f"{recipe}.yaml").read_text().rstrip()
+    text = (
+        (REPOSITORY / "recipes" / f"{recipe}.yaml").read_text().rstrip().replace("objective: kl", "objective: output")
+    )
     few = "\n  calibration: {sequences: 24, tokens: 64}\n" if "gptq" in recipe else "\n"
     (tmp_path / "given.yaml").write_text(text + few)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from micro import MICRO
+from micro import MICRO, plain_gptq
 
 from mimoquant.machine.memory import Machine, machine
 from mimoquant.planning.needs import fitting_plan, largest_chunk, needs, refusal
@@ -87,19 +87,22 @@ def test_needs_grow_with_tokens_and_shrink_with_ranks() -> None:
 @pytest.mark.slow
 def test_a_joint_refinement_is_reckoned_and_keeps_to_its_sum(tmp_path: Path) -> None:
     changes = {"sequences": 32, "tokens": 64}
-    plain, refined = (planned(MICRO, "gptq-mxfp4", reconstruct=rounds, **changes) for rounds in (0, 1))
+    plain, refined = (
+        planned(MICRO, "gptq-mxfp4", reconstruct=rounds, objective="output", **changes) for rounds in (0, 1)
+    )
     on_gpu = [
         needs(replace(plan, recipe=plan.recipe.calibrated_on({"sequences": 4096, "tokens": 512})), "cuda")
         for plan in (plain, refined)
     ]
     assert on_gpu[0].gpu_bytes < on_gpu[1].gpu_bytes
     options = [text for name, value in changes.items() for text in (f"--{name}", str(value))]
+    options += ["--objective", "output"]
     done = quantize(MICRO, tmp_path / "out", needs(refined).host_bytes, "-r", "gptq-mxfp4", "--refine", "1", *options)
     assert done.returncode == 0, done.stderr
 
 
 def test_chunks_are_the_largest_that_fit_the_gpu(sparse: Path) -> None:
-    recipe = load_recipe("gptq-int4-g128").calibrated_on({"sequences": 16, "tokens": 512})
+    recipe = plain_gptq("int4-g128").calibrated_on({"sequences": 16, "tokens": 512})
 
     def make(size: int) -> Plan:
         return make_plan(sparse, recipe, chunk_bytes=size)

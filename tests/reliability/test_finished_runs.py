@@ -19,6 +19,7 @@ from mimoquant.cli.app import app
 from mimoquant.errors import UsageError
 
 CALIBRATED = ("quantize", MICRO, "-r", "gptq-int4-g128", "--sequences", "8", "--tokens", "64", "--device", "cpu")
+CALIBRATED += ("--objective", "output")
 DATA_FREE = ("quantize", MICRO, "-r", "mxfp4-rtn", "--device", "cpu")
 RELAYOUT = ("relayout", MICRO, "--qkv", "split", "--dtype", "bf16")
 RUNS = {"calibrated": CALIBRATED, "data-free": DATA_FREE, "relayout": RELAYOUT}

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from fault_layer import Call, FaultLayer, Killed
-from micro import contents
+from micro import contents, plain_gptq
 from small_runs import quantize, small_checkpoint
 from typer.testing import CliRunner
 
@@ -20,7 +20,6 @@ from mimoquant.checkpoint.journal import JOURNAL_NAME
 from mimoquant.cli.app import app
 from mimoquant.errors import StoppedError, UsageError
 from mimoquant.planning.plan import make_plan
-from mimoquant.planning.recipe import load_recipe
 
 SHARD = "model-1.safetensors"
 
@@ -98,7 +97,7 @@ def test_another_header(source: Path, out: Path, tmp_path: Path) -> None:
 def test_other_calibration_is_told_by_its_setting(tmp_path: Path) -> None:
     """Through the command line, which calibrates: killed by the journal, refused before a layer is walked."""
     micro, out = mimoquant.micro_checkpoint(), tmp_path / "out"
-    recipe = load_recipe("gptq-int4-g128").calibrated_on({"sequences": 8, "tokens": 64})
+    recipe = plain_gptq("int4-g128").calibrated_on({"sequences": 8, "tokens": 64})
 
     def fault(number: int, call: Call) -> None:
         if call.kind == "create" and call.path.suffix == ".safetensors":
@@ -109,6 +108,7 @@ def test_other_calibration_is_told_by_its_setting(tmp_path: Path) -> None:
     with FaultLayer(tmp_path, fault).active(), pytest.raises(StoppedError):
         pipeline.quantize(make_plan(micro, recipe), out, device="cpu")
     arguments = ["quantize", str(micro), "-r", "gptq-int4-g128", "--out", str(out), "--device", "cpu", "--resume"]
+    arguments += ["--objective", "output"]
     for options, message in (
         (["--sequences", "8", "--tokens", "32"], "recipe.mimoquant.calibration.tokens was 64, is now 32"),
         (["--sequences", "4", "--tokens", "64"], "recipe.mimoquant.calibration.sequences was 8, is now 4"),

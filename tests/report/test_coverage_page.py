@@ -321,6 +321,8 @@ def test_quantize_writes_the_page(tmp_path: Path) -> None:
         MICRO,
         "-r",
         "gptq-int4-g128",
+        "--objective",
+        "output",
         "--sequences",
         "16",
         "--tokens",

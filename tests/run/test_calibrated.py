@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from micro import MICRO, held_out, j_of
+from micro import MICRO, held_out, j_of, plain_gptq
 from safetensors.torch import load_file, save_file
 
 from mimoquant import pipeline
@@ -63,7 +63,7 @@ def run(recipe: Recipe, out: Path, chunk_bytes: int = CHUNK_BYTES, source: Path 
 @pytest.fixture(scope="module")
 def gptq(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("gptq") / "out"
-    run(load_recipe("gptq-int4-g128"), out)
+    run(plain_gptq("int4-g128"), out)
     return out
 
 
@@ -125,7 +125,7 @@ def test_gptq_has_less_divergence_than_plain_rounding(gptq: Path, plain_j: float
 )
 @pytest.mark.slow
 def test_so_have_other_formats_with_more_tokens(fmt: str, plain: str, most: float, tmp_path: Path) -> None:
-    run(load_recipe(f"gptq-{fmt}"), tmp_path / "gptq", sequences=64, tokens=128)
+    run(plain_gptq(fmt), tmp_path / "gptq", sequences=64, tokens=128)
     pipeline.quantize(make_plan(MICRO, load_recipe(plain)), tmp_path / "plain", device="cpu")
     tokens = held_out(28, 64)
     assert j_of(tmp_path / "gptq", tokens) < most * j_of(tmp_path / "plain", tokens)
@@ -174,7 +174,7 @@ class _StopError(Exception):
 @pytest.mark.slow
 def test_modelopts_container_is_calibrated_resumed_and_proven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its global scales are turned over on the way out and, in a resume's walk through written codes, on the way in."""
-    plan = make_plan(MICRO, load_recipe("gptq-nvfp4").calibrated_on(FEW), container="modelopt")
+    plan = make_plan(MICRO, plain_gptq("nvfp4").calibrated_on(FEW), container="modelopt")
     pipeline.quantize(plan, tmp_path / "whole", device="cpu")
     assert verify(tmp_path / "whole", MICRO).ok
     record = RunFolder.record
@@ -198,7 +198,7 @@ def resumable(
 ) -> dict[str, tuple[Path, Recipe, Path, int]]:
     """A run that was not disturbed: its output, recipe, source and bytes of a chunk."""
     return {
-        "gptq": (gptq, load_recipe("gptq-int4-g128"), MICRO, CHUNK_BYTES),
+        "gptq": (gptq, plain_gptq("int4-g128"), MICRO, CHUNK_BYTES),
         "awq": (folded, parse_recipe(AWQ, "awq"), MICRO, CHUNK_BYTES),
         "real": (real, parse_recipe(REAL, "awq"), bf16_router, CHUNK_BYTES),
         "real original in small chunks": (real_original, parse_recipe(REAL_ORIGINAL, "awq"), bf16_router, FEW_EXPERTS),
@@ -322,7 +322,7 @@ def test_the_other_ways_are_proven_too(kind: str, tmp_path: Path) -> None:
     asymmetric = f"default_stage: {{default_modifiers: {{GPTQModifier: {{scheme: W4A16_ASYM, {TARGETS}}}}}}}"
     recipe = {
         "asymmetric": parse_recipe(asymmetric, "asym"),
-        "original": load_recipe("gptq-int4-g32").calibrated_on({"propagate": "original", "shrinkage": 1.0}),
+        "original": plain_gptq("int4-g32").calibrated_on({"propagate": "original", "shrinkage": 1.0}),
         "down only": parse_recipe(AWQ.replace(f"mappings: [{NORM}, {DOWN}], ", ""), "awq"),
     }[kind]
     run(recipe, tmp_path / "out")
@@ -353,7 +353,7 @@ def test_channels_that_nobody_uses_are_left_alone(tmp_path: Path) -> None:
 
 
 def test_too_many_starved_experts_are_an_error(tmp_path: Path) -> None:
-    recipe = load_recipe("gptq-int4-g128").calibrated_on({"max_starved_experts": 0})
+    recipe = plain_gptq("int4-g128").calibrated_on({"max_starved_experts": 0})
     with pytest.raises(QualityError, match=r"layer 1: \d+ experts saw fewer than 128 tokens, max_starved_experts is 0"):
         run(recipe, tmp_path / "out", sequences=4)
 
@@ -641,7 +641,7 @@ def test_with_half_as_many_tokens_as_columns_shrinkage_beats_all_else_on_other_t
 
 
 def test_a_held_out_sixteenth_is_not_in_the_statistics(tmp_path: Path) -> None:
-    plan = make_plan(MICRO, load_recipe("gptq-int4-g128").calibrated_on(FEW))
+    plan = make_plan(MICRO, plain_gptq("int4-g128").calibrated_on(FEW))
     tokens = load_tokens(["mixed-v1"], MICRO, sequences=32, tokens=64, vocab=1024)
     changed = tokens.ids.copy()
     changed[15::16] = 7  # only held-out sequences
@@ -666,8 +666,8 @@ def test_the_journal_carries_the_facts_of_each_layer(gptq: Path) -> None:
 @pytest.mark.slow
 def test_a_refined_layer_is_told_and_proven(tmp_path: Path) -> None:
     """Layers before it keep their bytes, its facts say what it brought, and what was written is what is verified."""
-    plan = run(load_recipe("gptq-mxfp4"), tmp_path / "plain")
-    run(load_recipe("gptq-mxfp4"), tmp_path / "refined", reconstruct=1, reconstruct_layers=(2,))
+    plan = run(plain_gptq("mxfp4"), tmp_path / "plain")
+    run(plain_gptq("mxfp4"), tmp_path / "refined", reconstruct=1, reconstruct_layers=(2,))
     plain, refined = (
         json.loads((tmp_path / name / "report.json").read_text())["calibration"] for name in ("plain", "refined")
     )
@@ -689,13 +689,13 @@ def test_a_refined_layer_is_told_and_proven(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_too_few_sequences_to_hold_some_out_refine_all_the_same(tmp_path: Path) -> None:
-    run(load_recipe("gptq-mxfp4"), tmp_path / "out", sequences=8, reconstruct=1, reconstruct_layers=(2,))
+    run(plain_gptq("mxfp4"), tmp_path / "out", sequences=8, reconstruct=1, reconstruct_layers=(2,))
     told = json.loads((tmp_path / "out" / "report.json").read_text())["calibration"]["layer 2"]["answer"]
     assert told == [[0.0, 0.0]] * len(told), "nobody judges"
 
 
 def test_layers_that_cannot_be_refined_are_refused() -> None:
-    recipe = load_recipe("gptq-mxfp4")
+    recipe = plain_gptq("mxfp4")
     for changes, said in (
         ({"reconstruct": 1, "reconstruct_layers": (0,)}, "layer 0 cannot be refined"),
         ({"reconstruct_layers": (2,)}, "layers to refine are named, and no rounds"),

@@ -17,7 +17,15 @@ from mimoquant.errors import RecipeError, UsageError
 from mimoquant.machine.memory import Machine
 from mimoquant.output.verify import verify
 from mimoquant.planning.calibration_settings import FisherSample
-from mimoquant.planning.needs import disk_bytes, left_bytes, refusal, states_place, walk_back_needs
+from mimoquant.planning.needs import (
+    disk_bytes,
+    left_bytes,
+    lighter_on_disk,
+    needs,
+    refusal,
+    states_place,
+    walk_back_needs,
+)
 from mimoquant.planning.plan import Plan, make_plan
 from mimoquant.planning.recipe import Recipe, load_recipe, parse_recipe
 from mimoquant.run import objective
@@ -52,7 +60,7 @@ def run(recipe: Recipe, out: Path, **settings: object) -> Path:
 
 @pytest.fixture(scope="module")
 def kl(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run(load_recipe("gptq-int4-g128"), tmp_path_factory.mktemp("kl") / "out", objective="kl")
+    return run(load_recipe("gptq-int4-g128"), tmp_path_factory.mktemp("kl") / "out")
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +239,7 @@ def test_rounds_for_what_an_expert_answers_are_refused() -> None:
 
 
 def test_a_machine_that_is_too_small_for_the_walk_back_is_told_what_would_fit() -> None:
-    recipe = load_recipe("gptq-int4-g128").calibrated_on({"sequences": 64, "objective": "kl"})
+    recipe = load_recipe("gptq-int4-g128").calibrated_on({"sequences": 64})
     assert recipe.calibration is not None
     many = replace(recipe.calibration, fisher=FisherSample(131_072, 64))
     plan, large = make_plan(MICRO, replace(recipe, calibration=many)), 2**40
@@ -239,8 +247,31 @@ def test_a_machine_that_is_too_small_for_the_walk_back_is_told_what_would_fit() 
     assert states_place(plan, "cpu", Machine(large, 2**30)) == "files"
     refused = refusal(plan, "cuda", Machine(large, large, 16 * 10**9))
     assert refused is not None and "GB of GPU memory" in str(refused)
-    assert refused.hint == "calibration: {fisher: {tokens: 65536}} in the recipe would fit, or --objective output"
+    assert refused.hint == "calibration: {fisher: {tokens: 65536}} in the recipe, or --objective output would fit"
     wants = walk_back_needs(plan, "cpu")
     assert wants is not None and disk_bytes(plan, "cpu", Machine(large, large)) > plan.shard_bytes + plan.side_bytes
     of_layer = 4 * 256**2 + 2 * 64 * 131_072 * 256  # a matrix, and the gradients of every draw
     assert wants.file_bytes >= left_bytes(plan) == of_layer * len(plan.formats)
+
+
+def test_what_fits_is_named_where_a_disk_or_a_machine_is_small() -> None:
+    """Whoever takes what is named has a plan that fits, and the next larger number does not."""
+    plan, large = plan_of(load_recipe("gptq-int4-g128"), sequences=2048), Machine(2**40, 2**40)
+    room = disk_bytes(plan_of(load_recipe("gptq-int4-g128"), sequences=2048, fisher=FisherSample(32_768)), "cpu", large)
+    told = "calibration: {fisher: {tokens: 32768}} in the recipe, or --objective output would fit"
+    assert lighter_on_disk(plan, "cpu", large, room) == told
+    output = plan_of(load_recipe("gptq-int4-g128"), sequences=2048, objective="output")
+    room = disk_bytes(output, "cpu", large)
+    assert lighter_on_disk(plan, "cpu", large, room) == "--objective output would fit"
+    assert lighter_on_disk(plan, "cpu", large, room - 1) is lighter_on_disk(output, "cpu", large, room - 1) is None
+
+    def refused(sequences: int, has: Machine, **settings: object) -> str | None:
+        error = refusal(plan_of(load_recipe("gptq-int4-g128"), sequences=sequences, **settings), "cpu", has)
+        return error and error.hint
+
+    small = Machine(needs(plan_of(load_recipe("gptq-int4-g128"), sequences=64), "cpu").host_bytes, 0)
+    hint = refused(2**20, small)
+    assert hint is not None and hint.startswith("--sequences ") and hint.endswith(" with --objective output")
+    kl, plain = (int(part.split()[1]) for part in hint.split("; "))
+    assert kl < plain and refused(kl, small) is refused(plain, small, objective="output") is None
+    assert refused(2 * kl, small) and refused(2 * plain, small, objective="output")

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 import pytest
-from micro import MICRO
+from micro import MICRO, plain_gptq
 
 from mimoquant import pipeline
 from mimoquant.machine.timeline import Timeline
@@ -38,7 +38,7 @@ def test_what_takes_longest_bounds_a_run() -> None:
 @pytest.mark.slow
 def test_a_calibrated_rehearsal_is_of_the_order_of_the_run(tmp_path: Path) -> None:
     """Times on a busy machine vary several times over; what was measured on an idle one is in RESULTS.md."""
-    recipe = load_recipe("gptq-int4-g32").calibrated_on({"sequences": 16, "tokens": 64})
+    recipe = plain_gptq("int4-g32").calibrated_on({"sequences": 16, "tokens": 64})
     plan = make_plan(MICRO, recipe)
     told = rehearse(plan, "cpu")
     timeline = Timeline()
@@ -54,6 +54,7 @@ def test_a_rehearsal_takes_few_tokens_and_minds_no_starved_expert(monkeypatch: p
         Calibrator, "begin", lambda self, layer, written=None: walked.append(layer) or begin(self, layer)
     )
     changes = {"sequences": 100_000, "tokens": 2048, "max_starved_experts": 0}
-    many = rehearse(make_plan(MICRO, load_recipe("gptq-int4-g32").calibrated_on(changes)), "cpu")
+    many = rehearse(make_plan(MICRO, plain_gptq("int4-g32").calibrated_on(changes)), "cpu")
     few = rehearse(make_plan(MICRO, load_recipe("gptq-int4-g32").calibrated_on({"sequences": 32})), "cpu")
+    assert many.walking_back_s == 0 < few.walking_back_s < few.computing_s
     assert walked == [0, 1, 0, 1] and few.computing_s < many.computing_s / 100
