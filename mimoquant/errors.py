@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import errno
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 MAX_CHARACTERS = 2000  # of a message
 _USER_INFO = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*:/{1,2})(?:[^\s/:@]*:\S*|[^\s/]*)@")
 _SECRET_VALUE = re.compile(r"([?&#;][^\s=&]*(?:key|token|secret|passw|pwd|auth|sig)[^\s=&]*=)[^\s&#]+", re.IGNORECASE)
+_CALLED: dict[str, str] = {}
 _DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
 
@@ -26,9 +29,27 @@ class MimoquantError(Exception):
         self.hint = None if hint is None else without_secrets(hint)
 
 
+@contextmanager
+def called(path: str, name: str) -> Iterator[None]:
+    """Inside of the block users are told `name` where a path begins with `path`, a folder that they have not named."""
+    _CALLED[path] = name
+    try:
+        yield
+    finally:
+        del _CALLED[path]
+
+
+def as_called(text: str) -> str:
+    """The text with folders by the names that their user knows."""
+    for path, name in _CALLED.items():
+        text = text.replace(path, name)
+    return text
+
+
 def without_secrets(text: str) -> str:
-    """The text without what an address in it may hold of passwords: all before its `@`, and keys in its query. A path
-    has one slash where the address had two."""
+    """The text, with folders as they are called, without what an address in it may hold of passwords: all before its
+    `@`, and keys in its query. A path has one slash where the address had two."""
+    text = as_called(text)
     if ":/" not in text:
         return text
     return _SECRET_VALUE.sub(r"\1***", _USER_INFO.sub(r"\1***@", text))

@@ -58,6 +58,7 @@ ALLOWED: dict[str, set[str]] = {
     "pipeline": {"calibration", "checkpoint", "machine", "output", "planning", "quant", "run"},
     "report": {"serving"},
     "assembly": {
+        "checkpoint",
         "calibration",
         "evaluation",
         "machine",

@@ -1,9 +1,12 @@
-"""Files that a caller names: `~` in front of them, and where one beside the checkpoints may be written, which is
-refused before a long run rather than after it."""
+"""Files that a caller names: `~` in front of them, sources on the Hub, and where one beside the checkpoints may be
+written, which is refused before a long run rather than after it."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import inspect
+import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,20 +17,48 @@ from mimoquant.errors import UsageError
 P = ParamSpec("P")
 R = TypeVar("R")
 _NO_PATHS = ("server", "model", "data_column", "engine_version")  # arguments whose `~` is their own
+_SOURCES = ("source", "checkpoint", "reference", "candidate", "baseline")  # arguments that may be on the Hub
+_ON_THE_HUB = "hf:/"  # a path has one slash where the address had two
 
 
 def at_home(function: Callable[P, R]) -> Callable[P, R]:
-    """`function`, whose paths may begin with `~` or `~user`: a shell does not put the folder there in `--out=~/x`.
+    """`function`, whose paths may begin with `~` or `~user`: a shell does not put the folder there in `--out=~/x`. A
+    checkpoint that is only read may be `hf://ORG/NAME[@REVISION]`; it is closed when the function is done.
 
-    Raises UsageError where there is no such home, rather than let a folder named `~` be made.
+    Raises UsageError where there is no such home, rather than let a folder named `~` be made; of a source on the Hub
+    what `hub.opened` raises.
     """
+    order = tuple(inspect.signature(function).parameters)
 
     @functools.wraps(function)
     def called(*args: Any, **kwargs: Any) -> R:
-        named = {key: value if key in _NO_PATHS else _expanded(value) for key, value in kwargs.items()}
-        return function(*map(_expanded, args), **named)
+        with contextlib.ExitStack() as stack:
+            names = itertools.chain(order, itertools.repeat(""))
+            given = [_settled(key, value, stack) for key, value in zip(names, args, strict=False)]
+            return function(*given, **{key: _settled(key, value, stack) for key, value in kwargs.items()})
 
     return called
+
+
+def _settled(argument: str, value: Any, stack: contextlib.ExitStack) -> Any:
+    """What the function gets for an argument."""
+    if argument in _NO_PATHS:
+        return value
+    if isinstance(value, str | Path) and str(value).startswith(_ON_THE_HUB):
+        return _opened(argument, str(value), stack)
+    return _expanded(value)
+
+
+def _opened(argument: str, name: str, stack: contextlib.ExitStack) -> Path:
+    """The folder that stands for a source on the Hub, until the stack is closed."""
+    if argument not in _SOURCES:
+        raise UsageError(
+            f"--{argument} {name}: is on the Hub, where only a checkpoint that is read may be",
+            hint="give a file or folder of this machine",
+        )
+    from mimoquant.checkpoint.hub import opened  # loads huggingface_hub
+
+    return stack.enter_context(opened(name))
 
 
 def _expanded(value: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from mimoquant import pipeline
 from mimoquant.assembly.choices import PlanChoice
 from mimoquant.calibration.records import notes
+from mimoquant.checkpoint.remote import revision_of
 from mimoquant.errors import UsageError
 from mimoquant.machine import memory
 from mimoquant.machine.devices import resolve_device
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 def fitted_plan(source: Path | str, choice: PlanChoice, device: str, has: Machine, ranks: int = 1) -> Plan:
     """The plan in chunks that fit a machine."""
     recipe = load_recipe(choice.recipe).calibrated_on(choice.calibration.changes())
-    recipe = recipe.stored_as(choice.output.changes())
+    recipe = recipe.stored_as(choice.output.changes() | {"source_revision": revision_of(source)})
 
     def make(chunk_bytes: int) -> Plan:
         return make_plan(
@@ -169,7 +170,15 @@ class RelayoutRun:
     ) -> None:
         """Raises UsageError: nothing would change, or not exactly. CheckpointError: the source."""
         self._begin, self.out, self.resume = time.monotonic(), out, resume
-        self.plan = make_relayout(source, qkv, tp=tp, bf16=bf16, allow_unknown=allow_unknown, base_model=base_model)
+        self.plan = make_relayout(
+            source,
+            qkv,
+            tp=tp,
+            bf16=bf16,
+            allow_unknown=allow_unknown,
+            base_model=base_model,
+            source_revision=revision_of(source),
+        )
         self.engines = planned_facts(planned(self.plan))
 
     def execute(

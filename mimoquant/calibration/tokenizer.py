@@ -19,17 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from mimoquant.checkpoint.folders import resolve_inside
+from mimoquant.checkpoint.network import stay_offline
 from mimoquant.errors import CheckpointError
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _SMALL, _MORE_TEMPLATES = (".json", ".jinja", ".txt", ".model"), "additional_chat_templates"
-_OFFLINE = {
-    "HF_HUB_OFFLINE": "1",
-    "TRANSFORMERS_OFFLINE": "1",
-    "HF_DATASETS_OFFLINE": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-}
 _QUIET = {"TRANSFORMERS_VERBOSITY": "error"}  # it warns of every config.json that it has no class for
 
 
@@ -48,7 +43,7 @@ class Tokenizer:
 
 def go_offline() -> None:
     """Hugging Face's libraries read these once, when first imported; every path we give them is a local folder too."""
-    os.environ.update(_OFFLINE)
+    stay_offline()
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
 

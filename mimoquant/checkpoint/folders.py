@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
 
+from mimoquant.checkpoint.remote import remote_of
 from mimoquant.errors import CheckpointError
 
 _CACHED_REPO = "models--"
@@ -28,11 +29,10 @@ def resolve_inside(folder: Path, name: str) -> Path:
     Raises CheckpointError for a name or link that leads out of the folder (and of its Hub cache), for what is not there
     and for what is no regular file.
     """
-    if not name or name.startswith("/") or "\\" in name or "\0" in name or ".." in Path(name).parts:
-        raise CheckpointError(f"{folder}: the path {name!r} leads out of the checkpoint folder")
+    check_name(folder, name)
     path = folder / name
-    if len(os.fsencode(name)) > 1000 or any(len(os.fsencode(part)) > 255 for part in path.parts):
-        raise CheckpointError(f"{folder}: the file name {name} is too long to exist")
+    if not path.exists() and (remote := remote_of(folder)) and remote.is_away(name):
+        remote.fetch(name)
     if not path.exists():
         if path.is_symlink():
             raise CheckpointError(
@@ -50,6 +50,14 @@ def resolve_inside(folder: Path, name: str) -> Path:
     if not resolved.is_file():
         raise CheckpointError(f"{path}: is not a regular file")
     return resolved
+
+
+def check_name(folder: Path | str, name: str) -> None:
+    """Raises CheckpointError for a name of a file that leads out of its folder, or that no file can have."""
+    if not name or name.startswith("/") or "\\" in name or "\0" in name or ".." in Path(name).parts:
+        raise CheckpointError(f"{folder}: the path {name!r} leads out of the checkpoint folder")
+    if len(os.fsencode(name)) > 1000 or any(len(os.fsencode(part)) > 255 for part in Path(name).parts):
+        raise CheckpointError(f"{folder}: the file name {name} is too long to exist")
 
 
 def open_inside(folder: Path, name: str) -> BufferedReader:
@@ -92,7 +100,14 @@ def sha256_inside(folder: Path, name: str) -> str:
 
 def is_there(folder: Path, name: str) -> bool:
     """Whether there is such a name, be it a link that leads nowhere."""
-    return os.path.lexists(folder / name)
+    remote = remote_of(folder)
+    return os.path.lexists(folder / name) or (remote is not None and remote.file(name) is not None)
+
+
+def top_level_names(folder: Path) -> list[str]:
+    """Of what lies in a folder itself."""
+    remote = remote_of(folder)
+    return [path.name for path in folder.iterdir()] if remote is None else [n for n in remote.names if "/" not in n]
 
 
 def _allowed(resolved: Path, folder: Path) -> bool:

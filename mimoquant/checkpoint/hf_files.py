@@ -13,6 +13,7 @@ from pathlib import Path
 
 from mimoquant.checkpoint.folders import LFS_HINT, LFS_POINTER, read_inside, resolve_inside
 from mimoquant.checkpoint.index import INDEX_NAME
+from mimoquant.checkpoint.remote import remote_of
 from mimoquant.checkpoint.writer import copy_file_durably, fsync_folder, stopping
 from mimoquant.errors import CheckpointError
 
@@ -35,6 +36,8 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gg
 _OTHER_FORMS = {"original", "onnx", "openvino", "gguf"}  # of the same weights
 _UNFINISHED = (".incomplete", ".aria2", ".part", ".crdownload", ".lock", ".tmp")
 _MAX_POINTER_BYTES = 1000
+_MAX_SMALL_BYTES = 100_000_000
+_SMALL = (".json", ".jsonl", ".jinja", ".txt", ".model", ".tiktoken", ".md", ".yaml", ".pt", FINGERPRINTS_NAME)
 _WEIGHT_INDEX = ".index.json"  # of weights that are not carried, so it would lead nowhere
 
 
@@ -63,7 +66,11 @@ def side_files(folder: Path, shards: Collection[str]) -> SideFiles:
         if name not in shards and name not in _WRITTEN_ANEW:
             (left_out if _is_left_out(name) else names).append(name)
     sizes: dict[str, int] = {}
+    remote = remote_of(folder)
     for name in names:
+        if remote and remote.is_away(name):
+            sizes[name] = remote.size_of(name)
+            continue
         path = resolve_inside(folder, name)
         if not os.access(path, os.R_OK):
             raise CheckpointError(f"{folder / name}: cannot be read (Permission denied)")
@@ -83,6 +90,9 @@ def list_files(folder: Path) -> tuple[list[str], list[str]]:
     def fail(error: OSError) -> None:
         raise CheckpointError(f"{error.filename}: cannot be read ({error.strerror})") from error
 
+    remote = remote_of(folder)
+    if remote is not None:
+        return _sorted_out(remote.names)
     found: list[str] = []
     other_forms: list[str] = []
     for root, folders, files in os.walk(folder, onerror=fail):
@@ -95,13 +105,39 @@ def list_files(folder: Path) -> tuple[list[str], list[str]]:
                     f"{Path(root, name)}: is a link to a folder, {os.readlink(Path(root, name))}",
                     hint="copy that folder here, or remove the link",
                 )
-            if name == "__pycache__" or (relative == Path() and name in _OTHER_FORMS):
+            if _is_other_form(name, relative == Path()):
                 other_forms.append(f"{(relative / name).as_posix()}/")
             else:
                 kept.append(name)
         folders[:] = kept
         found += [(relative / file).as_posix() for file in files if not file.startswith(".")]
     return sorted(found), other_forms
+
+
+def _sorted_out(names: list[str]) -> tuple[list[str], list[str]]:
+    """The same of a list of files."""
+    found, other_forms = [], set()
+    for name in names:
+        parts = name.split("/")
+        forms = [place for place, part in enumerate(parts[:-1], start=1) if _is_other_form(part, place == 1)]
+        if any(part.startswith(".") for part in parts):
+            continue
+        if forms:
+            other_forms.add("/".join(parts[: forms[0]]) + "/")
+        else:
+            found.append(name)
+    return sorted(found), sorted(other_forms)
+
+
+def _is_other_form(folder: str, at_top: bool) -> bool:
+    return folder == "__pycache__" or (at_top and folder in _OTHER_FORMS)
+
+
+def is_small(name: str, size_bytes: int) -> bool:
+    """Whether a file is of those that settings, tokenizers and cards are made of: nobody waits long for it."""
+    (found, _), top_level = _sorted_out([name]), "/" not in name
+    weights = name.endswith(".safetensors") or (top_level and name.endswith(_WEIGHT_SUFFIXES))
+    return bool(found) and size_bytes <= _MAX_SMALL_BYTES and name.endswith(_SMALL) and not weights
 
 
 def is_unfinished(name: str) -> bool:

@@ -10,17 +10,28 @@ Reference: https://github.com/huggingface/safetensors (README, "Format").
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
 import os
 import struct
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from mimoquant.checkpoint.folders import LFS_HINT, LFS_POINTER, is_there, open_inside, read_inside
+from mimoquant.checkpoint.folders import (
+    LFS_HINT,
+    LFS_POINTER,
+    is_there,
+    open_inside,
+    read_inside,
+    top_level_names,
+)
+from mimoquant.checkpoint.remote import Remote, remote_of
 from mimoquant.errors import CheckpointError, UsageError
 
 DTYPE_BYTES = {
@@ -46,6 +57,7 @@ MAX_INDEX_BYTES = 100_000_000  # the largest model of the family has 160 000 ten
 _DAMAGED = "the file is damaged: download it again"
 MAX_DIMENSIONS = 8
 INDEX_NAME = "model.safetensors.index.json"
+_FAR_HEADERS = 8  # that are asked for at once
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -76,7 +88,10 @@ class CheckpointIndex:
         return sum(info.size_bytes for info in self.tensors.values())
 
     def stamps(self) -> dict[str, str]:
-        """Size and time of change of every shard: what tells, without reading it, that a payload is another."""
+        """Size and time of change of every shard, or its etag: what tells, without reading it, that a payload is
+        another."""
+        if remote := remote_of(self.folder):
+            return {file: remote.stamp(file) for file in sorted(self.file_sizes)}
         found = {file: (self.folder / file).stat() for file in sorted(self.file_sizes)}
         return {file: f"{stat.st_size} bytes of {_moment(stat.st_mtime_ns)}" for file, stat in found.items()}
 
@@ -86,6 +101,9 @@ class CheckpointIndex:
         for file in sorted(self.file_sizes):
             digest.update(f"{file}\0{self.file_sizes[file]}\0{self.header_sha256[file]}\n".encode())
         return digest.hexdigest()
+
+
+Header = tuple[list[TensorInfo], int, str]  # a shard's tensors, its size, sha256 of its header
 
 
 def _moment(time_ns: int) -> str:
@@ -106,14 +124,14 @@ def open_index(folder: Path | str) -> CheckpointIndex:
         what = "is a file" if folder.exists() else "does not exist"
         raise UsageError(
             f"{folder}: not a checkpoint folder ({what})",
-            hint="give the folder that holds config.json; what is on the Hub has to be downloaded first",
+            hint="give the folder that holds config.json, or hf://ORG/NAME for what is on the Hub",
         )
     weight_map, metadata = _read_weight_map(folder)
     tensors: dict[str, TensorInfo] = {}
     sizes: dict[str, int] = {}
     hashes: dict[str, str] = {}
-    for file in sorted(set(weight_map.values())):
-        infos, sizes[file], hashes[file] = read_shard_header(folder, file)
+    for file, held in _read_headers(folder, sorted(set(weight_map.values()))):
+        infos, sizes[file], hashes[file] = held
         for info in infos:
             if weight_map.get(info.name, file) != file:
                 raise CheckpointError(
@@ -131,32 +149,59 @@ def open_shard(path: Path) -> CheckpointIndex:
     return CheckpointIndex(path.parent, {info.name: info for info in infos}, {path.name: size}, {path.name: sha256}, {})
 
 
-def read_shard_header(folder: Path, file: str) -> tuple[list[TensorInfo], int, str]:
+def _read_headers(folder: Path, files: list[str]) -> Iterator[tuple[str, Header]]:
+    """Of each file in turn; what is far away is asked for beforehand, several at once."""
+    remote = remote_of(folder)
+    if remote is None:
+        yield from ((file, read_shard_header(folder, file)) for file in files)
+        return
+    with ThreadPoolExecutor(_FAR_HEADERS) as pool:
+        yield from zip(files, pool.map(functools.partial(read_shard_header, folder), files), strict=True)
+
+
+def read_shard_header(folder: Path, file: str) -> Header:
     """Parse and check one shard's header; returns its tensors, the file's size and the header's sha256."""
-    path = folder / file
-    try:
-        with open_inside(folder, file) as handle:
-            file_size = os.fstat(handle.fileno()).st_size
-            prefix = handle.read(8)
-            if len(prefix) < 8:
-                raise CheckpointError(f"{path}: {file_size} bytes are too few for a safetensors file")
-            if LFS_POINTER.startswith(prefix):
-                raise CheckpointError(f"{path}: is a pointer of git-lfs, not the file", hint=LFS_HINT)
-            (header_bytes,) = struct.unpack("<Q", prefix)
-            if header_bytes > min(file_size - 8, MAX_HEADER_BYTES):
-                raise CheckpointError(
-                    f"{path}: the header claims {header_bytes} bytes but the file has {file_size}",
-                    hint="the file is truncated or not safetensors: download it again",
-                )
-            raw = handle.read(header_bytes)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    path, remote = folder / file, remote_of(folder)
+    if remote and remote.is_away(file):
+        raw, file_size = _raw_header(_far(remote, file), remote.size_of(file), path), remote.size_of(file)
+    else:
+        try:
+            with open_inside(folder, file) as handle:
+                file_size = os.fstat(handle.fileno()).st_size
+                raw = _raw_header(lambda begin, length: handle.read(length), file_size, path)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     header = _parse_json_object(raw, path, unique=True)
     header.pop("__metadata__", None)
-    data_start = 8 + header_bytes
+    data_start = 8 + len(raw)
     infos = [_tensor_info(name, entry, file, data_start, path) for name, entry in header.items()]
     _check_layout(infos, data_start, file_size, path)
     return infos, file_size, hashlib.sha256(raw).hexdigest()
+
+
+def _raw_header(read: Callable[[int, int], bytes], file_size: int, path: Path) -> bytes:
+    """The JSON of a header. `read`: bytes from a place on, so many; it is asked for them in their order."""
+    prefix = read(0, min(8, file_size))
+    if len(prefix) < 8:
+        raise CheckpointError(f"{path}: {file_size} bytes are too few for a safetensors file")
+    if LFS_POINTER.startswith(prefix):
+        raise CheckpointError(f"{path}: is a pointer of git-lfs, not the file", hint=LFS_HINT)
+    (header_bytes,) = struct.unpack("<Q", prefix)
+    if header_bytes > min(file_size - 8, MAX_HEADER_BYTES):
+        raise CheckpointError(
+            f"{path}: the header claims {header_bytes} bytes but the file has {file_size}",
+            hint="the file is truncated or not safetensors: download it again",
+        )
+    return read(8, header_bytes)
+
+
+def _far(remote: Remote, file: str) -> Callable[[int, int], bytes]:
+    def read(begin: int, length: int) -> bytes:
+        data = bytearray(length)
+        remote.read([(file, begin, memoryview(data))])
+        return bytes(data)
+
+    return read
 
 
 def read_json_inside(
@@ -202,14 +247,15 @@ def _read_weight_map(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
             raise CheckpointError(f"{index_path}: the weight_map is empty", hint=_DAMAGED)
         metadata = index.get("metadata")
         return weight_map, metadata if isinstance(metadata, dict) else {}
-    shards = sorted(path.name for path in folder.iterdir() if path.suffix == ".safetensors")
+    names = top_level_names(folder)
+    shards = sorted(name for name in names if name.endswith(".safetensors"))
     if len(shards) > 1:
         raise CheckpointError(
             f"{folder}: {len(shards)} safetensors files but no {INDEX_NAME}",
             hint="download the index that belongs to the shards",
         )
     if not shards:
-        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLE_SUFFIXES)
+        pickles = sorted(name for name in names if name.endswith(_PICKLE_SUFFIXES))
         if pickles:
             raise CheckpointError(
                 f"{folder}: holds pickle weights ({pickles[0]}), which are never opened",

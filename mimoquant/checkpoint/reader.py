@@ -1,14 +1,16 @@
 """Tensors by name, by offset, read-only.
 
 Key idea: `pread` into memory that the caller owns: no memory map (mapped pages count as resident and fault one by
-one), no shared file position (any number of threads may read), and every byte is counted.
+one), no shared file position (any number of threads may read), and every byte is counted. Of a source that is not on
+this machine (`remote`) the same memory is filled by ranges, what lies side by side in one request.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 
@@ -17,6 +19,7 @@ import numpy.typing as npt
 
 from mimoquant.checkpoint.folders import open_inside
 from mimoquant.checkpoint.index import CheckpointIndex, TensorInfo
+from mimoquant.checkpoint.remote import remote_of
 from mimoquant.errors import CheckpointError
 
 Bytes = npt.NDArray[np.uint8]
@@ -28,6 +31,7 @@ class CheckpointReader:
     def __init__(self, index: CheckpointIndex) -> None:
         self.index = index
         self.bytes_read = 0
+        self._remote = remote_of(index.folder)
         self._descriptors: dict[str, int] = {}
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="read")
@@ -36,7 +40,19 @@ class CheckpointReader:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if error is not None and self._remote:
+            self._remote.store.abort()
         self.close()
+
+    @contextlib.contextmanager
+    def given_up_on_error(self) -> Iterator[None]:
+        """What other threads read from afar ends soon where the block fails: nobody will want it."""
+        try:
+            yield
+        except BaseException:
+            if self._remote:
+                self._remote.store.abort()
+            raise
 
     def close(self) -> None:
         self._pool.shutdown()
@@ -58,17 +74,24 @@ class CheckpointReader:
 
     def read_many(self, wanted: Iterable[tuple[TensorInfo, Bytes]]) -> None:
         """Fill many arrays, several at once: one thread copies from the page cache slower than memory could take it."""
+        if self._remote:
+            pairs = list(wanted)
+            self._read_far([(info, 0, out) for info, out in pairs if self._remote.is_away(info.file)])
+            wanted = [pair for pair in pairs if not self._remote.is_away(pair[0].file)]
         list(self._pool.map(lambda pair: self.read_into(*pair), wanted))
 
     def read_range(self, info: TensorInfo, start: int, out: Bytes) -> None:
         """Fill `out` with the tensor's bytes from `start` on."""
-        descriptor = self._descriptor(info.file)
         view, done = out.data, 0
         if start + len(view) > info.size_bytes:
             raise CheckpointError(
                 f"{self.index.folder / info.file}: {info.name} has {info.size_bytes} bytes, "
                 f"{start + len(view)} were asked for"
             )
+        if self._remote and self._remote.is_away(info.file):
+            self._read_far([(info, start, out)])
+            return
+        descriptor = self._descriptor(info.file)
         try:
             while done < len(view):
                 count = os.preadv(descriptor, [view[done:]], info.offset + start + done)
@@ -85,6 +108,13 @@ class CheckpointReader:
             ) from error
         with self._lock:
             self.bytes_read += done
+
+    def _read_far(self, wanted: list[tuple[TensorInfo, int, Bytes]]) -> None:
+        """Ranges of tensors that are not on this machine, (tensor, start, where to)."""
+        assert self._remote is not None
+        self._remote.read([(info.file, info.offset + start, out.data) for info, start, out in wanted])
+        with self._lock:
+            self.bytes_read += sum(len(out.data) for _, _, out in wanted)
 
     def _descriptor(self, file: str) -> int:
         with self._lock:

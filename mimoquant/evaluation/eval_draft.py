@@ -42,6 +42,7 @@ from torch import Tensor
 from mimoquant.__version__ import SCHEMA_VERSION
 from mimoquant.calibration.tokens import TokenSet
 from mimoquant.checkpoint.reader import CheckpointReader
+from mimoquant.checkpoint.remote import named
 from mimoquant.errors import CheckpointError
 from mimoquant.evaluation.divergence import bootstrap
 from mimoquant.evaluation.documents import (
@@ -212,9 +213,9 @@ def eval_draft(
     scores = compare_drafts(*layouts, tokens, chosen, device=device, progress=told, team=team)
     return {
         "schema_version": SCHEMA_VERSION,
-        "reference": str(reference),
+        "reference": named(reference),
         "reference_stored": stored_as(layouts[0]),
-        "candidate": str(candidate),
+        "candidate": named(candidate),
         "recipe": recipe_name(Path(candidate)),
         "draft": chosen.name,
         "data": data_facts(tokens, shared),

@@ -27,6 +27,7 @@ from mimoquant.__version__ import __version__
 from mimoquant.calibration.tokens import TokenSet
 from mimoquant.checkpoint.index import open_index
 from mimoquant.checkpoint.reader import CheckpointReader
+from mimoquant.checkpoint.remote import named
 from mimoquant.errors import CheckpointError
 from mimoquant.evaluation.divergence import TokenScores
 from mimoquant.evaluation.documents import FolderEvaluation, NoiseFloor
@@ -221,7 +222,7 @@ def eval_kl(
     shared, *_ = [refuse_shared_data(layout.index.folder, tokens) for layout in others]
     identity = _identity(layouts, tokens, noise_floor, team)
     if file and file.resume and (finished := _finished(file, identity, team)) is not None:
-        return {**finished, "reference": str(reference), "candidate": str(candidate)}
+        return {**finished, "reference": named(reference), "candidate": named(candidate)}
     kept = Snapshots.beside(file.path, identity, resume=file.resume, team=team) if file else contextlib.nullcontext()
     with kept as snapshots:
         comparisons, floor = compare(
@@ -233,9 +234,10 @@ def eval_kl(
             snapshots=snapshots,
             progress=(lambda number: progress(number, first.geometry.layers)) if progress else None,
         )
-        named = Named(str(reference), stored_as(first), str(candidate), None if baseline is None else str(baseline))
+        other = None if baseline is None else named(baseline)
+        compared = Named(named(reference), stored_as(first), named(candidate), other)
         device = team.device if team.size == 1 else team.device.partition(":")[0]
-        evaluation = evaluation_of(named, others[0], tokens, comparisons, floor, device, shared)
+        evaluation = evaluation_of(compared, others[0], tokens, comparisons, floor, device, shared)
         if snapshots:
             text = result_text(evaluation, made_of(identity)) if team.leads else ""  # the first rank writes it
             snapshots.finish(text)

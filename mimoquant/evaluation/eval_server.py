@@ -18,6 +18,7 @@ import torch
 from mimoquant.__version__ import SCHEMA_VERSION
 from mimoquant.calibration.tokens import TokenSet
 from mimoquant.checkpoint.reader import CheckpointReader
+from mimoquant.checkpoint.remote import named
 from mimoquant.evaluation import eval_kl
 from mimoquant.evaluation.divergence import (
     LumpedScores,
@@ -105,7 +106,7 @@ def eval_server(
     scores, lumped = score(top, answers, layout.geometry.vocab)
     return {
         "schema_version": SCHEMA_VERSION,
-        "reference": str(reference),
+        "reference": named(reference),
         "reference_stored": stored_as(layout),
         "candidate": server.link.url,
         "recipe": None,

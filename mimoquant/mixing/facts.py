@@ -14,6 +14,7 @@ import yaml
 
 from mimoquant.__version__ import SCHEMA_VERSION
 from mimoquant.calibration.tokens import TokenSet
+from mimoquant.checkpoint.remote import named
 from mimoquant.mixing.attribution import Ablation, Estimate, Floats
 from mimoquant.mixing.documents import (
     CarveOut,
@@ -48,7 +49,7 @@ def facts_of(
     plan = mixtures.plan
     return {
         "schema_version": SCHEMA_VERSION,
-        "source": str(plan.layout.index.folder),
+        "source": named(plan.layout.index.folder),
         "recipe": plan.recipe.name,
         "method": f"{plan.recipe.method}, scales by {plan.recipe.scale_search}",
         "calibration": plan.recipe.calibration.as_plain() if plan.recipe.calibration else None,

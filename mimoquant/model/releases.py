@@ -141,6 +141,12 @@ def is_repository(name: str) -> bool:
     return _REPOSITORY.fullmatch(name) is not None
 
 
+def is_revision(text: str) -> bool:
+    """Whether this is `owner/model@commit`."""
+    name, _, commit = text.partition("@")
+    return is_repository(name) and re.fullmatch(r"[0-9a-f]{7,64}", commit) is not None
+
+
 def check_repository(name: str) -> str:
     """`name`. Raises UsageError where it is no repository's."""
     if not is_repository(name):

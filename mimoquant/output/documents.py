@@ -39,6 +39,8 @@ class QuantizeReport(TypedDict):
     clamped_groups: NotRequired[dict[str, ClampedGroups]]
     """Weight → its groups that have no scale in the format though they are not zero; of the weights that have such
     groups, and absent where none has."""
+    source_revision: NotRequired[str]
+    """ORG/NAME@COMMIT; only where the source was read from the Hub."""
     shards: list[WrittenShard]
     """In the order of writing."""
     calibration: dict[str, LayerRecord] | None

@@ -38,6 +38,7 @@ class Origin:
 
     release: str | None
     base_model: str | None
+    revision: str | None = None  # ORG/NAME@COMMIT that was read
 
     @property
     def title(self) -> str:
@@ -62,6 +63,7 @@ def model_card(report: QuantizeReport, served: Served, origin: Origin, *, real_f
         f"container {report['container']}",
         f"- layers whose experts were kept: {kept}",
         f"- size: {size(report['output_bytes'])} (source {size(report['source_bytes'])})",
+        *([f"- read from the Hub: {origin.revision}"] if origin.revision else []),
         *(f"- {note}" for note in report["notes"]),
         "",
         "`recipe.yaml` repeats this run byte for byte; `mimoquant verify THIS --source SOURCE` proves the files.",

@@ -38,6 +38,8 @@ def quantize_report(plan: Plan, finished: dict[str, JournalLine]) -> QuantizeRep
     )
     if counts:
         report["clamped_groups"] = counts
+    if plan.recipe.output.source_revision:
+        report["source_revision"] = plan.recipe.output.source_revision
     return report
 
 

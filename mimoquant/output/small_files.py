@@ -52,7 +52,8 @@ def written_texts(plan: Plan, finished: dict[str, JournalLine], calibration: dic
 
 def _origin(plan: Plan) -> Origin:
     release = release_of(plan.layout)
-    return Origin(release.name if release else None, base_model(plan.layout, plan.recipe.output.base_model))
+    output = plan.recipe.output
+    return Origin(release.name if release else None, base_model(plan.layout, output.named_base), output.source_revision)
 
 
 def is_as_written(folder: Path, name: str, written: bytes) -> bool:

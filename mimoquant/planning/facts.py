@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from mimoquant.__version__ import SCHEMA_VERSION
 from mimoquant.checkpoint.hf_files import CONFIG_NAME
 from mimoquant.checkpoint.journal import JournalLine, free_bytes
+from mimoquant.checkpoint.remote import named
 from mimoquant.machine.memory import Machine
 from mimoquant.model.drafter import FOLDER, carried_drafter
 from mimoquant.model.geometry import Attention, Geometry
@@ -61,7 +62,7 @@ def layout_facts(layout: ModelLayout) -> InspectDocument:
     release = release_of(layout)
     return InspectDocument(
         schema_version=SCHEMA_VERSION,
-        checkpoint=str(index.folder),
+        checkpoint=named(index.folder),
         model_type=geometry.model_type,
         release=release.name if release else None,
         repositories=list(release.repositories) if release else [],
@@ -141,7 +142,7 @@ def plan_facts(
         notes.append(f"{folder}: has room for {size(free)} only{f'; {lighter}' if lighter else ''}")
     return PlanDocument(
         schema_version=SCHEMA_VERSION,
-        source=str(plan.layout.index.folder),
+        source=named(plan.layout.index.folder),
         release=release.name if release else None,
         recipe=plan.recipe.name,
         method=plan.recipe.method,
@@ -218,7 +219,7 @@ def relayout_facts(
     after = (entry.dtype for step in plan.moved for entry in step.entries if entry.name.endswith("weight"))
     return RelayoutDocument(
         schema_version=SCHEMA_VERSION,
-        source=str(plan.layout.index.folder),
+        source=named(plan.layout.index.folder),
         qkv=Change(before=qkv_text(plan.layout.geometry), after=qkv_text(plan.target)),
         dtypes=Change(before=_dtypes(step.weight.info.dtype for step in plan.moved), after=_dtypes(after)),
         layers=len({step.weight.name for step in plan.moved}),

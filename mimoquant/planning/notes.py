@@ -42,7 +42,7 @@ def plan_notes(layout: ModelLayout, recipe: Recipe, container: str, carve_outs: 
             "the source's experts are MXFP4, 4 bits already: their exact values are rounded anew, and J says how far "
             "that is from MXFP4; nvfp4-cast and mxfp4-cast change no value"
         )
-    if unnamed := base_model_note(layout, recipe.output.base_model):
+    if unnamed := base_model_note(layout, recipe.output.named_base):
         notes.append(unnamed)
     if recipe.real_fold and any(map(recipe.folds_norm, geometry.moe_layers)):
         notes.append("fold exact-real rounds norms and routers anew, so a few tokens may go to other experts")

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from mimoquant.model.releases import check_repository, is_repository
+from mimoquant.model.releases import check_repository, is_repository, is_revision
 from mimoquant.planning.calibration_settings import Fail
 from mimoquant.weights.container import DENSE, INPUT_SCALES
 
@@ -19,12 +19,18 @@ from mimoquant.weights.container import DENSE, INPUT_SCALES
 class OutputSettings:
     """`dense`: FP8 beside the experts, and `input_scales`: of their activations, in ModelOpt's container. `base_model`:
     the source's repository on the Hub, where its user says it. `mend_json`: whether JSON files beside the shards are
-    mended where no parser takes them."""
+    mended where no parser takes them. `source_revision`: ORG/NAME@COMMIT, where the source was read from the Hub."""
 
     dense: str = DENSE[0]
     input_scales: str = INPUT_SCALES[0]
     base_model: str | None = None
     mend_json: bool = False
+    source_revision: str | None = None
+
+    @property
+    def named_base(self) -> str | None:
+        """The repository that the user names, as such or as the source."""
+        return self.base_model or (self.source_revision.partition("@")[0] if self.source_revision else None)
 
     def as_plain(self) -> dict[str, Any]:
         """What is not the default."""
@@ -52,6 +58,9 @@ def parse_output_settings(block: Mapping[Any, Any], fail: Fail) -> OutputSetting
     base = held.get("base_model")
     if base is not None and not (isinstance(base, str) and is_repository(base)):
         fail(f"base_model is {base!r}, expected owner/model as the Hub has it")
+    read = held.get("source_revision")
+    if read is not None and not (isinstance(read, str) and is_revision(read)):
+        fail(f"source_revision is {read!r}, expected owner/model@commit")
     if not isinstance(held.get("mend_json", False), bool):
         fail(f"mend_json is {held['mend_json']!r}, expected true or false")
     return OutputSettings(**held)

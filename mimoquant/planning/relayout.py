@@ -42,7 +42,7 @@ from mimoquant.model.config_keys import drop_text_key, set_text_key
 from mimoquant.model.geometry import Geometry
 from mimoquant.model.layout import PROJECTIONS, ModelLayout, Weight, read_layout
 from mimoquant.model.qkv import possible_chunks
-from mimoquant.model.releases import check_repository, is_repository
+from mimoquant.model.releases import check_repository, is_repository, is_revision
 from mimoquant.planning.plan import Plan, read_config
 from mimoquant.planning.recipe import Recipe
 from mimoquant.planning.reorder import Reorder, reorder
@@ -64,9 +64,11 @@ class RelayoutPlan(Plan):
     qkv: str
     bf16: bool
     base_model: str | None
+    source_revision: str | None
 
     def record(self) -> dict[str, Any]:
         """What was asked for, and of which source: `OUT/relayout.json`."""
+        named = {"base_model": self.base_model, "source_revision": self.source_revision}
         return {
             "schema_version": SCHEMA_VERSION,
             "mimoquant": __version__,
@@ -74,7 +76,7 @@ class RelayoutPlan(Plan):
             "tp": self.target.qkv_chunks if self.qkv == INTERLEAVED else None,
             "bf16": self.bf16,
             "source_headers_sha256": self.layout.index.headers_fingerprint(),
-        } | ({} if self.base_model is None else {"base_model": self.base_model})
+        } | {key: value for key, value in named.items() if value is not None}
 
     def identity(self) -> dict[str, Any]:
         return {key: str(value) for key, value in self.record().items()}
@@ -92,6 +94,7 @@ def make_relayout(
     bf16: bool = False,
     allow_unknown: bool = False,
     base_model: str | None = None,
+    source_revision: str | None = None,
 ) -> RelayoutPlan:
     """Plan a relayout. Reads headers and config.json only.
 
@@ -99,6 +102,7 @@ def make_relayout(
         qkv: one of LAYOUTS. tp: chunks of `interleaved`; None: num_key_value_heads.
         bf16: qkv in FP8 becomes bf16. Otherwise its codes and scales are kept.
         base_model: the source's repository on the Hub, for the card; None: what the source's card says.
+        source_revision: ORG/NAME@COMMIT that the source is.
     Raises:
         UsageError: nothing would change, the heads do not split, FP8 cannot be kept. CheckpointError: the source.
     """
@@ -137,6 +141,7 @@ def make_relayout(
         qkv=qkv,
         bf16=bf16,
         base_model=None if base_model is None else check_repository(base_model),
+        source_revision=source_revision,
     )
     metadata = {key: value for key, value in index.metadata.items() if key != "tp_size"}
     metadata |= {"total_size": plan.tensor_bytes} | ({"tp_size": target.qkv_chunks} if target.fused_qkv else {})
@@ -268,7 +273,8 @@ def plan_again(out: Path, source: Path | str) -> RelayoutPlan:
     """The plan that `out`'s record tells of. Raises CheckpointError where the record is damaged."""
     record = read_json_inside(out, RECORD_NAME, max_bytes=1_000_000)
     qkv, tp, bf16, base = (record.get(key) for key in ("qkv", "tp", "bf16", "base_model"))
-    named = base is None or (isinstance(base, str) and is_repository(base))
+    named, read = base is None or (isinstance(base, str) and is_repository(base)), record.get("source_revision")
+    named = named and (read is None or (isinstance(read, str) and is_revision(read)))
     if qkv not in LAYOUTS or not isinstance(bf16, bool) or not (tp is None or type(tp) is int) or not named:
         raise CheckpointError(
             f"{out / RECORD_NAME}: is damaged (qkv {qkv!r}, tp {tp!r}, bf16 {bf16!r}, base_model {base!r})"
@@ -280,4 +286,4 @@ def plan_again(out: Path, source: Path | str) -> RelayoutPlan:
             f"here they have {now[:12]}...",
             hint="give the checkpoint that relayout read; what that was made from is proven by its own verify",
         )
-    return make_relayout(source, qkv, tp=tp, bf16=bf16, allow_unknown=True, base_model=base)
+    return make_relayout(source, qkv, tp=tp, bf16=bf16, allow_unknown=True, base_model=base, source_revision=read)

@@ -27,6 +27,7 @@ import numpy as np
 from mimoquant.checkpoint.folders import open_inside
 from mimoquant.checkpoint.journal import existing_parent
 from mimoquant.checkpoint.reader import CheckpointReader
+from mimoquant.checkpoint.remote import remote_of
 from mimoquant.machine.devices import make_engine
 from mimoquant.model.layout import PROJECTIONS
 from mimoquant.planning.needs import Estimate
@@ -96,6 +97,8 @@ def _timed(work: Callable[[], T]) -> tuple[float, T]:
 
 def _forget(plan: Plan, step: Experts) -> None:
     """Ask the kernel to drop a chunk's pages, so that the disk is read and not the page cache."""
+    if remote_of(plan.layout.index.folder):
+        return
     for expert in range(step.begin, step.end):
         for projection in PROJECTIONS:
             info = plan.layout.expert(step.layer, expert, projection).info

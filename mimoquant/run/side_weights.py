@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mimoquant.checkpoint.folders import resolve_inside
 from mimoquant.checkpoint.index import CheckpointIndex, read_shard_header
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.errors import CheckpointError
@@ -24,6 +25,7 @@ def refuse_side_weights(folder: Path, files: Iterable[str]) -> None:
     for file in files:
         if not file.endswith(".safetensors"):
             continue
+        resolve_inside(folder, file)  # what is far away comes whole: it is copied afterwards
         infos, size, sha256 = read_shard_header(folder, file)
         index = CheckpointIndex(folder, {info.name: info for info in infos}, {file: size}, {file: sha256}, {})
         with CheckpointReader(index) as reader:

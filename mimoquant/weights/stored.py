@@ -6,7 +6,9 @@ scale row an FP8 row has, and how a fused qkv becomes q, k and v.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -42,27 +44,51 @@ def read_experts(
     `as_codes`: experts in 4 bits, as codes of MXFP4 with its exponents, for a cast. Otherwise they are bf16, exactly;
     FP8 and bf16 are as stored.
     """
-    read = read_codes if as_codes else read_stack
-    return {p: read(reader, [layout.expert(layer, e, p) for e in range(begin, end)], empty) for p in PROJECTIONS}
+    begun = _codes if as_codes else _stack
+    return _read(
+        reader, {p: begun([layout.expert(layer, e, p) for e in range(begin, end)], empty) for p in PROJECTIONS}
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """A stack before its bytes are read: which go where, and what it is then."""
+
+    wanted: list[tuple[TensorInfo, Array]]
+    stack: Callable[[], Stack]
+
+
+def _read(reader: CheckpointReader, begun: dict[str, _Begun]) -> dict[str, Stack]:
+    """Everything at once, so that what lies side by side in a file is read together."""
+    reader.read_many(itertools.chain.from_iterable(one.wanted for one in begun.values()))
+    return {name: one.stack() for name, one in begun.items()}
 
 
 def read_stack(reader: CheckpointReader, weights: list[Weight], empty: Callable[..., Array] = np.empty) -> Stack:
+    return _read(reader, {"": _stack(weights, empty)})[""]
+
+
+def _stack(weights: list[Weight], empty: Callable[..., Array]) -> _Begun:
     if any(bool(weight.packed) != bool(weights[0].packed) for weight in weights):
         raise CheckpointError(f"{weights[0].name}: its neighbours are stored otherwise; a layer's experts are alike")
     if weights[0].packed:
-        return expanded(read_codes(reader, weights), empty)
+        codes = _codes(weights, np.empty)
+        return _Begun(codes.wanted, lambda: expanded(codes.stack(), empty))
     fp8 = weights[0].scale is not None
     if any((weight.scale is not None) != fp8 for weight in weights):
         raise CheckpointError(f"{weights[0].name}: its neighbours have another dtype; a layer's experts must share one")
     values = empty((len(weights), *weights[0].info.shape), np.uint8 if fp8 else np.uint16)
-    reader.read_many((w.info, target.reshape(-1).view(np.uint8)) for w, target in zip(weights, values, strict=True))
+    wanted = _into([weight.info for weight in weights], values)
     if weights[0].scale is None:
-        return Stack(values, None)
+        return _Begun(wanted, lambda: Stack(values, None))
     scales = empty((len(weights), *weights[0].scale.shape), np.float32)
-    reader.read_many(
-        (w.scale, target.reshape(-1).view(np.uint8)) for w, target in zip(weights, scales, strict=True) if w.scale
-    )
-    return Stack(values, scales)
+    wanted += _into([weight.scale for weight in weights if weight.scale], scales)
+    return _Begun(wanted, lambda: Stack(values, scales))
+
+
+def _into(infos: list[TensorInfo], targets: Array) -> list[tuple[TensorInfo, Array]]:
+    """Each tensor's bytes and where they go, [tensors, ...]."""
+    return [(info, target.reshape(-1).view(np.uint8)) for info, target in zip(infos, targets, strict=True)]
 
 
 def expanded(codes: Stack, empty: Callable[..., Array] = np.empty) -> Stack:
@@ -78,30 +104,39 @@ def read_codes(reader: CheckpointReader, weights: list[Weight], empty: Callable[
 
     Raises CheckpointError for NVFP4 that MXFP4 cannot hold exactly.
     """
+    return _read(reader, {"": _codes(weights, empty)})[""]
+
+
+def _codes(weights: list[Weight], empty: Callable[..., Array]) -> _Begun:
     scale = [packed_scale(weight) for weight in weights]
     codes = empty((len(weights), *weights[0].info.shape), np.uint8)
     scales = empty((len(weights), *scale[0].shape), np.uint8)
-    for infos, targets in (([weight.info for weight in weights], codes), (scale, scales)):
-        reader.read_many((info, target.reshape(-1)) for info, target in zip(infos, targets, strict=True))
+    wanted = _into([weight.info for weight in weights], codes) + _into(scale, scales)
     if scale[0].dtype == "U8":
-        return Stack(codes, scales)
-    found, lost = cast.exponents(codes, scales, np.array([_global_scale(reader, weight) for weight in weights]))
-    if lost.any():
-        expert = int(np.flatnonzero(lost)[0])
-        raise CheckpointError(
-            f"{weights[expert].name}: MXFP4 cannot hold it exactly, {lost[expert]} of its blocks of 32 have two "
-            "scales, or one that is no power of two",
-            hint="only NVFP4 that was cast from MXFP4 can go back",
-        )
-    return Stack(codes, found)
+        return _Begun(wanted, lambda: Stack(codes, scales))
+    factors = np.empty((len(weights), 1), np.float32)
+    wanted += _into([_global_scale(weight) for weight in weights], factors)
+
+    def stack() -> Stack:
+        pairs = zip(weights, factors[:, 0].tolist(), strict=True)
+        whole = np.array([(f, 1.0) if part_name(_global_scale(w)) == "multiplier" else (1.0, f) for w, f in pairs])
+        found, lost = cast.exponents(codes, scales, whole)
+        if lost.any():
+            expert = int(np.flatnonzero(lost)[0])
+            raise CheckpointError(
+                f"{weights[expert].name}: MXFP4 cannot hold it exactly, {lost[expert]} of its blocks of 32 have two "
+                "scales, or one that is no power of two",
+                hint="only NVFP4 that was cast from MXFP4 can go back",
+            )
+        return Stack(codes, found)
+
+    return _Begun(wanted, stack)
 
 
-def _global_scale(reader: CheckpointReader, weight: Weight) -> tuple[float, float]:
-    """Of an expert in NVFP4: what its block scales are multiplied and divided by."""
+def _global_scale(weight: Weight) -> TensorInfo:
+    """Of an expert in NVFP4: what its block scales are multiplied (`multiplier`) or divided by."""
     parts = {part_name(info): info for info in weight.packed}
-    info = parts.get("multiplier") or parts["global_scale"]
-    value = float(reader.read(info.name).view(np.float32)[0])
-    return (value, 1.0) if "multiplier" in parts else (1.0, value)
+    return parts.get("multiplier") or parts["global_scale"]
 
 
 def part_name(info: TensorInfo) -> str:

@@ -1,0 +1,177 @@
+"""A repository on the Hub as a checkpoint's source: pinned to a commit, its small files here, its shards there.
+
+Key idea: one question at the start pins the revision and lists names, sizes and hashes; from then on everything is read
+of that commit. Small files come whole into a private folder, each held against the hash that the Hub keeps of it (git's
+or LFS's), and `remote` reads the rest of that folder by ranges. This module is loaded only where a source is `hf://`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants, get_session
+
+from mimoquant.checkpoint.folders import check_name
+from mimoquant.checkpoint.hf_files import is_small
+from mimoquant.checkpoint.network import user_is_offline
+from mimoquant.checkpoint.ranges import CONNECTIONS, Ranges, check_status, retried
+from mimoquant.checkpoint.remote import RemoteFile, Wanted, standing_for
+from mimoquant.checkpoint.repository import NETWORK_ERRORS, Repository, offline, parse, refused
+from mimoquant.checkpoint.writer import stopping
+from mimoquant.errors import CheckpointError
+
+_WHOLE_BYTES = 2**24  # of a file that is asked for in one piece
+_COMMIT = re.compile(r"[0-9a-f]{40,64}")
+_BLOCK_BYTES = CONNECTIONS * 2**22
+
+
+class HubSource:
+    """A repository at one commit, open. See `remote.Store`."""
+
+    def __init__(self, repository: Repository, files: dict[str, RemoteFile], folder: Path) -> None:
+        self.name, self.revision = str(repository), f"{repository.name}@{repository.revision}"
+        self.files, self.folder = files, folder
+        self._ranges = Ranges(repository, files)
+        self._fetching = threading.Lock()
+
+    def read(self, wanted: Sequence[Wanted]) -> None:
+        self._ranges.read(wanted)
+
+    def abort(self) -> None:
+        self._ranges.abort()
+
+    def close(self) -> None:
+        self._ranges.close()
+
+    def fetch(self, file: str) -> None:
+        """A whole file into the folder. Raises CheckpointError where it is not what the Hub has a hash of."""
+        with self._fetching:
+            if (self.folder / file).exists():
+                return
+            self._fetch_large(file) if self.files[file].size_bytes > _WHOLE_BYTES else self._fetch_small(file)
+
+    def fetch_small_files(self) -> None:
+        """All that settings, tokenizers and cards are made of."""
+        small = [name for name, held in self.files.items() if is_small(name, held.size_bytes)]
+        self._ranges.map(self._fetch_small, small)
+
+    def _fetch_small(self, file: str) -> None:
+        data = self._ranges.content(file) if self.files[file].size_bytes <= _WHOLE_BYTES else None
+        if data is None:
+            self._fetch_large(file)
+            return
+        known = self.files[file]
+        digest = hashlib.sha256() if known.sha256 else hashlib.sha1(f"blob {len(data)}\0".encode())
+        digest.update(data)
+        self._check(file, digest.hexdigest())
+        path = self._place(file)
+        with stopping(path):
+            path.write_bytes(data)
+
+    def _fetch_large(self, file: str) -> None:
+        """Beside the folder's files until it is whole."""
+        path, size = self._place(file), self.files[file].size_bytes
+        unfinished = path.with_name(f".{path.name}.incomplete")
+        digest = hashlib.sha256() if self.files[file].sha256 else hashlib.sha1(f"blob {size}\0".encode())
+        block = memoryview(bytearray(min(size, _BLOCK_BYTES)))
+        with stopping(path), unfinished.open("wb") as written:
+            for begin in range(0, size, len(block)):
+                part = block[: min(len(block), size - begin)]
+                self.read([(file, begin, part)])
+                digest.update(part)
+                written.write(part)
+        self._check(file, digest.hexdigest())
+        with stopping(path):
+            unfinished.rename(path)
+
+    def _place(self, file: str) -> Path:
+        path = self.folder / file
+        with stopping(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def _check(self, file: str, found: str) -> None:
+        known = self.files[file].sha256 or self.files[file].etag
+        if known and found != known:
+            raise CheckpointError(
+                f"{self.name}/{file}: has the hash {found[:16]}, the Hub's record has {known[:16]}",
+                hint="it was damaged on the way: try again",
+            )
+
+
+@contextlib.contextmanager
+def opened(text: str) -> Iterator[Path]:
+    """The folder that stands for `hf://ORG/NAME[@REVISION]` inside of the block.
+
+    Raises UsageError: there is none, or it may not be read. CheckpointError: its names or files are not right.
+    StoppedError: the Hub cannot be asked.
+    """
+    repository = parse(text)
+    if user_is_offline():
+        raise offline(repository)
+    with _online(), tempfile.TemporaryDirectory(prefix="mimoquant-hub-", ignore_cleanup_errors=True) as folder:
+        source = HubSource(*_pinned(repository), Path(os.path.realpath(folder)))
+        with contextlib.closing(source), standing_for(source):
+            source.fetch_small_files()
+            yield source.folder
+
+
+@contextlib.contextmanager
+def _online() -> Iterator[None]:
+    """huggingface_hub may have been loaded by somebody who needed no network."""
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, False
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _pinned(repository: Repository) -> tuple[Repository, dict[str, RemoteFile]]:
+    """The repository at a commit, and its files."""
+
+    def ask() -> bytes:
+        response = get_session().get(
+            repository.listing,
+            headers=repository.headers_for(repository.listing),
+            timeout=constants.HF_HUB_ETAG_TIMEOUT,
+        )
+        check_status(response)
+        return response.content
+
+    try:
+        raw = retried(ask, str(repository), threading.Event())
+    except NETWORK_ERRORS as error:
+        raise refused(repository, error) from error
+    try:
+        told = json.loads(raw)
+        if not _COMMIT.fullmatch(told["sha"]):
+            raise ValueError
+        pinned = replace(repository, revision=told["sha"])
+        files = dict(_listed(held) for held in told["siblings"])
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{repository}: {repository.endpoint} does not list its files with their sizes",
+            hint="is HF_ENDPOINT a Hub?",
+        ) from error
+    for name in files:
+        check_name(str(pinned), name)
+    return pinned, files
+
+
+def _listed(held: dict[str, Any]) -> tuple[str, RemoteFile]:
+    """A file of the listing. Raises TypeError, KeyError where it is not told as the Hub does."""
+    large = held.get("lfs") or {}
+    size, sha256, blob = large.get("size", held["size"]), large.get("sha256"), held.get("blobId")
+    if type(size) is not int or size < 0 or not all(isinstance(one, str | None) for one in (sha256, blob)):
+        raise TypeError
+    return str(held["rfilename"]), RemoteFile(size, sha256 or blob or "", sha256)
