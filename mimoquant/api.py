@@ -104,6 +104,7 @@ def quantize(
     input_scales: str | None = None,
     base_model: str | None = None,
     mend_json: bool = False,
+    keep_source: Folder | None = None,
     allow_unknown: bool = False,
     progress: Callable[[str, int, bool], None] | None = None,
 ) -> QuantizeDocument:
@@ -113,6 +114,7 @@ def quantize(
         resume: continue what a killed run left in `out`.partial. The others: see `plan`.
         base_model: what the card names as such: the source's repository on the Hub, where its files do not tell.
         mend_json: write JSON files that have a comma too many without it; they are refused otherwise.
+        keep_source: where a source on the Hub is kept, as an ordinary checkpoint.
         refine: rounds in which an expert's projections are chosen together at the end; refine_layer: only there.
         objective: what codes are chosen for, `kl` or `output`, where the recipe says otherwise.
         progress: called with (unit, its bytes that are written, whether it is finished); a unit is a shard.

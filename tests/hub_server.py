@@ -37,11 +37,11 @@ class HubServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, repo: str = REPO) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.content = contents(folder)
         self.sha256 = {name: hashlib.sha256(data).hexdigest() for name, data in self.content.items()}
-        self.commit, self.token = COMMIT, ""
+        self.repo, self.commit, self.token = repo, COMMIT, ""
         self.fault: Fault | None = None
         self.refuse: tuple[int, str] | None = None
         self.listed: dict[str, dict[str, Any]] = {}  # what the listing says otherwise of a file
@@ -70,7 +70,7 @@ class HubServer(ThreadingHTTPServer):
             if self.is_lfs(name):
                 entry["lfs"] = {"sha256": self.sha256[name], "size": len(data), "pointerSize": 134}
             siblings.append(entry | self.listed.get(name, {}))
-        return {"id": REPO, "sha": self.commit, "siblings": siblings, "private": False, "tags": []}
+        return {"id": self.repo, "sha": self.commit, "siblings": siblings, "private": False, "tags": []}
 
     def times_asked(self, name: str) -> set[int]:
         """How often each byte of a file was asked for, whichever numbers there are."""
@@ -103,12 +103,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer(401, b"", {"X-Error-Code": "RepoNotFound"})
         elif own and hub.refuse:
             self.answer(hub.refuse[0], b"", {"X-Error-Code": hub.refuse[1]} if hub.refuse[1] else {})
-        elif own and (found := re.fullmatch(rf"/api/models/{REPO}(?:/revision/(.+))?", path)):
+        elif own and (found := re.fullmatch(rf"/api/models/{hub.repo}(?:/revision/(.+))?", path)):
             known = found[1] in (None, "main", "v1", hub.commit)
             self.answer(200, json.dumps(hub.listing()).encode(), {}) if known else self.answer(
                 404, b"", {"X-Error-Code": "RevisionNotFound"}
             )
-        elif own and (found := re.fullmatch(rf"/{REPO}/resolve/(\w+)/(.+)", path)):
+        elif own and (found := re.fullmatch(rf"/{hub.repo}/resolve/(\w+)/(.+)", path)):
             self.resolve(found[1], found[2])
         elif not own and (found := re.fullmatch(r"/storage/(.+)", path)):
             if "authorization" in self.headers:
@@ -182,9 +182,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def serving(folder: Path) -> Iterator[HubServer]:
+def serving(folder: Path, repo: str = REPO) -> Iterator[HubServer]:
     """The server at work, and this process's client of the Hub pointed at it."""
-    with HubServer(folder) as server, pytest.MonkeyPatch.context() as patch:
+    with HubServer(folder, repo) as server, pytest.MonkeyPatch.context() as patch:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         patch.setenv("HF_ENDPOINT", server.endpoint)
         for name in ("HF_TOKEN", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):

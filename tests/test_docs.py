@@ -7,6 +7,7 @@ and each of its options must exist. The README's three commands run as they stan
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from typing import Any
 
 import published
 import pytest
+from hub_server import serving
 from test_architecture import ALLOWED
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -103,6 +105,8 @@ def adapted(words: list[str], models: Path) -> list[str]:
         words = [narrower.get(word, word) for word in words]
     verb, calibrates = words[0], any(word.startswith(CALIBRATED) for word in words)
     for place, word in enumerate(words[:-1]):
+        if word == "--keep-source":
+            shutil.rmtree(words[place + 1], ignore_errors=True)
         if word in SMALL and not is_refused(words):
             words[place + 1] = SMALL[word]
         if verb == "sensitivity" and word == "--recipe":
@@ -126,7 +130,11 @@ def run(words: list[str], models: Path) -> None:
     out = Path(words[words.index("--out") + 1]) if "--out" in words else None
     if out is not None and words[0] in ("quantize", "relayout", "sensitivity") and out.exists():
         shutil.rmtree(out) if out.is_dir() else out.unlink()  # another example has written there
-    result = CliRunner().invoke(app, words)
+    repositories = {word.removeprefix("hf://") for word in words if word.startswith("hf://")}
+    with contextlib.ExitStack() as stack:
+        for name in repositories:
+            stack.enter_context(serving(models / name.rpartition("/")[2], name))
+        result = CliRunner().invoke(app, words)
     assert result.exit_code == (3 if is_refused(words) else 0), (words, result.output, result.exception)
 
 
@@ -150,7 +158,7 @@ def test_every_example_does_what_it_says(
         words = words_of(line)
         program = words[0]
         if program == "mimoquant":
-            if document != "README.md":  # whose commands run as they stand, below
+            if document != "README.md" or "hf://" in line:  # whose other commands run as they stand, below
                 run(words[1:], models)
         elif "mimoquant" in words:  # under a launcher of processes
             parse(words[words.index("mimoquant") + 1 :])
@@ -159,6 +167,11 @@ def test_every_example_does_what_it_says(
             assert known, line
             scripts = [word for word in words if word.startswith("scripts/")]
             assert all(os.access(REPOSITORY / script, os.R_OK) for script in scripts), line
+
+
+def test_the_first_example_of_the_readme_needs_no_checkpoint() -> None:
+    first = next(line for line in commands("README.md") if line.startswith("mimoquant"))
+    assert first == "mimoquant plan hf://XiaomiMiMo/MiMo-V2.6-Flash-RL -r nvfp4-cast"
 
 
 def text_of(document: str) -> str:

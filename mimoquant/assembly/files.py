@@ -32,24 +32,32 @@ def at_home(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def called(*args: Any, **kwargs: Any) -> R:
+        keep = _kept(kwargs.get("keep_source"))
         with contextlib.ExitStack() as stack:
             names = itertools.chain(order, itertools.repeat(""))
-            given = [_settled(key, value, stack) for key, value in zip(names, args, strict=False)]
-            return function(*given, **{key: _settled(key, value, stack) for key, value in kwargs.items()})
+            given = [_settled(key, value, stack, keep) for key, value in zip(names, args, strict=False)]
+            return function(*given, **{key: _settled(key, value, stack, keep) for key, value in kwargs.items()})
 
     return called
 
 
-def _settled(argument: str, value: Any, stack: contextlib.ExitStack) -> Any:
+def _kept(folder: Any) -> Path | None:
+    """Where a source on the Hub is to be kept, absolute, if anywhere."""
+    return None if folder is None else Path(os.path.abspath(_expanded(folder)))
+
+
+def _settled(argument: str, value: Any, stack: contextlib.ExitStack, keep: Path | None) -> Any:
     """What the function gets for an argument."""
     if argument in _NO_PATHS:
         return value
     if isinstance(value, str | Path) and str(value).startswith(_ON_THE_HUB):
-        return _opened(argument, str(value), stack)
+        return _opened(argument, str(value), stack, keep)
+    if argument == "source" and keep is not None:
+        raise UsageError(f"--keep-source {keep}: {value} is a folder, which is there already", hint="leave it out")
     return _expanded(value)
 
 
-def _opened(argument: str, name: str, stack: contextlib.ExitStack) -> Path:
+def _opened(argument: str, name: str, stack: contextlib.ExitStack, keep: Path | None) -> Path:
     """The folder that stands for a source on the Hub, until the stack is closed."""
     if argument not in _SOURCES:
         raise UsageError(
@@ -58,7 +66,7 @@ def _opened(argument: str, name: str, stack: contextlib.ExitStack) -> Path:
         )
     from mimoquant.checkpoint.hub import opened  # loads huggingface_hub
 
-    return stack.enter_context(opened(name))
+    return stack.enter_context(opened(name, keep))
 
 
 def _expanded(value: Any) -> Any:

@@ -8,6 +8,7 @@ or LFS's), and `remote` reads the rest of that folder by ranges. This module is 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -22,27 +23,33 @@ from typing import Any
 from huggingface_hub import constants, get_session
 
 from mimoquant.checkpoint.folders import check_name
-from mimoquant.checkpoint.hf_files import is_small
+from mimoquant.checkpoint.hf_files import is_small, list_files, side_files
+from mimoquant.checkpoint.index import INDEX_NAME, read_json_inside
+from mimoquant.checkpoint.journal import free_bytes
+from mimoquant.checkpoint.kept import Downloads, keeping
 from mimoquant.checkpoint.network import user_is_offline
 from mimoquant.checkpoint.ranges import CONNECTIONS, Ranges, check_status, retried
 from mimoquant.checkpoint.remote import RemoteFile, Wanted, standing_for
 from mimoquant.checkpoint.repository import NETWORK_ERRORS, Repository, offline, parse, refused
-from mimoquant.checkpoint.writer import stopping
-from mimoquant.errors import CheckpointError
+from mimoquant.checkpoint.writer import stopping, write_file_durably
+from mimoquant.errors import CheckpointError, UsageError
 
-_WHOLE_BYTES = 2**24  # of a file that is asked for in one piece
+WHOLE_BYTES = 2**24  # of a file that is asked for in one piece
 _COMMIT = re.compile(r"[0-9a-f]{40,64}")
-_BLOCK_BYTES = CONNECTIONS * 2**22
+BLOCK_BYTES = CONNECTIONS * 2**22
 
 
 class HubSource:
     """A repository at one commit, open. See `remote.Store`."""
 
-    def __init__(self, repository: Repository, files: dict[str, RemoteFile], folder: Path) -> None:
+    def __init__(
+        self, repository: Repository, files: dict[str, RemoteFile], folder: Path, *, keeps: bool = False
+    ) -> None:
         self.name, self.revision = str(repository), f"{repository.name}@{repository.revision}"
-        self.files, self.folder = files, folder
+        self.files, self.folder, self.keeps = files, folder, keeps
         self._ranges = Ranges(repository, files)
         self._fetching = threading.Lock()
+        self._downloads: Downloads | None = None  # of a source that is kept, from the first tensor on
 
     def read(self, wanted: Sequence[Wanted]) -> None:
         self._ranges.read(wanted)
@@ -51,22 +58,50 @@ class HubSource:
         self._ranges.abort()
 
     def close(self) -> None:
+        self._ranges.abort()
+        if self._downloads:
+            self._downloads.close()
         self._ranges.close()
 
     def fetch(self, file: str) -> None:
         """A whole file into the folder. Raises CheckpointError where it is not what the Hub has a hash of."""
+        if self.keeps and file in self.shards:
+            with self._fetching:
+                self._downloads = self._downloads or Downloads(self._fetch, self.shards)
+            self._downloads.wait_for(file)
+            return
         with self._fetching:
-            if (self.folder / file).exists():
-                return
-            self._fetch_large(file) if self.files[file].size_bytes > _WHOLE_BYTES else self._fetch_small(file)
+            self._fetch(file)
+
+    def fetch_rest(self) -> None:
+        """What an ordinary checkpoint has beside what was read."""
+        for name in self.shards:
+            self.fetch(name)
+        left_out = side_files(self.folder, self.shards).left_out
+        for name in list_files(self.folder)[0]:
+            if name not in left_out:
+                self.fetch(name)
+
+    @functools.cached_property
+    def shards(self) -> list[str]:
+        """As the index names them; those that are not here yet."""
+        if INDEX_NAME in self.files:
+            named = read_json_inside(self.folder, INDEX_NAME)["weight_map"].values()
+            return sorted(name for name in set(named) if name in self.files)
+        return [name for name in self.files if "/" not in name and name.endswith(".safetensors")]
+
+    def _fetch(self, file: str) -> None:
+        if not (self.folder / file).exists():
+            self._fetch_large(file) if self.files[file].size_bytes > WHOLE_BYTES else self._fetch_small(file)
 
     def fetch_small_files(self) -> None:
         """All that settings, tokenizers and cards are made of."""
         small = [name for name, held in self.files.items() if is_small(name, held.size_bytes)]
+        small = [name for name in small if not (self.folder / name).exists()]
         self._ranges.map(self._fetch_small, small)
 
     def _fetch_small(self, file: str) -> None:
-        data = self._ranges.content(file) if self.files[file].size_bytes <= _WHOLE_BYTES else None
+        data = self._ranges.content(file) if self.files[file].size_bytes <= WHOLE_BYTES else None
         if data is None:
             self._fetch_large(file)
             return
@@ -75,22 +110,31 @@ class HubSource:
         digest.update(data)
         self._check(file, digest.hexdigest())
         path = self._place(file)
-        with stopping(path):
-            path.write_bytes(data)
+        write_file_durably(path, data) if self.keeps else path.write_bytes(data)
 
     def _fetch_large(self, file: str) -> None:
-        """Beside the folder's files until it is whole."""
+        """Under another name until it is whole; what is there of it is gone on with."""
         path, size = self._place(file), self.files[file].size_bytes
         unfinished = path.with_name(f".{path.name}.incomplete")
         digest = hashlib.sha256() if self.files[file].sha256 else hashlib.sha1(f"blob {size}\0".encode())
-        block = memoryview(bytearray(min(size, _BLOCK_BYTES)))
-        with stopping(path), unfinished.open("wb") as written:
-            for begin in range(0, size, len(block)):
+        block = memoryview(bytearray(min(size, BLOCK_BYTES)))
+        with stopping(path), unfinished.open("a+b") as written:
+            written.seek(0)
+            while have := written.readinto(block):
+                digest.update(block[:have])
+            for begin in range(min(written.tell(), size), size, len(block)):
                 part = block[: min(len(block), size - begin)]
                 self.read([(file, begin, part)])
                 digest.update(part)
                 written.write(part)
-        self._check(file, digest.hexdigest())
+            written.flush()
+            if self.keeps:
+                os.fsync(written.fileno())
+        try:
+            self._check(file, digest.hexdigest())
+        except CheckpointError:
+            unfinished.unlink()
+            raise
         with stopping(path):
             unfinished.rename(path)
 
@@ -110,8 +154,9 @@ class HubSource:
 
 
 @contextlib.contextmanager
-def opened(text: str) -> Iterator[Path]:
-    """The folder that stands for `hf://ORG/NAME[@REVISION]` inside of the block.
+def opened(text: str, keep: Path | None = None) -> Iterator[Path]:
+    """The folder that stands for `hf://ORG/NAME[@REVISION]` inside of the block. `keep`: where the source is to be
+    as an ordinary checkpoint when the block is done.
 
     Raises UsageError: there is none, or it may not be read. CheckpointError: its names or files are not right.
     StoppedError: the Hub cannot be asked.
@@ -119,11 +164,32 @@ def opened(text: str) -> Iterator[Path]:
     repository = parse(text)
     if user_is_offline():
         raise offline(repository)
-    with _online(), tempfile.TemporaryDirectory(prefix="mimoquant-hub-", ignore_cleanup_errors=True) as folder:
-        source = HubSource(*_pinned(repository), Path(os.path.realpath(folder)))
+    with _online(), contextlib.ExitStack() as stack:
+        pinned, files = _pinned(repository)
+        if keep is None:
+            place = tempfile.TemporaryDirectory(prefix="mimoquant-hub-", ignore_cleanup_errors=True)
+            folder = Path(os.path.realpath(stack.enter_context(place)))
+        else:
+            folder = stack.enter_context(keeping(keep, f"{pinned.name}@{pinned.revision}"))
+        source = HubSource(pinned, files, folder, keeps=keep is not None)
         with contextlib.closing(source), standing_for(source):
             source.fetch_small_files()
-            yield source.folder
+            if keep is not None:
+                _check_room(source, keep)
+            yield folder
+            if keep is not None:
+                source.fetch_rest()
+
+
+def _check_room(source: HubSource, keep: Path) -> None:
+    """Raises UsageError where the disk has no room for what is still to come."""
+    left = sum(source.files[name].size_bytes for name in source.shards if not (source.folder / name).exists())
+    begun = sum(path.stat().st_size for path in source.folder.glob(".*.incomplete"))
+    if left - begun > (free := free_bytes(source.folder)):
+        raise UsageError(
+            f"--keep-source {keep}: needs {(left - begun) / 1e9:.2f} GB more but {free / 1e9:.2f} GB are free",
+            hint="make room, choose another disk, or leave it out: then nothing is kept",
+        )
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ this machine (`remote`) the same memory is filled by ranges, what lies side by s
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import threading
 from collections.abc import Iterable, Iterator
@@ -22,6 +23,7 @@ from mimoquant.checkpoint.index import CheckpointIndex, TensorInfo
 from mimoquant.checkpoint.remote import remote_of
 from mimoquant.errors import CheckpointError
 
+_EXPECTED_BYTES, _EXPECTED_TOGETHER = 2**20, 2**26  # of a tensor that is read ahead, of all of them
 Bytes = npt.NDArray[np.uint8]
 
 
@@ -32,6 +34,7 @@ class CheckpointReader:
         self.index = index
         self.bytes_read = 0
         self._remote = remote_of(index.folder)
+        self._expected: dict[str, Bytes] = {}  # tensors from afar that were read before they were asked for
         self._descriptors: dict[str, int] = {}
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="read")
@@ -76,9 +79,22 @@ class CheckpointReader:
         """Fill many arrays, several at once: one thread copies from the page cache slower than memory could take it."""
         if self._remote:
             pairs = list(wanted)
-            self._read_far([(info, 0, out) for info, out in pairs if self._remote.is_away(info.file)])
-            wanted = [pair for pair in pairs if not self._remote.is_away(pair[0].file)]
+            far = [self._is_far(info) for info, _ in pairs]
+            self._read_far([(info, 0, out) for (info, out), is_far in zip(pairs, far, strict=True) if is_far])
+            wanted = [pair for pair, is_far in zip(pairs, far, strict=True) if not is_far]
         list(self._pool.map(lambda pair: self.read_into(*pair), wanted))
+
+    def expect(self, infos: Iterable[TensorInfo]) -> None:
+        """These are read next, each whole, one after the other. Of what is far away the small ones are asked for now,
+        together: a request each would be waited for each. What was expected before and not read is forgotten."""
+        if not self._remote:
+            return
+        small = [info for info in infos if 0 < info.size_bytes <= _EXPECTED_BYTES and self._is_far(info)]
+        ends = itertools.accumulate(info.size_bytes for info in small)
+        small = [info for info, end in zip(small, ends, strict=True) if end <= _EXPECTED_TOGETHER]
+        arrays = {info.name: np.empty(info.size_bytes, np.uint8) for info in small}
+        self._read_far([(info, 0, arrays[info.name]) for info in small])
+        self._expected = arrays
 
     def read_range(self, info: TensorInfo, start: int, out: Bytes) -> None:
         """Fill `out` with the tensor's bytes from `start` on."""
@@ -88,8 +104,12 @@ class CheckpointReader:
                 f"{self.index.folder / info.file}: {info.name} has {info.size_bytes} bytes, "
                 f"{start + len(view)} were asked for"
             )
-        if self._remote and self._remote.is_away(info.file):
-            self._read_far([(info, start, out)])
+        if self._remote and self._is_far(info):
+            held = self._expected.pop(info.name, None) if len(view) == info.size_bytes else None
+            if held is None:
+                self._read_far([(info, start, out)])
+            else:
+                out[:] = held
             return
         descriptor = self._descriptor(info.file)
         try:
@@ -108,6 +128,10 @@ class CheckpointReader:
             ) from error
         with self._lock:
             self.bytes_read += done
+
+    def _is_far(self, info: TensorInfo) -> bool:
+        """Whether a tensor is read by ranges; where its source is kept, its shard is brought here instead."""
+        return self._remote is not None and self._remote.stays_away(info.file)
 
     def _read_far(self, wanted: list[tuple[TensorInfo, int, Bytes]]) -> None:
         """Ranges of tensors that are not on this machine, (tensor, start, where to)."""

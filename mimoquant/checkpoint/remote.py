@@ -45,6 +45,11 @@ class Store(Protocol):
     def folder(self) -> Path: ...
 
     @property
+    def keeps(self) -> bool:
+        """Whether the folder shall have all of it in the end."""
+        ...
+
+    @property
     def files(self) -> Mapping[str, RemoteFile]: ...
 
     def read(self, wanted: Sequence[Wanted]) -> None:
@@ -95,6 +100,12 @@ class Remote:
     def is_away(self, name: str) -> bool:
         """Whether a file is there and not here."""
         return self.prefix + name in self.store.files and not (self.store.folder / (self.prefix + name)).exists()
+
+    def stays_away(self, name: str) -> bool:
+        """Whether tensors of a file are read by ranges; if not, it is here now."""
+        if self.is_away(name) and self.store.keeps:
+            self.fetch(name)
+        return self.is_away(name)
 
     def fetch(self, name: str) -> None:
         self.store.fetch(self.prefix + name)

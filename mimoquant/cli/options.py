@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -142,6 +143,14 @@ MendOption = Annotated[
     bool,
     typer.Option(
         "--mend-json", help="Write JSON files that have a comma too many without it, instead of refusing them."
+    ),
+]
+KeepSourceOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--keep-source",
+        help="Keep a SOURCE on the Hub in this folder, as a download would; it must not exist.",
+        metavar="DIR",
     ),
 ]
 DeviceOption = Annotated[

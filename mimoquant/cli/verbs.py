@@ -21,6 +21,7 @@ from mimoquant.cli.options import (
     GpuMemoryOption,
     InputScalesOption,
     JsonOption,
+    KeepSourceOption,
     Layout,
     MendOption,
     ObjectiveOption,
@@ -128,6 +129,7 @@ def quantize(
     input_scales: InputScalesOption = None,
     base_model: BaseModelOption = None,
     mend_json: MendOption = False,
+    keep_source: KeepSourceOption = None,
     html: Annotated[
         Path | None, typer.Option(help="Write a page that shows what calibration reached.", metavar="FILE")
     ] = None,

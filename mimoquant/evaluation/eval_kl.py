@@ -31,7 +31,7 @@ from mimoquant.checkpoint.remote import named
 from mimoquant.errors import CheckpointError
 from mimoquant.evaluation.divergence import TokenScores
 from mimoquant.evaluation.documents import FolderEvaluation, NoiseFloor
-from mimoquant.evaluation.facts import Named, evaluation_of
+from mimoquant.evaluation.facts import Compared, evaluation_of
 from mimoquant.evaluation.held_out import refuse_shared_data
 from mimoquant.evaluation.kept_result import finished_result, made_of, result_text
 from mimoquant.evaluation.side_by_side import WORST, SideBySide, WorstToken
@@ -234,8 +234,9 @@ def eval_kl(
             snapshots=snapshots,
             progress=(lambda number: progress(number, first.geometry.layers)) if progress else None,
         )
-        other = None if baseline is None else named(baseline)
-        compared = Named(named(reference), stored_as(first), named(candidate), other)
+        compared = Compared(
+            str(reference), stored_as(first), str(candidate), None if baseline is None else str(baseline)
+        )
         device = team.device if team.size == 1 else team.device.partition(":")[0]
         evaluation = evaluation_of(compared, others[0], tokens, comparisons, floor, device, shared)
         if snapshots:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from mimoquant.__version__ import SCHEMA_VERSION
 from mimoquant.calibration.tokenizer import decoder_of
 from mimoquant.calibration.tokens import TokenSet
+from mimoquant.checkpoint.remote import named
 from mimoquant.evaluation import documents
 from mimoquant.evaluation.documents import BaselineFacts, DataFacts, FolderEvaluation, LayerPart, NoiseFloor
 from mimoquant.evaluation.summary import paired_difference, summarize
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Named:
+class Compared:
     """The folders of an evaluation, as its caller wrote them, and what the reference is stored in."""
 
     reference: str
@@ -36,7 +37,7 @@ class Named:
 
 
 def evaluation_of(
-    named: Named,
+    compared: Compared,
     layout: ModelLayout,
     tokens: TokenSet,
     comparisons: Sequence[Comparison],
@@ -48,18 +49,18 @@ def evaluation_of(
     there is one, the baseline."""
     scores = comparisons[0].scores
     assert scores is not None
-    decode = decoder_of(Path(named.reference))
+    decode = decoder_of(Path(compared.reference))
     baseline = None
-    if named.baseline is not None:
+    if compared.baseline is not None:
         other = comparisons[1].scores
         assert other is not None
-        baseline = BaselineFacts(candidate=named.baseline, **paired_difference(scores, other, tokens))
+        baseline = BaselineFacts(candidate=named(compared.baseline), **paired_difference(scores, other, tokens))
     return {
         "schema_version": SCHEMA_VERSION,
-        "reference": named.reference,
-        "reference_stored": named.reference_stored,
-        "candidate": named.candidate,
-        "recipe": recipe_name(Path(named.candidate)),
+        "reference": named(compared.reference),
+        "reference_stored": compared.reference_stored,
+        "candidate": named(compared.candidate),
+        "recipe": recipe_name(Path(compared.candidate)),
         "activations_quantized": rounds_activations(layout),
         "left_out": left_out_of_j(layout),
         "data": data_facts(tokens, shared),
@@ -108,7 +109,7 @@ def _worst_token(
         shown = text([token])
         return f"<{token}>" if "\ufffd" in shown else shown  # a part of a character has no text
 
-    def named(top: list[tuple[int, float]]) -> list[tuple[str, float]]:
+    def in_words(top: list[tuple[int, float]]) -> list[tuple[str, float]]:
         return [(one(token), probability) for token, probability in top]
 
     return documents.WorstToken(
@@ -118,6 +119,6 @@ def _worst_token(
         j=worst.j,
         context=text(ids[max(0, position - 23) : position + 1]).strip("\ufffd"),
         token=one(ids[position + 1]),
-        reference_top5=named(worst.reference_top),
-        candidate_top5=named(worst.candidate_top),
+        reference_top5=in_words(worst.reference_top),
+        candidate_top5=in_words(worst.candidate_top),
     )

@@ -205,6 +205,17 @@ class PlannedShard(TypedDict):
     """Exactly."""
 
 
+class HubReads(TypedDict):
+    """What a run reads of a source on the Hub."""
+
+    bytes: int
+    """All that it asks for; where the source is kept (--keep-source) each byte once, whatever stands here."""
+    times: float
+    """The same, in sizes of the source."""
+    seconds: float | None
+    """At the rate that --measure found; null without it."""
+
+
 class PlanDocument(TypedDict):
     """What `quantize` would do and need."""
 
@@ -262,6 +273,8 @@ class PlanDocument(TypedDict):
     """The drafter in the source's folder; null without one."""
     disk_free_bytes: int | None
     """Free bytes where --out lies; null without --out."""
+    hub: HubReads | None
+    """What is read from the Hub; null for a source on this machine."""
     notes: list[str]
     """What a user should know before starting."""
     engines: list[EngineCheck]

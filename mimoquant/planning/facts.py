@@ -6,14 +6,14 @@ Key idea: text is made from the documents too (`report`), so the two cannot disa
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mimoquant.__version__ import SCHEMA_VERSION
 from mimoquant.checkpoint.hf_files import CONFIG_NAME
 from mimoquant.checkpoint.journal import JournalLine, free_bytes
-from mimoquant.checkpoint.remote import named
+from mimoquant.checkpoint.remote import named, revision_of
 from mimoquant.machine.memory import Machine
 from mimoquant.model.drafter import FOLDER, carried_drafter
 from mimoquant.model.geometry import Attention, Geometry
@@ -26,6 +26,7 @@ from mimoquant.planning.documents import (
     Change,
     EngineCheck,
     ForkNeeds,
+    HubReads,
     InspectDocument,
     MachineMemory,
     PlanDocument,
@@ -45,6 +46,7 @@ from mimoquant.planning.needs import (
     states_place,
     walk_back_needs,
 )
+from mimoquant.planning.notes import hub_notes
 from mimoquant.planning.plan import Plan
 from mimoquant.planning.relayout import RelayoutPlan
 from mimoquant.planning.side_json import json_faults
@@ -137,6 +139,8 @@ def plan_facts(
     free, release = None if folder is None else free_bytes(folder), release_of(plan.layout)
     refusals = [error for error in (plan.json_refusal, refused) if error]
     notes = [*plan.notes, *(f"quantize would refuse: {error}; {error.hint}" for error in refusals)]
+    reads = hub_reads(plan, took)
+    notes += hub_notes(reads, plan.source_bytes, free) if reads else []
     if free is not None and free < disk_bytes(plan, device, has):
         lighter = lighter_on_disk(plan, device, has, free)
         notes.append(f"{folder}: has room for {size(free)} only{f'; {lighter}' if lighter else ''}")
@@ -168,9 +172,37 @@ def plan_facts(
         side_bytes=plan.side_bytes,
         drafter=drafter_facts(plan.layout),
         disk_free_bytes=free,
+        hub=reads,
         notes=notes,
         engines=engines,
     )
+
+
+def hub_reads(plan: Plan, took: Estimate | None) -> HubReads | None:
+    """What quantize asks the Hub for beside headers; None of a source that is here."""
+    if revision_of(plan.layout.index.folder) is None:
+        return None
+    total = plan.source_bytes + sum(_walked_bytes(plan))
+    seconds = None if took is None else total / took.read_bytes_per_s
+    return HubReads(bytes=total, times=round(total / plan.source_bytes, 2), seconds=seconds)
+
+
+def _walked_bytes(plan: Plan) -> Iterator[int]:
+    """What a run reads of its source again, to walk its tokens: what is beside the experts of each layer; with the
+    objective kl first everything on the way to the loss, and back to the first layer that is quantized."""
+    if plan.recipe.calibration is None:
+        return
+    layout = plan.layout
+    beside = {unit: sum(weight.size_bytes for weight in weights) for unit, weights in layout.units.items()}
+    yield beside["embeddings"] + sum(beside[f"layer {layer}"] for layer in range(layout.geometry.layers))
+    if plan.recipe.objective != "kl":
+        return
+    experts = dict.fromkeys(range(layout.geometry.layers), 0)
+    for (layer, _, _), weight in layout.experts.items():
+        experts[layer] += weight.size_bytes
+    yield beside["embeddings"] + beside["head"]
+    for layer in experts:
+        yield (beside[f"layer {layer}"] + experts[layer]) * (2 if layer > min(plan.formats) else 1)
 
 
 def _walk_back(plan: Plan, device: str, has: Machine, took: Estimate | None) -> WalkBackNeeds | None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
 from mimoquant.model.drafter import carried_drafter
 from mimoquant.model.layout import ModelLayout
 from mimoquant.model.releases import base_model_note
@@ -9,7 +12,23 @@ from mimoquant.planning.recipe import Recipe
 from mimoquant.planning.stored import config_notes
 from mimoquant.planning.units import is_wide
 from mimoquant.weights.container import MODELOPT, NATIVE, keeps_fp8
-from mimoquant.wording import ranges
+from mimoquant.wording import duration, ranges, size
+
+if TYPE_CHECKING:
+    from mimoquant.planning.documents import HubReads
+
+
+_OFTEN = 1.5  # sizes of the source that are read, from which on it is better kept
+
+
+def hub_notes(reads: HubReads, source_bytes: int, free: int | None) -> Iterator[str]:
+    """What a source on the Hub costs, and whether keeping it pays. `free`: bytes of the output's disk, if known."""
+    took = "" if reads["seconds"] is None else f", {duration(reads['seconds'])} at the rate that was measured"
+    often = "each byte once" if reads["times"] == 1 else f"{reads['times']:g} times the source's {size(source_bytes)}"
+    yield f"{size(reads['bytes'])} are read from the Hub ({often}){took}"
+    if reads["times"] > _OFTEN and (free is None or free > source_bytes):
+        room = "where a disk has room for it" if free is None else f"of which {size(free)} are free here"
+        yield f"--keep-source DIR makes each byte come once; it takes {size(source_bytes)}, {room}"
 
 
 def plan_notes(layout: ModelLayout, recipe: Recipe, container: str, carve_outs: dict[int, str]) -> list[str]:

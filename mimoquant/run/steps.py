@@ -335,6 +335,7 @@ def kind_of(step: Step) -> Kind[Any]:
 def load(shop: Workshop, tasks: list[Task]) -> Iterator[Loaded]:
     """Every step's source bytes, in order. Runs in the read-ahead thread."""
     for task in tasks:
+        shop.reader.expect(step.info for steps in task.groups for step in steps if isinstance(step, Copy))
         for number, steps in enumerate(task.groups, start=1):
             last_group = number == len(task.groups)
             pieces = kind_of(steps[0]).read(shop, steps) if steps else iter([(None, True)])
