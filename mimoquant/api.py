@@ -69,8 +69,8 @@ def plan(
         gpu_memory: GB of the GPU's memory that may be used. out: on whose disk to look for room.
         data, sequences, tokens: what to calibrate on, where the recipe says otherwise; data_column: of its records,
             only that is read. refine, refine_layer, objective: as for `quantize`.
-        dense, input_scales: of ModelOpt's container: whether FP8 beside the experts stays ("fp8") or becomes "bf16",
-            whether they have input scales of 1 ("unit") or "none".
+        dense: in ModelOpt's container, whether FP8 beside the experts stays ("fp8") or becomes "bf16".
+            input_scales: of NVFP4 experts' activations: "none", "unit" (1), or "calibrated".
         measure: rehearse the plan's steps on one chunk of experts, to tell the time.
     Raises UsageError, RecipeError, CheckpointError.
     """

@@ -214,10 +214,10 @@ def test_another_input_scale_is_seen(sources: dict[str, Path], dense: Path, tmp_
     ("options", "said"),
     [
         (["--dense", "fp8"], "is for the modelopt container"),
-        (["--input-scales", "unit", "--container", "compressed-tensors"], "is for the modelopt container"),
+        (["--input-scales", "calibrated"], "needs no tokens to calibrate them on"),
     ],
 )
-def test_other_containers_have_neither(sources: dict[str, Path], options: list[str], said: str, tmp_path: Path) -> None:
+def test_what_nothing_gives_is_refused(sources: dict[str, Path], options: list[str], said: str, tmp_path: Path) -> None:
     asked = ["quantize", str(sources["v2.6"]), "-r", "nvfp4-cast", "-o", str(tmp_path / "out"), *options]
     refused = CliRunner().invoke(app, asked)
     assert refused.exit_code == 2 and said in refused.stderr, refused.output

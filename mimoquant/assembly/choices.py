@@ -51,8 +51,8 @@ class CalibrationChoice:
 class OutputChoice:
     """How an output is stored beside its experts' formats, where the recipe says otherwise; None leaves it to that.
 
-    `dense`, `input_scales`: of ModelOpt's container. `base_model`: the source's repository on the Hub, for the card.
-    `mend_json`: whether JSON files that no parser takes are written mended.
+    `dense`: of ModelOpt's container. `input_scales`: of NVFP4 experts. `base_model`: the source's repository on the
+    Hub, for the card. `mend_json`: whether JSON files that no parser takes are written mended.
     """
 
     dense: str | None = None

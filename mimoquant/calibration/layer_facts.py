@@ -44,6 +44,11 @@ class LayerRecord(TypedDict):
     """What the walk back says of the layer; absent without one."""
     topk_changed: NotRequired[float]
     """Share of tokens that a folded router sends to other experts; absent where no norm is folded."""
+    input_amax: NotRequired[list[float]]
+    """The largest magnitude in what the expert's gate and up see; 0 for one that saw no token. Absent where no input
+    scales are calibrated."""
+    down_input_amax: NotRequired[list[float]]
+    """The same of what its down sees."""
     starved: int
     """Experts with fewer tokens than half the model's width."""
     shrinkage: float
@@ -80,6 +85,8 @@ class LayerFacts:
     felt_plain: list[float] = field(default_factory=list)
     felt: list[float] = field(default_factory=list)
     fisher: LayerFisherFacts | None = None
+    input_amax: list[float] = field(default_factory=list)  # where input scales are calibrated
+    down_input_amax: list[float] = field(default_factory=list)
     clamped: dict[str, list[int]] = field(default_factory=dict)  # see `run.clamped`; not in the record
 
     def as_plain(self) -> LayerRecord:
@@ -102,7 +109,8 @@ class LayerFacts:
             "rounded": self.rounded,
             "folded_channels": self.folded_channels,
         }
-        return cast(LayerRecord, lists | walked | routed | felt | counted)
+        peaks = {name: getattr(self, name) for name in ("input_amax", "down_input_amax")} if self.input_amax else {}
+        return cast(LayerRecord, lists | walked | routed | felt | peaks | counted)
 
 
 def _short(value: float) -> float:

@@ -83,6 +83,29 @@ def gradient_grams(
     return sums, counts
 
 
+def input_peaks(blocks: Sequence[tuple[Tensor, Dispatch]]) -> Tensor:
+    """[E] float32: the largest magnitude in the tokens [n, H] that each of all experts sees; 0 for one without."""
+    peaks = torch.zeros(len(blocks[0][1].begins) - 1, device=blocks[0][0].device)
+    for tokens, dispatch in blocks:
+        counts = torch.tensor(dispatch.begins, device=peaks.device).diff()
+        experts = torch.repeat_interleave(torch.arange(len(peaks), device=peaks.device), counts)
+        largest = tokens.abs().amax(-1).to(torch.float32)
+        peaks.scatter_reduce_(0, experts, largest[dispatch.rows], "amax")
+    return peaks
+
+
+def inner_peaks(blocks: Sequence[tuple[Tensor, Dispatch]], chunk: ExpertChunk) -> Tensor:
+    """The same [E] of what down_proj sees, which is bfloat16 where it is served, of a chunk's experts."""
+    peaks, rows_of = torch.zeros(len(chunk.gate), device=chunk.gate.device), intermediate_of(chunk)
+    for tokens, dispatch in blocks:
+        for group in dispatch.groups(chunk.begin, chunk.begin + len(peaks)):
+            largest = rows_of(tokens[group.rows], group.experts).abs().amax(-1).to(torch.bfloat16)
+            places = torch.tensor(group.experts, device=peaks.device) - chunk.begin
+            own = torch.where(group.used, largest, 0).amax(1).to(torch.float32)
+            peaks[places] = torch.maximum(peaks[places], own)
+    return peaks
+
+
 def tokens_of(blocks: Sequence[tuple[Tensor, Dispatch]], begin: int, end: int, most: int) -> list[Tensor]:
     """The tokens [n, H] that each of experts begin..end sees, evenly thinned to `most`."""
     out = []

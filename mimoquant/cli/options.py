@@ -28,10 +28,11 @@ class Dense(StrEnum):
 
 
 class InputScales(StrEnum):
-    """`--input-scales`: of experts' activations, in ModelOpt's container."""
+    """`--input-scales`: of NVFP4 experts' activations."""
 
     NONE = "none"
     UNIT = "unit"
+    CALIBRATED = "calibrated"
 
 
 class Layout(StrEnum):
@@ -137,7 +138,10 @@ DenseOption = Annotated[
 ]
 InputScalesOption = Annotated[
     InputScales | None,
-    typer.Option(help="Input scales of the experts with --container modelopt: none (weights only), or 1 for each."),
+    typer.Option(
+        help="Input scales of NVFP4 experts, whose activations engines then round to 4 bits too: none (weights only), "
+        "1 for each, or by the calibration tokens."
+    ),
 ]
 MendOption = Annotated[
     bool,

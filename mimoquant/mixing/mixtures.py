@@ -15,7 +15,7 @@ from mimoquant.planning.calibration_settings import match_name
 from mimoquant.planning.plan import CHUNK_BYTES, Plan, make_plan
 from mimoquant.planning.recipe import Group, Recipe
 from mimoquant.quant.formats import GROUP_SIZES, Format
-from mimoquant.weights.container import COMPRESSED_TENSORS, EXPERT_TARGET, layers_target
+from mimoquant.weights.container import COMPRESSED_TENSORS, EXPERT_TARGET, NONE, layers_target
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,8 @@ def mixed_recipe(recipe: Recipe, options: Mapping[int, LayerOption]) -> Recipe:
     experts = [f"model.layers.{layer}.mlp.experts.0.{p}_proj" for layer in options for p in PROJECTIONS]
     ignore = tuple(p for p in recipe.ignore if not any(match_name(name, p) for name in experts))
     kept = {layer: option.kept for layer, option in options.items() if option.kept}
-    return replace(recipe, groups=tuple(groups), ignore=ignore, carve_outs=kept, provenance={})
+    output = recipe.output if any(map(recipe.scales_inputs, by_format)) else replace(recipe.output, input_scales=NONE)
+    return replace(recipe, groups=tuple(groups), ignore=ignore, carve_outs=kept, provenance={}, output=output)
 
 
 def formats_of(plan: Plan) -> list[Format]:

@@ -79,11 +79,23 @@ def model_card(report: QuantizeReport, served: Served, origin: Origin, *, real_f
         *_serving(served),
         "## Limits",
         "",
-        "- Only weights were quantized. Some back ends round activations, by their own choice: J does not know of it.",
+        _rounding_limit(served),
         "- Text was what quality is measured on; images, audio and long contexts were not looked at.",
         "- Licence and limits of use are the base model's.",
     ]
     return "\n".join(lines)
+
+
+def _rounding_limit(served: Served) -> str:
+    if not served.input_scales:
+        return (
+            "- Only weights were quantized. Some back ends round activations, by their own choice: J does not know of "
+            "it."
+        )
+    return (
+        "- Experts' activations are declared in 4 bits, with input scales: kernels on Blackwell round them, which J of "
+        "weights does not know of; others compute weights alone."
+    )
 
 
 def _front_matter(base_model: str | None, report: QuantizeReport, served: Served) -> Iterator[str]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,7 @@ def verify(
 
         report.unproven = unproven(plan.recipe, plan.formats)
     tell = progress or (lambda name, done, total: None)
-    _check_files(out, plan, report, tell)
+    journal = _check_files(out, plan, report, tell)
     try:
         index = open_index(out)
     except MimoquantError as error:
@@ -112,7 +112,7 @@ def verify(
     engine = CpuEngine()
     try:
         with CheckpointReader(plan.layout.index) as ours, CheckpointReader(index) as theirs:
-            check = _Values(plan, ours, theirs, engine, report)
+            check = _Values(plan, ours, theirs, engine, report, journal)
             for number, unit in enumerate(plan.units, start=1):
                 check.unit(unit)
                 tell(f"values of {unit.name}", number, len(plan.units))
@@ -141,8 +141,11 @@ def _planned_by_recipe(out: Path, source: Path | str) -> Plan:
     return plan
 
 
-def _check_files(out: Path, plan: Plan, report: VerifyReport, tell: Callable[[str, int, int], None]) -> None:
-    """Shards against plan and journal, small files against what is written anew, nothing missing, nothing extra."""
+def _check_files(
+    out: Path, plan: Plan, report: VerifyReport, tell: Callable[[str, int, int], None]
+) -> dict[str, JournalLine]:
+    """Shards against plan and journal, small files against what is written anew, nothing missing, nothing extra.
+    Returns the journal, by unit."""
     try:
         journal = {line.file: line for line in read_journal(resolve_inside(out, JOURNAL_NAME))}
     except (CheckpointError, OSError) as error:
@@ -165,6 +168,7 @@ def _check_files(out: Path, plan: Plan, report: VerifyReport, tell: Callable[[st
     expected = {*planned, *plan.side_files, *texts, JOURNAL_NAME, *_check_fingerprints(out, record, report)}
     if texts:
         _check_extras(out, {*expected, *present, "report.html"}, report)
+    return lines
 
 
 def _wrong_shard(out: Path, unit: Unit, line: JournalLine | None) -> str | None:
@@ -285,9 +289,16 @@ class _Values:
     """Compares values, step by step of the plan: what a kind of step needs for its check (`run.steps.Proof`)."""
 
     def __init__(
-        self, plan: Plan, ours: CheckpointReader, theirs: CheckpointReader, engine: CpuEngine, report: VerifyReport
+        self,
+        plan: Plan,
+        ours: CheckpointReader,
+        theirs: CheckpointReader,
+        engine: CpuEngine,
+        report: VerifyReport,
+        journal: dict[str, JournalLine],
     ) -> None:
         self.plan, self.ours, self.theirs, self.engine, self.report = plan, ours, theirs, engine, report
+        self.journal = journal
         self.shop = Workshop(plan, ours, engine)
         self.total = Audit(0.0, 0, 0.0, 0.0)
         self.layer: int | None = None
@@ -305,6 +316,10 @@ class _Values:
 
     def count(self, what: str, number: int = 1) -> None:
         self.report.checked[what] += number
+
+    def record(self, layer: int) -> Mapping[str, Any] | None:
+        line = self.journal.get(f"layer {layer}")
+        return line.facts if line else None
 
     def is_stored(self, name: str, expected: Array, begin: int = 0) -> bool:
         wanted = np.ascontiguousarray(expected).reshape(-1).view(np.uint8)

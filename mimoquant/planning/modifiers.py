@@ -8,13 +8,29 @@ Reference: the fields of llm-compressor 0.14.0.1's QuantizationModifier, GPTQMod
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from mimoquant.planning.calibration_settings import Fail
 from mimoquant.quant.formats import GROUP_SIZES, Format
-from mimoquant.weights.container import format_weights
+from mimoquant.weights.container import format_inputs, format_weights
 
 METHODS = {"QuantizationModifier": "rtn", "GPTQModifier": "gptq", "AWQModifier": "awq"}
+PRESETS = {  # schemes of compressed-tensors by name → format, and whether activations are rounded too (None: never)
+    "W4A16": (Format("int4", 128), None),
+    "W4A16_ASYM": (Format("int4", 128, symmetric=False), None),
+    "MXFP4A16": (Format("mxfp4", 32), None),
+    "NVFP4A16": (Format("nvfp4", 16), False),
+    "NVFP4": (Format("nvfp4", 16), True),
+}
+WEIGHT_DEFAULTS: dict[str, tuple[Any, ...]] = {
+    "dynamic": (False,),
+    "actorder": (None, "static", "weight"),
+    "block_structure": (None,),
+    "observer_kwargs": (None, {}),
+    "zp_dtype": (None, "torch.int8"),
+    "scale_dtype": (None, "torch.uint8", "torch.float8_e4m3fn"),
+}
 FORMAT_KEYS = {
     "targets",
     "ignore",
@@ -83,6 +99,30 @@ def weight_observer(settings: dict[str, Any], where: str, fail: Fail) -> str | N
     return found
 
 
+def rounds_inputs(group: Mapping[str, Any], fmt: Format, where: str, fail: Fail) -> bool | None:
+    """Whether a config group rounds its modules' activations too, which only NVFP4 may (None for others), and only as
+    its preset does. Raises RecipeError for any other activations."""
+    if group.get("output_activations") is not None:
+        fail(f"{where} quantizes output_activations, which is not supported", "leave it out or null")
+    given = group.get("input_activations")
+    if given is None:
+        return False if fmt.name == "nvfp4" else None
+    if fmt.name != "nvfp4" or not isinstance(given, dict):
+        fail(
+            f"{where} quantizes input_activations, which is not supported beside {fmt.label} weights",
+            "weights only: leave it out or null; NVFP4 weights may have those of the scheme NVFP4",
+        )
+    known = format_inputs(fmt) | {"actorder": None, "block_structure": None, "observer_kwargs": {}}
+    for key, value in given.items():
+        if key not in known or value not in (known[key], {} if known[key] is None else known[key]):
+            wanted = f"{known[key]!r} is" if key in known else f"{', '.join(sorted(known))} are"
+            fail(f"{where}.input_activations.{key} is {_shown(value)}, which is not supported", f"{wanted} known")
+    for key in ("num_bits", "type", "strategy", "group_size", "dynamic"):  # their defaults are others
+        if key not in given:
+            fail(f"{where}.input_activations has no {key}", f"{known[key]!r} is known")
+    return True
+
+
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
@@ -90,6 +130,9 @@ def _shown(value: Any) -> str:
 
 def weight_format(weights: dict[str, Any], where: str, fail: Fail) -> Format:
     """The format that a config group's `weights` ask for. Raises RecipeError for one that is not supported."""
+    for key, allowed in WEIGHT_DEFAULTS.items():
+        if key in weights and weights[key] not in allowed:
+            fail(f"{where}.weights.{key} is {weights[key]!r}, which is not supported")
     bits, kind, size = weights.get("num_bits", 8), weights.get("type", "int"), weights.get("group_size")
     strategy = weights.get("strategy") or ("group" if size else "tensor")
     symmetric = weights.get("symmetric", True)

@@ -11,7 +11,7 @@ from mimoquant.model.releases import base_model_note
 from mimoquant.planning.recipe import Recipe
 from mimoquant.planning.stored import config_notes
 from mimoquant.planning.units import is_wide
-from mimoquant.weights.container import MODELOPT, NATIVE, keeps_fp8
+from mimoquant.weights.container import MODELOPT, NATIVE, NONE, UNIT, keeps_fp8
 from mimoquant.wording import duration, ranges, size
 
 if TYPE_CHECKING:
@@ -98,10 +98,11 @@ def _dense_notes(layout: ModelLayout, recipe: Recipe, container: str) -> list[st
         stays = "goes out in bf16" if wide else "stays bf16"
         held = "goes out in FP8 as it is" if dequantized else f"{stays}, in ignored_layers: the source has no FP8 of it"
         notes.append(f"attention, dense MLP and MTP {held}; the experts have the values of the source's, in MXFP4")
-    if recipe.output.input_scales == "unit":
+    if recipe.output.input_scales != NONE:
+        scales = "1" if recipe.output.input_scales == UNIT else "by the largest inputs among the calibration tokens"
         notes.append(
-            "input scales are 1, so experts are declared NVFP4: kernels on Blackwell round activations to 4 bits by "
-            "them, which J does not know of; others compute weights-only"
+            f"input scales are {scales}, so NVFP4 experts are declared with activations in 4 bits: kernels on "
+            "Blackwell round them by these, which J of weights does not know of; others compute weights-only"
         )
     if not keeps and geometry.fused_qkv:
         notes.append(

@@ -6,20 +6,21 @@ outputs which do without them are what they were. As in `recipe`, what is not kn
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, fields
 from typing import Any
 
 from mimoquant.model.releases import check_repository, is_repository, is_revision
 from mimoquant.planning.calibration_settings import Fail
-from mimoquant.weights.container import DENSE, INPUT_SCALES
+from mimoquant.weights.container import CALIBRATED, DENSE, INPUT_SCALES, NONE, UNIT
 
 
 @dataclass(frozen=True, slots=True)
 class OutputSettings:
-    """`dense`: FP8 beside the experts, and `input_scales`: of their activations, in ModelOpt's container. `base_model`:
-    the source's repository on the Hub, where its user says it. `mend_json`: whether JSON files beside the shards are
-    mended where no parser takes them. `source_revision`: ORG/NAME@COMMIT, where the source was read from the Hub."""
+    """`dense`: FP8 beside the experts, in ModelOpt's container. `input_scales`: of NVFP4 experts' activations.
+    `base_model`: the source's repository on the Hub, where its user says it. `mend_json`: whether JSON files beside the
+    shards are mended where no parser takes them. `source_revision`: ORG/NAME@COMMIT, where the source was read from the
+    Hub."""
 
     dense: str = DENSE[0]
     input_scales: str = INPUT_SCALES[0]
@@ -49,8 +50,15 @@ def check_chosen(changes: Mapping[str, Any]) -> Mapping[str, Any]:
     return changes
 
 
-def parse_output_settings(block: Mapping[Any, Any], fail: Fail) -> OutputSettings:
-    """Of a recipe's `mimoquant:` block; `fail` raises RecipeError."""
+def parse_output_settings(
+    block: Mapping[Any, Any], fail: Fail, rounds: Set[bool | None], *, calibrated: bool
+) -> OutputSettings:
+    """Of a recipe's `mimoquant:` block; `fail` raises RecipeError.
+
+    Args:
+        rounds: whether the recipe's groups of NVFP4 have input_activations. Where they have, and the block is silent,
+            the scales are calibrated if the recipe is.
+    """
     held = {key: value for key, value in block.items() if key in OUTPUT_KEYS and value is not None}
     for key, known in (("dense", DENSE), ("input_scales", INPUT_SCALES)):
         if held.get(key, known[0]) not in known:
@@ -63,4 +71,9 @@ def parse_output_settings(block: Mapping[Any, Any], fail: Fail) -> OutputSetting
         fail(f"source_revision is {read!r}, expected owner/model@commit")
     if not isinstance(held.get("mend_json", False), bool):
         fail(f"mend_json is {held['mend_json']!r}, expected true or false")
+    if True in rounds:
+        if False in rounds:
+            fail("some groups of NVFP4 have input_activations and others have none", "give them to all or to none")
+        if held.setdefault("input_scales", CALIBRATED if calibrated else UNIT) == NONE:
+            fail("input_scales is none, and its groups have input_activations", "leave one of them out")
     return OutputSettings(**held)

@@ -23,7 +23,15 @@ from mimoquant.planning.side_json import Fault, json_faults, refusal
 from mimoquant.planning.stored import native_obstacle
 from mimoquant.planning.units import Copy, Unit, UnitBuilder, is_wide
 from mimoquant.quant.formats import Format
-from mimoquant.weights.container import COMPRESSED_TENSORS, MODELOPT, NATIVE, keeps_fp8, output_config
+from mimoquant.weights.container import (
+    CALIBRATED,
+    COMPRESSED_TENSORS,
+    MODELOPT,
+    NATIVE,
+    NONE,
+    keeps_fp8,
+    output_config,
+)
 from mimoquant.wording import ranges
 
 CHUNK_BYTES = 96 * 2**20  # source bytes of the experts that are in memory together
@@ -82,6 +90,11 @@ class Plan:
     def side_bytes(self) -> int:
         return sum(self.side_files.values())
 
+    def calibrates_inputs(self, layer: int) -> bool:
+        """Whether a layer's input scales come from the calibration tokens."""
+        fmt = self.formats.get(layer)
+        return fmt is not None and self.recipe.output.input_scales == CALIBRATED and self.recipe.scales_inputs(fmt)
+
     def identity(self) -> dict[str, Any]:
         """What a resumed run must share with the one that began: anything here changes the output. JSON can hold it."""
         resolved = self.recipe.resolved(self.container)
@@ -116,6 +129,7 @@ def make_plan(
         _check_cast(layout, recipe, formats)
     carve_outs = kept_kinds(layout, recipe, kept)
     _check_shapes(layout, recipe, formats)
+    _check_input_scales(recipe, formats)
     notes: list[str] = []
     chosen = _choose_container(layout, recipe, container or recipe.container, formats, carve_outs, notes)
     if chosen == MODELOPT:
@@ -277,6 +291,21 @@ def _check_shapes(layout: ModelLayout, recipe: Recipe, formats: dict[int, Format
                 raise RecipeError(f"recipe {recipe.name}: experts' {projection}_proj cannot be {fmt.label}: {problem}")
 
 
+def _check_input_scales(recipe: Recipe, formats: dict[int, Format]) -> None:
+    wanted = recipe.output.input_scales
+    if wanted == CALIBRATED and recipe.calibration is None:
+        raise RecipeError(
+            f"recipe {recipe.name}: input scales are to be calibrated, and it needs no tokens to calibrate them on",
+            hint="add --input-scales unit, or choose a recipe that calibrates, such as gptq-nvfp4-w4a4",
+        )
+    if wanted != NONE and not any(map(recipe.scales_inputs, formats.values())):
+        found = ", ".join(sorted({fmt.label for fmt in formats.values()}))
+        raise RecipeError(
+            f"recipe {recipe.name}: input scales ({wanted}) are for NVFP4 experts, and its own are {found}",
+            hint="leave --input-scales out",
+        )
+
+
 def _check_cast(layout: ModelLayout, recipe: Recipe, formats: dict[int, Format]) -> None:
     """What is cast is MXFP4, or NVFP4 of it."""
     _refuse_mxfp8(layout, recipe)
@@ -311,10 +340,9 @@ def _choose_container(
     if wanted == MODELOPT:
         _check_modelopt(layout, recipe, formats, carve_outs)
         return MODELOPT
-    if recipe.output.dense == "fp8" or recipe.output.input_scales != "none":
-        told = f"dense {recipe.output.dense} with input scales {recipe.output.input_scales}"
+    if recipe.output.dense == "fp8":
         raise RecipeError(
-            f"recipe {recipe.name}: {told} is for the modelopt container",
+            f"recipe {recipe.name}: dense fp8 is for the modelopt container",
             hint="add --container modelopt; native keeps FP8 by itself, compressed-tensors has no place for it",
         )
     only_mxfp4 = all(fmt.name == "mxfp4" for fmt in formats.values())
@@ -357,13 +385,15 @@ def _refuse_unchanged(
         {stored_kind(layout.expert(n, 0, PROJECTIONS[0])) for n in formats},
         {f.name for f in formats.values()},
     )
+    scaled = any(info.name.endswith((".input_scale", ".input_global_scale")) for info in first.packed)
     if chosen != here or stored != wanted or "bf16" in carve_outs.values():
+        return
+    if scaled != (recipe.output.input_scales != NONE):
         return
     if chosen == MODELOPT:
         beside = [weight for weights in layout.units.values() for weight in weights]
         narrowed = any(map(is_wide, beside)) or (recipe.output.dense == "bf16" and any(w.scale for w in beside))
-        scaled = any(info.name.endswith(".input_scale") for info in first.packed)
-        if narrowed or scaled != (recipe.output.input_scales != "none"):
+        if narrowed:
             return
     raise RecipeError(f"recipe {recipe.name}: the experts are {stored.pop().upper()} in the {chosen} container already")
 

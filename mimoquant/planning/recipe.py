@@ -28,23 +28,26 @@ from mimoquant.planning.calibration_settings import (
     parse_calibration,
     walked_for,
 )
-from mimoquant.planning.modifiers import FORMAT_KEYS, METHODS, settings_of, weight_format, weight_observer
+from mimoquant.planning.modifiers import (
+    FORMAT_KEYS,
+    METHODS,
+    PRESETS,
+    WEIGHT_DEFAULTS,
+    rounds_inputs,
+    settings_of,
+    weight_format,
+    weight_observer,
+)
 from mimoquant.planning.output_settings import OUTPUT_KEYS, OutputSettings, check_chosen, parse_output_settings
 from mimoquant.planning.strict_yaml import read_yaml
 from mimoquant.quant.formats import SEARCHES, Format
 from mimoquant.quant.method import Method
 from mimoquant.shipped import recipes_folder, shipped_recipes
-from mimoquant.weights.container import CONTAINERS, format_weights
+from mimoquant.weights.container import CONTAINERS, format_inputs, format_weights, scales_inputs
 
 VERSION = 1
 MAX_RECIPE_BYTES = 1_000_000
 CARVE_OUTS = ("bf16", "fp8", "source")
-_PRESETS = {
-    "W4A16": Format("int4", 128),
-    "W4A16_ASYM": Format("int4", 128, symmetric=False),
-    "MXFP4A16": Format("mxfp4", 32),
-    "NVFP4A16": Format("nvfp4", 16),
-}
 _OBSERVERS = {
     "minmax": "absmax",
     "memoryless_minmax": "absmax",
@@ -69,14 +72,6 @@ _BLOCK_KEYS = {
 _OPTIONS = {"reconstruct": "refine", "reconstruct_layers": "refine-layer", "column": "data-column"}
 _GROUP_KEYS = {"targets", "weights", "input_activations", "output_activations", "format"}
 _FOLDS = ("pow2", "exact-real", "none")
-_WEIGHT_DEFAULTS: dict[str, tuple[Any, ...]] = {
-    "dynamic": (False,),
-    "actorder": (None, "static", "weight"),
-    "block_structure": (None,),
-    "observer_kwargs": (None, {}),
-    "zp_dtype": (None, "torch.int8"),
-    "scale_dtype": (None, "torch.uint8", "torch.float8_e4m3fn"),
-}
 
 
 @dataclass(frozen=True)
@@ -183,13 +178,19 @@ class Recipe:
         """Whether the norm of a layer is scaled against its router and experts: only where a mapping asks for it."""
         return "awq" in self.method and self.fold != "none" and self.awq.names_norm(layer)
 
+    def scales_inputs(self, fmt: Format) -> bool:
+        """Whether experts of a format have input scales."""
+        return scales_inputs(fmt, self.output.input_scales)
+
     def ignores(self, module: str) -> bool:
         return any(match_name(module, pattern) for pattern in self.ignore)
 
     def resolved(self, container: str) -> dict[str, Any]:
         """The recipe with every default written out, as plain data for YAML."""
         groups = {
-            group.name: {"targets": list(group.targets), "weights": format_weights(group.fmt)} for group in self.groups
+            group.name: {"targets": list(group.targets), "weights": format_weights(group.fmt)}
+            | ({"input_activations": format_inputs(group.fmt)} if self.scales_inputs(group.fmt) else {})
+            for group in self.groups
         }
         quantization: dict[str, Any] = {"config_groups": groups, "ignore": list(self.ignore)}
         modifiers: dict[str, Any] = {}
@@ -248,6 +249,7 @@ class _Parser:
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.rounds: set[bool | None] = set()  # of each group, whether activations are rounded too; None: never
 
     def fail(self, problem: str, hint: str | None = None) -> NoReturn:
         raise RecipeError(f"recipe {self.name}: {problem}", hint=hint)
@@ -344,11 +346,9 @@ class _Parser:
         for name, group in self.mapping(config_groups, "config_groups").items():
             group = self.mapping(group, f"group {name}")
             self.known(group, _GROUP_KEYS, name)
-            for side in ("input_activations", "output_activations"):
-                if group.get(side) is not None:
-                    self.fail(f"{name} quantizes {side}, which is not supported", "weights only: leave it out or null")
             weights = self.mapping(group.get("weights"), f"{name}.weights")
             fmt = self.format(weights, name)
+            self.rounds.add(rounds_inputs(group, fmt, name, self.fail))
             groups.append(Group(str(name), self.strings(group.get("targets"), "targets"), fmt))
             expected = f"{'' if fmt.name == 'int4' else f'{fmt.name}-'}pack-quantized"
             if group.get("format") not in (None, expected):
@@ -368,13 +368,14 @@ class _Parser:
         else:
             named = [(scheme, self.strings(settings.get("targets"), "targets") or ("Linear",))]
         for name, targets in named:
-            if not isinstance(name, str) or name not in _PRESETS:
-                self.fail(f"scheme {name!r} is not supported", f"supported are {', '.join(_PRESETS)}")
+            if not isinstance(name, str) or name not in PRESETS:
+                self.fail(f"scheme {name!r} is not supported", f"supported are {', '.join(PRESETS)}")
             if not targets:
                 self.fail(f"scheme {name} has no targets")
+            self.rounds.add(PRESETS[name][1])
         if not named:
             self.fail("scheme is empty")
-        return tuple(Group(f"group_{n}", targets, _PRESETS[name]) for n, (name, targets) in enumerate(named))
+        return tuple(Group(f"group_{n}", targets, PRESETS[name][0]) for n, (name, targets) in enumerate(named))
 
     def searches(self, observer: Any, where: str) -> set[str]:
         """The scale search that an observer asks for; none where there is no observer."""
@@ -390,12 +391,9 @@ class _Parser:
     def format(self, weights: dict[str, Any], where: str) -> Format:
         self.known(
             weights,
-            {"num_bits", "type", "symmetric", "strategy", "group_size", "observer", *_WEIGHT_DEFAULTS},
+            {"num_bits", "type", "symmetric", "strategy", "group_size", "observer", *WEIGHT_DEFAULTS},
             f"{where}.weights",
         )
-        for key, allowed in _WEIGHT_DEFAULTS.items():
-            if key in weights and weights[key] not in allowed:
-                self.fail(f"{where}.weights.{key} is {weights[key]!r}, which is not supported")
         return weight_format(weights, where, self.fail)
 
     def check_cast(self, recipe: Recipe) -> None:
@@ -445,7 +443,6 @@ class _Parser:
             refine=refine,
             signed_scales=signed,
             provenance=self.mapping(block.get("provenance") or {}, "provenance"),
-            output=parse_output_settings(block, self.fail),
         )
         unused = {
             "calibration": not recipe.calibrated,
@@ -457,4 +454,5 @@ class _Parser:
         for key in unused:
             if unused[key] and block.get(key) is not None:
                 self.fail(f"mimoquant.{key} has no meaning for the method {recipe.method} by {recipe.scale_search}")
-        return replace(recipe, calibration=(held or Calibration()) if recipe.calibrated else None)
+        output = parse_output_settings(block, self.fail, self.rounds, calibrated=recipe.calibrated)
+        return replace(recipe, output=output, calibration=(held or Calibration()) if recipe.calibrated else None)

@@ -19,7 +19,15 @@ from mimoquant.model.layout import PROJECTIONS, ModelLayout, Weight, expert_modu
 from mimoquant.planning.output_settings import OutputSettings
 from mimoquant.planning.reorder import Reorder, reorder
 from mimoquant.quant.formats import MXFP4, Format
-from mimoquant.weights.container import expert_tensors, keeps_fp8, shape_tensor
+from mimoquant.weights.container import (
+    CALIBRATED,
+    UNIT,
+    expert_tensors,
+    input_scale_tensor,
+    keeps_fp8,
+    scales_inputs,
+    shape_tensor,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +66,11 @@ class Shapes:
 
 @dataclass(frozen=True, slots=True)
 class InputScales:
-    """The `input_scale` tensors of a layer's experts, each 1: nothing is known of their activations."""
+    """What scales the activations of a layer's experts: gate's, up's and down's of each, in the experts' order.
+    `calibrated`: by the largest that were seen; else each is 1, for nothing is known of them."""
 
+    layer: int
+    calibrated: bool
     entries: tuple[Entry, ...]
     role: ClassVar[str] = "expert"
 
@@ -181,8 +192,13 @@ class UnitBuilder:
                 tuple(Entry(f"{expert_module(layer, e, p)}.weight_shape", "I64", (2,)) for e, p in modules),
                 tuple(self.layout.geometry.expert_shape(p) for _, p in modules),
             )
-        if fmt and self.input_scales != "none":
-            yield InputScales(tuple(Entry(f"{expert_module(layer, e, p)}.input_scale", "F32", ()) for e, p in modules))
+        scales: list[Step] = []
+        if fmt and scales_inputs(fmt, self.input_scales):
+            suffix, shape = input_scale_tensor(self.container)
+            entries = tuple(Entry(f"{expert_module(layer, e, p)}.{suffix}", "F32", shape) for e, p in modules)
+            scales = [InputScales(layer, self.input_scales == CALIBRATED, entries)]
+        if self.input_scales == UNIT:
+            yield from scales
         kept = self.carve_outs.get(layer)
         small = self.casts and kept != "bf16"  # a kept layer of a calibrated run goes through as bf16 too
         size = sum(self.layout.expert(layer, 0, p).loaded_bytes(as_codes=small) for p in PROJECTIONS)
@@ -191,6 +207,8 @@ class UnitBuilder:
             end = min(begin + chunk, experts)
             entries = tuple(entry for e in range(begin, end) for entry in self._expert_entries(layer, e, fmt, kept))
             yield Experts(layer, begin, end, fmt, kept, small or kept == "mxfp4", entries)
+        if self.input_scales == CALIBRATED:  # known when all experts have been passed
+            yield from scales
 
     def _expert_entries(self, layer: int, expert: int, fmt: Format | None, kept: str | None) -> Iterable[Entry]:
         for projection in PROJECTIONS:

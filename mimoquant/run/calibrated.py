@@ -115,7 +115,13 @@ class Calibrator:
             self.facts.fisher = self.metrics.told
         if layer in self.plan.formats and self.plan.recipe.folds_norm(layer):
             self._apply_norm_fold(weights, self._agreed_fold(layer, written))
+        if self.plan.calibrates_inputs(layer):
+            self.facts.input_amax = _finite(statistics.input_peaks(self._all_seen()), layer).tolist()
         self._refuse_starved(layer)
+
+    def _all_seen(self) -> Seen:
+        """Of the tokens that are held out, too: nothing is fitted here."""
+        return [block for seen in self.tokens.seen for block in seen]
 
     def _pool(self) -> None:
         """What the whole layer's tokens say: the Gram matrix experts are shrunk toward, and a sample of the tokens."""
@@ -199,6 +205,9 @@ class Calibrator:
             both, down = replace(both, values=_gate_and_up(chosen.chunk)), replace(down, values=chosen.chunk.down)
         facts = chunk_facts([Rounded(rows, gram, metric, both), Rounded(chunk.down, inner, felt, down)], fmt)
         facts |= {"shrunk": statistics.shares(count, n0), "folded_channels": folded}
+        if self.plan.calibrates_inputs(self.facts.layer):
+            peaks = statistics.inner_peaks(self._all_seen(), chosen.chunk)
+            facts["down_input_amax"] = _finite(peaks, self.facts.layer).tolist()
         facts["clamped"] = clamped_facts(chunk, _by_projection(chosen.parts), fmt, self.plan.layout, self.facts.layer)
         return replace(chosen, facts=chosen.facts | facts)
 

@@ -8,7 +8,7 @@ are not encoded again: their audit (`output.verify`) is computed apart from the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
@@ -28,6 +28,7 @@ from mimoquant.quant.formats import MXFP4
 from mimoquant.quant.stack import Engine, NonFiniteError, Stack
 from mimoquant.run.clamped import Counts, named, refuse_many
 from mimoquant.run.deal import Task
+from mimoquant.run.input_scales import recorded_amax, scale_tensors, unit_amax
 from mimoquant.weights.container import expert_tensors
 from mimoquant.weights.stored import (
     dequantize,
@@ -99,6 +100,10 @@ class Proof(Protocol):
 
     def folded(self, info: TensorInfo) -> bool:
         """Whether a copied tensor is the norm or router of a folded layer; then it is checked here."""
+        ...
+
+    def record(self, layer: int) -> Mapping[str, Any] | None:
+        """What the journal tells of a layer that was calibrated."""
         ...
 
     def audit(self, step: Experts) -> None:
@@ -222,15 +227,35 @@ class Shaping(Computing[Shapes]):
             yield entry.name, np.array(shape, np.int64)
 
 
-class ScalingInputs(Computing[InputScales]):
-    """Scales of activations that nothing is known of."""
+class ScalingInputs:
+    """Scales of activations: 1, or by the largest that the walk saw, which the journal tells `verify`."""
+
+    label = "copy"
 
     def read(self, shop: Workshop, steps: tuple[InputScales, ...]) -> Iterator[tuple[None, bool]]:
         yield None, True
 
-    def _values(self, shop: Workshop, step: InputScales, data: None) -> Produced:
-        for entry in step.entries:
-            yield entry.name, np.float32(1).reshape(1)
+    def yielded(self, shop: Workshop, loaded: Loaded, calibrator: Calibrator | None) -> Produced:
+        (step,) = loaded.steps
+        assert isinstance(step, InputScales)
+        if not step.calibrated:
+            yield from scale_tensors(step, shop.plan.container, unit_amax(shop.plan.layout.geometry.experts))
+            return
+        assert calibrator is not None
+        seen = calibrator.facts.input_amax, calibrator.facts.down_input_amax
+        yield from scale_tensors(step, shop.plan.container, seen)
+
+    def check(self, step: InputScales, proof: Proof) -> None:
+        plan, by = proof.shop.plan, "journal's" if step.calibrated else "source's"
+        experts = plan.layout.geometry.experts
+        amax = recorded_amax(proof.record(step.layer), experts) if step.calibrated else unit_amax(experts)
+        if amax is None:
+            proof.problem(f"layer {step.layer}: the journal does not tell the largest input of each expert")
+            return
+        for name, expected in scale_tensors(step, plan.container, amax):
+            if not proof.is_stored(name, expected):
+                proof.problem(f"{name}: its values are not the {by}")
+        proof.count("input scales", len(step.entries))
 
 
 class Dequantizing(Computing[Dequantize]):

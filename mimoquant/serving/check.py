@@ -15,6 +15,7 @@ from mimoquant.planning.documents import EngineCheck
 from mimoquant.serving import contracts as c
 from mimoquant.serving.contradictions import Contradictions
 from mimoquant.serving.gpus import unasked
+from mimoquant.serving.input_rounding import input_problems
 from mimoquant.serving.problem import WARNING, Problem, of_layers
 from mimoquant.serving.quantization_keys import QuantizationKeys
 from mimoquant.serving.served import Served
@@ -80,6 +81,7 @@ class _Check:
         yield from self.contradictions.experts()
         yield from self.contradictions.linears()
         yield from self.contradictions.names()
+        yield from input_problems(self.contradictions.declared, self.label, self.arch)
         yield from QuantizationKeys(self.contradictions.declared, self.label, self.tp).problems()
         if self.engine == c.TRANSFORMERS:
             yield from (Problem(*row) for row in config_problems(self.checkpoint))

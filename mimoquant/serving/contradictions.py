@@ -31,16 +31,6 @@ class Contradictions:
     def experts(self) -> Iterator[Problem]:
         if self.engine == c.TRANSFORMERS and self.container != COMPRESSED_TENSORS:
             return
-        algos = {self.declared.algo(f"model.layers.{layer}.mlp.experts") for layer in self.checkpoint.experts}
-        if "NVFP4" in algos and not self.checkpoint.input_scales:
-            yield Problem(
-                WARNING,
-                f"quantization_config declares activations in 4 bits (NVFP4) and there is no "
-                f"input_scale: {self.label} scales them by memory not written to, or not at all, where its "
-                "kernels round activations (Blackwell)",
-                "modelopt.py of 0.33, modelopt_quant.py of 0.5.23",
-                "declare W4A16_NVFP4",
-            )
         parted: dict[int, list[int]] = {}
         others: dict[Forms, list[int]] = {}
         for layer, forms in self.checkpoint.experts.items():

@@ -73,9 +73,10 @@ class Kernel:
     `name`: the back end as the engine calls it, None: it is not known, or `stops` says how the engine stops. `option`:
     the word for it where the command has to name it, in versions before `own_since` (None: in all). `log`: its line of
     the log. `rounds`: what it rounds activations to beside bf16 (FP8 where the checkpoint is FP8 is no rounding of
-    ours). `unasked`: where it does so though nothing in the checkpoint asks for that, in words. `ep`: only with (or
-    without) expert parallelism. `deepep`: the runner that SGLang's cookbook names beside DeepEP, "" for none; None: it
-    has no DeepEP there.
+    ours). `shares`: whether it scales those by the largest input scale of a layer's experts, in place of each
+    expert's own. `unasked`: where it does so though nothing in the checkpoint asks for that, in words. `ep`: only with
+    (or without) expert parallelism. `deepep`: the runner that SGLang's cookbook names beside DeepEP, "" for none; None:
+    it has no DeepEP there.
     """
 
     engine: str
@@ -88,6 +89,7 @@ class Kernel:
     own_since: c.Version | None = None
     log: str | None = None
     rounds: str | None = None
+    shares: bool = False
     unasked: str = ""
     stops: str = ""
     ep: bool | None = None
@@ -250,7 +252,17 @@ _VLLM_OTHERS = (
         _ORACLE.format("nvfp4"),
         log="Using 'MARLIN' NvFp4 MoE backend",
     ),
-    Kernel(c.VLLM, c.NVFP4_INPUTS, _BLACKWELL, "FLASHINFER_TRTLLM", c.READ, _ORACLE.format("nvfp4"), rounds="NVFP4"),
+    Kernel(
+        c.VLLM,
+        c.NVFP4_INPUTS,
+        _BLACKWELL,
+        "FLASHINFER_TRTLLM",
+        c.READ,
+        f"{_ORACLE.format('nvfp4')}; utils/flashinfer_fp4_moe.py of 0.32",
+        log="Using 'FLASHINFER_TRTLLM' NvFp4 MoE backend",
+        rounds="NVFP4",
+        shares=True,
+    ),
     Kernel(
         c.VLLM,
         c.NVFP4_INPUTS,
@@ -260,6 +272,7 @@ _VLLM_OTHERS = (
         f"{_ORACLE.format('nvfp4')}; public casts of V2.6 name it",
         log="Using 'FLASHINFER_CUTLASS' NvFp4 MoE backend",
         rounds="NVFP4",
+        shares=True,
     ),
     Kernel(c.VLLM, c.FP8, ("SM80", "SM86"), "MARLIN", c.READ, _ORACLE.format("fp8")),
     Kernel(
@@ -333,7 +346,26 @@ _SGLANG = (
         stops="stops with RuntimeError: its Marlin for MXFP4 requires SM90 or SM120",
     ),
     Kernel(c.SGLANG, c.MO_NVFP4, _HOPPER, "marlin", c.RUN, "0.5.23 on an H200"),
-    Kernel(c.SGLANG, c.NVFP4_INPUTS, _HOPPER, "marlin", c.READ, "modelopt_quant.py of 0.5.23: as without them"),
+    Kernel(
+        c.SGLANG,
+        c.NVFP4_INPUTS,
+        (*_AMPERE, *_HOPPER),
+        "marlin",
+        c.READ,
+        "modelopt_quant.py and get_moe_scheme of 0.5.23: as without them",
+    ),
+    Kernel(
+        c.SGLANG,
+        c.NVFP4_INPUTS,
+        _BLACKWELL,
+        "flashinfer_trtllm",
+        c.READ,
+        "modelopt_quant.py of 0.5.23: left to itself it runs this one on weights that it did not lay out for it; "
+        "compressed_tensors_w4a4_nvfp4_moe.py, where left to itself it takes each expert's own scale",
+        option="flashinfer_trtllm",
+        rounds="NVFP4",
+        shares=True,
+    ),
     Kernel(c.SGLANG, c.MO_NVFP4, ("SM80",), "marlin", c.READ, "modelopt_quant.py of 0.5.23"),
     Kernel(c.SGLANG, c.CT_NVFP4, _HOPPER, "CompressedTensorsW4A16Nvfp4MoE", c.RUN, "0.5.23 on an H200"),
     Kernel(

@@ -22,6 +22,7 @@ from mimoquant.serving.command import ATTN_DP_SINCE, SWA_RATIO, Command, Layout,
 from mimoquant.serving.declared import Declared
 from mimoquant.serving.documents import LaunchDocument, PatchFacts
 from mimoquant.serving.gpus import GPUS, Gpu, kernel
+from mimoquant.serving.input_rounding import rounds_inputs
 from mimoquant.serving.problem import Problem
 from mimoquant.serving.served import Served
 from mimoquant.wording import size
@@ -97,14 +98,8 @@ class _Maker:
         self.checkpoint, self.engine, self.gpu, self.gpus, self.version = checkpoint, engine, gpu, gpus, version
         self.parsed, self.label = c.parse_version(version), f"{c.ENGINES[engine].label} {version}"
         self.subject, self.on = checkpoint.subject, f"{gpu.label} ({gpu.arch})"
-        if checkpoint.input_scales and self._rounds_inputs():
+        if checkpoint.input_scales and rounds_inputs(Declared(checkpoint, engine)):
             self.subject = c.NVFP4_INPUTS
-
-    def _rounds_inputs(self) -> bool:
-        """Whether config.json asks for activations in NVFP4."""
-        layer = next(iter(self.checkpoint.experts), 0)
-        algo = Declared(self.checkpoint, self.engine).algo(f"model.layers.{layer}.mlp.experts")
-        return self.subject == c.CT_NVFP4 or (self.subject == c.MO_NVFP4 and algo == "NVFP4")
 
     # --- how GPUs share it --------------------------------------------------------------------------------------------
 
@@ -274,6 +269,8 @@ class _Maker:
                 f"{row.name} rounds activations to {row.rounds}, which J does not know of: measure it with "
                 "`mimoquant eval-kl SOURCE --server URL`"
             )
+        if self.subject == c.NVFP4_INPUTS and row and row.shares:
+            yield f"{row.name} scales the activations of a layer's experts by their largest input scale"
         if self.subject == c.MO_NVFP4 and command.moe_option:
             yield f"without the MoE back end named here {self.label} would round activations to 4 bits, unscaled"
         if command.deepep:

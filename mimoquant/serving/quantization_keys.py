@@ -172,12 +172,9 @@ class QuantizationKeys:
             yield self._refused(
                 f"input_activations ({shown}) beside {subject} experts", _MOE, "delete input_activations"
             )
-        else:
-            scales = (
-                "" if self.checkpoint.input_scales or subject != c.CT_NVFP4 else ", and no input_global_scale is there"
-            )
+        elif subject != c.CT_NVFP4:  # of which `input_rounding` tells
             yield self._warning(
-                f"input_activations ({shown}): activations are rounded too where kernels can, {_NO_PART}{scales}", _MOE
+                f"input_activations ({shown}): activations are rounded too where kernels can, {_NO_PART}", _MOE
             )
 
     def _activations_verdict(self, inputs: dict[str, Any], weights: dict[str, Any], subject: str) -> str:

@@ -10,8 +10,11 @@ builds config.json's `quantization_config`. What the engines accept was read fro
                          nothing else, each W4A16_NVFP4 (weights only, so there is no `input_scale`). All else as under
                          compressed-tensors: 128x128 FP8 has a name there (FP8_PB_WO), but vLLM reads `weight_scale`
                          [o, 1, i, 1] where SGLang reads `weight_scale_inv` [o, i]. Where that is asked for, it is as
-                         public releases are: FP8 stays, named FP8_BLOCK_SCALES, and experts are NVFP4 (activations in
-                         4 bits) with an `input_scale` of 1
+                         public releases are: FP8 stays, named FP8_BLOCK_SCALES
+
+Where NVFP4 experts have input scales, engines round their activations to 4 bits too: compressed-tensors declares
+`input_activations` and stores a divisor, `input_global_scale`, 2688 / amax; ModelOpt declares NVFP4 and stores a
+multiplier, `input_scale`, amax / 2688. 2688 is 448 x 6, the largest that a scale of 1 lets an activation be.
 
 ModelOpt stores a multiplier, `weight_scale_2`, where the formats here have a divisor. Its global scales are powers of
 two (`Format.pow2_global`): both are exact, and so is every product of code, block scale and global scale, in bf16 and
@@ -41,7 +44,9 @@ EXPERT_TARGET = r"re:.*mlp\.experts\.\d+\.(gate|up|down)_proj$"
 # layer of experts must not match either, engines look that up too.
 NOT_EXPERTS = r"re:^(?!.*\.mlp\.experts(\.|$)).*$"
 DENSE = ("bf16", "fp8")  # what FP8 beside the experts becomes in ModelOpt's container
-INPUT_SCALES = ("none", "unit")  # what experts there have to scale activations by: nothing, or 1 (an amax of 6 x 448)
+INPUT_SCALES = NONE, UNIT, CALIBRATED = ("none", "unit", "calibrated")  # what NVFP4 experts scale activations by
+NVFP4_FULL = 2688.0  # the largest activation at an input scale of 1
+_LEAST_AMAX = 2.0**-100  # so that neither form of a scale overflows
 _CONFIG = "config.json"
 FORMAT_VERSION = "0.19.0"  # of compressed-tensors, whose layout this is
 
@@ -95,6 +100,20 @@ def expert_tensors(container: str, fmt: Format, out_features: int, in_features: 
     return tuple(stored)
 
 
+def input_scale_tensor(container: str) -> tuple[str, tuple[int, ...]]:
+    """Suffix and shape of what scales an NVFP4 module's activations, F32."""
+    return ("input_global_scale", (1,)) if container == COMPRESSED_TENSORS else ("input_scale", ())
+
+
+def input_scales_of(container: str, amax_E: Sequence[float]) -> npt.NDArray[np.float32]:
+    """The largest activation of each expert as the container stores it. One that saw none has that of its layer, and
+    all have a scale of 1 where the layer has none."""
+    amax = np.array(amax_E, np.float32)
+    amax = np.where(amax > 0, amax, amax.max() if amax.max() > 0 else np.float32(NVFP4_FULL))
+    amax, full = np.maximum(amax, np.float32(_LEAST_AMAX)), np.float32(NVFP4_FULL)
+    return full / amax if container == COMPRESSED_TENSORS else amax / full
+
+
 def shape_tensor(container: str, fmt: Format) -> bool:
     """Whether each module also has `weight_shape`, I64 [2]; vLLM's loader asks for it."""
     return container == COMPRESSED_TENSORS and fmt.name == "int4"
@@ -139,12 +158,12 @@ def output_config(
     bf16_qkv: Sequence[int] = (),
     *,
     modules: Sequence[str] = (),
-    input_scales: str = "none",
+    input_scales: str = NONE,
 ) -> dict[str, Any]:
     """The source's config.json with the keys that the output changes. `formats`: MoE layer → format; `carve_outs`: MoE
     layer → what it is kept in; `bf16_qkv`: layers whose q, k, v become bf16 in a container that keeps others in FP8;
     `modules`: beside the experts, those that stay FP8 in ModelOpt's container, or that are bf16 in a native one whose
-    source is in another."""
+    source is in another; `input_scales`: of NVFP4 experts, one of INPUT_SCALES."""
     out = copy.deepcopy(config)
     drop_text_key(out, OLD_QUANTIZATION)  # the same once more, or nothing
     if container == NATIVE:
@@ -166,11 +185,11 @@ def output_config(
         _declare_split(out)
     drop_text_key(out, "quantization_config")
     if container == MODELOPT:
-        algo = "W4A16_NVFP4" if input_scales == "none" else "NVFP4"
+        algo = "W4A16_NVFP4" if input_scales == NONE else "NVFP4"
         settings = _modelopt_settings(config, formats, algo, modules)
         out["quantization_config"] = {"quant_method": "modelopt"} | settings
     else:
-        out["quantization_config"] = _compressed_tensors_config(formats, carve_outs)
+        out["quantization_config"] = _compressed_tensors_config(formats, carve_outs, input_scales)
     return out
 
 
@@ -241,14 +260,17 @@ def _engine_names(module: str) -> Iterator[str]:
         yield from (f"model.decoder.{name.split('.', 4)[4]}" for name in fused)
 
 
-def _compressed_tensors_config(formats: dict[int, Format], carve_outs: dict[int, str]) -> dict[str, Any]:
+def _compressed_tensors_config(
+    formats: dict[int, Format], carve_outs: dict[int, str], input_scales: str
+) -> dict[str, Any]:
     formats = formats | {layer: MXFP4 for layer, kind in carve_outs.items() if kind == "mxfp4"}
     distinct = sorted(set(formats.values()), key=lambda fmt: fmt.label)
     groups: dict[str, Any] = {}
     for number, fmt in enumerate(distinct):
         layers = [layer for layer, other in formats.items() if other == fmt]
         target = EXPERT_TARGET if len(distinct) == 1 else layers_target(layers)
-        groups[f"group_{number}"] = _group(target, _COMPRESSED_FORMAT[fmt.name], format_weights(fmt), None)
+        inputs = format_inputs(fmt) if scales_inputs(fmt, input_scales) else None
+        groups[f"group_{number}"] = _group(target, _COMPRESSED_FORMAT[fmt.name], format_weights(fmt), inputs)
     fp8_layers = sorted(layer for layer, kind in carve_outs.items() if kind == "fp8")
     if fp8_layers:
         groups[f"group_{len(groups)}"] = _group(layers_target(fp8_layers), "float-quantized", _FP8_WEIGHTS, _FP8_INPUT)
@@ -297,6 +319,17 @@ def format_weights(fmt: Format) -> dict[str, Any]:
         "scale_dtype": scale_dtype,
         "zp_dtype": None if fmt.symmetric else "torch.int8",
     }
+
+
+def scales_inputs(fmt: Format, input_scales: str) -> bool:
+    """Whether experts of a format have input scales, where `input_scales` is asked for."""
+    return input_scales != NONE and fmt.name == "nvfp4"
+
+
+def format_inputs(fmt: Format) -> dict[str, Any]:
+    """The same of the activations of NVFP4 experts, as compressed-tensors' preset NVFP4 has them: their blocks are
+    scaled as they come, by a global scale that is stored."""
+    return format_weights(fmt) | {"dynamic": "local", "observer": "static_minmax"}
 
 
 _FP8_WEIGHTS = {

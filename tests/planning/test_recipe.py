@@ -96,7 +96,10 @@ def test_shipped_recipes_say_what_their_names_say(name: str) -> None:
     size = next((int(part[1:]) for part in expected if re.fullmatch(r"g\d+", part)), group.fmt.group_size)
     assert group.fmt == Format(kind, size)
     assert recipe.method == (expected[0] if expected[0] in ("awq", "gptq") else "rtn")
-    assert recipe.scale_search == {"mse": "mse", "rtn": "absmax", "cast": "cast"}.get(expected[-1], "gram")
+    searches = {"mse": "mse", "rtn": "absmax", "cast": "cast"}
+    assert recipe.scale_search == searches.get(expected[-1], "gram" if recipe.calibrated else "mse")
+    scales = ("calibrated" if recipe.calibrated else "unit") if "w4a4" in expected else "none"
+    assert recipe.output.input_scales == scales
     text = (recipes_folder() / f"{name}.yaml").read_text(encoding="utf-8")
     assert text.startswith("# "), "a comment says when to use it"
 
@@ -295,7 +298,6 @@ OTHER_SCHEMES = [
     "W8A8",
     "W4A8",
     "MXFP4",
-    "NVFP4",
     "w4a16",
     4,
     ["W4A16"],

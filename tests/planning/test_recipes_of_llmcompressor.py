@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from mimoquant.errors import RecipeError
+from mimoquant.planning.output_settings import OutputSettings
 from mimoquant.planning.recipe import Group, Recipe, parse_recipe
 from mimoquant.quant.formats import Format
 from mimoquant.weights.container import EXPERT_TARGET
@@ -36,13 +37,13 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     "rtn-group-nvfp4": {"scale_search": "mse", "fmt": Format("nvfp4", 16)},
     "rtn-mxfp4-group": {"fmt": Format("mxfp4", 32)},
     "rtn-scheme-dict": {},
+    "rtn-w4a4": {"fmt": Format("nvfp4", 16), "output": OutputSettings(input_scales="unit")},
     "awq-offload-none": {"method": "awq", "scale_search": "gram"},
 }
 REFUSED = {
     "gptq-group-order": ["actorder 'group' is not supported"],
     "gptq-batched4": ["block_size is 64"],
     "rtn-imatrix": ["'imatrix_mse'", "not supported"],
-    "rtn-w4a4": ["scheme 'NVFP4' is not supported"],
     "rtn-kv": ["QuantizationModifier.kv_cache_scheme is {'num_bits': 8", "not supported"],
     "awq": [SENTINEL],
     "awq-default": [SENTINEL],
@@ -63,7 +64,8 @@ def expected(name: str) -> Recipe:
     group = Group(
         "experts" if "group" in name or name == "gptq-actorder" else "group_0", given["targets"], given["fmt"]
     )
-    return replace(plain, groups=(group,), **{key: given[key] for key in ("method", "scale_search", "ignore")})
+    kept = {key: given[key] for key in ("method", "scale_search", "ignore", "output") if key in given}
+    return replace(plain, groups=(group,), **kept)
 
 
 def without_defaults(name: str) -> dict[str, Any]:

@@ -241,6 +241,14 @@ def four_bit_activations(config: dict[str, Any], tensors: Headers) -> None:
         entry["quant_algo"] = "NVFP4"
 
 
+def scales_undeclared(config: dict[str, Any], tensors: Headers) -> None:
+    tensors |= {
+        name.replace("weight_scale_2", "input_scale"): header
+        for name, header in tensors.items()
+        if name.endswith("weight_scale_2")
+    }
+
+
 def nothing(config: dict[str, Any], tensors: Headers) -> None:
     return None
 
@@ -324,7 +332,25 @@ PLANTED: list[Row] = [  # engine, form, verdict, what is done to V2.5, TP, versi
     ("vllm", "modelopt", "refused", mxfp8_fused, 4, None, "any FP8 qkv_proj is taken for interleaved 128x128 blocks"),
     ("sglang", "modelopt", "corrupted", mxfp8_fused, 4, None, "cut into ranks as if it were interleaved"),
     ("sglang", "modelopt", "corrupted", fused_again, 4, None, "attention TP is 4, must be 1"),
-    ("vllm", "modelopt", "warning", four_bit_activations, 8, None, "there is no input_scale"),
+    (
+        "vllm",
+        "modelopt",
+        "warning",
+        four_bit_activations,
+        8,
+        None,
+        "no input_scale is there: they are scaled by memory not written to",
+    ),
+    ("sglang", "modelopt", "warning", four_bit_activations, 8, None, "no input_scale is there: they are scaled by 1"),
+    (
+        "vllm",
+        "modelopt",
+        "warning",
+        scales_undeclared,
+        8,
+        None,
+        "does not ask for activations in 4 bits: it is served W4A16",
+    ),
     ("vllm", "modelopt", "warning", nothing, 8, "0.31", "not verified in vLLM 0.31, known from 0.32 on"),
     ("transformers", "modelopt", "refused", nothing, None, None, "quant_method modelopt is unknown to it"),
 ]

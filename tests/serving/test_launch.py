@@ -20,6 +20,7 @@ from micro import MICRO
 
 from mimoquant.cli.options import Engine, Gpu, Server
 from mimoquant.errors import CheckpointError, MimoquantError, UsageError
+from mimoquant.quant.formats import Format
 from mimoquant.report.verb_text import launch_text
 from mimoquant.serving import contracts, gpus
 from mimoquant.serving.check import check
@@ -27,6 +28,7 @@ from mimoquant.serving.command import Layout
 from mimoquant.serving.documents import LaunchDocument
 from mimoquant.serving.launch import launch
 from mimoquant.serving.served import Served, read_served
+from mimoquant.weights.container import format_inputs
 
 GOLDEN = Path(__file__).parent / "golden"
 GPUS = {"a100": 8, "h100": 8, "h200": 4, "b200": 4, "gb10": 2}
@@ -244,13 +246,51 @@ def test_packed_mxfp4_is_rounded_twice_on_blackwell_by_vllm() -> None:
     assert text in problem.text and not problem.fails and "#56770" in problem.source
 
 
-def test_input_scales_ask_for_activations_in_four_bits() -> None:
-    asked = replace(with_algo(at_scale("v2.5", "modelopt"), "NVFP4"), input_scales=True)
-    for gpu, backend, rounds in (("h100", "MARLIN", False), ("b200", "FLASHINFER_TRTLLM", True)):
-        facts = launch(asked, "vllm", gpu, 8)
+@pytest.mark.parametrize("form", ["modelopt", "nvfp4"])
+def test_input_scales_ask_for_activations_in_four_bits(form: str) -> None:
+    asked = replace(four_bits(at_scale("v2.5", form)), input_scales=True)
+    for engine, gpu, backend, rounds in (
+        ("vllm", "h100", "MARLIN", False),
+        ("vllm", "b200", "FLASHINFER_TRTLLM", True),
+        ("vllm", "rtx-pro-6000", "FLASHINFER_CUTLASS", True),
+        ("sglang", "h100", "marlin", False),
+        ("sglang", "b200", "flashinfer_trtllm", True),
+    ):
+        facts = launch(asked, engine, gpu, 8)
         assert facts["moe_backend"] == backend
-        assert any("rounds activations to NVFP4, which J does not know of" in note for note in facts["notes"]) == rounds
+        notes = " ".join(facts["notes"])
+        assert ("rounds activations to NVFP4, which J does not know of" in notes) == rounds
+        assert ("scales the activations of a layer's experts by their largest input scale" in notes) == rounds
+        assert ("it is served W4A16" in notes) != rounds
+        named = option(facts["command"], "--moe-runner-backend")
+        assert engine == "vllm" or named == ("flashinfer_trtllm" if rounds else None)
         assert launch(at_scale("v2.5", "modelopt"), "vllm", gpu, 8)["moe_backend"] == "MARLIN"
+
+
+@pytest.mark.parametrize("form", ["modelopt", "nvfp4"])
+def test_activations_in_four_bits_without_scales_are_refused_where_they_are_rounded(form: str) -> None:
+    asked = four_bits(at_scale("v2.5", form))
+    assert not any("input" in note for note in launch(asked, "vllm", "h100", 8)["notes"])
+    with pytest.raises(CheckpointError, match="they are scaled by memory not written to where kernels round them"):
+        launch(asked, "vllm", "b200", 8)
+    (told,) = [problem for problem in check(asked, "vllm", tp=8) if "4 bits" in problem.text]
+    assert not told.fails and "FLASHINFER_TRTLLM on SM100, SM103; FLASHINFER_CUTLASS on SM120, SM121" in told.text
+
+
+def test_without_a_kind_of_gpu_all_are_told() -> None:
+    asked = replace(four_bits(at_scale("v2.5", "nvfp4")), input_scales=True)
+    (told,) = [problem for problem in check(asked, "vllm", tp=8) if "4 bits" in problem.text]
+    assert "rounded too by FLASHINFER_TRTLLM on SM100, SM103" in told.text
+    assert "MARLIN on SM80, SM86, SM89, SM90 computes weights alone, W4A16" in told.text
+
+
+def four_bits(checkpoint: Served) -> Served:
+    """The same, with experts' activations in NVFP4 in config.json."""
+    checkpoint = with_algo(checkpoint, "NVFP4")
+    config = json.loads(json.dumps(checkpoint.config))
+    for group in config["quantization_config"].get("config_groups", {}).values():
+        group["input_activations"] = format_inputs(Format("nvfp4", 16))
+    return replace(checkpoint, config=config)
 
 
 def with_algo(checkpoint: Served, algo: str) -> Served:
