@@ -18,7 +18,7 @@ from mimoquant.serving.gpus import unasked
 from mimoquant.serving.input_rounding import input_problems
 from mimoquant.serving.problem import WARNING, Problem, of_layers
 from mimoquant.serving.quantization_keys import QuantizationKeys
-from mimoquant.serving.served import Served
+from mimoquant.serving.served import CHANNEL, Served
 from mimoquant.serving.transformers_config import config_problems
 from mimoquant.wording import ranges
 
@@ -78,11 +78,15 @@ class _Check:
         yield from self._parts()
         yield from self._formats()
         yield from self._kept()
-        yield from self.contradictions.experts()
-        yield from self.contradictions.linears()
+        keys = QuantizationKeys(self.contradictions.declared, self.label, self.tp)
+        stopped = list(keys.stops())
+        yield from stopped
+        if not stopped:  # else nothing is built of what it declares
+            yield from self.contradictions.experts()
+            yield from self.contradictions.linears()
         yield from self.contradictions.names()
         yield from input_problems(self.contradictions.declared, self.label, self.arch)
-        yield from QuantizationKeys(self.contradictions.declared, self.label, self.tp).problems()
+        yield from keys.problems()
         if self.engine == c.TRANSFORMERS:
             yield from (Problem(*row) for row in config_problems(self.checkpoint))
             return
@@ -116,7 +120,7 @@ class _Check:
         mixed: dict[tuple[str, ...], list[int]] = {}
         for layer, forms in self.checkpoint.experts.items():
             if len(forms) > 1:
-                mixed.setdefault(tuple(f"{form.subject} g{form.group_size}" for form in forms), []).append(layer)
+                mixed.setdefault(tuple(form.words for form in forms), []).append(layer)
         for names, layers in mixed.items():
             yield Problem(
                 c.REFUSED,
@@ -156,6 +160,13 @@ class _Check:
                     kernel.source,
                     "quantize with --container native",
                 )
+        by_channel = [n for n, forms in self.checkpoint.experts.items() if any(f.group_size == CHANNEL for f in forms)]
+        if by_channel:
+            yield Problem(
+                WARNING,
+                f"{of_layers(by_channel)}: int4 with one scale a row is not verified ({self.label})",
+                "compressed_tensors_moe_wna16.py of 0.32, compressed_tensors_wNa16_moe.py of 0.5.23 (read)",
+            )
         subjects, config = set(self.checkpoint.subjects), self.contradictions.declared.config
         if config.get("format") == "mixed-precision" and subjects & {c.INT4, c.INT4_ASYMMETRIC}:
             yield from self._row(c.FORMATS, c.MIXED, "quantization_config.format")
@@ -242,7 +253,7 @@ class _Check:
                     )
         inner, tp = geometry.expert_intermediate, self.expert_tp or 1
         one = {f.group_size for forms in self.checkpoint.experts.values() for f in forms if f.subject in c.INT4S}
-        for group in sorted(size for size in one if size and inner // tp == size < geometry.hidden):
+        for group in sorted(size for size in one if size and 0 < inner // tp == size < geometry.hidden):
             shown = f"int4 g{group} with {group} inner channels a rank, one group,"
             found = self._row(c.GROUPS, c.ONE_GROUP, "experts", shown)
             yield from found if self.expert_tp else (replace(problem, verdict=WARNING) for problem in found)
@@ -274,7 +285,8 @@ class _Check:
 
     def _groups(self) -> dict[int, str]:
         """What a rank's inner channels must be a multiple of, and who says so."""
-        sizes = {form.group_size for forms in self.checkpoint.experts.values() for form in forms if form.group_size}
+        known = (form.group_size or 0 for forms in self.checkpoint.experts.values() for form in forms)
+        sizes = {size for size in known if size > 0}
         groups = dict.fromkeys(sizes, "Marlin: in/TP must be a multiple of the group")
         if c.FP8 in self.checkpoint.kept.values():
             groups[FP8_BLOCK] = "FP8 experts are in whole blocks"

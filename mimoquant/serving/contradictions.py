@@ -29,7 +29,8 @@ class Contradictions:
         self.container = checkpoint.container
 
     def experts(self) -> Iterator[Problem]:
-        if self.engine == c.TRANSFORMERS and self.container != COMPRESSED_TENSORS:
+        packed = any(form.subject in _SCHEMES for forms in self.checkpoint.experts.values() for form in forms)
+        if self.engine == c.TRANSFORMERS and self.container != COMPRESSED_TENSORS and not packed:
             return
         parted: dict[int, list[int]] = {}
         others: dict[Forms, list[int]] = {}
@@ -62,7 +63,7 @@ class Contradictions:
         return [self.declared.expert_form(expert_module(layer, 0, p), module) for p in PROJECTIONS]
 
     def _contradiction(self, layers: list[int], declared: Stored | None, stored: Stored) -> Problem:
-        have = _words(stored)
+        have = stored.words
         if declared is None:
             return Problem(
                 c.REFUSED,
@@ -79,11 +80,13 @@ class Contradictions:
             verdict, then = c.CORRUPTED, "skips the tensors it has no name for and computes with memory not written to"
         elif self.engine == c.TRANSFORMERS:
             verdict, then = c.CORRUPTED, "drops what it does not expect and draws random weights"
+        elif (declared.subject, stored.subject) == (c.INT4_ASYMMETRIC, c.INT4):  # it has names for all that is stored
+            verdict, then = c.CORRUPTED, "takes zero points from memory not written to"
         else:
             verdict, then = c.REFUSED, "stops with KeyError at the first tensor it has no name for"
         return Problem(
             verdict,
-            f"{of_layers(layers)}: experts are {have}, quantization_config makes them {_words(declared)}: "
+            f"{of_layers(layers)}: experts are {have}, quantization_config makes them {declared.words}: "
             f"{self.label} {then}",
             "load_weights of this family",
             "the patterns in targets and ignore must match names with what the engine puts before them"
@@ -196,10 +199,6 @@ class Contradictions:
                 f"quantization_config says, {self.label} builds another layer for them",
                 "get_quant_method of its ModelOpt config",
             )
-
-
-def _words(form: Stored) -> str:
-    return f"{form.subject}{f' g{form.group_size}' if form.group_size else ''}"
 
 
 def _fused(name: str) -> str:

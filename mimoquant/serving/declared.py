@@ -20,7 +20,8 @@ from typing import Any
 from mimoquant.errors import CheckpointError
 from mimoquant.model.geometry import FP8_BLOCK, IGNORE_LISTS
 from mimoquant.serving import contracts as c
-from mimoquant.serving.served import Served, Stored
+from mimoquant.serving.arguments import ArgumentsError, read_arguments
+from mimoquant.serving.served import CHANNEL, Served, Stored
 from mimoquant.weights.container import COMPRESSED_TENSORS, MODELOPT
 
 IGNORED, CLAIMED, UNCLAIMED, PARTED = "ignored", "claimed", "unclaimed", "parted"
@@ -232,21 +233,18 @@ class Declared:
 
 def _group_form(weights: dict[str, Any]) -> Stored:
     """The form that a compressed-tensors group declares."""
-    told, kind, group = (
-        str(weights.get("num_bits", 8)),
-        str(weights.get("type", "int")).lower(),
-        weights.get("group_size"),
-    )
-    bits = int(told) if told.isdecimal() else 0
-    symmetric = weights.get("symmetric", True)
-    if (bits, kind) == (8, "float"):
-        block = weights.get("strategy") == "block" and weights.get("block_structure") == [FP8_BLOCK, FP8_BLOCK]
-        return Stored(c.FP8 if block else f"{c.FP8} by {weights.get('strategy') or 'tensor'}")
-    if (bits, kind) == (4, "int"):
-        return Stored(c.INT4 if symmetric else c.INT4_ASYMMETRIC, group)
-    strategy = weights.get("strategy") or "group"
-    if (bits, kind, strategy, group) == (4, "float", "tensor_group", 16) and symmetric:
+    try:
+        read = read_arguments(weights)
+    except ArgumentsError:  # which stops the engine before
+        return Stored("compressed-tensors of arguments that it does not take")
+    kind, strategy, group = (read.num_bits, read.type), read.strategy, read.group_size
+    if kind == (8, "float"):
+        block = read.block_structure == (FP8_BLOCK, FP8_BLOCK)
+        return Stored(c.FP8 if block else f"{c.FP8} by {strategy}")
+    if kind == (4, "int") and strategy in ("group", "channel"):
+        return Stored(c.INT4 if read.symmetric else c.INT4_ASYMMETRIC, group if strategy == "group" else CHANNEL)
+    if (*kind, strategy, group) == (4, "float", "tensor_group", 16) and read.symmetric:
         return Stored(c.CT_NVFP4, group)
-    if (bits, kind, strategy, group) == (4, "float", "group", 32) and symmetric:
+    if (*kind, strategy, group) == (4, "float", "group", 32) and read.symmetric:
         return Stored(c.CT_MXFP4, group)
-    return Stored(f"compressed-tensors {kind} of {bits} bits, {strategy}", group)
+    return Stored(f"compressed-tensors {read.type} of {read.num_bits} bits, {strategy}", group)

@@ -14,13 +14,11 @@ from typing import Any
 
 from mimoquant.model.layout import expert_module
 from mimoquant.serving import contracts as c
+from mimoquant.serving.arguments import STRICT_ORDERS, ArgumentsError, read_arguments
 from mimoquant.serving.declared import Declared
 from mimoquant.serving.problem import WARNING, Problem
 from mimoquant.weights.container import COMPRESSED_TENSORS, MODELOPT
 
-KNOWN_ARGUMENTS = frozenset(
-    ("num_bits", "type", "symmetric", "group_size", "strategy", "block_structure", "dynamic", "actorder", "scale_dtype")
-) | {"zp_dtype", "observer", "observer_kwargs"}
 _KNOWN_KEYS = {
     "config_groups",
     "format",
@@ -36,10 +34,12 @@ _KNOWN_KEYS = {
     "linear_fp8_config",
     "run_compressed",
 }
-_ACTORDERS = (None, False, True, "weight", "static", "group", "dynamic")
+_GROUP_KEYS = {"targets", "weights", "input_activations", "output_activations", "format"}
+_STATUSES = ("initialized", "calibration", "frozen", "compressed", "decompressed")
 _ACTIVATION_FORMATS = ("naive-quantized", "int-quantized", "float-quantized", "nvfp4-pack-quantized", "pack-quantized")
 _PARSED = "compressed_tensors.py of vLLM 0.32 and SGLang 0.5.23, from_config (run)"
 _MOE = "compressed_tensors_moe.py of vLLM 0.32, get_moe_scheme of SGLang 0.5.23 (run)"
+_LIBRARY = "compressed-tensors 0.19 with transformers 5.17 (run)"
 _NO_PART = "which is no part of J"
 
 
@@ -51,13 +51,26 @@ class QuantizationKeys:
         self.engine, self.checkpoint = declared.engine, declared.checkpoint
         self.serves = declared.engine in (c.VLLM, c.SGLANG)
 
+    def stops(self) -> Iterator[Problem]:
+        """What stops the engine while it reads the config, before it builds anything."""
+        if self.checkpoint.container != COMPRESSED_TENSORS:
+            return
+        assert self.declared.groups is not None  # raises where it is not made of groups at all
+        for key in ("config_groups", "ignore"):
+            if self.serves and self.config.get(key, ()) is None:
+                yield self._refused(f"{key} is null", _PARSED, f"delete {key}, or give what belongs there")
+        for name, group in (self.config.get("config_groups") or {}).items():
+            yield from self._parsing(f"config_groups.{name}", group)
+        status = self.config.get("quantization_status", "compressed")
+        if self.engine == c.TRANSFORMERS and status not in _STATUSES:
+            yield self._refused(f"quantization_status is {status!r}, known are {', '.join(_STATUSES)}", _LIBRARY)
+
     def problems(self) -> Iterator[Problem]:
+        """Of all else."""
         if self.checkpoint.container == MODELOPT and (algo := self.config.get("kv_cache_quant_algo")):
             yield self._warning(f"kv_cache_quant_algo {algo!r} has keys and values cached in it, {_NO_PART}", _PARSED)
         if self.checkpoint.container != COMPRESSED_TENSORS:
             return
-        for name, group in (self.config.get("config_groups") or {}).items():
-            yield from self._parsing(f"config_groups.{name}", group)
         for group, subject in self._used():
             weights, inputs = group.get("weights") or {}, group.get("input_activations")
             yield from self._order(weights, subject)
@@ -80,37 +93,44 @@ class QuantizationKeys:
 
     def _parsing(self, where: str, group: dict[str, Any]) -> Iterator[Problem]:
         """What stops an engine when it reads the config, whether experts are in the group or not."""
-        targets = group.get("targets") or []
-        attention = len(targets) == 1 and str(targets[0]).endswith("Attention")  # vLLM passes over these
-        if not group.get("weights") and not (attention and self.engine == c.VLLM):
+        targets, weights = group.get("targets"), group.get("weights")
+        if targets is None:
+            yield self._refused(f"{where} has no targets", _PARSED)
+        attention = targets and len(targets) == 1 and str(targets[0]).endswith("Attention")  # vLLM passes over these
+        if not weights and self.serves and not (attention and self.engine == c.VLLM):
             yield self._refused(f"{where} has no weights", _PARSED)
         for part in ("weights", "input_activations", "output_activations"):
-            arguments = group.get(part) or {}
-            if not isinstance(arguments, dict):
-                yield self._refused(f"{where}.{part} is {arguments!r}, no object", _PARSED)
-                continue
-            if odd := sorted(arguments.keys() - KNOWN_ARGUMENTS):
-                yield self._refused(
-                    f"{where}.{part} has {', '.join(odd)}, which QuantizationArgs does not take", _PARSED
-                )
-        weights = group.get("weights") or {}
-        if weights.get("actorder") not in _ACTORDERS:
-            yield self._refused(f"{where}.weights.actorder is {weights['actorder']!r}", _PARSED)
-        elif weights.get("actorder") in (True, "group", "dynamic") and self.engine != c.SGLANG:
+            yield from self._arguments(f"{where}.{part}", group.get(part) or {})
+        if (weights or {}).get("dynamic") and self.serves:
+            yield self._refused(f"{where}.weights are dynamic", _MOE)
+        if self.engine == c.TRANSFORMERS and (odd := sorted(group.keys() - _GROUP_KEYS)):
+            yield self._refused(f"{where} has {', '.join(odd)}, which QuantizationScheme does not take", _LIBRARY)
+
+    def _arguments(self, where: str, given: Any) -> Iterator[Problem]:
+        """Of weights or activations, where the library that engines read them with does not take them."""
+        if not isinstance(given, dict):
+            yield self._refused(f"{where} is {given!r}, no object", _PARSED)
+            return
+        try:
+            order = read_arguments(given).actorder
+        except ArgumentsError as error:
+            yield self._refused(f"{where}{error}", _PARSED)
+            return
+        told = given.get("actorder")
+        if order == "group" and self.engine != c.SGLANG:
             yield self._refused(
-                f"{where}.weights.actorder is {weights['actorder']!r}, which is no longer supported there",
+                f"{where}.actorder is {told!r}, which is no longer supported there",
                 "compressed_tensors.py of vLLM 0.32; transformers 5.17 with compressed-tensors 0.19 (run)",
                 "quantize with static order",
             )
-        if weights.get("block_structure") is not None and weights.get("strategy") != "block":
-            yield self._refused(f"{where}.weights has a block_structure, and its strategy is no block", _PARSED)
-        if weights.get("dynamic") and self.serves:
-            yield self._refused(f"{where}.weights are dynamic", _MOE)
+        elif order and self.engine == c.TRANSFORMERS and told not in STRICT_ORDERS:
+            yield self._refused(f"{where}.actorder is {told!r}, in other letters", _LIBRARY)
 
     def _order(self, weights: dict[str, Any], subject: str) -> Iterator[Problem]:
         """actorder. Files with weight_g_idx are not read here, so there is none."""
-        order = "group" if weights.get("actorder") is True else weights.get("actorder")
-        if order == "group" and self.engine == c.SGLANG and subject in (c.INT4, c.INT4_ASYMMETRIC):
+        order = weights.get("actorder") if isinstance(weights.get("actorder"), str) else None
+        grouped = weights.get("actorder") is True or (order or "").lower() == "group"
+        if grouped and self.engine == c.SGLANG and subject in (c.INT4, c.INT4_ASYMMETRIC):
             yield Problem(
                 c.CORRUPTED,
                 f"quantization_config: actorder 'group', and no weight_g_idx is stored: {self.label} sorts columns by "
@@ -118,7 +138,7 @@ class QuantizationKeys:
                 "compressed_tensors_wNa16_moe.py of 0.5.23 (read)",
                 "delete actorder where groups are in order",
             )
-        elif order in ("weight", "dynamic") and self.engine == c.SGLANG and self.tp != 1:
+        elif order and order.lower() in ("weight", "dynamic") and self.engine == c.SGLANG and self.tp != 1:
             yield self._warning(
                 f"actorder {order!r} keeps the scales of down_proj whole on each rank, not verified at more than TP 1",
                 "compressed_tensors_wNa16_moe.py of 0.5.23 (read)",
@@ -200,7 +220,10 @@ class QuantizationKeys:
         known = (told.get("type"), told.get("num_bits")) == ("float", 8) and told.get("strategy") in strategies
         known = known and told.get("symmetric") is True and (self.engine == c.VLLM or not told.get("dynamic"))
         shown = f"{told.get('type')} of {told.get('num_bits')} bits, {told.get('strategy')}"
-        if self.engine == c.TRANSFORMERS and not self.checkpoint.cache_scales:
+        fault = _fault(scheme) if self.engine == c.TRANSFORMERS else None
+        if fault:
+            yield self._refused(f"kv_cache_scheme{fault}", _LIBRARY, "delete kv_cache_scheme")
+        elif self.engine == c.TRANSFORMERS and not self.checkpoint.cache_scales:
             yield Problem(
                 c.CORRUPTED,
                 f"quantization_config: kv_cache_scheme ({shown}), and no k_scale and v_scale are stored: {self.label} "
@@ -253,6 +276,17 @@ class QuantizationKeys:
 
     def _refused(self, text: str, source: str, hint: str | None = None) -> Problem:
         return Problem(c.REFUSED, f"quantization_config: {text}: {self.label} stops", source, hint)
+
+
+def _fault(scheme: Any) -> str | None:
+    """Why a scheme is none that the library takes, as the end of a sentence."""
+    if not isinstance(scheme, dict):
+        return f" is {scheme!r}, no object"
+    try:
+        read_arguments(scheme)
+    except ArgumentsError as error:
+        return str(error)
+    return None
 
 
 _PACKERS = {

@@ -25,6 +25,8 @@ from mimoquant.quant.formats import Format
 from mimoquant.serving import contracts
 from mimoquant.weights.container import COMPRESSED_TENSORS, MODELOPT, NATIVE, expert_tensors, shape_tensor
 
+CHANNEL = -1
+WIDEST_GROUP = 128  # of those that have a row for more than one
 GENERATION_NAME = "generation_config.json"
 
 
@@ -41,10 +43,17 @@ class Tensor(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """How one layer's experts lie on disk: a subject of `contracts.FORMATS`, or bf16 or fp8 if kept."""
+    """How one layer's experts lie on disk: a subject of `contracts.FORMATS`, or bf16 or fp8 if kept. `group_size`:
+    CHANNEL where a row has one scale, as wide as it is."""
 
     subject: str
     group_size: int | None = None
+
+    @property
+    def words(self) -> str:
+        if self.group_size == CHANNEL:
+            return f"{self.subject} by channel"
+        return f"{self.subject} g{self.group_size}" if self.group_size else self.subject
 
 
 @dataclass(frozen=True)
@@ -237,6 +246,7 @@ def _stored(module: str, width: int, tensors: Mapping[str, Tensor]) -> Stored:
     scale = tensors.get(f"{module}.weight_scale")
     group = width // scale.shape[1] if scale and len(scale.shape) == 2 and scale.shape[1] else None
     if packed and packed.dtype == "I32":
+        group = CHANNEL if group == width and width > WIDEST_GROUP else group
         asymmetric = f"{module}.weight_zero_point" in tensors
         return Stored(contracts.INT4_ASYMMETRIC if asymmetric else contracts.INT4, group)
     if packed:

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from dflash_reference import changed, write_headers
-from headers import VARIANTS, at_scale, published_config, release
+from headers import V26, VARIANTS, at_scale, published_config, release
 from micro import MICRO
 
 from mimoquant.cli.options import Engine, Gpu, Server
@@ -72,6 +75,34 @@ def test_commands_of_releases_are_the_golden_ones(variant: str, engine: str) -> 
     made = {gpu: told(release(variant), engine, gpu, n) for gpu, n in RELEASES[variant].items()}
     sections = [f"=== {gpu} x {RELEASES[variant][gpu]}\n{text}\n" for gpu, text in made.items()]
     held_to(GOLDEN / f"release-{variant}-{engine}.txt", "\n".join(sections))
+
+
+def without_rounding(text: str) -> str:
+    """Less the weights' tenth of a GB: golden texts are of towers of about their size."""
+    return re.sub(r"(?m)^memory +([\d.]+) GB", lambda found: f"memory {float(found[1]):.0f} GB", text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "variant"), [("v25", "v2.5"), ("v26-flash", "v2.6-flash"), ("v26-pro", "v2.6-pro")])
+def test_a_release_of_full_size_has_the_golden_commands(kind: str, variant: str, shared: Path, tmp_path: Path) -> None:
+    """Its own names, sizes and shards, of which there are no bytes; every kind of GPU ends in a command or a sentence,
+    and no engine is told anything that is not said at once."""
+    tool = shared / "tools" / "make_sparse_checkpoint.py"
+    subprocess.run([sys.executable, tool, kind, tmp_path], check=True, capture_output=True)
+    if variant in V26:
+        (tmp_path / "generation_config.json").write_text('{"max_new_tokens": 2048}')
+    found = read_served(tmp_path)
+    for engine in ("vllm", "sglang"):
+        made = {gpu: told(found, engine, gpu, n) for gpu, n in RELEASES[variant].items()}
+        sections = [f"=== {gpu} x {RELEASES[variant][gpu]}\n{text}\n" for gpu, text in made.items()]
+        text = "\n".join(sections).replace(str(tmp_path), "/models/RELEASE")
+        assert without_rounding(text) == without_rounding((GOLDEN / f"release-{variant}-{engine}.txt").read_text())
+        for gpu in gpus.GPUS:
+            for count in (1, 2, 4, 8, 16):
+                assert "Traceback" not in told(found, engine, gpu, count)
+        assert not [problem for problem in check(found, engine, None, 4) if problem.fails]
+    whole = check(found, "transformers")
+    assert any(problem.fails for problem in whole) == (variant in V26)
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])

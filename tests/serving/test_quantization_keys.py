@@ -15,7 +15,6 @@ from engine_cases import PYTHON
 from headers import Header, output
 
 from mimoquant.serving.check import check
-from mimoquant.serving.quantization_keys import KNOWN_ARGUMENTS
 from mimoquant.serving.served import Served, served
 
 HERE = Path(__file__).parent
@@ -31,6 +30,7 @@ A4 = {
     "dynamic": "local",
 }
 BOTH, REFUSED, WARNED = ("vllm", "sglang"), "refused", "warning"
+STOPS = (REFUSED,) * 3
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,44 @@ ROWS = [
     Row("actorder weight", INT4, "", WARNED, said="actorder 'weight'", weights={"actorder": "weight"}),
     Row("actorder static", INT4, "", "", weights={"actorder": "static"}),
     Row("actorder of no kind", INT4, REFUSED, REFUSED, REFUSED, "actorder is 'odd'", weights={"actorder": "odd"}),
+    Row("actorder Weight", INT4, "", WARNED, REFUSED, said="actorder", weights={"actorder": "Weight"}),
+    Row("actorder GROUP", INT4, REFUSED, "corrupted", REFUSED, "actorder", weights={"actorder": "GROUP"}),
+    Row(
+        "a group size of no group",
+        INT4,
+        *STOPS,
+        "group_size 128, and its strategy is tensor",
+        weights={"strategy": "tensor"},
+    ),
+    Row("a group size as text", INT4, *STOPS, "group_size is '128', text", weights={"group_size": "128"}),
+    Row("a group size that is a float", INT4, "", "", weights={"group_size": 128.0}),
+    Row("dynamic null", INT4, *STOPS, "dynamic is None", weights={"dynamic": None}),
+    Row("dynamic local", INT4, *STOPS, "dynamic (local)", weights={"dynamic": "local"}),
+    Row("symmetric null", INT4, *STOPS, "symmetric is None", weights={"symmetric": None}),
+    Row("a dtype of nobody", INT4, *STOPS, "'bfloat17', no dtype", weights={"scale_dtype": "bfloat17"}),
+    Row("dtypes as presets have them", NVFP4, "", "", weights={"scale_dtype": "torch.float8_e4m3fn", "zp_dtype": None}),
+    Row("int4 by tensor_group", INT4, *STOPS, "int of 4 bits, tensor_group", weights={"strategy": "tensor_group"}),
+    Row(
+        "zero points that are not there",
+        INT4,
+        *("corrupted",) * 3,
+        "int4 asymmetric g128",
+        weights={"symmetric": False},
+    ),
+    Row("targets null", INT4, *STOPS, "has no targets", group={"targets": None}),
+    Row("a key of the group", INT4, "", "", REFUSED, "has scheme", group={"scheme": "W4A16"}),
+    Row("ignore null", INT4, REFUSED, REFUSED, said="ignore is null", top={"ignore": None}),
+    Row("groups null", INT4, REFUSED, REFUSED, "corrupted", top={"config_groups": None}),
+    Row("an unknown status", INT4, "", "", REFUSED, "quantization_status", top={"quantization_status": "done"}),
+    Row(
+        "a cache with an odd key",
+        INT4,
+        WARNED,
+        WARNED,
+        REFUSED,
+        "kv_cache_scheme",
+        top={"kv_cache_scheme": FP8_TENSOR | {"odd": 1}},
+    ),
     Row("an observer of their own", INT4, "", "", weights={"observer": "mine", "observer_kwargs": {"a": 1}}),
     Row("numbers as text", INT4, "", "", weights={"num_bits": "4", "type": "INT"}),
     Row("an argument that is none", INT4, REFUSED, REFUSED, REFUSED, "has rotate", weights={"rotate": True}),
@@ -239,10 +277,34 @@ def test_every_key_is_understood_or_named(row: Row, engine: str) -> None:
     assert not verdict or row.said in found[0].text
 
 
-def test_the_arguments_are_those_that_compressed_tensors_takes() -> None:
-    quantization = pytest.importorskip("compressed_tensors.quantization")
-    assert set(quantization.QuantizationArgs.model_fields) == KNOWN_ARGUMENTS
-    assert quantization.QuantizationArgs.model_config["extra"] == "forbid"
+def by_channel(tensors: dict[str, Header]) -> dict[str, Header]:
+    """The experts' scales one a row."""
+    scales = [name for name in tensors if name.endswith("_proj.weight_scale")]
+    return tensors | {name: Header("BF16", (tensors[name].shape[0], 1)) for name in scales}
+
+
+@pytest.mark.parametrize("engine", [*BOTH, "transformers"])
+def test_one_scale_a_row_is_int4_like_another(engine: str) -> None:
+    """As channel and as group -1; where files and config differ in it, engines stop."""
+    config, tensors = headers(INT4)
+    for weights in ({"strategy": "channel", "group_size": None}, {"strategy": None, "group_size": -1}):
+        made = of(Row("", INT4, "", "", weights=weights)).config
+        problems = check(served(made, by_channel(tensors), "OUT", {}), engine, None, 4)
+        assert not any(problem.fails for problem in problems), problems
+        assert any("one scale a row is not verified" in problem.text for problem in problems)
+        (wrong,) = (problem for problem in check(served(made, tensors, "OUT", {}), engine, None, 4) if problem.fails)
+        assert "int4 g128, quantization_config makes them compressed-tensors int4 by channel" in wrong.text
+    (wrong,) = (p for p in check(served(config, by_channel(tensors), "OUT", {}), engine, None, 4) if p.fails)
+    assert "int4 by channel, quantization_config makes them compressed-tensors int4 g128" in wrong.text
+
+
+@pytest.mark.parametrize("engine", [*BOTH, "transformers"])
+@pytest.mark.parametrize("left", [None, {}])
+def test_packed_experts_that_no_config_tells_of_load_nowhere(left: dict[str, Any] | None, engine: str) -> None:
+    config, tensors = headers(INT4)
+    found = check(served(config | {"quantization_config": left}, tensors, "OUT", {}), engine, None, 4)
+    assert [problem.verdict for problem in found][:1] == [REFUSED if engine == "sglang" else "corrupted"]
+    assert "int4 g128, quantization_config makes them bf16" in found[0].text
 
 
 @pytest.mark.engine
