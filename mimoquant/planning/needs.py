@@ -164,11 +164,18 @@ def _refine_bytes(plan: Plan, experts: int, device: str) -> int:
     most = max(WALKED_TOKENS[device], WALKED_MOST)
     tokens = min(most, 2 * _tokens(plan) * geometry.top_k * experts // geometry.experts)
     block = max(WALKED_COLUMNS, *(fmt.group_size for fmt in plan.formats.values()))
-    matrices = _REFINED_MATRICES * inner * width + width**2 + 4 * inner**2 + 3 * inner // WALKED_TURNS * block**2
+    felt = 2 if plan.recipe.objective == "kl" else 0  # F and its root
+    matrices = (
+        felt * width**2
+        + _REFINED_MATRICES * inner * width
+        + width**2
+        + 4 * inner**2
+        + 3 * inner // WALKED_TURNS * block**2
+    )
     return (
-        experts * (4 * (width**2 + inner**2) + 18 * inner * width)
+        experts * (4 * ((1 + felt) * width**2 + inner**2) + 18 * inner * width)
         + 4 * min(experts, WALKED_TOKENS[device] // WALKED_FEWEST) * matrices
-        + 4 * tokens * (4 * width + 5 * inner)
+        + 4 * tokens * ((4 + felt) * width + 5 * inner)
     )
 
 

@@ -248,12 +248,6 @@ def _check_reconstruction(recipe: Recipe, formats: dict[int, Format]) -> None:
         )
     if calibration and calibration.reconstruct_layers and not calibration.reconstruct:
         raise RecipeError(f"recipe {recipe.name}: layers to refine are named, and no rounds", hint="add --refine 1")
-    if calibration and calibration.reconstruct and recipe.objective == "kl":
-        raise RecipeError(
-            f"recipe {recipe.name}: chooses codes for the loss, --refine {calibration.reconstruct} would choose them "
-            "anew for what an expert answers",
-            hint="leave --refine out, or take --objective output",
-        )
 
 
 def _fate(layout: ModelLayout, recipe: Recipe, layer: int, expert: int, projection: str) -> Format | None:

@@ -13,6 +13,9 @@ its effective number of tokens, (Σ a²)² / Σ a⁴, asks for: without that the
 A projection that did not lower an expert's error on the tokens that are walked is taken back. Whether the error falls
 on others is asked of tokens that were held out: an expert for which it does not keeps the codes that it had.
 
+With a metric F = RᵀR of the answers (`output_metric`) the error is that of R · answer, so R · down stands where down
+does, and down's own codes descend under F. Without one all outputs count alike.
+
 AutoRound minimises the same error by sign gradient descent on the roundings. From GPTQ's codes that raises it: each
 code is the best one, all others given, and descent changes many at once (scripts/RESULTS.md).
 
@@ -32,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mimoquant.quant.columns import improve_columns, units
+from mimoquant.quant.descent import descend
 from mimoquant.quant.engine_torch import pack_nibbles, unpack_nibbles
 from mimoquant.quant.formats import Format
 from mimoquant.quant.gptq import panel_of, spans
@@ -40,6 +44,7 @@ from mimoquant.quant.kernels.columns import Columns
 from mimoquant.quant.method import WALKED_COLUMNS, WALKED_FEWEST, WALKED_TOKENS, WALKED_TURNS
 from mimoquant.quant.products import add_product, half_dtype, halves, part, zeros
 from mimoquant.quant.refine import refine
+from mimoquant.quant.refit import refit
 
 Parts = dict[str, Tensor]
 GATE, UP, DOWN = "gate", "up", "down"
@@ -67,6 +72,7 @@ def reconstruct(
     seen: Sequence[Tensor],
     held: Sequence[Tensor],
     rounds: int,
+    felt_EHH: Tensor | None = None,
 ) -> Reconstructed:
     """Walk a chunk of experts `rounds` times.
 
@@ -74,13 +80,15 @@ def reconstruct(
         original: projection → weights [E, R, K], of any float dtype. parts: projection → stored parts, as `encode_with`
             makes them. grams: projection → mean Gram matrices [E, K, K] that they were made for.
         seen, held: of each expert, the tokens [n, H] that are walked, and those that judge.
+        felt_EHH: what the loss feels of each expert's answers, positive definite.
     """
     made = []
     for own in _together([len(tokens) for tokens in seen], WALKED_TOKENS[seen[0].device.type]):
         weights = {name: weight[own].to(torch.float32) for name, weight in original.items()}
         prior = {name: gram[own] for name, gram in grams.items()}
         stored = {name: {part: values[own] for part, values in of.items()} for name, of in parts.items()}
-        made.append(_reconstruct(weights, stored, prior, fmt, _padded(seen[own]), _padded(held[own]), rounds))
+        walk = _Walk(weights, stored, prior, fmt, _padded(seen[own]), None if felt_EHH is None else felt_EHH[own])
+        made.append(_reconstruct(walk, _padded(held[own]), rounds))
     whole = {
         name: {part: torch.cat([one.parts[name][part] for one in made]) for part in of} for name, of in parts.items()
     }
@@ -102,30 +110,21 @@ def _padded(tokens: Sequence[Tensor]) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence([one.to(torch.float32) for one in tokens], batch_first=True)
 
 
-def _reconstruct(
-    weights: dict[str, Tensor],
-    parts: dict[str, Parts],
-    prior: dict[str, Tensor],
-    fmt: Format,
-    seen: Tensor,
-    held: Tensor,
-    rounds: int,
-) -> Reconstructed:
-    walk = _Walk(weights, parts, prior, fmt, seen)
+def _reconstruct(walk: _Walk, held: Tensor, rounds: int) -> Reconstructed:
+    parts = dict(walk.parts)
     for _ in range(rounds):
         walk.down()
         walk.inner(UP)
         walk.inner(GATE)
     enough = (held != 0).any(-1).sum(-1) >= _ENOUGH
-    wanted = _answer(held, weights)
-    energy = wanted.square().sum((1, 2)).clamp(min=1e-30)
-    before, after = (
-        torch.where(
-            enough, (_answer(held, {n: _values(p, fmt) for n, p in of.items()}) - wanted).square().sum((1, 2)), 0
-        )
-        / energy
-        for of in (parts, walk.parts)
-    )
+    wanted = _answer(held, walk.weights)
+    energy = walk.size(wanted).clamp(min=1e-30)
+
+    def off(of: dict[str, Parts]) -> Tensor:
+        answer = _answer(held, {name: _values(stored, walk.fmt) for name, stored in of.items()})
+        return torch.where(enough, walk.size(answer - wanted), 0) / energy
+
+    before, after = off(parts), off(walk.parts)
     worse = after > before
     kept = {
         name: {part: _where(worse, parts[name][part], values) for part, values in of.items()}
@@ -163,9 +162,16 @@ class _Walk:
     """
 
     def __init__(
-        self, weights: dict[str, Tensor], parts: dict[str, Parts], prior: dict[str, Tensor], fmt: Format, seen: Tensor
+        self,
+        weights: dict[str, Tensor],
+        parts: dict[str, Parts],
+        prior: dict[str, Tensor],
+        fmt: Format,
+        seen: Tensor,
+        felt: Tensor | None,
     ) -> None:
-        self.weights, self.prior, self.fmt, self.seen = weights, prior, fmt, seen
+        self.weights, self.prior, self.fmt, self.seen, self.felt = weights, prior, fmt, seen, felt
+        self.root = None if felt is None else _root(felt)
         self.wanted = _answer(seen, weights).mT.contiguous()
         self.parts: dict[str, Parts] = {}
         self.values: Parts = {}
@@ -179,7 +185,16 @@ class _Walk:
             if name != DOWN:
                 self.given[name] = self.values[name] @ self.seen.mT
         self.off = self.wanted - self.values[DOWN] @ self._inner()
-        self.loss = torch.linalg.vector_norm(self.off, dim=(1, 2))
+        self.loss = torch.linalg.vector_norm(self.seen_by_loss(self.off), dim=(1, 2))
+
+    def seen_by_loss(self, answers_EHT: Tensor) -> Tensor:
+        """R · answers, whose squares are what the loss feels of them."""
+        return answers_EHT if self.root is None else self.root @ answers_EHT
+
+    def size(self, answers_ETH: Tensor) -> Tensor:
+        """[E], their squares as the loss feels them."""
+        felt = answers_ETH if self.root is None else answers_ETH @ self.root.mT
+        return felt.square().sum((1, 2))
 
     def _inner(self, rows: slice = slice(None)) -> Tensor:
         return F.silu(self.given[GATE][:, rows]) * self.given[UP][:, rows]
@@ -200,13 +215,19 @@ class _Walk:
         pull = self.off @ inner.mT + (self.weights[DOWN] - self.values[DOWN]) @ prior
         wanted = self.values[DOWN] + torch.linalg.solve(gram, pull.mT).mT
         old = self.parts[DOWN]
-        new, codes = refine(wanted, gram, old, unpack_nibbles(old["codes"]), self.fmt, 1)
+        codes = unpack_nibbles(old["codes"])
+        if self.felt is None:
+            new, codes = refine(wanted, gram, old, codes, self.fmt, 1)
+        else:
+            new = refit(wanted, gram, self.felt, old, codes, self.fmt)
+            codes = descend(wanted, gram, self.felt, Grid.of(new, self.fmt), codes, self.fmt, 1)
         self._keep_better(DOWN, new | {"codes": pack_nibbles(codes.contiguous())})
 
     def inner(self, name: str) -> None:
         """Gate or up: panels of columns, blocks of a panel, and in each block the rows in turns."""
-        parts, down = self.parts[name], self.values[DOWN]
-        self.toward, self.cross = down.mT @ self.off, halves(down.mT @ down)
+        parts, down = self.parts[name], self.seen_by_loss(self.values[DOWN])
+        self.toward, self.cross = down.mT @ self.seen_by_loss(self.off), halves(down.mT @ down)
+        self.answering = down
         grid, codes = Grid.of(parts, self.fmt), unpack_nibbles(parts["codes"])
         grid = Grid(grid.scale.clone(), grid.zero)
         count, width = codes.shape[1:]
@@ -245,7 +266,7 @@ class _Walk:
         before = self._inner(rows)
         slope = F.silu(gate) if name == UP else up * _silu_slope(gate)  # of the inner activation, [E, R, T]
         pull = (self.toward[:, rows] * slope) @ tokens
-        reach = self.values[DOWN][:, :, rows].square().sum(1)
+        reach = self.answering[:, :, rows].square().sum(1)
         weight = slope.square_()
         doubt = weight.square().sum(-1) / weight.sum(-1).clamp(min=1e-30) * (_PRIOR * self.seen.shape[2] * reach)
         gram = _row_grams(pairs, weight) * reach[..., None, None]
@@ -258,6 +279,12 @@ class _Walk:
         self.values[name][:, rows, now] = values
         add_product(self.toward, part(self.cross, slice(None), rows), halves(before - self._inner(rows)))
         return new, scale, change
+
+
+def _root(felt: Tensor) -> Tensor:
+    """R of positive definite matrices RᵀR, scaled to a mean diagonal of one."""
+    mean = torch.diagonal(felt, dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    return torch.linalg.cholesky(felt / mean).mT.contiguous()
 
 
 def _silu_slope(x: Tensor) -> Tensor:

@@ -201,7 +201,7 @@ class Calibrator:
         down = _encode(chunk.down, inner, fmt, self.method, felt)
         chosen = Chosen(_named(both.parts, down.parts), replace(half, down=down.values), {})
         if self.settings.reconstructs(self.facts.layer):
-            chosen = self._reconstructed(chunk, chosen, {"gate": gram, "up": gram, "down": inner}, fmt)
+            chosen = self._reconstructed(chunk, chosen, {"gate": gram, "up": gram, "down": inner}, fmt, felt)
             both, down = replace(both, values=_gate_and_up(chosen.chunk)), replace(down, values=chosen.chunk.down)
         facts = chunk_facts([Rounded(rows, gram, metric, both), Rounded(chunk.down, inner, felt, down)], fmt)
         facts |= {"shrunk": statistics.shares(count, n0), "folded_channels": folded}
@@ -211,14 +211,16 @@ class Calibrator:
         facts["clamped"] = clamped_facts(chunk, _by_projection(chosen.parts), fmt, self.plan.layout, self.facts.layer)
         return replace(chosen, facts=chosen.facts | facts)
 
-    def _reconstructed(self, chunk: ExpertChunk, chosen: Chosen, grams: dict[str, Tensor], fmt: Format) -> Chosen:
+    def _reconstructed(
+        self, chunk: ExpertChunk, chosen: Chosen, grams: dict[str, Tensor], fmt: Format, felt: Tensor | None
+    ) -> Chosen:
         """The chunk's codes chosen once more, for what its experts answer."""
         begin, end = chunk.begin, chunk.begin + len(chunk.gate)
         weights = {projection: getattr(chunk, projection) for projection in PROJECTIONS}
         seen, *judges = (statistics.tokens_of(of_set, begin, end, WALKED_MOST) for of_set in self.tokens.seen)
         held = judges[0] if judges else [own[:0] for own in seen]
         rounds = self.settings.reconstruct
-        made = reconstruct(weights, _by_projection(chosen.parts), grams, fmt, seen, held, rounds)
+        made = reconstruct(weights, _by_projection(chosen.parts), grams, fmt, seen, held, rounds, felt)
         parts = {f"{name} {part}": values for name, of in made.parts.items() for part, values in of.items()}
         answer = torch.stack((made.before, made.after), dim=1).tolist()
         return Chosen(parts, decoded_chunk(begin, made.parts, fmt), {"answer": answer})
