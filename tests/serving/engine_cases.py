@@ -54,6 +54,7 @@ ASYMMETRIC = INT4.replace("symmetric: true", "symmetric: false") % 32
 MXFP4 = "{num_bits: 4, type: float, symmetric: true, strategy: group, group_size: 32, scale_dtype: torch.uint8}"
 NVFP4 = "{num_bits: 4, type: float, symmetric: true, strategy: tensor_group, group_size: 16}"
 CALIBRATED = "calibration: {sequences: 32, tokens: 64}, "
+W4A4 = CALIBRATED + "scale_search: gram, input_scales: calibrated, "
 DENSE_FP8 = "ModelOpt NVFP4, dense FP8"
 CASES = {
     "int4 g128, fused source": Case("fused", INT4 % 128),
@@ -67,6 +68,8 @@ CASES = {
     "NVFP4": Case("fused", NVFP4),
     "ModelOpt NVFP4": Case("fused", NVFP4, container="modelopt"),
     DENSE_FP8: Case("fused", NVFP4, "dense: fp8, input_scales: unit, ", container="modelopt"),
+    "NVFP4, W4A4": Case("fused", NVFP4, W4A4),
+    "ModelOpt NVFP4, W4A4": Case("fused", NVFP4, W4A4, container="modelopt"),
     "native MXFP4": Case("fused", MXFP4, container="native"),
     "int4 g128, a layer bf16": Case("fused", INT4 % 128, "carve_outs: {2: bf16}, "),
     "NVFP4, a layer FP8": Case("fused", NVFP4, "carve_outs: {2: fp8}, "),

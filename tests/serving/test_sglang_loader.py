@@ -150,7 +150,7 @@ class Shard:
         if suffix == "weight_shape":
             return
         count = sum(name.startswith(f"{module}.") and name.endswith(f".gate_proj.{suffix}") for name in self.files)
-        whole = self.ep == 1 or suffix == "input_scale"  # those of all experts are on each rank
+        whole = self.ep == 1 or suffix == "input_scale"  # ModelOpt's; those of all experts are on each rank
         mine = range(count) if whole else range(count)[count // self.ep * self.rank :][: count // self.ep]
         named = [[f"{module}.{e}.{part}_proj.{suffix}" for part in ("gate", "up", "down")] for e in mine]
         if self.files[named[0][0]].numel() == 1:

@@ -216,6 +216,22 @@ def test_a_container_answers_with_our_numbers(name: str, answers: Answers) -> No
     assert quantization > 100 * abs(mean)  # the 4-bit weights do say something else than the source's
 
 
+@pytest.mark.parametrize("name", [name for name in CASES if "W4A4" in name])
+def test_input_scales_are_read_as_the_largest_of_a_layers_experts(name: str, answers: Answers) -> None:
+    """By vLLM's own reduction; experts differ, so that another one would show."""
+    held: dict[tuple[str, bool], list[float]] = {}
+    for path in answers.folders[name].glob("*.safetensors"):
+        for key, value in load_file(path).items():
+            if key.endswith((".input_scale", ".input_global_scale")):
+                scale = value.item() if key.endswith("input_scale") else 1 / value.item()
+                held.setdefault((key.partition(".mlp.")[0], ".down_proj." in key), []).append(scale)
+    told = re.findall(r"input scales \S*?(model\.layers\.\d+)\.mlp\S* (\S+) (\S+)", answers.log(name))
+    assert len(told) == 4 and all(len(set(scales)) > 4 for scales in held.values())
+    for layer, *found in told:
+        for down, scale in enumerate(found):
+            assert float(scale) == pytest.approx(max(held[layer, bool(down)]), rel=1e-6), (layer, down)
+
+
 def test_gptq_did_write_negative_scales(answers: Answers) -> None:
     folder = answers.folders["int4 g128 GPTQ, negative scales"]
     tensors = [tensors for path in folder.glob("*.safetensors") for tensors in load_file(path).items()]

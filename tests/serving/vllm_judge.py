@@ -39,6 +39,7 @@ from vllm.model_executor.layers.fused_moe import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.fused_moe.experts.int4_emulation_moe import Int4EmulationTritonExperts
 from vllm.model_executor.layers.fused_moe.flashinfer_moe_ep import _dequant_mxfp4_experts
 from vllm.model_executor.layers.fused_moe.oracle import int_wna16
+from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import NvFp4MoeBackend, convert_to_nvfp4_moe_kernel_format
 from vllm.model_executor.layers.quantization import fp8, modelopt, mxfp4
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
     compressed_tensors_moe_w4a4_mxfp4 as ct_mxfp4,
@@ -86,6 +87,8 @@ def mxfp4_native(layer: Any) -> Experts:
 
 def nvfp4(layer: Any) -> Experts:
     """As the method itself does, gate's global scale counts for up too."""
+    if hasattr(layer, "w13_input_global_scale"):
+        tell_input_scales(layer, 1.0 / layer.w13_input_global_scale, 1.0 / layer.w2_input_global_scale)
     return (
         _nvfp4(layer.w13_weight_packed, layer.w13_weight_scale, 1.0 / layer.w13_weight_global_scale[:, 0]),
         _nvfp4(layer.w2_weight_packed, layer.w2_weight_scale, 1.0 / layer.w2_weight_global_scale),
@@ -94,10 +97,19 @@ def nvfp4(layer: Any) -> Experts:
 
 def nvfp4_modelopt(layer: Any) -> Experts:
     """The same, of multipliers."""
+    if hasattr(layer, "w13_input_scale"):
+        tell_input_scales(layer, layer.w13_input_scale, layer.w2_input_scale)
     return (
         _nvfp4(layer.w13_weight, layer.w13_weight_scale, layer.w13_weight_scale_2[:, 0]),
         _nvfp4(layer.w2_weight, layer.w2_weight_scale, layer.w2_weight_scale_2),
     )
+
+
+def tell_input_scales(layer: Any, w13: torch.Tensor, w2: torch.Tensor) -> None:
+    """What vLLM would divide a layer's activations by, into the log: its own choice among those of the experts."""
+    weights = [torch.empty(0)] * 3
+    made = convert_to_nvfp4_moe_kernel_format(NvFp4MoeBackend.EMULATION, layer, *weights, w13, *weights, w2, True)
+    print("input scales", layer.layer_name, *(repr(1 / float(made[place])) for place in (3, 7)))
 
 
 def _nvfp4(codes: torch.Tensor, scale: torch.Tensor, multiplier: torch.Tensor) -> torch.Tensor:
