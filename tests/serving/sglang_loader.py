@@ -85,7 +85,6 @@ from sglang.srt.model_loader.loader import _get_quantization_config  # noqa: E40
 from sglang.srt.models.mimo_v2 import MiMoV2ForCausalLM  # noqa: E402
 from sglang.srt.runtime_context import derive_spawn_ranks, get_context, get_parallel  # noqa: E402
 
-
 HOPPER = 90  # what a scheme is told where it asks for the GPU; there is none
 CompressedTensorsConfig._check_scheme_supported = lambda self, least, error=True: least <= HOPPER
 
