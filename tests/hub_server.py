@@ -12,6 +12,7 @@ import itertools
 import json
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -151,7 +152,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def faulty(self, fault: str, name: str, begin: int, end: int, headers: dict[str, str]) -> bool:
         """Answer with a fault: `drop N` bytes come, a status with or without Retry-After, `whole` for a range, another
-        `range`, `coded`, `longer`."""
+        `range`, `coded`, `longer`; `trickle N` sends it in so many pieces."""
         data, (kind, _, number) = self.server.content[name], fault.partition(" ")
         told = headers | {"Content-Range": f"bytes {begin}-{end - 1}/{len(data)}"}
         if kind == "drop":
@@ -165,20 +166,27 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer(206, data[: end - begin], headers | {"Content-Range": f"bytes 0-{end - begin - 1}/{len(data)}"})
         elif kind == "coded":
             self.answer(206, data[begin:end], told | {"Content-Encoding": "gzip"})
+        elif kind == "trickle":
+            self.answer(206, data[begin:end], told, pieces=int(number))
         elif kind == "longer":
             self.answer(206, data[begin:end], told | {"Content-Range": f"bytes {begin}-{end - 1}/{len(data) + 1}"})
         else:
             return False
         return True
 
-    def answer(self, status: int, data: bytes, headers: dict[str, str], only: int | None = None) -> None:
+    def answer(
+        self, status: int, data: bytes, headers: dict[str, str], only: int | None = None, pieces: int = 1
+    ) -> None:
         self.send_response(status)
         for name, value in ({"Content-Length": str(len(data))} | headers).items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
             with contextlib.suppress(ConnectionError):
-                self.wfile.write(data if only is None else data[:only])
+                sent = data if only is None else data[:only]
+                for begin in range(0, len(sent), size := -(-len(sent) // pieces) or 1):
+                    self.wfile.write(sent[begin : begin + size])
+                    time.sleep(0.001 * (pieces > 1))
 
 
 @contextlib.contextmanager

@@ -97,14 +97,14 @@ class HubSource:
     def fetch_small_files(self) -> None:
         """All that settings, tokenizers and cards are made of."""
         small = [name for name, held in self.files.items() if is_small(name, held.size_bytes)]
-        small = [name for name in small if not (self.folder / name).exists()]
-        self._ranges.map(self._fetch_small, small)
+        missing = [name for name in small if not (self.folder / name).exists()]
+        large = [name for name in missing if self.files[name].size_bytes > WHOLE_BYTES]
+        self._ranges.map(self._fetch_small, [name for name in missing if name not in large])
+        for name in large:  # each by several requests at once
+            self._fetch_large(name)
 
     def _fetch_small(self, file: str) -> None:
-        data = self._ranges.content(file) if self.files[file].size_bytes <= WHOLE_BYTES else None
-        if data is None:
-            self._fetch_large(file)
-            return
+        data = self._ranges.content(file)
         known = self.files[file]
         digest = hashlib.sha256() if known.sha256 else hashlib.sha1(f"blob {len(data)}\0".encode())
         digest.update(data)

@@ -80,9 +80,9 @@ def test_each_byte_is_asked_for_once_over_one_redirect(hub: HubServer) -> None:
     assert hub.resolved.count(SHARD) == 1
 
 
-@pytest.mark.parametrize("fault", ["drop 1000", "drop 0", "429 0", "429", "500", "503 0", "403"])
+@pytest.mark.parametrize("fault", ["drop 1000", "drop 0", "429 0", "429", "500", "503 0", "403", "trickle 9"])
 def test_what_breaks_is_asked_for_again(hub: HubServer, folder: Path, fault: str) -> None:
-    hub.fault = faults = Faults({0: fault, 2: fault, 9: fault})
+    hub.fault = faults = Faults({0: fault, 2: fault, 7: fault})
     with opened(SOURCE) as place:
         assert read_all(place) == read_all(folder)
     assert not faults.left

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -132,6 +134,40 @@ def test_a_run_that_lost_the_hub_goes_on(
     with opened(SOURCE) as place:
         quantize(place, out, resume=True)
     assert contents(out) == whole[0] and kept
+
+
+def test_the_command_line_says_that_it_can_go_on(hub: HubServer, tmp_path: Path) -> None:
+    hub.fault = lambda name, begin, end: "whole" if name == SHARD and begin > 8 else None
+    result = CliRunner().invoke(app, ["quantize", SOURCE, "-r", RECIPE, "-o", str(tmp_path / "out"), "--device", "cpu"])
+    assert result.exit_code == 4
+    assert f"error: hf://{REPO}@{COMMIT}/{SHARD}: bytes " in result.stderr and "status 200\nhint:" in result.stderr
+    assert "secretsignature" not in result.output and (tmp_path / "out.partial").is_dir()
+
+
+@pytest.mark.slow
+def test_the_tiny_official_model_is_quantized_as_from_its_folder(shared: Path, tmp_path: Path) -> None:
+    folder = shared / "models" / "mimo-tiny-official"
+    api.quantize(folder, RECIPE, tmp_path / "near", device="cpu")
+    with serving(folder) as hub:
+        api.quantize(SOURCE, RECIPE, tmp_path / "far", device="cpu", keep_source=tmp_path / "kept")
+        assert all(
+            sum(end - begin for begin, end in hub.asked[name]) < 1.1 * len(hub.content[name]) for name in hub.shards
+        )
+        api.quantize(SOURCE, RECIPE, tmp_path / "farther", device="cpu")
+    near, far, farther = (contents(tmp_path / name) for name in ("near", "far", "farther"))
+    assert far == farther
+    assert {name for name in near | far if near.get(name) != far.get(name)} == {
+        "recipe.yaml",
+        "report.json",
+        "README.md",
+    }
+    assert contents(tmp_path / "kept") == contents(folder)
+
+
+def test_a_folder_needs_no_client_of_the_hub(folder: Path) -> None:
+    program = f"import sys, mimoquant\nmimoquant.inspect({str(folder)!r})\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert not {"huggingface_hub", "httpx"} & set(done.stdout.split())
 
 
 def test_a_resume_refuses_a_source_that_has_changed(hub: HubServer, tmp_path: Path) -> None:
