@@ -24,7 +24,7 @@ from huggingface_hub import constants, get_session
 
 from mimoquant.checkpoint.folders import check_name
 from mimoquant.checkpoint.hf_files import is_small, list_files, side_files
-from mimoquant.checkpoint.index import INDEX_NAME, read_json_inside
+from mimoquant.checkpoint.index import shard_names
 from mimoquant.checkpoint.journal import free_bytes
 from mimoquant.checkpoint.kept import Downloads, keeping
 from mimoquant.checkpoint.network import user_is_offline
@@ -84,11 +84,8 @@ class HubSource:
 
     @functools.cached_property
     def shards(self) -> list[str]:
-        """As the index names them; those that are not here yet."""
-        if INDEX_NAME in self.files:
-            named = read_json_inside(self.folder, INDEX_NAME)["weight_map"].values()
-            return sorted(name for name in set(named) if name in self.files)
-        return [name for name in self.files if "/" not in name and name.endswith(".safetensors")]
+        """As the index names them."""
+        return [name for name in shard_names(self.folder) if name in self.files]
 
     def _fetch(self, file: str) -> None:
         if not (self.folder / file).exists():

@@ -235,6 +235,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def shard_names(folder: Path) -> list[str]:
+    """The shards of a checkpoint folder, from the names alone; sorted."""
+    if is_there(folder, INDEX_NAME):
+        return sorted(set(_read_weight_map(folder)[0].values()))
+    return sorted(name for name in top_level_names(folder) if name.endswith(".safetensors"))
+
+
 def _read_weight_map(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
     """name → file from the index file, or from the only shard when there is no index."""
     index_path = folder / INDEX_NAME

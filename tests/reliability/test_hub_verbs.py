@@ -85,7 +85,8 @@ def test_sensitivity_writes_the_folders_recipe(hub: HubServer, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"sequences": 8, "tokens": 32}, {"objective": "kl", "sequences": 8, "tokens": 32}]
+    "changes",
+    [{}, {"objective": "output", "sequences": 8, "tokens": 32}, {"objective": "kl", "sequences": 8, "tokens": 32}],
 )
 def test_a_run_asks_for_what_its_plan_says(hub: HubServer, changes: dict[str, Any], tmp_path: Path) -> None:
     recipe = "gptq-int4-g32" if changes else "mxfp4-rtn"
@@ -93,7 +94,7 @@ def test_a_run_asks_for_what_its_plan_says(hub: HubServer, changes: dict[str, An
     reads = planned["hub"]
     assert reads and (reads["seconds"] is not None) == (not changes)
     assert any("are read from the Hub" in note for note in planned["notes"])
-    assert any("--keep-source" in note for note in planned["notes"]) == ("objective" in changes)
+    assert any("--keep-source" in note for note in planned["notes"]) == (changes.get("objective") == "kl")
     hub.asked.clear()
     api.quantize(SOURCE, recipe, tmp_path / "out", device="cpu", **changes)
     headers = sum(8 + int.from_bytes(hub.content[name][:8], "little") for name in hub.shards)
