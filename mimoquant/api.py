@@ -254,6 +254,11 @@ def eval_kl(
     max_kl: float | None = None,
     baseline: Folder | None = None,
     noise_floor: bool = True,
+    activations: str | None = None,
+    dense_activations: str | None = None,
+    kv: str | None = None,
+    as_served: str | None = None,
+    reference_as_served: bool = False,
     device: str = "auto",
     out: Folder | None = None,
     resume: bool = False,
@@ -269,20 +274,25 @@ def eval_kl(
         max_kl: the limit that `passed` is about; nothing is raised where J is above it.
         baseline: another candidate, compared on the same tokens.
         noise_floor: measure what the reference differs from itself.
+        activations, dense_activations, kv: round what goes into routed experts ("none", "fp8", "mxfp8", "mxfp4",
+            "nvfp4"), into FP8 matrices beside them, and into the KV cache ("none", "fp8"), as kernels do.
+        as_served: round what an engine's kernels round on a kind of GPU, such as "vllm:b200", instead.
+        reference_as_served: round the reference too.
         out: a file for what was measured, as JSON; it makes the evaluation resumable.
         resume: take up what a killed evaluation left beside `out`.
     Raises UsageError: data is missing, the candidate was calibrated on it, or options cannot go together.
     CheckpointError: a checkpoint is bad, the two are not one model, or the server fails. StoppedError: the disk.
     """
     from mimoquant.assembly import evaluations
-    from mimoquant.assembly.choices import EvaluationChoice, ServerChoice, Watcher
+    from mimoquant.assembly.choices import EvaluationChoice, RoundingChoice, ServerChoice, Watcher
     from mimoquant.machine.devices import resolve_device
     from mimoquant.machine.team import Team
 
     folder = None if candidate is None else Path(candidate)
-    of_candidate = {"--baseline": baseline, "--out": out, "--resume": resume or None}
+    rounding = RoundingChoice(activations, dense_activations, kv, as_served, reference_as_served)
+    of_candidate = {"--baseline": baseline, "--out": out, "--resume": resume or None, **rounding.given()}
     evaluations.check_candidate(folder, server, {"--model": model, "--top-k": top_k}, of_candidate)
-    choice = EvaluationChoice(data, sequences, tokens, noise_floor, max_kl, data_column)
+    choice = EvaluationChoice(data, sequences, tokens, noise_floor, max_kl, data_column, rounding)
     if folder is None:
         asked = ServerChoice(str(server), model, top_k)
         return evaluations.evaluate_server(Path(reference), asked, choice, device, Watcher())

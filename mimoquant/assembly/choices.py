@@ -101,6 +101,30 @@ class LimitChoice:
 
 
 @dataclass(frozen=True)
+class RoundingChoice:
+    """What is rounded beside weights: by name (None: not said), or as an engine does on a kind of GPU, "vllm:b200".
+
+    `reference`: whether the reference is rounded too, in place of as it is.
+    """
+
+    activations: str | None = None
+    dense: str | None = None
+    kv: str | None = None
+    as_served: str | None = None
+    reference: bool = False
+
+    def given(self) -> dict[str, object]:
+        """Option → what was given."""
+        return {
+            "--activations": self.activations,
+            "--dense-activations": self.dense,
+            "--kv": self.kv,
+            "--as-served": self.as_served,
+            "--reference-as-served": self.reference or None,
+        }
+
+
+@dataclass(frozen=True)
 class EvaluationChoice:
     """What is measured on, and what J is held to.
 
@@ -113,6 +137,7 @@ class EvaluationChoice:
     noise_floor: bool = True
     max_kl: float | None = None
     column: str | None = None  # of the data's records, only that is read
+    rounding: RoundingChoice = field(default_factory=RoundingChoice)
 
 
 @dataclass(frozen=True)

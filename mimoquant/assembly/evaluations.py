@@ -7,18 +7,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mimoquant.assembly.choices import EvaluationChoice, ServerChoice, Watcher
+from mimoquant.assembly.choices import EvaluationChoice, RoundingChoice, ServerChoice, Watcher
 from mimoquant.assembly.files import check_new
 from mimoquant.calibration.records import notes
 from mimoquant.calibration.tokens import TokenSet, load_tokens
 from mimoquant.errors import UsageError
 from mimoquant.evaluation.drafts import choose_draft
 from mimoquant.evaluation.eval_draft import eval_draft
-from mimoquant.evaluation.eval_kl import EvaluationFile, eval_kl, kept_bytes, open_layout
+from mimoquant.evaluation.eval_kl import AsServed, EvaluationFile, eval_kl, kept_bytes, open_layout
 from mimoquant.evaluation.eval_server import eval_server
 from mimoquant.evaluation.server import connect, shown_address
 from mimoquant.machine.devices import resolve_device
 from mimoquant.machine.memory import peak_rss_bytes
+from mimoquant.model.rounding import rounds_cache
+from mimoquant.model.served_rounding import NONE, Rounding
+from mimoquant.serving.as_served import as_served, parse_place
+from mimoquant.serving.served import read_served
 from mimoquant.wording import size
 
 if TYPE_CHECKING:
@@ -44,15 +48,19 @@ def evaluate_folder(
     if team.leads and file and not there:
         check_new(file.path, tuple(filter(None, (reference, candidate, baseline))))
     layout = open_layout(reference)
+    served = rounded_checkpoints(
+        {"reference": reference, "candidate": candidate, "baseline": baseline}, choice.rounding
+    )
     tokens = held_out_tokens(reference, choice, layout.geometry.vocab, watcher)
     if file and not there:
-        kept = kept_bytes(layout, tokens, 2 if baseline is None else 3, choice.noise_floor)
+        causes = any(checkpoint.rounding.anything for checkpoint in served.values())
+        kept = kept_bytes(layout, tokens, len(served), choice.noise_floor, causes=causes)
         watcher.note(f"up to {size(2 * kept)} of hidden states will lie in {file.path}.partial")
     measured = eval_kl(
-        reference,
-        candidate,
+        served["reference"],
+        served["candidate"],
         tokens,
-        baseline=baseline,
+        baseline=served.get("baseline"),
         noise_floor=choice.noise_floor,
         progress=_layers(watcher),
         team=team,
@@ -65,6 +73,35 @@ def evaluate_folder(
         "elapsed_s": round(time.monotonic() - begin, 3),
         "peak_rss_bytes": peak_rss_bytes(),
     }
+
+
+def rounded_checkpoints(folders: Mapping[str, Path | None], choice: RoundingChoice) -> dict[str, AsServed]:
+    """The checkpoints that are there, by role, each with what is rounded of it.
+
+    By name the same is rounded of all candidates, as an engine what its kernels round of each.
+    Raises UsageError: options contradict each other, or it is not known what runs a checkpoint there.
+    """
+    by_name = {option: told for option, told in choice.given().items() if told is not None}
+    named = [option for option in ("--activations", "--dense-activations", "--kv") if option in by_name]
+    if choice.as_served and named:
+        raise UsageError(f"--as-served {choice.as_served} says what is rounded: {named[0]} cannot go with it")
+    if choice.reference and not (choice.as_served or named):
+        raise UsageError(
+            "--reference-as-served: nothing is said to be rounded", hint="give --as-served ENGINE:GPU, or --activations"
+        )
+    rounding = Rounding(choice.activations or NONE, choice.dense or NONE, choice.kv or NONE)
+    out = {}
+    for role, folder in folders.items():
+        if folder is None:
+            continue
+        if role == "reference" and not choice.reference:
+            out[role] = AsServed(folder)
+        elif choice.as_served:
+            cache = rounds_cache(open_layout(folder))
+            out[role] = AsServed(folder, *as_served(read_served(folder), *parse_place(choice.as_served), cache=cache))
+        else:
+            out[role] = AsServed(folder, rounding)
+    return out
 
 
 def evaluate_server(

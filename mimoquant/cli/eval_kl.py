@@ -9,14 +9,20 @@ import typer
 
 from mimoquant.cli.files import write_page
 from mimoquant.cli.options import (
+    ActivationsOption,
+    AsServedOption,
     DataColumnOption,
+    DenseActivationsOption,
     HeldOutOption,
     HeldOutSequencesOption,
     HeldOutTokensOption,
     JsonOption,
+    KvOption,
     PlaceOption,
     QuietOption,
+    ReferenceAsServedOption,
     ResumeOption,
+    option_value,
 )
 from mimoquant.cli.terminal import hint_to_resume, printed_last, tell, watcher
 from mimoquant.shipped import HELD_OUT_SET, HELD_OUT_TOKENS
@@ -149,6 +155,11 @@ def eval_kl(
     noise_floor: Annotated[
         bool, typer.Option(help="Measure also what the reference differs from itself by rounding alone.")
     ] = True,
+    activations: ActivationsOption = None,
+    dense_activations: DenseActivationsOption = None,
+    kv: KvOption = None,
+    as_served: AsServedOption = None,
+    reference_as_served: ReferenceAsServedOption = False,
     device: PlaceOption = "auto",
     out: Annotated[
         Path | None,
@@ -175,17 +186,16 @@ def eval_kl(
     With --out a killed evaluation can be resumed after its last layer: meanwhile FILE.partial holds the hidden states,
     up to 8 bytes x width for each token and checkpoint.
     """
-    from mimoquant.assembly.choices import EvaluationChoice, ServerChoice
+    from mimoquant.assembly.choices import EvaluationChoice, RoundingChoice, ServerChoice
     from mimoquant.assembly.evaluations import check_candidate
 
-    check_candidate(
-        candidate,
-        server,
-        {"--model": model, "--top-k": top_k},
-        {"--baseline": baseline, "--html": html, "--out": out, "--resume": resume or None},
-    )
+    kinds = option_value(activations), option_value(dense_activations), option_value(kv)
+    rounding = RoundingChoice(*kinds, as_served, reference_as_served)
+    of_candidate = {"--baseline": baseline, "--html": html, "--out": out, "--resume": resume or None}
+    check_candidate(candidate, server, {"--model": model, "--top-k": top_k}, of_candidate | rounding.given())
     check_outcome(reference, candidate, max_kl, junit, card)
-    choice = EvaluationChoice(data or (HELD_OUT_SET,), sequences, tokens, noise_floor, max_kl, column=data_column)
+    data = data or [HELD_OUT_SET]
+    choice = EvaluationChoice(data, sequences, tokens, noise_floor, max_kl, data_column, rounding)
     if candidate is None:
         from mimoquant.report.server_text import server_text
 

@@ -65,6 +65,23 @@ class QkvDtype(StrEnum):
     BF16 = "bf16"
 
 
+class ExpertRounding(StrEnum):
+    """`eval-kl --activations`."""
+
+    NONE = "none"
+    FP8 = "fp8"
+    MXFP8 = "mxfp8"
+    MXFP4 = "mxfp4"
+    NVFP4 = "nvfp4"
+
+
+class Fp8Rounding(StrEnum):
+    """`eval-kl --dense-activations` and `--kv`."""
+
+    NONE = "none"
+    FP8 = "fp8"
+
+
 class Engine(StrEnum):
     """`verify --engine`."""
 
@@ -219,6 +236,24 @@ HeldOutOption = Annotated[
 ]
 HeldOutSequencesOption = Annotated[
     int | None, typer.Option(min=1, help="Measure on at most so many sequences; by default on all.")
+]
+ActivationsOption = Annotated[
+    ExpertRounding | None,
+    typer.Option(help="Round what goes into routed experts to this, as kernels do; NVFP4 by the stored input scales."),
+]
+DenseActivationsOption = Annotated[
+    Fp8Rounding | None,
+    typer.Option(help="Round what goes into attention and dense MLP where they are stored in FP8."),
+]
+KvOption = Annotated[Fp8Rounding | None, typer.Option(help="Round keys and values as an FP8 cache does.")]
+AsServedOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Round what this engine's kernels round on this kind of GPU, such as vllm:b200.", metavar="ENGINE:GPU"
+    ),
+]
+ReferenceAsServedOption = Annotated[
+    bool, typer.Option("--reference-as-served", help="Round the reference too, not only the candidate.")
 ]
 HeldOutTokensOption = Annotated[int, typer.Option(min=2, help="Tokens per sequence.")]
 

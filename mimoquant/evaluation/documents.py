@@ -186,6 +186,41 @@ class NoiseFloor(TypedDict):
     """With relative noise of 2^-9, bf16's rounding, after every layer."""
 
 
+class CausePart(TypedDict):
+    """J of one cause alone, over some of the sequences."""
+
+    cause: str
+    """weights: the candidate's, nothing rounded; activations: the reference's weights, inputs and cache rounded as the
+    candidate's are; both: what `j` is of."""
+    j: float
+    """Its mean, nats per token."""
+    low: float
+    """Lower end of its interval."""
+    high: float
+    """Upper end of its interval."""
+
+
+class RoundingFacts(TypedDict):
+    """What was rounded beside the weights, as kernels do; see `quant.activations`."""
+
+    experts: str
+    """Inputs of routed experts: none, fp8, mxfp8, mxfp4 or nvfp4; several, joined by " and ", where layers differ."""
+    dense: str
+    """Inputs of matrices that are stored in FP8, beside the experts: fp8, fp8-ue8m0 (powers of two) or none."""
+    kv_cache: str
+    """fp8 or none."""
+    reference: str | None
+    """The same of the reference, in words; null where only the candidate was rounded."""
+    input_scales: str | None
+    """Of NVFP4's inputs: stored in the candidate, or unit, 1 for all; null for other kinds."""
+    known: list[str]
+    """Which kernels are thought to run, and how that is known; empty where the rounding was asked for by name."""
+    sequences: int
+    """That the causes were measured on: one batch in four."""
+    causes: list[CausePart]
+    """What of J is due to what."""
+
+
 class TailMass(TypedDict):
     """Mean probability of the ids that a server was not asked for."""
 
@@ -271,8 +306,8 @@ class Evaluation(Scores):
     recipe: str | None
     """The recipe.yaml beside the candidate; null without one."""
     left_out: list[str]
-    """What the candidate's config quantizes beside weights, in words, which J leaves out; empty for a server, whose
-    answers have it in them."""
+    """What the candidate's config quantizes beside weights, in words, and this evaluation did not; empty for a server,
+    whose answers have it in them."""
     data: DataFacts
     """The held-out tokens."""
     layers: list[LayerPart]
@@ -291,7 +326,9 @@ class FolderEvaluation(Evaluation):
     """Of a candidate folder; depends on neither clock nor limit."""
 
     activations_quantized: bool
-    """Whether the candidate's config quantizes activations too, which J leaves out."""
+    """Whether the candidate's config quantizes activations too."""
+    rounding: RoundingFacts | None
+    """What else was rounded; null where J is of weights alone."""
 
 
 class KeptEvaluation(FolderEvaluation):
@@ -299,7 +336,7 @@ class KeptEvaluation(FolderEvaluation):
 
     made_of: dict[str, str]
     """What `--resume` holds a new request against: version, digests of headers, config and files of each checkpoint,
-    tokens, noise floor, kind of device."""
+    tokens, noise floor, rounding, kind of device."""
 
 
 class ServerEvaluation(Evaluation):

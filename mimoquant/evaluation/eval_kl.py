@@ -7,6 +7,9 @@ after every layer; a difference below it says nothing about quantization.
 Sequences go in portions that depend on the data alone (`layer_stream.portions`); several ranks take some each, walk by
 themselves, and put their scores together at the end, so the numbers are those of one process.
 
+A checkpoint may be measured as it is served, activations and cache rounded too (`AsServed`). Then some of the tokens
+are walked once more, to tell what of J is due to weights and what to activations.
+
 An evaluation that writes a file can be taken up after a kill: hidden states are kept after each layer (`snapshots`).
 
 Left out: sampling, caches; every position is scored by prefill. Definition of J: `divergence`.
@@ -16,7 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -31,18 +34,29 @@ from mimoquant.checkpoint.remote import named
 from mimoquant.errors import CheckpointError
 from mimoquant.evaluation.divergence import TokenScores
 from mimoquant.evaluation.documents import FolderEvaluation, NoiseFloor
-from mimoquant.evaluation.facts import Compared, evaluation_of
+from mimoquant.evaluation.facts import Compared, evaluation_of, rounding_facts
 from mimoquant.evaluation.held_out import refuse_shared_data
 from mimoquant.evaluation.kept_result import finished_result, made_of, result_text
-from mimoquant.evaluation.side_by_side import WORST, SideBySide, WorstToken
+from mimoquant.evaluation.side_by_side import (
+    CAUSES_EVERY,
+    WORST,
+    Cause,
+    Side,
+    SideBySide,
+    WorstToken,
+    batches_of_causes,
+)
 from mimoquant.evaluation.snapshots import Snapshots
 from mimoquant.machine.team import Team
-from mimoquant.model.layer_stream import portions, walk
+from mimoquant.model.layer_stream import batch_sequences, portions, walk
 from mimoquant.model.layout import ModelLayout, read_layout
 from mimoquant.model.releases import stored_as
+from mimoquant.model.served_rounding import NOTHING, Rounding
 from mimoquant.planning.plan import read_config
 from mimoquant.weights.decoded import CheckpointWeights
+from mimoquant.weights.layer_rounding import layer_roundings
 
+CAUSES = ("weights", "activations", "both")  # of the candidate alone; of the reference alone; what J is of
 FLOOR_SEQUENCES = 16  # how many sequences of the first portion the noise floor is measured on
 _WALK = "evaluation"  # the name of its snapshots
 
@@ -67,10 +81,33 @@ class Comparison:
     worst: list[WorstToken] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class AsServed:
+    """A checkpoint as kernels compute with it: what is rounded beside its weights, and how that is known, in words."""
+
+    folder: Path | str
+    rounding: Rounding = NOTHING
+    known: tuple[str, ...] = ()
+
+    @staticmethod
+    def of(checkpoint: Path | str | AsServed) -> AsServed:
+        return checkpoint if isinstance(checkpoint, AsServed) else AsServed(checkpoint)
+
+
 def open_layout(folder: Path) -> ModelLayout:
     """A checkpoint in any form, published or quantized."""
     index = open_index(folder)
     return read_layout(index, read_config(index), allow_unknown=True, packed=True)
+
+
+@dataclass
+class Walked:
+    """All that came of a walk: a comparison of each candidate, mean J of the reference against itself, and the scores
+    of each cause, over the batches that they were measured on."""
+
+    comparisons: list[Comparison]
+    floor: NoiseFloor | None
+    causes: dict[str, TokenScores] = field(default_factory=dict)
 
 
 def compare(
@@ -78,39 +115,59 @@ def compare(
     candidates: list[ModelLayout],
     tokens: TokenSet,
     *,
-    device: str = "cpu",
+    roundings: Sequence[Rounding] = (),
     noise_floor: bool = True,
     progress: Callable[[int], None] | None = None,
     team: Team | None = None,
     snapshots: Snapshots | None = None,
-) -> tuple[list[Comparison], NoiseFloor | None]:
+) -> Walked:
     """Walk reference and candidates over the same tokens, from where the `snapshots` of a killed walk end.
 
-    Returns one comparison a candidate, and the noise floor: mean J of the reference against itself; the same on every
-    rank of `team`. The candidates are of one model with the reference (`same_model`).
+    Args:
+        roundings: of the reference and each candidate; empty: nothing is rounded.
+    Returns the same on every rank of `team`. The candidates are of one model with the reference (`same_model`).
     """
-    team = team or Team(device)
+    team = team or Team()
     place, ids = torch.device(team.device), torch.from_numpy(tokens.ids)
-    readers = [CheckpointReader(layout.index) for layout in (reference, *candidates)]
-    try:
-        weights = [
-            CheckpointWeights(reader, layout, place)
-            for reader, layout in zip(readers, (reference, *candidates), strict=True)
-        ]
+    layouts = [reference, *candidates]
+    with contextlib.ExitStack() as stack:
+        readers = [stack.enter_context(CheckpointReader(layout.index)) for layout in layouts]
+        weights = [CheckpointWeights(*pair, place) for pair in zip(readers, layouts, strict=True)]
+        sides, causes = _sides(weights, roundings)
         every = portions(ids)
-        mine = every[team.rank :: team.size]
+        few = [
+            batches_of_causes(number, batches, len(every[0])) if causes else [] for number, batches in enumerate(every)
+        ]
+        mine = list(zip(every, few, strict=True))[team.rank :: team.size]
         floor = torch.cat(every[0])[:FLOOR_SEQUENCES] if noise_floor and team.leads else None
-        both = SideBySide(weights, mine, floor)
+        both = SideBySide(sides, causes, mine, floor)
         means = _walk(both, progress, snapshots)
-        return _joined(candidates, team, both, len(every)), team.gather(means)[0]
-    finally:
-        for reader in readers:
-            reader.close()
+        comparisons = _joined(candidates, team, both, len(every))
+        told = _causes(team, both, [number for number, places in enumerate(few) if places])
+        return Walked(comparisons, team.gather(means)[0], told)
+
+
+def _sides(weights: list[CheckpointWeights], asked: Sequence[Rounding]) -> tuple[list[Side], list[Cause]]:
+    """What is walked, the reference first, and what is walked besides where anything is rounded: see `CAUSES`.
+
+    A reference that is rounded like the candidate takes the candidate's scales: it has none of its own.
+    """
+    if not asked:
+        return [Side(source) for source in weights], []
+    layers = [layer_roundings(of.reader, of.layout, rounding) for of, rounding in zip(weights, asked, strict=True)]
+    if asked[0] == asked[1]:
+        layers[0] = layers[1]
+    sides = [Side(source, roundings) for source, roundings in zip(weights, layers, strict=True)]
+    if not (layers[0] or layers[1]):
+        return sides, []
+    plain, other = Side(weights[0]), Side(weights[1])
+    causes = [(plain, other), (plain, Side(weights[0], layers[1])), (sides[0], sides[1])]
+    return sides, [Cause(name, *pair) for name, pair in zip(CAUSES, causes, strict=True)]
 
 
 def _walk(both: SideBySide, progress: Callable[[int], None] | None, snapshots: Snapshots | None) -> NoiseFloor | None:
     """Walk this rank's portions to their scores. Returns the noise floor, on the rank that measures it."""
-    layers, first = both.weights[0].layers, 0
+    layers, first = both.sides[0].source.layers, 0
     begun = snapshots.load(_WALK, layers) if snapshots else None
     if begun:
         first, *kept = begun
@@ -137,21 +194,37 @@ def _joined(candidates: list[ModelLayout], team: Team, both: SideBySide, count: 
     for candidate, layout in enumerate(candidates):
         mine = both.parts(candidate)
         told = team.gather([(part.traces, [asdict(worst) for worst in part.worst]) for part in mine])
-        all_scores, traces, worst, begin = [], [], [], 0
-        for number in range(count):
-            owner, place = number % team.size, number // team.size
-            scores = mine[place].scores if owner == team.rank else None
-            arrays = (
-                {f.name: torch.from_numpy(getattr(scores, f.name)) for f in fields(TokenScores)} if scores else None
-            )
-            shared = team.share(arrays, owner, "cpu")
-            all_scores.append(TokenScores(**{name: values.numpy() for name, values in shared.items()}))
-            traces.append(told[owner][place][0])
-            worst += [WorstToken(**{**facts, "index": facts["index"] + begin}) for facts in told[owner][place][1]]
-            begin += len(all_scores[-1].j)
+        traces, worst, begin = [], [], 0
+        parts = _portions_scores(team, [part.scores for part in mine], range(count))
+        for number, scores in enumerate(parts):
+            of_portion = told[number % team.size][number // team.size]
+            traces.append(of_portion[0])
+            worst += [WorstToken(**{**facts, "index": facts["index"] + begin}) for facts in of_portion[1]]
+            begin += len(scores.j)
         worst.sort(key=lambda one: -one.j if math.isfinite(one.j) else 1.0)
         layers = [_layer_trace(layout, number, of_layer) for number, of_layer in enumerate(zip(*traces, strict=True))]
-        out.append(Comparison(TokenScores.joined(all_scores), layers, worst[:WORST]))
+        out.append(Comparison(TokenScores.joined(parts), layers, worst[:WORST]))
+    return out
+
+
+def _causes(team: Team, both: SideBySide, numbers: Sequence[int]) -> dict[str, TokenScores]:
+    """The scores of each cause, of the portions that it was measured on."""
+    out = {}
+    for place, cause in enumerate(both.causes):
+        mine = [portion.causes[place] if portion.causes else None for portion in both.portions]
+        out[cause.name] = TokenScores.joined(_portions_scores(team, mine, numbers))
+    return out
+
+
+def _portions_scores(team: Team, mine: Sequence[TokenScores | None], numbers: Iterable[int]) -> list[TokenScores]:
+    """The scores of these portions, everywhere; `mine` are those that this rank walked."""
+    out = []
+    for number in numbers:
+        owner, place = number % team.size, number // team.size
+        scores = mine[place] if owner == team.rank else None
+        arrays = {f.name: torch.from_numpy(getattr(scores, f.name)) for f in fields(TokenScores)} if scores else None
+        shared = team.share(arrays, owner, "cpu")
+        out.append(TokenScores(**{name: values.numpy() for name, values in shared.items()}))
     return out
 
 
@@ -192,11 +265,11 @@ class EvaluationFile:
 
 
 def eval_kl(
-    reference: Path | str,
-    candidate: Path | str,
+    reference: Path | str | AsServed,
+    candidate: Path | str | AsServed,
     tokens: TokenSet,
     *,
-    baseline: Path | str | None = None,
+    baseline: Path | str | AsServed | None = None,
     noise_floor: bool = True,
     progress: Callable[[int, int], None] | None = None,
     team: Team | None = None,
@@ -213,36 +286,50 @@ def eval_kl(
     disk trouble, resumable.
     """
     team = team or Team()
-    layouts = {"reference": open_layout(Path(reference)), "candidate": open_layout(Path(candidate))}
-    if baseline is not None:
-        layouts["baseline"] = open_layout(Path(baseline))
+    given = {"reference": reference, "candidate": candidate, "baseline": baseline}
+    served = {role: AsServed.of(checkpoint) for role, checkpoint in given.items() if checkpoint is not None}
+    layouts = {role: open_layout(Path(checkpoint.folder)) for role, checkpoint in served.items()}
     first, *others = layouts.values()
     for layout in others:
         same_model(first, layout)
     shared, *_ = [refuse_shared_data(layout.index.folder, tokens) for layout in others]
-    identity = _identity(layouts, tokens, noise_floor, team)
+    identity = _identity(layouts, served, tokens, noise_floor, team)
     if file and file.resume and (finished := _finished(file, identity, team)) is not None:
-        return {**finished, "reference": named(reference), "candidate": named(candidate)}
+        folders = {role: named(served[role].folder) for role in ("reference", "candidate")}
+        return {**finished, "reference": folders["reference"], "candidate": folders["candidate"]}
     kept = Snapshots.beside(file.path, identity, resume=file.resume, team=team) if file else contextlib.nullcontext()
     with kept as snapshots:
-        comparisons, floor = compare(
+        walked = compare(
             first,
             others,
             tokens,
+            roundings=[checkpoint.rounding for checkpoint in served.values()],
             noise_floor=noise_floor,
             team=team,
             snapshots=snapshots,
             progress=(lambda number: progress(number, first.geometry.layers)) if progress else None,
         )
-        compared = Compared(
-            str(reference), stored_as(first), str(candidate), None if baseline is None else str(baseline)
-        )
         device = team.device if team.size == 1 else team.device.partition(":")[0]
-        evaluation = evaluation_of(compared, others[0], tokens, comparisons, floor, device, shared)
+        evaluation = evaluation_of(
+            _compared(served, first),
+            others[0],
+            tokens,
+            walked.comparisons,
+            walked.floor,
+            device,
+            shared,
+            rounding_facts(served["reference"], served["candidate"], others[0], walked.causes, tokens),
+        )
         if snapshots:
             text = result_text(evaluation, made_of(identity)) if team.leads else ""  # the first rank writes it
             snapshots.finish(text)
     return evaluation
+
+
+def _compared(served: dict[str, AsServed], reference: ModelLayout) -> Compared:
+    baseline = served.get("baseline")
+    folders = str(served["reference"].folder), stored_as(reference), str(served["candidate"].folder)
+    return Compared(*folders, None if baseline is None else str(baseline.folder))
 
 
 def _finished(file: EvaluationFile, identity: dict[str, Any], team: Team) -> FolderEvaluation | None:
@@ -254,7 +341,9 @@ def _finished(file: EvaluationFile, identity: dict[str, Any], team: Team) -> Fol
     return kept
 
 
-def _identity(layouts: dict[str, ModelLayout], tokens: TokenSet, noise_floor: bool, team: Team) -> dict[str, Any]:
+def _identity(
+    layouts: dict[str, ModelLayout], served: dict[str, AsServed], tokens: TokenSet, noise_floor: bool, team: Team
+) -> dict[str, Any]:
     """What an evaluation that is taken up must share with the one that began. Other ranks may read copies of the
     checkpoints with times of their own."""
     identity: dict[str, Any] = {"version": __version__, "baseline": None}
@@ -266,13 +355,18 @@ def _identity(layouts: dict[str, ModelLayout], tokens: TokenSet, noise_floor: bo
         "tokens a sequence": str(tokens.ids.shape[1]),
         "tokens": tokens.sha256,
         "noise floor": str(noise_floor),
+        "rounding": "; ".join(f"{role} {checkpoint.rounding.told}" for role, checkpoint in served.items()),
         "kind of device": team.device.partition(":")[0],
         "processes": str(team.size),
     }
 
 
-def kept_bytes(layout: ModelLayout, tokens: TokenSet, checkpoints: int, noise_floor: bool) -> int:
-    """Hidden states of all tokens in that many checkpoints: what is kept after each layer."""
+def kept_bytes(
+    layout: ModelLayout, tokens: TokenSet, checkpoints: int, noise_floor: bool, *, causes: bool = False
+) -> int:
+    """Hidden states of all tokens in that many checkpoints: what is kept after each layer. `causes`: see `CAUSES`."""
     count, length = tokens.ids.shape
     of_floor = 2 * min(FLOOR_SEQUENCES, count) if noise_floor else 0
-    return int(4 * layout.geometry.hidden * length * (count * checkpoints + of_floor))
+    batch = batch_sequences(length)
+    of_causes = 2 * min(count, batch * -(-count // (batch * CAUSES_EVERY))) if causes else 0
+    return int(4 * layout.geometry.hidden * length * (count * checkpoints + of_floor + of_causes))

@@ -1,27 +1,40 @@
 """One evaluation's comparisons → its document (`documents.FolderEvaluation`).
 
 Key idea: what is said of a candidate beside its scores comes from its own folder: the recipe, and whether its config
-quantizes activations, which a J of the weights says nothing about.
+quantizes activations, which a J of the weights says nothing about; only a J of rounded ones does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from mimoquant.__version__ import SCHEMA_VERSION
 from mimoquant.calibration.tokenizer import decoder_of
 from mimoquant.calibration.tokens import TokenSet
 from mimoquant.checkpoint.remote import named
 from mimoquant.evaluation import documents
-from mimoquant.evaluation.documents import BaselineFacts, DataFacts, FolderEvaluation, LayerPart, NoiseFloor
+from mimoquant.evaluation.divergence import TokenScores, bootstrap
+from mimoquant.evaluation.documents import (
+    BaselineFacts,
+    CausePart,
+    DataFacts,
+    FolderEvaluation,
+    LayerPart,
+    NoiseFloor,
+    RoundingFacts,
+)
 from mimoquant.evaluation.summary import paired_difference, summarize
 from mimoquant.model.rounding import left_out_of_j, rounds_activations
+from mimoquant.model.served_rounding import NONE, NVFP4
+from mimoquant.weights.layer_rounding import stored_input_scales
 
 if TYPE_CHECKING:
-    from mimoquant.evaluation.eval_kl import Comparison, LayerTrace
+    from mimoquant.evaluation.eval_kl import AsServed, Comparison, LayerTrace
     from mimoquant.evaluation.side_by_side import WorstToken
     from mimoquant.model.layout import ModelLayout
 
@@ -44,6 +57,7 @@ def evaluation_of(
     floor: NoiseFloor | None,
     device: str,
     shared: float | None,
+    rounding: RoundingFacts | None,
 ) -> FolderEvaluation:
     """`layout`: the candidate's. `shared`: as `refuse_shared_data` says it. `comparisons`: of the candidate and, if
     there is one, the baseline."""
@@ -62,7 +76,8 @@ def evaluation_of(
         "candidate": named(compared.candidate),
         "recipe": recipe_name(Path(compared.candidate)),
         "activations_quantized": rounds_activations(layout),
-        "left_out": left_out_of_j(layout),
+        "rounding": rounding,
+        "left_out": _left_out(layout, rounding),
         "data": data_facts(tokens, shared),
         **summarize(scores, tokens),
         "layers": [_layer_part(trace) for trace in comparisons[0].layers],
@@ -71,6 +86,47 @@ def evaluation_of(
         "noise_floor": floor,
         "device": device,
     }
+
+
+def rounding_facts(
+    reference: AsServed,
+    candidate: AsServed,
+    layout: ModelLayout,
+    causes: Mapping[str, TokenScores],
+    tokens: TokenSet,
+) -> RoundingFacts | None:
+    """What was rounded, and what of J it is; None where nothing was, and nothing is known of a kernel that would."""
+    if not (causes or candidate.known):
+        return None
+    asked = candidate.rounding
+    scales = ("stored" if stored_input_scales(layout) else "unit") if NVFP4 in asked.kinds else None
+    length = tokens.ids.shape[1] - 1
+    return RoundingFacts(
+        experts=asked.kinds,
+        dense=asked.dense,
+        kv_cache=asked.cache,
+        reference=reference.rounding.told if reference.rounding.anything else None,
+        input_scales=scales,
+        known=list(candidate.known),
+        sequences=max((len(scores.j) // length for scores in causes.values()), default=0),
+        causes=[_cause(name, scores, length) for name, scores in causes.items()],
+    )
+
+
+def _cause(name: str, scores: TokenScores, length: int) -> CausePart:
+    ok = scores.finite
+    low, high = bootstrap(scores.j[ok], (np.arange(len(ok)) // length)[ok])
+    return CausePart(cause=name, j=float(scores.j[ok].mean()), low=low, high=high)
+
+
+def _left_out(layout: ModelLayout, rounding: RoundingFacts | None) -> list[str]:
+    """What the config quantizes and J has not in it: of a kernel that is known, nothing."""
+    if rounding is None:
+        return left_out_of_j(layout)
+    if rounding["known"]:
+        return []
+    had = {"activations": rounding["experts"] != NONE, "the KV cache": rounding["kv_cache"] != NONE}
+    return [part for part in left_out_of_j(layout) if not had[part]]
 
 
 def data_facts(tokens: TokenSet, shared: float | None) -> DataFacts:

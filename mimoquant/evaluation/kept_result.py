@@ -18,6 +18,8 @@ from mimoquant.errors import UsageError
 from mimoquant.evaluation.documents import FolderEvaluation, KeptEvaluation
 from mimoquant.wording import json_text
 
+_ALSO = ("tokens a sequence", "tokens", "noise floor", "rounding", "kind of device")
+
 
 def made_of(identity: Mapping[str, Any]) -> dict[str, str]:
     """What another result must differ in, of what an evaluation that is taken up must share (`eval_kl`)."""
@@ -26,7 +28,7 @@ def made_of(identity: Mapping[str, Any]) -> dict[str, str]:
         if held := identity[role]:
             told |= {f"{role} headers": held["headers"], f"{role} config": _digest(held["config"])}
             told[f"{role} files"] = _digest(identity[f"{role} files"])
-    return told | {key: identity[key] for key in ("tokens a sequence", "tokens", "noise floor", "kind of device")}
+    return told | {key: identity[key] for key in _ALSO}
 
 
 def result_text(evaluation: FolderEvaluation, made: dict[str, str]) -> str:

@@ -2,13 +2,14 @@
 
 Key idea: a portion of the sequences goes through all checkpoints and is scored by itself, so it is one object: its
 streams, the reference's first, and a part of each candidate's comparison. The streams for the noise floor, which are
-of the reference alone, ride along.
+of the reference alone, ride along. So do, where activations are rounded, those that tell what of J is of weights and
+what of activations: on every fourth batch, since a stream costs as much as a candidate.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,10 +20,12 @@ from mimoquant.evaluation.divergence import TokenScores, head_divergence
 from mimoquant.evaluation.documents import NoiseFloor
 from mimoquant.model.decoder_layer import linear, rms_norm
 from mimoquant.model.layer_stream import Stream, portions
+from mimoquant.model.served_rounding import Roundings
 from mimoquant.weights.decoded import CheckpointWeights
 
 NOISE = 2.0**-9
 WORST = 20
+CAUSES_EVERY = 4  # one in so many batches is walked once more for each cause of J
 
 Trace = tuple[float, float, float, int]  # of a layer: squared error, squared norm, sum of overlaps, routing choices
 
@@ -46,13 +49,37 @@ class Part:
     worst: list[WorstToken] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Side:
+    """What goes over the tokens: a checkpoint's weights, with what is rounded beside them, by layer."""
+
+    source: CheckpointWeights
+    roundings: Roundings = ()
+
+
+@dataclass(frozen=True)
+class Cause:
+    """A J of its own, which tells what of the candidate's is due to what: of `other` against `reference`."""
+
+    name: str
+    reference: Side
+    other: Side
+
+
 @dataclass
 class Portion:
-    """Some sequences: batches of ids, a stream of each checkpoint (the reference's first), a part of each candidate."""
+    """Some sequences: batches of ids, a stream of each side (the reference's first), a part of each candidate.
+
+    `few`: which of the batches are walked for the causes; `aside`: the streams of the sides that only these have, on
+    those batches alone.
+    """
 
     batches: list[Tensor]
     streams: list[Stream]
     parts: list[Part]
+    few: list[int]
+    aside: list[Stream]
+    causes: list[TokenScores] = field(default_factory=list)
 
     def passed(self) -> None:
         """All streams have passed a layer."""
@@ -60,10 +87,15 @@ class Portion:
             part.traces.append(_trace(self.streams[0], theirs))
 
 
+def batches_of_causes(number: int, batches: Sequence[Tensor], usual: int) -> list[int]:
+    """Which batches of portion `number` the causes are measured on; portions have `usual` batches, but for the last."""
+    return [place for place in range(len(batches)) if (number * usual + place) % CAUSES_EVERY == 0]
+
+
 class StateName(NamedTuple):
     """Which hidden states a tensor of a snapshot holds; on disk the three numbers with spaces between."""
 
-    checkpoint: int  # 0: the reference, then the candidates
+    side: int  # 0: the reference, then the candidates, then what only the causes have
     stream: int  # of a portion; the reference has those of the noise floor after them
     batch: int
 
@@ -76,26 +108,42 @@ class StateName(NamedTuple):
 
 
 class SideBySide:
-    """The walk of one rank: its portions through all checkpoints, and the noise floor's streams, if it has them."""
+    """The walk of one rank: its portions through all sides, and the noise floor's streams, if it has them."""
 
-    def __init__(self, weights: list[CheckpointWeights], mine: list[list[Tensor]], floor: Tensor | None) -> None:
-        """`weights`: the reference's, then the candidates'. `floor`: sequences that the noise floor is measured on."""
-        self.weights = weights
-        jobs = [list(mine) for _ in weights]
+    def __init__(
+        self,
+        sides: list[Side],
+        causes: list[Cause],
+        mine: list[tuple[list[Tensor], list[int]]],
+        floor: Tensor | None,
+    ) -> None:
+        """`sides`: the reference, then the candidates. `mine`: portions, and their batches that `causes` are measured
+        on. `floor`: sequences that the noise floor is measured on."""
+        self.sides, self.causes = sides, causes
+        self.aside = list(dict.fromkeys(s for c in causes for s in (c.reference, c.other) if s not in sides))
+        some = [[batches[place] for place in few] for batches, few in mine if few]
+        jobs = [*([batches for batches, _ in mine] for _ in sides), *(list(some) for _ in self.aside)]
         if floor is not None:
             jobs[0] += [list(torch.split(floor, 1)), *portions(floor)[:1]]
-        self._streams = [streams_of(source, job) for source, job in zip(weights, jobs, strict=True)]
+        self._streams = _streams_of_sides([*sides, *self.aside], jobs)
         self.floor = self._streams[0][len(mine) :]
         if self.floor:
             self.floor[-1].noise = NOISE
+        left = [iter(streams) for streams in self._streams[len(sides) :]]
         self.portions = [
-            Portion(batches, [of_source[number] for of_source in self._streams], [Part() for _ in weights[1:]])
-            for number, batches in enumerate(mine)
+            Portion(
+                batches,
+                [of_side[number] for of_side in self._streams[: len(sides)]],
+                [Part() for _ in sides[1:]],
+                few,
+                [next(streams) for streams in left] if few else [],
+            )
+            for number, (batches, few) in enumerate(mine)
         ]
 
     @property
     def streams(self) -> list[Stream]:
-        return [stream for of_source in self._streams for stream in of_source]
+        return [stream for of_side in self._streams for stream in of_side]
 
     def parts(self, candidate: int) -> list[Part]:
         """One candidate's, portion by portion."""
@@ -108,20 +156,20 @@ class SideBySide:
 
     def snapshot(self) -> tuple[dict[str, Tensor], list[list[list[Trace]]]]:
         """Hidden states by `StateName`, and the traces so far: of each candidate, of each portion."""
-        traces = [[part.traces for part in self.parts(number)] for number in range(len(self.weights) - 1)]
-        return {str(name): self._streams[name.checkpoint][name.stream].batches[name.batch] for name in self}, traces
+        traces = [[part.traces for part in self.parts(number)] for number in range(len(self.sides) - 1)]
+        return {str(name): self._streams[name.side][name.stream].batches[name.batch] for name in self}, traces
 
     def __iter__(self) -> Iterator[StateName]:
-        for checkpoint, streams in enumerate(self._streams):
+        for side, streams in enumerate(self._streams):
             for number, stream in enumerate(streams):
                 for batch in range(len(stream.batches)):
-                    yield StateName(checkpoint, number, batch)
+                    yield StateName(side, number, batch)
 
     def take_up(self, states: dict[str, Tensor], traces: Any) -> None:
         """Put streams and parts where a snapshot had them."""
         for text, hidden in states.items():
             name = StateName.parse(text)
-            stream = self._streams[name.checkpoint][name.stream]
+            stream = self._streams[name.side][name.stream]
             stream.put(name.batch, hidden.to(stream.source.device))
         for number, of_candidate in enumerate(traces):
             for part, of_part in zip(self.parts(number), of_candidate, strict=True):
@@ -130,19 +178,76 @@ class SideBySide:
     @torch.no_grad()
     def score(self) -> NoiseFloor | None:
         """Fill in the parts' scores; returns the noise floor, if streams for it are there."""
-        heads = [source.tensor("lm_head.weight") for source in self.weights]
-        norms = [source.tensor("model.norm.weight") for source in self.weights]
+        ends = _Ends([*self.sides, *self.aside])
         floor: NoiseFloor | None = None
         for portion in self.portions:
-            finals = [final_hidden(stream, norm) for stream, norm in zip(portion.streams, norms, strict=True)]
+            finals = [
+                final_hidden(stream, ends.norm(side)) for stream, side in zip(portion.streams, self.sides, strict=True)
+            ]
             labels = torch.cat(portion.batches)[:, 1:].flatten().to(finals[0].device)
-            for part, final, head in zip(portion.parts, finals[1:], heads[1:], strict=True):
-                part.scores = head_divergence(finals[0], final, heads[0], head, labels)
-                part.worst = _worst(part.scores, finals[0], final, heads[0], head)
+            head = ends.head(self.sides[0])
+            for part, final, side in zip(portion.parts, finals[1:], self.sides[1:], strict=True):
+                part.scores = head_divergence(finals[0], final, head, ends.head(side), labels)
+                part.worst = _worst(part.scores, finals[0], final, head, ends.head(side))
             if self.floor and portion is self.portions[0]:
-                means = [_mean_j(stream, finals[0], norms[0], heads[0], labels) for stream in self.floor]
+                means = [_mean_j(stream, finals[0], ends.norm(self.sides[0]), head, labels) for stream in self.floor]
                 floor = NoiseFloor(batch=means[0], relative_noise=means[1])
+            if portion.few:
+                portion.causes = self._causes(portion, finals, ends)
         return floor
+
+    def _causes(self, portion: Portion, finals: list[Tensor], ends: _Ends) -> list[TokenScores]:
+        """The scores of each cause, at the positions of the portion's few batches."""
+        rows: list[int] = []
+        begin = 0
+        for place, batch in enumerate(portion.batches):
+            count = batch[:, 1:].numel()
+            rows += range(begin, begin + count) if place in portion.few else ()
+            begin += count
+        kept = torch.tensor(rows)
+        of_side = dict(zip(self.sides, (final[kept.to(final.device)] for final in finals), strict=True))
+        for side, stream in zip(self.aside, portion.aside, strict=True):
+            of_side[side] = final_hidden(stream, ends.norm(side))
+        labels = torch.cat([portion.batches[place] for place in portion.few])[:, 1:].flatten()
+        out = []
+        for cause in self.causes:
+            if (cause.reference, cause.other) == (self.sides[0], self.sides[1]):
+                scores = portion.parts[0].scores
+                out.append(TokenScores(*(getattr(scores, f.name)[rows] for f in fields(TokenScores))))
+                continue
+            p, q = of_side[cause.reference], of_side[cause.other]
+            heads = ends.head(cause.reference), ends.head(cause.other)
+            out.append(head_divergence(p, q, *heads, labels.to(p.device)))
+        return out
+
+
+class _Ends:
+    """What comes after the last layer, read once a checkpoint."""
+
+    def __init__(self, sides: Sequence[Side]) -> None:
+        sources = dict.fromkeys(side.source for side in sides)
+        self._heads = {source: source.tensor("lm_head.weight") for source in sources}
+        self._norms = {source: source.tensor("model.norm.weight") for source in sources}
+
+    def head(self, side: Side) -> Tensor:
+        return self._heads[side.source]
+
+    def norm(self, side: Side) -> Tensor:
+        return self._norms[side.source]
+
+
+def _streams_of_sides(sides: Sequence[Side], jobs: Sequence[Sequence[Sequence[Tensor]]]) -> list[list[Stream]]:
+    """Streams for the jobs of each side; a checkpoint's embedding is read once."""
+    out: list[list[Stream]] = [[] for _ in sides]
+    for source in dict.fromkeys(side.source for side in sides):
+        mine = [place for place, side in enumerate(sides) if side.source is source]
+        streams = iter(streams_of(source, [job for place in mine for job in jobs[place]]))
+        for place in mine:
+            for _ in jobs[place]:
+                stream = next(streams)
+                stream.roundings = sides[place].roundings
+                out[place].append(stream)
+    return out
 
 
 def streams_of(source: CheckpointWeights, jobs: Sequence[Sequence[Tensor]]) -> list[Stream]:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mimoquant.model.config_keys import number, read_rope, text_keys
+from mimoquant.model.served_rounding import NONE, UNROUNDED, LayerRounding, rounded
 
 _QUERY_CHUNK_BYTES = 256 * 2**20  # of attention scores that are held at once
 _GROUP_ROWS = 2**16  # of tokens that go through a group of experts at once
@@ -116,13 +117,15 @@ def read_forward_config(config: dict[str, Any], where: str) -> ForwardConfig:
     )
 
 
-def attention_block(hidden_BTH: Tensor, weights: LayerWeights, config: ForwardConfig) -> tuple[Tensor, Tensor]:
+def attention_block(
+    hidden_BTH: Tensor, weights: LayerWeights, config: ForwardConfig, rounding: LayerRounding = UNROUNDED
+) -> tuple[Tensor, Tensor]:
     """The layer up to its MLP: (hidden states after attention, what the MLP sees), both [B, T, H].
 
     Args:
         hidden_BTH: positions 0..T-1 of independent sequences.
     """
-    attended = attention(rms_norm(hidden_BTH, weights.input_norm, config.eps), weights.attention, config)
+    attended = attention(rms_norm(hidden_BTH, weights.input_norm, config.eps), weights.attention, config, rounding)
     hidden_BTH = hidden_BTH + attended
     return hidden_BTH, rms_norm(hidden_BTH, weights.post_norm, config.eps)
 
@@ -161,10 +164,12 @@ class Heads:
             yield begin, min(begin + chunk, tokens), max(0, begin - self.window + 1)
 
 
-def attention(hidden_BTH: Tensor, weights: AttentionWeights, config: ForwardConfig) -> Tensor:
+def attention(
+    hidden_BTH: Tensor, weights: AttentionWeights, config: ForwardConfig, rounding: LayerRounding = UNROUNDED
+) -> Tensor:
     """Causal attention with partial rotary embedding, optional window and sinks; [B, T, H]."""
-    heads = attention_heads(hidden_BTH, weights, config)
-    key, value = heads.key, heads.value
+    heads = attention_heads(rounded(hidden_BTH, rounding.qkv), weights, config)
+    key, value = rounding.cached(heads.key, heads.value)
     out = hidden_BTH.new_empty(*hidden_BTH.shape[:2], weights.heads, value.shape[-1])
     for begin, end, first in heads.chunks():
         query = heads.query[..., begin:end, :]
@@ -178,7 +183,7 @@ def attention(hidden_BTH: Tensor, weights: AttentionWeights, config: ForwardConf
             heads.scale,
         )
         out[:, begin:end] = part.permute(0, 3, 1, 2, 4).flatten(2, 3)
-    return linear(out.flatten(2), weights.o)
+    return linear(rounded(out.flatten(2), rounding.o), weights.o)
 
 
 def attention_heads(hidden_BTH: Tensor, weights: AttentionWeights, config: ForwardConfig) -> Heads:
@@ -239,10 +244,11 @@ def rotate(heads_BTND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((turned * cos[:, None, :] + swapped * sin[:, None, :], rest), dim=-1)
 
 
-def dense_mlp(hidden: Tensor, weights: DenseWeights) -> Tensor:
-    """SwiGLU."""
-    parts = float32_parts(hidden, weights.gate)
-    return linear(F.silu(product(parts, weights.gate)) * product(parts, weights.up), weights.down)
+def dense_mlp(hidden: Tensor, weights: DenseWeights, rounding: str = NONE) -> Tensor:
+    """SwiGLU; `rounding`: of the inputs of all three products."""
+    parts = float32_parts(rounded(hidden, rounding), weights.gate)
+    inner = F.silu(product(parts, weights.gate)) * product(parts, weights.up)
+    return linear(rounded(inner, rounding), weights.down)
 
 
 def route(tokens: Tensor, router: Router, top_k: int) -> Routing:
@@ -316,21 +322,26 @@ def _capacity(count: int) -> int:
     return -(-count // step) * step
 
 
-def add_experts(out: Tensor, tokens: Tensor, dispatch: Dispatch, chunk: ExpertChunk) -> None:
+def add_experts(
+    out: Tensor, tokens: Tensor, dispatch: Dispatch, chunk: ExpertChunk, rounding: LayerRounding = UNROUNDED
+) -> None:
     """Add to `out` (float32 [B*T, H]) what the chunk's experts make of the tokens that are routed to them.
+
+    `tokens` are rounded already where they are, once for all experts; `rounding` is of down's inputs.
 
     Experts with a similar number of tokens form one stacked product. Their results are added expert by expert: a token
     occurs once in each, so the order of the sum is fixed on every device.
     """
     for group in dispatch.groups(chunk.begin, chunk.begin + len(chunk.gate)):
-        add_group(out, group, expert_outputs(tokens, group, chunk))
+        add_group(out, group, expert_outputs(tokens, group, chunk, rounding))
 
 
-def expert_outputs(tokens: Tensor, group: Group, chunk: ExpertChunk) -> Tensor:
+def expert_outputs(tokens: Tensor, group: Group, chunk: ExpertChunk, rounding: LayerRounding = UNROUNDED) -> Tensor:
     """What each expert of the group makes of its tokens, [m, c, H], before the gains; padded rows hold anything."""
     gate, up, down = group_of_chunk(group, chunk)
     parts = float32_parts(tokens[group.rows], gate)
     inner = (F.silu(product(parts, gate)) * product(parts, up)).to(tokens.dtype)
+    inner = rounded(inner, rounding.experts, rounding.down_scale)
     return product(float32_parts(inner, down), down)
 
 

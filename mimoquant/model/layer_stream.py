@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -33,6 +33,7 @@ from mimoquant.model.decoder_layer import (
     rms_norm,
     route,
 )
+from mimoquant.model.served_rounding import UNROUNDED, LayerRounding, Roundings, rounded
 
 Weights = LayerWeights | ExpertChunk
 T = TypeVar("T")
@@ -58,6 +59,7 @@ class Stream:
     """Hidden states on their way: batches of [B, T, H]. `routing` is that of the layer just passed (empty if dense).
 
     `noise`: relative size of random noise that is multiplied on after each layer, to measure the noise floor.
+    `roundings`: of inputs and caches, by layer; empty: none.
     """
 
     source: WeightSource
@@ -65,6 +67,10 @@ class Stream:
     noise: float = 0.0
     seed: int = 0
     routing: list[Routing] = field(default_factory=list)
+    roundings: Roundings = ()
+
+    def rounding(self, layer: int) -> LayerRounding:
+        return self.roundings[layer] if self.roundings else UNROUNDED
 
     def put(self, batch: int, hidden: Tensor) -> None:
         """Replace a batch where it lives: on the device, or on the host."""
@@ -162,12 +168,13 @@ def _one_layer(number: int, source: WeightSource, streams: list[Stream], feed: I
     assert isinstance(weights, LayerWeights)
     if isinstance(weights.mlp, DenseWeights):
         for stream in streams:
-            dense_layer(stream, weights)
+            dense_layer(stream, weights, stream.rounding(number))
     else:
-        blocks = [attend_and_route(stream, weights) for stream in streams]
+        blocks = [_expert_inputs(stream, weights, stream.rounding(number)) for stream in streams]
         for chunk in layer_chunks(feed, len(weights.mlp.weight)):
-            for block in itertools.chain(*blocks):
-                add_experts(block.out, block.tokens, block.dispatch, chunk)
+            for stream, mine in zip(streams, blocks, strict=True):
+                for block in mine:
+                    add_experts(block.out, block.tokens, block.dispatch, chunk, stream.rounding(number))
         for stream, mine in zip(streams, blocks, strict=True):
             add_blocks(stream, mine)
     for stream in streams:
@@ -175,13 +182,19 @@ def _one_layer(number: int, source: WeightSource, streams: list[Stream], feed: I
             stream.batches = [_noisy(hidden, stream, number, i) for i, hidden in enumerate(stream.batches)]
 
 
-def dense_layer(stream: Stream, weights: LayerWeights) -> None:
+def _expert_inputs(stream: Stream, weights: LayerWeights, rounding: LayerRounding) -> list[Block]:
+    """`attend_and_route`, and what its tokens are rounded to before the experts."""
+    blocks = attend_and_route(stream, weights, rounding=rounding)
+    return [replace(block, tokens=rounded(block.tokens, rounding.experts, rounding.gate_up_scale)) for block in blocks]
+
+
+def dense_layer(stream: Stream, weights: LayerWeights, rounding: LayerRounding = UNROUNDED) -> None:
     """Push a stream through a layer without experts, in place."""
     assert isinstance(weights.mlp, DenseWeights)
     stream.routing = []
     for i, hidden in enumerate(stream.batches):
-        hidden, normed = attention_block(hidden.to(stream.source.device), weights, stream.source.config)
-        stream.put(i, hidden + dense_mlp(normed, weights.mlp))
+        hidden, normed = attention_block(hidden.to(stream.source.device), weights, stream.source.config, rounding)
+        stream.put(i, hidden + dense_mlp(normed, weights.mlp, rounding.mlp))
 
 
 def layer_chunks(feed: Iterator[Weights], experts: int) -> Iterator[ExpertChunk]:
@@ -194,7 +207,12 @@ def layer_chunks(feed: Iterator[Weights], experts: int) -> Iterator[ExpertChunk]
         yield chunk
 
 
-def attend_and_route(stream: Stream, weights: LayerWeights, dtype: torch.dtype = torch.float32) -> list[Block]:
+def attend_and_route(
+    stream: Stream,
+    weights: LayerWeights,
+    dtype: torch.dtype = torch.float32,
+    rounding: LayerRounding = UNROUNDED,
+) -> list[Block]:
     """Push a stream through attention, in place; what its experts will see comes back in blocks of whole batches.
 
     Hidden states may live on the host, blocks are on the source's device. Routing is by float32 states; the blocks'
@@ -202,7 +220,8 @@ def attend_and_route(stream: Stream, weights: LayerWeights, dtype: torch.dtype =
     """
 
     def attended(batch: int) -> Tensor:
-        hidden, normed = attention_block(stream.batches[batch].to(stream.source.device), weights, stream.source.config)
+        hidden = stream.batches[batch].to(stream.source.device)
+        hidden, normed = attention_block(hidden, weights, stream.source.config, rounding)
         stream.put(batch, hidden)
         return normed
 

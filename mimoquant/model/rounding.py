@@ -1,4 +1,4 @@
-"""What serving a checkpoint rounds beside its weights: activations, keys and values. J knows of neither.
+"""What serving a checkpoint rounds beside its weights: activations, keys and values. A plain J knows of neither.
 
 Key idea: config.json says it in each container's words, and a scale that only such rounding needs says it in the files.
 Reference: compressed-tensors 0.19 (`input_activations`, `kv_cache_scheme`), ModelOpt (`quant_algo`,
@@ -27,7 +27,7 @@ def rounds_activations(layout: ModelLayout) -> bool:
     return bool(algos & _MODELOPT_BOTH) or declared or _has_input_scales(layout)
 
 
-def _rounds_cache(layout: ModelLayout) -> bool:
+def rounds_cache(layout: ModelLayout) -> bool:
     """Whether keys and values are quantized in the cache."""
     quantization = _quantization(layout)
     declared = any(quantization.get(key) for key in ("kv_cache_scheme", "kv_cache_quant_algo"))
@@ -38,7 +38,7 @@ def left_out_of_j(layout: ModelLayout) -> list[str]:
     """What J of this checkpoint leaves out, in words; empty: J is of all that is rounded."""
     return [
         *(["activations"] if rounds_activations(layout) else []),
-        *(["the KV cache"] if _rounds_cache(layout) else []),
+        *(["the KV cache"] if rounds_cache(layout) else []),
     ]
 
 

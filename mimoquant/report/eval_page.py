@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from markupsafe import Markup
 
 from mimoquant.report.drawing import Axis, Bar, Row, Scale, across, bars, drawable, plot, rows_plot, tag
-from mimoquant.report.eval_text import QUANTILES, comparisons, eval_text, key_figures, origin, verdict
+from mimoquant.report.eval_text import (
+    QUANTILES,
+    cause_rows,
+    comparisons,
+    eval_text,
+    key_figures,
+    origin,
+    rounding_of,
+    verdict,
+)
 from mimoquant.report.page import render
 from mimoquant.wording import NAME_CHARS, interval, number, percent, visible
 
@@ -159,6 +168,7 @@ def eval_page(facts: Facts, more: tuple[str, str] = ("", "")) -> str:
             verdict=verdict(facts),
             comparisons=comparisons(facts),
             verdict_plot=verdict_plot(facts),
+            causes=cause_rows(rounding) if (rounding := rounding_of(facts)) else [],
             figures=[(name, value, remark) for name, remark, value in key_figures(facts)],
             token_plots=token_plots(facts),
             tokens_outside=facts["tokens"] - sum(facts["histogram"]["counts"]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import TYPE_CHECKING, Literal, TypedDict, cast
 
 from mimoquant.wording import (
     NAME_CHARS,
@@ -20,7 +20,7 @@ from mimoquant.wording import (
 )
 
 if TYPE_CHECKING:
-    from mimoquant.evaluation.documents import DataFacts, EvalKlDocument
+    from mimoquant.evaluation.documents import DataFacts, EvalKlDocument, RoundingFacts
 
 Quantile = Literal["median", "mean", "p90", "p99", "p99_9", "max"]
 QUANTILES: dict[Quantile, str] = {
@@ -37,7 +37,7 @@ def verdict(facts: EvalKlDocument) -> tuple[str, str, str]:
     """(good | bad | plain, one word, one sentence)."""
     j, limit, broken, floor = facts["j"], facts["max_kl"], facts["nonfinite_share"], facts["noise_floor"]
     mean = j["mean"]
-    of_what = "J of the weights alone" if facts["left_out"] else "J"
+    of_what = what_j_is(facts)
     value = f"{of_what} {number(mean)} nats per token (95 % interval {interval(j, sequences=facts['sequences'])})"
     tail = f"; {percent(broken)} of the rows are not finite" if broken > 0 else ""
     if limit is not None and not has_interval(j):
@@ -57,6 +57,48 @@ def verdict(facts: EvalKlDocument) -> tuple[str, str, str]:
     return ("good", "WITHIN NOISE", value) if within else ("plain", "MEASURED", value)
 
 
+def rounding_of(facts: EvalKlDocument) -> RoundingFacts | None:
+    """What was rounded beside weights; None too for a server, whose answers have it in them."""
+    return cast("RoundingFacts | None", facts.get("rounding"))
+
+
+def what_j_is(facts: EvalKlDocument) -> str:
+    """J, and of what, where that could be mistaken."""
+    rounding = rounding_of(facts)
+    if rounding is None or not rounding["causes"]:
+        return "J of the weights alone" if facts["left_out"] else "J"
+    inputs, cache = {rounding["experts"], rounding["dense"]} != {"none"}, rounding["kv_cache"] != "none"
+    beside = [*(["activations"] if inputs else []), *(["KV cache"] if cache else [])]
+    return f"J of weights, {' and '.join(beside)}"
+
+
+def rounding_lines(rounding: RoundingFacts) -> list[tuple[str, str]]:
+    """(name, sentence): what was rounded, and how it is known that kernels do."""
+    scales = f" ({rounding['input_scales']} input scales)" if rounding["input_scales"] else ""
+    kinds = f"inputs of experts {rounding['experts']}{scales}, of FP8 beside them {rounding['dense']}"
+    told = f"{kinds}, KV cache {rounding['kv_cache']}"
+    told += f"; the reference: {rounding['reference']}" if rounding["reference"] else "; the reference is not rounded"
+    return [
+        ("rounded", told if rounding["causes"] else "nothing"),
+        *(("kernels", known) for known in rounding["known"]),
+    ]
+
+
+CAUSES = {
+    "weights": "weights alone",
+    "activations": "activations alone",
+    "both": "both, as served",
+}
+
+
+def cause_rows(rounding: RoundingFacts) -> list[tuple[str, str, str]]:
+    """(of what, 95 % interval, J)."""
+    return [
+        (CAUSES[part["cause"]], interval(part, sequences=rounding["sequences"]), number(part["j"]))
+        for part in rounding["causes"]
+    ]
+
+
 def comparisons(facts: EvalKlDocument) -> list[tuple[str, str]]:
     """(name, sentence): what to hold J against."""
     floor, baseline, said = facts["noise_floor"], facts["baseline"], "not measured"
@@ -65,6 +107,7 @@ def comparisons(facts: EvalKlDocument) -> list[tuple[str, str]]:
         said = f"{number(floor['batch'])} (other batch shape), {number(floor['relative_noise'])} (2⁻⁹ relative noise)"
         said += f"; J is {number(mean / largest, 3)} times the larger" if largest > 0 and mean > 0 else ""
     out = [*(("left out", note) for note in left_out_note(facts["left_out"])), ("noise floor", said)]
+    out += rounding_lines(rounding) if (rounding := rounding_of(facts)) else []
     if baseline:
         told = "better" if baseline["high"] < 0 else "worse" if baseline["low"] > 0 else "not told apart"
         ends = interval(baseline, sequences=facts["sequences"])
@@ -132,6 +175,8 @@ def eval_text(facts: EvalKlDocument) -> str:
         lines += textwrap.wrap(visible(text), WIDTH, initial_indent=f"{name:<13}", subsequent_indent=" " * 13)
     figures = key_figures(facts)
     figures += [(name, "J of a token", number(facts["j"][key])) for key, name in QUANTILES.items() if key != "mean"]
+    if (rounding := rounding_of(facts)) and rounding["causes"]:
+        lines += ["", *table((f"of {rounding['sequences']} sequences", "95 % interval", "J"), cause_rows(rounding))]
     lines += ["", *table(("figure", "", "value"), figures)]
     if facts["by_domain"]:
         head = ("domain", "J", "95 % interval", "same top-1", "tokens")

@@ -17,12 +17,11 @@ from mimoquant.__version__ import SCHEMA_VERSION
 from mimoquant.errors import CheckpointError, UsageError
 from mimoquant.model.drafter import Drafter, open_drafter
 from mimoquant.serving import contracts as c
+from mimoquant.serving.as_served import kernel_subject
 from mimoquant.serving.check import check
 from mimoquant.serving.command import ATTN_DP_SINCE, SWA_RATIO, Command, Layout, Speculation
-from mimoquant.serving.declared import Declared
 from mimoquant.serving.documents import LaunchDocument, PatchFacts
 from mimoquant.serving.gpus import GPUS, Gpu, kernel
-from mimoquant.serving.input_rounding import rounds_inputs
 from mimoquant.serving.problem import Problem
 from mimoquant.serving.served import Served
 from mimoquant.wording import size
@@ -97,9 +96,8 @@ class _Maker:
     def __init__(self, checkpoint: Served, engine: str, gpu: Gpu, gpus: int, version: str) -> None:
         self.checkpoint, self.engine, self.gpu, self.gpus, self.version = checkpoint, engine, gpu, gpus, version
         self.parsed, self.label = c.parse_version(version), f"{c.ENGINES[engine].label} {version}"
-        self.subject, self.on = checkpoint.subject, f"{gpu.label} ({gpu.arch})"
-        if checkpoint.input_scales and rounds_inputs(Declared(checkpoint, engine)):
-            self.subject = c.NVFP4_INPUTS
+        self.subject = kernel_subject(checkpoint, engine, checkpoint.subject)
+        self.on = f"{gpu.label} ({gpu.arch})"
 
     # --- how GPUs share it --------------------------------------------------------------------------------------------
 
@@ -266,8 +264,8 @@ class _Maker:
         row = command.kernel
         if row and row.rounds and not row.unasked:  # the check told the other ones
             yield (
-                f"{row.name} rounds activations to {row.rounds}, which J does not know of: measure it with "
-                "`mimoquant eval-kl SOURCE --server URL`"
+                f"{row.name} rounds activations to {row.rounds}, which a plain J does not know of: measure it with "
+                "`mimoquant eval-kl --as-served`, or with --server URL"
             )
         if self.subject == c.NVFP4_INPUTS and row and row.shares:
             yield f"{row.name} scales the activations of a layer's experts by their largest input scale"

@@ -126,7 +126,7 @@ def test_later_tokens_do_not_change_the_scores_of_earlier_ones(tmp_path: Path) -
             sequence_hashes=("0",),
             origins=("test",),
         )
-        ((comparison,), _) = compare(reference, [candidate], tokens, noise_floor=False)
+        (comparison,) = compare(reference, [candidate], tokens, noise_floor=False).comparisons
         assert comparison.scores is not None
         j.append(comparison.scores.j)
     assert len(j[1]) == 1023 and np.mean(j[0]) > 1e-3

@@ -1,0 +1,89 @@
+"""What kernels round of a layer beside its weights: inputs of matrix products, keys and values.
+
+Key idea: one plain object a layer says it all, and a forward that gets none does exactly what it did before. The
+arithmetic is `quant.activations`; what a checkpoint's own scales are, `weights.layer_rounding` reads.
+Left out: the bf16 between operations, and queries, which some FP8 attention kernels round as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mimoquant.quant.activations import quantize_fp8, quantize_mxfp4, quantize_mxfp8, quantize_nvfp4, round_kv_fp8
+
+NONE, FP8, MXFP8, MXFP4, NVFP4 = "none", "fp8", "mxfp8", "mxfp4", "nvfp4"
+FP8_UE8M0 = "fp8-ue8m0"  # its scales are powers of two
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRounding:
+    """`experts`: inputs of routed experts, gate and up's and down's; `qkv`, `o`, `mlp`: of a layer's other products.
+
+    `gate_up_scale`, `down_scale`: NVFP4's input global scales, divisors. `cache`: the scales of keys and of values in
+    an FP8 cache; None: it is not rounded.
+    """
+
+    experts: str = NONE
+    gate_up_scale: float = 1.0
+    down_scale: float = 1.0
+    qkv: str = NONE
+    o: str = NONE
+    mlp: str = NONE
+    cache: tuple[float, float] | None = None
+
+    def cached(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotated keys and values, as the cache gives them back."""
+        if self.cache is None:
+            return key, value
+        return round_kv_fp8(key, self.cache[0]), round_kv_fp8(value, self.cache[1])
+
+
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """What is to be rounded of a model, before its files are looked at.
+
+    `experts`: a kind for the inputs of routed experts, `by_layer` another one for some layers. `dense`: "fp8" (or
+    "fp8-ue8m0") rounds what goes into matrices that are stored in FP8, to MXFP8 where those are; "none" nothing.
+    `cache`: "fp8" or "none".
+    """
+
+    experts: str = NONE
+    dense: str = NONE
+    cache: str = NONE
+    by_layer: tuple[tuple[int, str], ...] = ()
+
+    @property
+    def anything(self) -> bool:
+        return self != NOTHING
+
+    def of_experts(self, layer: int) -> str:
+        return dict(self.by_layer).get(layer, self.experts)
+
+    @property
+    def kinds(self) -> str:
+        """What experts' inputs are rounded to, in words."""
+        return " and ".join(dict.fromkeys((self.experts, *(kind for _, kind in self.by_layer))))
+
+    @property
+    def told(self) -> str:
+        """All of it, in words: equal words mean an equal rounding."""
+        layers = "".join(f", layer {layer} {kind}" for layer, kind in self.by_layer)
+        return f"experts {self.experts}{layers}; dense {self.dense}; KV cache {self.cache}"
+
+
+NOTHING, UNROUNDED = Rounding(), LayerRounding()
+Roundings = Sequence[LayerRounding]  # of a model, by layer; empty: nothing is rounded
+
+
+def rounded(rows: Tensor, kind: str, scale: float = 1.0) -> Tensor:
+    """Inputs [..., I] as a kernel rounds them, float32; with "none" the very same tensor."""
+    if kind == NONE:
+        return rows
+    if kind == NVFP4:
+        return quantize_nvfp4(rows, scale).values
+    if kind in (FP8, FP8_UE8M0):
+        return quantize_fp8(rows, power_of_two=kind == FP8_UE8M0).values
+    return {MXFP8: quantize_mxfp8, MXFP4: quantize_mxfp4}[kind](rows).values

@@ -1,0 +1,152 @@
+"""What an engine's kernels round beside a checkpoint's weights, on a kind of GPU: what `eval-kl --as-served` takes.
+
+Key idea: experts' kernels are the rows of `gpus.KERNELS` that `launch` goes by; here are those of FP8 matrices beside
+them. What no row tells is refused, and every answer says which kernel is meant and how that is known.
+Left out: speed; weights that a kernel rounds again (DeepGEMM on Blackwell turns FP8 block scales into powers of two).
+Sources: vLLM 0.33 (kernels/linear: scaled_mm, mxfp8), SGLang 0.5.23 (layers/quantization/fp8.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mimoquant.errors import UsageError
+from mimoquant.model.served_rounding import FP8, FP8_UE8M0, MXFP4, MXFP8, NONE, NVFP4, Rounding
+from mimoquant.serving import contracts as c
+from mimoquant.serving.declared import Declared
+from mimoquant.serving.gpus import GPUS, Gpu, Kernel, kernel
+from mimoquant.serving.input_rounding import rounds_inputs
+from mimoquant.serving.served import Served
+
+_NVFP4 = (c.CT_NVFP4, c.MO_NVFP4)
+_KINDS = {None: NONE, "MXFP8": MXFP8, "MXFP4": MXFP4, "NVFP4": NVFP4}  # by what a row of KERNELS says it rounds to
+
+
+@dataclass(frozen=True, slots=True)
+class DenseKernel:
+    """What multiplies matrices in FP8 (`stored`: in blocks of 128 x 128, or MXFP8), and rounds inputs to `rounds`."""
+
+    engine: str
+    stored: str
+    archs: tuple[str, ...]
+    name: str
+    rounds: str
+    evidence: str
+    source: str
+
+
+_OLD, _HOPPER, _BLACKWELL, _SM12X = ("SM80", "SM86", "SM89"), ("SM90",), ("SM100", "SM103"), ("SM120", "SM121")
+_LINEAR, _SGLANG_FP8 = "kernels/linear of 0.33", "quantization/fp8.py of 0.5.23"
+DENSE_KERNELS = (
+    DenseKernel(c.VLLM, FP8, _OLD, "Marlin", NONE, c.READ, _LINEAR),
+    DenseKernel(c.VLLM, FP8, _HOPPER, "DeepGEMM or CUTLASS", FP8, c.READ, _LINEAR),
+    DenseKernel(c.VLLM, FP8, _BLACKWELL, "DeepGEMM", FP8_UE8M0, c.READ, _LINEAR),
+    DenseKernel(c.VLLM, FP8, _SM12X, "CUTLASS", FP8, c.UNVERIFIED, _LINEAR),
+    DenseKernel(c.VLLM, MXFP8, (*_OLD, *_HOPPER), "Marlin", NONE, c.READ, _LINEAR),
+    DenseKernel(c.VLLM, MXFP8, _BLACKWELL, "FlashInfer", MXFP8, c.READ, _LINEAR),
+    DenseKernel(c.VLLM, MXFP8, _SM12X, "FlashInfer's CUTLASS", MXFP8, c.UNVERIFIED, _LINEAR),
+    DenseKernel(c.SGLANG, FP8, ("SM80", "SM86"), "Marlin", NONE, c.READ, _SGLANG_FP8),
+    DenseKernel(c.SGLANG, FP8, ("SM89", *_HOPPER, *_SM12X), "its own choice", FP8, c.UNVERIFIED, _SGLANG_FP8),
+    DenseKernel(c.SGLANG, FP8, _BLACKWELL, "DeepGEMM", FP8_UE8M0, c.UNVERIFIED, _SGLANG_FP8),
+)
+
+
+def parse_place(text: str) -> tuple[str, str]:
+    """`vllm:b200` as engine and kind of GPU. Raises UsageError for what is neither."""
+    engine, _, gpu = text.partition(":")
+    if engine not in (c.VLLM, c.SGLANG) or gpu not in GPUS:
+        raise UsageError(
+            f"--as-served {text}: expected is ENGINE:GPU, such as vllm:b200",
+            hint=f"engines are vllm and sglang; GPUs are {', '.join(GPUS)}",
+        )
+    return engine, gpu
+
+
+def as_served(checkpoint: Served, engine: str, gpu: str, *, cache: bool) -> tuple[Rounding, tuple[str, ...]]:
+    """What is rounded there, and sentences that say by which kernels and how that is known.
+
+    Args:
+        cache: whether the checkpoint's config asks for an FP8 cache; engines take none by themselves.
+    Raises UsageError: it is not known what runs these experts there, or nothing does.
+    """
+    place, label = GPUS[gpu], f"{c.ENGINES[engine].label} {c.ENGINES[engine].read}"
+    on, known = f"{label} on {place.label} ({place.arch})", []
+    kinds: dict[int, str] = {}
+    for subject, layers in _by_subject(checkpoint, engine).items():
+        row = _expert_kernel(engine, subject, place, on)
+        kind = NONE if row is None else _kind(row)
+        kinds |= dict.fromkeys(layers, kind)
+        if row is not None:
+            known.append(
+                _told(on, f"{subject} experts", row.name or "a kernel of bf16", kind, row.evidence, row.source)
+            )
+    dense = NONE
+    for stored in sorted(_dense_stored(checkpoint)):
+        found = _dense_kernel(engine, stored, place, on)
+        dense = FP8 if found.rounds == MXFP8 else found.rounds
+        known.append(_told(on, f"{stored} beside the experts", found.name, found.rounds, found.evidence, found.source))
+    if not place.tried:
+        known.append(f"not tried by us: any engine on {place.label} ({place.arch})")
+    usual = next(iter(kinds.values()), NONE)
+    others = tuple((layer, kind) for layer, kind in sorted(kinds.items()) if kind != usual)
+    return Rounding(usual, dense, FP8 if cache else NONE, others), tuple(known)
+
+
+def kernel_subject(checkpoint: Served, engine: str, subject: str) -> str:
+    """The subject that kernels go by: NVFP4 whose config.json asks for activations in it, and which has their scales,
+    is one of its own."""
+    asks = checkpoint.input_scales and subject in _NVFP4 and rounds_inputs(Declared(checkpoint, engine))
+    return c.NVFP4_INPUTS if asks else subject
+
+
+def _by_subject(checkpoint: Served, engine: str) -> dict[str, list[int]]:
+    """The layers whose experts a kernel runs by one subject, the most common first."""
+    found: dict[str, list[int]] = {}
+    for layer, forms in checkpoint.experts.items():
+        if forms:
+            found.setdefault(kernel_subject(checkpoint, engine, forms[0].subject), []).append(layer)
+    return dict(sorted(found.items(), key=lambda entry: -len(entry[1])))
+
+
+def _expert_kernel(engine: str, subject: str, place: Gpu, on: str) -> Kernel | None:
+    if subject == c.BF16:
+        return None
+    row = kernel(engine, subject, place.arch, ep=False)
+    if row is None:
+        raise _not_known(f"{subject} experts", on)
+    if row.stops:
+        raise UsageError(f"{on}: with {subject} experts it {row.stops}", hint="another kind of GPU, or another format")
+    return row
+
+
+def _kind(row: Kernel) -> str:
+    if row.subject == c.FP8:
+        return NONE if (row.name or "").lower() == "marlin" else FP8
+    return _KINDS[row.rounds]
+
+
+def _dense_stored(checkpoint: Served) -> Iterator[str]:
+    """In which kinds of FP8 matrices beside the experts are."""
+    if "F8_E4M3" in checkpoint.linears.values():
+        yield MXFP8 if checkpoint.geometry.mxfp8 and not checkpoint.modelopt_blocks else FP8
+
+
+def _dense_kernel(engine: str, stored: str, place: Gpu, on: str) -> DenseKernel:
+    for row in DENSE_KERNELS:
+        if (row.engine, row.stored) == (engine, stored) and place.arch in row.archs:
+            return row
+    raise _not_known(f"{stored} beside the experts", on)
+
+
+def _not_known(what: str, on: str) -> UsageError:
+    return UsageError(
+        f"{on}: what multiplies {what} is not known here",
+        hint="say what is rounded: --activations, --dense-activations",
+    )
+
+
+def _told(on: str, what: str, name: str, kind: str, evidence: str, source: str) -> str:
+    rounding = "inputs not rounded" if kind == NONE else f"inputs rounded to {kind}"
+    how = "not verified" if evidence == c.UNVERIFIED else evidence
+    return f"{on}: {what} by {name}, {rounding} ({how}: {source})"

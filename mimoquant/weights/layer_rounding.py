@@ -1,0 +1,113 @@
+"""What a checkpoint's own files say of how its inputs and caches are rounded: layer by layer, from stored scales.
+
+Key idea: engines take one input scale for all experts of a layer, gate and up together: the one of the largest
+activation. Where none is stored the scale is 1, NVIDIA's unit (amax 2688), and `stored_input_scales` says so.
+Sources: vLLM 0.33 (`flashinfer_fp4_moe.py`, `oracle/nvfp4.py`: `a13_scale.max()`), SGLang 0.5.23 (`modelopt_quant.py`).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from mimoquant.checkpoint.index import TensorInfo
+from mimoquant.checkpoint.reader import CheckpointReader
+from mimoquant.errors import CheckpointError
+from mimoquant.model.layout import PROJECTIONS, ModelLayout, Weight
+from mimoquant.model.served_rounding import FP8, MXFP8, NONE, NVFP4, LayerRounding, Rounding
+
+_MULTIPLIER, _DIVISOR = ".input_scale", ".input_global_scale"  # ModelOpt's amax / 2688; compressed-tensors' 2688 / amax
+_BYTES_TO_TORCH = {"BF16": torch.bfloat16, "F32": torch.float32}
+
+
+def layer_roundings(reader: CheckpointReader, layout: ModelLayout, asked: Rounding) -> tuple[LayerRounding, ...]:
+    """Each layer's rounding; none at all where nothing is asked for.
+
+    Raises CheckpointError: a stored scale is no positive number.
+    """
+    if not asked.anything:
+        return ()
+    weights = {weight.name: weight for of_unit in layout.units.values() for weight in of_unit}
+    return tuple(_of_layer(reader, layout, weights, number, asked) for number in range(layout.geometry.layers))
+
+
+def stored_input_scales(layout: ModelLayout) -> bool:
+    """Whether the experts have input scales."""
+    return any(_input_scale(weight) for weight in layout.experts.values())
+
+
+def _of_layer(
+    reader: CheckpointReader, layout: ModelLayout, weights: dict[str, Weight], number: int, asked: Rounding
+) -> LayerRounding:
+    prefix, geometry = f"model.layers.{number}.", layout.geometry
+    experts = asked.of_experts(number) if geometry.moe[number] else NONE
+    gate_up = down = 1.0
+    if experts == NVFP4:
+        gate_up = _input_divisor(reader, layout, number, ("gate", "up"))
+        down = _input_divisor(reader, layout, number, ("down",))
+
+    def dense(*names: str) -> str:
+        present = [weight for name in names if (weight := weights.get(f"{prefix}{name}.weight"))]
+        kinds = {_stored_kind(weight) for weight in present}
+        kind = kinds.pop() if asked.dense != NONE and len(kinds) == 1 else NONE
+        return asked.dense if kind == FP8 else kind
+
+    return LayerRounding(
+        experts,
+        gate_up,
+        down,
+        qkv=dense(*(f"self_attn.{letter}_proj" for letter in ("qkv", "q", "k", "v"))),
+        o=dense("self_attn.o_proj"),
+        mlp=NONE if geometry.moe[number] else dense(*(f"mlp.{projection}_proj" for projection in PROJECTIONS)),
+        cache=_cache_scales(reader, weights, prefix) if asked.cache == FP8 else None,
+    )
+
+
+def _stored_kind(weight: Weight) -> str:
+    """How an engine with FP8 products rounds what such a matrix is multiplied with."""
+    if weight.info.dtype != "F8_E4M3":
+        return NONE
+    return MXFP8 if weight.scale and weight.scale.dtype == "U8" else FP8
+
+
+def _input_scale(weight: Weight) -> TensorInfo | None:
+    return next((info for info in weight.packed if info.name.endswith((_MULTIPLIER, _DIVISOR))), None)
+
+
+def _input_divisor(reader: CheckpointReader, layout: ModelLayout, number: int, projections: tuple[str, ...]) -> float:
+    """The least input global scale of a layer's experts: that of the largest activation."""
+    every = [
+        info
+        for expert in range(layout.geometry.experts)
+        for projection in projections
+        if (info := _input_scale(layout.expert(number, expert, projection)))
+    ]
+    if not every:
+        return 1.0
+    values = _numbers(reader, every)
+    return float(values.min() if every[0].name.endswith(_DIVISOR) else 1.0 / values.max())
+
+
+def _cache_scales(reader: CheckpointReader, weights: dict[str, Weight], prefix: str) -> tuple[float, float]:
+    """k_scale and v_scale of a layer, 1 where there is none."""
+    found = {"k": 1.0, "v": 1.0}
+    for name, weight in weights.items():
+        if weight.role == "cache_scale" and name.startswith(f"{prefix}self_attn."):
+            letter = name.removeprefix(f"{prefix}self_attn.")[0]
+            found[letter] = float(_numbers(reader, [weight.info])[0])
+    return found["k"], found["v"]
+
+
+def _numbers(reader: CheckpointReader, infos: list[TensorInfo]) -> torch.Tensor:
+    """One float32 a tensor, all positive and finite."""
+    raw = np.empty((len(infos), infos[0].size_bytes), np.uint8)
+    reader.read_many(zip(infos, raw, strict=True))
+    values = torch.from_numpy(raw).view(_BYTES_TO_TORCH[infos[0].dtype]).to(torch.float32).flatten()
+    bad = ~(torch.isfinite(values) & (values > 0))
+    if bad.any():
+        place = int(bad.nonzero()[0])
+        raise CheckpointError(
+            f"{infos[place].name}: is {float(values[place])}, a scale is a positive number",
+            hint="that checkpoint is damaged: download or write the file that holds it again",
+        )
+    return values
