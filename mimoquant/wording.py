@@ -20,6 +20,12 @@ def left_out_note(left_out: list[str]) -> list[str]:
     return [f"its config quantizes {' and '.join(left_out)} too: J is of its weights alone"] if left_out else []
 
 
+def rounding_note(experts: str, dense: str, kv_cache: str, input_scales: str | None) -> str:
+    """What an evaluation rounded beside weights."""
+    scales = f" ({input_scales} input scales)" if input_scales else ""
+    return f"inputs of experts {experts}{scales}, of FP8 beside them {dense}, KV cache {kv_cache}"
+
+
 def many(count: int, thing: str) -> str:
     return f"{count} {thing}{'s' * (count != 1)}"
 

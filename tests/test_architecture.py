@@ -89,11 +89,12 @@ ALLOWED: dict[str, set[str]] = {
 FLOOR = {"errors", "wording", "shipped", "__version__"}
 # for annotations only, under `if TYPE_CHECKING:`; nothing is loaded
 ALLOWED_FOR_TYPES: dict[str, set[str]] = {
-    "output": {"evaluation.documents"},  # a card is told what was measured
+    "output": {"evaluation.documents", "evaluation.rounding_documents"},  # a card is told what was measured
     "pipeline": {"fisher.matrices"},
     "report": {
         "calibration.layer_facts",
         "evaluation.documents",
+        "evaluation.rounding_documents",
         "mixing.documents",
         "output.documents",
         "planning.documents",

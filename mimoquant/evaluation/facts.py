@@ -21,13 +21,12 @@ from mimoquant.evaluation import documents
 from mimoquant.evaluation.divergence import TokenScores, bootstrap
 from mimoquant.evaluation.documents import (
     BaselineFacts,
-    CausePart,
     DataFacts,
     FolderEvaluation,
     LayerPart,
     NoiseFloor,
-    RoundingFacts,
 )
+from mimoquant.evaluation.rounding_documents import CausePart, RoundingFacts
 from mimoquant.evaluation.summary import paired_difference, summarize
 from mimoquant.model.rounding import left_out_of_j, rounds_activations
 from mimoquant.model.served_rounding import NONE, NVFP4

@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from mimoquant.__version__ import __version__
 from mimoquant.checkpoint.writer import write_file_durably
@@ -22,10 +22,11 @@ from mimoquant.serving.contracts import ENGINES, SGLANG, VLLM
 from mimoquant.serving.launch import launch
 from mimoquant.serving.served import Served
 from mimoquant.weights.container import NATIVE
-from mimoquant.wording import interval, layers_of_formats, left_out_note, number, size
+from mimoquant.wording import interval, layers_of_formats, left_out_note, number, rounding_note, size
 
 if TYPE_CHECKING:
     from mimoquant.evaluation.documents import Evaluation
+    from mimoquant.evaluation.rounding_documents import RoundingFacts
 
 BEGIN, END = "<!-- eval-kl begins -->", "<!-- eval-kl ends -->"
 _UNMEASURED = "Not measured yet: `mimoquant eval-kl SOURCE THIS --card` writes symmetric KL here."
@@ -181,6 +182,12 @@ def _quality(measured: Evaluation) -> Iterator[str]:
     yield from ("", "| | |", "|---|---|")
     yield f"| symmetric KL, J | {number(j['mean'])} (95 % {interval(j, sequences=sequences)}) |"
     yield from (f"| what J leaves out | {note} |" for note in left_out_note(measured["left_out"]))
+    if rounding := cast("RoundingFacts | None", measured.get("rounding")):
+        kinds = rounding["experts"], rounding["dense"], rounding["kv_cache"], rounding["input_scales"]
+        yield f"| rounded beside weights | {rounding_note(*kinds)} |"
+        names = {"weights": "J of weights alone", "activations": "J of activations alone", "both": "J of both"}
+        of = f", {rounding['sequences']} sequences"
+        yield from (f"| {names[part['cause']]}{of} | {number(part['j'])} |" for part in rounding["causes"])
     yield f"| J at the median, p99 | {number(j['median'])}, {number(j['p99'])} |"
     if floor:
         noise = max(floor["batch"], floor["relative_noise"])

@@ -14,13 +14,15 @@ from mimoquant.wording import (
     left_out_note,
     number,
     percent,
+    rounding_note,
     size,
     table,
     visible,
 )
 
 if TYPE_CHECKING:
-    from mimoquant.evaluation.documents import DataFacts, EvalKlDocument, RoundingFacts
+    from mimoquant.evaluation.documents import DataFacts, EvalKlDocument
+    from mimoquant.evaluation.rounding_documents import RoundingFacts
 
 Quantile = Literal["median", "mean", "p90", "p99", "p99_9", "max"]
 QUANTILES: dict[Quantile, str] = {
@@ -74,9 +76,7 @@ def what_j_is(facts: EvalKlDocument) -> str:
 
 def rounding_lines(rounding: RoundingFacts) -> list[tuple[str, str]]:
     """(name, sentence): what was rounded, and how it is known that kernels do."""
-    scales = f" ({rounding['input_scales']} input scales)" if rounding["input_scales"] else ""
-    kinds = f"inputs of experts {rounding['experts']}{scales}, of FP8 beside them {rounding['dense']}"
-    told = f"{kinds}, KV cache {rounding['kv_cache']}"
+    told = rounding_note(rounding["experts"], rounding["dense"], rounding["kv_cache"], rounding["input_scales"])
     told += f"; the reference: {rounding['reference']}" if rounding["reference"] else "; the reference is not rounded"
     return [
         ("rounded", told if rounding["causes"] else "nothing"),

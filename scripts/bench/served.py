@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", default=["int4-g128-mse", "mxfp4-rtn", "nvfp4-mse"])
     asked = parser.parse_args()
     vocab = int(read_config(open_index(asked.source))["vocab_size"])
-    tokens = load_tokens([asked.held_out], asked.source, tokens=512, vocab=vocab)
+    tokens = load_tokens([asked.held_out], asked.source, sequences=None, tokens=512, vocab=vocab)
     print(f"{len(tokens.ids)} x {tokens.ids.shape[1]} tokens, torch {torch.__version__}\n")
     with tempfile.TemporaryDirectory() as scratch:
         outputs = {recipe: Path(scratch, recipe) for recipe in asked.recipes}
