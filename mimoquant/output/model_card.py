@@ -90,8 +90,8 @@ def model_card(report: QuantizeReport, served: Served, origin: Origin, *, real_f
 def _rounding_limit(served: Served) -> str:
     if not served.input_scales:
         return (
-            "- Only weights were quantized. Some back ends round activations, by their own choice: J does not know of "
-            "it."
+            "- Only weights were quantized. Some back ends round activations, by their own choice: J of weights does "
+            "not know of it."
         )
     return (
         "- Experts' activations are declared in 4 bits, with input scales: kernels on Blackwell round them, which J of "

@@ -290,7 +290,7 @@ def test_input_scales_ask_for_activations_in_four_bits(form: str) -> None:
         facts = launch(asked, engine, gpu, 8)
         assert facts["moe_backend"] == backend
         notes = " ".join(facts["notes"])
-        assert ("rounds activations to NVFP4, which J does not know of" in notes) == rounds
+        assert ("rounds activations to NVFP4, which a plain J does not know of" in notes) == rounds
         assert ("scales the activations of a layer's experts by their largest input scale" in notes) == rounds
         assert ("it is served W4A16" in notes) != rounds
         named = option(facts["command"], "--moe-runner-backend")
