@@ -102,5 +102,8 @@ class VerifyDocument(TypedDict):
     set_aside: NotRequired[list[str]]
     """Files that are no part of the proof, each with why: edited or added where the checkpoint was published (model
     card, pictures, licence, chat template), or left there by tools; absent without --source."""
+    clamped_groups: NotRequired[dict[str, ClampedGroups]]
+    """Weight → its groups that have no scale in the format though they are not zero, counted here; absent where there
+    are none, and without --source."""
     engine: NotRequired[EngineCheck]
     """What the engine accepts; absent without --engine, and where files are not what the source makes them."""

@@ -28,17 +28,20 @@ from mimoquant.checkpoint.index import CheckpointIndex, TensorInfo, open_index
 from mimoquant.checkpoint.journal import JOURNAL_NAME, JournalLine, read_journal
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.checkpoint.writer import Entry
-from mimoquant.errors import CheckpointError, MimoquantError, UsageError
+from mimoquant.errors import CheckpointError, MimoquantError, QualityError, UsageError
 from mimoquant.model.layout import PROJECTIONS, norm_name, router_name
 from mimoquant.output.documents import VerifyDocument
+from mimoquant.output.lost_groups import as_groups, told_otherwise
 from mimoquant.output.published import is_dangling_index, may_be_edited, only_template_differs
 from mimoquant.output.small_files import is_as_written, written_texts
 from mimoquant.planning.plan import Plan, make_plan
 from mimoquant.planning.recipe import load_recipe
 from mimoquant.planning.relayout import RECORD_NAME, plan_again
 from mimoquant.planning.units import Experts, Unit
+from mimoquant.quant.clamped import clamped
 from mimoquant.quant.engine_cpu import CpuEngine
 from mimoquant.quant.stack import Audit
+from mimoquant.run.clamped import Counts, named
 from mimoquant.run.steps import Workshop, kind_of
 from mimoquant.weights.stored import read_experts, read_parts
 
@@ -63,12 +66,18 @@ class VerifyReport:
     set_aside: list[str] = field(default_factory=list)
     out: str = ""
 
+    clamped: Counts = field(default_factory=dict)
+
     def problem(self, text: str) -> None:
         self.ok = False
         self.problems.append(text)
 
+    def problems_of(self, texts: list[str]) -> None:
+        for text in texts:
+            self.problem(text)
+
     def as_json(self) -> VerifyDocument:
-        return VerifyDocument(
+        document = VerifyDocument(
             schema_version=SCHEMA_VERSION,
             out=self.out,
             ok=self.ok,
@@ -83,6 +92,9 @@ class VerifyReport:
             unproven=self.unproven,
             set_aside=self.set_aside,
         )
+        if self.clamped:
+            document["clamped_groups"] = as_groups(self.clamped)
+        return document
 
 
 def verify(
@@ -303,13 +315,21 @@ class _Values:
         self.total = Audit(0.0, 0, 0.0, 0.0)
         self.layer: int | None = None
         self.fold: Array | None = None
+        self.recounts = not (plan.recipe.real_fold and plan.recipe.folds_down)  # whose factors no tensor holds
 
     def unit(self, unit: Unit) -> None:
         layer = self.layer = unit.layer
         self.fold = self._norm_fold(layer) if layer is not None and layer in self.plan.formats else None
-        for step in unit.steps:
-            if all(self._readable(entry) for entry in step.entries):  # others are reported with the headers
+        steps = [step for step in unit.steps if all(map(self._readable, step.entries))]  # headers tell of the others
+        for step in steps:
+            try:
                 kind_of(step).check(step, self)
+            except QualityError as error:  # more groups without a scale than quantize lets pass
+                self.report.problem(str(error))
+        counted = self.shop.counted()
+        self.report.clamped |= counted
+        if (line := self.journal.get(unit.name)) and len(steps) == len(unit.steps) and self.recounts:
+            self.report.problems_of(told_otherwise(line, counted))
 
     def problem(self, text: str) -> None:
         self.report.problem(text)
@@ -374,12 +394,15 @@ class _Values:
         if self.plan.recipe.calibrated:
             from mimoquant.output.verify_calibrated import audits
 
-            judged = audits(stored, stacks, step.fmt, self.plan.recipe, self.fold, layer=step.layer)
+            judged, found = audits(stored, stacks, step.fmt, self.plan.recipe, self.fold, layer=step.layer)
         elif self.plan.recipe.casts:
-            judged = {p: self.engine.audit_cast(stacks[p], step.fmt, stored[p]) for p in PROJECTIONS}
+            judged, found = {p: self.engine.audit_cast(stacks[p], step.fmt, stored[p]) for p in PROJECTIONS}, {}
         else:
             search = self.plan.recipe.scale_search
             judged = {p: self.engine.audit(stacks[p], step.fmt, search, stored[p]) for p in PROJECTIONS}
+            found = {p: clamped(stacks[p], stored[p], step.fmt) for p in PROJECTIONS}
+        if self.recounts:
+            self.shop.count(named(self.plan.layout, layer, begin, found), step)
         for projection in PROJECTIONS:
             for position, audit in enumerate(judged[projection]):
                 name = self.plan.layout.expert(step.layer, step.begin + position, projection).name

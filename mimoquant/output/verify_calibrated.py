@@ -22,10 +22,12 @@ from torch import Tensor
 
 from mimoquant.planning.recipe import Recipe
 from mimoquant.quant.awq import LIMIT, divided_by, inverse, scaled
+from mimoquant.quant.clamped import Clamped
 from mimoquant.quant.engine_torch import TorchEngine, decode, stored_parts, unpack_nibbles
 from mimoquant.quant.formats import E2M1_VALUES, Format
 from mimoquant.quant.grid import Grid
 from mimoquant.quant.stack import Audit, Stack
+from mimoquant.run.chunk_facts import clamped_on_device
 
 Array = npt.NDArray[Any]
 BF16_ROUNDING = 2.0**-8  # largest relative change; it has room for what float32 adds
@@ -39,8 +41,9 @@ def audits(
     fold: Array | None,
     *,
     layer: int,
-) -> dict[str, list[Audit]]:
-    """One audit an expert for each projection. `fold`: what the layer's norm was divided by, if the recipe folds it."""
+) -> tuple[dict[str, list[Audit]], dict[str, dict[int, Clamped]]]:
+    """One audit an expert for each projection, and groups that have no scale. `fold`: what the layer's norm was divided
+    by, if the recipe folds it."""
     engine, cpu = TorchEngine("cpu"), torch.device("cpu")
     weights = {p: engine.bf16(stack) for p, stack in stacks.items()}
     if fold is not None:
@@ -57,7 +60,10 @@ def audits(
         between = (_real_fold if recipe.real_fold else _pow2_fold)(decode(parts["up"], fmt), source["up"])
         source["up"] = scaled(source["up"], inverse(between)[:, :, None])
         source["down"] = scaled(source["down"], between[:, None, :])
-    return {p: _audits(source[p], parts[p], fmt, nearest=nearest, signed=signed, unfit=unfit.get(p)) for p in source}
+    found = {p: clamped_on_device(source[p], parts[p], fmt) for p in source}
+    return {
+        p: _audits(source[p], parts[p], fmt, nearest=nearest, signed=signed, unfit=unfit.get(p)) for p in source
+    }, found
 
 
 def _pow2_fold(stored_EOI: Tensor, source_EOI: Tensor) -> Tensor:

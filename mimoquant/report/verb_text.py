@@ -210,6 +210,7 @@ def _proof_lines(facts: VerifyDocument, limit: int) -> list[str]:
             if facts["checked"].get("quantized tensors")
             else []
         ),
+        *(f"clamped    {note}" for note in clamped_notes(facts.get("clamped_groups", {}))),
         *(f"unproven   {text}" for text in facts["unproven"]),
         *(f"beside     {text}" for text in facts["set_aside"]),
         *_problem_lines(facts["problems"], limit),

@@ -15,6 +15,7 @@ from mimoquant.planning.units import Experts
 from mimoquant.quant.clamped import Clamped
 from mimoquant.wording import percent
 
+_LOOK = "look whether the source's weights are what they should be"
 LIMIT = 1e-3  # of a matrix's groups
 Counts = dict[str, list[int]]  # weight → groups that became zero, that were clamped, that read as Inf, all
 
@@ -29,20 +30,36 @@ def named(layout: ModelLayout, layer: int, begin: int, found: Mapping[str, Mappi
 
 
 def refuse_many(counts: Counts, step: Experts) -> None:
-    """Raises QualityError for a matrix that is lost."""
+    """Raises QualityError for an expert's matrix that is lost."""
     assert step.fmt is not None
+    hint = (
+        f"{_else(step.fmt.name)}keep that layer's experts as they are (mimoquant: carve_outs: {{{step.layer}: bf16}}), "
+        f"or {_LOOK}"
+    )
+    _refuse(counts, f" (layer {step.layer})", step.fmt.label, hint)
+
+
+def refuse_lost(counts: Counts) -> None:
+    """The same of a matrix that was FP8 and is stored in bf16, whose groups are its blocks."""
+    _refuse(counts, "", "bf16", _LOOK)
+
+
+def too_many(name: str, one: Clamped, label: str) -> str | None:
+    """What is wrong with a matrix that is lost, in a sentence."""
+    if not one.infinite and one.share <= LIMIT:
+        return None
+    allowed = "none may read as Inf" if one.infinite else f"at most {percent(LIMIT)} may"
+    return (
+        f"{name}: {one.lost} of its {one.groups} groups ({percent(one.share)}) are not "
+        f"zero and have no scale in {label}: {one.zeroed} became zero, {one.clamped} were clamped, "
+        f"{one.infinite} read as Inf; {allowed}"
+    )
+
+
+def _refuse(counts: Counts, place: str, label: str, hint: str) -> None:
     for name, numbers in counts.items():
-        one = Clamped(*numbers)
-        if not one.infinite and one.share <= LIMIT:
-            continue
-        allowed = "none may read as Inf" if one.infinite else f"at most {percent(LIMIT)} may"
-        raise QualityError(
-            f"{name} (layer {step.layer}): {one.lost} of its {one.groups} groups ({percent(one.share)}) are not "
-            f"zero and have no scale in {step.fmt.label}: {one.zeroed} became zero, {one.clamped} were clamped, "
-            f"{one.infinite} read as Inf; {allowed}",
-            hint=f"{_else(step.fmt.name)}keep that layer's experts as they are (mimoquant: carve_outs: "
-            f"{{{step.layer}: bf16}}), or look whether the source's weights are what they should be",
-        )
+        if said := too_many(f"{name}{place}", Clamped(*numbers), label):
+            raise QualityError(said, hint=hint)
 
 
 def _else(name: str) -> str:

@@ -26,18 +26,20 @@ from mimoquant.quant.cast import InexactError, cast
 from mimoquant.quant.clamped import clamped
 from mimoquant.quant.formats import MXFP4
 from mimoquant.quant.stack import Engine, NonFiniteError, Stack
-from mimoquant.run.clamped import Counts, named, refuse_many
+from mimoquant.run.clamped import Counts, named, refuse_lost, refuse_many
 from mimoquant.run.deal import Task
 from mimoquant.run.input_scales import recorded_amax, scale_tensors, unit_amax
 from mimoquant.weights.container import expert_tensors
 from mimoquant.weights.stored import (
     dequantize,
     expanded,
+    lost_blocks,
     not_finite,
     packed_scale,
     read_experts,
     read_matrix,
     refuse_non_finite,
+    scale_rows,
 )
 
 if TYPE_CHECKING:
@@ -66,6 +68,13 @@ class Workshop:
         """Raises QualityError where groups without a scale are many."""
         refuse_many(clamped, step)
         self.clamped.update(clamped)
+
+    def count_lost(self, name: str, lost: tuple[int, int], blocks: int) -> None:
+        """The same of FP8 blocks of a weight that became bf16, or of a part of it; `blocks`: of all of it."""
+        if any(lost):
+            zeroed, some, *_ = self.clamped.get(name, (0, 0))
+            self.clamped[name] = [zeroed + lost[0], some + lost[1], 0, blocks]
+            refuse_lost({name: self.clamped[name]})
 
     def counted(self) -> Counts:
         """What was counted since this was asked last."""
@@ -177,13 +186,13 @@ class Reordering:
         assert isinstance(step, Reorder)
         if block.scales is None:
             refuse_non_finite(step.infos[0], block.values)
-        yield block.entry.name, block_values(block, step.weight, shop.engine)
+        yield block.entry.name, _moved(shop, step, block)
 
     def check(self, step: Reorder, proof: Proof) -> None:
         done = dict.fromkeys((entry.name for entry in step.entries), 0)
         wrong: dict[str, None] = {}
         for block, _ in self.read(proof.shop, (step,)):
-            name, expected = block.entry.name, block_values(block, step.weight, proof.shop.engine)
+            name, expected = block.entry.name, _moved(proof.shop, step, block)
             if not proof.is_stored(name, expected, done[name]):
                 wrong[name] = None
             done[name] += expected.nbytes
@@ -267,7 +276,7 @@ class Dequantizing(Computing[Dequantize]):
         yield read_matrix(shop.reader, steps[0].weight), True
 
     def _values(self, shop: Workshop, step: Dequantize, data: Stack) -> Produced:
-        yield step.entries[0].name, dequantize(data, step.weight, shop.plan.layout.geometry, shop.engine)
+        yield step.entries[0].name, _in_bf16(shop, step.weight, data)
 
 
 class KeepingExperts(Computing[Experts]):
@@ -299,11 +308,31 @@ class KeepingExperts(Computing[Experts]):
             yield from self._values(shop, step, stacks)
 
 
+def _in_bf16(shop: Workshop, weight: Weight, stack: Stack) -> Array:
+    """A matrix, a stack of one, as bf16; blocks of FP8 that are lost by that are counted."""
+    geometry = shop.plan.layout.geometry
+    bits = dequantize(stack, weight, geometry, shop.engine)
+    if stack.scales is not None:
+        codes, scales = stack.values[0], stack.scales[0]
+        lost = lost_blocks(codes, scales, scale_rows(weight.role, len(codes), len(scales), geometry), bits)
+        shop.count_lost(weight.name, lost, scales.size)
+    return bits
+
+
+def _moved(shop: Workshop, step: Reorder, block: RowBlock) -> Array:
+    """Rows of q, k and v as they go out, counted in the same way."""
+    values = block_values(block, step.weight, shop.engine)
+    if block.scales is not None and block.scale_row is not None:
+        lost = lost_blocks(block.values, block.scales, block.scale_row, values)
+        shop.count_lost(step.weight.name, lost, block.scales.size)
+    return values
+
+
 def _kept(shop: Workshop, step: Experts, weight: Weight, stack: Stack) -> Iterator[Array]:
     """What is stored of a kept matrix, a stack of one, in the order of its entries."""
     if step.kept == "bf16":
         refuse_non_finite(weight.info, stack.values, dtype="BF16" if weight.packed else None)
-        yield dequantize(stack, weight, shop.plan.layout.geometry, shop.engine)
+        yield _in_bf16(shop, weight, stack)
         return
     assert stack.scales is not None
     codes, scales, packed = stack.values[0], stack.scales[0], step.kept == "mxfp4"

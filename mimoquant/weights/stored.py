@@ -231,6 +231,22 @@ def dequantize(stack: Stack, weight: Weight, geometry: Geometry, engine: Engine)
         raise not_finite(weight.name) from error
 
 
+def lost_blocks(codes: Array, scales: Array, scale_row: Indexes, bits: Array) -> tuple[int, int]:
+    """FP8 blocks that bf16 cannot hold: those of which all values became zero, and others of which none is normal.
+
+    Args:
+        codes [O, I], scales [R, C], scale_row [O]: as stored. bits: the product in bf16, [O, I].
+    """
+    zeroed = rough = 0
+    for row, column in np.argwhere((scales != 0) & (np.abs(scales) < _SMALL_IN_BF16)).tolist():
+        part = np.flatnonzero(scale_row == row), slice(column * FP8_BLOCK, (column + 1) * FP8_BLOCK)
+        if not (codes[part] & 0x7F).any() or (bits[part] & 0x7F80).any():
+            continue
+        held = bool((bits[part] & 0x7FFF).any())
+        zeroed, rough = zeroed + (not held), rough + held
+    return zeroed, rough
+
+
 def scale_rows(role: str, rows: int, count: int, geometry: Geometry) -> Indexes:
     """For each of a weight's `rows`, which of its `count` scale rows applies."""
     plain = -(-rows // FP8_BLOCK)
@@ -274,6 +290,7 @@ def refuse_non_finite(info: TensorInfo, block: Array, dtype: str | None = None) 
 
 
 _PIECE_BYTES = 2**18
+_SMALL_IN_BF16 = 2.0**-117  # from here on E4M3's least code, 2^-9, is normal in bf16 too
 _NOT_FINITE = {  # the unsigned integers, and the least that is not finite among those without a sign
     "BF16": ("u2", 0x7F80),
     "F16": ("u2", 0x7C00),

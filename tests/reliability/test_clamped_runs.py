@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from clamped_weights import EXPERT, FEW, GRAM, scaled, with_one_small_group
+from clamped_weights import EXPERT, FEW, GRAM, edit, scaled, with_one_small_group
 from micro import MICRO, edit_json
 from typer.testing import CliRunner
 
 from mimoquant.checkpoint.journal import JOURNAL_NAME, read_journal
 from mimoquant.cli.app import app
 from mimoquant.errors import CheckpointError
+from mimoquant.quant.cast import E4M3_VALUES
+from mimoquant.weights.stored import bf16_bits, lost_blocks
 
 DATA = ("--sequences", "8", "--tokens", "64")
 
@@ -138,6 +142,71 @@ def test_a_journal_with_other_counts_is_damaged(clamped: object, tmp_path: Path)
     (tmp_path / "journal").write_text(bad + good)
     with pytest.raises(CheckpointError, match="line 1 is damaged"):
         read_journal(tmp_path / "journal")
+
+
+def test_verify_counts_again(few: Path, tmp_path: Path) -> None:
+    """And tells it; a journal that was changed, with all that follows from it, is found."""
+    out = tmp_path / "out"
+    assert call("quantize", few, "-r", "nvfp4-mse", "-o", out, "--device", "cpu", "-q").exit_code == 0
+    proven = call("verify", out, "--source", few, "--json")
+    assert proven.exit_code == 0 and json.loads(proven.stdout)["clamped_groups"] == FEW, proven.output
+    assert "clamped    in 1 weight the format has no scale for 1 group" in call("verify", out, "--source", few).stdout
+    lines = [json.loads(line) for line in (out / JOURNAL_NAME).read_text().splitlines()]
+    for line in lines:
+        line.pop("clamped", None)
+    (out / JOURNAL_NAME).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    done = call("verify", out, "--source", few)
+    told = (
+        "up_proj.weight: has 1 groups of 2048 that became zero and 0 that were clamped, the journal tells of no groups"
+    )
+    assert done.exit_code == 3 and told in done.stdout, done.output
+
+
+def test_verify_counts_calibrated_runs_again(few: Path, tmp_path: Path) -> None:
+    recipe, out = tmp_path / "gram.yaml", tmp_path / "out"
+    recipe.write_text(GRAM)
+    assert call("quantize", few, "-r", recipe, "-o", out, *DATA, "--device", "cpu", "-q").exit_code == 0
+    proven = call("verify", out, "--source", few, "--json")
+    assert proven.exit_code == 0 and json.loads(proven.stdout)["clamped_groups"] == FEW, proven.output
+
+
+def test_blocks_that_bf16_cannot_hold_are_counted() -> None:
+    """Beside the product in float64: zero, below the least normal number, above it; zeros and zero scales are none."""
+    codes = np.full((384, 256), 0x38, np.uint8)
+    codes[256:, 128:] = 0
+    codes[0, 0] = 0x7E
+    scales = np.array([[2.0**-136, 2.0**-130], [2.0**-126, 0.0], [2.0**-140, 2.0**-140]], np.float32)
+    row = np.repeat(np.arange(3), 128)
+    wide = np.repeat(scales[row].astype(np.float64), 128, axis=1) * E4M3_VALUES[codes]
+    bits = bf16_bits(np.ascontiguousarray(wide.astype(np.float32)))
+    assert lost_blocks(codes, scales, row, bits) == (1, 2)  # [0, 0] has one value that bf16 holds roughly
+
+
+LOST_IN_BF16: dict[str, tuple[str, tuple[object, ...], str]] = {
+    "dense MLP": ("model.layers.0.mlp.gate_proj.weight", ("quantize", "-r", "int4-g128-mse"), "of its 4 groups"),
+    "attention": ("model.layers.1.self_attn.qkv_proj.weight", ("quantize", "-r", "int4-g128-mse"), "of its "),
+    "relayout": ("model.layers.1.self_attn.qkv_proj.weight", ("relayout", "--qkv", "split", "--dtype", "bf16"), ""),
+    "kept experts": (f"{EXPERT}.gate_proj.weight", ("quantize", "-r", "kept"), "of its 2 groups"),
+}
+
+
+@pytest.mark.parametrize("name", list(LOST_IN_BF16))
+def test_fp8_that_is_lost_in_bf16_ends_the_run(name: str, tmp_path: Path) -> None:
+    weight, (verb, *more), numbers = LOST_IN_BF16[name]
+    source, out = Path(shutil.copytree(MICRO, tmp_path / "source")), tmp_path / "out"
+    edit(source, f"{weight}_scale_inv", lambda held: held.__setitem__((0, 0), 1e-44))
+    kept = tmp_path / "kept.yaml"
+    kept.write_text(
+        "default_stage: {default_modifiers: {QuantizationModifier: {scheme: W4A16, targets: ['re:.*experts.*']}}}\n"
+        "mimoquant: {carve_outs: {2: bf16}}"
+    )
+    more = [kept if word == "kept" else word for word in more]
+    done = call(verb, source, *more, "-o", out, *(("--device", "cpu", "-q") if verb == "quantize" else ()))
+    assert done.exit_code == 5 and not out.exists(), done.output
+    assert f"{weight}: 1 {numbers}" in done.stderr and "have no scale in bf16: 1 became zero" in done.stderr, (
+        done.stderr
+    )
+    assert "at most 0.10 % may" in done.stderr and "hint: look whether the source's weights" in done.stderr
 
 
 def test_verify_finds_counts_that_were_changed(few: Path, tmp_path: Path) -> None:
