@@ -176,7 +176,7 @@ class Measurement(TypedDict):
     target_j: float | None
     """The limit for J, nats per token; null with a budget."""
     notes: list[str]
-    """What of the recipe was left out."""
+    """What of the recipe was left out, and groups that have no scale in the format that was chosen for them."""
     j: JEstimate
     """J of all layers in the first option."""
     sum_alone: JEstimate

@@ -26,10 +26,12 @@ from mimoquant.model.decoder_layer import ExpertChunk, LayerWeights
 from mimoquant.model.layout import PROJECTIONS
 from mimoquant.planning.plan import Plan
 from mimoquant.planning.units import Experts
+from mimoquant.quant.clamped import clamped
 from mimoquant.quant.engine_torch import TorchEngine, stored_parts
 from mimoquant.quant.formats import Format
 from mimoquant.quant.stack import Engine, NonFiniteError, Stack
 from mimoquant.run.calibrated import Calibrator
+from mimoquant.run.clamped import Counts, named
 from mimoquant.weights.decoded import CheckpointWeights, decoded_chunk, is_finite
 from mimoquant.weights.stored import not_finite, read_experts
 
@@ -57,6 +59,7 @@ class LayerOptions:
         self.plan, self.reader, self.engine = plan, reader, engine
         self.source = Weights(reader, plan, torch.device(device))
         self.plain = TorchEngine(device)
+        self.clamped: dict[str, Counts] = {}  # format → its groups that have no scale (see `run.clamped`)
 
     def feed(self, first: int) -> Iterator[LayerWeights | Round]:
         """All weights from a layer on, in the order of their use: what is beside a layer's experts, then its rounds."""
@@ -91,7 +94,13 @@ class LayerOptions:
         except NonFiniteError as error:
             name = self.plan.layout.expert(step.layer, step.begin + error.expert, error.projection).name
             raise not_finite(name) from error
+        found = {p: clamped(stacks[p], parts[p], option) for p in PROJECTIONS}
+        self._count(option, named(self.plan.layout, step.layer, step.begin, found))
         return self._decoded(step, parts, option)
+
+    def _count(self, fmt: Format, counts: Counts) -> None:
+        if counts:
+            self.clamped[fmt.label] = self.clamped.get(fmt.label, {}) | counts
 
     def _decoded(self, step: Experts, parts: dict[str, dict[str, Any]], fmt: Format) -> ExpertChunk:
         stored = {p: stored_parts(parts[p], fmt, self.source.device) for p in PROJECTIONS}
@@ -144,9 +153,11 @@ class CalibratedOptions(LayerOptions):
                 self.calibrator.keep(step, stacks)
         else:
             coded[own] = self.calibrator.encode(steps, mine)
+            self._count(own, self.calibrator.facts.clamped)
         for option in self._of_any_rank(wanted):
             if option not in coded:
-                coded[option] = self.calibrator.encode_as(option, len(steps))
+                coded[option], lost = self.calibrator.encode_as(option, len(steps))
+                self._count(option, lost)
         for place, (step, stacks) in enumerate(work):
             yield {
                 option: self._chunk(step, stacks, None)

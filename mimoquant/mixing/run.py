@@ -41,8 +41,11 @@ from mimoquant.mixing.mixtures import Mixtures
 from mimoquant.mixing.needs import Forks
 from mimoquant.model.layer_stream import portions
 from mimoquant.planning.plan import Plan
+from mimoquant.quant.clamped import Clamped
 from mimoquant.quant.stack import Engine
+from mimoquant.run.clamped import Counts, as_groups, too_many
 from mimoquant.run.objective import walked_back
+from mimoquant.wording import clamped_notes
 
 Progress = Callable[[str, int, int], None]  # what is walked, layers passed (0: it begins), layers
 
@@ -106,7 +109,20 @@ def _found(
         "chosen": choice_facts(mixtures, ablation, choice, chooser.measured[choice]),
         "tried": [choice_facts(mixtures, ablation, *one) for one in chooser.measured.items()],
     }
+    facts["notes"] = [*facts["notes"], *_lost(mixtures, choice, walks.clamped)]
     return facts, recipe_text(mixtures, choice, facts)
+
+
+def _lost(mixtures: Mixtures, choice: Choice, clamped: dict[str, Counts]) -> list[str]:
+    """What is told of groups that have no scale in the format that was chosen for them."""
+    counts: Counts = {}
+    wrong: list[str] = []
+    for layer, option in mixtures.named(choice).items():
+        of_format = clamped.get(option.label, {}) if option.fmt else {}
+        here = {name: count for name, count in of_format.items() if name.startswith(f"model.layers.{layer}.")}
+        wrong += filter(None, (too_many(name, Clamped(*numbers), option.label) for name, numbers in here.items()))
+        counts |= here
+    return [*clamped_notes(as_groups(counts)), *(f"quantize will stop: {text}" for text in wrong[:1])]
 
 
 def _refuse(mixtures: Mixtures, tokens: TokenSet, calibration: TokenSet | None, budget: int | None) -> float | None:
@@ -189,6 +205,7 @@ class Walks:
         self.mine = self.every[self.team.rank :: self.team.size]
         self.references: list[Tensor] = []
         self.told: list[WalkCost] = []
+        self.clamped: dict[str, Counts] = {}  # format → groups that have no scale, as the last walk has it of a weight
 
     def ablation(self) -> tuple[Ablation, list[list[Probe]]]:
         """J of every fork, and the probes of each MoE layer."""
@@ -249,6 +266,9 @@ class Walks:
             norm, head = (source.source.tensor(key) for key in ("model.norm.weight", "lm_head.weight"))
             self.references = self.references or [finals_of(lane, 0, norm) for lane in lanes]
             mine = [mean_j(lane, reference, norm, head) for lane, reference in zip(lanes, self.references, strict=True)]
+            for of_rank in self.team.gather(source.clamped):
+                for label, counts in of_rank.items():
+                    self.clamped[label] = self.clamped.get(label, {}) | counts
             passed = sum(self.team.gather(sum(lane.passed for lane in lanes))) / self.tokens
             layers = self.geometry.layers
             self.told.append(
@@ -283,7 +303,8 @@ class Walks:
         self, source: LayerOptions, lanes: list[Lane], layers: int, states: dict[str, Tensor], facts: Any
     ) -> int:
         source.restore(states)
-        for number, (lane, (passed, probes)) in enumerate(zip(lanes, facts, strict=True)):
+        source.clamped = facts["clamped"]
+        for number, (lane, (passed, probes)) in enumerate(zip(lanes, facts["lanes"], strict=True)):
             own = {
                 key.removeprefix(f"lane {number} "): values
                 for key, values in states.items()
@@ -297,7 +318,8 @@ class Walks:
         states = source.state() | {
             f"lane {number} {key}": values for number, lane in enumerate(lanes) for key, values in lane.state().items()
         }
-        facts = [(lane.passed, [vars(probe) for probe in lane.probes]) for lane in lanes]
+        of_lanes = [(lane.passed, [vars(probe) for probe in lane.probes]) for lane in lanes]
+        facts = {"lanes": of_lanes, "clamped": source.clamped}
         if self.snapshots:
             self.snapshots.save(name, layer, states, facts)
         self.progress(name.partition("-")[0], layer + 1, self.geometry.layers)

@@ -1,18 +1,9 @@
-"""Groups whose scale a format cannot store, counted once more by `verify`, and held against the journal."""
+"""Groups whose scale a format cannot store, as `verify` counts them once more, held against the journal."""
 
 from __future__ import annotations
 
 from mimoquant.checkpoint.journal import JournalLine
 from mimoquant.run.clamped import Counts
-from mimoquant.wording import ClampedGroups
-
-
-def as_groups(counts: Counts) -> dict[str, ClampedGroups]:
-    """For the document, by name."""
-    return {
-        name: ClampedGroups(zeroed=zeroed, clamped=clamped, groups=groups)
-        for name, (zeroed, clamped, _, groups) in sorted(counts.items())
-    }
 
 
 def told_otherwise(line: JournalLine, counts: Counts) -> list[str]:

@@ -31,7 +31,7 @@ from mimoquant.checkpoint.writer import Entry
 from mimoquant.errors import CheckpointError, MimoquantError, QualityError, UsageError
 from mimoquant.model.layout import PROJECTIONS, norm_name, router_name
 from mimoquant.output.documents import VerifyDocument
-from mimoquant.output.lost_groups import as_groups, told_otherwise
+from mimoquant.output.lost_groups import told_otherwise
 from mimoquant.output.published import is_dangling_index, may_be_edited, only_template_differs
 from mimoquant.output.small_files import is_as_written, written_texts
 from mimoquant.planning.plan import Plan, make_plan
@@ -41,7 +41,7 @@ from mimoquant.planning.units import Experts, Unit
 from mimoquant.quant.clamped import clamped
 from mimoquant.quant.engine_cpu import CpuEngine
 from mimoquant.quant.stack import Audit
-from mimoquant.run.clamped import Counts, named
+from mimoquant.run.clamped import Counts, as_groups, named
 from mimoquant.run.steps import Workshop, kind_of
 from mimoquant.weights.stored import read_experts, read_parts
 

@@ -45,6 +45,7 @@ from mimoquant.quant.method import WALKED_MOST, Method
 from mimoquant.quant.reconstruct import reconstruct
 from mimoquant.quant.stack import Stack
 from mimoquant.run.chunk_facts import Rounded, chunk_facts, clamped_facts
+from mimoquant.run.clamped import Counts
 from mimoquant.run.objective import OutputMetrics, felt_of_gate_up
 from mimoquant.run.portions import Portions, Seen
 from mimoquant.weights.decoded import CheckpointWeights, decoded_chunk
@@ -166,15 +167,20 @@ class Calibrator:
         return out
 
     @torch.no_grad()
-    def encode_as(self, fmt: Format, chunks: int) -> list[Parts]:
-        """Codes of the chunks that `encode` has just passed, in another format; by the same statistics, shrinkage."""
+    def encode_as(self, fmt: Format, chunks: int) -> tuple[list[Parts], Counts]:
+        """Codes of the chunks that `encode` has just passed, in another format, by the same statistics and shrinkage;
+        and their groups that have no scale in it."""
         assert self._round is not None
         original, inputs = self._round
-        own = None if original is None or inputs is None else self._choose(original, inputs, fmt).parts
+        own = None if original is None or inputs is None else self._choose(original, inputs, fmt)
+        lost: Counts = {}
+        for counted in self.team.gather(own and own.facts["clamped"]):
+            lost |= counted or {}
+        parts = own.parts if own else None
         return [
-            _arrays(self.team.share(own if place == self.team.rank else None, place, str(self.device)))
+            _arrays(self.team.share(parts if place == self.team.rank else None, place, str(self.device)))
             for place in range(chunks)
-        ]
+        ], lost
 
     def _own_chunk(
         self, steps: Sequence[Experts], stacks: dict[str, Stack] | None

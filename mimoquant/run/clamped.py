@@ -13,7 +13,7 @@ from mimoquant.errors import QualityError
 from mimoquant.model.layout import ModelLayout
 from mimoquant.planning.units import Experts
 from mimoquant.quant.clamped import Clamped
-from mimoquant.wording import percent
+from mimoquant.wording import ClampedGroups, percent
 
 _LOOK = "look whether the source's weights are what they should be"
 LIMIT = 1e-3  # of a matrix's groups
@@ -26,6 +26,14 @@ def named(layout: ModelLayout, layer: int, begin: int, found: Mapping[str, Mappi
         layout.expert(layer, begin + expert, projection).name: list(counted)
         for projection, experts in found.items()
         for expert, counted in experts.items()
+    }
+
+
+def as_groups(counts: Counts) -> dict[str, ClampedGroups]:
+    """For documents and sentences, by name."""
+    return {
+        name: ClampedGroups(zeroed=zeroed, clamped=clamped, groups=groups)
+        for name, (zeroed, clamped, _, groups) in sorted(counts.items())
     }
 
 

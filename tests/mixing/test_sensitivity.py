@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from clamped_weights import GRAM, scaled, with_one_small_group
 from micro import MICRO, contents, held_out, j_of
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -525,6 +526,24 @@ def test_findings_of_another_run_are_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "mixed.findings.json").write_text("{}")
     done = call(*asked(tmp_path))
     assert done.exit_code == 2 and "mixed.findings.json: exists already" in done.stderr, done.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["nvfp4-mse", "gram"])
+def test_groups_without_a_scale_are_told(recipe: str, tmp_path: Path) -> None:
+    """As `quantize` counts them; and that it would stop, where it would."""
+    gram, few = tmp_path / "gram.yaml", ("--sequences", 8, "--tokens", 32, "--json")
+    gram.write_text(GRAM.replace("gram}", "gram, calibration: {sequences: 8, tokens: 64}}"))
+    source, named = with_one_small_group(tmp_path / "few"), gram if recipe == "gram" else recipe
+    done = call(source, "-r", named, "-o", tmp_path / "r.yaml", *few)
+    assert done.exit_code == 0, done.output
+    (note,) = (note for note in json.loads(done.stdout)["notes"] if "no scale" in note)
+    assert note.startswith("in 1 weight the format has no scale for 1 group of nonzero values: 1 became zero")
+    if recipe != "gram":
+        many = call(scaled(tmp_path / "many", 1e-36), "-r", recipe, "-o", tmp_path / "s.yaml", *few)
+        assert many.exit_code == 0, many.output
+        notes = json.loads(many.stdout)["notes"]
+        assert any(note.startswith("quantize will stop: ") and "2048 of its 2048 groups" in note for note in notes)
 
 
 def test_mistakes_end_in_one_sentence(tmp_path: Path) -> None:
