@@ -195,6 +195,13 @@ def test_the_config_names_what_is_fp8_and_in_4_bits(sources: dict[str, Path], de
     assert beside["quantized_layers"] == layers
 
 
+def test_input_scales_do_not_go_along(dense: Path) -> None:
+    for scales, becomes in (("none", "left out"), ("unit", "replaced")):
+        recipe = load_recipe("nvfp4-cast").stored_as({"input_scales": scales})
+        told = make_plan(dense, recipe, container="compressed-tensors").notes
+        assert any(f"are {becomes}: a cast keeps weights" in note for note in told)
+
+
 def test_its_values_are_the_sources_to_the_bit(sources: dict[str, Path], dense: Path) -> None:
     report = verify(dense, sources["v2.6"])
     assert report.ok and report.checked["quantized tensors"] == 96, report.problems

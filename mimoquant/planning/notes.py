@@ -11,7 +11,7 @@ from mimoquant.model.releases import base_model_note
 from mimoquant.planning.recipe import Recipe
 from mimoquant.planning.stored import config_notes
 from mimoquant.planning.units import is_wide
-from mimoquant.weights.container import MODELOPT, NATIVE, NONE, UNIT, keeps_fp8
+from mimoquant.weights.container import INPUT_SCALE_SUFFIXES, MODELOPT, NATIVE, NONE, UNIT, keeps_fp8
 from mimoquant.wording import duration, ranges, size
 
 if TYPE_CHECKING:
@@ -104,6 +104,9 @@ def _dense_notes(layout: ModelLayout, recipe: Recipe, container: str) -> list[st
             f"input scales are {scales}, so NVFP4 experts are declared with activations in 4 bits: kernels on "
             "Blackwell round them by these, which J of weights does not know of; others compute weights-only"
         )
+    if any(info.name.endswith(INPUT_SCALE_SUFFIXES) for weight in layout.experts.values() for info in weight.packed):
+        becomes = "left out" if recipe.output.input_scales == NONE else "replaced"
+        notes.append(f"the source's own input scales, of its experts' activations, are {becomes}: a cast keeps weights")
     if not keeps and geometry.fused_qkv:
         notes.append(
             f"fused qkv ({geometry.qkv_chunks} interleaved ranks) is written as bf16 q_proj, k_proj, v_proj with "

@@ -26,6 +26,7 @@ from mimoquant.quant.formats import Format
 from mimoquant.weights.container import (
     CALIBRATED,
     COMPRESSED_TENSORS,
+    INPUT_SCALE_SUFFIXES,
     MODELOPT,
     NATIVE,
     NONE,
@@ -379,7 +380,7 @@ def _refuse_unchanged(
         {stored_kind(layout.expert(n, 0, PROJECTIONS[0])) for n in formats},
         {f.name for f in formats.values()},
     )
-    scaled = any(info.name.endswith((".input_scale", ".input_global_scale")) for info in first.packed)
+    scaled = any(info.name.endswith(INPUT_SCALE_SUFFIXES) for info in first.packed)
     if chosen != here or stored != wanted or "bf16" in carve_outs.values():
         return
     if scaled != (recipe.output.input_scales != NONE):

@@ -126,6 +126,15 @@ def test_codes_for_the_loss_are_those_of_one_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_input_scales_are_those_of_one_process(tmp_path: Path) -> None:
+    for ranks, out in ((1, "one"), (2, "two")):
+        done = quantize(ranks, "gptq-nvfp4-w4a4", tmp_path / out, *SMALL, "--objective", "output")
+        assert done.returncode == 0, done.stderr
+    assert same(tmp_path / "one", tmp_path / "two")
+    assert b"input_global_scale" in (tmp_path / "one" / "model.safetensors.index.json").read_bytes()
+
+
+@pytest.mark.slow
 def test_a_rank_killed_on_the_walk_back_is_gone_on_from(tmp_path: Path) -> None:
     wanted = ("gptq-int4-g128", tmp_path / "out", *SMALL)
     killed = quantize(2, *wanted, "--kill-at", "4")

@@ -117,3 +117,17 @@ def test_what_cannot_be_mixed_is_refused() -> None:
         Mixtures(held.planned([0, 1, 0, 0]))
     with pytest.raises(RecipeError, match="nothing to quantize"):
         held.planned([3] * 4)
+
+
+@pytest.mark.parametrize("recipe", ["nvfp4-w4a4", "gptq-nvfp4-w4a4"])
+def test_input_scales_go_with_nvfp4_wherever_it_is(recipe: str) -> None:
+    held = mixtures(recipe)
+    mxfp4 = next(k for k, option in enumerate(held.options) if option.fmt and option.fmt.name == "mxfp4")
+    for choice, layers in (([0, mxfp4, 0, mxfp4], {1, 3}), ([mxfp4] * 4, set())):
+        plan = held.planned(choice)
+        scaled = [entry.name for unit in plan.units for entry in unit.entries if ".input_global_scale" in entry.name]
+        assert {int(name.split(".")[2]) for name in scaled} == layers and len(scaled) == 24 * len(layers)
+        assert held.size(choice) == plan.shard_bytes
+        assert (plan.recipe.output.input_scales != "none") == bool(layers)
+        again = parse_recipe(yaml.safe_dump(plan.recipe.resolved(plan.container)), "again")
+        assert again.output == plan.recipe.output
