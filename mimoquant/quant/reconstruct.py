@@ -284,7 +284,8 @@ class _Walk:
 def _root(felt: Tensor) -> Tensor:
     """R of positive definite matrices RᵀR, scaled to a mean diagonal of one."""
     mean = torch.diagonal(felt, dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    return torch.linalg.cholesky(felt / mean).mT.contiguous()
+    lower: Tensor = torch.linalg.cholesky(felt / mean)
+    return lower.mT.contiguous()
 
 
 def _silu_slope(x: Tensor) -> Tensor:

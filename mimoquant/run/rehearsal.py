@@ -221,7 +221,7 @@ def _any_fisher(plan: Plan, tokens: TokenSet) -> Fisher:
     class Unit(Fisher):
         @property
         def samples(self) -> int:
-            return draws * share * length
+            return int(draws * share * length)
 
         def load(self, layer: int, device: str = "cpu") -> torch.Tensor:
             return torch.eye(width, device=device)

@@ -275,7 +275,7 @@ def test_what_fits_is_named_where_a_disk_or_a_machine_is_small() -> None:
 
     def refused(sequences: int, has: Machine, **settings: object) -> str | None:
         error = refusal(plan_of(load_recipe("gptq-int4-g128"), sequences=sequences, **settings), "cpu", has)
-        return error and error.hint
+        return error.hint if error else None
 
     small = Machine(needs(plan_of(load_recipe("gptq-int4-g128"), sequences=64), "cpu").host_bytes, 0)
     hint = refused(2**20, small)
