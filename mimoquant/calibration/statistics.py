@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mimoquant.errors import CheckpointError
 from mimoquant.model.decoder_layer import Dispatch, ExpertChunk, Routing, float32_parts, product
 
 Rows = Callable[[Tensor, list[int]], Tensor]  # tokens [m, c, H] of the experts named → what a projection sees [m, c, K]
@@ -204,3 +205,13 @@ def _slopes(rows: Tensor, gate: Tensor, up: Tensor) -> Tensor:
 def forced_grams(sample: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     """Mean Gram matrices [E, I, I] of each expert's intermediate on the same tokens `sample` [n, H]."""
     return torch.stack([gram(intermediate(sample, g, u)) for g, u in zip(gate, up, strict=True)]) / len(sample)
+
+
+def finite(sums: Tensor, layer: int) -> Tensor:
+    """The sums themselves. Raises CheckpointError where they are not finite."""
+    if not bool(torch.isfinite(sums).all()):
+        raise CheckpointError(
+            f"layer {layer}: the calibration tokens' statistics are not finite",
+            hint="the hidden states overflow: is this data for this model?",
+        )
+    return sums

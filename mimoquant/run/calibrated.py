@@ -30,7 +30,7 @@ from mimoquant.calibration import statistics
 from mimoquant.calibration.layer_facts import LayerFacts, LayerRecord, starved
 from mimoquant.calibration.tokens import TokenSet
 from mimoquant.checkpoint.reader import CheckpointReader
-from mimoquant.errors import CheckpointError, QualityError
+from mimoquant.errors import QualityError
 from mimoquant.fisher.matrices import Fisher
 from mimoquant.machine.team import Team
 from mimoquant.model.decoder_layer import DenseWeights, ExpertChunk, LayerWeights, Router
@@ -117,7 +117,7 @@ class Calibrator:
         if layer in self.plan.formats and self.plan.recipe.folds_norm(layer):
             self._apply_norm_fold(weights, self._agreed_fold(layer, written))
         if self.plan.calibrates_inputs(layer):
-            self.facts.input_amax = _finite(statistics.input_peaks(self._all_seen()), layer).tolist()
+            self.facts.input_amax = statistics.finite(statistics.input_peaks(self._all_seen()), layer).tolist()
         self._refuse_starved(layer)
 
     def _all_seen(self) -> Seen:
@@ -197,7 +197,7 @@ class Calibrator:
         assert self.shrinkage is not None
         n0, count = self.shrinkage * len(self.pooled), self.facts.tokens[begin:end]
         chunk, folded = self._folded_down(original, fmt, count) if self.plan.recipe.folds_down else (original, 0)
-        gram = _finite(statistics.shrink(inputs, count, self.pooled, n0), self.facts.layer)
+        gram = statistics.finite(statistics.shrink(inputs, count, self.pooled, n0), self.facts.layer)
         felt = self.metrics.experts(chunk, self._seen()) if self.metrics else None
         rows, metric = _gate_and_up(chunk), self._felt_of_gate_and_up(felt, chunk, count)
         both = _encode(rows, gram, fmt, self.method, metric)
@@ -213,7 +213,7 @@ class Calibrator:
         facts |= {"shrunk": statistics.shares(count, n0), "folded_channels": folded}
         if self.plan.calibrates_inputs(self.facts.layer):
             peaks = statistics.inner_peaks(self._all_seen(), chosen.chunk)
-            facts["down_input_amax"] = _finite(peaks, self.facts.layer).tolist()
+            facts["down_input_amax"] = statistics.finite(peaks, self.facts.layer).tolist()
         facts["clamped"] = clamped_facts(chunk, _by_projection(chosen.parts), fmt, self.plan.layout, self.facts.layer)
         return replace(chosen, facts=chosen.facts | facts)
 
@@ -285,7 +285,7 @@ class Calibrator:
         sums = statistics.expert_grams(self._seen(), chunk.begin, end, width, rows_of)
         forced = statistics.forced_grams(self.sample, chunk.gate, chunk.up)
         assert self.shrinkage is not None
-        return _finite(statistics.shrink(sums, count, forced, self.shrinkage * width), self.facts.layer)
+        return statistics.finite(statistics.shrink(sums, count, forced, self.shrinkage * width), self.facts.layer)
 
     def _felt_of_gate_and_up(self, felt: Tensor | None, chunk: ExpertChunk, count: list[int]) -> Tensor | None:
         if felt is None:
@@ -293,7 +293,7 @@ class Calibrator:
             return None
         assert self.shrinkage is not None
         n0 = self.shrinkage * chunk.gate.shape[1]
-        return _finite(felt_of_gate_up(felt, chunk, self._seen(), count, self.sample, n0), self.facts.layer)
+        return statistics.finite(felt_of_gate_up(felt, chunk, self._seen(), count, self.sample, n0), self.facts.layer)
 
     def _agree_on_shrinkage(self, chunk: ExpertChunk | None, inputs: Tensor | None, fmt: Format) -> None:
         """The rank that has the layer's first chunk chooses for all."""
@@ -343,7 +343,7 @@ class Calibrator:
         weights = [torch.cat([self.weights.expert(layer, e, p) for p in ("gate", "up")]) for e in sample]
         grams = torch.cat([self._input_grams(e, e + 1) for e in sample])
         count = [self.facts.tokens[e] for e in sample]
-        gram = _finite(statistics.shrink(grams, count, self.pooled, float(len(self.pooled))), layer)
+        gram = statistics.finite(statistics.shrink(grams, count, self.pooled, float(len(self.pooled))), layer)
         recipe = self.plan.recipe
         fold = best_fold(
             torch.stack(weights),
@@ -430,15 +430,6 @@ def _gate_and_up(chunk: ExpertChunk) -> Tensor:
 
 def _encode(weight: Tensor, gram: Tensor, fmt: Format, method: Method, metric: Tensor | None = None) -> Encoded:
     return encode_with(weight, gram, fmt, method, nvfp4_global_scale(amax(weight), method.search, fmt), metric)
-
-
-def _finite(gram: Tensor, layer: int) -> Tensor:
-    if not bool(torch.isfinite(gram).all()):
-        raise CheckpointError(
-            f"layer {layer}: the calibration tokens' statistics are not finite",
-            hint="the hidden states overflow: is this data for this model?",
-        )
-    return gram
 
 
 def _named(both: dict[str, Tensor], down: dict[str, Tensor]) -> dict[str, Tensor]:
