@@ -222,7 +222,7 @@ def _write_units(
         shards = _Shards(run, behind, queue // 2 + 1 if lanes == 1 else 0, progress, timeline, opened)
         shop = Workshop(plan, reader, engine, team.rank)
         ahead = read_ahead(timeline.waited("read", load(shop, tasks)))
-        with contextlib.closing(ahead), reader.given_up_on_error():
+        with contextlib.closing(ahead):
             for loaded in timeline.waited(WAIT_READ, ahead):
                 if loaded.task is not shards.task:
                     shards.begin(loaded.task)

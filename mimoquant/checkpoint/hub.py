@@ -54,9 +54,6 @@ class HubSource:
     def read(self, wanted: Sequence[Wanted]) -> None:
         self._ranges.read(wanted)
 
-    def abort(self) -> None:
-        self._ranges.abort()
-
     def close(self) -> None:
         self._ranges.abort()
         if self._downloads:
@@ -212,7 +209,7 @@ def _pinned(repository: Repository) -> tuple[Repository, dict[str, RemoteFile]]:
         return response.content
 
     try:
-        raw = retried(ask, str(repository), threading.Event())
+        raw = retried(ask, str(repository))
     except NETWORK_ERRORS as error:
         raise refused(repository, error) from error
     try:

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from mimoquant.checkpoint.writer import fsync_folder, make_folder_durably, stopping, write_file_durably
-from mimoquant.errors import UsageError
+from mimoquant.errors import StoppedError, UsageError
+from mimoquant.machine.overlap import is_given_up
 from mimoquant.machine.team import refuse_ranks
 
 _MARK = ".mimoquant-source"  # which revision an unfinished folder is of
@@ -39,7 +40,9 @@ class Downloads:
                 self._left.remove(file)
                 self._left.insert(0, file)
             while file in self._left and self._error is None and not self._stopped:
-                self._changed.wait()
+                self._changed.wait(0.1)
+                if is_given_up():
+                    raise StoppedError(f"{file}: its download was given up", hint="go on with --resume")
             if self._error is not None:
                 raise self._error
 

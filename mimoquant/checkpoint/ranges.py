@@ -14,8 +14,9 @@ from __future__ import annotations
 import contextlib
 import re
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -26,12 +27,14 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from mimoquant.checkpoint.remote import RemoteFile, Wanted
 from mimoquant.checkpoint.repository import NETWORK_ERRORS, RESUME, Repository, refused
 from mimoquant.errors import CheckpointError, StoppedError
+from mimoquant.machine.overlap import is_given_up
 
 T = TypeVar("T")
 CONNECTIONS = 8
 ATTEMPTS = 6  # in a row, without a byte between them
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0
 LONGEST_RETRY_AFTER_S = 600.0
+_POLL_S = 0.1  # between looks at whether somebody still waits
 SMALLEST_PART, LARGEST_PART = 2**20, 2**24
 _AGAIN = (408, 425, 429, *range(500, 600))
 _OUTDATED = (401, 403, 404, 410)  # what an address says that was signed for some minutes
@@ -94,19 +97,27 @@ class Ranges:
         self._pool.shutdown(cancel_futures=True)
 
     def read(self, wanted: Sequence[Wanted]) -> None:
-        """Fill all that is wanted. Raises StoppedError: it could not be read; CheckpointError: it is another file."""
-        parts = list(_parts(wanted))
+        """Fill all that is wanted. Raises StoppedError: it could not be read, or was given up; CheckpointError: it is
+        another file."""
+        parts, left = list(_parts(wanted)), threading.Event()
         if len(parts) == 1:
-            self._read(parts[0])
+            self._read(parts[0], left)
             return
-        self.map(self._read, parts)
+        try:
+            self.map(lambda part: self._read(part, left), parts)
+        finally:
+            left.set()
 
     def map(self, function: Callable[[T], object], things: Iterable[T]) -> None:
         """Call it with each, several at once; what it calls must not come here again."""
         working = [self._pool.submit(function, thing) for thing in things]
         try:
+            while wait(working, _POLL_S, FIRST_EXCEPTION).not_done and not any(_failed(one) for one in working):
+                if is_given_up():
+                    raise _given_up(str(self._repository))
             for future in working:
-                future.result()
+                if future.done():
+                    future.result()
         finally:
             for future in working:
                 future.cancel()
@@ -129,27 +140,32 @@ class Ranges:
                 )
             return bytes(found)
 
-        return self._retried(file, ask)
+        return self._retried(file, ask, self._stop.is_set)
 
-    def _retried(self, file: str, ask: Callable[[], T], done: Callable[[], int] = lambda: 0) -> T:
-        try:
-            return retried(ask, f"{self._repository}/{file}", self._stop, done)
-        except NETWORK_ERRORS as error:
-            raise self._refusal(file, error) from error
+    def _read(self, part: _Part, left: threading.Event) -> None:
+        """All of a range, in as many requests as connections that break make of it. `left`: nobody waits any more."""
 
-    def _read(self, part: _Part) -> None:
-        """All of a range, in as many requests as connections that break make of it."""
+        def is_left() -> bool:
+            return self._stop.is_set() or left.is_set()
 
         def ask() -> None:
             with self._answer(part.file, part) as response:
                 for chunk in response.iter_raw():
-                    if self._stop.is_set():
+                    if is_left() or is_given_up():
                         raise _given_up(f"{self._repository}/{part.file}")
                     part.put(chunk)
             if part.begin < part.end:
                 raise _Again(f"{part.end - part.begin} bytes too few came")
 
-        self._retried(part.file, ask, lambda: part.begin)
+        self._retried(part.file, ask, is_left, lambda: part.begin)
+
+    def _retried(
+        self, file: str, ask: Callable[[], T], is_left: Callable[[], bool], done: Callable[[], int] = lambda: 0
+    ) -> T:
+        try:
+            return retried(ask, f"{self._repository}/{file}", is_left, done)
+        except NETWORK_ERRORS as error:
+            raise self._refusal(file, error) from error
 
     @contextlib.contextmanager
     def _answer(self, file: str, part: _Part | None) -> Iterator[httpx.Response]:
@@ -228,10 +244,16 @@ class Ranges:
         return refused(self._repository, error)
 
 
-def retried(ask: Callable[[], T], where: str, stop: threading.Event, done: Callable[[], int] = lambda: 0) -> T:
-    """What `ask` gives, at last. `done`: grows while it gets on, which begins the count of attempts anew.
+def retried(
+    ask: Callable[[], T],
+    where: str,
+    is_left: Callable[[], bool] = lambda: False,
+    done: Callable[[], int] = lambda: 0,
+) -> T:
+    """What `ask` gives, at last. `is_left`: whether nobody waits for it any more. `done`: grows while it gets on, which
+    begins the count of attempts anew.
 
-    Raises StoppedError: it is set to stop, or too many attempts were in vain. What else `ask` raises.
+    Raises StoppedError: nobody waits, or too many attempts were in vain. What else `ask` raises.
     """
     failures, before = 0, done()
     while True:
@@ -249,8 +271,15 @@ def retried(ask: Callable[[], T], where: str, stop: threading.Event, done: Calla
             wait_s = min(FIRST_WAIT_S * 2 ** (failures - 1), LONGEST_WAIT_S)
             if isinstance(error, _Again) and error.wait_s is not None:
                 wait_s = min(error.wait_s, LONGEST_RETRY_AFTER_S)
-        if stop.wait(wait_s):
-            raise _given_up(where)
+        until = time.monotonic() + wait_s
+        while (left_s := until - time.monotonic()) > 0:
+            if is_left() or is_given_up():
+                raise _given_up(where)
+            time.sleep(min(left_s, _POLL_S))
+
+
+def _failed(future: Future[object]) -> bool:
+    return future.done() and not future.cancelled() and future.exception() is not None
 
 
 def _given_up(where: str) -> StoppedError:

@@ -7,11 +7,10 @@ this machine (`remote`) the same memory is filled by ranges, what lies side by s
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 
@@ -43,19 +42,7 @@ class CheckpointReader:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if error is not None and self._remote:
-            self._remote.store.abort()
         self.close()
-
-    @contextlib.contextmanager
-    def given_up_on_error(self) -> Iterator[None]:
-        """What other threads read from afar ends soon where the block fails: nobody will want it."""
-        try:
-            yield
-        except BaseException:
-            if self._remote:
-                self._remote.store.abort()
-            raise
 
     def close(self) -> None:
         self._pool.shutdown()

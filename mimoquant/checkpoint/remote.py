@@ -60,10 +60,6 @@ class Store(Protocol):
         """Bring a whole file into the folder. Raises StoppedError, CheckpointError."""
         ...
 
-    def abort(self) -> None:
-        """End what other threads read, soon; they raise StoppedError."""
-        ...
-
 
 _OPEN: dict[Path, Store] = {}
 

@@ -17,6 +17,15 @@ T = TypeVar("T")
 _END = object()
 
 
+_reading = threading.local()
+
+
+def is_given_up() -> bool:
+    """Whether this thread reads ahead for somebody who has left: what it waits for is no longer wanted."""
+    stop: threading.Event | None = getattr(_reading, "stop", None)
+    return stop is not None and stop.is_set()
+
+
 def read_ahead(items: Iterable[T], depth: int = 2) -> Generator[T, None, None]:
     """Yield `items`, produced by a thread up to `depth` ahead. Closing the generator stops the thread."""
     ready: queue.Queue[Any] = queue.Queue(depth)
@@ -32,6 +41,7 @@ def read_ahead(items: Iterable[T], depth: int = 2) -> Generator[T, None, None]:
         return False
 
     def produce() -> None:
+        _reading.stop = stop
         try:
             if all(put((item, None)) for item in items):
                 put((_END, None))
