@@ -10,6 +10,8 @@ How it works, in two steps:
     scripts/make/train_micro.py --prepare data.npz --text DIR   (CPU) trains a byte-level BPE, tokenizes DIR/*.jsonl.xz
     scripts/make/train_micro.py --train data.npz --out FOLDER   (one GPU) trains, writes, reloads, checks and reports
 
+--size takes one of three larger models (about 10, 30 and 120 million parameters; 16, 32 and 64 experts) in its place.
+
 The prepared file holds all that training needs, the tokenizer included.  Each text file belongs to a domain; windows
 are drawn at random offsets of a domain that is itself drawn by a fixed weight, so that small domains are repeated more
 often than large ones.  Two per cent of the documents of every file are kept back to measure the loss.
@@ -38,7 +40,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +109,35 @@ class Sizes:
         values: dict[str, Any] = {name: config[name] for name in cls.__dataclass_fields__}
         values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
         return cls(**values)
+
+
+# Of growing parameters, experts, depth and width; `scripts/bench/growth.py` asks whether what is measured on the smallest
+# holds on the others.
+SIZES = {
+    "micro": Sizes(),
+    "10m": Sizes(n_routed_experts=16),
+    "30m": Sizes(
+        hidden_size=384,
+        intermediate_size=512,
+        num_attention_heads=6,
+        swa_num_key_value_heads=6,
+        n_routed_experts=32,
+        num_experts_per_tok=4,
+        hybrid_layer_pattern=(0, 1, 1, 0, 1, 1),
+        moe_layer_freq=(0, 1, 1, 1, 1, 1),
+    ),
+    "120m": Sizes(
+        hidden_size=512,
+        intermediate_size=1024,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        swa_num_key_value_heads=8,
+        n_routed_experts=64,
+        num_experts_per_tok=6,
+        hybrid_layer_pattern=(0, 1, 1, 0, 1, 1, 0, 1, 1),
+        moe_layer_freq=(0, 1, 1, 1, 1, 1, 1, 1, 1),
+    ),
+}
 
 
 class Norm(nn.Module):
@@ -861,7 +892,7 @@ def train(args: argparse.Namespace) -> None:
     device = torch.device(args.device)
     with np.load(args.train) as archive:
         data: dict[str, Any] = {name: archive[name] for name in archive.files}
-    sizes = Sizes(vocab_size=len(data["token_bytes"]))
+    sizes = replace(SIZES[args.size], vocab_size=len(data["token_bytes"]))
     if args.length % sizes.sliding_window:
         raise SystemExit(f"--length must be a multiple of {sizes.sliding_window}")
     model = MicroModel(sizes)
@@ -899,6 +930,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="folder of *.jsonl.xz with a text field (for --prepare)")
     parser.add_argument("--vocab-size", type=int, default=1024)
     parser.add_argument("--sample-bytes", type=int, default=10_000_000, help="text that the BPE is trained on")
+    parser.add_argument("--size", choices=list(SIZES), default="micro", help="of the model (for --train)")
     parser.add_argument("--out", type=Path, help="checkpoint folder to write (for --train)")
     parser.add_argument("--report", type=Path, help="also write what was printed to this file")
     parser.add_argument("--device", default="cuda")
