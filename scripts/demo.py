@@ -48,7 +48,7 @@ def row(source: str, recipe: str, out: Path, *, show: bool) -> dict[str, Any]:
         run("quantize", source, "--recipe", recipe, "--out", str(out), show=False)
     verified = json.loads(run("verify", str(out), "--source", source, "--json", show=False))
     report = json.loads((out / "report.json").read_text())
-    return report | verified | {"recipe": recipe, "seconds": time.perf_counter() - begin}
+    return {**report, **verified, "recipe": recipe, "seconds": time.perf_counter() - begin}
 
 
 def main() -> None:

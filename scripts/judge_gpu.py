@@ -294,7 +294,7 @@ def environment(options: argparse.Namespace) -> dict[str, str]:
 
 def asked_of(options: argparse.Namespace, checkpoint: Path, ids: list[list[int]], **job: Any) -> Path:
     """Ask, in a process of the engine's own; the folder of its answer. RuntimeError: it did not answer."""
-    out = options.work / slug(options.row) / "answer"
+    out: Path = options.work / slug(options.row) / "answer"
     out.mkdir(parents=True)
     by_engine = {
         "vllm": {
@@ -430,7 +430,7 @@ def judged_server(options: argparse.Namespace, row: Row, checkpoint: Path) -> di
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    out = options.work / slug(options.row) / "answer"
+    out: Path = options.work / slug(options.row) / "answer"
     out.mkdir(parents=True)
     with (out / "log").open("w") as log:
         server = subprocess.Popen(

@@ -139,13 +139,15 @@ def values(entry: Entry, begin: int) -> npt.NDArray[np.uint8]:
     start = begin % max(1, len(BLOCK) - count)
     noise = np.resize(BLOCK, count) if count > len(BLOCK) else BLOCK[start : start + count]
     if entry.dtype == "BF16":
-        return ((noise.astype(np.uint16) & 0x80FF) | 0x3C00).view(np.uint8)
+        halves = noise.astype(np.uint16) & np.uint16(0x80FF) | np.uint16(0x3C00)
+        return halves.view(np.uint8)
     if entry.dtype == "F32":
         return (1e-4 * (1 + noise.astype(np.float32))).view(np.uint8)
     if entry.dtype == "F8_E4M3":
         return (noise & np.uint8(0x97)) | np.uint8(0x60)
     if entry.name.endswith("_scale"):  # the largest are few, as in weights
-        return np.uint8(121) - np.minimum(noise % 7 + 1, noise >> 1)
+        steps: npt.NDArray[np.uint8] = np.minimum(noise % np.uint8(7) + np.uint8(1), noise >> np.uint8(1))
+        return np.uint8(121) - steps
     return noise
 
 

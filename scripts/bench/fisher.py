@@ -18,6 +18,7 @@ import argparse
 import resource
 import time
 from pathlib import Path
+from unittest import mock
 
 import gpu
 import numpy as np
@@ -83,11 +84,10 @@ def compare(weights: CheckpointWeights, tokens: TokenSet, draws: int, work: Path
         held.append(drawn(shares, uniform))
         return held[-1]
 
-    labels.drawn = keep
-    exact = walk_back(weights, tokens, FisherSettings(draws, exact=True), work / "exact")
-    labels.drawn = lambda shares, uniform: held.pop(0)
-    rough = walk_back(weights, tokens, FisherSettings(draws), work / "rough")
-    labels.drawn = drawn
+    with mock.patch.object(labels, "drawn", keep):
+        exact = walk_back(weights, tokens, FisherSettings(draws, exact=True), work / "exact")
+    with mock.patch.object(labels, "drawn", lambda shares, uniform: held.pop(0)):
+        rough = walk_back(weights, tokens, FisherSettings(draws), work / "rough")
     other = walk_back(weights, tokens, FisherSettings(draws, seed=1, exact=True), work / "other")
     for layer in exact.layers:
         true, moved, redrawn = (one.load(layer) for one in (exact, rough, other))

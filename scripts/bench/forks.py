@@ -60,7 +60,8 @@ def measure(options: argparse.Namespace, work: Path, team: Team) -> None:
     data, shape = [str(work / "ids.npy")], {"sequences": options.sequences, "tokens": options.tokens}
     tokens = load_tokens(data, source, **shape, vocab=4096)
     budget = mixtures.size([len(mixtures.options) - 2] + [0] * (options.layers - 1))  # one layer FP8
-    forks, told = forks_of(mixtures, tokens, team), {}
+    forks = forks_of(mixtures, tokens, team)
+    told: dict[str, list[float]] = {}
 
     def progress(what: str, done: int, layers: int) -> None:
         told.setdefault(what, []).append(time.perf_counter())

@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import datafree
 import numpy as np
@@ -32,8 +33,9 @@ from mimoquant import pipeline
 from mimoquant.machine.devices import resolve_device
 from mimoquant.machine.team import Team
 from mimoquant.machine.timeline import Timeline
-from mimoquant.planning.plan import CUDA_CHUNK_BYTES, Plan, Unit, make_plan
+from mimoquant.planning.plan import CUDA_CHUNK_BYTES, Plan, make_plan
 from mimoquant.planning.recipe import Recipe, load_recipe, parse_recipe
+from mimoquant.planning.units import Unit
 from mimoquant.synthetic import weights
 
 synth = importlib.import_module("mimoquant.synthetic.checkpoint")  # the module: `mimoquant.synth` is the verb
@@ -114,9 +116,9 @@ def make_source(folder: Path, model: str, layers: int, experts: int) -> Path:
             encoded[place] = plain(weight)
         return encoded[place]
 
-    synth.RandomWeights, synth.encode_fp8 = FewExperts, encode_once  # type: ignore[misc,assignment]
     begin = time.perf_counter()
-    report = synth.synth(folder, "pro", sizes=sizes)
+    with mock.patch.multiple(synth, RandomWeights=FewExperts, encode_fp8=encode_once):
+        report = synth.synth(folder, "pro", sizes=sizes)
     print(f"{model}: {report.size_bytes / 1e9:.1f} GB of source in {time.perf_counter() - begin:.0f} s", flush=True)
     return folder
 

@@ -16,6 +16,7 @@ Prints a Markdown table of what there is so far; paste it into scripts/RESULTS.m
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -61,10 +62,12 @@ def windows(data: Path, stream: str, count: int, length: int) -> npt.NDArray[np.
     with np.load(data) as archive:
         ids, bounds, shares = archive[stream], archive[f"{stream}_bounds"], archive["shares"]
     rng = np.random.default_rng(0)
-    rooms = [(end - begin) // length for begin, end in zip(bounds[:-1], bounds[1:], strict=True)]
+    rooms = [(end - begin) // length for begin, end in itertools.pairwise(bounds)]
     wanted = np.minimum(rooms, np.ceil(count * shares).astype(int))
     if wanted.sum() < count:
-        raise SystemExit(f"{data}: {stream} has {wanted.sum()} windows of {length} tokens by domain, {count} are wanted")
+        raise SystemExit(
+            f"{data}: {stream} has {wanted.sum()} windows of {length} tokens by domain, {count} are wanted"
+        )
     starts = [
         bounds[domain] + length * place
         for domain, few in enumerate(wanted)

@@ -45,7 +45,7 @@ def serve(folder: Path, delay_s: float) -> None:
 def plain(work: Path) -> tuple[float, int]:
     """Seconds and bytes of a download of all files."""
     from huggingface_hub import hf_hub_download, model_info
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()
     begin = time.perf_counter()

@@ -302,7 +302,9 @@ def quantize(options: argparse.Namespace, name: str, recipe: str, out: Path) -> 
 def score(options: argparse.Namespace, candidates: list[Path], work: Path) -> list[Floats]:
     """Mean J of each sequence, for each candidate, over all positions of the evaluation ids."""
     from mimoquant.calibration.tokens import load_tokens
-    from mimoquant.evaluation.eval_kl import compare, open_layout, refuse_shared_data
+    from mimoquant.evaluation.eval_kl import compare, open_layout
+    from mimoquant.evaluation.held_out import refuse_shared_data
+    from mimoquant.machine.team import Team
 
     ids = np.load(options.eval)
     longer = np.concatenate([ids, ids[:, :1]], axis=1)  # the id that is appended is never predicted from
@@ -314,9 +316,9 @@ def score(options: argparse.Namespace, candidates: list[Path], work: Path) -> li
     for candidate in candidates:
         refuse_shared_data(candidate, tokens)
     layouts = [open_layout(candidate) for candidate in candidates]
-    comparisons, _ = compare(reference, layouts, tokens, device=options.device, noise_floor=False)
+    walked = compare(reference, layouts, tokens, noise_floor=False, team=Team(options.device))
     means = []
-    for comparison in comparisons:
+    for comparison in walked.comparisons:
         assert comparison.scores is not None and comparison.scores.finite.all()
         means.append(comparison.scores.j.reshape(ids.shape).mean(1))
     return means

@@ -23,8 +23,9 @@ import numpy as np
 from mimoquant import pipeline
 from mimoquant.checkpoint.journal import file_sha256
 from mimoquant.machine.team import Team
-from mimoquant.planning.plan import CHUNK_BYTES, CUDA_CHUNK_BYTES, Plan, Unit, make_plan
+from mimoquant.planning.plan import CHUNK_BYTES, CUDA_CHUNK_BYTES, Plan, make_plan
 from mimoquant.planning.recipe import load_recipe
+from mimoquant.planning.units import Unit
 
 
 def folder_sha256(folder: Path) -> str:

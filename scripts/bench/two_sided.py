@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import torch
@@ -38,7 +39,7 @@ SIZES = {  # name → experts of a layer, of a chunk, rows and columns
     "Pro gate and up": (384, 22, 4096, 6144),
     "Pro down": (384, 22, 6144, 2048),
 }
-VARIANTS = [  # of `tiles_cuda`'s constants
+VARIANTS: list[dict[str, Any]] = [  # of `tiles_cuda`'s constants
     {},
     {"_SAY_EACH": False},
     {"_UNROLL": 4},

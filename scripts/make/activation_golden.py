@@ -26,7 +26,7 @@ def of_vllm(rows: Tensor) -> dict[str, Tensor]:
     from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
     from vllm.model_executor.layers.quantization.utils import mxfp8_utils, nvfp4_emulation_utils
 
-    out = {}
+    out: dict[str, Tensor] = {}
     for number, scale in enumerate(GLOBAL_SCALES):
         divisor = torch.tensor(scale, dtype=torch.float32)
         elements, scales = nvfp4_emulation_utils.ref_nvfp4_quant(rows, divisor, 16)
@@ -49,7 +49,7 @@ def of_vllm(rows: Tensor) -> dict[str, Tensor]:
 def of_modelopt(rows: Tensor) -> dict[str, Tensor]:
     from modelopt.torch.quantization.qtensor import MXFP8QTensor, NVFP4QTensor
 
-    out = {}
+    out: dict[str, Tensor] = {}
     for number, scale in enumerate(GLOBAL_SCALES):
         packed, scales, _ = NVFP4QTensor.quantize(rows.clone(), 16, weights_scaling_factor_2=torch.tensor(1.0 / scale))
         codes = packed._quantized_data

@@ -111,8 +111,8 @@ class Sizes:
         return cls(**values)
 
 
-# Of growing parameters, experts, depth and width; `scripts/bench/growth.py` asks whether what is measured on the smallest
-# holds on the others.
+# Of growing width, depth and experts; `scripts/bench/growth.py` asks whether what is measured on the smallest holds on
+# the others.
 SIZES = {
     "micro": Sizes(),
     "10m": Sizes(n_routed_experts=16),

@@ -95,13 +95,15 @@ def as_weights(tensors: dict[str, Any], drafter: Drafter) -> DrafterWeights:
     layers = []
     for number in range(drafter.layers):
         prefix = f"layers.{number}."
-        norms = [tensors[f"{prefix}{name}_layernorm.weight"] for name in ("input", "post_attention")]
-        attention = [
-            tensors[f"{prefix}self_attn.{name}.weight"]
-            for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
-        ]
+        attention = {name: tensors[f"{prefix}self_attn.{name}_proj.weight"] for name in ("q", "k", "v", "o")}
+        attention |= {name: tensors[f"{prefix}self_attn.{name}.weight"] for name in ("q_norm", "k_norm")}
         mlp = DenseWeights(*(tensors[f"{prefix}mlp.{f.name}_proj.weight"] for f in fields(DenseWeights)))
-        layers.append(DraftLayer(*norms, *attention, tensors[f"{prefix}self_attn.attention_sink_bias"], mlp))
+        sink = tensors[f"{prefix}self_attn.attention_sink_bias"]
+        norms = {
+            "input_norm": tensors[f"{prefix}input_layernorm.weight"],
+            "post_norm": tensors[f"{prefix}post_attention_layernorm.weight"],
+        }
+        layers.append(DraftLayer(**norms, **attention, sink=sink, mlp=mlp))
     return DrafterWeights(
         tensors["fc.weight"], tensors["hidden_norm.weight"], layers, tensors["norm.weight"], tensors["mask"]
     )
@@ -169,9 +171,9 @@ def train(args: argparse.Namespace, drafter: Drafter, backbone: Backbone) -> dic
         rows = torch.randint(sequences, (args.batch,), generator=generator)
         starts = torch.randint(tokens - drafter.depth, (args.starts,), generator=generator)
         p, logits = distributions(backbone, weights, drafter, rows, starts)
-        loss = loss_of(p, logits, last=done > 1 - LAST_SHARE)
+        loss: Tensor = loss_of(p, logits, last=done > 1 - LAST_SHARE)
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(tensors.values(), 1.0)
         optimizer.step()
         if step % 50 == 0 or step == args.steps - 1:

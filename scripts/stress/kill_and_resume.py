@@ -87,7 +87,7 @@ def run(kind: str, out: Path, resume: bool, rank: int, ranks: int, port: int) ->
 
 
 def held_out() -> TokenSet:
-    return load_tokens(["heldout-v1"], MICRO, **FEW_TOKENS, vocab=1024)
+    return load_tokens(["heldout-v1"], MICRO, sequences=48, tokens=64, vocab=1024)
 
 
 def forked(call: Callable[[], None]) -> int:
