@@ -95,7 +95,7 @@ def _rounding_limit(served: Served) -> str:
         )
     return (
         "- Experts' activations are declared in 4 bits, with input scales: kernels on Blackwell round them, which J of "
-        "weights does not know of; others compute weights alone."
+        "weights does not know of (`eval-kl --as-served` does); others compute weights alone."
     )
 
 

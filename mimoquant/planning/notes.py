@@ -102,7 +102,7 @@ def _dense_notes(layout: ModelLayout, recipe: Recipe, container: str) -> list[st
         scales = "1" if recipe.output.input_scales == UNIT else "by the largest inputs among the calibration tokens"
         notes.append(
             f"input scales are {scales}, so NVFP4 experts are declared with activations in 4 bits: kernels on "
-            "Blackwell round them by these, which J of weights does not know of; others compute weights-only"
+            "Blackwell round them by these, which `eval-kl --as-served vllm:b200` measures; others compute weights-only"
         )
     if any(info.name.endswith(INPUT_SCALE_SUFFIXES) for weight in layout.experts.values() for info in weight.packed):
         becomes = "left out" if recipe.output.input_scales == NONE else "replaced"

@@ -25,12 +25,16 @@ from mimoquant.errors import RecipeError
 from mimoquant.evaluation.eval_kl import open_layout
 from mimoquant.model.decoder_layer import DenseWeights, Dispatch, ExpertChunk, Routing, add_experts
 from mimoquant.model.layer_stream import Stream, add_blocks, attend_and_route, dense_layer
+from mimoquant.model.served_rounding import NONE, NVFP4, Rounding
 from mimoquant.output.verify import verify
 from mimoquant.planning.plan import Plan, make_plan
 from mimoquant.planning.recipe import load_recipe, parse_recipe
 from mimoquant.run.input_scales import recorded_amax
+from mimoquant.serving.as_served import as_served
+from mimoquant.serving.served import read_served
 from mimoquant.weights.container import CONTAINERS, input_scales_of
 from mimoquant.weights.decoded import CheckpointWeights
+from mimoquant.weights.layer_rounding import layer_roundings
 
 FEW = {"sequences": 16, "tokens": 32}
 FEW_EXPERTS = 2**18  # bytes of a chunk: two or three experts
@@ -98,6 +102,23 @@ def test_scales_are_those_of_what_each_expert_sees(w4a4: Path) -> None:
         assert float(scale[0]) == pytest.approx(float(theirs), rel=0.02), module  # bf16 may fall otherwise
     same = [module for module, amax in seen.items() if stored[module][0] == np.float32(2688) / np.float32(amax)]
     assert len(same) > 80
+
+
+def test_an_evaluation_as_served_takes_the_largest_of_a_layer(w4a4: Path) -> None:
+    layout, stored = open_layout(w4a4), scales_of(w4a4)
+    with CheckpointReader(layout.index) as reader:
+        roundings = layer_roundings(reader, layout, Rounding(experts=NVFP4))
+    for number in layout.geometry.moe_layers:
+        least = {"gate": np.inf, "up": np.inf, "down": np.inf}  # divisors
+        for module, scale in stored.items():
+            if module.startswith(f"model.layers.{number}."):
+                projection = module.rpartition(".")[2].removesuffix("_proj")
+                least[projection] = min(least[projection], scale.item())
+        assert (roundings[number].gate_up_scale, roundings[number].down_scale) == (least["gate"], least["down"])
+        assert least["gate"] == least["up"] != least["down"]
+    rounded, _ = as_served(read_served(w4a4), "vllm", "b200", cache=False)
+    plain, _ = as_served(read_served(w4a4), "vllm", "h200", cache=False)
+    assert (rounded.experts, plain.experts) == (NVFP4, NONE)
 
 
 def test_the_config_is_compressed_tensors_own_preset(w4a4: Path) -> None:
