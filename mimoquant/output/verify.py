@@ -401,8 +401,6 @@ class _Values:
             search = self.plan.recipe.scale_search
             judged = {p: self.engine.audit(stacks[p], step.fmt, search, stored[p]) for p in PROJECTIONS}
             found = {p: clamped(stacks[p], stored[p], step.fmt) for p in PROJECTIONS}
-        if self.recounts:
-            self.shop.count(named(self.plan.layout, layer, begin, found), step)
         for projection in PROJECTIONS:
             for position, audit in enumerate(judged[projection]):
                 name = self.plan.layout.expert(step.layer, step.begin + position, projection).name
@@ -414,6 +412,8 @@ class _Values:
                 self.report.problem(f"{name}: gate and up have different global scales, engines use one")
         if step.fmt.pow2_global:
             self._pow2(step, stored)
+        if self.recounts:  # last, for it may stop
+            self.shop.count(named(self.plan.layout, layer, begin, found), step)
 
     def _pow2(self, step: Experts, stored: dict[str, dict[str, Array]]) -> None:
         """Global scales that are another number than quantize writes, be it by one bit."""
