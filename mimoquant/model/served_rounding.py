@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from mimoquant.quant.activations import quantize_fp8, quantize_mxfp4, quantize_mxfp8, quantize_nvfp4, round_kv_fp8
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NONE, FP8, MXFP8, MXFP4, NVFP4 = "none", "fp8", "mxfp8", "mxfp4", "nvfp4"
 FP8_UE8M0 = "fp8-ue8m0"  # its scales are powers of two
@@ -38,6 +38,8 @@ class LayerRounding:
         """Rotated keys and values, as the cache gives them back."""
         if self.cache is None:
             return key, value
+        from mimoquant.quant.activations import round_kv_fp8  # torch: `launch` knows kinds only
+
         return round_kv_fp8(key, self.cache[0]), round_kv_fp8(value, self.cache[1])
 
 
@@ -82,8 +84,10 @@ def rounded(rows: Tensor, kind: str, scale: float = 1.0) -> Tensor:
     """Inputs [..., I] as a kernel rounds them, float32; with "none" the very same tensor."""
     if kind == NONE:
         return rows
+    from mimoquant.quant import activations
+
     if kind == NVFP4:
-        return quantize_nvfp4(rows, scale).values
+        return activations.quantize_nvfp4(rows, scale).values
     if kind in (FP8, FP8_UE8M0):
-        return quantize_fp8(rows, power_of_two=kind == FP8_UE8M0).values
-    return {MXFP8: quantize_mxfp8, MXFP4: quantize_mxfp4}[kind](rows).values
+        return activations.quantize_fp8(rows, power_of_two=kind == FP8_UE8M0).values
+    return {MXFP8: activations.quantize_mxfp8, MXFP4: activations.quantize_mxfp4}[kind](rows).values
