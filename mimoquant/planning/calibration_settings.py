@@ -23,6 +23,7 @@ MODIFIER_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 MOST_REPETITIONS, MOST_GROUPS = 5, 20  # of a pattern
 MOST_TOKENS, MOST_DRAWS = 2**31, 64  # that are walked back
+_DRAWS, _DRAWS_OF_FEW, _FEW_SAMPLES = 2, 8, 2 * 16_384
 OBJECTIVES = ("kl", "output")
 _CALIBRATION_KEYS = (
     "set",
@@ -70,10 +71,10 @@ def match_name(name: str, pattern: str) -> bool:
 @dataclass(frozen=True, slots=True)
 class FisherSample:
     """What Fisher matrices are measured on: the first sequences that make up `tokens` tokens, with `draws` labels drawn
-    at each position."""
+    at each position; None for as many as `Calibration.fisher_draws` says."""
 
     tokens: int = 131_072
-    draws: int = 2
+    draws: int | None = None
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,15 @@ class Calibration:
         assert self.fisher is not None
         return max(1, min(self.sequences, self.fisher.tokens // self.tokens))
 
+    @property
+    def fisher_draws(self) -> int:
+        """Labels at each position. The noise of a matrix falls with tokens times draws, and so does the walk's cost
+        grow: few tokens have more draws, for what two take of 16,384 tokens."""
+        assert self.fisher is not None
+        if self.fisher.draws is not None:
+            return self.fisher.draws
+        return max(_DRAWS, min(_DRAWS_OF_FEW, _FEW_SAMPLES // (self.fisher_sequences * self.tokens)))
+
     def reconstructs(self, layer: int) -> bool:
         return self.reconstruct > 0 and (not self.reconstruct_layers or layer in self.reconstruct_layers)
 
@@ -121,7 +131,7 @@ class Calibration:
             "shrinkage": "auto" if self.shrinkage is None else self.shrinkage,
             "max_starved_experts": self.max_starved_experts,
         }
-        walked = {"fisher": asdict(self.fisher)} if self.fisher else {}
+        walked = {"fisher": asdict(self.fisher) | {"draws": self.fisher_draws}} if self.fisher else {}
         return cast(CalibrationSettings, named | settings | rounds | walked)
 
 
@@ -226,7 +236,7 @@ def _fisher(held: Any, objective: str, fail: Fail) -> FisherSample | None:
     sample = FisherSample(**held)
     for name, most in (("tokens", MOST_TOKENS), ("draws", MOST_DRAWS)):
         value = getattr(sample, name)
-        if type(value) is not int or not 1 <= value <= most:
+        if name in held and (type(value) is not int or not 1 <= value <= most):
             fail(f"calibration.fisher.{name} is {value!r}, expected a number from 1 to {most}")
     return sample
 

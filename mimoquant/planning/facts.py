@@ -212,7 +212,7 @@ def _walk_back(plan: Plan, device: str, has: Machine, took: Estimate | None) -> 
         return None
     facts = WalkBackNeeds(
         tokens=calibration.fisher_sequences * calibration.tokens,
-        draws=calibration.fisher.draws,
+        draws=calibration.fisher_draws,
         states=states,
         states_bytes=wants.states_bytes,
         file_bytes=wants.file_bytes,

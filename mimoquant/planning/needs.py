@@ -84,7 +84,7 @@ def walk_back_needs(plan: Plan, device: str = "cpu", ranks: int = 1, states: Pla
     from mimoquant.fisher.needs import fisher_needs  # torch is loaded only where it is needed
     from mimoquant.fisher.walk import FisherSettings
 
-    settings = FisherSettings(calibration.fisher.draws, states=states)
+    settings = FisherSettings(calibration.fisher_draws, states=states)
     tokens = calibration.fisher_sequences * calibration.tokens
     return fisher_needs(plan.layout.geometry, tokens, settings, device, ranks)
 
@@ -107,7 +107,7 @@ def _gradient_bytes(plan: Plan) -> int:
     if calibration is None or calibration.fisher is None:
         return 0
     tokens = calibration.fisher_sequences * calibration.tokens
-    return 2 * calibration.fisher.draws * tokens * plan.layout.geometry.hidden
+    return 2 * calibration.fisher_draws * tokens * plan.layout.geometry.hidden
 
 
 def disk_bytes(plan: Plan, device: str, has: Machine, ranks: int = 1) -> int:

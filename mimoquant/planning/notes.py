@@ -54,7 +54,7 @@ def plan_notes(layout: ModelLayout, recipe: Recipe, container: str, carve_outs: 
         if calibration.fisher is not None:
             notes.append(
                 f"chooses codes for the loss: {calibration.fisher_sequences * calibration.tokens} of these tokens are "
-                f"walked forward and back first, with {calibration.fisher.draws} draws of labels"
+                f"walked forward and back first, with {calibration.fisher_draws} draws of labels"
             )
     if not recipe.casts and any(weight.packed for weight in layout.experts.values()):
         notes.append(

@@ -43,7 +43,7 @@ def walked_back(
     calibration, layers = plan.recipe.calibration, plan.layout.geometry.layers
     assert calibration is not None and calibration.fisher is not None
     places = team.gather(states_place(plan, team.device, memory.machine(team.device), team.size))
-    settings = FisherSettings(calibration.fisher.draws, states="files" if "files" in places else "host")
+    settings = FisherSettings(calibration.fisher_draws, states="files" if "files" in places else "host")
 
     first = min(plan.layout.geometry.moe_layers)
 

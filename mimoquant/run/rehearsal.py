@@ -181,7 +181,7 @@ def _walking_back_seconds(plan: Plan, attention: float, experts: float) -> float
     held = plan.recipe.calibration
     if held is None or held.fisher is None:
         return 0.0
-    layers, draws = plan.layout.geometry.layers, held.fisher.draws
+    layers, draws = plan.layout.geometry.layers, held.fisher_draws
     of_token = (2 + 2 * draws) * attention + (5 / 3 + draws) * experts
     return held.fisher_sequences * held.tokens * layers * of_token
 
@@ -216,7 +216,7 @@ def _any_fisher(plan: Plan, tokens: TokenSet) -> Fisher:
 
     held, width, (count, length) = plan.recipe.calibration, plan.layout.geometry.hidden, tokens.ids.shape
     assert held is not None and held.fisher is not None
-    draws, share = held.fisher.draws, max(1, count * held.fisher_sequences // held.sequences)
+    draws, share = held.fisher_draws, max(1, count * held.fisher_sequences // held.sequences)
 
     class Unit(Fisher):
         @property

@@ -283,3 +283,16 @@ def test_what_fits_is_named_where_a_disk_or_a_machine_is_small() -> None:
     kl, plain = (int(part.split()[1]) for part in hint.split("; "))
     assert kl < plain and refused(kl, small) is refused(plain, small, objective="output") is None
     assert refused(2 * kl, small) and refused(2 * plain, small, objective="output")
+
+
+def test_few_tokens_have_more_draws_unless_they_are_given(kl: Path) -> None:
+    """As many samples as 16,384 tokens have, at most 8 draws; what was taken is in the recipe that was written."""
+    for sequences, tokens, draws in ((512, 2048, 2), (64, 256, 2), (32, 256, 4), (32, 64, 8), (1, 64, 8)):
+        recipe = load_recipe("gptq-nvfp4").calibrated_on({"sequences": sequences, "tokens": tokens})
+        assert recipe.calibration is not None and recipe.calibration.fisher_draws == draws
+        given = replace(recipe.calibration, fisher=FisherSample(131_072, 3))
+        assert given.fisher_draws == 3
+        told = next(note for note in make_plan(MICRO, recipe).notes if "walked forward" in note)
+        assert f"with {draws} draws of labels" in told
+    written = load_recipe(str(kl / "recipe.yaml"))
+    assert written.calibration is not None and written.calibration.fisher == FisherSample(131_072, 8)
