@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mimoquant.assembly.files import check_writable
-from mimoquant.errors import UsageError
+from mimoquant.errors import UsageError, as_called
 
 if TYPE_CHECKING:
     from mimoquant.planning.plan import Plan
@@ -29,6 +29,6 @@ def check_profile(path: Path, made: Plan, out: Path) -> None:
 
 def write_page(path: Path, page: str, option: str = "--html") -> None:
     try:
-        path.write_text(page, encoding="utf-8", errors="backslashreplace")
+        path.write_text(as_called(page), encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise UsageError(f"{option} {path}: cannot be written ({error.strerror})") from error

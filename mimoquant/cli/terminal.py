@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
-from mimoquant.errors import without_secrets
+from mimoquant.errors import as_called, without_secrets
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -134,7 +134,7 @@ def open_streams() -> None:
 
 def say(text: str) -> None:
     """Data on stdout."""
-    print(text, flush=True)
+    print(as_called(text), flush=True)
 
 
 def tell(line: str) -> None:
