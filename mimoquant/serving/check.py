@@ -88,7 +88,7 @@ class _Check:
         yield from input_problems(self.contradictions.declared, self.label, self.arch)
         yield from keys.problems()
         if self.engine == c.TRANSFORMERS:
-            yield from (Problem(*row) for row in config_problems(self.checkpoint))
+            yield from (Problem(*row) for row in config_problems(self.checkpoint, self.version))
             return
         if self.checkpoint.modelopt_blocks:
             yield from self._row(c.BLOCKS, c.MO_BLOCKS, "config.json")

@@ -1,4 +1,4 @@
-"""Which of config.json's keys transformers 5.17 reads otherwise than the engines do.
+"""Which of config.json's keys transformers 5.17 and 5.24 read otherwise than the engines do.
 
 Key idea: its `mimo_v2_flash` class ignores `hybrid_layer_pattern`, `moe_layer_freq`, `rope_theta`, `swa_*` and
 `layernorm_epsilon`, and falls back to V2-Flash's values where its own keys are absent. What falls back to another value
@@ -18,9 +18,10 @@ _DEFAULTS: dict[str, tuple[str, float]] = {  # key it reads → (published key, 
     "rms_norm_eps": ("layernorm_epsilon", 1e-5),
     "sliding_window": ("sliding_window_size", 128),
 }
+_WINDOW_READ = (5, 24)  # it reads `sliding_window_size` before `sliding_window`
 
 
-def config_problems(checkpoint: Served) -> Iterator[Found]:
+def config_problems(checkpoint: Served, version: c.Version) -> Iterator[Found]:
     """Keys that mean another model there."""
     config, geometry = checkpoint.config, checkpoint.geometry
     if geometry.model_type != "mimo_v2_flash":
@@ -52,7 +53,18 @@ def config_problems(checkpoint: Served) -> Iterator[Found]:
         for key, default_theta in (("rope_theta", 5e6), ("swa_rope_theta", 1e4), ("partial_rotary_factor", 0.334)):
             if config.get(key, default_theta) != default_theta:
                 yield _wrong("rope_parameters", f"{key} is {config[key]}, taken is {default_theta:g}")
+    window, reads_window = config.get("sliding_window_size"), version >= _WINDOW_READ
+    if reads_window and window is not None:
+        yield (
+            "warning",
+            f"config.json: sliding_window_size {window} is read as so many tokens before the query, {window + 1} keys "
+            f"in all, as SGLang does; vLLM and J know {window}",
+            "transformers 5.24, configuration of mimo_v2_flash (run)",
+            None,
+        )
     for key, (published, fallback) in _DEFAULTS.items():
+        if key == "sliding_window" and reads_window and window is not None:
+            continue
         if key not in config and config.get(published, fallback) != fallback:
             yield _wrong(key, f"{published} is {config[published]}, taken is {fallback:g}")
 

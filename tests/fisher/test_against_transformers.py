@@ -49,7 +49,8 @@ def flash_twin(source: Path, folder: Path) -> Path:
                     )
         config = dict(weights.layout.config)
     config |= {"model_type": "mimo_v2_flash", "architectures": ["MiMoV2FlashForCausalLM"]}
-    for key in ("quantization_config", "attention_projection_layout", "dtype"):
+    # transformers reads `sliding_window_size` from 5.24 on, and as tokens before the query
+    for key in ("quantization_config", "attention_projection_layout", "dtype", "sliding_window_size"):
         config.pop(key, None)
     folder.mkdir()
     save_file(
