@@ -61,11 +61,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("source", type=Path)
     parser.add_argument("--held-out", required=True)
+    parser.add_argument("--sequences", type=int)
     parser.add_argument("--time", action="store_true")
     parser.add_argument("--recipes", nargs="+", default=["int4-g128-mse", "mxfp4-rtn", "nvfp4-mse"])
     asked = parser.parse_args()
     vocab = int(read_config(open_index(asked.source))["vocab_size"])
-    tokens = load_tokens([asked.held_out], asked.source, sequences=None, tokens=512, vocab=vocab)
+    tokens = load_tokens([asked.held_out], asked.source, sequences=asked.sequences, tokens=512, vocab=vocab)
     print(f"{len(tokens.ids)} x {tokens.ids.shape[1]} tokens, torch {torch.__version__}\n")
     with tempfile.TemporaryDirectory() as scratch:
         outputs = {recipe: Path(scratch, recipe) for recipe in asked.recipes}
