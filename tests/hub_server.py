@@ -25,6 +25,7 @@ from micro import contents
 REPO = "me/micro"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OTHER_COMMIT = "f" * 40
+MESSAGE = ""  # what a refusal says beside its code
 Fault = Callable[[str, int, int], str | None]  # of a file's range; see `_Handler.faulty`
 
 
@@ -103,7 +104,8 @@ class _Handler(BaseHTTPRequestHandler):
         if own and hub.token and self.headers.get("authorization") != f"Bearer {hub.token}":
             self.answer(401, b"", {"X-Error-Code": "RepoNotFound"})
         elif own and hub.refuse:
-            self.answer(hub.refuse[0], b"", {"X-Error-Code": hub.refuse[1]} if hub.refuse[1] else {})
+            says = {"X-Error-Code": hub.refuse[1]} if hub.refuse[1] else {}
+            self.answer(hub.refuse[0], b"", says | ({"X-Error-Message": MESSAGE} if MESSAGE else {}))
         elif own and (found := re.fullmatch(rf"/api/models/{hub.repo}(?:/revision/(.+))?", path)):
             known = found[1] in (None, "main", "v1", hub.commit)
             self.answer(200, json.dumps(hub.listing()).encode(), {}) if known else self.answer(

@@ -32,7 +32,7 @@ def at_home(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def called(*args: Any, **kwargs: Any) -> R:
-        keep = _kept(kwargs.get("keep_source"))
+        keep = _kept(kwargs.get("keep_source"), dict(zip(order, args, strict=False)).get("out", kwargs.get("out")))
         with contextlib.ExitStack() as stack:
             names = itertools.chain(order, itertools.repeat(""))
             given = [_settled(key, value, stack, keep) for key, value in zip(names, args, strict=False)]
@@ -41,9 +41,38 @@ def at_home(function: Callable[P, R]) -> Callable[P, R]:
     return called
 
 
-def _kept(folder: Any) -> Path | None:
-    """Where a source on the Hub is to be kept, absolute, if anywhere."""
-    return None if folder is None else Path(os.path.abspath(_expanded(folder)))
+def _kept(folder: Any, out: Any) -> Path | None:
+    """Where a source on the Hub is to be kept, absolute, if anywhere. Raises UsageError where that is no folder of its
+    own, before anything is made there: each of the two is written under another name until it is complete."""
+    if folder is None:
+        return None
+    if str(folder).startswith(_ON_THE_HUB):
+        raise _not_read("keep_source", _address(folder))
+    keep = Path(os.path.abspath(_expanded(folder)))
+    if not keep.name:
+        raise UsageError(f"--keep-source {keep}: exists already", hint="name a folder that is still to be made")
+    if out is not None and not str(out).startswith(_ON_THE_HUB):
+        ours, its = ([place, f"{place}.partial"] for place in (str(keep), os.path.abspath(_expanded(out))))
+        for one, other in itertools.product(map(os.path.realpath, ours), map(os.path.realpath, its)):
+            if Path(one).is_relative_to(other) or Path(other).is_relative_to(one):
+                raise UsageError(
+                    f"--keep-source {keep}: is --out {out}, or one lies in the other",
+                    hint="the source and the output each need a folder of their own",
+                )
+    return keep
+
+
+def _address(value: Any) -> str:
+    """A path that stands for a source on the Hub as it was typed: it has lost a slash."""
+    return f"{_ON_THE_HUB}/{str(value).removeprefix(_ON_THE_HUB).lstrip('/')}"
+
+
+def _not_read(argument: str, name: str) -> UsageError:
+    return UsageError(
+        f"{name}: is on the Hub, where only a checkpoint that is read may be, and is given as "
+        f"{argument.replace('_', '-')}",
+        hint="give a file or folder of this machine",
+    )
 
 
 def _settled(argument: str, value: Any, stack: contextlib.ExitStack, keep: Path | None) -> Any:
@@ -51,7 +80,7 @@ def _settled(argument: str, value: Any, stack: contextlib.ExitStack, keep: Path 
     if argument in _NO_PATHS:
         return value
     if isinstance(value, str | Path) and str(value).startswith(_ON_THE_HUB):
-        return _opened(argument, str(value), stack, keep)
+        return _opened(argument, _address(value), stack, keep)
     if argument == "source" and keep is not None:
         raise UsageError(f"--keep-source {keep}: {value} is a folder, which is there already", hint="leave it out")
     return _expanded(value)
@@ -60,11 +89,14 @@ def _settled(argument: str, value: Any, stack: contextlib.ExitStack, keep: Path 
 def _opened(argument: str, name: str, stack: contextlib.ExitStack, keep: Path | None) -> Path:
     """The folder that stands for a source on the Hub, until the stack is closed."""
     if argument not in _SOURCES:
+        raise _not_read(argument, name)
+    try:
+        from mimoquant.checkpoint.hub import opened  # loads huggingface_hub, which reads its settings
+    except ValueError as error:
         raise UsageError(
-            f"--{argument} {name}: is on the Hub, where only a checkpoint that is read may be",
-            hint="give a file or folder of this machine",
-        )
-    from mimoquant.checkpoint.hub import opened  # loads huggingface_hub
+            f"{name}: huggingface_hub does not take its settings ({error})",
+            hint="look at the variables HF_ENDPOINT, HF_HUB_ETAG_TIMEOUT and HF_HUB_DOWNLOAD_TIMEOUT",
+        ) from error
 
     return stack.enter_context(opened(name, keep))
 

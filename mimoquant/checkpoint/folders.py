@@ -39,6 +39,10 @@ def resolve_inside(folder: Path, name: str) -> Path:
                 f"{path}: is a link to {os.readlink(path)}, where there is no file",
                 hint="the download is incomplete: fetch the missing file and try again",
             )
+        if remote_of(folder):
+            raise CheckpointError(
+                f"{folder}: {name} is not in the repository", hint="name a revision that has it: hf://ORG/NAME@REVISION"
+            )
         raise CheckpointError(
             f"{folder}: {name} is missing", hint="the download is incomplete: fetch the missing file and try again"
         )
@@ -78,7 +82,9 @@ def open_inside(folder: Path, name: str) -> BufferedReader:
 def read_inside(folder: Path, name: str, max_bytes: int) -> bytes:
     """The bytes of `name` of `folder`. Raises CheckpointError as `open_inside`, for what cannot be read and for what is
     larger."""
-    path = folder / name
+    path, remote = folder / name, remote_of(folder)
+    if remote and remote.is_away(name) and (size := remote.size_of(name)) > max_bytes:  # before it is fetched
+        raise CheckpointError(f"{path}: {size} bytes, more than the {max_bytes} that it may have")
     try:
         with open_inside(folder, name) as file:
             size = os.fstat(file.fileno()).st_size

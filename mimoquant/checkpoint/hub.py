@@ -17,7 +17,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from huggingface_hub import constants, get_session
@@ -30,7 +30,7 @@ from mimoquant.checkpoint.kept import Downloads, keeping
 from mimoquant.checkpoint.network import user_is_offline
 from mimoquant.checkpoint.ranges import CONNECTIONS, Ranges, check_status, retried
 from mimoquant.checkpoint.remote import RemoteFile, Wanted, standing_for
-from mimoquant.checkpoint.repository import NETWORK_ERRORS, Repository, offline, parse, refused
+from mimoquant.checkpoint.repository import NETWORK_ERRORS, Repository, check_settings, offline, parse, refused
 from mimoquant.checkpoint.writer import stopping, write_file_durably
 from mimoquant.errors import CheckpointError, UsageError
 
@@ -104,7 +104,13 @@ class HubSource:
         digest.update(data)
         self._check(file, digest.hexdigest())
         path = self._place(file)
-        write_file_durably(path, data) if self.keeps else path.write_bytes(data)
+        if self.keeps:
+            write_file_durably(path, data)
+            return
+        unfinished = path.with_name(f".{path.name}.incomplete")  # another thread opens what has its name
+        with stopping(path):
+            unfinished.write_bytes(data)
+            unfinished.rename(path)
 
     def _fetch_large(self, file: str) -> None:
         """Under another name until it is whole; what is there of it is gone on with."""
@@ -158,6 +164,7 @@ def opened(text: str, keep: Path | None = None) -> Iterator[Path]:
     repository = parse(text)
     if user_is_offline():
         raise offline(repository)
+    check_settings(repository)
     with _online(), contextlib.ExitStack() as stack:
         pinned, files = _pinned(repository)
         if keep is None:
@@ -178,7 +185,7 @@ def opened(text: str, keep: Path | None = None) -> Iterator[Path]:
 def _check_room(source: HubSource, keep: Path) -> None:
     """Raises UsageError where the disk has no room for what is still to come."""
     left = sum(source.files[name].size_bytes for name in source.shards if not (source.folder / name).exists())
-    begun = sum(path.stat().st_size for path in source.folder.glob(".*.incomplete"))
+    begun = sum(path.stat().st_size for path in source.folder.rglob(".*.incomplete"))
     if left - begun > (free := free_bytes(source.folder)):
         raise UsageError(
             f"--keep-source {keep}: needs {(left - begun) / 1e9:.2f} GB more but {free / 1e9:.2f} GB are free",
@@ -209,7 +216,7 @@ def _pinned(repository: Repository) -> tuple[Repository, dict[str, RemoteFile]]:
         return response.content
 
     try:
-        raw = retried(ask, str(repository))
+        raw = retried(ask, f"{repository} at {repository.endpoint}")
     except NETWORK_ERRORS as error:
         raise refused(repository, error) from error
     try:
@@ -217,15 +224,29 @@ def _pinned(repository: Repository) -> tuple[Repository, dict[str, RemoteFile]]:
         if not _COMMIT.fullmatch(told["sha"]):
             raise ValueError
         pinned = replace(repository, revision=told["sha"])
-        files = dict(_listed(held) for held in told["siblings"])
+        listed = [_listed(held) for held in told["siblings"]]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{repository}: {repository.endpoint} does not list its files with their sizes",
             hint="is HF_ENDPOINT a Hub?",
         ) from error
+    return pinned, _checked(str(pinned), listed)
+
+
+def _checked(where: str, listed: list[tuple[str, RemoteFile]]) -> dict[str, RemoteFile]:
+    """Raises CheckpointError where names lead out, are of no file that a clone would have, or of two at once: one
+    could come to lie over another."""
+    files = dict(listed)
     for name in files:
-        check_name(str(pinned), name)
-    return pinned, files
+        check_name(where, name)
+        if PurePosixPath(name).as_posix() != name or name == ".":
+            raise CheckpointError(f"{where}: lists {name!r}, which is no name of a file")
+        above = next((str(place) for place in PurePosixPath(name).parents if str(place) in files), None)
+        if above:
+            raise CheckpointError(f"{where}: lists {above!r} as a file and as the folder of {name!r}")
+    if len(files) < len(listed):
+        raise CheckpointError(f"{where}: lists {len(listed)} files by {len(files)} names")
+    return files
 
 
 def _listed(held: dict[str, Any]) -> tuple[str, RemoteFile]:

@@ -266,7 +266,9 @@ def retried(
             why = str(error) if isinstance(error, _Again) else type(error).__name__
             if failures == ATTEMPTS:
                 raise StoppedError(
-                    f"{where}: could not be read on from byte {before}, after {failures} attempts ({why})", hint=RESUME
+                    f"{where}: could not be read{f' on from byte {before}' if before else ''}, "
+                    f"after {failures} attempts ({why})",
+                    hint=RESUME,
                 ) from error
             wait_s = min(FIRST_WAIT_S * 2 ** (failures - 1), LONGEST_WAIT_S)
             if isinstance(error, _Again) and error.wait_s is not None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from urllib.parse import quote, urlsplit
 
 import httpx
-from huggingface_hub import constants, get_token, hf_hub_url
+from huggingface_hub import constants, get_session, get_token, hf_hub_url
 from huggingface_hub.errors import (
     DisabledRepoError,
     GatedRepoError,
@@ -44,7 +44,7 @@ class Repository:
 
     @property
     def endpoint(self) -> str:
-        return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+        return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT or "https://huggingface.co").rstrip("/")
 
     @property
     def listing(self) -> str:
@@ -73,6 +73,38 @@ def parse(text: str) -> Repository:
     return Repository(found[1], found[2])
 
 
+def check_settings(repository: Repository) -> None:
+    """Raises UsageError where the environment holds settings that nothing can be asked with: neither waiting nor
+    another attempt would mend them, and what a client says of a token that it cannot send has that token in it."""
+    endpoint, hint = repository.endpoint, "an endpoint is https://HOST, with a path where the mirror has one"
+    try:
+        place, port = httpx.URL(endpoint), urlsplit(endpoint).port
+    except (httpx.InvalidURL, ValueError) as error:
+        raise UsageError(f"{endpoint} in HF_ENDPOINT: is no address ({error})", hint=hint) from error
+    if place.scheme not in ("http", "https") or not place.host or place.query or port == 0:
+        raise UsageError(f"{endpoint} in HF_ENDPOINT: is no address of a Hub", hint=hint)
+    try:
+        token = get_token() or ""
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or "it is no text"
+        raise UsageError(
+            f"the token's file {constants.HF_TOKEN_PATH} cannot be read ({why})",
+            hint="hf auth login, or set HF_TOKEN",
+        ) from None
+    if not (token.isascii() and token.isprintable()):
+        raise UsageError(
+            "the token of the Hub has characters that no token has",
+            hint="set HF_TOKEN anew, or hf auth login",
+        )
+    try:
+        get_session()
+    except (ImportError, ValueError, OSError) as error:  # no SOCKS, no such proxy, no such certificates
+        raise UsageError(
+            f"{repository}: the Hub's client cannot be set up ({error})",
+            hint="proxies and SSL_CERT_FILE are the environment's; a SOCKS proxy needs pip install httpx[socks]",
+        ) from error
+
+
 def refused(repository: Repository, error: Exception) -> MimoquantError:
     """What an error of the Hub's client means for the user."""
     if isinstance(error, OfflineModeIsEnabled):
@@ -96,6 +128,11 @@ def refused(repository: Repository, error: Exception) -> MimoquantError:
             f"{repository}: there is no such model at {repository.endpoint} that can be read {known}",
             hint="check the name; for a private one hf auth login, or set HF_TOKEN",
         )
+    if isinstance(error, HfHubHTTPError) and error.response.status_code == 401 and get_token():
+        return UsageError(
+            f"{repository}: {repository.endpoint} does not take the token that is set",
+            hint="it may have ended: hf auth login, set HF_TOKEN anew, or unset it for what is public",
+        )
     status = f"status {error.response.status_code}" if isinstance(error, HfHubHTTPError) else type(error).__name__
     return StoppedError(f"{repository}: {repository.endpoint} cannot be asked ({status})", hint=RESUME)
 
@@ -107,4 +144,4 @@ def offline(repository: Repository) -> UsageError:
     )
 
 
-NETWORK_ERRORS = (HfHubHTTPError, httpx.HTTPError, OfflineModeIsEnabled, LocalTokenNotFoundError)
+NETWORK_ERRORS = (HfHubHTTPError, httpx.HTTPError, httpx.InvalidURL, OfflineModeIsEnabled, LocalTokenNotFoundError)

@@ -106,6 +106,14 @@ def test_what_cannot_be_kept_is_refused(hub: HubServer, folder: Path, tmp_path: 
     keep.mkdir()
     with pytest.raises(UsageError, match="kept: exists already"):
         quantize(tmp_path / "out", keep)
+    for name in ("out", "out/source", "out.partial", "out.partial/source", "../" + tmp_path.name):
+        with pytest.raises(UsageError, match=r"is --out .*, or one lies in the other"):
+            quantize(tmp_path / "out", tmp_path / name)
+    with pytest.raises(UsageError, match="keep-source /: exists already"):
+        quantize(tmp_path / "out", Path("/"))
+    with pytest.raises(UsageError, match="hf://me/x: is on the Hub, where only"):
+        quantize(tmp_path / "out", Path("hf://me/x"))
+    assert {path.name for path in tmp_path.iterdir()} == {"kept", "kept.partial"}
     with pytest.raises(UsageError, match="is a folder, which is there already"):
         api.quantize(source=folder, recipe=RECIPE, out=tmp_path / "out", keep_source=tmp_path / "other")
     assert (tmp_path / "kept.partial" / "mine").read_text() == "precious"

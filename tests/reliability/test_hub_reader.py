@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hub_server import COMMIT, OTHER_COMMIT, REPO, HubServer, serving
+from huggingface_hub import close_session
 from small_runs import small_checkpoint, with_nested_files
 
 from mimoquant.checkpoint import ranges
+from mimoquant.checkpoint.folders import read_inside
 from mimoquant.checkpoint.hf_files import side_files
 from mimoquant.checkpoint.hub import opened
 from mimoquant.checkpoint.index import open_index
@@ -147,6 +150,41 @@ def test_names_that_lead_out_are_refused(hub: HubServer, name: str, tmp_path: Pa
         pass
 
 
+@pytest.mark.parametrize(
+    "names",
+    [["./config.json"], ["a//b.json"], ["a/./b.json"], ["a/"], ["."], ["config.json/b.json"], ["a/b", "a/b/c/d.json"]],
+)
+def test_names_that_could_lie_over_another_are_refused(hub: HubServer, names: list[str]) -> None:
+    hub.content |= dict.fromkeys(names, b"{}")
+    with pytest.raises(CheckpointError, match=r"is no name of a file|as a file and as the folder of"), opened(SOURCE):
+        pass
+
+
+def test_a_file_that_is_listed_twice_is_refused(hub: HubServer) -> None:
+    hub.listed[SHARD] = {"rfilename": "config.json"}
+    with pytest.raises(CheckpointError, match=r"files by .* names"), opened(SOURCE):
+        pass
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize("keeps", [False, True])
+def test_a_setting_that_is_too_large_is_not_fetched(hub: HubServer, tmp_path: Path, name: str, keeps: bool) -> None:
+    hub.content.setdefault(name, b"{}")
+    hub.listed[name] = {"size": 10**12}
+    with (
+        pytest.raises(CheckpointError, match="1000000000000 bytes, more than"),
+        opened(SOURCE, tmp_path / "kept" if keeps else None) as place,
+    ):
+        read_inside(place, name, 100_000_000)
+    assert name not in hub.resolved
+
+
+def test_a_shard_that_the_repository_lacks_is_told(hub: HubServer) -> None:
+    hub.content["model.safetensors.index.json"] = json.dumps({"weight_map": {"a": "gone.safetensors"}}).encode()
+    with opened(SOURCE) as place, pytest.raises(CheckpointError, match=r"gone\.safetensors is not in the repository"):
+        open_index(place)
+
+
 @pytest.mark.parametrize("changes", [{"size": None}, {"size": -1}, {"size": "9"}, {"blobId": 7}, {"lfs": 3}])
 def test_a_listing_that_is_not_the_hubs_is_refused(hub: HubServer, changes: dict[str, object]) -> None:
     hub.listed["config.json"] = changes
@@ -200,6 +238,41 @@ def test_revisions_are_pinned(hub: HubServer) -> None:
 )
 def test_other_forms_of_names_are_refused(name: str) -> None:
     with pytest.raises(UsageError, match="is no repository on the Hub"), opened(name):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"HF_ENDPOINT": "127.0.0.1:80"}, "is no address"),
+        ({"HF_ENDPOINT": "ftp://hub"}, "is no address of a Hub"),
+        ({"HF_ENDPOINT": "http://"}, "is no address of a Hub"),
+        ({"HF_ENDPOINT": "http://hub:99999"}, "is no address .Port"),
+        ({"HF_ENDPOINT": "http://user:hf_secret@[hub"}, "is no address"),
+        ({"HF_TOKEN": "hf_secret\xe9"}, "the token of the Hub has characters"),
+        ({"HF_TOKEN": "hf_secret\x07"}, "the token of the Hub has characters"),
+        ({"ALL_PROXY": "gopher://user:hf_secret@127.0.0.1:1"}, "the Hub's client cannot be set up"),
+        ({"HTTPS_PROXY": "socks5://user:hf_secret@127.0.0.1:1"}, "the Hub's client cannot be set up"),
+    ],
+)
+def test_settings_that_nothing_can_be_asked_with_are_told_at_once(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch, settings: dict[str, str], says: str
+) -> None:
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    close_session()  # the client takes its proxies when it is made
+    with pytest.raises(UsageError, match=says) as caught, opened(SOURCE):
+        pass
+    assert caught.value.hint and "hf_secret" not in str(caught.value)
+
+
+def test_a_token_that_the_hub_does_not_take_is_told(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.refuse = (401, "")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    with pytest.raises(UsageError, match=r"there is no such model|does not take the token"), opened(SOURCE):
+        pass
+    monkeypatch.setattr("hub_server.MESSAGE", "Invalid credentials in Authorization header")
+    with pytest.raises(UsageError, match="does not take the token that is set"), opened(SOURCE):
         pass
 
 
