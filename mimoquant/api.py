@@ -190,7 +190,10 @@ def verify(
     Raises UsageError: nothing to hold it against, or no output of this program. CheckpointError: the source is bad.
     """
     if source is None and engine is None:
-        raise UsageError(f"there is nothing to hold {out} against", hint="give --source, --engine, or both")
+        from mimoquant.assembly.plans import source_on_hub
+
+        known = f" ({out} was made from {place})" if (place := source_on_hub(Path(out))) else ""
+        raise UsageError(f"there is nothing to hold {out} against", hint=f"give --source, --engine, or both{known}")
     if engine is None and (engine_version or tp):
         raise UsageError("--engine-version and --tp are about an --engine", hint="name one, such as --engine vllm")
     document = VerifyDocument(schema_version=SCHEMA_VERSION, out=str(out), ok=True, problems=[])

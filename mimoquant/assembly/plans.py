@@ -11,19 +11,22 @@ from typing import TYPE_CHECKING
 from mimoquant import pipeline
 from mimoquant.assembly.choices import PlanChoice
 from mimoquant.calibration.records import notes
+from mimoquant.checkpoint.folders import is_there, read_inside
+from mimoquant.checkpoint.index import read_json_inside
 from mimoquant.checkpoint.remote import revision_of
-from mimoquant.errors import UsageError
+from mimoquant.errors import MimoquantError, UsageError
 from mimoquant.machine import memory
 from mimoquant.machine.devices import resolve_device
 from mimoquant.machine.memory import Machine
 from mimoquant.machine.timeline import Timeline
 from mimoquant.mixing.needs import sensitivity_facts
+from mimoquant.model.releases import is_revision
 from mimoquant.output.documents import Bound, QuantizeDocument
 from mimoquant.planning.facts import plan_facts, relayout_facts
 from mimoquant.planning.needs import fitting_plan, refusal
 from mimoquant.planning.plan import Plan, make_plan
-from mimoquant.planning.recipe import load_recipe
-from mimoquant.planning.relayout import make_relayout
+from mimoquant.planning.recipe import MAX_RECIPE_BYTES, load_recipe, parse_recipe
+from mimoquant.planning.relayout import RECORD_NAME, make_relayout
 from mimoquant.serving.check import planned_facts
 from mimoquant.serving.served import planned
 
@@ -32,6 +35,19 @@ if TYPE_CHECKING:
 
     from mimoquant.machine.team import Team
     from mimoquant.planning.documents import PlanDocument, RelayoutDocument
+
+
+def source_on_hub(out: Path) -> str | None:
+    """hf://ORG/NAME@COMMIT that an output was made from, where its own record says so."""
+    with contextlib.suppress(MimoquantError, UnicodeDecodeError):
+        if is_there(out, RECORD_NAME):
+            read = read_json_inside(out, RECORD_NAME, max_bytes=MAX_RECIPE_BYTES).get("source_revision")
+        else:
+            text = read_inside(out, "recipe.yaml", MAX_RECIPE_BYTES).decode()
+            read = parse_recipe(text, "recipe").output.source_revision
+        if isinstance(read, str) and is_revision(read):
+            return f"hf://{read}"
+    return None
 
 
 def fitted_plan(source: Path | str, choice: PlanChoice, device: str, has: Machine, ranks: int = 1) -> Plan:

@@ -45,6 +45,8 @@ class Downloads:
                     raise StoppedError(f"{file}: its download was given up", hint="go on with --resume")
             if self._error is not None:
                 raise self._error
+            if file in self._left:
+                raise StoppedError(f"{file}: its download was given up", hint="go on with --resume")
 
     def close(self) -> None:
         """After what is under way was aborted."""

@@ -85,6 +85,9 @@ def test_an_output_is_proven_from_either(tmp_path: Path) -> None:
         for source in (SOURCE, MICRO):
             assert api.verify(tmp_path / "out", source)["problems"] == []
         assert not hub.strangers
+    with pytest.raises(UsageError, match="there is nothing to hold") as caught:
+        api.verify(tmp_path / "out")
+    assert f"was made from hf://{REPO}@{COMMIT}" in str(caught.value.hint)
 
 
 def killed_and_resumed(number: int, hub: HubServer, out: Path) -> None:

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from mimoquant import api
 from mimoquant.cli.app import app
+from mimoquant.errors import UsageError
 
 SOURCE, NAME = f"hf://{REPO}", f"hf://{REPO}@{COMMIT}"
 FEW: dict[str, Any] = {"sequences": 8, "tokens": 32, "device": "cpu"}
@@ -45,6 +46,9 @@ def test_relayout_writes_the_folders_output(hub: HubServer, tmp_path: Path) -> N
     assert {name for name in near | far if near.get(name) != far.get(name)} == {"relayout.json"}
     assert json.loads(far["relayout.json"])["source_revision"] == f"{REPO}@{COMMIT}"
     assert api.verify(tmp_path / "far", SOURCE)["problems"] == []
+    with pytest.raises(UsageError) as caught:
+        api.verify(tmp_path / "far")
+    assert f"was made from {NAME}" in str(caught.value.hint)
 
 
 def test_evaluations_of_a_reference_on_the_hub_are_those_of_its_folder(
