@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from mimoquant.__version__ import __version__
+from mimoquant.checkpoint.remote import revision_of
 from mimoquant.checkpoint.writer import write_file_durably
 from mimoquant.errors import MimoquantError, UsageError
 from mimoquant.output.documents import QuantizeReport
@@ -137,7 +138,11 @@ def _serving(served: Served) -> Iterator[str]:
 
 
 def read_card(folder: Path) -> str:
-    """The card of an output. Raises UsageError where there is none."""
+    """The card of an output, that can be written to. Raises UsageError where there is none."""
+    if revision_of(folder):
+        raise UsageError(
+            f"--card: {folder}/README.md is on the Hub, which is only read", hint="give a folder of this machine"
+        )
     try:
         return (folder / "README.md").read_text(encoding="utf-8")
     except (OSError, ValueError) as error:

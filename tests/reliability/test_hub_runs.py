@@ -222,6 +222,7 @@ def test_what_waits_for_the_hub_is_given_up_with_its_run(
         (["inspect", f"{SOURCE}@v9"], 2, f"{SOURCE}: has no revision v9"),
         (["quantize", SOURCE, "-r", RECIPE, "--out", "hf://me/out"], 2, "hf://me/out: is on the Hub, where only"),
         (["quantize", "hf://me", "-r", RECIPE, "--out", "out"], 2, "hf://me: is no repository on the Hub"),
+        (["eval-kl", SOURCE, SOURCE, "--card"], 2, f"--card: hf://{REPO}@{COMMIT}/README.md is on the Hub, which is"),
         (["inspect", SOURCE], 0, f"hf://{REPO}@{COMMIT}"),
     ],
 )
