@@ -32,7 +32,10 @@ def at_home(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def called(*args: Any, **kwargs: Any) -> R:
-        keep = _kept(kwargs.get("keep_source"), dict(zip(order, args, strict=False)).get("out", kwargs.get("out")))
+        out = dict(zip(order, args, strict=False)).get("out", kwargs.get("out"))
+        keep = _kept(kwargs.get("keep_source"), out)
+        if keep and keep.is_dir() and kwargs.get("resume") and Path(_expanded(out)).is_dir():
+            keep = None  # a job that is queued again: both have their names, so both are complete
         with contextlib.ExitStack() as stack:
             names = itertools.chain(order, itertools.repeat(""))
             given = [_settled(key, value, stack, keep) for key, value in zip(names, args, strict=False)]

@@ -57,6 +57,9 @@ def test_what_is_kept_is_the_checkpoint_and_came_once(hub: HubServer, folder: Pa
     api.quantize(keep, RECIPE, tmp_path / "again", device="cpu")
     ours, again = contents(out), contents(tmp_path / "again")
     assert {name for name in ours if ours[name] != again[name]} == {"recipe.yaml", "report.json", "README.md"}
+    hub.asked.clear()
+    quantize(out, keep, resume=True)  # a job that is queued again
+    assert sum(end - begin for asked in hub.asked.values() for begin, end in asked) < 30_000, "headers alone"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "kept", "out"]
 
 
