@@ -6,7 +6,8 @@ a connection broke is kept, so a retry asks for the rest. The address that a red
 refused, so that the Hub itself is asked once a file.
 
 Left out: Xet's own protocol; its files are served over HTTP too.
-Reference: RFC 9110, 14 (range requests), 10.2.3 (Retry-After); huggingface_hub's `http_get`.
+Reference: RFC 9110, 14 (range requests), 10.2.3 (Retry-After); draft-ietf-httpapi-ratelimit-headers (RateLimit);
+huggingface_hub's `http_get`.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ SMALLEST_PART, LARGEST_PART = 2**20, 2**24
 _AGAIN = (408, 425, 429, *range(500, 600))
 _OUTDATED = (401, 403, 404, 410)  # what an address says that was signed for some minutes
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+_RESET = re.compile(r";\s*t=(\d{1,6})", re.ASCII)
 _PROXY = (
     "something on the way does not pass ranges through: go round that proxy (NO_PROXY), or download first (hf download)"
 )
@@ -302,9 +304,12 @@ def _etag(header: str | None) -> str:
 
 
 def _retry_after(response: httpx.Response) -> float | None:
-    """Seconds; a date is taken as nothing said."""
+    """Seconds; a date is taken as nothing said. The Hub itself says when its count begins anew in RateLimit."""
     told = response.headers.get("retry-after", "").strip()
-    return float(told) if told.isdigit() else None
+    reset = _RESET.search(response.headers.get("ratelimit", "")) if response.status_code == 429 else None
+    if told.isascii() and told.isdigit():
+        return float(told)
+    return float(reset[1]) + 1 if reset else None
 
 
 def _parts(wanted: Sequence[Wanted]) -> Iterator[_Part]:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 from hub_server import COMMIT, OTHER_COMMIT, REPO, HubServer, serving
@@ -90,6 +91,25 @@ def test_what_breaks_is_asked_for_again(hub: HubServer, folder: Path, fault: str
         assert read_all(place) == read_all(folder)
     assert not faults.left
     assert (hub.resolved.count(SHARD) > 1) == (fault == "403"), "an address that is outdated is asked for anew"
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "waits"),
+    [
+        (429, {"retry-after": "7"}, 7),
+        (429, {"ratelimit": '"resolvers";r=0;t=211'}, 212),
+        (429, {"retry-after": "7", "ratelimit": '"api";r=0;t=211'}, 7),
+        (429, {"retry-after": "Wed, 21 Oct 2026 07:28:00 GMT"}, None),
+        (429, {b"retry-after": b"\xb2"}, None),
+        (503, {"ratelimit": '"api";r=9;t=211'}, None),
+    ],
+)
+def test_the_hub_says_how_long_to_wait(
+    status: int, headers: dict[str, str] | dict[bytes, bytes], waits: float | None
+) -> None:
+    with pytest.raises(ranges._Again) as caught:
+        ranges.check_status(httpx.Response(status, headers=headers))
+    assert caught.value.wait_s == waits
 
 
 def test_a_broken_connection_goes_on_where_it_broke(hub: HubServer) -> None:
