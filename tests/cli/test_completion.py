@@ -32,7 +32,7 @@ def run(line: str, *options: str) -> subprocess.CompletedProcess[str]:
         ("mimoquant quantize --device c", ["cpu", "cuda"]),
         ("mimoquant quantize SOURCE --recipe ", shipped_recipes()),
         ("mimoquant plan SOURCE -r mxfp4-", ["mxfp4-cast", "mxfp4-mse", "mxfp4-rtn"]),
-        ("mimoquant sensitivity SOURCE --recipe nvfp4-", ["nvfp4-cast", "nvfp4-mse"]),
+        ("mimoquant sensitivity SOURCE --recipe nvfp4-", ["nvfp4-cast", "nvfp4-mse", "nvfp4-w4a4"]),
         ("mimoquant eval-kl REFERENCE CANDIDATE --data held", ["heldout-v1"]),
         ("mimoquant quantize SOURCE --data mi", ["mixed-v1"]),
         ("mimoquant quantize SOURCE --recipe ./mine", []),  # the shell's own file names take over

@@ -68,7 +68,7 @@ def test_a_calibrated_run_keeps_to_its_sum_too(tmp_path: Path) -> None:
     changes = {"sequences": 16, "tokens": 64}
     plan = planned(MICRO, "gptq-int4-g32", **changes)
     wants = needs(plan).host_bytes
-    assert wants < 4 * 16 * 64 * plan.layout.geometry.hidden + 2 * GB
+    assert wants < 4 * 16 * 64 * plan.layout.geometry.hidden + 3 * GB  # 1 GB of them for the walk back
     options = [text for name, value in changes.items() for text in (f"--{name}", str(value))]
     done = quantize(MICRO, tmp_path / "out", wants, "-r", "gptq-int4-g32", *options)
     assert done.returncode == 0, done.stderr
