@@ -28,9 +28,8 @@ from mimoquant.evaluation.documents import (
 )
 from mimoquant.evaluation.rounding_documents import CausePart, RoundingFacts
 from mimoquant.evaluation.summary import paired_difference, summarize
-from mimoquant.model.rounding import left_out_of_j, rounds_activations
+from mimoquant.model.rounding import has_input_scales, left_out_of_j, rounds_activations
 from mimoquant.model.served_rounding import NONE, NVFP4
-from mimoquant.weights.layer_rounding import stored_input_scales
 
 if TYPE_CHECKING:
     from mimoquant.evaluation.eval_kl import AsServed, Comparison, LayerTrace
@@ -98,7 +97,7 @@ def rounding_facts(
     if not (causes or candidate.known):
         return None
     asked = candidate.rounding
-    scales = ("stored" if stored_input_scales(layout) else "unit") if NVFP4 in asked.kinds else None
+    scales = ("stored" if has_input_scales(layout) else "unit") if NVFP4 in asked.kinds else None
     length = tokens.ids.shape[1] - 1
     return RoundingFacts(
         experts=asked.kinds,

@@ -13,7 +13,7 @@ from mimoquant.model.config_keys import text_keys
 from mimoquant.model.layout import ModelLayout
 
 _MODELOPT_BOTH = {"NVFP4", "MXFP8"}  # of its names for formats, those that quantize activations too
-_INPUT_SCALES = (".input_scale", ".input_global_scale")
+INPUT_SCALE_SUFFIXES = (".input_global_scale", ".input_scale")  # compressed-tensors', ModelOpt's
 
 
 def rounds_activations(layout: ModelLayout) -> bool:
@@ -24,7 +24,7 @@ def rounds_activations(layout: ModelLayout) -> bool:
     named = layers.values() if isinstance(layers, dict) else ()
     algos = {str(entry.get("quant_algo")) for entry in (quantization, *named) if isinstance(entry, dict)}
     declared = any(isinstance(group, dict) and bool(group.get("input_activations")) for group in of_groups)
-    return bool(algos & _MODELOPT_BOTH) or declared or _has_input_scales(layout)
+    return bool(algos & _MODELOPT_BOTH) or declared or has_input_scales(layout)
 
 
 def rounds_cache(layout: ModelLayout) -> bool:
@@ -34,16 +34,17 @@ def rounds_cache(layout: ModelLayout) -> bool:
     return declared or any(weight.role == "cache_scale" for weights in layout.units.values() for weight in weights)
 
 
+def has_input_scales(layout: ModelLayout) -> bool:
+    """Whether any expert has one."""
+    return any(info.name.endswith(INPUT_SCALE_SUFFIXES) for weight in layout.experts.values() for info in weight.packed)
+
+
 def left_out_of_j(layout: ModelLayout) -> list[str]:
     """What J of this checkpoint leaves out, in words; empty: J is of all that is rounded."""
     return [
         *(["activations"] if rounds_activations(layout) else []),
         *(["the KV cache"] if rounds_cache(layout) else []),
     ]
-
-
-def _has_input_scales(layout: ModelLayout) -> bool:
-    return any(info.name.endswith(_INPUT_SCALES) for weight in layout.experts.values() for info in weight.packed)
 
 
 def _quantization(layout: ModelLayout) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from mimoquant.quant.formats import E2M1_VALUES, Format
 from mimoquant.quant.grid import Grid
 from mimoquant.quant.stack import Audit, Stack
 from mimoquant.run.chunk_facts import clamped_on_device
+from mimoquant.weights.decoded import TORCH_DTYPES
 
 Array = npt.NDArray[Any]
 BF16_ROUNDING = 2.0**-8  # largest relative change; it has room for what float32 adds
@@ -142,7 +143,7 @@ def norm_fold(source: Array, stored: Array, dtype: str, *, real: bool) -> Array 
 
     Powers of two must give the source back exactly; factors are positive and at most 2^12, but for the norm's rounding.
     """
-    ours, theirs = (torch.from_numpy(raw).view(_DTYPES[dtype]) for raw in (source, stored))
+    ours, theirs = (torch.from_numpy(raw).view(TORCH_DTYPES[dtype]) for raw in (source, stored))
     fold = divided_by(ours, theirs, real=real)
     if not real:
         return fold.numpy() if torch.equal(scaled(theirs.float(), fold), ours.float()) else None
@@ -150,12 +151,9 @@ def norm_fold(source: Array, stored: Array, dtype: str, *, real: bool) -> Array 
     return fold.numpy() if within and torch.equal(scaled(ours, inverse(fold)), theirs) else None
 
 
-_DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32}
-
-
 def misscaled(source: Array, stored: Array, dtype: str, fold: Array) -> int:
     """Columns of a router's `stored` bytes that are not `source` times the fold's factors, rounded once."""
-    ours, theirs = (torch.from_numpy(raw).view(_DTYPES[dtype]).view(-1, len(fold)) for raw in (source, stored))
+    ours, theirs = (torch.from_numpy(raw).view(TORCH_DTYPES[dtype]).view(-1, len(fold)) for raw in (source, stored))
     same = (scaled(ours, torch.from_numpy(fold)) == theirs) & torch.isfinite(theirs)
     return int((~same.all(0)).sum())
 

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 from mimoquant.model.drafter import carried_drafter
 from mimoquant.model.layout import ModelLayout
 from mimoquant.model.releases import base_model_note
+from mimoquant.model.rounding import has_input_scales
 from mimoquant.planning.recipe import Recipe
 from mimoquant.planning.stored import config_notes
 from mimoquant.planning.units import is_wide
-from mimoquant.weights.container import INPUT_SCALE_SUFFIXES, MODELOPT, NATIVE, NONE, UNIT, keeps_fp8
+from mimoquant.weights.container import MODELOPT, NATIVE, NONE, UNIT, keeps_fp8
 from mimoquant.wording import duration, ranges, size
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def _dense_notes(layout: ModelLayout, recipe: Recipe, container: str) -> list[st
             f"input scales are {scales}, so NVFP4 experts are declared with activations in 4 bits: kernels on "
             "Blackwell round them by these, which `eval-kl --as-served vllm:b200` measures; others compute weights-only"
         )
-    if any(info.name.endswith(INPUT_SCALE_SUFFIXES) for weight in layout.experts.values() for info in weight.packed):
+    if has_input_scales(layout):
         becomes = "left out" if recipe.output.input_scales == NONE else "replaced"
         notes.append(f"the source's own input scales, of its experts' activations, are {becomes}: a cast keeps weights")
     if not keeps and geometry.fused_qkv:

@@ -16,6 +16,7 @@ from mimoquant.checkpoint.index import CheckpointIndex, open_index, read_json_in
 from mimoquant.errors import CheckpointError, MimoquantError, RecipeError
 from mimoquant.model.config_keys import text_keys
 from mimoquant.model.layout import PROJECTIONS, ModelLayout, read_layout
+from mimoquant.model.rounding import INPUT_SCALE_SUFFIXES
 from mimoquant.planning.carve_outs import kept_as, kept_kinds, stored_kind, with_carve_outs
 from mimoquant.planning.notes import plan_notes
 from mimoquant.planning.recipe import Recipe
@@ -26,7 +27,6 @@ from mimoquant.quant.formats import Format
 from mimoquant.weights.container import (
     CALIBRATED,
     COMPRESSED_TENSORS,
-    INPUT_SCALE_SUFFIXES,
     MODELOPT,
     NATIVE,
     NONE,

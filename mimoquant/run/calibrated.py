@@ -48,7 +48,7 @@ from mimoquant.run.chunk_facts import Rounded, chunk_facts, clamped_facts
 from mimoquant.run.clamped import Counts
 from mimoquant.run.objective import OutputMetrics, felt_of_gate_up
 from mimoquant.run.portions import Portions, Seen
-from mimoquant.weights.decoded import CheckpointWeights, decoded_chunk
+from mimoquant.weights.decoded import TORCH_DTYPES, CheckpointWeights, decoded_chunk
 from mimoquant.weights.stored import not_finite, read_experts, read_parts
 
 Array = npt.NDArray[Any]
@@ -368,7 +368,7 @@ class Calibrator:
         if self.norm_fold is None or name not in (norm_name(self.facts.layer), router_name(self.facts.layer)):
             return block
         fold = inverse(self.norm_fold) if name == norm_name(self.facts.layer) else self.norm_fold
-        dtype = {"BF16": torch.bfloat16, "F32": torch.float32}[self.plan.layout.index.tensors[name].dtype]
+        dtype = TORCH_DTYPES[self.plan.layout.index.tensors[name].dtype]
         values = torch.from_numpy(block).view(dtype).view(-1, len(fold))
         return to_numpy(scaled(values, fold.cpu())).reshape(-1).view(np.uint8)
 

@@ -19,7 +19,6 @@ from mimoquant.serving.gpus import GPUS, Gpu, Kernel, kernel
 from mimoquant.serving.input_rounding import rounds_inputs
 from mimoquant.serving.served import Served
 
-_NVFP4 = (c.CT_NVFP4, c.MO_NVFP4)
 _KINDS = {None: NONE, "MXFP8": MXFP8, "MXFP4": MXFP4, "NVFP4": NVFP4}  # by what a row of KERNELS says it rounds to
 
 
@@ -96,7 +95,7 @@ def as_served(checkpoint: Served, engine: str, gpu: str, *, cache: bool) -> tupl
 def kernel_subject(checkpoint: Served, engine: str, subject: str) -> str:
     """The subject that kernels go by: NVFP4 whose config.json asks for activations in it, and which has their scales,
     is one of its own."""
-    asks = checkpoint.input_scales and subject in _NVFP4 and rounds_inputs(Declared(checkpoint, engine))
+    asks = checkpoint.input_scales and subject in c.NVFP4 and rounds_inputs(Declared(checkpoint, engine))
     return c.NVFP4_INPUTS if asks else subject
 
 

@@ -88,6 +88,7 @@ class Row:
 NATIVE_MXFP4, INT4, INT4_ASYMMETRIC = "native mxfp4", "compressed-tensors int4", "compressed-tensors int4 asymmetric"
 CT_MXFP4, CT_NVFP4, BF16, FP8 = "compressed-tensors mxfp4", "compressed-tensors nvfp4", "bf16", "fp8"
 MIXED, MO_NVFP4 = "mixed-precision with int4", "modelopt nvfp4"
+NVFP4 = CT_NVFP4, MO_NVFP4
 NVFP4_INPUTS = "nvfp4 with input scales"  # of the kernels alone: it loads as NVFP4 does
 
 FORMATS: tuple[Row, ...] = (

@@ -223,7 +223,7 @@ _VLLM_OTHERS = (
             f"{_ORACLE.format('nvfp4')}: no other takes weights alone",
             log="Using 'MARLIN' NvFp4 MoE backend",
         )
-        for subject in (c.CT_NVFP4, c.MO_NVFP4)
+        for subject in c.NVFP4
     ),
     Kernel(
         c.VLLM,

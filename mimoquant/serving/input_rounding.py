@@ -17,7 +17,6 @@ from mimoquant.serving.gpus import KERNELS
 from mimoquant.serving.problem import WARNING, Problem
 from mimoquant.weights.container import COMPRESSED_TENSORS, MODELOPT, input_scale_tensor
 
-_NVFP4 = (c.CT_NVFP4, c.MO_NVFP4)
 _SOURCE = {
     c.VLLM: "compressed_tensors_moe_w4a4_nvfp4.py and modelopt.py of 0.33",
     c.SGLANG: "compressed_tensors.py and modelopt_quant.py of 0.5.23",
@@ -26,7 +25,7 @@ _SOURCE = {
 
 def rounds_inputs(declared: Declared) -> bool:
     """Whether config.json asks for activations in NVFP4, of any layer's experts."""
-    layers = [n for n, forms in declared.checkpoint.experts.items() if forms and forms[0].subject in _NVFP4]
+    layers = [n for n, forms in declared.checkpoint.experts.items() if forms and forms[0].subject in c.NVFP4]
     return any(_rounds(declared, layer) for layer in layers)
 
 
@@ -41,7 +40,7 @@ def _rounds(declared: Declared, layer: int) -> bool:
 def input_problems(declared: Declared, label: str, arch: str | None) -> Iterator[Problem]:
     """`arch`: of the GPUs; None: what depends on it is told of all."""
     checkpoint, engine = declared.checkpoint, declared.engine
-    if engine not in _SOURCE or not set(checkpoint.subjects) & set(_NVFP4):
+    if engine not in _SOURCE or not set(checkpoint.subjects) & set(c.NVFP4):
         return
     kind, asks = COMPRESSED_TENSORS if c.CT_NVFP4 in checkpoint.subjects else MODELOPT, rounds_inputs(declared)
     suffix = input_scale_tensor(kind)[0]

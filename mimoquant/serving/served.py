@@ -20,6 +20,7 @@ from mimoquant.model.config_keys import text_keys
 from mimoquant.model.geometry import FP8_BLOCK, Attention, Geometry, read_geometry
 from mimoquant.model.layout import PROJECTIONS, TOWER_PREFIXES, read_layout
 from mimoquant.model.qkv import with_chunks
+from mimoquant.model.rounding import INPUT_SCALE_SUFFIXES
 from mimoquant.planning.plan import Plan, read_config
 from mimoquant.quant.formats import Format
 from mimoquant.serving import contracts
@@ -196,7 +197,7 @@ def served(config: dict[str, Any], tensors: Mapping[str, Tensor], name: str, met
         fp8_k_rows,
         len(mtp),
         any(key.startswith(TOWER_PREFIXES) for key in beside),
-        any(key.endswith((".input_scale", ".input_global_scale")) for key in tensors),
+        any(key.endswith(INPUT_SCALE_SUFFIXES) for key in tensors),
         any(key.endswith((".k_scale", ".v_scale")) for key in beside),
         sizes,
     )

@@ -45,7 +45,6 @@ EXPERT_TARGET = r"re:.*mlp\.experts\.\d+\.(gate|up|down)_proj$"
 NOT_EXPERTS = r"re:^(?!.*\.mlp\.experts(\.|$)).*$"
 DENSE = ("bf16", "fp8")  # what FP8 beside the experts becomes in ModelOpt's container
 INPUT_SCALES = NONE, UNIT, CALIBRATED = ("none", "unit", "calibrated")  # what NVFP4 experts scale activations by
-INPUT_SCALE_SUFFIXES = (".input_global_scale", ".input_scale")
 NVFP4_FULL = 2688.0  # the largest activation at an input scale of 1
 _LEAST_AMAX = 2.0**-100  # so that neither form of a scale overflows
 _CONFIG = "config.json"

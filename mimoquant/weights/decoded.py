@@ -164,7 +164,7 @@ class CheckpointWeights:
         for place, info in enumerate(weights[0].packed):
             part = part_name(info)
             if part not in _NOT_OF_WEIGHTS:
-                parts[part] = self._parts([weight.packed[place] for weight in weights], _TORCH[info.dtype])
+                parts[part] = self._parts([weight.packed[place] for weight in weights], TORCH_DTYPES[info.dtype])
         return decode(parts, fmt)
 
     def _parts(self, infos: list[TensorInfo], dtype: torch.dtype) -> torch.Tensor:
@@ -172,7 +172,7 @@ class CheckpointWeights:
         raw = np.empty((len(infos), infos[0].size_bytes), np.uint8)
         self.reader.read_many(zip(infos, raw, strict=True))
         values = torch.from_numpy(raw).to(self.device).view(dtype)
-        return values.reshape(len(infos), *infos[0].shape) if dtype == _TORCH[infos[0].dtype] else values
+        return values.reshape(len(infos), *infos[0].shape) if dtype == TORCH_DTYPES[infos[0].dtype] else values
 
 
 def is_finite(values: torch.Tensor) -> bool:
@@ -200,7 +200,7 @@ def read_drafter_weights(drafter: Drafter, index: CheckpointIndex, device: torch
     """A DFlash drafter's tensors, as stored. Raises CheckpointError where its mask embedding is not one."""
     with CheckpointReader(index) as reader:
         tensors = {
-            name: torch.from_numpy(reader.read(name)).view(_TORCH[info.dtype]).reshape(info.shape).to(device)
+            name: torch.from_numpy(reader.read(name)).view(TORCH_DTYPES[info.dtype]).reshape(info.shape).to(device)
             for name, info in index.tensors.items()
         }
     for name, values in tensors.items():
@@ -241,20 +241,20 @@ def _mask_embedding(drafter: Drafter) -> torch.Tensor | None:
     if not path.exists():
         return None
     held = read_vector(resolve_inside(drafter.folder, MASK_FILE))
-    token, size = held.numbers.get("mask_token_id"), len(held.data) // _TORCH[held.dtype].itemsize
+    token, size = held.numbers.get("mask_token_id"), len(held.data) // TORCH_DTYPES[held.dtype].itemsize
     if held.keys != {"mask_token_id", "embedding"}:
         raise CheckpointError(f"{path}: holds {sorted(held.keys)}, expected are mask_token_id and embedding")
     if token != drafter.mask_token or size != drafter.hidden:
         raise CheckpointError(
             f"{path}: holds {size} values for token {token}, expected are {drafter.hidden} for {drafter.mask_token}"
         )
-    embedding = torch.from_numpy(held.data).view(_TORCH[held.dtype])
+    embedding = torch.from_numpy(held.data).view(TORCH_DTYPES[held.dtype])
     if not is_finite(embedding):
         raise damaged(drafter.folder, MASK_FILE)
     return embedding
 
 
-_TORCH = {
+TORCH_DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
     "F32": torch.float32,

@@ -1,7 +1,7 @@
 """What a checkpoint's own files say of how its inputs and caches are rounded: layer by layer, from stored scales.
 
 Key idea: engines take one input scale for all experts of a layer, gate and up together: the one of the largest
-activation. Where none is stored the scale is 1, NVIDIA's unit (amax 2688), and `stored_input_scales` says so.
+activation. Where none is stored the scale is 1, NVIDIA's unit (amax 2688).
 Sources: vLLM 0.33 (`flashinfer_fp4_moe.py`, `oracle/nvfp4.py`: `a13_scale.max()`), SGLang 0.5.23 (`modelopt_quant.py`).
 """
 
@@ -15,9 +15,9 @@ from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.errors import CheckpointError
 from mimoquant.model.layout import PROJECTIONS, ModelLayout, Weight
 from mimoquant.model.served_rounding import FP8, MXFP8, NONE, NVFP4, LayerRounding, Rounding
+from mimoquant.weights.decoded import TORCH_DTYPES
 
 _MULTIPLIER, _DIVISOR = ".input_scale", ".input_global_scale"  # ModelOpt's amax / 2688; compressed-tensors' 2688 / amax
-_BYTES_TO_TORCH = {"BF16": torch.bfloat16, "F32": torch.float32}
 
 
 def layer_roundings(reader: CheckpointReader, layout: ModelLayout, asked: Rounding) -> tuple[LayerRounding, ...]:
@@ -29,11 +29,6 @@ def layer_roundings(reader: CheckpointReader, layout: ModelLayout, asked: Roundi
         return ()
     weights = {weight.name: weight for of_unit in layout.units.values() for weight in of_unit}
     return tuple(_of_layer(reader, layout, weights, number, asked) for number in range(layout.geometry.layers))
-
-
-def stored_input_scales(layout: ModelLayout) -> bool:
-    """Whether the experts have input scales."""
-    return any(_input_scale(weight) for weight in layout.experts.values())
 
 
 def _of_layer(
@@ -102,7 +97,7 @@ def _numbers(reader: CheckpointReader, infos: list[TensorInfo]) -> torch.Tensor:
     """One float32 a tensor, all positive and finite."""
     raw = np.empty((len(infos), infos[0].size_bytes), np.uint8)
     reader.read_many(zip(infos, raw, strict=True))
-    values = torch.from_numpy(raw).view(_BYTES_TO_TORCH[infos[0].dtype]).to(torch.float32).flatten()
+    values = torch.from_numpy(raw).view(TORCH_DTYPES[infos[0].dtype]).to(torch.float32).flatten()
     bad = ~(torch.isfinite(values) & (values > 0))
     if bad.any():
         place = int(bad.nonzero()[0])
