@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+import pytest
 
 import mimoquant
 from mimoquant.calibration.tokens import TokenSet, load_tokens
+from mimoquant.checkpoint.journal import JournalLine, RunFolder
 from mimoquant.planning.recipe import Recipe, load_recipe
 
 MICRO = mimoquant.micro_checkpoint()
@@ -29,6 +34,24 @@ def j_of(out: Path, tokens: TokenSet, source: Path = MICRO) -> float:
     from mimoquant.evaluation.eval_kl import eval_kl
 
     return float(eval_kl(source, out, tokens, noise_floor=False)["j"]["mean"])
+
+
+class StopError(Exception):
+    """What a run is stopped by."""
+
+
+@contextlib.contextmanager
+def stopped_after(lines: int) -> Iterator[None]:
+    """The run inside of the block has to end when its journal has so many lines."""
+    record = RunFolder.record
+
+    def stop(self: RunFolder, line: JournalLine) -> None:
+        record(self, line)
+        if len(self.finished) == lines:
+            raise StopError
+
+    with mock.patch.object(RunFolder, "record", stop), pytest.raises(StopError):
+        yield
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from conftest import Checkpoint, make_checkpoint
+from fault_layer import Call, FaultLayer
+from micro import contents
 
 from mimoquant import pipeline
 from mimoquant.planning.plan import make_plan
@@ -41,6 +43,8 @@ def quantize(source: Path, out: Path, *, resume: bool = False, recipe: str = REC
     pipeline.quantize(make_plan(source, recipe_of(recipe)), out, device="cpu", resume=resume)
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, by its path."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def left_alone(source: Path, out: Path) -> tuple[dict[str, bytes], list[Call]]:
+    """The files of a run that nothing stops, and its calls that change the disk."""
+    with FaultLayer(out.parent).active() as layer:
+        quantize(source, out)
+    return contents(out), layer.calls

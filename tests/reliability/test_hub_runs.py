@@ -18,7 +18,7 @@ import yaml
 from fault_layer import Call, FaultLayer, Killed
 from hub_server import COMMIT, OTHER_COMMIT, REPO, HubServer, serving
 from micro import MICRO, contents
-from small_runs import quantize, small_checkpoint
+from small_runs import left_alone, quantize, small_checkpoint
 from typer.testing import CliRunner
 
 from mimoquant import api
@@ -51,11 +51,7 @@ def hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
 
 @pytest.fixture(scope="module")
 def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes], list[Call]]:
-    """The files of a run from the folder, and its calls that change the disk."""
-    out = tmp_path_factory.mktemp("whole") / "out"
-    with FaultLayer(out.parent).active() as layer:
-        quantize(folder, out)
-    return contents(out), layer.calls
+    return left_alone(folder, tmp_path_factory.mktemp("whole") / "out")
 
 
 def test_the_micro_checkpoint_is_quantized_as_from_its_folder(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from fault_layer import Call, FaultLayer, Killed
 from micro import contents
-from small_runs import quantize, small_checkpoint, with_nested_files
+from small_runs import left_alone, quantize, small_checkpoint, with_nested_files
 
 from mimoquant.checkpoint.journal import JOURNAL_NAME, RUN_NAME, read_journal
 from mimoquant.errors import UsageError
@@ -26,11 +26,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes], list[Call]]:
-    """The files of a run that was left alone, and the calls that it made."""
-    out = tmp_path_factory.mktemp("whole") / "out"
-    with FaultLayer(out.parent).active() as layer:
-        quantize(source, out)
-    return contents(out), layer.calls
+    return left_alone(source, tmp_path_factory.mktemp("whole") / "out")
 
 
 def killed_at(number: int, source: Path, out: Path, *, resume: bool = False) -> None:

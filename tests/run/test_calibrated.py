@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from micro import MICRO, held_out, j_of, plain_gptq
+from micro import MICRO, held_out, j_of, plain_gptq, stopped_after
 from safetensors.torch import load_file, save_file
 
 from mimoquant import pipeline
 from mimoquant.calibration import statistics
 from mimoquant.calibration.tokens import load_tokens
 from mimoquant.checkpoint.index import INDEX_NAME, open_index
-from mimoquant.checkpoint.journal import JournalLine, RunFolder, read_journal
+from mimoquant.checkpoint.journal import read_journal
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.errors import QualityError, RecipeError, UsageError
 from mimoquant.evaluation.eval_kl import eval_kl, open_layout
@@ -167,27 +167,14 @@ def test_evaluating_on_the_calibration_data_is_refused(gptq: Path) -> None:
         eval_kl(MICRO, gptq, tokens)
 
 
-class _StopError(Exception):
-    pass
-
-
 @pytest.mark.slow
-def test_modelopts_container_is_calibrated_resumed_and_proven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_modelopts_container_is_calibrated_resumed_and_proven(tmp_path: Path) -> None:
     """Its global scales are turned over on the way out and, in a resume's walk through written codes, on the way in."""
     plan = make_plan(MICRO, plain_gptq("nvfp4").calibrated_on(FEW), container="modelopt")
     pipeline.quantize(plan, tmp_path / "whole", device="cpu")
     assert verify(tmp_path / "whole", MICRO).ok
-    record = RunFolder.record
-
-    def stop(self: RunFolder, line: JournalLine) -> None:
-        record(self, line)
-        if len(self.finished) == 4:
-            raise _StopError
-
-    monkeypatch.setattr(RunFolder, "record", stop)
-    with pytest.raises(_StopError):
+    with stopped_after(4):
         pipeline.quantize(plan, tmp_path / "out", device="cpu")
-    monkeypatch.undo()
     pipeline.quantize(plan, tmp_path / "out", device="cpu", resume=True)
     assert (tmp_path / "out" / "journal.jsonl").read_bytes() == (tmp_path / "whole" / "journal.jsonl").read_bytes()
 
@@ -221,20 +208,10 @@ def test_a_resumed_run_writes_the_same_bytes(
     finished: int,
     resumable: dict[str, tuple[Path, Recipe, Path, int]],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     whole, recipe, source, chunk = resumable[kind]
-    record = RunFolder.record
-
-    def stop(self: RunFolder, line: JournalLine) -> None:
-        record(self, line)
-        if len(self.finished) == finished:
-            raise _StopError
-
-    monkeypatch.setattr(RunFolder, "record", stop)
-    with pytest.raises(_StopError):
+    with stopped_after(finished):
         run(recipe, tmp_path / "out", chunk, source)
-    monkeypatch.undo()
     plan = make_plan(source, recipe.calibrated_on(FEW), chunk_bytes=chunk)
     with pytest.raises(UsageError, match=r"recipe\.mimoquant\.calibration\.sequences was"):
         pipeline.quantize(
