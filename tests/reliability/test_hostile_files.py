@@ -110,7 +110,7 @@ def test_bombs_are_refused_quickly_and_in_little_memory(name: str, tmp_path: Pat
     begin = time.process_time()
     try:
         assert check(READERS[reader], data, tmp_path), "it was read"
-        assert time.process_time() - begin < 5
+        assert time.process_time() - begin < 20  # 2 at most on a quiet core; without a limit it is hours
         assert tracemalloc.get_traced_memory()[1] < 300e6
     finally:
         tracemalloc.stop()
