@@ -35,6 +35,7 @@ from mimoquant.checkpoint.folders import is_there, read_inside
 from mimoquant.checkpoint.hf_files import FINGERPRINTS_NAME
 from mimoquant.errors import CheckpointError, UsageError
 from mimoquant.model.layout import ModelLayout
+from mimoquant.model.media import Placed, media_digest
 
 Ids = npt.NDArray[np.int64]
 Decode = Callable[[list[int]], str]
@@ -45,7 +46,7 @@ _MAX_RECIPE_BYTES, _MAX_FINGERPRINTS_BYTES = 10_000_000, 4_000_000_000
 
 @dataclass(frozen=True)
 class TokenSet:
-    """Sequences to run a model on. `sha256` is over `ids` as little-endian int64, row by row."""
+    """Sequences to run a model on. `sha256`: see `set_digest`."""
 
     name: str
     ids: Ids  # [sequences, tokens], packed, no padding
@@ -55,17 +56,29 @@ class TokenSet:
     origins: tuple[str, ...]  # the files that were read with their sha256, and how text became ids
     left_out: tuple[str, ...] = ()  # domains with fewer tokens than one sequence takes
     fingerprints: Fingerprints = NOTHING  # of the records that the sequences were made from
+    media: tuple[tuple[Placed, ...], ...] = ()  # of each sequence, in place of ids; empty where no sequence has any
 
     def first(self, sequences: int) -> TokenSet:
         """The same set, of fewer sequences."""
-        ids = self.ids[:sequences]
+        ids, media = self.ids[:sequences], self.media[:sequences]
         return replace(
             self,
             ids=ids,
             domains=self.domains[:sequences],
-            sha256=hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest(),
+            sha256=set_digest(ids, media),
             sequence_hashes=self.sequence_hashes[:sequences],
+            media=media if any(media) else (),
         )
+
+
+def set_digest(ids: Ids, media: Sequence[Sequence[Placed]] = ()) -> str:
+    """sha256 over ids [sequences, tokens] as little-endian int64, row by row, and then, where any sequence has media,
+    over `media_digest` of each."""
+    told = hashlib.sha256(ids.astype("<i8").tobytes())
+    if any(media):
+        for of_sequence in media:
+            told.update(media_digest(of_sequence).encode())
+    return told.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -336,7 +349,7 @@ class _Packer:
             name=name,
             ids=packed,
             domains=tuple(domain for domain, _ in dealt),
-            sha256=hashlib.sha256(little_endian.tobytes()).hexdigest(),
+            sha256=set_digest(packed),
             sequence_hashes=tuple(hashlib.sha256(row.tobytes()).hexdigest() for row in little_endian),
             origins=tuple(origins),
             left_out=tuple(domain for domain, size in sizes.items() if size < self.tokens),

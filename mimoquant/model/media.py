@@ -1,0 +1,134 @@
+"""Pictures and sounds as the towers take them, and where they stand among a sequence's tokens.
+
+Key idea: media change nothing but rows of the embedding. A sequence keeps a placeholder id at each place that a tower's
+output goes to, in a run of exactly as many as the tower gives; ids, positions and everything after the embedding are
+those of text. So whoever packs sequences needs only `tokens_of`, and whoever walks them only `Placed`.
+
+Video is left out. Reference: the published `processor_config`; vLLM 0.32's and SGLang 0.5.23's processors count alike.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from mimoquant.errors import CheckpointError
+from mimoquant.model.tower_config import TowerConfig
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """An image cut up as transformers' Qwen2-VL image processor does it.
+
+    patches: float32 [t * h * w, C * T * P * P], normalised, in the processor's order (2 x 2 patches that are merged lie
+    together; inside a patch channel, time, row, column). grid: (t, h, w) in patches; t is 1 for an image.
+    """
+
+    patches: npt.NDArray[np.float32]
+    grid: tuple[int, int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Sound:
+    """Codes of a speech tokenizer, int64 [frames, codebooks]."""
+
+    codes: npt.NDArray[np.int64]
+
+
+Medium = Picture | Sound
+
+
+class Placed(NamedTuple):
+    """What stands at `tokens` tokens of a sequence from `start` on, whose ids are placeholders."""
+
+    start: int
+    tokens: int
+    medium: Medium
+
+
+@dataclass(frozen=True, eq=False)
+class MediaSequence:
+    """Ids int64 [n], and what stands in place of some, in rising order and without overlap."""
+
+    tokens: npt.NDArray[np.int64]
+    media: tuple[Placed, ...] = ()
+
+
+def tokens_of(medium: Medium, config: TowerConfig) -> int:
+    """How many tokens a picture or a sound takes.
+
+    Raises CheckpointError where the model has no such tower, or the medium is not of its patches or codebooks.
+    """
+    return picture_tokens(medium, config) if isinstance(medium, Picture) else sound_tokens(medium, config)
+
+
+def picture_tokens(picture: Picture, config: TowerConfig) -> int:
+    """One for each `merge` x `merge` patches. Raises CheckpointError, see `tokens_of`."""
+    vision = config.need_vision()
+    (t, h, w), patches = picture.grid, picture.patches
+    if t < 1 or h < vision.merge or w < vision.merge or h % vision.merge or w % vision.merge:
+        raise CheckpointError(
+            f"a picture of {t} x {h} x {w} patches does not split into {vision.merge} x {vision.merge}"
+        )
+    if patches.shape != (t * h * w, vision.patch_width):
+        raise CheckpointError(
+            f"a picture of {t} x {h} x {w} patches has values {list(patches.shape)}, "
+            f"its model takes {[t * h * w, vision.patch_width]}"
+        )
+    return t * h * w // vision.merge**2
+
+
+def sound_tokens(sound: Sound, config: TowerConfig) -> int:
+    """One for each `group` frames, the last group filled up. Raises CheckpointError, see `tokens_of`."""
+    audio = config.need_audio()
+    codes = sound.codes
+    if codes.ndim != 2 or codes.shape[1] != audio.codebooks or not len(codes):
+        raise CheckpointError(f"a sound has codes {list(codes.shape)}, its model takes [frames, {audio.codebooks}]")
+    low, high = codes.min(0), codes.max(0)
+    for book, size in enumerate(audio.code_counts):
+        if low[book] < 0 or high[book] >= size:
+            bad = low[book] if low[book] < 0 else high[book]
+            raise CheckpointError(f"a sound has code {bad} in codebook {book}, which has {size}")
+    return -(-len(codes) // audio.group)
+
+
+def placeholder(medium: Medium, config: TowerConfig) -> int:
+    """The id that stands where a medium does. Raises CheckpointError where config.json does not tell."""
+    return config.need_id("image" if isinstance(medium, Picture) else "audio")
+
+
+def check_sequence(ids: npt.NDArray[np.int64], media: Sequence[Placed], config: TowerConfig, where: str) -> None:
+    """Hold a sequence's ids against its media. Raises CheckpointError: other counts or ids than the media need, two
+    that overlap, or placeholders without a medium."""
+    owned = np.zeros(len(ids), bool)
+    for number, (start, count, medium) in enumerate(media):
+        wanted, id_ = tokens_of(medium, config), placeholder(medium, config)
+        if count != wanted or start < 0 or start + count > len(ids) or owned[start : start + count].any():
+            raise CheckpointError(
+                f"{where}: medium {number} takes {wanted} tokens and is placed at {start} to {start + count - 1} "
+                f"of {len(ids)}, or over another"
+            )
+        if (ids[start : start + count] != id_).any():
+            raise CheckpointError(f"{where}: medium {number} is placed on ids that are not its placeholder {id_}")
+        owned[start : start + count] = True
+    told = [id_ for id_ in (config.ids.image, config.ids.audio) if id_ is not None]
+    stray = np.isin(ids, told) & ~owned
+    if media and stray.any():
+        place = int(np.argmax(stray))
+        raise CheckpointError(f"{where}: token {place} is the placeholder {ids[place]}, and no medium stands there")
+
+
+def media_digest(media: Iterable[Placed]) -> str:
+    """sha256 over where media stand and what they hold; for the hash of a sequence."""
+    told = hashlib.sha256()
+    for start, count, medium in media:
+        values = medium.patches if isinstance(medium, Picture) else medium.codes
+        grid = medium.grid if isinstance(medium, Picture) else ()
+        told.update(f"{type(medium).__name__} {start} {count} {grid} {values.shape}\n".encode())
+        told.update(values.astype("<f4" if isinstance(medium, Picture) else "<i8").tobytes())
+    return told.hexdigest()
