@@ -321,6 +321,11 @@ def eval_draft(
     sequences: int | None = None,
     tokens: int = HELD_OUT_TOKENS,
     depth: int | None = None,
+    activations: str | None = None,
+    dense_activations: str | None = None,
+    kv: str | None = None,
+    as_served: str | None = None,
+    reference_as_served: bool = False,
     device: str = "auto",
 ) -> EvalDraftDocument:
     """How many drafted tokens a quantized backbone accepts, beside its reference.
@@ -328,18 +333,21 @@ def eval_draft(
     Args:
         draft: each checkpoint's MTP layers, "mtp" in a chain, "mtp-backbone" as SGLang runs them; or the folder of a
             DFlash drafter.
-        depth: MTP layers in the chain; by default all, at most 3. The others: see `eval_kl`.
+        depth: MTP layers in the chain; by default all, at most 3.
+        activations, dense_activations, kv, as_served, reference_as_served: of the backbones; these and the others: see
+            `eval_kl`.
     Raises UsageError: too deep, a drafter of another backbone, or shared data. CheckpointError: bad checkpoints.
     """
-    from mimoquant.assembly.choices import EvaluationChoice, Watcher
+    from mimoquant.assembly.choices import EvaluationChoice, RoundingChoice, Watcher
     from mimoquant.assembly.evaluations import evaluate_draft
     from mimoquant.machine.devices import resolve_device
     from mimoquant.machine.team import Team
 
+    rounding = RoundingChoice(activations, dense_activations, kv, as_served, reference_as_served)
     return evaluate_draft(
         Path(reference),
         Path(candidate),
-        EvaluationChoice(data, sequences, tokens, column=data_column),
+        EvaluationChoice(data, sequences, tokens, column=data_column, rounding=rounding),
         Team(resolve_device(device)),
         draft=str(draft),
         depth=depth,

@@ -145,8 +145,17 @@ def evaluate_draft(
     begin = time.monotonic()
     layouts = open_layout(reference), open_layout(candidate)
     choose_draft(layouts, draft, depth, choice.tokens)  # before the data, which can take minutes
+    served = rounded_checkpoints({"reference": reference, "candidate": candidate}, choice.rounding)
     tokens = held_out_tokens(reference, choice, layouts[0].geometry.vocab, watcher)
-    measured = eval_draft(reference, candidate, tokens, draft=draft, depth=depth, progress=_layers(watcher), team=team)
+    measured = eval_draft(
+        served["reference"],
+        served["candidate"],
+        tokens,
+        draft=draft,
+        depth=depth,
+        progress=_layers(watcher),
+        team=team,
+    )
     return {
         **measured,
         "elapsed_s": round(time.monotonic() - begin, 3),

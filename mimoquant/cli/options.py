@@ -66,7 +66,7 @@ class QkvDtype(StrEnum):
 
 
 class ExpertRounding(StrEnum):
-    """`eval-kl --activations`."""
+    """`--activations`."""
 
     NONE = "none"
     FP8 = "fp8"
@@ -76,7 +76,7 @@ class ExpertRounding(StrEnum):
 
 
 class Fp8Rounding(StrEnum):
-    """`eval-kl --dense-activations` and `--kv`."""
+    """`--dense-activations` and `--kv`."""
 
     NONE = "none"
     FP8 = "fp8"

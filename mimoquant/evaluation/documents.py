@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TypedDict
 
-from mimoquant.evaluation.rounding_documents import RoundingFacts
+from mimoquant.evaluation.rounding_documents import Rounded, RoundingFacts
 
 
 class DataFacts(TypedDict):
@@ -428,6 +428,8 @@ class DraftEvaluation(DraftSummary):
     draft: str
     """Each checkpoint's own MTP layers, mtp in a chain or mtp-backbone each on the backbone's hidden states, or the
     folder of a DFlash drafter."""
+    rounding: Rounded | None
+    """What of the backbones was rounded beside weights; null where nothing was. Draft models are not rounded."""
     data: DataFacts
     """The held-out tokens."""
     device: str

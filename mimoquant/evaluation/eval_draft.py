@@ -23,9 +23,9 @@ T-D-1.
 
 Key idea: a quantized checkpoint has p and hidden states of its own, so acceptance can fall although the draft model is
 untouched. Both backbones are walked side by side as in `eval-kl`, each byte read once (the embedding twice), and
-compared start by start.
+compared start by start. A backbone may be walked as it is served (`AsServed`), activations and cache rounded too.
 
-Left out: trees of guesses, one MTP layer used at every depth (as vLLM does).
+Left out: what kernels round inside the draft model; trees of guesses, one MTP layer used at every depth (as vLLM does).
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ from mimoquant.evaluation.documents import (
     Paired,
 )
 from mimoquant.evaluation.drafts import Draft, Drafts, choose_draft
-from mimoquant.evaluation.eval_kl import open_layout, same_model
-from mimoquant.evaluation.facts import data_facts, recipe_name
+from mimoquant.evaluation.eval_kl import AsServed, open_layout, roundings_of, same_model
+from mimoquant.evaluation.facts import data_facts, recipe_name, rounded_facts
 from mimoquant.evaluation.held_out import refuse_shared_data
 from mimoquant.evaluation.side_by_side import streams_of
 from mimoquant.machine.team import Team
@@ -65,6 +65,7 @@ from mimoquant.model.decoder_layer import linear, rms_norm
 from mimoquant.model.layer_stream import Stream, portions, walk
 from mimoquant.model.layout import ModelLayout
 from mimoquant.model.releases import stored_as
+from mimoquant.model.served_rounding import NOTHING, Rounding
 from mimoquant.weights.decoded import CheckpointWeights
 
 _LOGITS = 2**25  # of one distribution's that are held at once
@@ -143,17 +144,21 @@ def compare_drafts(
     tokens: TokenSet,
     draft: Draft,
     *,
+    roundings: tuple[Rounding, Rounding] = (NOTHING, NOTHING),
     device: str = "cpu",
     progress: Callable[[int], None] | None = None,
     team: Team | None = None,
 ) -> tuple[DraftScores, DraftScores]:
-    """Scores of both backbones with the same kind of draft; the same on every rank of `team`."""
+    """Scores of both backbones with the same kind of draft; the same on every rank of `team`. `roundings`: of each."""
     team = team or Team(device)
     place, every = torch.device(team.device), portions(torch.from_numpy(tokens.ids))
     mine = every[team.rank :: team.size]
     with CheckpointReader(reference.index) as first, CheckpointReader(candidate.index) as second:
         weights = [CheckpointWeights(first, reference, place), CheckpointWeights(second, candidate, place)]
         streams = [streams_of(source, mine) for source in weights]
+        for of_source, layers in zip(streams, roundings_of(weights, roundings), strict=True):
+            for stream in of_source:
+                stream.roundings = layers
         beside = draft.beside(weights, streams)
 
         def after_layer(number: int) -> None:
@@ -183,8 +188,8 @@ def _joined(mine: list[DraftScores], count: int, team: Team) -> DraftScores:
 
 
 def eval_draft(
-    reference: Path | str,
-    candidate: Path | str,
+    reference: Path | str | AsServed,
+    candidate: Path | str | AsServed,
     tokens: TokenSet,
     *,
     draft: str = "mtp",
@@ -204,20 +209,24 @@ def eval_draft(
     model. UsageError: too deep for the checkpoints or the sequences, or `tokens` are among those that the candidate was
     calibrated on.
     """
-    layouts = open_layout(Path(reference)), open_layout(Path(candidate))
+    served = AsServed.of(reference), AsServed.of(candidate)
+    folders = [Path(checkpoint.folder) for checkpoint in served]
+    layouts = open_layout(folders[0]), open_layout(folders[1])
     same_model(*layouts)
     chosen = choose_draft(layouts, draft, depth, tokens.ids.shape[1])
-    shared = refuse_shared_data(Path(candidate), tokens)
+    shared = refuse_shared_data(folders[1], tokens)
     layers = layouts[0].geometry.layers
     told = (lambda number: progress(number, layers)) if progress else None
-    scores = compare_drafts(*layouts, tokens, chosen, device=device, progress=told, team=team)
+    roundings = served[0].rounding, served[1].rounding
+    scores = compare_drafts(*layouts, tokens, chosen, roundings=roundings, device=device, progress=told, team=team)
     return {
         "schema_version": SCHEMA_VERSION,
-        "reference": named(reference),
+        "reference": named(served[0].folder),
         "reference_stored": stored_as(layouts[0]),
-        "candidate": named(candidate),
-        "recipe": recipe_name(Path(candidate)),
+        "candidate": named(served[1].folder),
+        "recipe": recipe_name(folders[1]),
         "draft": chosen.name,
+        "rounding": rounded_facts(*served, layouts[1]),
         "data": data_facts(tokens, shared),
         **summarize_drafts(*scores, tokens),
         "device": device,

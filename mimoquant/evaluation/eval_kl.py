@@ -51,7 +51,7 @@ from mimoquant.machine.team import Team
 from mimoquant.model.layer_stream import batch_sequences, portions, walk
 from mimoquant.model.layout import ModelLayout, read_layout
 from mimoquant.model.releases import stored_as
-from mimoquant.model.served_rounding import NOTHING, Rounding
+from mimoquant.model.served_rounding import NOTHING, Rounding, Roundings
 from mimoquant.planning.plan import read_config
 from mimoquant.weights.decoded import CheckpointWeights
 from mimoquant.weights.layer_rounding import layer_roundings
@@ -148,21 +148,25 @@ def compare(
 
 
 def _sides(weights: list[CheckpointWeights], asked: Sequence[Rounding]) -> tuple[list[Side], list[Cause]]:
-    """What is walked, the reference first, and what is walked besides where anything is rounded: see `CAUSES`.
-
-    A reference that is rounded like the candidate takes the candidate's scales: it has none of its own.
-    """
+    """What is walked, the reference first, and what is walked besides where anything is rounded: see `CAUSES`."""
     if not asked:
         return [Side(source) for source in weights], []
-    layers = [layer_roundings(of.reader, of.layout, rounding) for of, rounding in zip(weights, asked, strict=True)]
-    if asked[0] == asked[1]:
-        layers[0] = layers[1]
+    layers = roundings_of(weights, asked)
     sides = [Side(source, roundings) for source, roundings in zip(weights, layers, strict=True)]
     if not (layers[0] or layers[1]):
         return sides, []
     plain, other = Side(weights[0]), Side(weights[1])
     causes = [(plain, other), (plain, Side(weights[0], layers[1])), (sides[0], sides[1])]
     return sides, [Cause(name, *pair) for name, pair in zip(CAUSES, causes, strict=True)]
+
+
+def roundings_of(weights: Sequence[CheckpointWeights], asked: Sequence[Rounding]) -> list[Roundings]:
+    """What is rounded of the reference and of each candidate, by layer, with the scales that their files have.
+
+    A reference that is rounded like the candidate takes the candidate's scales: it has none of its own.
+    """
+    layers = [layer_roundings(of.reader, of.layout, rounding) for of, rounding in zip(weights, asked, strict=True)]
+    return [layers[1] if asked[0] == asked[1] else layers[0], *layers[1:]]
 
 
 def _walk(both: SideBySide, progress: Callable[[int], None] | None, snapshots: Snapshots | None) -> NoiseFloor | None:

@@ -26,7 +26,7 @@ from mimoquant.evaluation.documents import (
     LayerPart,
     NoiseFloor,
 )
-from mimoquant.evaluation.rounding_documents import CausePart, RoundingFacts
+from mimoquant.evaluation.rounding_documents import CausePart, Rounded, RoundingFacts
 from mimoquant.evaluation.summary import paired_difference, summarize
 from mimoquant.model.rounding import has_input_scales, left_out_of_j, rounds_activations
 from mimoquant.model.served_rounding import NONE, NVFP4
@@ -94,20 +94,29 @@ def rounding_facts(
     tokens: TokenSet,
 ) -> RoundingFacts | None:
     """What was rounded, and what of J it is; None where nothing was, and nothing is known of a kernel that would."""
-    if not (causes or candidate.known):
+    rounded = rounded_facts(reference, candidate, layout)
+    if rounded is None:
         return None
-    asked = candidate.rounding
-    scales = ("stored" if has_input_scales(layout) else "unit") if NVFP4 in asked.kinds else None
     length = tokens.ids.shape[1] - 1
     return RoundingFacts(
+        **rounded,
+        sequences=max((len(scores.j) // length for scores in causes.values()), default=0),
+        causes=[_cause(name, scores, length) for name, scores in causes.items()],
+    )
+
+
+def rounded_facts(reference: AsServed, candidate: AsServed, layout: ModelLayout) -> Rounded | None:
+    """What was rounded, by words alone; None where nothing was, and nothing is known of a kernel that would."""
+    asked, of_reference = candidate.rounding, reference.rounding
+    if not (asked.anything or of_reference.anything or candidate.known):
+        return None
+    return Rounded(
         experts=asked.kinds,
         dense=asked.dense,
         kv_cache=asked.cache,
-        reference=reference.rounding.told if reference.rounding.anything else None,
-        input_scales=scales,
+        reference=of_reference.told if of_reference.anything else None,
+        input_scales=("stored" if has_input_scales(layout) else "unit") if NVFP4 in asked.kinds else None,
         known=list(candidate.known),
-        sequences=max((len(scores.j) // length for scores in causes.values()), default=0),
-        causes=[_cause(name, scores, length) for name, scores in causes.items()],
     )
 
 

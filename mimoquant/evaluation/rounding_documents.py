@@ -1,4 +1,5 @@
-"""What `eval-kl` says of activations and caches that it rounded: a part of its document."""
+"""What a measurement says of activations and caches that it rounded: a part of the documents of `eval-kl`,
+`eval-draft` and `sensitivity`."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ class CausePart(TypedDict):
     """Upper end of its interval."""
 
 
-class RoundingFacts(TypedDict):
+class Rounded(TypedDict):
     """What was rounded beside the weights, as kernels do; see `quant.activations`."""
 
     experts: str
@@ -34,6 +35,11 @@ class RoundingFacts(TypedDict):
     """Of NVFP4's inputs: stored in the candidate, or unit, 1 for all; null for other kinds."""
     known: list[str]
     """Which kernels are thought to run, and how that is known; empty where the rounding was asked for by name."""
+
+
+class RoundingFacts(Rounded):
+    """The same, and what it does to J."""
+
     sequences: int
     """That the causes were measured on: one batch in four."""
     causes: list[CausePart]

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from mimoquant.report.eval_text import Origin, origin
+from mimoquant.report.eval_text import Origin, origin, rounding_lines
 from mimoquant.wording import NAME_CHARS, WIDTH, has_interval, interval, number, percent, table, visible
 
 if TYPE_CHECKING:
@@ -57,6 +57,8 @@ def _verdict(facts: EvalDraftDocument) -> Iterator[tuple[str, str]]:
         yield "DRAFTER", facts["draft"]
     if facts["nonfinite_share"] > 0:
         yield "NOT FINITE", f"{percent(facts['nonfinite_share'])} of the starts, which are left out"
+    if facts["rounding"] is not None:
+        yield from rounding_lines(facts["rounding"])
 
 
 def _figures(facts: EvalDraftDocument) -> Iterator[tuple[str, ...]]:

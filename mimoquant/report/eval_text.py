@@ -22,7 +22,7 @@ from mimoquant.wording import (
 
 if TYPE_CHECKING:
     from mimoquant.evaluation.documents import DataFacts, EvalKlDocument
-    from mimoquant.evaluation.rounding_documents import RoundingFacts
+    from mimoquant.evaluation.rounding_documents import Rounded, RoundingFacts
 
 Quantile = Literal["median", "mean", "p90", "p99", "p99_9", "max"]
 QUANTILES: dict[Quantile, str] = {
@@ -74,12 +74,13 @@ def what_j_is(facts: EvalKlDocument) -> str:
     return f"J of weights, {' and '.join(beside)}"
 
 
-def rounding_lines(rounding: RoundingFacts) -> list[tuple[str, str]]:
+def rounding_lines(rounding: Rounded) -> list[tuple[str, str]]:
     """(name, sentence): what was rounded, and how it is known that kernels do."""
+    anything = rounding["reference"] or {rounding["experts"], rounding["dense"], rounding["kv_cache"]} != {"none"}
     told = rounding_note(rounding["experts"], rounding["dense"], rounding["kv_cache"], rounding["input_scales"])
     told += f"; the reference: {rounding['reference']}" if rounding["reference"] else "; the reference is not rounded"
     return [
-        ("rounded", told if rounding["causes"] else "nothing"),
+        ("rounded", told if anything else "nothing"),
         *(("kernels", known) for known in rounding["known"]),
     ]
 

@@ -32,9 +32,11 @@ from mimoquant.evaluation.drafts import BACKBONE, CHAIN, Mtp, choose_draft
 from mimoquant.evaluation.eval_draft import DraftScores, compare_drafts, eval_draft, overlap, summarize_drafts
 from mimoquant.evaluation.eval_kl import open_layout
 from mimoquant.model.layer_stream import Stream, walk
+from mimoquant.model.served_rounding import FP8, NOTHING, NVFP4, Rounding
 from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import load_recipe
 from mimoquant.weights.decoded import CheckpointWeights
+from mimoquant.weights.layer_rounding import layer_roundings
 
 
 def call(*arguments: str | Path) -> Any:
@@ -99,14 +101,18 @@ def test_the_accepted_length_counts_a_guess_only_after_all_before_it() -> None:
 # --- the walk ---------------------------------------------------------------------------------------------------------
 
 
-def brute_force(folder: Path, tokens: TokenSet, depth: int, *, chained: bool) -> tuple[np.ndarray, np.ndarray]:
+def brute_force(
+    folder: Path, tokens: TokenSet, depth: int, *, chained: bool, rounding: Rounding = NOTHING
+) -> tuple[np.ndarray, np.ndarray]:
     """Both scores from whole logits in float64, a start at a time; the MTP layers are those of `mtp_reference`."""
     judge, layout = Reference(folder), open_layout(folder)
     embedding = judge.read("model.embed_tokens.weight").double().numpy()
     head = judge.read("lm_head.weight").double().numpy()
     with CheckpointReader(layout.index) as reader:
         stream = Stream(
-            CheckpointWeights(reader, layout, torch.device("cpu")), [torch.from_numpy(embedding[tokens.ids]).float()]
+            CheckpointWeights(reader, layout, torch.device("cpu")),
+            [torch.from_numpy(embedding[tokens.ids]).float()],
+            roundings=layer_roundings(reader, layout, rounding),
         )
         walk([stream])
     accepted, match = [], []
@@ -135,6 +141,21 @@ def test_scores_equal_brute_force_in_float64(draft: str, int4: Path) -> None:
         assert np.abs(scores.acceptance - accepted).max() < 1e-4
         assert (scores.match == match).mean() > 0.995  # ties within rounding
     assert np.abs(ours.acceptance - theirs.acceptance).max() > 0.01
+
+
+def test_a_backbone_is_scored_as_it_is_served(int4: Path) -> None:
+    """The candidate's inputs and cache are rounded, its MTP layers' are not; the reference stays as it is."""
+    tokens, layouts = held_out(2, 40), (open_layout(MICRO), open_layout(int4))
+    asked = Rounding(NVFP4, FP8, FP8)
+    plain = compare_drafts(*layouts, tokens, Mtp(2))
+    told = compare_drafts(*layouts, tokens, Mtp(2), roundings=(NOTHING, asked))
+    accepted, match = brute_force(int4, tokens, 2, chained=True, rounding=asked)
+    assert np.abs(told[1].acceptance - accepted).max() < 1e-4 and (told[1].match == match).mean() > 0.99
+    assert np.abs(told[1].acceptance - plain[1].acceptance).max() > 0.01
+    assert np.array_equal(told[0].acceptance, plain[0].acceptance)
+    ours, theirs = compare_drafts(layouts[0], layouts[0], tokens, Mtp(2), roundings=(asked, asked))
+    assert np.array_equal(ours.acceptance, theirs.acceptance)
+    assert not np.array_equal(ours.acceptance, plain[0].acceptance)
 
 
 def test_blocks_and_depth_do_not_change_the_scores(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,8 +312,10 @@ def test_the_verb_prints_one_document_or_text(int4: Path) -> None:
     assert told.exit_code == 0 and facts["schema_version"] == 1 and facts["draft"] == "mtp"
     assert [row["depth"] for row in facts["depths"]] == [1, 2] and len(facts["by_domain"]) == 7
     assert "layer 4" in told.stderr
-    text = call(*arguments).stdout
+    assert facts["rounding"] is None
+    text = call(*arguments, "--activations", "fp8", "--reference-as-served").stdout
     rows = [line.split("  ")[0] for line in text.splitlines()]
+    assert "rounded      inputs of experts fp8, of FP8 beside them none, KV cache none; the reference: experts" in text
     assert rows.count("acceptance, sampling") == 3 and rows.count("accepted length, greedy") == 1
     assert max(map(len, text.splitlines())) <= 100
 
@@ -332,6 +355,8 @@ def test_mistakes_end_in_one_sentence(int4: Path, tiny_checkpoint: Any, tmp_path
         (("eval-draft", MICRO, one, "--depth", "2"), 2, "one has 1 MTP layers"),
         (("eval-draft", MICRO, one), 3, "is another model than"),
         (("eval-draft", MICRO, int4 / "no"), 2, "not a checkpoint folder"),
+        (("eval-draft", MICRO, int4, "--as-served", "vllm:h100", "--kv", "fp8"), 2, "--kv cannot go with it"),
+        (("eval-draft", MICRO, int4, "--as-served", "sglang:rtx4090"), 2, "int4 experts is not known here"),
     ]
     for arguments, code, message in cases:
         result = call(*arguments)

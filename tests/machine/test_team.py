@@ -271,6 +271,8 @@ def test_acceptance_gives_the_numbers_of_one_process(gptq: Path) -> None:
             "64",
             "--depth",
             "2",
+            "--kv",
+            "fp8",
             "--device",
             "cpu",
             "--json",
