@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,11 +25,12 @@ from mimoquant.checkpoint.hf_files import FINGERPRINTS_NAME, copy_side_files
 from mimoquant.checkpoint.index import open_shard
 from mimoquant.checkpoint.journal import JournalLine, RunFolder, free_bytes, opened
 from mimoquant.checkpoint.reader import CheckpointReader
+from mimoquant.checkpoint.remote import remote_of
 from mimoquant.checkpoint.writer import ShardWriter, write_file_durably
 from mimoquant.errors import CheckpointError, StoppedError, UsageError
 from mimoquant.machine.devices import make_engine, resolve_device
 from mimoquant.machine.memory import machine
-from mimoquant.machine.overlap import WriteBehind, read_ahead
+from mimoquant.machine.overlap import WriteBehind, is_given_up, read_ahead
 from mimoquant.machine.team import Team
 from mimoquant.machine.timeline import WAIT_READ, WAIT_WRITE, Timeline
 from mimoquant.output.documents import QuantizeReport
@@ -175,15 +177,24 @@ def _check_disk(plan: Plan, team: Team, run: RunFolder) -> None:
     done = sum(line.size_bytes for line in run.finished.values())
     done += sum(path.stat().st_size for path in run.partial.glob("*/*") if path.is_file())  # of the walk back
     has, free = machine(team.device), free_bytes(run.partial)
-    needed = disk_bytes(plan, team.device, has, team.size) - done + DISK_SLACK
+    kept = _bytes_of_source(plan.layout.index.folder, run.partial)
+    needed = disk_bytes(plan, team.device, has, team.size) - done + DISK_SLACK + kept
     if needed > free:
-        sentence = f"{run.out}: needs {needed / 1e9:.2f} GB but {free / 1e9:.2f} GB are free"
+        beside = f", {kept / 1e9:.2f} GB of it for the source that is kept," if kept else ""
+        sentence = f"{run.out}: needs {needed / 1e9:.2f} GB{beside} but {free / 1e9:.2f} GB are free"
         if run.finished:
             raise StoppedError(sentence, hint="make room, then run the same command again with --resume")
         run.discard()
-        lighter = lighter_on_disk(plan, team.device, has, free + done - DISK_SLACK, team.size)
+        lighter = lighter_on_disk(plan, team.device, has, free + done - DISK_SLACK - kept, team.size)
         room = "make room or choose another --out"
         raise UsageError(sentence, hint=f"{room}; {lighter}" if lighter else room)
+
+
+def _bytes_of_source(source: Path, out: Path) -> int:
+    """What is still to come onto the disk of `out` of a source on the Hub that is kept."""
+    remote = remote_of(source)
+    same_disk = remote is not None and remote.store.folder.stat().st_dev == out.stat().st_dev
+    return remote.store.bytes_to_keep if remote and same_disk else 0
 
 
 def _walked_back(
@@ -221,7 +232,9 @@ def _write_units(
         walk = _Walk(plan, run, reader, tokens, team, fisher) if tokens else None
         shards = _Shards(run, behind, queue // 2 + 1 if lanes == 1 else 0, progress, timeline, opened)
         shop = Workshop(plan, reader, engine, team.rank)
-        ahead = read_ahead(timeline.waited("read", load(shop, tasks)))
+        source = plan.layout.index.folder
+        turns = tasks if remote_of(source) is None else _one_by_one(tasks, run, behind)
+        ahead = read_ahead(timeline.waited("read", load(shop, turns)))
         with contextlib.closing(ahead):
             for loaded in timeline.waited(WAIT_READ, ahead):
                 if loaded.task is not shards.task:
@@ -235,6 +248,17 @@ def _write_units(
                 shards.tell()
                 if loaded.last:
                     shards.end(walk.leave(loaded.task.unit) if walk else None, shop.counted())
+
+
+def _one_by_one(tasks: list[Task], run: RunFolder, behind: WriteBehind) -> Iterator[Task]:
+    """Each task once the shard of the one before it is in the journal. What is far away costs time to read, so a kill
+    must not cost more than one layer of it; what is read ahead inside a layer stays. Runs in the read-ahead thread."""
+    for task in tasks:
+        yield task
+        while task.writes and task.unit.name not in run.finished:
+            if behind.failed or is_given_up():
+                return
+            time.sleep(0.002)
 
 
 class _Shards:

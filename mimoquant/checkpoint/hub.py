@@ -51,6 +51,13 @@ class HubSource:
         self._fetching = threading.Lock()
         self._downloads: Downloads | None = None  # of a source that is kept, from the first tensor on
 
+    @property
+    def bytes_to_keep(self) -> int:
+        if not self.keeps:
+            return 0
+        left = sum(self.files[name].size_bytes for name in self.shards if not (self.folder / name).exists())
+        return left - sum(path.stat().st_size for path in self.folder.rglob(".*.incomplete"))
+
     def read(self, wanted: Sequence[Wanted]) -> None:
         self._ranges.read(wanted)
 
@@ -184,11 +191,10 @@ def opened(text: str, keep: Path | None = None) -> Iterator[Path]:
 
 def _check_room(source: HubSource, keep: Path) -> None:
     """Raises UsageError where the disk has no room for what is still to come."""
-    left = sum(source.files[name].size_bytes for name in source.shards if not (source.folder / name).exists())
-    begun = sum(path.stat().st_size for path in source.folder.rglob(".*.incomplete"))
-    if left - begun > (free := free_bytes(source.folder)):
+    needed, free = source.bytes_to_keep, free_bytes(source.folder)
+    if needed > free:
         raise UsageError(
-            f"--keep-source {keep}: needs {(left - begun) / 1e9:.2f} GB more but {free / 1e9:.2f} GB are free",
+            f"--keep-source {keep}: needs {needed / 1e9:.2f} GB more but {free / 1e9:.2f} GB are free",
             hint="make room, choose another disk, or leave it out: then nothing is kept",
         )
 

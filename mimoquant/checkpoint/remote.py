@@ -52,6 +52,11 @@ class Store(Protocol):
     @property
     def files(self) -> Mapping[str, RemoteFile]: ...
 
+    @property
+    def bytes_to_keep(self) -> int:
+        """What its folder's disk needs room for still: of shards that come to stay, 0 where none do."""
+        ...
+
     def read(self, wanted: Sequence[Wanted]) -> None:
         """Fill memory with bytes of files, several requests at once. Raises StoppedError, CheckpointError."""
         ...

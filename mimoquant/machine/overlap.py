@@ -104,6 +104,11 @@ class WriteBehind:
         if error is None and self._error is not None:
             raise self._error
 
+    @property
+    def failed(self) -> bool:
+        """Whether a call has raised, which the next `submit` or the end of the block tells."""
+        return self._error is not None
+
     def submit(self, lane: int, size_bytes: int, call: Callable[..., Any], *args: Any) -> None:
         """Queue `call(*args)`, which holds `size_bytes` of data, on a lane (modulo their number); waits while too much
         is queued."""

@@ -8,7 +8,7 @@ are not encoded again: their audit (`output.verify`) is computed apart from the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
@@ -386,7 +386,7 @@ def kind_of(step: Step) -> Kind[Any]:
     return _KINDS[type(step)]
 
 
-def load(shop: Workshop, tasks: list[Task]) -> Iterator[Loaded]:
+def load(shop: Workshop, tasks: Iterable[Task]) -> Iterator[Loaded]:
     """Every step's source bytes, in order. Runs in the read-ahead thread."""
     for task in tasks:
         shop.reader.expect(step.info for steps in task.groups for step in steps if isinstance(step, Copy))

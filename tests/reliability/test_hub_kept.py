@@ -10,7 +10,7 @@ from hub_server import COMMIT, OTHER_COMMIT, REPO, HubServer, serving
 from micro import contents
 from small_runs import small_checkpoint, with_nested_files
 
-from mimoquant import api
+from mimoquant import api, pipeline
 from mimoquant.checkpoint import hub as hub_module
 from mimoquant.checkpoint import ranges
 from mimoquant.errors import CheckpointError, MimoquantError, StoppedError, UsageError
@@ -98,6 +98,24 @@ def test_another_source_is_not_kept(hub: HubServer, damage: str, tmp_path: Path)
     with pytest.raises(kind, match=says):
         quantize(out, keep)
     assert not keep.exists() and not (tmp_path / "kept.partial" / name).exists() and not out.exists()
+
+
+def test_both_must_find_room_on_one_disk(
+    hub: HubServer, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, keep = tmp_path / "out", tmp_path / "kept"
+    kept = sum(len(hub.content[name]) for name in hub.shards)
+    room = api.plan(folder, RECIPE, device="cpu")["output_bytes"] + pipeline.DISK_SLACK + 10**6
+    monkeypatch.setattr(pipeline, "free_bytes", lambda _: room)
+    with monkeypatch.context() as larger:
+        larger.setattr(hub_module.HubSource, "bytes_to_keep", kept + 10**9)
+        larger.setattr(hub_module, "free_bytes", lambda _: 10**10)
+        with pytest.raises(
+            UsageError, match=r"out: needs 1\.\d\d GB, 1\.00 GB of it for the source that is kept, but 0"
+        ):
+            quantize(out, keep)
+    assert not out.with_name("out.partial").exists()
+    api.quantize(SOURCE, RECIPE, out, device="cpu")  # without the source there is room
 
 
 def test_what_cannot_be_kept_is_refused(hub: HubServer, folder: Path, tmp_path: Path) -> None:

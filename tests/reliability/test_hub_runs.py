@@ -112,11 +112,40 @@ def test_killed_and_resumed_it_is_the_folders_output(
 def test_killed_at_many_points_it_is_the_folders_output(
     hub: HubServer, whole: tuple[dict[str, bytes], list[Call]], point: int, tmp_path: Path
 ) -> None:
-    """What a run that was not killed asks for is asked for twice at most, and what is in the journal is not."""
+    """Connections break as well, which costs other bytes at other times."""
     files, calls = whole
     hub.fault = lambda name, begin, end: "drop 30000" if begin % 7 == 0 and end - begin > 30000 else None
     killed_and_resumed(point * (len(calls) - 1) // 19, hub, tmp_path / "out")
     assert {name: data for name, data in contents(tmp_path / "out").items() if name != "run.json"} == files
+
+
+@pytest.fixture(scope="module")
+def deeper(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    kinds = [0, 1, 1, 1, 1]
+    checkpoint = small_checkpoint(fp8=True, num_hidden_layers=5, hybrid_layer_pattern=kinds, moe_layer_freq=kinds)
+    return checkpoint.save(tmp_path_factory.mktemp("deeper") / "source")
+
+
+def asked_again(hub: HubServer, folder: Path) -> dict[str, int]:
+    """Bytes of tensors that were asked for more than once, by the unit that they belong to."""
+    again: dict[str, int] = {}
+    for name, info in open_index(folder).tensors.items():
+        first, last = info.offset, info.offset + info.size_bytes - 1
+        if any(sum(begin <= at < end for begin, end in hub.asked[info.file]) > 1 for at in (first, last)):
+            unit = ".".join(name.split(".")[:3]) if ".layers." in name else "embeddings" if "embed" in name else "head"
+            again[unit] = again.get(unit, 0) + info.size_bytes
+    return again
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", range(20))
+def test_a_kill_costs_at_most_a_layer_of_what_was_read(deeper: Path, point: int, tmp_path: Path) -> None:
+    files, calls = left_alone(deeper, tmp_path / "whole" / "out")
+    with serving(deeper) as hub:
+        killed_and_resumed(point * (len(calls) - 2) // 19, hub, tmp_path / "out")
+        again = asked_again(hub, deeper)
+    assert contents(tmp_path / "out") == files
+    assert len(again) <= 1, again
 
 
 def test_a_run_that_lost_the_hub_goes_on(
