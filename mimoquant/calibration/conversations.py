@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from mimoquant.errors import CheckpointError
 
@@ -35,13 +35,30 @@ _ROLES = {
 }
 _NAMES = ("system", "developer", "user", "assistant", "tool")
 _LONGEST_NAME = 40  # of a column, that is shown whole
+_IMAGE_KEYS, _AUDIO_KEYS = ("image_url", "image", "url", "path"), ("audio_url", "audio", "url", "path")
+_MEDIA = {  # type of a part: what it is, and the keys that its address may have, OpenAI's first
+    **dict.fromkeys(("image_url", "image", "input_image"), ("image", _IMAGE_KEYS)),
+    **dict.fromkeys(("audio_url", "audio"), ("audio", _AUDIO_KEYS)),
+    "input_audio": ("audio", ("input_audio",)),
+}
+_OLD_MARKS = ("<image>", "<audio>")  # in a text, for what a column of its own holds
 _PARTS_LOOP = re.compile(r"""for\s+\w+\s+in\s+\w+(\.content|\[['"]content['"]\]|\.get\(['"]content['"])""")
 Turn: TypeAlias = "dict[str, Any]"
 
 
+class Address(NamedTuple):
+    """Where an image or a sound is, `kind` "image" or "audio": a path or a data URL."""
+
+    kind: str
+    target: str
+
+
 @dataclass(frozen=True)
 class Chat:
-    """What a template is given. `has_strings`: arguments of calls came as JSON in a string, and are objects here."""
+    """What a template is given. `has_strings`: arguments of calls came as JSON in a string, and are objects here.
+
+    Parts of content that are media have a `type` of "image" or "audio" and an `address`, which no template sees.
+    """
 
     messages: list[Turn]
     tools: Any = None
@@ -53,6 +70,13 @@ class Chat:
         spoken = [turn for turn in self.messages if turn["role"] not in ("system", "developer")] or self.messages
         return "\n".join(_plain(turn.get("content")) for turn in spoken)
 
+    @property
+    def media(self) -> list[Address]:
+        """In the order in which they stand."""
+        contents = (turn.get("content") for turn in self.messages)
+        parts = [part for content in contents if isinstance(content, list) for part in content]
+        return [part["address"] for part in parts if _is_medium(part)]
+
     def for_template(self, template: str, where: str) -> Chat:
         """With parts of content joined where the template does not go through them, and "developer" as "system" where
         it does not know that. Raises CheckpointError: it has no place for tools or calls."""
@@ -63,7 +87,8 @@ class Chat:
                     f"{where} has {name}, and the chat template has no place for them",
                     hint=f'write them into the text of a message, or leave {name} out; "plain": true drops them',
                 )
-        return replace(self, messages=[_fitted(turn, template) for turn in self.messages])
+        parts_stay = bool(self.media)  # a template that has no place for them writes no placeholder, which is told
+        return replace(self, messages=[_fitted(turn, template, parts_stay) for turn in self.messages])
 
     def with_strings(self) -> Chat:
         """With arguments as they came: for a template that writes them out as text."""
@@ -175,6 +200,7 @@ def _chat(turns: Any, fields: dict[str, Any], where: str, name: str) -> Chat:
     if not _is_chat(turns) or not all(isinstance(turn.get("role", turn.get("from")), str) for turn in turns):
         raise CheckpointError(f"{where} has {name} that are not a list of turns with a role")
     made = [_turn(turn, where) for turn in turns]
+    _refuse_column(fields, made, where)
     system = fields.get("system")
     if isinstance(system, str) and system and made[0][0]["role"] != "system":
         made.insert(0, ({"role": "system", "content": system}, False))
@@ -184,6 +210,17 @@ def _chat(turns: Any, fields: dict[str, Any], where: str, name: str) -> Chat:
     if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise CheckpointError(f"{where} has tools that are not a list of JSON schemas")
     return Chat([turn for turn, _ in made], tools or None, any(strings for _, strings in made))
+
+
+def _refuse_column(fields: dict[str, Any], turns: list[tuple[Turn, bool]], where: str) -> None:
+    """Where a text has a mark for a medium that another column holds, reading the text alone would leave it out."""
+    held = [name for name in ("image", "images", "audio", "audios") if fields.get(name)]
+    said = "\n".join(_plain(turn.get("content")) for turn, _ in turns if not isinstance(turn.get("content"), dict))
+    if held and any(mark in said for mark in _OLD_MARKS):
+        raise CheckpointError(
+            f"{where} has media in a column of their own, {held[0]}, and marks for them in its text",
+            hint='write each as a part of its message\'s content: {"type": "image", "image": "pictures/one.png"}',
+        )
 
 
 def _turn(turn: Turn, where: str) -> tuple[Turn, bool]:
@@ -205,8 +242,8 @@ def _turn(turn: Turn, where: str) -> tuple[Turn, bool]:
         del said["content"]
     elif isinstance(said.get("function_call"), dict):  # OpenAI's form before tool_calls
         said["tool_calls"] = [{"type": "function", "function": said.pop("function_call")}]
-    for part in content if isinstance(content, list) else ():
-        _check_part(part, where)
+    if isinstance(content, list):
+        said["content"] = [_part(part, where) for part in content]
     if "content" in said and not isinstance(said["content"], str | list):
         raise CheckpointError(f"{where} has a content that is a {type(content).__name__}")
     calls = said.pop("tool_calls", None) or []
@@ -217,13 +254,41 @@ def _turn(turn: Turn, where: str) -> tuple[Turn, bool]:
     return said, False
 
 
-def _check_part(part: Any, where: str) -> None:
-    kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
-    if not isinstance(part, str) and (kind != "text" or not isinstance(part.get("text"), str)):
+def _part(part: Any, where: str) -> Any:
+    """A text as it is; a medium as its kind and its address."""
+    if isinstance(part, str):
+        return part
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    if kind is None:
+        kind = next((name for name in _MEDIA if part.get(name) is not None), "text")
+    if kind in _MEDIA:
+        return _medium(part, str(kind), where)
+    if kind != "text" or not isinstance(part.get("text"), str):
         raise CheckpointError(
-            f"{where} has a part of content of type {kind}; only text can be read",
+            f"{where} has a part of content of type {kind}; only text, images and sound can be read",
             hint='leave such parts out, or write what they show as {"type": "text", "text": ...}',
         )
+    return part
+
+
+def _medium(part: Turn, kind: str, where: str) -> Turn:
+    shown, keys = _MEDIA[kind]
+    value = next((part[key] for key in keys if part.get(key) is not None), None)
+    if isinstance(value, dict) and isinstance(value.get("data"), str):
+        value = f"data:;base64,{value['data']}"
+    elif isinstance(value, dict):
+        value = next((value[key] for key in ("url", "path") if value.get(key) is not None), value)
+    if not isinstance(value, str):
+        found = "nothing" if value is None else f"a {type(value).__name__}"
+        raise CheckpointError(
+            f"{where} has a part of type {kind} with {found} for an address; expected is a path or a data URL",
+            hint='write {"type": "image", "image": "pictures/one.png"}, or {"type": "audio", "audio": "one.codes.npy"}',
+        )
+    return {"type": shown, "address": Address(shown, value)}
+
+
+def _is_medium(part: Any) -> bool:
+    return isinstance(part, dict) and isinstance(part.get("address"), Address)
 
 
 def _call(call: Any, where: str) -> tuple[Turn, bool]:
@@ -246,19 +311,21 @@ def _json(text: str, problem: str) -> Any:
         raise CheckpointError(f"{problem}: {text[:60]!r}", hint="write it as a JSON object") from error
 
 
-def _fitted(turn: Turn, template: str) -> Turn:
+def _fitted(turn: Turn, template: str, parts_stay: bool) -> Turn:
     out = dict(turn)
-    if isinstance(turn.get("content"), list) and not _PARTS_LOOP.search(template):
+    if isinstance(turn.get("content"), list) and not parts_stay and not _PARTS_LOOP.search(template):
         out["content"] = _plain(turn["content"])
     elif isinstance(turn.get("content"), list):
-        out["content"] = [{"type": "text", "text": part} if isinstance(part, str) else part for part in turn["content"]]
+        parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in turn["content"]]
+        out["content"] = [{"type": part["type"]} if _is_medium(part) else part for part in parts]
     if turn["role"] == "developer" and "developer" not in template:
         out["role"] = "system"
     return out
 
 
 def _plain(content: Any) -> str:
-    """Content as one text; parts are joined by a line's end, as vLLM joins them."""
+    """Content as one text; parts are joined by a line's end, as vLLM joins them. Media have none."""
     if isinstance(content, list):
-        return "\n".join(part if isinstance(part, str) else part["text"] for part in content)
+        texts = (part for part in content if not _is_medium(part))
+        return "\n".join(part if isinstance(part, str) else part["text"] for part in texts)
     return content or ""

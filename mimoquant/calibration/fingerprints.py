@@ -6,6 +6,8 @@ hash in seventeen is kept. Units are words (letters and digits between what is n
 written without spaces) or ids. Words are the text's own, before any template, so that template, tokenizer, length of
 sequences and kind of file do not matter; ids are for data that never was text here.
 
+An image or a sound is one fingerprint, of its pixels or its codes.
+
 Left out: case and accents are kept; a record of fewer than LEAST units is no passage, and is not looked at.
 Reference: Schleimer, Wilkerson, Aiken, "Winnowing: local algorithms for document fingerprinting" (SIGMOD 2003).
 """
@@ -13,7 +15,7 @@ Reference: Schleimer, Wilkerson, Aiken, "Winnowing: local algorithms for documen
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -36,35 +38,51 @@ _SEPARATOR, _LETTER, _ALONE = 0, 1, 2
 
 @dataclass(frozen=True, eq=False)
 class Fingerprints:
-    """Of a set of sequences, sorted. `words`: of the texts that it was made from. `ids`: of what was read as ids."""
+    """Of a set of sequences, sorted. `words`: of the texts that it was made from. `ids`: of what was read as ids.
+    `media`: of images and sounds."""
 
     words: Hashes
     ids: Hashes
+    media: Hashes = field(default_factory=lambda: np.empty(0, np.uint64))
 
     @staticmethod
-    def of(texts: Iterable[str], passages: Iterable[npt.NDArray[np.int64]]) -> Fingerprints:
-        return Fingerprints(of_texts(texts), of_ids(passages))
+    def of(
+        texts: Iterable[str], passages: Iterable[npt.NDArray[np.int64]], digests: Iterable[str] = ()
+    ) -> Fingerprints:
+        """`digests`: sha256 of each medium, in hex, of which a fingerprint is the first eight bytes."""
+        media = np.array([int(digest[:16], 16) for digest in digests], np.uint64)
+        return Fingerprints(of_texts(texts), of_ids(passages), np.unique(media))
 
     def share_in(self, calibration: Fingerprints) -> float:
-        """The share of these that are `calibration`'s too, of words or of ids, whichever is larger."""
-        pairs = ((self.words, calibration.words), (self.ids, calibration.ids))
+        """The share of these that are `calibration`'s too, of words, of ids or of media, whichever is largest."""
+        pairs = (
+            (self.words, calibration.words),
+            (self.ids, calibration.ids),
+            (self.media, calibration.media),
+        )
         return max(float(np.isin(ours, theirs).mean()) if len(ours) else 0.0 for ours, theirs in pairs)
 
     def as_bytes(self) -> bytes:
-        """Little-endian, 8 bytes each: how many are of words, how many of ids; then they."""
-        head = np.array([len(self.words), len(self.ids)], np.uint64)
-        return np.concatenate([head, self.words, self.ids]).astype("<u8").tobytes()
+        """Little-endian, 8 bytes each: how many are of words, how many of ids; then they. With media it begins with
+        _WITH_MEDIA, and has how many are of those third."""
+        parts = [self.words, self.ids] + ([self.media] if len(self.media) else [])
+        counts = [len(part) for part in parts]
+        head = np.array(counts if len(counts) == 2 else [_WITH_MEDIA, *counts], np.uint64)
+        return np.concatenate([head, *parts]).astype("<u8").tobytes()
 
     @staticmethod
     def from_bytes(held: bytes) -> Fingerprints:
         """Raises ValueError: these are no fingerprints."""
         values = np.frombuffer(held, "<u8").astype(np.uint64)
-        if len(values) < 2 or len(values) != 2 + int(values[0]) + int(values[1]):
+        head = values[1:4] if len(values) and int(values[0]) == _WITH_MEDIA else values[:2]
+        begin = 4 if len(head) == 3 else 2
+        ends = np.cumsum([begin, *map(int, head)], dtype=object)
+        if len(head) < 2 or len(values) != ends[-1]:
             raise ValueError(f"{len(held)} bytes are not what their head says")
-        words, ids = np.split(values[2:], [int(values[0])])
-        return Fingerprints(words, ids)
+        return Fingerprints(*np.split(values[begin:], [int(end) - begin for end in ends[1:-1]]))
 
 
+_WITH_MEDIA = 2**64 - 1  # no count
 NOTHING = Fingerprints(np.empty(0, np.uint64), np.empty(0, np.uint64))
 
 

@@ -5,7 +5,8 @@ licence and the collection's own descriptions are not, and what is left out is n
 JSON, text and csv are read as they stand: rows may differ in their fields, and nothing is guessed of a value, neither
 of which Arrow has. Parquet and folders that datasets saved are read by datasets, row by row, nothing kept on disk.
 
-Left out: archives, scripts (never run), images and sound; downloads.
+Left out: archives, scripts (never run); downloads. Images and sounds are no records: a message names them, and
+`media_files` reads them.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ _PACKED = ("", ".xz", ".gz")
 _LINES, _ARRAYS, _TEXTS, _TABLES = (".jsonl", ".ndjson"), (".json",), (".txt",), (".csv", ".tsv")
 _PLAIN = (*_LINES, *_ARRAYS, *_TEXTS, *_TABLES)
 _SUFFIXES = (*(kind + packed for kind in _PLAIN for packed in _PACKED), ".parquet", ".npy")
+_CODES = ".codes.npy"  # of a sound, for a message to name: other arrays are ids
+_MEDIA = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", _CODES)
 KINDS = (
     "a shipped set, a file of .jsonl, .json, .txt, .csv (also .gz, .xz), .parquet or .npy (an array of ids), or a "
     "folder of them, as the Hub has it or saved by datasets"
@@ -68,10 +71,13 @@ class Source:
 
     def note(self) -> str | None:
         """One sentence of what is not read."""
-        if not self.left_out:
-            return None
-        more = f" and {len(self.left_out) - 8} more" if len(self.left_out) > 8 else ""
-        return f"{self.entry}: not read as data: {', '.join(self.left_out[:8])}{more}"
+        media = [name for name in self.left_out if name.lower().endswith(_MEDIA)]
+        other = [name for name in self.left_out if name not in media]
+        more = f" and {len(other) - 8} more" if len(other) > 8 else ""
+        said = [f"not read as data: {', '.join(other[:8])}{more}"] if other else []
+        if media:
+            said.append(f"{len(media)} images and sounds are read where a message names them")
+        return f"{self.entry}: {'; '.join(said)}" if said else None
 
 
 def find(entry: str) -> Source:
@@ -113,7 +119,7 @@ def _in_folder(entry: str, folder: Path) -> Source:
 def _is_data(path: Path) -> bool:
     name = path.name.lower()
     is_about = _ABOUT.fullmatch(name) and ".txt" in name
-    return name.endswith(_SUFFIXES) and not is_about and name not in _DESCRIPTIONS
+    return name.endswith(_SUFFIXES) and not name.endswith(_CODES) and not is_about and name not in _DESCRIPTIONS
 
 
 def _split(path: Path) -> str:

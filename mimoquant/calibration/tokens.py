@@ -1,12 +1,10 @@
 """Texts, chats and token ids on disk → sequences of equal length, the same wherever they are made.
 
-Key idea: every prefix of a set is balanced. The records of a domain are joined, with an end-of-text id between two, and
-cut into sequences without padding; then the domains are dealt out in turn. So the first N sequences are the same N
-whatever number was asked for, and they see every domain. Each sequence has its hash: that two sets share one is found
-without their text.
+Key idea: text becomes ids as the model's own template and tokenizer make them, images and sounds placeholders in those
+ids; `packing` cuts them. Each sequence has its hash, in which its media are: that two sets share one is found without
+their text.
 
-Nothing here opens a connection, runs code from a folder or unpickles. Left out: shuffling (the order is the file's),
-padding, truncation, downloads.
+Nothing here opens a connection, runs code from a folder or unpickles. Left out: downloads.
 """
 
 from __future__ import annotations
@@ -14,28 +12,27 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
-from array import array
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import yaml
 
-from mimoquant.calibration.conversations import Chat, content_of
+from mimoquant.calibration.conversations import Address, Chat, content_of
 from mimoquant.calibration.fingerprints import NOTHING, Fingerprints
+from mimoquant.calibration.media_files import DataFolder, MediaReader, content_digest, media_digest
+from mimoquant.calibration.packing import Packed, Packer, check_fits
 from mimoquant.calibration.records import KINDS, Record, digest, domain_of, find, records
 from mimoquant.calibration.tokenizer import Tokenizer, load_tokenizer, one_line
 from mimoquant.checkpoint.folders import is_there, read_inside
 from mimoquant.checkpoint.hf_files import FINGERPRINTS_NAME
 from mimoquant.errors import CheckpointError, UsageError
 from mimoquant.model.layout import ModelLayout
-from mimoquant.model.media import Placed, media_digest
+from mimoquant.model.media import Medium, Placed
 
 Ids = npt.NDArray[np.int64]
 Decode = Callable[[list[int]], str]
@@ -52,11 +49,12 @@ class TokenSet:
     ids: Ids  # [sequences, tokens], packed, no padding
     domains: tuple[str, ...]  # of each sequence
     sha256: str
-    sequence_hashes: tuple[str, ...]  # sha256 of each sequence's ids
+    sequence_hashes: tuple[str, ...]  # sha256 of each sequence's ids, and media
     origins: tuple[str, ...]  # the files that were read with their sha256, and how text became ids
     left_out: tuple[str, ...] = ()  # domains with fewer tokens than one sequence takes
     fingerprints: Fingerprints = NOTHING  # of the records that the sequences were made from
     media: tuple[tuple[Placed, ...], ...] = ()  # of each sequence, in place of ids; empty where no sequence has any
+    skipped: int = 0  # tokens that are in no sequence, so that no image is cut
 
     def first(self, sequences: int) -> TokenSet:
         """The same set, of fewer sequences."""
@@ -146,13 +144,15 @@ def load_tokens(
     tokens: int,
     vocab: int,
     column: str | None = None,
+    takes_media: bool = False,
 ) -> TokenSet:
     """Read `data` (shipped sets, files, folders) as at most `sequences` sequences of `tokens` ids below `vocab`.
 
     Records of a domain that is full already are skipped, not tokenized. `column`: of a record, only that is read.
+    `takes_media`: whether whoever asks looks at `TokenSet.media`.
 
-    Raises UsageError: nothing to read, no such set or file, or too few tokens for one sequence. CheckpointError: the
-    tokenizer is missing, or the data is broken; the message names file and line.
+    Raises UsageError: nothing to read, no such set or file, too few tokens for one sequence, or media that are not
+    taken. CheckpointError: the tokenizer is missing, or the data is broken; the message names file and line.
     """
     if tokens < 2:
         raise UsageError(f"sequences of {tokens} tokens were asked for; at least 2 are needed to predict one")
@@ -161,8 +161,8 @@ def load_tokens(
     if not data:
         raise UsageError("no data was given", hint=f"give {KINDS}")
     sources = [find(entry) for entry in data]  # all of them first: a typing error should not take minutes
-    tokenizer = _LazyTokenizer(tokenizer_folder, vocab)
-    packer = _Packer(tokens, sequences)
+    tokenizer, media = _LazyTokenizer(tokenizer_folder, vocab), MediaReader(tokenizer_folder)
+    packer = Packer(tokens, sequences)
     origins = []
     for source in sources:
         for path in source.files:
@@ -170,13 +170,42 @@ def load_tokens(
             if path.suffix.lower() == ".npy":
                 packer.add_rows(domain_of(source, path), _rows(path, tokens, vocab))
                 continue
+            folder = DataFolder(path if path.is_dir() else path.parent, source.folder or path.parent)
             for record in records(source, path):
                 if not packer.is_full(record.domain):
-                    ids, text = _encode(record, column, tokenizer, vocab)
-                    packer.add(record.domain, ids, tokenizer.loaded.eos, text)
+                    made = _encode(record, column, tokenizer, media if takes_media else None, folder)
+                    check_fits(made.media, tokens, record.where)
+                    packer.add(record.domain, made.ids, tokenizer.loaded.eos, made.text, made.media)
     if "loaded" in vars(tokenizer):
         origins.append(f"tokenizer: {tokenizer.loaded.origin}")
-    return packer.finish("+".join(Path(entry).name or entry for entry in data), origins, tokenizer.decoder(packer))
+    name = "+".join(Path(entry).name or entry for entry in data)
+    return _token_set(name, packer.finish(name), (*origins, *media.told), tokenizer.decoder(packer))
+
+
+def _token_set(name: str, packed: Packed, origins: Sequence[str], decode: Decode | None) -> TokenSet:
+    """Ids count as the text that they stand for, too, where there is a tokenizer to tell."""
+    ids = np.stack([row.ids for row in packed.rows])
+    media = tuple(row.media for row in packed.rows)
+    decoded = [decode(passage.tolist()) for passage in packed.passages] if decode else []
+    digests = {content_digest(medium) for of_sequence in media for _, _, medium in of_sequence}
+    return TokenSet(
+        name=name,
+        ids=ids,
+        domains=packed.domains,
+        sha256=set_digest(ids, media),
+        sequence_hashes=tuple(set_digest(row.ids[None], (row.media,)) for row in packed.rows),
+        origins=(*origins, *([_media_origin(digests)] if digests else [])),
+        left_out=packed.left_out,
+        fingerprints=Fingerprints.of(packed.texts + decoded, packed.passages, digests),
+        media=media if digests else (),
+        skipped=packed.skipped,
+    )
+
+
+def _media_origin(digests: Iterable[str]) -> str:
+    """What the media were, as one line; each one's digest is among the fingerprints."""
+    every = sorted(digests)
+    return f"{len(every)} images and sounds sha256:{hashlib.sha256(chr(10).join(every).encode()).hexdigest()}"
 
 
 # --- records to ids ---------------------------------------------------------------------------------------------------
@@ -213,29 +242,52 @@ class _LazyTokenizer:
             _check_range(tokenizer.eos, tokenizer.eos, self.vocab, f"{self.folder}: the end-of-text token")
         return tokenizer
 
-    def decoder(self, packer: _Packer) -> Decode | None:
+    def decoder(self, packer: Packer) -> Decode | None:
         """Ids to text, where some of the data was ids and there is a tokenizer; it is not needed for them."""
-        with_ids = bool(packer.passages) or any(packer.rows.values())
         try:
-            return self.loaded.decode if with_ids else None
+            return self.loaded.decode if packer.has_ids else None
         except CheckpointError:
             return None
 
 
-def _encode(record: Record, column: str | None, tokenizer: _LazyTokenizer, vocab: int) -> tuple[list[int], str | None]:
-    """The ids, and the text that they were made from, before any template; None where the record has ids."""
+class _Encoded(NamedTuple):
+    """`text`: what ids were made from, before any template; None where the record has ids."""
+
+    ids: list[int]
+    text: str | None
+    media: tuple[Placed, ...] = ()
+
+
+def _encode(
+    record: Record, column: str | None, tokenizer: _LazyTokenizer, media: MediaReader | None, folder: DataFolder
+) -> _Encoded:
     content = content_of(record.fields, record.where, column)
-    plain = content.text if isinstance(content, Chat) else content if isinstance(content, str) else None
     if isinstance(content, list):
-        ids = content
+        made = _Encoded(content, None)
     else:
+        shown = _shown(content.media, record.where, media, folder) if isinstance(content, Chat) else []
         text = _chat_text(record, content, tokenizer.loaded) if isinstance(content, Chat) else content
         if not text.isascii() and _HALF_PAIR.search(text):
             raise CheckpointError(f"{record.where} holds half of a surrogate pair, which is no character")
-        ids = tokenizer.loaded.encode(text)
-    if ids:
-        _check_range(min(ids), max(ids), vocab, record.where)
-    return ids, plain
+        ids, plain = tokenizer.loaded.encode(text), content.text if isinstance(content, Chat) else content
+        made = _Encoded(ids, plain)
+        if shown and media is not None:
+            laid = media.laid(ids, shown, record.where)
+            made = _Encoded(laid.ids, plain, laid.media)
+    if made.ids:
+        _check_range(min(made.ids), max(made.ids), tokenizer.vocab, record.where)
+    return made
+
+
+def _shown(addresses: Sequence[Address], where: str, media: MediaReader | None, folder: DataFolder) -> list[Medium]:
+    """The images and sounds of a chat."""
+    if not addresses:
+        return []
+    if media is None:
+        raise UsageError(
+            f"{where} has images or sound, and only text is walked here", hint="leave such records out of the data"
+        )
+    return [media.read(address, folder, where) for address in addresses]
 
 
 def _check_range(low: int, high: int, vocab: int, where: str) -> None:
@@ -285,86 +337,6 @@ def _refusal_hint(chat: Chat, error: Exception) -> str:
     if "tool" in roles:
         return "if it takes no tool's answers, write them as a user's message"
     return "templates mostly want user and assistant in turn, the user first, and content in every message"
-
-
-# --- ids to sequences -------------------------------------------------------------------------------------------------
-
-
-class _Packer:
-    """Collects the ids of each domain, in order of first appearance, and deals out sequences."""
-
-    def __init__(self, tokens: int, sequences: int | None) -> None:
-        self.tokens = tokens
-        self.sequences = sequences
-        self.rows: dict[str, list[Ids]] = {}  # whole sequences, from arrays
-        self.joined: dict[str, array[int]] = {}
-        self.texts: list[tuple[str, int, str]] = []  # domain, the first id's place in what is joined, text
-        self.passages: list[tuple[str, int, Ids]] = []  # the same of records that were ids
-
-    def is_full(self, domain: str) -> bool:
-        if self.sequences is None or domain not in self.joined:
-            return False
-        return len(self.rows[domain]) + len(self.joined[domain]) // self.tokens >= self.sequences
-
-    def _open(self, domain: str) -> None:
-        self.rows.setdefault(domain, [])
-        self.joined.setdefault(domain, array("q"))
-
-    def add_rows(self, domain: str, rows: Ids) -> None:
-        self._open(domain)
-        self.rows[domain] += list(rows[: self.sequences])
-
-    def add(self, domain: str, ids: list[int], eos: int | None, text: str | None) -> None:
-        """`text`: what the ids were made from; None: they were ids."""
-        self._open(domain)
-        joined = self.joined[domain]
-        if joined and ids and eos is not None and joined[-1] != eos:
-            joined.append(eos)
-        if text is None:
-            self.passages.append((domain, len(joined), np.array(ids, np.int64)))
-        else:
-            self.texts.append((domain, len(joined), text))
-        joined.extend(ids)
-
-    def finish(self, name: str, origins: list[str], decode: Decode | None) -> TokenSet:
-        sizes = {domain: len(self.rows[domain]) * self.tokens + len(ids) for domain, ids in self.joined.items()}
-        largest = max(sizes, key=lambda domain: sizes[domain], default="")
-        if sizes.get(largest, 0) < self.tokens:
-            problem = f"data {name}: {sizes.get(largest, 0)} tokens, fewer than the {self.tokens} of one sequence"
-            hint = f"that is {largest}, the largest of its {len(sizes)} domains" if len(sizes) > 1 else None
-            raise UsageError(problem, hint=hint)
-        arrays = {domain: list(rows) for domain, rows in self.rows.items()}
-        for domain, ids in self.joined.items():
-            whole = len(ids) // self.tokens
-            cut = np.frombuffer(ids, np.int64, whole * self.tokens) if whole else np.empty(0, np.int64)
-            self.rows[domain] += list(cut.reshape(whole, self.tokens))
-        turns = zip_longest(*self.rows.values())
-        dealt = [
-            (domain, row) for turn in turns for domain, row in zip(self.rows, turn, strict=True) if row is not None
-        ]
-        dealt = dealt[: self.sequences]
-        packed = np.stack([row for _, row in dealt])
-        little_endian = packed.astype("<i8")
-        return TokenSet(
-            name=name,
-            ids=packed,
-            domains=tuple(domain for domain, _ in dealt),
-            sha256=set_digest(packed),
-            sequence_hashes=tuple(hashlib.sha256(row.tobytes()).hexdigest() for row in little_endian),
-            origins=tuple(origins),
-            left_out=tuple(domain for domain, size in sizes.items() if size < self.tokens),
-            fingerprints=self._fingerprints(arrays, Counter(domain for domain, _ in dealt), decode),
-        )
-
-    def _fingerprints(self, arrays: dict[str, list[Ids]], dealt: Counter[str], decode: Decode | None) -> Fingerprints:
-        """Of the records of which at least one id is in a sequence that was dealt; `arrays` come before what is
-        joined. Ids count as the text that they stand for, too, where there is a tokenizer to tell."""
-        ends = {domain: (dealt[domain] - len(rows)) * self.tokens for domain, rows in arrays.items()}
-        whole = [np.concatenate(rows[: dealt[domain]]) for domain, rows in arrays.items() if rows and dealt[domain]]
-        passages = whole + [ids for domain, begin, ids in self.passages if begin < ends[domain]]
-        texts = [text for domain, begin, text in self.texts if begin < ends[domain]]
-        decoded = [decode(ids.tolist()) for ids in passages] if decode else []
-        return Fingerprints.of(texts + decoded, passages)
 
 
 class Wanted(Protocol):

@@ -47,7 +47,7 @@ def resolve_inside(folder: Path, name: str) -> Path:
             f"{folder}: {name} is missing", hint="the download is incomplete: fetch the missing file and try again"
         )
     resolved = path.resolve()
-    if not _allowed(resolved, folder):
+    if not lies_inside(resolved, folder):
         raise CheckpointError(
             f"{path}: is a link that leads out of the checkpoint folder, to {resolved}", hint=_OUTSIDE
         )
@@ -116,7 +116,8 @@ def top_level_names(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir()] if remote is None else [n for n in remote.names if "/" not in n]
 
 
-def _allowed(resolved: Path, folder: Path) -> bool:
+def lies_inside(resolved: Path, folder: Path) -> bool:
+    """Whether a path without links is the folder's, or of the Hub cache that the folder is a snapshot of."""
     return any(resolved.is_relative_to(root) for root in _roots(folder.resolve()))
 
 

@@ -9,8 +9,7 @@ Video is left out. Reference: the published `processor_config`; vLLM 0.32's and 
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -121,14 +120,3 @@ def check_sequence(ids: npt.NDArray[np.int64], media: Sequence[Placed], config: 
     if media and stray.any():
         place = int(np.argmax(stray))
         raise CheckpointError(f"{where}: token {place} is the placeholder {ids[place]}, and no medium stands there")
-
-
-def media_digest(media: Iterable[Placed]) -> str:
-    """sha256 over where media stand and what they hold; for the hash of a sequence."""
-    told = hashlib.sha256()
-    for start, count, medium in media:
-        values = medium.patches if isinstance(medium, Picture) else medium.codes
-        grid = medium.grid if isinstance(medium, Picture) else ()
-        told.update(f"{type(medium).__name__} {start} {count} {grid} {values.shape}\n".encode())
-        told.update(values.astype("<f4" if isinstance(medium, Picture) else "<i8").tobytes())
-    return told.hexdigest()

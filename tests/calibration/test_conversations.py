@@ -129,8 +129,8 @@ def test_a_column_of_any_form() -> None:
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     (
-        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
-        "a part of content of type image_url; only text",
+        {"messages": [{"role": "user", "content": [{"type": "video_url", "video_url": {"url": "x"}}]}]},
+        "a part of content of type video_url; only text",
     ),
     (
         {"messages": [{"role": "assistant", "tool_calls": [changed(CALL, arguments="{city")]}]},
