@@ -371,6 +371,11 @@ def sensitivity(
     fp8: bool = True,
     any_format: bool = False,
     objective: str | None = None,
+    activations: str | None = None,
+    dense_activations: str | None = None,
+    kv: str | None = None,
+    as_served: str | None = None,
+    reference_as_served: bool = False,
     device: str = "auto",
     resume: bool = False,
     allow_unknown: bool = False,
@@ -382,21 +387,23 @@ def sensitivity(
             fewest bytes have to keep, instead of it.
         fp8: whether a layer may stay FP8. any_format: whether int4 may stand beside MXFP4 and NVFP4. objective: as for
             `quantize`.
+        activations, dense_activations, kv, as_served, reference_as_served: see `eval_kl`; of what is quantized.
         resume: take up what a killed run left beside `out`.
     Raises UsageError: nothing fits, or shared data. CheckpointError: bad data. QualityError: the target was missed.
     """
-    from mimoquant.assembly.choices import EvaluationChoice, LimitChoice, MixtureChoice, Watcher
+    from mimoquant.assembly.choices import EvaluationChoice, LimitChoice, MixtureChoice, RoundingChoice, Watcher
     from mimoquant.assembly.mixing import choose_mixture
     from mimoquant.machine.devices import resolve_device
     from mimoquant.machine.team import Team
 
     if budget_bytes is not None and target_kl is not None:
         raise UsageError(f"a budget of {budget_bytes} bytes and a target of {target_kl:g}: only one can be the limit")
+    rounding = RoundingChoice(activations, dense_activations, kv, as_served, reference_as_served)
     return choose_mixture(
         Path(source),
         Path(out),
         MixtureChoice(recipe, container, allow_unknown, fp8, any_format, objective),
-        EvaluationChoice(data, sequences, tokens, column=data_column),
+        EvaluationChoice(data, sequences, tokens, column=data_column, rounding=rounding),
         LimitChoice(budget_bytes, target_kl),
         Team(resolve_device(device)),
         resume=resume,

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from mimoquant.evaluation.documents import EvalDraftDocument, EvalFolderDocument, EvalServerDocument, Evaluation
     from mimoquant.machine.team import Team
+    from mimoquant.model.layout import ModelLayout
 
 
 def evaluate_folder(
@@ -81,15 +82,7 @@ def rounded_checkpoints(folders: Mapping[str, Path | None], choice: RoundingChoi
     By name the same is rounded of all candidates, as an engine what its kernels round of each.
     Raises UsageError: options contradict each other, or it is not known what runs a checkpoint there.
     """
-    by_name = {option: told for option, told in choice.given().items() if told is not None}
-    named = [option for option in ("--activations", "--dense-activations", "--kv") if option in by_name]
-    if choice.as_served and named:
-        raise UsageError(f"--as-served {choice.as_served} says what is rounded: {named[0]} cannot go with it")
-    if choice.reference and not (choice.as_served or named):
-        raise UsageError(
-            "--reference-as-served: nothing is said to be rounded", hint="give --as-served ENGINE:GPU, or --activations"
-        )
-    rounding = Rounding(choice.activations or NONE, choice.dense or NONE, choice.kv or NONE)
+    rounding = asked_by_name(choice)
     out = {}
     for role, folder in folders.items():
         if folder is None:
@@ -99,9 +92,31 @@ def rounded_checkpoints(folders: Mapping[str, Path | None], choice: RoundingChoi
         elif choice.as_served:
             cache = rounds_cache(open_layout(folder))
             out[role] = AsServed(folder, *as_served(read_served(folder), *parse_place(choice.as_served), cache=cache))
-        else:
+        elif role == "reference" or rounding.experts == NONE:
             out[role] = AsServed(folder, rounding)
+        else:
+            kept = tuple((layer, NONE) for layer in kept_layers(open_layout(folder)))
+            out[role] = AsServed(folder, replace(rounding, by_layer=kept))
     return out
+
+
+def asked_by_name(choice: RoundingChoice) -> Rounding:
+    """What `--activations` and its like say. Raises UsageError where options contradict each other."""
+    given = choice.given()
+    named = [option for option in ("--activations", "--dense-activations", "--kv") if given[option] is not None]
+    if choice.as_served and named:
+        raise UsageError(f"--as-served {choice.as_served} says what is rounded: {named[0]} cannot go with it")
+    if choice.reference and not (choice.as_served or named):
+        raise UsageError(
+            "--reference-as-served: nothing is said to be rounded", hint="give --as-served ENGINE:GPU, or --activations"
+        )
+    return Rounding(choice.activations or NONE, choice.dense or NONE, choice.kv or NONE)
+
+
+def kept_layers(layout: ModelLayout) -> list[int]:
+    """Layers whose experts are as the source had them, in a checkpoint that has others in 4 bits."""
+    packed = {layer for (layer, _, _), weight in layout.experts.items() if weight.packed}
+    return [layer for layer in layout.geometry.moe_layers if packed and layer not in packed]
 
 
 def evaluate_server(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mimoquant.assembly.choices import EvaluationChoice, LimitChoice, MixtureChoice, Watcher
-from mimoquant.assembly.evaluations import held_out_tokens
+from mimoquant.assembly.choices import EvaluationChoice, LimitChoice, MixtureChoice, RoundingChoice, Watcher
+from mimoquant.assembly.evaluations import asked_by_name, held_out_tokens
 from mimoquant.assembly.files import check_new
 from mimoquant.errors import UsageError
 from mimoquant.machine import memory
@@ -15,10 +16,14 @@ from mimoquant.mixing.kept_findings import findings_path
 from mimoquant.mixing.mixtures import Mixtures
 from mimoquant.mixing.needs import foreseen, fork_refusal
 from mimoquant.mixing.run import forks_of, sensitivity
+from mimoquant.mixing.served import ServedOptions
+from mimoquant.model.rounding import rounds_cache
+from mimoquant.model.served_rounding import NONE, NOTHING, Rounding
 from mimoquant.planning.plan import CHUNK_BYTES, CUDA_CHUNK_BYTES, make_plan
 from mimoquant.planning.recipe import load_recipe
+from mimoquant.serving.as_served import as_served, parse_place
 from mimoquant.serving.check import planned_facts
-from mimoquant.serving.served import planned
+from mimoquant.serving.served import planned, read_served
 from mimoquant.weights.container import COMPRESSED_TENSORS
 
 if TYPE_CHECKING:
@@ -53,6 +58,7 @@ def choose_mixture(
         if not resume:
             check_new(findings_path(out), (source,))
     mixtures = mixtures_of(source, mixture, team.device)
+    mixtures.served = served_options(mixtures, choice.rounding)
     vocab = mixtures.plan.layout.geometry.vocab
     tokens = held_out_tokens(source, choice, vocab, watcher)
     forks = forks_of(mixtures, tokens, team)
@@ -79,6 +85,30 @@ def choose_mixture(
         "elapsed_s": round(time.monotonic() - begin, 3),
         "engines": _engines(source, out, mixture.allow_unknown) if team.leads else [],
     }
+
+
+def served_options(mixtures: Mixtures, choice: RoundingChoice) -> ServedOptions:
+    """What is rounded of each option, and of the source where it is rounded too.
+
+    Raises UsageError: options contradict each other, or it is not known what runs an option there.
+    """
+    by_name = asked_by_name(choice)
+    if not choice.as_served:
+        inputs = {option.label: by_name.experts if option.fmt else NONE for option in mixtures.options}
+        return ServedOptions(inputs, replace(by_name, experts=NONE), by_name if choice.reference else NOTHING)
+    place, layout = parse_place(choice.as_served), mixtures.plan.layout
+    cache, count = rounds_cache(layout), len(mixtures.layers)
+    kinds: dict[str, str] = {}
+    known: dict[str, None] = {}
+    beside = NOTHING
+    for number, option in reversed(list(enumerate(mixtures.options))):  # a plan must quantize something, so one layer
+        made = planned(mixtures.planned([0] + [number] * (count - 1)))
+        beside, told = as_served(made, *place, cache=cache)
+        kinds[option.label] = beside.of_experts(mixtures.layers[1])
+        known |= dict.fromkeys(told)
+    inputs = {option.label: kinds[option.label] for option in mixtures.options}
+    of_source = as_served(read_served(layout.index.folder), *place, cache=cache)[0] if choice.reference else NOTHING
+    return ServedOptions(inputs, Rounding(NONE, beside.dense, beside.cache), of_source, tuple(known))
 
 
 def mixtures_of(source: Path, mixture: MixtureChoice, device: str) -> Mixtures:

@@ -11,13 +11,18 @@ import typer
 
 from mimoquant.cli.files import write_page
 from mimoquant.cli.options import (
+    ActivationsOption,
+    AsServedOption,
     ContainerOption,
     DataColumnOption,
+    DenseActivationsOption,
     HeldOutTokensOption,
     JsonOption,
+    KvOption,
     ObjectiveOption,
     PlaceOption,
     QuietOption,
+    ReferenceAsServedOption,
     ResumeOption,
     UnknownOption,
     option_value,
@@ -88,13 +93,18 @@ def sensitivity(
             help="Choose among int4, MXFP4 and NVFP4, whatever the recipe has; not all engines load them together.",
         ),
     ] = False,
+    activations: ActivationsOption = None,
+    dense_activations: DenseActivationsOption = None,
+    kv: KvOption = None,
+    as_served: AsServedOption = None,
+    reference_as_served: ReferenceAsServedOption = False,
     html: Annotated[Path | None, typer.Option(help="Write the report to this file as a page.", metavar="FILE")] = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     allow_unknown: UnknownOption = False,
 ) -> None:
     """Measure what each layer's quantization costs. Writes a recipe that spends bytes where they buy most."""
-    from mimoquant.assembly.choices import EvaluationChoice, LimitChoice, MixtureChoice, Watcher
+    from mimoquant.assembly.choices import EvaluationChoice, LimitChoice, MixtureChoice, RoundingChoice, Watcher
     from mimoquant.assembly.files import check_writable
     from mimoquant.assembly.mixing import check_recipe_file, choose_mixture
     from mimoquant.errors import UsageError
@@ -107,6 +117,8 @@ def sensitivity(
             f"--budget-gib {budget_gib:g} and --target-kl {target_kl:g}: only one of them can be the limit"
         )
     check_recipe_file(out)
+    kinds = option_value(activations), option_value(dense_activations), option_value(kv)
+    rounding = RoundingChoice(*kinds, as_served, reference_as_served)
     with Team.from_environment(resolve_device(device)) as team, hint_to_resume(team.leads):
         if html is not None and team.leads:
             check_writable(html, (source, Path(f"{out}.partial")))
@@ -114,7 +126,7 @@ def sensitivity(
             source,
             out,
             MixtureChoice(recipe, option_value(container), allow_unknown, fp8, any_format, option_value(objective)),
-            EvaluationChoice(data or (HELD_OUT_SET,), sequences, tokens, column=data_column),
+            EvaluationChoice(data or (HELD_OUT_SET,), sequences, tokens, column=data_column, rounding=rounding),
             LimitChoice(None if budget_gib is None else int(budget_gib * 2**30), target_kl),
             team,
             resume=resume,

@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ from mimoquant.machine.team import Team
 from mimoquant.model.layer_stream import batch_sequences, portions, walk
 from mimoquant.model.layout import ModelLayout, read_layout
 from mimoquant.model.releases import stored_as
+from mimoquant.model.rounding import has_input_scales
 from mimoquant.model.served_rounding import NOTHING, Rounding, Roundings
 from mimoquant.planning.plan import read_config
 from mimoquant.weights.decoded import CheckpointWeights
@@ -163,10 +164,15 @@ def _sides(weights: list[CheckpointWeights], asked: Sequence[Rounding]) -> tuple
 def roundings_of(weights: Sequence[CheckpointWeights], asked: Sequence[Rounding]) -> list[Roundings]:
     """What is rounded of the reference and of each candidate, by layer, with the scales that their files have.
 
-    A reference that is rounded like the candidate takes the candidate's scales: it has none of its own.
+    A reference that has no input scales takes the candidate's, where both are rounded.
     """
     layers = [layer_roundings(of.reader, of.layout, rounding) for of, rounding in zip(weights, asked, strict=True)]
-    return [layers[1] if asked[0] == asked[1] else layers[0], *layers[1:]]
+    if layers[0] and layers[1] and not has_input_scales(weights[0].layout):
+        pairs = zip(layers[0], layers[1], strict=True)
+        layers[0] = tuple(
+            replace(own, gate_up_scale=theirs.gate_up_scale, down_scale=theirs.down_scale) for own, theirs in pairs
+        )
+    return list(layers)
 
 
 def _walk(both: SideBySide, progress: Callable[[int], None] | None, snapshots: Snapshots | None) -> NoiseFloor | None:

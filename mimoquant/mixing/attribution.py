@@ -10,6 +10,9 @@ what is kept counts nothing. With s the part of all shares that a choice leaves,
 
 c is the mean of both. J rises with s, so the least s is the least J, and that is a knapsack. All of it is a prediction.
 
+Where trials are walked as they are served, the source itself may have a J, for what no option changes. That is taken
+off A and J(all) first, and comes back in what is predicted.
+
 A and G may come from different sequences, so each is taken relative to the whole J of its own ones. Intervals are of a
 bootstrap over sequences: of everything at once, so a difference of two numbers has its own.
 """
@@ -57,13 +60,14 @@ class Ablation:
 
     `whole`: all layers quantized, on the first and on the second half of the sequences. `alone` [L, first]: only that
     layer quantized. `restored` [L, second]: all but that layer. `ratio` [L, options]: error of an option over that of
-    option 0, which all of this is measured with.
+    option 0, which all of this is measured with. `none`: no layer quantized, by halves; None: that is 0.
     """
 
     whole: tuple[Floats, Floats]
     alone: Floats
     restored: Floats
     ratio: Floats
+    none: tuple[Floats, Floats] | None = None
 
     @cached_property
     def _counts(self) -> tuple[Floats, Floats]:
@@ -87,15 +91,25 @@ class Ablation:
     def total(self) -> Floats:
         return self.mean(*self.whole)
 
+    @cached_property
+    def floor(self) -> Floats:
+        """[1 + resamples] J of no layer quantized: what no choice takes off."""
+        return self.mean(*self.none) if self.none else np.zeros(1 + RESAMPLES)
+
     def half_means(self, half: int) -> Floats:
-        """[1 + resamples] J of all layers quantized on one half."""
-        out: Floats = _means(self._counts[half], self.whole[half][None])[:, 0]
+        """[1 + resamples] J that quantizing all layers adds, on one half."""
+        out: Floats = _means(self._counts[half], self._added(self.whole[half], half)[None])[:, 0]
         return out
 
     @cached_property
     def alone_means(self) -> Floats:
-        """[1 + resamples, L]: J of each layer alone."""
-        return _means(self._counts[0], self.alone)
+        """[1 + resamples, L]: J that quantizing each layer alone adds."""
+        return _means(self._counts[0], self._added(self.alone, 0))
+
+    def _added(self, values: Floats, half: int) -> Floats:
+        """Beyond no layer quantized, sequence by sequence."""
+        out: Floats = values - self.none[half] if self.none else values
+        return out
 
     @cached_property
     def gains(self) -> Floats:
@@ -104,10 +118,10 @@ class Ablation:
 
     @cached_property
     def contributions(self) -> Floats:
-        """[1 + resamples, L], nats a token: they sum to `total`."""
+        """[1 + resamples, L], nats a token: they sum to what quantizing adds, `total` less `floor`."""
         first, second = (np.maximum(self.half_means(half), 1e-30)[:, None] for half in (0, 1))
         shares = (self.alone_means / first + self.gains / second).clip(min=0)
-        out: Floats = self.total[:, None] * shares / np.maximum(shares.sum(1, keepdims=True), 1e-30)
+        out: Floats = (self.total - self.floor)[:, None] * shares / np.maximum(shares.sum(1, keepdims=True), 1e-30)
         return out
 
     @cached_property
@@ -124,13 +138,15 @@ class Ablation:
 
     def predicted(self, choice: Sequence[int]) -> Floats:
         """[1 + resamples]: J of a choice."""
-        left = self.contributions @ self.ratio[np.arange(len(self.ratio)), list(choice)] / np.maximum(self.total, 1e-30)
-        out: Floats = self.total * (self._bend * left + (1 - self._bend) * left**2)
+        added = self.total - self.floor
+        left = self.contributions @ self.ratio[np.arange(len(self.ratio)), list(choice)] / np.maximum(added, 1e-30)
+        out: Floats = self.floor + added * (self._bend * left + (1 - self._bend) * left**2)
         return out
 
     def cost_of(self, j: float) -> float:
         """The sum of `costs` at which a choice is predicted to have this J, at most that of all layers quantized."""
-        c, total = float(self._bend[0]), float(self.total[0])
+        c, total = float(self._bend[0]), float(self.total[0] - self.floor[0])
+        j = max(j - float(self.floor[0]), 0.0)
         if j >= total:
             return j
         left = j / total / c if c == 1 else (-c + np.sqrt(c * c + 4 * (1 - c) * j / total)) / (2 * (1 - c))

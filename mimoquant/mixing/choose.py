@@ -78,6 +78,12 @@ class Chooser:
             list(zip(sizes, cost, strict=True))
             for cost, sizes in zip(self.costs.tolist(), self.mixtures.bytes, strict=True)
         ]
+        floor = float(self.ablation.floor[0])
+        if floor > 0 and target <= floor:
+            raise UsageError(
+                f"a J of {target:g} cannot be reached: with all layers kept, and served so, it is {floor:.5f}",
+                hint="the run is kept: go on with --resume and a higher --target-kl, or with --budget-gib",
+            )
         asked = target
         for _ in range(1 + ROUNDS):
             best = self._quantizing(best_options(classes, self.ablation.cost_of(asked)), f"a J of {target:g}")

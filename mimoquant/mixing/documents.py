@@ -65,11 +65,11 @@ class SensitivityLayer(TypedDict):
     kind: str
     """Of its attention: global or sliding."""
     alone: JEstimate
-    """J with only this layer quantized."""
+    """What quantizing only this layer adds to J, which nothing quantized has none of, or the rounding's."""
     gain: JEstimate
     """What restoring this layer alone takes off the J of all layers quantized."""
     contribution: JEstimate
-    """Its share of J: shares add up to the J of all layers quantized."""
+    """Its share of J: shares add up to what quantizing all layers adds."""
     options: list[OptionPart]
     """In the order of the document's `options`."""
     relative_error: float
@@ -152,6 +152,26 @@ class MeasuredChoice(TypedDict):
     """J as measured over that of all layers in the first option, a ratio."""
 
 
+class MixtureRounding(TypedDict):
+    """What was rounded beside the weights, as kernels do: J is of all that."""
+
+    inputs: dict[str, str]
+    """Option → what goes into a layer's experts is rounded to where it has that option: none, fp8, mxfp8, mxfp4 or
+    nvfp4."""
+    dense: str
+    """Inputs of matrices that are stored in FP8, beside the experts: fp8, fp8-ue8m0 (powers of two) or none."""
+    kv_cache: str
+    """fp8 or none."""
+    reference: str | None
+    """What was rounded of the source that is compared with, in words; null where it is as it was published."""
+    input_scales: str | None
+    """Of NVFP4's inputs: unit, 1 for all, or calibrated; null where nothing is rounded to NVFP4."""
+    known: list[str]
+    """Which kernels are thought to run, and how that is known; empty where the rounding was asked for by name."""
+    j_of_source: JEstimate
+    """J with every layer kept in bf16 and served so: of what no choice takes off."""
+
+
 class Measurement(TypedDict):
     """What was measured of layers, and what it predicts."""
 
@@ -177,10 +197,12 @@ class Measurement(TypedDict):
     """The limit for J, nats per token; null with a budget."""
     notes: list[str]
     """What of the recipe was left out, and groups that have no scale in the format that was chosen for them."""
+    rounding: MixtureRounding | None
+    """What else was rounded; null where J is of weights alone."""
     j: JEstimate
     """J of all layers in the first option."""
     sum_alone: JEstimate
-    """Sum over layers of J with only that layer quantized."""
+    """Sum over layers of what quantizing only that layer adds."""
     sum_gains: JEstimate
     """Sum over layers of what restoring one takes off."""
     layers: list[SensitivityLayer]
@@ -208,8 +230,8 @@ class KeptFindings(SensitivityFindings):
     """The file beside the recipe."""
 
     made_of: dict[str, str]
-    """What another request must differ in: program, source, recipe and config key by key, data, limit, kind of device,
-    and a digest of the recipe that was written."""
+    """What another request must differ in: program, source, recipe and config key by key, data, rounding, limit, kind
+    of device, and a digest of the recipe that was written."""
 
 
 class SensitivityDocument(SensitivityFindings):

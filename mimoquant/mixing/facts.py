@@ -23,6 +23,7 @@ from mimoquant.mixing.documents import (
     MeasuredChoice,
     Measurement,
     MixturePoint,
+    MixtureRounding,
     OptionPart,
     SensitivityFindings,
     SensitivityLayer,
@@ -30,6 +31,8 @@ from mimoquant.mixing.documents import (
 from mimoquant.mixing.forks import Probe
 from mimoquant.mixing.knapsack import best_options
 from mimoquant.mixing.mixtures import Mixtures
+from mimoquant.model.served_rounding import NVFP4
+from mimoquant.weights.container import NONE as NO_SCALES
 
 FAILED = 5.0  # times the median relMSE of its layer: an expert that quantizing ruins
 SUPER = 10.0  # times the median over all experts, and within as much of the largest: what such an expert puts out
@@ -66,6 +69,7 @@ def facts_of(
         "budget_bytes": budget_bytes,
         "target_j": target_j,
         "notes": mixtures.dropped,
+        "rounding": _rounding(mixtures, ablation),
         "j": _estimate(ablation, ablation.total),
         "sum_alone": _estimate(ablation, _share_sum(ablation, ablation.alone_means, 0)),
         "sum_gains": _estimate(ablation, _share_sum(ablation, ablation.gains, 1)),
@@ -77,6 +81,23 @@ def facts_of(
         "carve_outs": _carve_outs(mixtures, ablation),
         "frontier": _frontier(mixtures, ablation),
     }
+
+
+def _rounding(mixtures: Mixtures, ablation: Ablation) -> MixtureRounding | None:
+    """None where nothing was rounded, and nothing is known of a kernel that would."""
+    served = mixtures.served
+    if not (served.anything or served.known):
+        return None
+    reference, scales = served.reference, mixtures.plan.recipe.output.input_scales
+    return MixtureRounding(
+        inputs=dict(served.inputs),
+        dense=served.beside.dense,
+        kv_cache=served.beside.cache,
+        reference=reference.told if reference.anything else None,
+        input_scales=("unit" if scales == NO_SCALES else scales) if NVFP4 in served.inputs.values() else None,
+        known=list(served.known),
+        j_of_source=_estimate(ablation, ablation.floor),
+    )
 
 
 def choice_facts(mixtures: Mixtures, ablation: Ablation, choice: Sequence[int], measured: Floats) -> MeasuredChoice:
@@ -95,8 +116,8 @@ def choice_facts(mixtures: Mixtures, ablation: Ablation, choice: Sequence[int], 
 
 
 def _share_sum(ablation: Ablation, means: Floats, half: int) -> Floats:
-    """A sum over layers, which one half of the sequences has told, scaled to J of all of them."""
-    out: Floats = ablation.total * means.sum(1) / np.maximum(ablation.half_means(half), 1e-30)
+    """A sum over layers, which one half of the sequences has told, scaled to what quantizing adds on all of them."""
+    out: Floats = (ablation.total - ablation.floor) * means.sum(1) / np.maximum(ablation.half_means(half), 1e-30)
     return out
 
 
@@ -167,7 +188,7 @@ def _carve_outs(mixtures: Mixtures, ablation: Ablation) -> list[CarveOut]:
     bf16 = len(mixtures.options) - 1
     for place, layer in enumerate(mixtures.layers):
         choice = [bf16 if other == layer else 0 for other in mixtures.layers]
-        j = Estimate.of(ablation.total * left[:, place])
+        j = Estimate.of(ablation.floor + (ablation.total - ablation.floor) * left[:, place])
         out.append(CarveOut(layer=layer, bytes=mixtures.size(choice), j=j.as_plain()))
     return out
 
@@ -203,6 +224,7 @@ def recipe_text(mixtures: Mixtures, choice: Sequence[int], facts: SensitivityFin
                 "sequences": data["sequences"],
                 "sequence_tokens": data["sequence_tokens"],
             },
+            **({"rounding": mixtures.served.told} if mixtures.served.anything else {}),
             "bytes": chosen["bytes"],
             "j": {
                 "all_quantized": _short(facts["j"]),

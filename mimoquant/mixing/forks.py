@@ -5,8 +5,10 @@ hidden states, so they are one stream, a branch; where the next layer differs th
 quantized" costs the layers from l on, and all branches of all trials ride on one load of the weights. Attention and
 router are no one's to change: where a branch forks, its children share them too.
 
-Beside the clean branch some tokens are a probe: they go through a layer's experts in every format, which tells how the
-formats' errors compare there, and what each expert's error is.
+Beside the clean branch some tokens are a probe: they go through a layer's experts in every option, which tells how the
+options' errors compare there, and what each expert's error is.
+
+Trials may be walked as they are served, inputs and cache rounded: branches part before attention where that differs.
 
 Left out: branches that meet again; they never have the same hidden states after they have parted.
 """
@@ -16,7 +18,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -39,15 +41,31 @@ from mimoquant.model.decoder_layer import (
     expert_outputs,
 )
 from mimoquant.model.layer_stream import Block, Stream, add_blocks, attend_and_route, dense_layer, on_host
-from mimoquant.quant.formats import Format
+from mimoquant.model.served_rounding import NONE, NVFP4, UNROUNDED, LayerRounding, Roundings
+
+K = TypeVar("K")
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A variant of the checkpoint: the option of each layer's experts; None where they are as the source has them."""
+    """A variant of the checkpoint: the option of each layer's experts; None where they are as the source has them.
+    `roundings`: what is rounded beside its weights, by layer; empty: nothing."""
 
     name: str
     options: tuple[Option, ...]
+    roundings: Roundings = ()
+
+    def rounding(self, layer: int) -> LayerRounding:
+        return self.roundings[layer] if self.roundings else UNROUNDED
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What a layer's experts may be, and what their inputs are rounded to."""
+
+    label: str
+    fmt: Option
+    inputs: str = NONE
 
 
 class HostStream(Stream):
@@ -65,10 +83,14 @@ class Branch:
     trials: list[int]
     stream: HostStream
 
+    def of(self, trials: list[int]) -> Branch:
+        """Some of its trials, which go on by themselves from here."""
+        return Branch(trials, HostStream(self.stream.source, list(self.stream.batches)))
+
 
 @dataclass
 class Probe:
-    """What a layer's experts make of some tokens, E values in the lists; one entry a format in the dicts.
+    """What a layer's experts make of some tokens, E values in the lists; one entry an option in the dicts.
 
     `energy`: sum over tokens of the squared norm of what the layer's experts add together; `error`: of its change.
     The same of single experts, each weighted by its routing weight: `expert_energy`, `expert_error`. `largest`: the
@@ -88,12 +110,12 @@ class Probe:
 class Lane:
     """A portion of the sequences, in batches of ids, with the trials that it goes through.
 
-    `formats`: what is probed in each layer beside the clean branch, which then has to be the first trial.
+    `probed`: what is probed in each layer beside the clean branch, which then has to be the first trial.
     """
 
     ids: list[Tensor]
     trials: list[Trial]
-    formats: tuple[Format, ...] = ()
+    probed: tuple[Probed, ...] = ()
     branches: list[Branch] = field(default_factory=list)
     probes: list[Probe] = field(default_factory=list)
     passed: float = 0.0  # tokens times layers, of all branches; a probe counts with the share of tokens and formats
@@ -108,11 +130,26 @@ class Lane:
         batches = [on_host(embedding[ids.to(device)]) for ids in self.ids]
         self.branches = [Branch(list(range(len(self.trials))), HostStream(source.source, batches))]
 
-    def parted(self, branch: Branch, layer: int) -> dict[Option, list[int]]:
+    def part_for_attention(self, layer: int) -> None:
+        """Part the branches whose trials differ in what is rounded before the layer's experts."""
+        out = []
+        for branch in self.branches:
+            apart = self._grouped(branch, lambda trial: trial.rounding(layer).of_attention)
+            out += [branch] if len(apart) == 1 else [branch.of(trials) for trials in apart.values()]
+        self.branches = out
+
+    def rounding(self, branch: Branch, layer: int) -> LayerRounding:
+        """Of a branch's trials, up to the experts."""
+        return self.trials[branch.trials[0]].rounding(layer)
+
+    def parted(self, branch: Branch, layer: int) -> dict[tuple[Option, LayerRounding], list[int]]:
         """The branch's trials by what they want of a layer."""
-        out: dict[Option, list[int]] = {}
+        return self._grouped(branch, lambda trial: (trial.options[layer], trial.rounding(layer)))
+
+    def _grouped(self, branch: Branch, key: Callable[[Trial], K]) -> dict[K, list[int]]:
+        out: dict[K, list[int]] = {}
         for number in branch.trials:
-            out.setdefault(self.trials[number].options[layer], []).append(number)
+            out.setdefault(key(self.trials[number]), []).append(number)
         return out
 
     def state(self) -> dict[str, Tensor]:
@@ -125,9 +162,9 @@ class Lane:
 
     def restore(self, source: LayerOptions, layers: int, state: dict[str, Tensor]) -> None:
         """The branches as they are after `layers` layers."""
-        together: dict[tuple[Option, ...], list[int]] = {}
+        together: dict[tuple[object, ...], list[int]] = {}
         for number, trial in enumerate(self.trials):
-            together.setdefault(trial.options[:layers], []).append(number)
+            together.setdefault((trial.options[:layers], tuple(trial.roundings[:layers])), []).append(number)
         held = (
             (trials, [state[f"branch {trials[0]} batch {i}"] for i in range(len(self.ids))])
             for trials in together.values()
@@ -147,7 +184,7 @@ def walk_forks(
             source.begin(layer, weights)
             if isinstance(weights.mlp, DenseWeights):
                 for lane in lanes:
-                    _dense(lane, weights)
+                    _dense(layer, lane, weights)
             else:
                 _experts(layer, source, lanes, weights, feed)
             source.end()
@@ -155,9 +192,10 @@ def walk_forks(
                 after_layer(layer)
 
 
-def _dense(lane: Lane, weights: LayerWeights) -> None:
+def _dense(layer: int, lane: Lane, weights: LayerWeights) -> None:
+    lane.part_for_attention(layer)
     for branch in lane.branches:
-        dense_layer(branch.stream, weights)
+        dense_layer(branch.stream, weights, lane.rounding(branch, layer))
     lane.passed += lane.tokens * len(lane.branches)
 
 
@@ -165,7 +203,7 @@ def _experts(
     layer: int, source: LayerOptions, lanes: Sequence[Lane], weights: LayerWeights, feed: Iterator[Any]
 ) -> None:
     assert isinstance(weights.mlp, Router)
-    passages = [_Passage(layer, lane, weights) for lane in lanes]
+    passages = [_Passage(layer, source, lane, weights) for lane in lanes]
     wanted = dict.fromkeys(option for passage in passages for option in passage.wanted)
     done = 0
     while done < len(weights.mlp.weight):
@@ -178,37 +216,56 @@ def _experts(
         passage.finish()
 
 
+@dataclass(frozen=True)
+class _Part:
+    """A branch inside one layer: what its experts are, what is rounded of it; tokens in its blocks are so already."""
+
+    option: Option
+    rounding: LayerRounding
+    branch: Branch
+    blocks: list[Block]
+
+
+def scaled(rounding: LayerRounding, scales: tuple[float, float]) -> LayerRounding:
+    """With the scales that come with a layer's codes."""
+    return replace(rounding, gate_up_scale=scales[0], down_scale=scales[1]) if rounding.experts == NVFP4 else rounding
+
+
 class _Passage:
     """A lane inside one layer: past attention, its branches forked, on the way through the experts."""
 
-    def __init__(self, layer: int, lane: Lane, weights: LayerWeights) -> None:
-        self.layer, self.lane = layer, lane
-        self.parts: list[tuple[Option, Branch, list[Block]]] = []
+    def __init__(self, layer: int, source: LayerOptions, lane: Lane, weights: LayerWeights) -> None:
+        self.layer, self.source, self.lane = layer, source, lane
+        self.parts: list[_Part] = []
         self.probe: _Probing | None = None
+        lane.part_for_attention(layer)
         for branch in lane.branches:
-            blocks = attend_and_route(branch.stream, weights)
-            if lane.formats and 0 in branch.trials:
-                self.probe = _Probing(blocks, branch.stream.routing, lane.formats)
-            for number, (option, trials) in enumerate(lane.parted(branch, layer).items()):
-                stream = HostStream(branch.stream.source, list(branch.stream.batches))
+            blocks = attend_and_route(branch.stream, weights, rounding=lane.rounding(branch, layer))
+            if lane.probed and 0 in branch.trials:
+                self.probe = _Probing(blocks, branch.stream.routing, lane.probed, source)
+            for number, ((option, rounding), trials) in enumerate(lane.parted(branch, layer).items()):
                 mine = [replace(block, out=torch.zeros_like(block.out)) for block in blocks] if number else blocks
-                self.parts.append((option, Branch(trials, stream), mine))
-        self.lane.branches = [branch for _, branch, _ in self.parts]
+                told = scaled(rounding, source.input_scales(option))
+                seen = [replace(block, tokens=told.expert_inputs(block.tokens)) for block in mine]
+                self.parts.append(_Part(option, rounding, branch.of(trials), seen))
+        self.lane.branches = [part.branch for part in self.parts]
 
     @property
     def wanted(self) -> list[Option]:
-        return [option for option, _, _ in self.parts] + ([None, *self.lane.formats] if self.probe else [])
+        probed = [one.fmt for one in self.lane.probed]
+        return [part.option for part in self.parts] + ([None, *probed] if self.probe else [])
 
     def through(self, chunks: dict[Option, ExpertChunk]) -> None:
-        for option, _, blocks in self.parts:
-            for block in blocks:
-                add_experts(block.out, block.tokens, block.dispatch, chunks[option])
+        for part in self.parts:
+            rounding = scaled(part.rounding, self.source.input_scales(part.option))
+            for block in part.blocks:
+                add_experts(block.out, block.tokens, block.dispatch, chunks[part.option], rounding)
         if self.probe:
             self.probe.through(chunks)
 
     def finish(self) -> None:
-        for _, branch, blocks in self.parts:
-            add_blocks(branch.stream, blocks)
+        for part in self.parts:
+            add_blocks(part.branch.stream, part.blocks)
         self.lane.passed += self.lane.tokens * len(self.parts)
         if self.probe:
             self.lane.probes.append(self.probe.told(self.layer))
@@ -216,25 +273,31 @@ class _Passage:
 
 
 class _Probing:
-    """Some tokens (`probe_every`) of some blocks, on its way through the experts in all formats."""
+    """Some tokens (`probe_every`) of some blocks, on its way through the experts in all options."""
 
-    def __init__(self, blocks: list[Block], routing: list[Routing], formats: tuple[Format, ...]) -> None:
-        self.formats = formats
+    def __init__(
+        self, blocks: list[Block], routing: list[Routing], probed: tuple[Probed, ...], source: LayerOptions
+    ) -> None:
+        self.probed, self.source = probed, source
         experts, device = len(blocks[0].dispatch.begins) - 1, blocks[0].tokens.device
         self.routed = [sum(b.dispatch.begins[e + 1] - b.dispatch.begins[e] for b in blocks) for e in range(experts)]
-        self.blocks, every = [], probe_every(len(formats))
+        self.blocks, every = [], probe_every(len(probed))
         for block, chosen in zip(blocks, routing, strict=True):
             few = Routing(chosen.experts[::every], chosen.weights[::every])
             tokens = block.tokens[::every]
-            outs = {option: torch.zeros_like(tokens) for option in (None, *formats)}
+            outs = {label: torch.zeros_like(tokens) for label in (None, *(one.label for one in probed))}
             self.blocks.append((tokens, Dispatch.of(few, experts), outs))
-        self.passed = sum(len(tokens) for tokens, _, _ in self.blocks) * (1 + len(formats))
+        self.passed = sum(len(tokens) for tokens, _, _ in self.blocks) * (1 + len(probed))
         self.energy, self.largest = torch.zeros(2, experts, dtype=torch.float64, device=device)
-        self.error = {fmt: torch.zeros_like(self.energy) for fmt in formats}
+        self.error = {one.label: torch.zeros_like(self.energy) for one in probed}
 
     def through(self, chunks: dict[Option, ExpertChunk]) -> None:
         plain = chunks[None]
+        roundings = [
+            scaled(LayerRounding(experts=one.inputs), self.source.input_scales(one.fmt)) for one in self.probed
+        ]
         for tokens, dispatch, outs in self.blocks:
+            seen = [rounding.expert_inputs(tokens) for rounding in roundings]
             for group in dispatch.groups(plain.begin, plain.begin + len(plain.gate)):
                 experts = torch.tensor(group.experts, device=tokens.device)
                 clean = expert_outputs(tokens, group, plain)
@@ -242,22 +305,22 @@ class _Probing:
                 self.energy[experts] += _energy(clean, group.gains)
                 reached = (clean.abs().amax(-1) * group.used).amax(-1)
                 self.largest[experts] = torch.maximum(self.largest[experts], reached.double())
-                for fmt in self.formats:
-                    change = expert_outputs(tokens, group, chunks[fmt]) - clean
-                    add_group(outs[fmt], group, change)
-                    self.error[fmt][experts] += _energy(change, group.gains)
+                for one, inputs, rounding in zip(self.probed, seen, roundings, strict=True):
+                    change = expert_outputs(inputs, group, chunks[one.fmt], rounding) - clean
+                    add_group(outs[one.label], group, change)
+                    self.error[one.label][experts] += _energy(change, group.gains)
 
     def told(self, layer: int) -> Probe:
         whole = {
-            option: sum(float(outs[option].square().sum(dtype=torch.float64)) for _, _, outs in self.blocks)
-            for option in (None, *self.formats)
+            label: sum(float(outs[label].square().sum(dtype=torch.float64)) for _, _, outs in self.blocks)
+            for label in (None, *self.error)
         }
         return Probe(
             layer,
             whole[None],
-            {fmt.label: whole[fmt] for fmt in self.formats},
+            {label: whole[label] for label in self.error},
             self.energy.tolist(),
-            {fmt.label: self.error[fmt].tolist() for fmt in self.formats},
+            {label: error.tolist() for label, error in self.error.items()},
             self.largest.tolist(),
             self.routed,
         )

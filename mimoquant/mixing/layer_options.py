@@ -32,7 +32,9 @@ from mimoquant.quant.formats import Format
 from mimoquant.quant.stack import Engine, NonFiniteError, Stack
 from mimoquant.run.calibrated import Calibrator
 from mimoquant.run.clamped import Counts, named
+from mimoquant.weights.container import input_scale_tensor, input_scales_of
 from mimoquant.weights.decoded import CheckpointWeights, decoded_chunk, is_finite
+from mimoquant.weights.layer_rounding import shared_divisor
 from mimoquant.weights.stored import not_finite, read_experts
 
 Option = Format | None
@@ -106,6 +108,10 @@ class LayerOptions:
         stored = {p: stored_parts(parts[p], fmt, self.source.device) for p in PROJECTIONS}
         return decoded_chunk(step.begin, stored, fmt)
 
+    def input_scales(self, fmt: Option) -> tuple[float, float]:
+        """NVFP4's input global scales of a layer's experts in a format: of gate and up, and of down."""
+        return 1.0, 1.0
+
     def end(self) -> None:
         """A layer is left."""
 
@@ -170,6 +176,20 @@ class CalibratedOptions(LayerOptions):
         """What any rank wants of a round: ranks choose codes together, and only some of them have probes."""
         told = self.team.gather([astuple(option) for option in wanted if option is not None])
         return sorted({Format(*fields) for of_rank in told for fields in of_rank}, key=astuple)
+
+    def input_scales(self, fmt: Option) -> tuple[float, float]:
+        """Calibrated ones where the plan writes such. Of down the experts that have been passed say it: in a layer of
+        several chunks the first ones have a scale that a later one may still raise."""
+        facts = self.calibrator.facts
+        if not self.plan.calibrates_inputs(facts.layer) or fmt not in (None, self.plan.formats.get(facts.layer)):
+            return 1.0, 1.0
+        container = self.plan.container
+        name = f".{input_scale_tensor(container)[0]}"
+        gate_up, down = (
+            shared_divisor(torch.from_numpy(input_scales_of(container, amax)), name) if amax else 1.0
+            for amax in (facts.input_amax, facts.down_input_amax)
+        )
+        return gate_up, down
 
     def end(self) -> None:
         self.calibrator.end()

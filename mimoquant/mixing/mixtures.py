@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mimoquant.errors import RecipeError
+from mimoquant.mixing.served import WEIGHTS_ALONE
 from mimoquant.model.layout import PROJECTIONS
 from mimoquant.planning.calibration_settings import match_name
 from mimoquant.planning.plan import CHUNK_BYTES, Plan, make_plan
@@ -34,6 +35,7 @@ class Mixtures:
     """The mixtures of a source, container and method. A choice is the index of an option for each of `layers`.
 
     `plan`: all layers in the recipe's one format, which is option 0. `dropped`: what of the recipe is not in it.
+    `served`: what is rounded of each option beside its weights; whoever knows engines may set it.
     """
 
     def __init__(
@@ -43,7 +45,7 @@ class Mixtures:
 
         Raises RecipeError for a recipe of several formats, one MoE layer, or a container that has no other format.
         """
-        self._given, self._chunk_bytes = plan, chunk_bytes
+        self._given, self._chunk_bytes, self.served = plan, chunk_bytes, WEIGHTS_ALONE
         self.layers = plan.layout.geometry.moe_layers
         own = _one_format(plan)
         self.dropped = [

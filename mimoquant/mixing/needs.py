@@ -35,13 +35,14 @@ _MARGIN = 3 * 2**29  # of a GPU's memory: a layer's weights beside its experts, 
 @dataclass(frozen=True, slots=True)
 class Forks:
     """A run: of the plan's source, on so many tokens, with so many formats to choose among. `share`: of the tokens, on
-    the process that has most of them."""
+    the process that has most of them. `served`: whether the source goes along once more, as it is served."""
 
     plan: Plan
     formats: int
     tokens: int = SENSITIVITY_SEQUENCES * HELD_OUT_TOKENS
     share: float = 1.0
     ranks: int = 1
+    served: bool = False
 
 
 def probe_every(formats: int) -> int:
@@ -55,7 +56,8 @@ def forward_passes(forks: Forks) -> float:
     geometry = forks.plan.layout.geometry
     layers, moe = geometry.layers, geometry.moe_layers
     probe = (1 + forks.formats) / (2 * probe_every(forks.formats)) * len(moe)
-    return (moe[0] + 2 * (layers - moe[0]) + sum(layers - n for n in moe) - 1 + probe) / layers
+    more = layers if forks.served else 0
+    return (moe[0] + 2 * (layers - moe[0]) + sum(layers - n for n in moe) - 1 + probe + more) / layers
 
 
 def fork_needs(forks: Forks, device: str = "cpu") -> Needs:
@@ -81,7 +83,7 @@ def fork_needs(forks: Forks, device: str = "cpu") -> Needs:
 def state_bytes(forks: Forks) -> int:
     """Hidden states (float32) at the last layer: the source's, those of all layers quantized, and a fork of each."""
     geometry = forks.plan.layout.geometry
-    return int(forks.share * forks.tokens) * geometry.hidden * 4 * (2 + len(geometry.moe_layers))
+    return int(forks.share * forks.tokens) * geometry.hidden * 4 * (2 + forks.served + len(geometry.moe_layers))
 
 
 def resume_bytes(forks: Forks, device: str) -> int:

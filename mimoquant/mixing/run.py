@@ -7,6 +7,8 @@ it what each option of each layer is predicted to cost, `knapsack` chooses exact
 choice is measured end to end, which is another pass and read; where prediction and measurement differ beyond their
 interval, or one format everywhere is predicted to be about as good, up to two rounds measure such neighbours, too.
 
+All of them can be walked as they are served, activations and cache rounded (`Mixtures.served`).
+
 Left out: `eval-kl`'s details. The sequences here choose, so J of the chosen recipe should be told on other ones.
 """
 
@@ -34,12 +36,14 @@ from mimoquant.mixing.attribution import Ablation, Floats
 from mimoquant.mixing.choose import Choice, Chooser
 from mimoquant.mixing.documents import SensitivityCost, SensitivityFindings, WalkCost
 from mimoquant.mixing.facts import choice_facts, facts_of, recipe_text
-from mimoquant.mixing.forks import Lane, Probe, Trial, finals_of, mean_j, walk_forks
+from mimoquant.mixing.forks import Lane, Probe, Probed, Trial, finals_of, mean_j, walk_forks
 from mimoquant.mixing.kept_findings import keep_findings, kept_findings, made_of
 from mimoquant.mixing.layer_options import CalibratedOptions, LayerOptions
 from mimoquant.mixing.mixtures import Mixtures
 from mimoquant.mixing.needs import Forks
+from mimoquant.mixing.served import MixtureRoundings
 from mimoquant.model.layer_stream import portions
+from mimoquant.model.served_rounding import NONE
 from mimoquant.planning.plan import Plan
 from mimoquant.quant.clamped import Clamped
 from mimoquant.quant.stack import Engine
@@ -105,7 +109,9 @@ def _found(
     choice = chooser.within(budget) if budget is not None else chooser.below(float(target_j or 0))
     facts: SensitivityFindings = {
         **facts_of(mixtures, tokens, ablation, probes, budget_bytes=budget, target_j=target_j),
-        "cost": SensitivityCost(walks=walks.told, forward_passes_bound=walks.geometry.layers / 2 + 3),
+        "cost": SensitivityCost(
+            walks=walks.told, forward_passes_bound=walks.geometry.layers / 2 + 3 + walks.roundings.apart
+        ),
         "chosen": choice_facts(mixtures, ablation, choice, chooser.measured[choice]),
         "tried": [choice_facts(mixtures, ablation, *one) for one in chooser.measured.items()],
     }
@@ -159,6 +165,7 @@ def _identity(mixtures: Mixtures, tokens: TokenSet, calibration: TokenSet | None
         "formats": ", ".join(fmt.label for fmt in mixtures.formats),
         "tokens a sequence": str(tokens.ids.shape[1]),
         "tokens": tokens.sha256,
+        "rounding": mixtures.served.told,
         "kind of device": team.device.partition(":")[0],
         "processes": str(team.size),
     }
@@ -167,7 +174,18 @@ def _identity(mixtures: Mixtures, tokens: TokenSet, calibration: TokenSet | None
 def forks_of(mixtures: Mixtures, tokens: TokenSet, team: Team) -> Forks:
     """What the run is, for `fork_needs`."""
     count = 2 * len(portions(torch.empty(-(-len(tokens.ids) // 2), tokens.ids.shape[1], device="meta")))
-    return Forks(mixtures.plan, len(mixtures.formats), tokens.ids.size, -(-count // team.size) / count, team.size)
+    served = mixtures.served
+    formats, share = len(probed_of(mixtures)), -(-count // team.size) / count
+    more = served.beside.anything or served.reference.anything
+    return Forks(mixtures.plan, formats, tokens.ids.size, share, team.size, served=more)
+
+
+def probed_of(mixtures: Mixtures) -> tuple[Probed, ...]:
+    """The options that leave an error in a layer's output: formats, and what is kept where its inputs are rounded."""
+    every = (
+        Probed(option.label, option.fmt, mixtures.served.inputs.get(option.label, NONE)) for option in mixtures.options
+    )
+    return tuple(one for one in every if one.fmt or one.inputs != NONE)
 
 
 def halves(tokens: TokenSet) -> tuple[list[int], list[int]]:
@@ -197,6 +215,8 @@ class Walks:
         fisher: Fisher | None = None,
     ) -> None:
         self.mixtures, self.calibration, self.engine, self.team = mixtures, calibration, engine, team
+        with CheckpointReader(mixtures.plan.layout.index) as reader:
+            self.roundings = MixtureRoundings(mixtures, reader)
         self.snapshots, self.progress, self.fisher = snapshots, progress or (lambda *told: None), fisher
         self.geometry = mixtures.plan.layout.geometry
         ids, self.tokens = torch.from_numpy(tokens.ids), tokens.ids.size
@@ -209,34 +229,32 @@ class Walks:
 
     def ablation(self) -> tuple[Ablation, list[list[Probe]]]:
         """J of every fork, and the probes of each MoE layer."""
-        formats = tuple(self.mixtures.formats)
-        trials = [self._forks(half, kept=len(formats)) for half in (0, 1)]
-        lanes = [Lane(part, trials[half], () if half else formats) for half, part in self.mine]
+        probed, first = probed_of(self.mixtures), self.mixtures.options[0].label
+        trials = [self._forks(half, kept=len(self.mixtures.options) - 1) for half in (0, 1)]
+        lanes = [Lane(part, trials[half], () if half else probed) for half, part in self.mine]
         j = self._walk("ablation", self.mixtures.plan, lanes)
         told = self.team.gather([[vars(probe) for probe in lane.probes] for lane in lanes])
         probes = [[Probe(**one) for one in of_lane] for of_lane in self._in_order(told)]
         by_layer = list(map(list, zip(*filter(None, probes), strict=True)))
         ratio = np.array(
-            [
-                [
-                    _ratio(of_layer, option.label if option.fmt else None, formats[0].label)
-                    for option in self.mixtures.options
-                ]
-                for of_layer in by_layer
-            ]
+            [[_ratio(of_layer, option.label, first) for option in self.mixtures.options] for of_layer in by_layer]
         )
-        return Ablation((j[0][1], j[1][1]), j[0][2:], j[1][2:], ratio), by_layer
+        end = 2 + len(self.mixtures.layers)
+        none = (j[0][end], j[1][end]) if self.roundings.apart else None
+        return Ablation((j[0][1], j[1][1]), j[0][2:end], j[1][2:end], ratio, none), by_layer
 
     def _forks(self, half: int, kept: int) -> list[Trial]:
-        """The source, all layers quantized, and one of them so (first half), or all but one (second). `kept`: an option
-        with the source's values."""
+        """The source, all layers quantized, and one of them so (first half), or all but one (second); last the source
+        as it is served, where that is another thing. `kept`: an option with the source's values."""
         layers, count = self.mixtures.layers, len(self.mixtures.layers)
         one, others, name = (kept, 0, "all but") if half else (0, kept, "only")
         forks = [
             self._trial(f"{name} layer {layer} quantized", [one if n == layer else others for n in layers])
             for layer in layers
         ]
-        return [self._trial("the source", [kept] * count), self._trial("all layers quantized", [0] * count), *forks]
+        source = Trial("the source", (None,) * self.geometry.layers, self.roundings.reference)
+        served = [self._trial("the source as served", [kept] * count)] * self.roundings.apart
+        return [source, self._trial("all layers quantized", [0] * count), *forks, *served]
 
     def measure(self, choices: Sequence[Choice]) -> list[tuple[Floats, Floats]]:
         """J of each sequence, by halves, of each choice. Calibrated ones are walked one by one: each has codes of its
@@ -253,7 +271,8 @@ class Walks:
 
     def _trial(self, name: str, choice: Sequence[int]) -> Trial:
         options = self.mixtures.named(choice)
-        return Trial(name, tuple(options[n].fmt if n in options else None for n in range(self.geometry.layers)))
+        stored = tuple(options[n].fmt if n in options else None for n in range(self.geometry.layers))
+        return Trial(name, stored, self.roundings.of(options) if self.mixtures.served.anything else ())
 
     def _walk(self, name: str, plan: Plan, lanes: list[Lane]) -> tuple[Floats, Floats]:
         """J [trials, sequences] of both halves. A walk that was begun is taken up where it was left."""
@@ -329,9 +348,9 @@ class Walks:
         return [told[number % self.team.size][number // self.team.size] for number in range(len(self.every))]
 
 
-def _ratio(probes: Sequence[Probe], label: str | None, base: str) -> float:
+def _ratio(probes: Sequence[Probe], label: str, base: str) -> float:
     """An option's error over the base's, of a layer; 0 for the source's values, 1 where the base has no error."""
     whole = sum(probe.error[base] for probe in probes)
-    if label is None:
+    if label not in probes[0].error:
         return 0.0
     return sum(probe.error[label] for probe in probes) / whole if whole else 1.0

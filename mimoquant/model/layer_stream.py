@@ -33,7 +33,7 @@ from mimoquant.model.decoder_layer import (
     rms_norm,
     route,
 )
-from mimoquant.model.served_rounding import UNROUNDED, LayerRounding, Roundings, rounded
+from mimoquant.model.served_rounding import UNROUNDED, LayerRounding, Roundings
 
 Weights = LayerWeights | ExpertChunk
 T = TypeVar("T")
@@ -185,7 +185,7 @@ def _one_layer(number: int, source: WeightSource, streams: list[Stream], feed: I
 def _expert_inputs(stream: Stream, weights: LayerWeights, rounding: LayerRounding) -> list[Block]:
     """`attend_and_route`, and what its tokens are rounded to before the experts."""
     blocks = attend_and_route(stream, weights, rounding=rounding)
-    return [replace(block, tokens=rounded(block.tokens, rounding.experts, rounding.gate_up_scale)) for block in blocks]
+    return [replace(block, tokens=rounding.expert_inputs(block.tokens)) for block in blocks]
 
 
 def dense_layer(stream: Stream, weights: LayerWeights, rounding: LayerRounding = UNROUNDED) -> None:

@@ -34,6 +34,15 @@ class LayerRounding:
     mlp: str = NONE
     cache: tuple[float, float] | None = None
 
+    @property
+    def of_attention(self) -> tuple[object, ...]:
+        """What makes two forwards differ before the experts."""
+        return self.qkv, self.o, self.mlp, self.cache
+
+    def expert_inputs(self, rows: Tensor) -> Tensor:
+        """What gate and up of routed experts see; with "none" the very same tensor."""
+        return rounded(rows, self.experts, self.gate_up_scale)
+
     def cached(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Rotated keys and values, as the cache gives them back."""
         if self.cache is None:

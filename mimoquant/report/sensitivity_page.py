@@ -17,7 +17,18 @@ from markupsafe import Markup
 from mimoquant.report.drawing import Axis, Scale, across, line, plot, tag, write
 from mimoquant.report.eval_text import shared_part
 from mimoquant.report.page import render
-from mimoquant.wording import WIDTH, has_interval, interval, many, number, percent, size, table, visible
+from mimoquant.wording import (
+    WIDTH,
+    has_interval,
+    interval,
+    many,
+    number,
+    percent,
+    rounding_note,
+    size,
+    table,
+    visible,
+)
 
 if TYPE_CHECKING:
     from mimoquant.mixing.documents import CarveOut, JEstimate, SensitivityDocument, SensitivityLayer
@@ -105,9 +116,28 @@ def origin(facts: SensitivityDocument) -> list[tuple[str, str]]:
             f"tell J of the result on others{shared_part(data)}",
         ),
         ("sha256", data["sha256"]),
+        *rounding_lines(facts),
         ("cost", cost(facts)),
         *(("note", text) for text in facts["notes"]),
     ]
+
+
+def rounding_lines(facts: SensitivityDocument) -> list[tuple[str, str]]:
+    """(name, sentence): what was rounded of each option, and how it is known that kernels do."""
+    rounding = facts["rounding"]
+    if rounding is None:
+        return []
+    inputs = ", ".join(f"{option} {kind}" for option, kind in rounding["inputs"].items())
+    told = rounding_note(f"({inputs})", rounding["dense"], rounding["kv_cache"], rounding["input_scales"])
+    told += f"; the source: {rounding['reference']}" if rounding["reference"] else "; the source is not rounded"
+    none, floor = (
+        {*rounding["inputs"].values(), rounding["dense"], rounding["kv_cache"]} == {"none"},
+        rounding["j_of_source"],
+    )
+    lines = [("rounded", "nothing" if none and not rounding["reference"] else told)]
+    if floor["mean"]:
+        lines.append(("of no choice", f"J {number(floor['mean'])} ({interval(floor)}) with all layers in bf16"))
+    return lines + [("kernels", known) for known in rounding["known"]]
 
 
 def sensitivity_text(facts: SensitivityDocument) -> str:

@@ -79,8 +79,12 @@ def _input_divisor(reader: CheckpointReader, layout: ModelLayout, number: int, p
     ]
     if not every:
         return 1.0
-    values = _numbers(reader, every)
-    return float(values.min() if every[0].name.endswith(_DIVISOR) else 1.0 / values.max())
+    return shared_divisor(_numbers(reader, every), every[0].name)
+
+
+def shared_divisor(scales: torch.Tensor, name: str) -> float:
+    """The input global scale that engines make of the stored scales (float32) of several experts, told by a `name`."""
+    return float(scales.min() if name.endswith(_DIVISOR) else 1.0 / scales.max())
 
 
 def _cache_scales(reader: CheckpointReader, weights: dict[str, Weight], prefix: str) -> tuple[float, float]:

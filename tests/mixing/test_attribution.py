@@ -57,6 +57,22 @@ def test_the_cost_of_a_target_is_the_inverse_of_the_prediction(pair: float) -> N
         assert ablation.cost_of(j) == pytest.approx(cost, rel=1e-9)
 
 
+@pytest.mark.parametrize("pair", [0.0, -40.0, 30.0])
+def test_what_no_layer_causes_is_no_layers_share(pair: float) -> None:
+    """J of the source as it is served comes on top of whatever is chosen, and changes no share."""
+    plain, _, _ = made(pair)
+    none = tuple(0.5 * np.median(half) * np.linspace(0.5, 1.5, SEQUENCES) for half in plain.whole)
+    whole = (plain.whole[0] + none[0], plain.whole[1] + none[1])
+    told = Ablation(whole, plain.alone + none[0], plain.restored + none[1], RATIO, (none[0], none[1]))
+    assert np.allclose(told.contributions, plain.contributions, rtol=1e-9)
+    for choice in ([0, 1, 2, 3, 0, 1], [0] * 6, [3] * 6):
+        j = told.predicted(choice)
+        assert np.allclose(j, told.floor + plain.predicted(choice), rtol=1e-9)
+        cost = told.costs()[np.arange(LAYERS), choice].sum()
+        assert told.cost_of(j[0]) == pytest.approx(cost, rel=1e-9, abs=1e-12)
+    assert told.cost_of(0.0) == 0 and (told.floor > 0).all()
+
+
 def test_intervals_hold_what_they_say() -> None:
     """95 % intervals of a contribution, over sets of sequences drawn anew, hold its true value about so often."""
     held = []
