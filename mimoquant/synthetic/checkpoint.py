@@ -39,6 +39,7 @@ from mimoquant.model.geometry import ARCHITECTURES, FP8_BLOCK, Geometry, read_ge
 from mimoquant.model.layout import TOWER_PREFIXES
 from mimoquant.synthetic.documents import SynthDocument
 from mimoquant.synthetic.files import PLACEMENTS, ShardFiles
+from mimoquant.synthetic.towers import tower_config, tower_tensors
 from mimoquant.synthetic.weights import PATTERNS, ConvertedWeights, RandomWeights, encode_fp8
 from mimoquant.weights.stored import not_finite
 
@@ -66,34 +67,6 @@ _FIXED_CONFIG: dict[str, Any] = {
     "routed_scaling_factor": None,
     "eos_token_id": 0,
     "pad_token_id": 0,
-}
-_TOWER_CONFIG: dict[str, Any] = {  # as published: speech_vocab_size is a string
-    "audio_config": {
-        "audio_channels": 2,
-        "group_size": 4,
-        "input_local_attn_heads": 4,
-        "input_local_dim": 32,
-        "input_local_head_dim": 8,
-        "input_local_intermediate_size": 64,
-        "input_local_layers": 2,
-        "projection_layers": 2,
-        "speech_vocab_size": "16",
-        "speech_zeroemb_idx": "15",
-    },
-    "vision_config": {
-        "depth": 2,
-        "fullatt_block_indexes": [0],
-        "hidden_act": "silu",
-        "hidden_size": 32,
-        "in_chans": 3,
-        "intermediate_size": 64,
-        "num_heads": 4,
-        "num_key_value_heads": 1,
-        "patch_size": 4,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "use_sink": True,
-    },
 }
 
 
@@ -196,7 +169,7 @@ def _synth(
     _check_geometry(geometry)
     stored = list(stored_tensors(geometry, origin.mtp_layers))
     if layout == "v2.5":
-        stored += _towers(geometry.hidden)
+        stored += [_plain(name, *shape) for name, shape in tower_tensors(geometry.hidden)]
     place, partial = functools.partial(PLACEMENTS[layout], geometry), out.with_name(f"{out.name}.partial")
     towers = RandomWeights(seed, 0)
     try:
@@ -312,33 +285,6 @@ def _attention(geometry: Geometry, prefix: str, *, sliding: bool) -> Iterator[_S
         yield _plain(f"{prefix}attention_sink_bias", attention.heads)
 
 
-def _towers(hidden: int) -> Iterator[_Stored]:
-    """Vision, audio and speech, tiny, with every kind of tensor of the real ones (sinks on windowed blocks only)."""
-    mlp = {"mlp.gate_proj": (64, 32), "mlp.up_proj": (64, 32), "mlp.down_proj": (32, 64)}
-    local = "audio_encoder.input_local_transformer."
-    for i in range(2):
-        for name, shape in ({"attn.qkv": (96, 32), "attn.proj": (32, 64)} | mlp).items():
-            yield _plain(f"visual.blocks.{i}.{name}.weight", *shape)
-            yield _plain(f"visual.blocks.{i}.{name}.bias", shape[0])
-        for name in ("norm1.weight", "norm2.weight", *(["attn.sinks"] if i else [])):
-            yield _plain(f"visual.blocks.{i}.{name}", 4 if name == "attn.sinks" else 32)
-        for name, shape in (mlp | {f"self_attn.{letter}_proj": (32, 32) for letter in "qkvo"}).items():
-            yield _plain(f"{local}layers.{i}.{name}.weight", *shape)
-        for name in (
-            *(f"self_attn.{letter}_proj.bias" for letter in "qkv"),
-            "input_layernorm.weight",
-            "post_attention_layernorm.weight",
-        ):
-            yield _plain(f"{local}layers.{i}.{name}", 32)
-        yield _plain(f"speech_embeddings.{i}.weight", 16, 32)
-    yield _plain("visual.patch_embed.proj.weight", 32, 3, 2, 4, 4)
-    for name, shape in (("visual.merger.mlp", (128, 128)), ("audio_encoder.projection.mlp", (256, 128))):
-        yield _plain(f"{name}.0.weight", *shape)
-        yield _plain(f"{name}.2.weight", hidden, shape[0])
-    for name in ("visual.merger.ln_q.weight", f"{local}norm.weight"):
-        yield _plain(name, 32)
-
-
 # --- config.json
 
 
@@ -351,34 +297,30 @@ def _random_config(sizes: SynthSizes, layout: str) -> dict[str, Any]:
         raise UsageError(f"{sizes.layers} layers and {sizes.mtp_layers} MTP layers are more than 4096 and 64")
     stride = 8 if layout == "pro" else 6
     ends = (0, sizes.layers - 1)
-    return (
-        {
-            "vocab_size": sizes.vocab,
-            "hidden_size": sizes.hidden,
-            "intermediate_size": sizes.dense_intermediate,
-            "num_hidden_layers": sizes.layers,
-            "num_attention_heads": sizes.heads,
-            "num_key_value_heads": sizes.kv_heads,
-            "head_dim": sizes.head_dim,
-            "v_head_dim": sizes.v_head_dim,
-            "swa_num_attention_heads": sizes.heads,
-            "swa_num_key_value_heads": sizes.sliding_kv_heads,
-            "swa_head_dim": sizes.head_dim,
-            "swa_v_head_dim": sizes.v_head_dim,
-            "n_routed_experts": sizes.experts,
-            "num_experts_per_tok": sizes.top_k,
-            "moe_intermediate_size": sizes.expert_intermediate,
-            "sliding_window": sizes.window,
-            "sliding_window_size": sizes.window,
-            "attention_chunk_size": sizes.window,
-            "rope_theta": 5000000 if layout == "flash" else 10000000,
-            "attention_value_scale": 0.612 if layout == "pro" else 0.707,
-            "hybrid_layer_pattern": [int(i not in ends and i % stride != stride - 1) for i in range(sizes.layers)],
-            "moe_layer_freq": [int(i > 0) for i in range(sizes.layers)],
-        }
-        | _FIXED_CONFIG
-        | (_TOWER_CONFIG if layout == "v2.5" else {})
-    )
+    return {
+        "vocab_size": sizes.vocab,
+        "hidden_size": sizes.hidden,
+        "intermediate_size": sizes.dense_intermediate,
+        "num_hidden_layers": sizes.layers,
+        "num_attention_heads": sizes.heads,
+        "num_key_value_heads": sizes.kv_heads,
+        "head_dim": sizes.head_dim,
+        "v_head_dim": sizes.v_head_dim,
+        "swa_num_attention_heads": sizes.heads,
+        "swa_num_key_value_heads": sizes.sliding_kv_heads,
+        "swa_head_dim": sizes.head_dim,
+        "swa_v_head_dim": sizes.v_head_dim,
+        "n_routed_experts": sizes.experts,
+        "num_experts_per_tok": sizes.top_k,
+        "moe_intermediate_size": sizes.expert_intermediate,
+        "sliding_window": sizes.window,
+        "sliding_window_size": sizes.window,
+        "attention_chunk_size": sizes.window,
+        "rope_theta": 5000000 if layout == "flash" else 10000000,
+        "attention_value_scale": 0.612 if layout == "pro" else 0.707,
+        "hybrid_layer_pattern": [int(i not in ends and i % stride != stride - 1) for i in range(sizes.layers)],
+        "moe_layer_freq": [int(i > 0) for i in range(sizes.layers)],
+    } | _FIXED_CONFIG
 
 
 def _published_config(config: dict[str, Any], layout: str) -> dict[str, Any]:
@@ -401,6 +343,8 @@ def _published_config(config: dict[str, Any], layout: str) -> dict[str, Any]:
         out = said_again | out
     else:
         out["attention_projection_layout"] = "fused_qkv"
+    if layout == "v2.5":
+        out |= tower_config(out["hidden_size"], out["vocab_size"])
     out["dtype" if layout == "v2.5" else "torch_dtype"] = "bfloat16"
     modules = [*(f"layers.{layer}" for layer in range(out["num_hidden_layers"])), "decoder"]
     store_dtype = {"store_dtype": "fp8"} if layout == "v2.5" else {}

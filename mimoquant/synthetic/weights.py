@@ -86,7 +86,9 @@ def _statistics(stream: np.random.SFC64, name: str, shape: tuple[int, ...]) -> t
         kinds = (("e_score_correction_bias", 0.01), ("sink", 0.5), ("norm", 0.1), ("ln_q", 0.1), ("", 0.02))
         std = next(std for part, std in kinds if part in name)
         return np.float32(1 if norm else 0), np.array([std], np.float32)
-    if not name.endswith("_proj.weight") or name.startswith(TOWER_PREFIXES):
+    if name.startswith(TOWER_PREFIXES):
+        return np.float32(0), np.full(width, 1 / math.sqrt(width), np.float32)
+    if not name.endswith("_proj.weight"):
         return np.float32(0), np.full(width, 0.02, np.float32)
     gain = np.full(width, 0.5 / math.sqrt(width), np.float32)
     large = max(1, width // _LARGE_CHANNELS)
