@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from omni import VOCAB, omni_folder
 
 from mimoquant import micro_checkpoint
 from mimoquant.calibration.tokens import load_tokens
@@ -38,7 +39,10 @@ DOMAINS = {
         "prose",
         "tools",
     },
+    "omni-heldout-v1": {"charts", "pages", "shapes", "tables"},
+    "omni-v1": {"charts", "pages", "shapes", "tables"},
 }
+OMNI = ("omni-v1", "omni-heldout-v1")
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +70,7 @@ def files(name: str) -> list[Path]:
 
 def test_every_set_has_its_files() -> None:
     assert {name: {domain(file) for file in files(name)} for name in shipped_sets()} == DOMAINS
-    assert sum(file.stat().st_size for name in DOMAINS for file in files(name)) < 2_000_000
+    assert sum(file.stat().st_size for name in DOMAINS for file in files(name)) < 3_000_000
 
 
 def test_the_files_are_those_that_are_listed() -> None:
@@ -89,8 +93,10 @@ def test_the_readme_lists_every_file(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(DOMAINS))
-def test_every_domain_gives_sequences(name: str) -> None:
-    found = load_tokens([name], micro_checkpoint(), sequences=44, tokens=256, vocab=1024)
+def test_every_domain_gives_sequences(name: str, tmp_path: Path) -> None:
+    folder = omni_folder(tmp_path) if name in OMNI else micro_checkpoint()
+    found = load_tokens([name], folder, sequences=44, tokens=256, vocab=VOCAB, takes_media=True)
+    assert any(found.media) == (name in OMNI)
     assert found.ids.shape == (44, 256)
     assert set(found.domains) == DOMAINS[name]
     assert found.left_out == ()
@@ -142,6 +148,38 @@ def test_nothing_held_out_is_in_the_calibration_set(script: ModuleType) -> None:
         for passage in script.shingles(record) & held_out
     ]
     assert shared_passages == []
+
+
+def test_nothing_held_out_of_images_is_in_their_calibration_set(script: ModuleType, tmp_path: Path) -> None:
+    """Neither words nor images, of this or any other pair of sets; and each image is another."""
+
+    def words(name: str) -> set[str]:
+        found: set[str] = set()
+        for record in script.read_set(name):
+            for turn in record["messages"] if name in OMNI else ():
+                if isinstance(turn["content"], list):
+                    turn["content"] = [part for part in turn["content"] if part["type"] == "text"]
+            found |= script.shingles(record)
+        return found
+
+    held_out = words("omni-heldout-v1")
+    assert len(held_out) > 5_000 and not held_out & words("omni-v1") and not held_out & words("mixed-v1")
+    folder = omni_folder(tmp_path)
+    of_set = {
+        name: load_tokens([name], folder, sequences=None, tokens=256, vocab=VOCAB, takes_media=True) for name in OMNI
+    }
+    media = [of_set[name].fingerprints.media for name in OMNI]
+    assert not set(media[0]) & set(media[1])
+    assert [len(prints) for prints in media] == [sum(map(len, of_set[name].media)) for name in OMNI]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OMNI)
+def test_the_script_draws_the_same_images(name: str, tmp_path: Path) -> None:
+    script = SCRIPT.with_name("omni.py")
+    subprocess.run([sys.executable, script, "--set", name, "--out", tmp_path], check=True, capture_output=True)
+    for file in files(name):
+        assert records(tmp_path / file.name) == records(file)
 
 
 def test_a_shared_passage_is_found(script: ModuleType) -> None:
