@@ -84,6 +84,7 @@ def calibration_tokens_are_made_once() -> Iterator[None]:
 # --- tiny checkpoints -------------------------------------------------------------------------------------------------
 
 _TORCH_DTYPES = {"BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F32": "float32", "U8": "uint8", "I32": "int32"}
+_TORCH_DTYPES |= {"F16": "float16", "F8_E5M2": "float8_e5m2", "U32": "uint32"}
 
 
 @dataclass(frozen=True)

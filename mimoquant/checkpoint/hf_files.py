@@ -7,7 +7,8 @@ Weights, the index, config.json and the README have their own writers.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable
+import re
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,8 +33,13 @@ _WRITTEN_ANEW = {
     "relayout.json",
     FINGERPRINTS_NAME,
 }
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".onnx", ".h5", ".msgpack")
-_OTHER_FORMS = {"original", "onnx", "openvino", "gguf"}  # of the same weights
+_WEIGHT_SUFFIXES = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".h5", ".msgpack", ".npz", ".ot", ".tflite"),
+    *(".onnx", ".onnx_data", ".onnx.data", ".mlmodel", ".nemo"),
+)
+_OTHER_FORMS = {"original", "onnx", "openvino", "gguf", "mlx", "coreml", "tflite", "metal"}  # of the same weights
+_OF_TRAINING = re.compile(r"(checkpoint-\d+|global_step_?\d+|runs|wandb)$")  # earlier weights, optimizers, logs
+_SECOND_COPY = re.compile(r"\.(safetensors|bin|gguf)\.(\d+|bak|old|orig|download|part\w*)$", re.IGNORECASE)
 _UNFINISHED = (".incomplete", ".aria2", ".part", ".crdownload", ".lock", ".tmp")
 _MAX_POINTER_BYTES = 1000
 _MAX_SMALL_BYTES = 100_000_000
@@ -62,8 +68,9 @@ def side_files(folder: Path, shards: Collection[str]) -> SideFiles:
 
     files, left_out = list_files(folder)
     names: list[str] = []
+    held = {*shards, *_targets(folder, shards)}
     for name in files:
-        if name not in shards and name not in _WRITTEN_ANEW:
+        if name not in held and name not in _WRITTEN_ANEW:
             (left_out if _is_left_out(name) else names).append(name)
     sizes: dict[str, int] = {}
     remote = remote_of(folder)
@@ -80,9 +87,17 @@ def side_files(folder: Path, shards: Collection[str]) -> SideFiles:
     return SideFiles(sizes, sorted(left_out))
 
 
+def _targets(folder: Path, shards: Collection[str]) -> Iterator[str]:
+    """What shards that are links to files of the same folder lead to: the same weights under another name."""
+    root = folder.resolve()
+    for shard in shards:
+        if (folder / shard).is_symlink() and (target := (folder / shard).resolve()).is_relative_to(root):
+            yield target.relative_to(root).as_posix()
+
+
 def list_files(folder: Path) -> tuple[list[str], list[str]]:
     """The relative paths of a checkpoint folder's files, sorted, and of its folders that hold other forms of the
-    weights, which are not entered, with a slash at the end. What is hidden is in neither: the Hub's and git's own.
+    weights or what training left, which are not entered, with a slash at the end. What is hidden is in neither: the Hub's and git's own.
 
     Raises CheckpointError for a link to a folder, and for a folder that cannot be read.
     """
@@ -130,7 +145,7 @@ def _sorted_out(names: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _is_other_form(folder: str, at_top: bool) -> bool:
-    return folder == "__pycache__" or (at_top and folder in _OTHER_FORMS)
+    return folder == "__pycache__" or (at_top and bool(folder.lower() in _OTHER_FORMS or _OF_TRAINING.match(folder)))
 
 
 def is_small(name: str, size_bytes: int) -> bool:
@@ -146,7 +161,8 @@ def is_unfinished(name: str) -> bool:
 
 
 def _is_left_out(name: str) -> bool:
-    return is_unfinished(name) or ("/" not in name and name.endswith((*_WEIGHT_SUFFIXES, _WEIGHT_INDEX)))
+    is_copy = is_unfinished(name) or _SECOND_COPY.search(name) is not None
+    return is_copy or ("/" not in name and name.lower().endswith((*_WEIGHT_SUFFIXES, _WEIGHT_INDEX)))
 
 
 def copy_side_files(source: Path, target: Path, names: Iterable[str]) -> None:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mimoquant.checkpoint.folders import (
@@ -183,7 +183,7 @@ def _raw_header(read: Callable[[int, int], bytes], file_size: int, path: Path) -
     """The JSON of a header. `read`: bytes from a place on, so many; it is asked for them in their order."""
     prefix = read(0, min(8, file_size))
     if len(prefix) < 8:
-        raise CheckpointError(f"{path}: {file_size} bytes are too few for a safetensors file")
+        raise CheckpointError(f"{path}: {file_size} bytes are too few for a safetensors file", hint=_DAMAGED)
     if LFS_POINTER.startswith(prefix):
         raise CheckpointError(f"{path}: is a pointer of git-lfs, not the file", hint=LFS_HINT)
     (header_bytes,) = struct.unpack("<Q", prefix)
@@ -252,6 +252,13 @@ def _read_weight_map(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
             raise CheckpointError(f"{index_path}: has no usable weight_map", hint=_DAMAGED)
         if not weight_map:
             raise CheckpointError(f"{index_path}: the weight_map is empty", hint=_DAMAGED)
+        if pickles := sorted({file for file in weight_map.values() if file.endswith(_PICKLE_SUFFIXES)}):
+            raise CheckpointError(
+                f"{index_path}: places tensors in {pickles[0]}, and pickles are never opened",
+                hint="download the index that belongs to the safetensors files, or convert all to safetensors",
+            )
+        plain = {file: _plain(file) for file in set(weight_map.values())}
+        weight_map = {name: plain[file] for name, file in weight_map.items()}
         metadata = index.get("metadata")
         return weight_map, metadata if isinstance(metadata, dict) else {}
     names = top_level_names(folder)
@@ -274,6 +281,11 @@ def _read_weight_map(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
         raise CheckpointError(f"{folder}: holds no safetensors file", hint=hint)
     infos, _, _ = read_shard_header(folder, shards[0])
     return {info.name: shards[0] for info in infos}, {}
+
+
+def _plain(file: str) -> str:
+    """A file's name without what says nothing, as in "./a//b": one file has one name, whoever wrote the index."""
+    return str(PurePosixPath(file)) if file and not file.startswith("/") else file
 
 
 def _tensor_info(name: str, entry: Any, file: str, data_start: int, path: Path) -> TensorInfo:

@@ -23,6 +23,7 @@ from mimoquant.model.qkv import with_chunks
 TOWER_PREFIXES = ("visual.", "audio_encoder.", "speech_embeddings.")
 PROJECTIONS = ("gate", "up", "down")
 
+_CODES = ("I32", "U8")  # of 4 bits, eight or two together
 _PACKED_SUFFIXES = (
     "weight_scale",
     "weight_zero_point",
@@ -132,6 +133,7 @@ def read_layout(
     ]
     unknown = sorted(left)
     if unknown and not allow_unknown:
+        _refuse_left_over_scales(unknown, index, where)
         raise CheckpointError(
             f"{where}: {len(unknown)} tensors have no known role, first {unknown[0]} {list(left[unknown[0]].shape)}",
             hint="--allow-unknown copies them as they are",
@@ -141,6 +143,20 @@ def read_layout(
     units["unknown"] = [Weight(name, "unknown", left[name]) for name in unknown]
     units = {name: weights for name, weights in units.items() if weights}
     return ModelLayout(index, config, geometry, units, mtp_layers, experts, unknown)
+
+
+def _refuse_left_over_scales(unknown: list[str], index: CheckpointIndex, where: str) -> None:
+    """Scales of FP8 beside weights that are no longer FP8: the files do not tell whether they were multiplied in."""
+    found = [
+        name for name in unknown if name.endswith("_scale_inv") and name.removesuffix("_scale_inv") in index.tensors
+    ]
+    if found:
+        weight = index.tensors[found[0].removesuffix("_scale_inv")]
+        raise CheckpointError(
+            f"{where}: {len(found)} weights are no longer FP8 and have a scale of FP8 beside them, first {weight.name} "
+            f"in {weight.dtype} with {found[0]}: nothing tells whether it was multiplied in",
+            hint="where it was, take the scales out of shards and index; where not, cast the weights again from FP8",
+        )
 
 
 def _refuse_strange(unknown: list[str], where: str) -> None:
@@ -252,6 +268,8 @@ class _Claims:
                 return Weight(name, role, plain, scale)
             return self.take(name, role, dtypes, shape)
         rows, width = shape
+        if codes.dtype not in _CODES:
+            raise CheckpointError(f"{self.where}: {codes.name} is {codes.dtype}, codes are {' or '.join(_CODES)}")
         if codes.shape[0] != rows or codes.size_bytes != rows * width // 2:
             raise CheckpointError(
                 f"{self.where}: {codes.name} is {codes.dtype}{list(codes.shape)}, which is not 4 bits of {list(shape)}"

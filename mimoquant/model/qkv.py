@@ -100,9 +100,9 @@ def with_chunks(geometry: Geometry, tensors: Mapping[str, Header], metadata: dic
             f"{' and '.join(str(kind.rows) for kind in kinds)} rows split over {', '.join(map(str, possible))}"
         )
     blocked = [
-        (tensors[name.removesuffix("_scale_inv")].shape[0], scale.shape[0])
+        (weight.shape[0], scale.shape[0])
         for name, scale in scales.items()
-        if name.removesuffix("_scale_inv") in tensors
+        if (weight := tensors.get(name.removesuffix("_scale_inv"))) and len(weight.shape) == len(scale.shape) == 2
     ]
     proven = [n for n in possible if all(n * math.ceil(rows / n / BLOCK) == count for rows, count in blocked)]
     if said is None and len(proven) > 1:

@@ -9,6 +9,7 @@ reads, and the kind of device, which no file names.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +34,17 @@ _AGAIN = "remove the folder to write it again, or choose another --out; verify -
 
 
 def finished_already(plan: Plan, out: Path, tokens: TokenSet | None) -> dict[str, JournalLine] | None:
-    """The journal of `out`, which this plan made; None where no finished output is there.
+    """The journal of `out`, which this plan made; None where nothing is there, or what a run has not finished.
 
-    Raises UsageError: it was made otherwise, the first difference is named. CheckpointError: it is damaged.
+    Raises UsageError: what is there is no output, or was made otherwise; the first difference is named. CheckpointError: it is damaged.
     """
-    if (out / RUN_NAME).is_file() or not (out / JOURNAL_NAME).is_file():
+    if (out / RUN_NAME).is_file() or not os.path.lexists(out):
         return None
     before, now = _made_by(plan, out), _identity(plan, tokens)
-    if before is None:
-        return None
+    if isinstance(before, str):
+        raise UsageError(
+            f"{out}: exists already, and is no finished output: {before}", hint="choose another --out or remove it"
+        )
     if found := first_change({key: before.get(key) for key in now}, now):
         what, was, is_now = found
         raise UsageError(
@@ -60,14 +63,20 @@ def _identity(plan: Plan, tokens: TokenSet | None) -> dict[str, Any]:
     return _plain(identity)
 
 
-def _made_by(plan: Plan, out: Path) -> dict[str, Any] | None:
-    """What `_identity` was when `out` was made; None where that cannot be told."""
+def _made_by(plan: Plan, out: Path) -> dict[str, Any] | str:
+    """What `_identity` was when `out` was made; where that cannot be told, why."""
+    record = RECORD_NAME if isinstance(plan, RelayoutPlan) else "recipe.yaml"
+    if not out.is_dir():
+        return "it is no folder"
+    for name in (JOURNAL_NAME, CONFIG_NAME, record):
+        if not (out / name).is_file():
+            return f"{name} is missing"
     try:
         config = json.loads((out / CONFIG_NAME).read_bytes())
         if isinstance(plan, RelayoutPlan):
-            record = json.loads((out / RECORD_NAME).read_bytes())
-            return {key: str(value) for key, value in record.items()} | {"config": config}
-        recipe = yaml.safe_load((out / "recipe.yaml").read_bytes())
+            held = json.loads((out / record).read_bytes())
+            return {key: str(value) for key, value in held.items()} | {"config": config}
+        recipe = yaml.safe_load((out / record).read_bytes())
         block = recipe["mimoquant"]
         provenance, calibration = block.pop("provenance"), block.get("calibration") or {}
         calibration.pop("max_starved_experts", None)  # as in `Plan.identity`
@@ -82,7 +91,7 @@ def _made_by(plan: Plan, out: Path) -> dict[str, Any] | None:
             }
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
-        return None
+        return f"{CONFIG_NAME} or {record} is not what a run writes"
 
 
 def _plain(value: dict[str, Any]) -> dict[str, Any]:

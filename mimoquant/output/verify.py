@@ -249,7 +249,7 @@ def _check_extras(out: Path, expected: set[str], report: VerifyReport) -> None:
         if name.endswith("__pycache__/"):
             report.problem(f"{name}: is an extra folder")
         else:
-            report.set_aside.append(f"{name}: another form of the weights, not part of the proof")
+            report.set_aside.append(f"{name}: another form of the weights, or left by training, not part of the proof")
 
 
 def _check_fingerprints(out: Path, record: object, report: VerifyReport) -> list[str]:

@@ -7,25 +7,31 @@ the output would keep the source's quantization_config, it must say what the fil
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from mimoquant.model.config_keys import text_keys
 from mimoquant.model.geometry import IGNORE_LISTS, Geometry
-from mimoquant.model.layout import ModelLayout, Weight
+from mimoquant.model.layout import PROJECTIONS, ModelLayout, Weight, expert_module, layer_rows
 from mimoquant.weights.container import ignored_modules
+from mimoquant.wording import many
 
 _FUSED = {"q": "qkv_proj", "k": "qkv_proj", "v": "qkv_proj"}
 _LINEAR_ROLES = ("qkv", "q", "k", "v", "o", "dense")
-_LAYER = re.compile(r"(?:language_model\.)?(?:model\.)?layers\.(\d+)(?:\.|$)")
+_LAYER = re.compile(r"(?:model\.)?(?:language_model\.)?(?:model\.)?layers\.(\d+)(?:\.|$)")
 _EXPERT = re.compile(r"\.experts\.(\d+)(?:\.|$)")
+_NUMBER_IN_PATTERN = re.compile(r"layers\\?\.(\d+)(?=\\?\.|\$|$)")
+_FUSED_BY_ENGINES = ("self_attn.qkv_proj", "self_attn.attn", "mlp.gate_up_proj", "mlp.experts.gate_up_proj")
 
 
 def native_obstacle(layout: ModelLayout, layers: Iterable[int]) -> str | None:
     """Why the family's own container would be misread, which keeps the source's quantization_config: it completes the
     sentence "the native container ...". None: it would not. `layers`: those whose experts are quantized."""
     if not layout.geometry.fp8:
+        if layout.geometry.quant_method is None and _stored_fp8(layout):
+            return "needs a config.json that says quant_method fp8: the weights are FP8, and it does not say so"
         return "needs an FP8 source (it declares quant_method fp8)"
     if not _stored_fp8(layout):
         return "needs an FP8 source: quantization_config says fp8 and no weight is, so it is left over"
@@ -37,7 +43,7 @@ def native_obstacle(layout: ModelLayout, layers: Iterable[int]) -> str | None:
             return f"would leave experts in bf16 that are quantized: {lists} names {experts}"
     odd = list(_misdeclared(layout, names))
     if odd:
-        what = "is FP8, and" if odd[0].scale else "is bf16, and no"
+        what = "is FP8, and an" if odd[0].scale else "is bf16, and no"
         return (
             f"would have engines misread {len(odd)} weights that stay as they are: {odd[0].name} {what} entry of "
             f"{lists} names it"
@@ -90,7 +96,8 @@ def config_notes(layout: ModelLayout) -> list[str]:
 
 
 def absent_modules(quantization: dict[str, Any], geometry: Geometry) -> list[str]:
-    """Names in quantization_config of layers, or experts, that the model does not have."""
+    """Names in quantization_config of layers, experts or parts of a layer that the model does not have, and patterns
+    that tell of such layers by number. MTP layers and towers have other names in engines, and are left alone."""
     groups = quantization.get("config_groups")
     targets = (
         [group.get("targets") for group in groups.values() if isinstance(group, dict)]
@@ -103,19 +110,37 @@ def absent_modules(quantization: dict[str, Any], geometry: Geometry) -> list[str
     ]
     names = [name for names in lists if isinstance(names, list | dict) for name in names if isinstance(name, str)]
 
-    def is_absent(name: str) -> bool:
-        layer, expert = _LAYER.match(name), _EXPERT.search(name)
-        return layer is not None and (
-            int(layer[1]) >= geometry.layers or (expert is not None and int(expert[1]) >= geometry.experts)
-        )
+    return [name for name in dict.fromkeys(names) if _is_absent(name, geometry)]
 
-    return [name for name in dict.fromkeys(names) if is_absent(name)]
+
+def _is_absent(name: str, geometry: Geometry) -> bool:
+    if name.startswith("re:"):
+        return any(int(number) >= geometry.layers for number in _NUMBER_IN_PATTERN.findall(name))
+    layer, expert = _LAYER.match(name), _EXPERT.search(name)
+    if layer is None:
+        return False
+    if int(layer[1]) >= geometry.layers or (expert is not None and int(expert[1]) >= geometry.experts):
+        return True
+    part = name[layer.end() :].rstrip(".")
+    return bool(part) and "*" not in part and _EXPERT.sub(".experts.0.", f"{part}.") not in _parts(geometry, layer[1])
+
+
+@functools.lru_cache(maxsize=1024)
+def _parts(geometry: Geometry, layer: str) -> frozenset[str]:
+    """What a layer's modules are called, and what they lie in, each with a dot at its end; of experts the first."""
+    prefix, number = f"model.layers.{layer}.", int(layer)
+    names = [name for name, *_ in layer_rows(geometry, number)] + [f"{prefix}{name}.x" for name in _FUSED_BY_ENGINES]
+    names += [f"{prefix}self_attn.{letter}_proj.weight" for letter in "qkv"]
+    if geometry.moe[number]:
+        names += [f"{expert_module(number, 0, projection)}.weight" for projection in PROJECTIONS]
+    words = [name.removeprefix(prefix).split(".")[:-1] for name in names]
+    return frozenset("".join(f"{part}." for part in word[:end]) for word in words for end in range(1, len(word) + 1))
 
 
 def absent_text(names: list[str], geometry: Geometry) -> str:
     """What is said of them."""
     return (
-        f"quantization_config names {len(names)} modules that are not there, first {names[0]}; there are "
+        f"quantization_config names {many(len(names), 'module')} not to be found here, first {names[0]}; there are "
         f"{geometry.layers} layers of {geometry.experts} experts: is it of another checkpoint?"
     )
 

@@ -40,4 +40,4 @@ def of_layers(layers: list[int]) -> str:
 
 def and_others(names: list[str]) -> str:
     """The first of them, and how many more there are."""
-    return f"{names[0]} and {len(names) - 1} others"
+    return f"{names[0]} and {len(names) - 1} others" if len(names) > 1 else names[0]

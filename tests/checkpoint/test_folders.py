@@ -228,6 +228,79 @@ def test_what_is_no_part_of_a_checkpoint_is_not_carried(tmp_path: Path) -> None:
     ]
 
 
+LEFT_OUT = [
+    "MLX/weights.npz",
+    "checkpoint-500/model.safetensors",
+    "consolidated.00.pth",
+    "coreml/m.mlpackage/Data",
+    "global_step100/mp_rank_00_model_states.pt",
+    "metal/model.bin",
+    "model-00001-of-00002.safetensors",
+    "model-00001-of-00002.safetensors.1",
+    "model.SAFETENSORS",
+    "model.onnx_data",
+    "runs/events.out.tfevents.1",
+    "rust_model.ot",
+    "dflash/model.safetensors.2",
+    "wandb/run.log",
+]
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_more_that_is_no_part_of_a_checkpoint(name: str, tmp_path: Path) -> None:
+    put(tmp_path, "tokenizer.json", "dflash/model.safetensors", "evals/checkpoint-500/a.json", name)
+    found = side_files(tmp_path, ())
+    assert sorted(found.sizes) == ["dflash/model.safetensors", "evals/checkpoint-500/a.json", "tokenizer.json"]
+    assert len(found.left_out) == 1 and name.startswith(found.left_out[0].rstrip("/"))
+
+
+def linked_within(folder: Path) -> None:
+    (folder / "store").mkdir()
+    for shard in SHARDS:
+        os.rename(folder / shard, folder / "store" / f"{shard}.blob")
+        (folder / shard).symlink_to(f"store/{shard}.blob")
+
+
+def with_dots(folder: Path) -> None:
+    (folder / "a").mkdir()
+    for shard in SHARDS:
+        os.rename(folder / shard, folder / "a" / shard)
+    index = json.loads((folder / INDEX_NAME).read_text())
+    index["weight_map"] = {key: f"./a//{file}" for key, file in index["weight_map"].items()}
+    (folder / INDEX_NAME).write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("move", [linked_within, with_dots])
+def test_source_weights_are_no_side_files_whatever_they_are_called(
+    move: Callable[[Path], None], tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(MICRO, tmp_path / "source"))
+    move(source)
+    plan, usual = (make_plan(folder, load_recipe("mxfp4-rtn")) for folder in (source, MICRO))
+    assert plan.side_files == usual.side_files and plan.shard_bytes == usual.shard_bytes
+    assert not any("not copied" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("pytorch_model.bin", "places tensors in pytorch_model.bin, and pickles are never opened"),
+        ("../model.safetensors", "leads out of the checkpoint folder"),
+        ("/etc/passwd", "leads out of the checkpoint folder"),
+        ("./../x", "leads out of the checkpoint folder"),
+        (".", "is not a regular file"),
+        ("", "leads out of the checkpoint folder"),
+    ],
+)
+def test_where_an_index_may_not_place_a_tensor(file: str, said: str, tmp_path: Path) -> None:
+    shutil.copytree(MICRO, tmp_path / "source")
+    index = json.loads((tmp_path / "source" / INDEX_NAME).read_text())
+    index["weight_map"]["more"] = file
+    (tmp_path / "source" / INDEX_NAME).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=said):
+        open_index(tmp_path / "source")
+
+
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 
 

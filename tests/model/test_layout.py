@@ -376,7 +376,7 @@ def beside_gate(
         plain, rng = checkpoint.tensors[GATE], np.random.default_rng(0)
         if gate is not None:
             checkpoint.tensors[GATE] = type(plain).random(gate, plain.shape, rng)
-        data = bytes(math.prod(shape) * {"BF16": 2, "I32": 4, "F32": 4, "U8": 1}[dtype])
+        data = bytes(math.prod(shape) * {"BF16": 2, "I32": 4, "U32": 4, "F32": 4, "U8": 1}[dtype])
         checkpoint.tensors[name.removesuffix("weight") + suffix] = type(plain)(dtype, shape, data)
 
     return edit
@@ -400,6 +400,18 @@ def test_fp8_experts_of_a_carve_out_are_read(tiny_checkpoint: Callable[..., Path
     folder = tiny_checkpoint(edit=beside_gate("weight_scale", "F32", 1, 1, gate="F8_E4M3"))
     scale = layout_of(folder, packed=True).expert(1, 2, "gate").scale
     assert scale is not None and scale.shape == (1, 1)
+
+
+def test_codes_of_another_dtype_are_refused(tiny_checkpoint: Callable[..., Path]) -> None:
+    """They were taken for codes of 4-bit floats."""
+
+    def edit(checkpoint: Any) -> None:
+        beside_gate("weight_packed", "U32", 128, 16)(checkpoint)
+        beside_gate("weight_scale", "BF16", 128, 1)(checkpoint)
+        del checkpoint.tensors[GATE]
+
+    with pytest.raises(CheckpointError, match="gate_proj.weight_packed is U32, codes are I32 or U8"):
+        layout_of(tiny_checkpoint(edit=edit), packed=True)
 
 
 @pytest.mark.parametrize("suffix", ["weight_g_idx", "weight_scale_2", "bias"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from mimoquant.planning.plan import Plan, make_plan
 from mimoquant.planning.recipe import load_recipe
 from mimoquant.serving.check import check
 from mimoquant.serving.served import planned
+from mimoquant.wording import many
 
 Make = Callable[..., Path]
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
@@ -78,7 +80,7 @@ PARTED: list[tuple[str, dict[str, Any], Callable[[Any], None] | None, str]] = [
         "layers.0.mlp.down_proj.weight is bf16, and no",
     ),
     ("only experts are FP8", {"fp8": True}, in_bf16("k_proj.weight", "v_proj.weight"), "misread 6 weights"),
-    ("FP8 q is listed", {"fp8": True}, ignoring(Q), f"{Q}.weight is FP8, and entry"),
+    ("FP8 q is listed", {"fp8": True}, ignoring(Q), f"{Q}.weight is FP8, and an entry"),
     ("experts are listed", {"fp8": True}, ignoring("model.layers.2.mlp.experts"), "names model.layers.2.mlp.experts"),
     (
         "an expert is listed",
@@ -141,7 +143,7 @@ def test_fp8_without_a_config_is_what_it_is_with_one(tiny_checkpoint: Make, tmp_
     facts = mimoquant.inspect(lost)
     assert facts["weights"] == "fp8 128x128" and "36 weights are FP8" in facts["notes"][0]
     assert mxfp4(lost).container == "compressed-tensors"
-    with pytest.raises(RecipeError, match="it declares quant_method fp8"):
+    with pytest.raises(RecipeError, match="the weights are FP8, and it does not say so"):
         mxfp4(lost, "native")
     assert any(problem.fails for problem in check(planned(mxfp4(kept)), "transformers"))
 
@@ -197,13 +199,84 @@ def test_a_config_of_quantized_experts_is_refused_with_what_says_so(
     assert "left over" in str(refused.value.hint)
 
 
+def scales(dtype: str, shape: tuple[int, ...] | None) -> Callable[[Any], None]:
+    """Other scales than a number for each 128x128 block: of a whole tensor, of a row, in another dtype; None: none."""
+    size = {"F32": 4, "BF16": 2, "F16": 2, "U8": 1}[dtype]
+
+    def edit(made: Any) -> None:
+        for name in [name for name in made.tensors if name.endswith("_scale_inv")]:
+            if shape is None:
+                del made.tensors[name]
+            else:
+                made.tensors[name] = replaced(made, dtype, shape, bytes(size * math.prod(shape)))
+
+    return edit
+
+
+def cast_beside_scales(made: Any) -> None:
+    for name in [name for name in made.tensors if f"{name}_scale_inv" in made.tensors]:
+        shape = made.tensors[name].shape
+        made.tensors[name] = replaced(made, "BF16", shape, bytes(2 * shape[0] * shape[1]))
+
+
+def renamed(made: Any) -> None:
+    for name in [name for name in made.tensors if name.endswith("_scale_inv")]:
+        made.tensors[name.removesuffix("_inv")] = made.tensors.pop(name)
+
+
+def experts_as(dtype: str, size: int) -> Callable[[Any], None]:
+    def edit(made: Any) -> None:
+        for name in [name for name in made.tensors if ".experts." in name and name.endswith(".weight")]:
+            shape = made.tensors[name].shape
+            made.tensors[name] = replaced(made, dtype, shape, bytes(size * shape[0] * shape[1]))
+
+    return edit
+
+
+STRANGE: list[tuple[str, Callable[[Any], None], str]] = [
+    ("one scale a tensor", scales("F32", ()), r"weight_scale_inv is F32\[\], expected F32\["),
+    ("one scale a tensor, in a list", scales("F32", (1,)), r"weight_scale_inv is F32\[1\], expected F32\["),
+    ("three dimensions", scales("F32", (1, 1, 1)), r"weight_scale_inv is F32\[1, 1, 1\], expected F32\["),
+    ("bf16 scales", scales("BF16", (1, 1)), r"weight_scale_inv is BF16\[1, 1\], expected F32\["),
+    ("exponents", scales("U8", (1, 1)), r"weight_scale_inv is U8\[1, 1\], expected F32\["),
+    ("no scales", scales("F32", None), "is FP8 but .*weight_scale_inv is missing"),
+    ("scales by another name", renamed, "is FP8 but .*weight_scale_inv is missing"),
+    ("scales that were left over", cast_beside_scales, "weights are no longer FP8 and have a scale of FP8 beside them"),
+    ("half floats", experts_as("F16", 2), "is F16, expected F8_E4M3 or BF16"),
+    ("the other FP8", experts_as("F8_E5M2", 1), "is F8_E5M2, expected F8_E4M3 or BF16"),
+    ("bytes", experts_as("U8", 1), "is U8, expected F8_E4M3 or BF16"),
+]  # what, edit, what is said
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(("what", "edit", "said"), STRANGE, ids=[row[0] for row in STRANGE])
+def test_what_is_stored_otherwise_is_named(what: str, edit: Any, said: str, fused: bool, tiny_checkpoint: Make) -> None:
+    settings = {"fp8": True, "fused": True} if fused else {"fp8": True}
+    with pytest.raises(CheckpointError, match=said):
+        mxfp4(tiny_checkpoint(edit=edit, **settings))
+
+
 ABSENT: list[tuple[str, Callable[[dict[str, Any]], Any], int]] = [
     ("layers", lambda q: q["ignored_layers"].extend(["model.layers.60.self_attn.o_proj", "layers.5.mlp"]), 2),
     ("an expert", lambda q: q["ignored_layers"].append("model.layers.0.mlp.experts.300.up_proj"), 1),
     ("with the towers' prefix", lambda q: q["ignored_layers"].append("language_model.model.layers.9.mlp.experts"), 1),
     ("a tower's", lambda q: q["ignored_layers"].append("visual.layers.60.attn"), 0),
     ("an MTP layer's", lambda q: q["ignored_layers"].append("model.mtp.layers.60.self_attn.o_proj"), 0),
-    ("a pattern", lambda q: q["ignored_layers"].append(r"re:.*layers\.60\..*"), 0),
+    ("a pattern", lambda q: q["ignored_layers"].append(r"re:.*layers\.60\..*"), 1),
+    ("a pattern's end", lambda q: q["ignored_layers"].append(r"re:model\.layers\.60$"), 1),
+    ("a pattern of layers that are there", lambda q: q["ignored_layers"].append(r"re:.*layers\.(0|1)\..*"), 0),
+    ("a part", lambda q: q["ignored_layers"].append("model.layers.1.self_attn.oproj"), 1),
+    ("a weight", lambda q: q["ignored_layers"].append("model.layers.1.self_attn.o_proj.weight"), 1),
+    ("shared experts", lambda q: q["ignored_layers"].append("model.layers.1.mlp.shared_experts.up_proj"), 1),
+    ("another class's names", lambda q: q["ignored_layers"].append("model.language_model.layers.9.mlp.experts"), 1),
+    (
+        "parts that are there, or that engines make",
+        lambda q: q["ignored_layers"].extend(
+            ["model.layers.1.mlp.gate", "model.layers.1.mlp.experts.1.up_proj", "model.layers.1.self_attn.qkv_proj"]
+        ),
+        0,
+    ),
+    ("a star", lambda q: q["ignored_layers"].append("model.layers.1.self_attn*"), 0),
 ]  # what, edit, names that are of nothing
 
 
@@ -211,9 +284,12 @@ ABSENT: list[tuple[str, Callable[[dict[str, Any]], Any], int]] = [
 def test_layers_that_are_not_there_are_told(what: str, edit: Any, count: int, tiny_checkpoint: Make) -> None:
     source = tiny_checkpoint(fp8=True)
     edit_json(source / "config.json", lambda config: edit(config["quantization_config"]))
-    said = [f"quantization_config names {count} modules that are not there" in note for note in mxfp4(source).notes]
+    said = [
+        f"quantization_config names {many(count, 'module')} not to be found here" in note
+        for note in mxfp4(source).notes
+    ]
     assert any(said) == (count > 0)
-    warned = [problem for problem in check(planned(mxfp4(source)), "vllm") if "that are not there" in problem.text]
+    warned = [problem for problem in check(planned(mxfp4(source)), "vllm") if "not to be found here" in problem.text]
     assert [problem.verdict for problem in warned] == ["warning"] * (count > 0)
 
 

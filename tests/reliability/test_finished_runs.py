@@ -189,3 +189,26 @@ def test_the_functions_do_the_same(outputs: dict[str, Path]) -> None:
     assert mimoquant.relayout(MICRO, outputs["relayout"], qkv="split", bf16=True, resume=True)["shards"]
     with pytest.raises(UsageError, match="exists already"):
         mimoquant.relayout(MICRO, outputs["data-free"], qkv="split", bf16=True, resume=True)
+
+
+NO_OUTPUT: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no journal": (lambda out: (out / "journal.jsonl").unlink(), "journal.jsonl is missing"),
+    "no recipe": (lambda out: (out / "recipe.yaml").unlink(), "recipe.yaml is missing"),
+    "no config": (lambda out: (out / "config.json").unlink(), "config.json is missing"),
+    "a broken recipe": (lambda out: (out / "recipe.yaml").write_text("{"), "config.json or recipe.yaml is not what"),
+    "another's recipe": (lambda out: (out / "recipe.yaml").write_text("a: 1"), "config.json or recipe.yaml is not"),
+    "nothing in it": (lambda out: [path.unlink() for path in out.iterdir()], "journal.jsonl is missing"),
+    "a file": (lambda out: [shutil.rmtree(out), out.write_text("x")], "it is no folder"),
+    "a link to nothing": (lambda out: [shutil.rmtree(out), out.symlink_to("nowhere")], "it is no folder"),
+}
+
+
+@pytest.mark.parametrize("what", list(NO_OUTPUT))
+def test_what_is_no_output_is_told_with_what_it_lacks(what: str, copy: Callable[[str], Path]) -> None:
+    out = copy("data-free")
+    edit, lacks = NO_OUTPUT[what]
+    edit(out)
+    done = call(*DATA_FREE, "--out", out, "--resume")
+    assert done.exit_code == 2, done.output
+    assert f"{out}: exists already, and is no finished output: {lacks}" in done.stderr, done.stderr
+    assert not list(out.parent.glob("*.partial")) and not (out.parent / "nowhere").exists()
