@@ -97,7 +97,8 @@ def _targets(folder: Path, shards: Collection[str]) -> Iterator[str]:
 
 def list_files(folder: Path) -> tuple[list[str], list[str]]:
     """The relative paths of a checkpoint folder's files, sorted, and of its folders that hold other forms of the
-    weights or what training left, which are not entered, with a slash at the end. What is hidden is in neither: the Hub's and git's own.
+    weights or what training left, which are not entered, with a slash at the end. What is hidden is in neither: the
+    Hub's and git's own.
 
     Raises CheckpointError for a link to a folder, and for a folder that cannot be read.
     """

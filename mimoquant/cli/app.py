@@ -22,7 +22,7 @@ from mimoquant.cli.eval_kl import eval_kl
 from mimoquant.cli.sensitivity import sensitivity
 from mimoquant.cli.terminal import INTERRUPTED, RESUMABLE, open_streams, say, tell
 from mimoquant.cli.verbs import inspect, launch, plan, quantize, relayout, synth, verify
-from mimoquant.errors import MimoquantError, is_disk_trouble, is_out_of_memory
+from mimoquant.errors import MimoquantError, StoppedError, is_disk_trouble, is_out_of_memory
 from mimoquant.machine.team import refuse_ranks
 
 EXIT_INTERRUPTED = 130
@@ -134,5 +134,8 @@ def main() -> None:
     open_streams()
     try:
         app()
+    except (StoppedError, OSError) as error:  # of --help and --version, which are no verbs
+        tell(f"error: {error if isinstance(error, StoppedError) else f'stdout: cannot be written ({error.strerror})'}")
+        sys.exit(StoppedError.exit_code)
     except KeyboardInterrupt:  # before the verb had begun, or a second time while the first was being told
         sys.exit(EXIT_INTERRUPTED)

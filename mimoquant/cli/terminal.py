@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
-from mimoquant.errors import as_called, without_secrets
+from mimoquant.errors import StoppedError, as_called, without_secrets
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -133,8 +133,15 @@ def open_streams() -> None:
 
 
 def say(text: str) -> None:
-    """Data on stdout."""
-    print(as_called(text), flush=True)
+    """Data on stdout. Raises StoppedError where it takes none, as on a full disk; BrokenPipeError: nobody reads."""
+    try:
+        print(as_called(text), flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise StoppedError(
+            f"stdout: cannot be written ({error.strerror})", hint="what the verb writes beside it is complete"
+        ) from error
 
 
 def tell(line: str) -> None:

@@ -36,7 +36,8 @@ _AGAIN = "remove the folder to write it again, or choose another --out; verify -
 def finished_already(plan: Plan, out: Path, tokens: TokenSet | None) -> dict[str, JournalLine] | None:
     """The journal of `out`, which this plan made; None where nothing is there, or what a run has not finished.
 
-    Raises UsageError: what is there is no output, or was made otherwise; the first difference is named. CheckpointError: it is damaged.
+    Raises UsageError: what is there is no output, or was made otherwise; the first difference is named.
+    CheckpointError: it is damaged.
     """
     if (out / RUN_NAME).is_file() or not os.path.lexists(out):
         return None

@@ -3,6 +3,8 @@ printed, `~` is a home folder or refused, and what was computed is not lost to h
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import shutil
@@ -17,7 +19,7 @@ from typer.testing import CliRunner
 
 import mimoquant
 from mimoquant.assembly.files import at_home
-from mimoquant.cli.app import app
+from mimoquant.cli.app import app, main
 from mimoquant.cli.terminal import printed_last
 from mimoquant.errors import UsageError, without_secrets
 
@@ -122,6 +124,25 @@ def test_a_closed_stdout_or_stderr_loses_nothing(tmp_path: Path) -> None:
         done = subprocess.run(["bash", "-c", command], capture_output=True)
         assert done.returncode == 0 and b"Traceback" not in done.stderr and (out / "config.json").is_file(), done
         assert done.stdout.startswith(b"wrote ") == (closed == "2>&-") and done.stdout.count(b"note: ") == 0
+
+
+class Full(io.StringIO):
+    """A disk under stdout that is full."""
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("words", ["--help", "--version", "inspect {}", "inspect {} --json"])
+def test_a_full_disk_under_stdout_is_an_error_in_a_sentence(
+    words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["mimoquant", *words.format(MICRO).split()])
+    monkeypatch.setattr(sys, "stdout", Full())
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 4
+    assert capsys.readouterr().err.startswith("error: stdout: cannot be written (No space left on device)")
 
 
 def test_a_result_is_printed_also_where_what_is_written_beside_it_fails(capsys: pytest.CaptureFixture[str]) -> None:

@@ -410,7 +410,7 @@ def test_codes_of_another_dtype_are_refused(tiny_checkpoint: Callable[..., Path]
         beside_gate("weight_scale", "BF16", 128, 1)(checkpoint)
         del checkpoint.tensors[GATE]
 
-    with pytest.raises(CheckpointError, match="gate_proj.weight_packed is U32, codes are I32 or U8"):
+    with pytest.raises(CheckpointError, match=r"gate_proj\.weight_packed is U32, codes are I32 or U8"):
         layout_of(tiny_checkpoint(edit=edit), packed=True)
 
 
