@@ -33,6 +33,10 @@ _ROLES = {
     "function_response": "tool",
     "ipython": "tool",
 }
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+NO_PLACE_NEEDED = f"tools tool_calls {' '.join(_THOUGHTS)}"  # a template's end that drops what it has no place for
+_KINDS = {type(None): "null", bool: "a truth value", int: "a whole number", float: "a number", str: "a text"}
+_KINDS |= {list: "a list", dict: "an object"}
 _NAMES = ("system", "developer", "user", "assistant", "tool")
 _LONGEST_NAME = 40  # of a column, that is shown whole
 _IMAGE_KEYS, _AUDIO_KEYS = ("image_url", "image", "url", "path"), ("audio_url", "audio", "url", "path")
@@ -42,6 +46,7 @@ _MEDIA = {  # type of a part: what it is, and the keys that its address may have
     "input_audio": ("audio", ("input_audio",)),
 }
 _OLD_MARKS = ("<image>", "<audio>")  # in a text, for what a column of its own holds
+_TEXT_PARTS = ("text", "input_text", "output_text")  # OpenAI's two interfaces
 _PARTS_LOOP = re.compile(r"""for\s+\w+\s+in\s+\w+(\.content|\[['"]content['"]\]|\.get\(['"]content['"])""")
 Turn: TypeAlias = "dict[str, Any]"
 
@@ -81,8 +86,9 @@ class Chat:
         """With parts of content joined where the template does not go through them, and "developer" as "system" where
         it does not know that. Raises CheckpointError: it has no place for tools or calls."""
         called = any("tool_calls" in turn for turn in self.messages)
-        for held, name in ((self.tools, "tools"), (called, "tool_calls")):
-            if held and name not in template:
+        thoughts = {name: any(turn.get(name) for turn in self.messages) for name in _THOUGHTS}
+        for name, held in {"tools": self.tools, "tool_calls": called, **thoughts}.items():
+            if held and not re.search(rf"\b{name}\b", template):
                 raise CheckpointError(
                     f"{where} has {name}, and the chat template has no place for them",
                     hint=f'write them into the text of a message, or leave {name} out; "plain": true drops them',
@@ -154,14 +160,29 @@ def _pair(fields: dict[str, Any], where: str) -> str | Chat:
             return _chat([*first, {"role": "assistant", "content": last}], fields, where, asked)
         more = fields.get("input")
         question = "\n\n".join(filter(None, (_string(first, where, asked), _string(more or "", where, "input"))))
-        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": last}]
-        return _chat(turns, fields, where, asked)
+        said = [*_history(fields.get("history"), where), (question, last)]
+        return _chat([turn for pair in said for turn in _asked(*pair)], fields, where, asked)
     empty = [name for name in (*_COLUMNS, "prompt", "instruction") if name in fields]
     if empty and all(fields[name] is None for name in empty):
         raise CheckpointError(f"{where} has null as its {empty[0]}", hint="leave the row out, or fill it")
     raise CheckpointError(
         f"{where} has none of {FORMS}; it has {_named(fields)}", hint="name the column of the text with --data-column"
     )
+
+
+def _history(pairs: Any, where: str) -> list[tuple[Any, Any]]:
+    """What was asked and answered before, as some of Alpaca's kind keep it: a list of pairs."""
+    if not pairs:
+        return []
+    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise CheckpointError(
+            f"{where} has a history that is not a list of pairs", hint="write it as messages, or leave it out"
+        )
+    return [(asked, answered) for asked, answered in pairs]
+
+
+def _asked(question: Any, answer: Any) -> list[Turn]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def _named(fields: dict[str, Any]) -> str:
@@ -173,8 +194,13 @@ def _named(fields: dict[str, Any]) -> str:
 
 def _string(value: Any, where: str, name: str) -> str:
     if not isinstance(value, str):
-        raise CheckpointError(f"{where} has a {name} that is a {type(value).__name__}")
+        raise CheckpointError(f"{where} has a {name} that is {kind_of(value)}")
     return value
+
+
+def kind_of(value: Any) -> str:
+    """What a value of JSON is, in words."""
+    return _KINDS.get(type(value), type(value).__name__)
 
 
 def _is_chat(value: Any) -> bool:
@@ -245,12 +271,16 @@ def _turn(turn: Turn, where: str) -> tuple[Turn, bool]:
     if isinstance(content, list):
         said["content"] = [_part(part, where) for part in content]
     if "content" in said and not isinstance(said["content"], str | list):
-        raise CheckpointError(f"{where} has a content that is a {type(content).__name__}")
+        raise CheckpointError(f"{where} has a content that is {kind_of(content)}")
     calls = said.pop("tool_calls", None) or []
     if calls:
         made = [_call(call, where) for call in calls]
         said["tool_calls"] = [call for call, _ in made]
         return said, any(strings for _, strings in made)
+    if "content" not in said and not any(said.get(name) for name in _THOUGHTS):
+        raise CheckpointError(
+            f"{where} has a turn of {said['role']} without content", hint="leave the row out, or fill it"
+        )
     return said, False
 
 
@@ -258,17 +288,17 @@ def _part(part: Any, where: str) -> Any:
     """A text as it is; a medium as its kind and its address."""
     if isinstance(part, str):
         return part
-    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    kind = part.get("type") if isinstance(part, dict) else kind_of(part)
     if kind is None:
         kind = next((name for name in _MEDIA if part.get(name) is not None), "text")
     if kind in _MEDIA:
         return _medium(part, str(kind), where)
-    if kind != "text" or not isinstance(part.get("text"), str):
+    if kind not in _TEXT_PARTS or not isinstance(part.get("text"), str):
         raise CheckpointError(
             f"{where} has a part of content of type {kind}; only text, images and sound can be read",
             hint='leave such parts out, or write what they show as {"type": "text", "text": ...}',
         )
-    return part
+    return {"type": "text", "text": part["text"]}
 
 
 def _medium(part: Turn, kind: str, where: str) -> Turn:
@@ -279,7 +309,7 @@ def _medium(part: Turn, kind: str, where: str) -> Turn:
     elif isinstance(value, dict):
         value = next((value[key] for key in ("url", "path") if value.get(key) is not None), value)
     if not isinstance(value, str):
-        found = "nothing" if value is None else f"a {type(value).__name__}"
+        found = "nothing" if value is None else kind_of(value)
         raise CheckpointError(
             f"{where} has a part of type {kind} with {found} for an address; expected is a path or a data URL",
             hint='write {"type": "image", "image": "pictures/one.png"}, or {"type": "audio", "audio": "one.codes.npy"}',

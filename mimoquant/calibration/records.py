@@ -25,10 +25,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from mimoquant.calibration.conversations import FORMS
+from mimoquant.calibration.conversations import FORMS, kind_of
 from mimoquant.calibration.tokenizer import go_offline, one_line
 from mimoquant.errors import CheckpointError, UsageError
 from mimoquant.shipped import calib_folder, shipped_sets
+from mimoquant.wording import many
 
 _PACKED = ("", ".xz", ".gz")
 _LINES, _ARRAYS, _TEXTS, _TABLES = (".jsonl", ".ndjson"), (".json",), (".txt",), (".csv", ".tsv")
@@ -58,7 +59,8 @@ class Record:
 
 @dataclass(frozen=True)
 class Source:
-    """What an entry of `--data` stands for. `left_out`: files of a folder that are not data."""
+    """What an entry of `--data` stands for. `left_out`: files of a folder that are not data, and links that lead to
+    folders or to nothing."""
 
     entry: str
     folder: Path | None
@@ -86,6 +88,8 @@ def find(entry: str) -> Source:
     if path.is_dir():
         return _in_folder(entry, path)
     looks_like_a_path = os.sep in entry or entry.endswith(_SUFFIXES)
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{entry}: is no regular file", hint="data is read more than once: write it to a file first")
     if not path.is_file():
         problem = f"{entry}: there is no such file" if looks_like_a_path else f"no data set is named {entry!r}"
         raise UsageError(
@@ -104,9 +108,10 @@ def notes(data: Sequence[str]) -> list[str]:
 def _in_folder(entry: str, folder: Path) -> Source:
     if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return Source(entry, folder, (folder,))
-    every = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    _refuse_cache(folder)
+    every = [path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir()]
     visible = [path for path in every if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
-    found = [path for path in visible if _is_data(path)]
+    found = [path for path in visible if path.is_file() and _is_data(path)]
     splits = {path: _split(path) for path in found}
     train = {"train", ""} if "train" in splits.values() else {*splits.values()}
     kept = [path for path in found if splits[path] in train]
@@ -114,6 +119,18 @@ def _in_folder(entry: str, folder: Path) -> Source:
         raise UsageError(f"{folder}: has neither a data set nor any file to read", hint=f"expected is {KINDS}")
     left_out = [path.relative_to(folder).as_posix() for path in visible if path not in kept]
     return Source(entry, folder, tuple(kept), tuple(left_out))
+
+
+def _refuse_cache(folder: Path) -> None:
+    """Raises UsageError for a folder of the Hub's cache, of which each snapshot is the whole data set at one time."""
+    repo = folder.parent if folder.name == "snapshots" else folder
+    if not (repo / "snapshots").is_dir() or not (repo / "blobs").is_dir():
+        return
+    snapshots = sorted((path for path in (repo / "snapshots").iterdir() if path.is_dir()), key=os.path.getmtime)
+    raise UsageError(
+        f"{folder}: is a folder of the Hub's cache, which holds {many(len(snapshots), 'snapshot')}",
+        hint=f"give one: {snapshots[-1]}" if snapshots else "download the data set again",
+    )
 
 
 def _is_data(path: Path) -> bool:
@@ -177,11 +194,16 @@ def records(source: Source, path: Path) -> Iterator[Record]:
 
 
 def _record(fields: Any, where: str, default_domain: str) -> Record:
+    if isinstance(fields, str):
+        fields = {"text": fields}
     if not isinstance(fields, dict):
-        raise CheckpointError(f"{where} is a {type(fields).__name__}, not a record with {FORMS}")
+        raise CheckpointError(
+            f"{where} is {kind_of(fields)}, not a record with {FORMS}",
+            hint="an array of records is a .json file" if isinstance(fields, list) else "leave it out, or fill it",
+        )
     domain = fields.get("domain")
     if domain is not None and not isinstance(domain, str):
-        raise CheckpointError(f"{where} has a domain that is a {type(domain).__name__}, not a name")
+        raise CheckpointError(f"{where} has a domain that is {kind_of(domain)}, not a name")
     return Record(where, domain or default_domain, fields)
 
 
@@ -251,7 +273,7 @@ def _array_rows(path: Path) -> Iterator[tuple[str, Any]]:
         is_record = any(isinstance(held.get(name), str | list) for name in ("text", "messages", "conversations"))
         held = lists[0] if len(lists) == 1 and not is_record else [held]
     if not isinstance(held, list):
-        raise CheckpointError(f"{path}: is a {type(held).__name__}, not an array of records")
+        raise CheckpointError(f"{path}: is {kind_of(held)}, not an array of records")
     yield from ((f"record {number}", fields) for number, fields in enumerate(held, start=1))
 
 

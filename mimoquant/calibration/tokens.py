@@ -22,11 +22,11 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 
-from mimoquant.calibration.conversations import Address, Chat, content_of
+from mimoquant.calibration.conversations import NO_PLACE_NEEDED, Address, Chat, content_of
 from mimoquant.calibration.fingerprints import NOTHING, Fingerprints
 from mimoquant.calibration.media_files import DataFolder, MediaReader, content_digest, media_digest
 from mimoquant.calibration.packing import Packed, Packer, check_fits
-from mimoquant.calibration.records import KINDS, Record, digest, domain_of, find, records
+from mimoquant.calibration.records import KINDS, Record, Source, digest, domain_of, find, records
 from mimoquant.calibration.tokenizer import Tokenizer, load_tokenizer, one_line
 from mimoquant.checkpoint.folders import is_there, read_inside
 from mimoquant.checkpoint.hf_files import FINGERPRINTS_NAME
@@ -161,6 +161,7 @@ def load_tokens(
     if not data:
         raise UsageError("no data was given", hint=f"give {KINDS}")
     sources = [find(entry) for entry in data]  # all of them first: a typing error should not take minutes
+    _refuse_twice(sources)
     tokenizer, media = _LazyTokenizer(tokenizer_folder, vocab), MediaReader(tokenizer_folder)
     packer = Packer(tokens, sequences)
     origins = []
@@ -206,6 +207,19 @@ def _media_origin(digests: Iterable[str]) -> str:
     """What the media were, as one line; each one's digest is among the fingerprints."""
     every = sorted(digests)
     return f"{len(every)} images and sounds sha256:{hashlib.sha256(chr(10).join(every).encode()).hexdigest()}"
+
+
+def _refuse_twice(sources: list[Source]) -> None:
+    """Sequences that are there twice are no two observations."""
+    found: dict[Path, str] = {}
+    for source in sources:
+        for path in source.files:
+            if (where := path.resolve()) in found:
+                raise UsageError(
+                    f"{path}: is read twice, by {found[where]} and by {source.entry}",
+                    hint="give each file or folder once",
+                )
+            found[where] = source.entry
 
 
 # --- records to ids ---------------------------------------------------------------------------------------------------
@@ -310,7 +324,7 @@ def _chat_text(record: Record, chat: Chat, tokenizer: Tokenizer) -> str:
             hint='put chat_template.jinja beside the tokenizer, or "plain": true into records that can do without it',
         )
     fitted = chat.for_template(
-        tokenizer.template if not may_be_plain else f"{tokenizer.template} tools tool_calls", record.where
+        tokenizer.template if not may_be_plain else f"{tokenizer.template} {NO_PLACE_NEEDED}", record.where
     )
     try:
         return tokenizer.render(fitted.messages, fitted.tools)

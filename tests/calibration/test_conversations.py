@@ -118,6 +118,24 @@ def test_alpaca_with_an_input() -> None:
     assert isinstance(found, Chat) and found.messages[0]["content"] == "Translate\n\nchat"
 
 
+def test_alpaca_with_what_was_said_before() -> None:
+    record = {"instruction": "c", "input": "", "output": "d", "history": [["a", "b"]], "system": "s"}
+    chat = content_of(record, "line 1", None)
+    assert isinstance(chat, Chat)
+    assert [(turn["role"], turn["content"]) for turn in chat.messages] == [
+        *(("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
+    ]
+    for nothing in (None, []):
+        without = content_of(record | {"history": nothing}, "line 1", None)
+        assert isinstance(without, Chat) and len(without.messages) == 3
+
+
+@pytest.mark.parametrize("kind", ["text", "input_text", "output_text"])
+def test_parts_of_text_by_any_name(kind: str) -> None:
+    chat = content_of({"messages": [{"role": "user", "content": [{"type": kind, "text": "a"}]}]}, "line 1", None)
+    assert isinstance(chat, Chat) and chat.messages[0]["content"] == [{"type": "text", "text": "a"}]
+
+
 def test_a_column_of_any_form() -> None:
     assert content_of({"a": "x", "text": "y"}, "line 1", "a") == "x" and content_of({"a": [1, 2]}, "line 1", "a") == [
         1,
@@ -141,7 +159,13 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"messages": PLAIN, "tools": {"a": 1}}, "tools that are not a list"),
     ({"conversations": [{"from": "narrator", "value": "x"}]}, "a turn from 'narrator'; known are"),
     ({"conversations": [{"value": "x"}]}, "conversations that are not a list of turns with a role"),
-    ({"messages": [{"role": "user", "content": 3}]}, "a content that is a int"),
+    ({"messages": [{"role": "user", "content": 3}]}, "a content that is a whole number"),
+    ({"messages": [{"role": "user", "content": None}, *PLAIN]}, "a turn of user without content"),
+    ({"messages": [{"role": "user"}]}, "a turn of user without content"),
+    ({"conversations": [{"from": "human", "value": None}, *PLAIN]}, "a turn of user without content"),
+    ({"messages": [*PLAIN, {"role": "tool", "content": None}]}, "a turn of tool without content"),
+    ({"messages": [{"role": "user", "content": [3]}]}, "a part of content of type a whole number"),
+    ({"instruction": "x", "output": "y", "history": ["a", "b"]}, "a history that is not a list of pairs"),
     ({"text": None}, "null as its text"),
     ({"text": None, "messages": None}, "null as its messages"),
     ({"prompt": None, "completion": "x"}, "null as its prompt"),
@@ -255,6 +279,14 @@ SIMPLE = (
             "write them into the text",
         ),
         ({"messages": CALLS}, "has tool_calls, and the chat template has no place", "leave tool_calls out"),
+        *(
+            (
+                {"messages": [*PLAIN, {"role": "assistant", "content": "x", name: "why"}]},
+                f"has {name}, and the chat template has no place",
+                f"leave {name} out",
+            )
+            for name in ("reasoning_content", "reasoning", "thinking")
+        ),
         (
             {"messages": [{"role": "system", "content": "x"}, *PLAIN]},
             "System role not supported",

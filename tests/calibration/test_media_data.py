@@ -397,7 +397,7 @@ def test_what_a_waveform_would_take(omni: Path, tmp_path: Path) -> None:
     ("record", "told"),
     [
         (ask(SAY, {"type": "image"}), "a part of type image with nothing for an address"),
-        (ask(SAY, {"type": "image", "image": 3}), "with a int for an address"),
+        (ask(SAY, {"type": "image", "image": 3}), "with a whole number for an address"),
         (ask(SAY, {"type": "video", "video": "a.mp4"}), "of type video; only text, images and sound can be read"),
         (ask("<|image_pad|>", image("a.png")), "has 1 images and sounds, and its text .* has 2 placeholders"),
         (

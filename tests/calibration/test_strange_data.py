@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from micro import MICRO, VOCAB
 from mimoquant.calibration.conversations import content_of
 from mimoquant.calibration.records import find, records
 from mimoquant.calibration.tokens import load_tokens
-from mimoquant.errors import CheckpointError
+from mimoquant.errors import CheckpointError, UsageError
 
 HEADS = ("text;other", '"text";"other"')
 
@@ -108,3 +109,84 @@ def test_whose_fault_a_template_is(template: str, hint: str, tmp_path: Path) -> 
     with pytest.raises(CheckpointError, match="the chat template refuses it") as caught:
         load_tokens([str(data)], folder, sequences=1, tokens=2, vocab=VOCAB)
     assert hint in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.json", '["one", "two"]'),
+        ("a.jsonl", '"one"\n"two"\n'),
+        ("b.json", '{"data": [{"text": "one"}, {"text": "two"}]}'),
+    ],
+)
+def test_texts_that_are_no_records(name: str, content: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    assert texts(tmp_path / name) == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("line", "told", "hint"),
+    [
+        ("null", "line 1 is null, not a record", "leave it out"),
+        ("[1, 2]", "line 1 is a list, not a record", "an array of records is a .json file"),
+        ("true", "line 1 is a truth value, not a record", "leave it out"),
+        ("1.5", "line 1 is a number, not a record", "leave it out"),
+    ],
+)
+def test_rows_that_are_no_records(line: str, told: str, hint: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(line)
+    with pytest.raises(CheckpointError, match=told) as caught:
+        texts(tmp_path / "a.jsonl")
+    assert hint in (caught.value.hint or "")
+
+
+def cached(folder: Path) -> Path:
+    """A data set of the Hub's cache, at two times."""
+    repo = folder / "datasets--me--fables"
+    (repo / "blobs").mkdir(parents=True)
+    for number in ("0", "1"):
+        (repo / "blobs" / number).write_text('{"text": "one"}\n')
+        (repo / "snapshots" / number).mkdir(parents=True)
+        (repo / "snapshots" / number / "train.jsonl").symlink_to(f"../../blobs/{number}")
+    return repo
+
+
+def test_a_snapshot_of_the_hubs_cache_is_data_and_the_cache_is_not(tmp_path: Path) -> None:
+    repo = cached(tmp_path)
+    (file,) = find(str(repo / "snapshots" / "1")).files
+    assert texts(file) == ["one"]
+    for folder in (repo, repo / "snapshots"):
+        with pytest.raises(UsageError, match="a folder of the Hub's cache, which holds 2 snapshots") as caught:
+            find(str(folder))
+        assert (caught.value.hint or "").startswith(f"give one: {repo}/snapshots/")
+
+
+def test_links_that_are_not_followed_are_told(tmp_path: Path) -> None:
+    folder, other = tmp_path / "data", tmp_path / "other"
+    folder.mkdir(), other.mkdir()
+    (folder / "a.jsonl").write_text('{"text": "one"}\n')
+    (other / "b.jsonl").write_text('{"text": "two"}\n')
+    (folder / "more").symlink_to(other)
+    (folder / "gone.jsonl").symlink_to("nowhere")
+    (folder / "b.jsonl").symlink_to(other / "b.jsonl")
+    source = find(str(folder))
+    assert [path.name for path in source.files] == ["a.jsonl", "b.jsonl"] and source.left_out == ("gone.jsonl", "more")
+    assert source.note() == f"{folder}: not read as data: gone.jsonl, more"
+
+
+def test_what_is_no_file_is_not_called_missing(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jsonl")
+    for path in (tmp_path / "a.jsonl", Path("/dev/null")):
+        with pytest.raises(UsageError, match="is no regular file") as caught:
+            find(str(path))
+        assert "write it to a file first" in (caught.value.hint or "")
+
+
+def test_nothing_is_read_twice(tmp_path: Path) -> None:
+    file, link = tmp_path / "data" / "a.jsonl", tmp_path / "b.jsonl"
+    file.parent.mkdir()
+    file.write_text('{"input_ids": [1, 2, 3, 4]}\n')
+    link.symlink_to(file)
+    for pair in ((file, file), (file, link), (file.parent, file), ("heldout-v1", "heldout-v1")):
+        with pytest.raises(UsageError, match="is read twice, by "):
+            load_tokens([*map(str, pair)], MICRO, sequences=1, tokens=2, vocab=VOCAB)

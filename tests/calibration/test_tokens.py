@@ -136,10 +136,11 @@ def test_plain_messages_are_paragraphs_where_there_is_no_template(tmp_path: Path
 
 
 def test_tools_reach_the_template_and_empty_fields_do_not(tmp_path: Path, encode: Any) -> None:
-    template = "{{ tools[0].name }}{% for m in messages %}{{ m.content is defined }}{% endfor %}"
+    template = "{{ tools[0].name }}{% for m in messages %}{{ m.content is defined }}{{ m.thinking }}{% endfor %}"
     folder = micro_with(tmp_path, chat_template=template)
-    path = jsonl(tmp_path / "a.jsonl", {"messages": [{"role": "user", "content": None}], "tools": [{"name": "look"}]})
-    ids = encode("lookFalse")
+    turn = {"role": "assistant", "content": None, "thinking": "why"}
+    path = jsonl(tmp_path / "a.jsonl", {"messages": [turn], "tools": [{"name": "look"}]})
+    ids = encode("lookFalsewhy")
     assert load(path, tokens=len(ids), folder=folder).ids[0].tolist() == ids
 
 
@@ -352,8 +353,8 @@ BROKEN_LINES = [
     ),
     ("{}", f"line 3 has none of {FORMS}; it has nothing"),
     ('{"text": null}', "line 3 has null as its text"),
-    ('{"text": 4}', "line 3 has a text that is a int"),
-    ('{"text": "x", "domain": 4}', "line 3 has a domain that is a int"),
+    ('{"text": 4}', "line 3 has a text that is a whole number"),
+    ('{"text": "x", "domain": 4}', "line 3 has a domain that is a whole number"),
     ('{"text": "\\ud800"}', "line 3 holds half of a surrogate pair"),
     ('{"input_ids": [1, 2.0]}', "line 3 has input_ids that are not a list of integers"),
     ('{"input_ids": [true]}', "line 3 has input_ids that are not a list of integers"),
