@@ -21,6 +21,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 from compressed_tensors.quantization.lifecycle.initialize import initialize_module_for_quantization
 from compressed_tensors.utils.match import is_match, match_name, match_targets
+from loguru import logger
 
 from mimoquant.calibration.tokenizer import one_line
 from mimoquant.checkpoint.index import TensorInfo
@@ -46,6 +47,7 @@ class Schemes:
     """A parsed `quantization_config`. Raises what compressed-tensors raises of it."""
 
     def __init__(self, quantization: dict[str, Any]) -> None:
+        logger.disable(compressed_tensors.__name__)  # what it warns of there is told as a difference of shapes
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             config = QuantizationConfig.model_validate(quantization)

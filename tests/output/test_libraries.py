@@ -198,6 +198,12 @@ def test_a_config_that_compressed_tensors_reads_otherwise(edit: Callable[[Path],
     assert any(words in text and "compressed-tensors 0." in text for text in found), found
 
 
+def test_what_the_library_warns_of_is_told_and_not_printed(out: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    weights(group_size=256)(out)
+    assert any("wants weight_scale BF16[128, 1], stored is BF16[128, 2]" in text for text in said(out))
+    assert capfd.readouterr() == ("", "")
+
+
 SOUND: dict[str, Callable[[Path], None]] = {
     "a group as a preset": quantization(
         lambda held: held.update(config_groups={"W4A16": held["config_groups"]["group_0"]["targets"]})
