@@ -7,7 +7,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Iterable
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 
 def layers_of_formats(formats: dict[str, list[int]]) -> str:
@@ -24,6 +24,34 @@ def rounding_note(experts: str, dense: str, kv_cache: str, input_scales: str | N
     """What an evaluation rounded beside weights."""
     scales = f" ({input_scales} input scales)" if input_scales else ""
     return f"inputs of experts {experts}{scales}, of FP8 beside them {dense}, KV cache {kv_cache}"
+
+
+class Reached(TypedDict):
+    """What calibration tokens reached in a layer: `calibration.layer_facts.LayerRecord`, by experts."""
+
+    tokens: list[int]
+    image_tokens: NotRequired[list[int]]
+    sound_tokens: NotRequired[list[int]]
+
+
+def media_note(layers: Iterable[Reached]) -> str | None:
+    """What images and sounds were of what experts saw; None where the data had neither."""
+    experts = [
+        row
+        for layer in layers
+        for row in zip(layer["tokens"], layer.get("image_tokens", []), layer.get("sound_tokens", []), strict=False)
+    ]
+    if not experts:
+        return None
+    every, images, sounds = map(sum, zip(*experts, strict=True))
+    alone = sum(tokens > 0 and tokens == image + sound for tokens, image, sound in experts)
+    never = sum(tokens > 0 and image + sound == 0 for tokens, image, sound in experts)
+    shares = [percent(part / max(every, 1)) for part in (images, sounds)]
+    kinds = " and ".join(f"{share} of {name}" for share, name in zip(shares, ("images", "sounds"), strict=True))
+    return (
+        f"of the tokens that experts saw, {kinds}; of {len(experts)} experts {alone} saw nothing else, {never} none "
+        "of them"
+    )
 
 
 def many(count: int, thing: str) -> str:

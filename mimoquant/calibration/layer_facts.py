@@ -25,6 +25,10 @@ class LayerRecord(TypedDict):
 
     tokens: list[int]
     """Tokens that the router sent to the expert."""
+    image_tokens: NotRequired[list[int]]
+    """Those of them that stand for images; absent where the data has neither images nor sounds."""
+    sound_tokens: NotRequired[list[int]]
+    """Those that stand for sounds; absent with the former."""
     effective: list[float]
     """The same weighed, (sum g)² / sum g² of the routing weights g."""
     shrunk: list[float]
@@ -70,6 +74,8 @@ class LayerFacts:
 
     layer: int
     tokens: list[int] = field(default_factory=list)
+    image_tokens: list[int] = field(default_factory=list)  # of `tokens`; empty where the data has no media
+    sound_tokens: list[int] = field(default_factory=list)
     starved: int = 0  # experts: see `starved` below
     effective: list[float] = field(default_factory=list)
     shrunk: list[float] = field(default_factory=list)  # lambda
@@ -110,7 +116,8 @@ class LayerFacts:
             "folded_channels": self.folded_channels,
         }
         peaks = {name: getattr(self, name) for name in ("input_amax", "down_input_amax")} if self.input_amax else {}
-        return cast(LayerRecord, lists | walked | routed | felt | peaks | counted)
+        media = {n: getattr(self, n) for n in ("image_tokens", "sound_tokens")} if self.image_tokens else {}
+        return cast(LayerRecord, lists | media | walked | routed | felt | peaks | counted)
 
 
 def _short(value: float) -> float:

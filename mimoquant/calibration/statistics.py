@@ -121,6 +121,21 @@ def counts(dispatches: Sequence[Dispatch], begin: int, end: int) -> list[int]:
     return [sum(d.begins[expert + 1] - d.begins[expert] for d in dispatches) for expert in range(begin, end)]
 
 
+def counts_of_kinds(blocks: Sequence[tuple[Tensor, Dispatch]], kinds: Tensor, many: int) -> list[list[int]]:
+    """Tokens of each kind 0..many of each expert, [many][experts]. `kinds`: of the blocks' tokens, one after the
+    other."""
+    experts, first = len(blocks[0][1].begins) - 1, 0
+    table = torch.zeros(many * experts, dtype=torch.int64, device=kinds.device)
+    for tokens, dispatch in blocks:
+        pairs = torch.tensor(dispatch.begins, device=kinds.device).diff()
+        owner = torch.repeat_interleave(torch.arange(experts, device=kinds.device), pairs)
+        kind = kinds[first : first + len(tokens)][dispatch.rows]
+        table += torch.bincount(kind * experts + owner, minlength=len(table))
+        first += len(tokens)
+    out: list[list[int]] = table.view(many, experts).tolist()
+    return out
+
+
 def effective_counts(dispatches: Sequence[Dispatch], begin: int, end: int) -> list[float]:
     """(sum g)² / sum g² of each expert's routing weights g: how many equally weighted tokens it saw."""
     totals = []

@@ -32,7 +32,7 @@ from mimoquant.checkpoint.folders import is_there, read_inside
 from mimoquant.checkpoint.hf_files import FINGERPRINTS_NAME
 from mimoquant.errors import CheckpointError, UsageError
 from mimoquant.model.layout import ModelLayout
-from mimoquant.model.media import Medium, Placed
+from mimoquant.model.media import Medium, Picture, Placed
 
 Ids = npt.NDArray[np.int64]
 Decode = Callable[[list[int]], str]
@@ -55,6 +55,17 @@ class TokenSet:
     fingerprints: Fingerprints = NOTHING  # of the records that the sequences were made from
     media: tuple[tuple[Placed, ...], ...] = ()  # of each sequence, in place of ids; empty where no sequence has any
     skipped: int = 0  # tokens that are in no sequence, so that no image is cut
+
+    @property
+    def kinds(self) -> Ids | None:
+        """[sequences, tokens]: 0 of text, 1 of an image, 2 of a sound; None where all is text."""
+        if not any(self.media):
+            return None
+        out = np.zeros_like(self.ids)
+        for row, placed in zip(out, self.media, strict=True):
+            for start, count, medium in placed:
+                row[start : start + count] = 1 if isinstance(medium, Picture) else 2
+        return out
 
     def first(self, sequences: int) -> TokenSet:
         """The same set, of fewer sequences."""

@@ -8,7 +8,7 @@ finite count in `nonfinite_share` and nowhere else. Shares are of 1. Acceptance 
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from mimoquant.evaluation.rounding_documents import Rounded, RoundingFacts
 
@@ -82,15 +82,13 @@ class ConfidencePart(TypedDict):
     """Their mean J, nats per token."""
 
 
-class DomainPart(TypedDict):
-    """Positions of one domain of the data."""
+class Part(TypedDict):
+    """Some of the positions."""
 
-    domain: str
-    """Its name."""
     tokens: int
     """Positions."""
     sequences: int
-    """Sequences."""
+    """Sequences that have any."""
     j: float
     """Their mean J, nats per token."""
     low: float
@@ -99,6 +97,20 @@ class DomainPart(TypedDict):
     """Upper end of its interval."""
     top1: float
     """Share of the positions where both have the same most likely token."""
+
+
+class DomainPart(Part):
+    """Positions of one domain of the data."""
+
+    domain: str
+    """Its name."""
+
+
+class ContextPart(Part):
+    """Positions by what the token that they predict follows."""
+
+    context: str
+    """text alone; right after (within 16 tokens), or later after, an image or a sound: the last one before it."""
 
 
 class PositionPart(TypedDict):
@@ -253,6 +265,8 @@ class Scores(TypedDict):
     """By what the reference is sure of; ranges without positions are left out."""
     by_domain: list[DomainPart]
     """By domain of the data, in the order of their names."""
+    by_context: NotRequired[list[ContextPart]]
+    """By whether an image or a sound comes before; absent of data without any."""
     by_position: list[PositionPart]
     """By the place in the sequence, in eight parts."""
     histogram: Histogram

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from mimoquant.calibration.tokens import TokenSet
 from mimoquant.errors import CheckpointError
+from mimoquant.evaluation.contexts import by_context, contexts_of
 from mimoquant.evaluation.divergence import TokenScores, bootstrap
 from mimoquant.evaluation.documents import (
     ConfidencePart,
@@ -56,7 +57,7 @@ def summarize(scores: TokenScores, tokens: TokenSet) -> Scores:
     if not ok.any():
         raise CheckpointError("no position has finite logits, in the reference or in the candidate")
     j = scores.j[ok]
-    return Scores(
+    out = Scores(
         tokens=int(ok.sum()),
         sequences=len(tokens.ids),
         sequence_tokens=length + 1,
@@ -74,6 +75,10 @@ def summarize(scores: TokenScores, tokens: TokenSet) -> Scores:
         by_position=_by_position(position[ok], j, length),
         histogram=_histogram(j),
     )
+    if any(tokens.media):
+        context = contexts_of(tokens.media, length + 1).reshape(-1)[ok]
+        out["by_context"] = by_context(context, j, scores.agree[ok], sequence[ok])
+    return out
 
 
 def _j_facts(j: _Floats, sequence: _Ints) -> JFacts:

@@ -23,7 +23,7 @@ from mimoquant.serving.contracts import ENGINES, SGLANG, VLLM
 from mimoquant.serving.launch import launch
 from mimoquant.serving.served import Served
 from mimoquant.weights.container import NATIVE
-from mimoquant.wording import interval, layers_of_formats, left_out_note, number, rounding_note, size
+from mimoquant.wording import interval, layers_of_formats, left_out_note, media_note, number, rounding_note, size
 
 if TYPE_CHECKING:
     from mimoquant.evaluation.documents import Evaluation
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 BEGIN, END = "<!-- eval-kl begins -->", "<!-- eval-kl ends -->"
 _UNMEASURED = "Not measured yet: `mimoquant eval-kl SOURCE THIS --card` writes symmetric KL here."
+_TEXT_ONLY = "- Text was what quality is measured on; images, audio and long contexts were not looked at."
+_MEDIA_TOO = "- Quality is measured on the contexts that the table names; long ones were not looked at."
 _GPUS = (1, 2, 4, 8, 16, 32)
 
 
@@ -53,6 +55,7 @@ def model_card(report: QuantizeReport, served: Served, origin: Origin, *, real_f
     folded = "their norms and routers are scaled against each other by real factors, and " if real_fold else ""
     formats = layers_of_formats(report["formats"])
     kept = ", ".join(f"layer {layer} in {kind}" for layer, kind in report["carve_outs"].items()) or "none"
+    shown = media_note((report["calibration"] or {}).values())
     lines = [
         *_front_matter(origin.base_model, report, served),
         "",
@@ -66,6 +69,7 @@ def model_card(report: QuantizeReport, served: Served, origin: Origin, *, real_f
         f"- layers whose experts were kept: {kept}",
         f"- size: {size(report['output_bytes'])} (source {size(report['source_bytes'])})",
         *([f"- read from the Hub: {origin.revision}"] if origin.revision else []),
+        *([f"- calibrated on images or sounds too: {shown}"] if shown else []),
         *(f"- {note}" for note in report["notes"]),
         "",
         "`recipe.yaml` repeats this run byte for byte; `mimoquant verify THIS --source SOURCE` proves the files.",
@@ -82,7 +86,7 @@ def model_card(report: QuantizeReport, served: Served, origin: Origin, *, real_f
         "## Limits",
         "",
         _rounding_limit(served),
-        "- Text was what quality is measured on; images, audio and long contexts were not looked at.",
+        _TEXT_ONLY,
         "- Licence and limits of use are the base model's.",
     ]
     return "\n".join(lines)
@@ -154,6 +158,9 @@ def read_card(folder: Path) -> str:
 def write_quality(folder: Path, measured: Evaluation) -> None:
     """Put what `eval-kl` measured into the card of an output. Raises UsageError where it has no place for that."""
     before, after = quality_place(read_card(folder))
+    after = after.replace(_MEDIA_TOO, _TEXT_ONLY)
+    if "by_context" in measured:
+        after = after.replace(_TEXT_ONLY, _MEDIA_TOO)
     write_file_durably(
         folder / "README.md", (before + "\n".join(_quality(measured)) + after).encode(errors="backslashreplace")
     )
@@ -165,7 +172,7 @@ def without_quality(card: str) -> str:
         before, after = quality_place(card)
     except UsageError:
         return card
-    return before + _UNMEASURED + after
+    return before + _UNMEASURED + after.replace(_MEDIA_TOO, _TEXT_ONLY)
 
 
 def quality_place(card: str) -> tuple[str, str]:
@@ -200,3 +207,4 @@ def _quality(measured: Evaluation) -> Iterator[str]:
     yield f"| the same most likely token | {100 * top1['all']:.2f} % |"
     yield f"| perplexity ratio | {number(measured['perplexity']['ratio'], 5)} |"
     yield from (f"| J, {d['domain']} | {number(d['j'])} |" for d in measured["by_domain"])
+    yield from (f"| J, {c['context']} | {number(c['j'])} |" for c in measured.get("by_context", []))

@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from mimoquant.report.coverage_text import coverage, token_count
 from mimoquant.report.page import render
-from mimoquant.wording import layers_of_formats, number, percent
+from mimoquant.wording import layers_of_formats, media_note, number, percent
 
 if TYPE_CHECKING:
     from mimoquant.calibration.layer_facts import LayerRecord as Facts
@@ -283,5 +283,6 @@ def _felt_cells(facts: Facts, c: dict[str, Any]) -> dict[tuple[str, tuple[str, .
 def about(report: QuantizeDocument) -> list[tuple[str, str]]:
     formats = layers_of_formats(report["formats"])
     parts = [("experts", f"{formats} ({report['method']}, scales by {report['scale_search']})")]
+    parts += [("media", note)] if (note := media_note((report["calibration"] or {}).values())) else []
     parts += [("note", text) for text in report["notes"]]
     return parts + ([] if report["calibration"] else [("calibration", "no layer was calibrated")])

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mimoquant.wording import media_note
+
 if TYPE_CHECKING:
     from mimoquant.calibration.layer_facts import LayerRecord
 
@@ -18,11 +20,12 @@ def coverage_text(layers: dict[str, LayerRecord]) -> str:
     weakest, strongest = c["lambda"]
     changed = c["topk_changed"][0] if c["topk_changed"] else 0.0
     felt = f"; felt by the loss {c['felt_plain'][0]:.3g} -> {c['felt'][0]:.3g}" if c["felt"] else ""
+    shown = f"; {note}" if (note := media_note(layers.values())) else ""
     routed = f"; top-k changed for {100 * changed:.3g} % of tokens" if changed else ""
     return (
         f"tokens per expert {least} min, {low} p5, {median} median; {c['starved']} of {c['experts']} starved, "
         f"{c['without_tokens']} without; lambda {weakest:.3g} to {strongest:.3g}; "
-        f"relMSE {c['relmse_plain'][0]:.3g} -> {c['relmse'][0]:.3g}{felt}{routed}"
+        f"relMSE {c['relmse_plain'][0]:.3g} -> {c['relmse'][0]:.3g}{felt}{routed}{shown}"
     )
 
 

@@ -100,6 +100,14 @@ def cause_rows(rounding: RoundingFacts) -> list[tuple[str, str, str]]:
     ]
 
 
+def context_rows(facts: EvalKlDocument) -> list[tuple[str, str, str, str, str]]:
+    """(what comes before, J, 95 % interval, same top-1, tokens); empty of data without images and sounds."""
+    return [
+        (c["context"], number(c["j"]), interval(c, sequences=c["sequences"]), percent(c["top1"]), str(c["tokens"]))
+        for c in facts.get("by_context", [])
+    ]
+
+
 def comparisons(facts: EvalKlDocument) -> list[tuple[str, str]]:
     """(name, sentence): what to hold J against."""
     floor, baseline, said = facts["noise_floor"], facts["baseline"], "not measured"
@@ -187,6 +195,8 @@ def eval_text(facts: EvalKlDocument) -> str:
             for d in facts["by_domain"]
         ]
         lines += ["", *table(head, [(name, *row) for name, row in zip(names, cells, strict=True)])]
+    if rows := context_rows(facts):
+        lines += ["", *table(("context", "J", "95 % interval", "same top-1", "tokens"), rows)]
     worst = sorted(facts["layers"], key=lambda v: (math.isfinite(v["relative_error"]), -v["relative_error"]))[:5]
     if worst:
         kinds = [(str(v["layer"]), v["kind"], "quantized" if v["quantized"] else "kept") for v in worst]

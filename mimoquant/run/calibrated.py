@@ -95,6 +95,8 @@ class Calibrator:
         ids, sets = torch.from_numpy(tokens.ids), (self.trains, ~self.trains)
         self.team = team or Team(device)
         self.tokens = Portions(self.weights, [ids[part] for part in sets if bool(part.any())], self.team)
+        kinds = tokens.kinds
+        self.kinds = None if kinds is None else torch.from_numpy(kinds)[self.trains].flatten().to(self.device)
         self.facts, self.fisher = LayerFacts(-1), fisher
         self.metrics: OutputMetrics | None = None  # of the layer, where its codes are chosen for the loss
         self.norm_fold: Tensor | None = None
@@ -137,6 +139,8 @@ class Calibrator:
         self.facts.tokens = statistics.counts(dispatches, 0, experts)
         self.facts.starved = starved(self.facts.tokens, len(self.pooled))
         self.facts.effective = statistics.effective_counts(dispatches, 0, experts)
+        if self.kinds is not None:
+            _, self.facts.image_tokens, self.facts.sound_tokens = statistics.counts_of_kinds(train, self.kinds, 3)
 
     @torch.no_grad()
     def encode(self, steps: Sequence[Experts], stacks: dict[str, Stack] | None, *, wanted: bool = True) -> list[Parts]:
