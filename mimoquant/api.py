@@ -376,6 +376,7 @@ def sensitivity(
     kv: str | None = None,
     as_served: str | None = None,
     reference_as_served: bool = False,
+    quick: bool = False,
     device: str = "auto",
     resume: bool = False,
     allow_unknown: bool = False,
@@ -388,6 +389,7 @@ def sensitivity(
         fp8: whether a layer may stay FP8. any_format: whether int4 may stand beside MXFP4 and NVFP4. objective: as for
             `quantize`.
         activations, dense_activations, kv, as_served, reference_as_served: see `eval_kl`; of what is quantized.
+        quick: predict what layers cost by the Fisher matrix; no forks, and no J is measured, so no `target_kl`.
         resume: take up what a killed run left beside `out`.
     Raises UsageError: nothing fits, or shared data. CheckpointError: bad data. QualityError: the target was missed.
     """
@@ -404,7 +406,7 @@ def sensitivity(
         Path(out),
         MixtureChoice(recipe, container, allow_unknown, fp8, any_format, objective),
         EvaluationChoice(data, sequences, tokens, column=data_column, rounding=rounding),
-        LimitChoice(budget_bytes, target_kl),
+        LimitChoice(budget_bytes, target_kl, quick),
         Team(resolve_device(device)),
         resume=resume,
         watcher=Watcher(),

@@ -94,10 +94,14 @@ class MixtureChoice:
 
 @dataclass(frozen=True)
 class LimitChoice:
-    """What a mixture has to keep: bytes of its shards, or J in nats per token; neither: the recipe's own bytes."""
+    """What a mixture has to keep: bytes of its shards, or J in nats per token; neither: the recipe's own bytes.
+
+    `quick`: by costs that are predicted, which can keep no J.
+    """
 
     budget_bytes: int | None = None
     target_kl: float | None = None
+    quick: bool = False
 
 
 @dataclass(frozen=True)

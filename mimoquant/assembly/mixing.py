@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,8 +16,9 @@ from mimoquant.machine import memory
 from mimoquant.mixing.kept_findings import findings_path
 from mimoquant.mixing.mixtures import Mixtures
 from mimoquant.mixing.needs import foreseen, fork_refusal
-from mimoquant.mixing.run import forks_of, sensitivity
+from mimoquant.mixing.run import quick_sensitivity, sensitivity
 from mimoquant.mixing.served import ServedOptions
+from mimoquant.mixing.walks import forks_of
 from mimoquant.model.rounding import rounds_cache
 from mimoquant.model.served_rounding import NONE, NOTHING, Rounding
 from mimoquant.planning.plan import CHUNK_BYTES, CUDA_CHUNK_BYTES, make_plan
@@ -52,6 +54,11 @@ def choose_mixture(
     """Measure, choose, write the recipe `out` and its findings. The same on every rank, but for times: `mixing.run`."""
     begin = time.monotonic()
     check_recipe_file(out)
+    if limit.quick and limit.target_kl is not None:
+        raise UsageError(
+            f"--quick predicts what layers cost and measures no J, so J of {limit.target_kl:g} cannot be kept",
+            hint="give --budget-gib, or leave --quick out",
+        )
     there = resume and team.gather(out.is_file())[0]  # a recipe, which may be the one that is wanted
     if team.leads and not there:
         check_new(out, (source,))
@@ -59,20 +66,25 @@ def choose_mixture(
             check_new(findings_path(out), (source,))
     mixtures = mixtures_of(source, mixture, team.device)
     mixtures.served = served_options(mixtures, choice.rounding)
+    if limit.quick and mixtures.served.anything:
+        raise UsageError(
+            f"--quick predicts what weights cost, and {mixtures.served.told} would be rounded beside them",
+            hint="leave --quick out: then J is measured as it is served",
+        )
     vocab = mixtures.plan.layout.geometry.vocab
     tokens = held_out_tokens(source, choice, vocab, watcher)
-    forks = forks_of(mixtures, tokens, team)
+    forks = forks_of(mixtures, tokens, team, quick=limit.quick)
     if not there:
         if refused := fork_refusal(forks, len(tokens.ids), team.device, memory.machine(team.device)):
             raise refused
         for note in [*mixtures.dropped, foreseen(forks, team.device)]:
             watcher.note(note)
-    found = sensitivity(
+    how = quick_sensitivity if limit.quick else partial(sensitivity, target_j=limit.target_kl)
+    found = how(
         mixtures,
         tokens,
         out,
         budget_bytes=limit.budget_bytes,
-        target_j=limit.target_kl,
         resume=resume,
         team=team,
         progress=watcher.progress,

@@ -76,6 +76,13 @@ def sensitivity(
             min=0, help="Take the fewest bytes that keep symmetric KL below this, in nats per token.", metavar="NATS"
         ),
     ] = None,
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick",
+            help="Predict what layers cost by the Fisher matrix, from one walk back; no forks, no J is measured.",
+        ),
+    ] = False,
     device: PlaceOption = "auto",
     resume: ResumeOption = False,
     container: ContainerOption = None,
@@ -127,7 +134,7 @@ def sensitivity(
             out,
             MixtureChoice(recipe, option_value(container), allow_unknown, fp8, any_format, option_value(objective)),
             EvaluationChoice(data or (HELD_OUT_SET,), sequences, tokens, column=data_column, rounding=rounding),
-            LimitChoice(None if budget_gib is None else int(budget_gib * 2**30), target_kl),
+            LimitChoice(None if budget_gib is None else int(budget_gib * 2**30), target_kl, quick),
             team,
             resume=resume,
             watcher=replace(watcher(), progress=_shown()) if team.leads else Watcher(),

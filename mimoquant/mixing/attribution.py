@@ -73,7 +73,7 @@ class Ablation:
     def _counts(self) -> tuple[Floats, Floats]:
         """How often each sequence is drawn, [1 + resamples, sequences] of each half: once, then as it comes."""
         rng = np.random.default_rng(0)
-        first, second = (np.concatenate([np.ones((1, len(half))), _drawn(rng, len(half))]) for half in self.whole)
+        first, second = (np.concatenate([np.ones((1, len(half))), drawn(rng, len(half))]) for half in self.whole)
         return first, second
 
     def mean(self, first: Floats, second: Floats) -> Floats:
@@ -153,7 +153,7 @@ class Ablation:
         return float(left) * total
 
 
-def _drawn(rng: np.random.Generator, count: int) -> Floats:
+def drawn(rng: np.random.Generator, count: int) -> Floats:
     picks = rng.integers(0, count, (RESAMPLES, count))
     return np.stack([np.bincount(row, minlength=count) for row in picks]).astype(np.float64)
 

@@ -23,6 +23,20 @@ SWAPS = 2  # choices that are measured in one of them
 RIVAL = 1.1  # times the predicted J of what is chosen: predictions err by some 5 %
 
 
+def best_within(mixtures: Mixtures, costs: Floats, budget: int) -> Choice:
+    """The least sum of costs [L, options] within a budget of bytes. Raises UsageError where nothing is quantized."""
+    classes = [list(zip(cost, sizes, strict=True)) for cost, sizes in zip(costs.tolist(), mixtures.bytes, strict=True)]
+    best = best_options(classes, budget - mixtures.rest_bytes)
+    return _quantizing(mixtures, best, f"a size of {size(budget)}")
+
+
+def _quantizing(mixtures: Mixtures, choice: list[int] | None, what: str) -> Choice:
+    if choice is None or not any(mixtures.options[k].fmt for k in choice):
+        problem = "cannot be reached" if choice is None else "takes no quantization: all layers can be kept"
+        raise UsageError(f"{what} {problem}", hint="the run is kept: go on with --resume and another limit")
+    return tuple(choice)
+
+
 class Chooser:
     """The choice, and every choice that was measured on the way to it."""
 
@@ -38,11 +52,7 @@ class Chooser:
 
     def within(self, budget: int) -> Choice:
         """The least J within a budget of bytes."""
-        classes = [
-            list(zip(cost, sizes, strict=True))
-            for cost, sizes in zip(self.costs.tolist(), self.mixtures.bytes, strict=True)
-        ]
-        best = self._quantizing(best_options(classes, budget - self.mixtures.rest_bytes), f"a size of {size(budget)}")
+        best = best_within(self.mixtures, self.costs, budget)
         if best not in self.measured:
             self.measure([best])
         for _ in range(ROUNDS):
@@ -86,7 +96,7 @@ class Chooser:
             )
         asked = target
         for _ in range(1 + ROUNDS):
-            best = self._quantizing(best_options(classes, self.ablation.cost_of(asked)), f"a J of {target:g}")
+            best = _quantizing(self.mixtures, best_options(classes, self.ablation.cost_of(asked)), f"a J of {target:g}")
             if best not in self.measured:
                 self.measure([best])
             if self.measured[best][0] <= target:
@@ -106,12 +116,6 @@ class Chooser:
         """Whether prediction and measurement are within the interval of their difference."""
         off = Estimate.of(self.measured[choice] - self.ablation.predicted(choice))
         return off.low <= 0 <= off.high
-
-    def _quantizing(self, choice: list[int] | None, what: str) -> Choice:
-        if choice is None or not any(self.mixtures.options[k].fmt for k in choice):
-            problem = "cannot be reached" if choice is None else "takes no quantization: all layers can be kept"
-            raise UsageError(f"{what} {problem}", hint="the run is kept: go on with --resume and another limit")
-        return tuple(choice)
 
     def _neighbours(self, choice: Choice, budget: int) -> list[Choice]:
         """Choices that differ in one or two layers and fit, by predicted J; those that are measured left out."""

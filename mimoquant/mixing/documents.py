@@ -3,11 +3,14 @@
 J is symmetric KL against the source in nats per token, on the tokens that choose; `attribution` defines what a layer
 alone, a gain and a contribution are. Intervals are of 95 %, by a bootstrap over sequences; from -inf to
 inf, in JSON from -1e999 to 1e999, where a half has fewer than 5 of them.
+
+With `--quick` nothing is measured: what a layer costs is predicted by the Fisher matrix (`felt` says how), costs are
+added up, and what needs forks or a measurement is absent.
 """
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import Literal, NotRequired, TypedDict
 
 from mimoquant.evaluation.documents import DataFacts
 from mimoquant.planning.documents import CalibrationSettings, EngineCheck
@@ -41,7 +44,8 @@ class OptionPart(TypedDict):
     bytes: int
     """The layer's shard with it."""
     ratio: float
-    """Its error on the layer's output over that of the first option; 0 for what is kept."""
+    """Its error on the layer's output over that of the first option, with --quick as the loss feels it; 0 for what is
+    kept."""
     predicted: float
     """The share of J that it leaves, nats per token."""
 
@@ -64,12 +68,15 @@ class SensitivityLayer(TypedDict):
     """Among the decoder layers, from 0."""
     kind: str
     """Of its attention: global or sliding."""
-    alone: JEstimate
-    """What quantizing only this layer adds to J, which nothing quantized has none of, or the rounding's."""
-    gain: JEstimate
-    """What restoring this layer alone takes off the J of all layers quantized."""
+    alone: NotRequired[JEstimate]
+    """What quantizing only this layer adds to J, which nothing quantized has none of, or the rounding's; absent with
+    --quick."""
+    gain: NotRequired[JEstimate]
+    """What restoring this layer alone takes off the J of all layers quantized; absent with --quick."""
     contribution: JEstimate
-    """Its share of J: shares add up to what quantizing all layers adds."""
+    """Its share of J: shares add up to what quantizing all layers adds. With --quick what it is predicted to cost."""
+    rerouted: NotRequired[float]
+    """With --quick: the part of that, 0 to 1, which is of tokens that later routers send to other experts."""
     options: list[OptionPart]
     """In the order of the document's `options`."""
     relative_error: float
@@ -108,16 +115,17 @@ class CarveOut(TypedDict):
     bytes: int
     """All shards."""
     j: JEstimate
-    """As measured."""
+    """As measured; with --quick as predicted."""
 
 
 class WalkCost(TypedDict):
     """What one walk through the checkpoint took."""
 
     walk: str
-    """ablation (the forks), or measure- and a name for the choices it measured."""
+    """ablation (the forks), or measure- and a name for the choices it measured; with --quick back (forward and back)
+    and felt (each layer in every format)."""
     forward_passes: float
-    """Passes of all tokens through the model."""
+    """Passes of all tokens through the model; of a walk back also those that make a layer's forward again."""
     bytes_read: int
     """Of the checkpoint."""
     layers_walked: int
@@ -129,12 +137,12 @@ class SensitivityCost(TypedDict):
 
     walks: list[WalkCost]
     """In their order."""
-    forward_passes_bound: float
-    """What the forks' walk stays below."""
+    forward_passes_bound: NotRequired[float]
+    """What the forks' walk stays below; absent with --quick."""
 
 
 class MeasuredChoice(TypedDict):
-    """A choice of options that was measured end to end."""
+    """A choice of options that was measured end to end; with --quick only predicted."""
 
     options: dict[str, str]
     """MoE layer → option."""
@@ -142,14 +150,14 @@ class MeasuredChoice(TypedDict):
     """All shards."""
     predicted: JEstimate
     """J as predicted."""
-    measured: JEstimate
-    """J as measured."""
-    difference: JEstimate
-    """Measured minus predicted."""
-    agrees: bool
-    """Whether 0 is within the interval of their difference."""
+    measured: NotRequired[JEstimate]
+    """J as measured; absent with --quick."""
+    difference: NotRequired[JEstimate]
+    """Measured minus predicted; absent with --quick."""
+    agrees: NotRequired[bool]
+    """Whether 0 is within the interval of their difference; absent with --quick."""
     to_all_quantized: JEstimate
-    """J as measured over that of all layers in the first option, a ratio."""
+    """J as measured, with --quick as predicted, over that of all layers in the first option, a ratio."""
 
 
 class MixtureRounding(TypedDict):
@@ -185,6 +193,8 @@ class Measurement(TypedDict):
     """Its method and search for scales, in words."""
     calibration: CalibrationSettings | None
     """What it calibrates on; null for a recipe that needs no tokens."""
+    costs_by: Literal["forks", "fisher"]
+    """What tells a layer's cost: J of forks, measured, or with --quick the Fisher matrix, which predicts it."""
     container: str
     """How the experts would be stored."""
     options: list[str]
@@ -200,11 +210,11 @@ class Measurement(TypedDict):
     rounding: MixtureRounding | None
     """What else was rounded; null where J is of weights alone."""
     j: JEstimate
-    """J of all layers in the first option."""
-    sum_alone: JEstimate
-    """Sum over layers of what quantizing only that layer adds."""
-    sum_gains: JEstimate
-    """Sum over layers of what restoring one takes off."""
+    """J of all layers in the first option; with --quick as predicted."""
+    sum_alone: NotRequired[JEstimate]
+    """Sum over layers of what quantizing only that layer adds; absent with --quick."""
+    sum_gains: NotRequired[JEstimate]
+    """Sum over layers of what restoring one takes off; absent with --quick."""
     layers: list[SensitivityLayer]
     """Every MoE layer."""
     uniform: list[UniformPoint]
@@ -221,9 +231,9 @@ class SensitivityFindings(Measurement):
     cost: SensitivityCost
     """What the run took."""
     chosen: MeasuredChoice
-    """What the written recipe has."""
+    """What the written recipe has; predicted with --quick, else measured."""
     tried: list[MeasuredChoice]
-    """Every choice that was measured, the chosen one among them."""
+    """Every choice that was measured, the chosen one among them; empty with --quick."""
 
 
 class KeptFindings(SensitivityFindings):

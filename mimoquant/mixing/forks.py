@@ -27,6 +27,7 @@ from mimoquant.errors import CheckpointError
 from mimoquant.evaluation.divergence import head_divergence
 from mimoquant.evaluation.side_by_side import final_hidden
 from mimoquant.machine.overlap import read_ahead
+from mimoquant.mixing.felt import Gradients, LayerFelt, border, felt
 from mimoquant.mixing.layer_options import LayerOptions, Option, Round
 from mimoquant.mixing.needs import probe_every
 from mimoquant.model.decoder_layer import (
@@ -57,6 +58,10 @@ class Trial:
 
     def rounding(self, layer: int) -> LayerRounding:
         return self.roundings[layer] if self.roundings else UNROUNDED
+
+    def until(self, layers: int) -> object:
+        """What tells it from another before that layer."""
+        return self.options[:layers], tuple(self.roundings[:layers])
 
 
 @dataclass(frozen=True)
@@ -110,12 +115,16 @@ class Probe:
 class Lane:
     """A portion of the sequences, in batches of ids, with the trials that it goes through.
 
-    `probed`: what is probed in each layer beside the clean branch, which then has to be the first trial.
+    `probed`: what is probed in each layer beside the clean branch, which then has to be the first trial. With
+    `gradients` all tokens are probed, and `felt` has, by layer, what the loss feels of them (`LayerFelt`, packed); the
+    second trial, the source once more, is then the carrier of the last layer's error to the next.
     """
 
     ids: list[Tensor]
     trials: list[Trial]
     probed: tuple[Probed, ...] = ()
+    gradients: Gradients | None = None
+    felt: dict[int, Tensor] = field(default_factory=dict)
     branches: list[Branch] = field(default_factory=list)
     probes: list[Probe] = field(default_factory=list)
     passed: float = 0.0  # tokens times layers, of all branches; a probe counts with the share of tokens and formats
@@ -153,23 +162,27 @@ class Lane:
         return out
 
     def state(self) -> dict[str, Tensor]:
-        """Hidden states by branch (its first trial) and batch."""
-        return {
+        """Hidden states by branch (its first trial) and batch, and what is felt by layer."""
+        states = {
             f"branch {branch.trials[0]} batch {i}": hidden
             for branch in self.branches
             for i, hidden in enumerate(branch.stream.batches)
         }
+        return states | {f"felt {layer}": values for layer, values in self.felt.items()}
 
     def restore(self, source: LayerOptions, layers: int, state: dict[str, Tensor]) -> None:
-        """The branches as they are after `layers` layers."""
-        together: dict[tuple[object, ...], list[int]] = {}
+        """The branches as they are after `layers` layers: each has states by its first trial."""
+        together: list[list[int]] = []
         for number, trial in enumerate(self.trials):
-            together.setdefault((trial.options[:layers], tuple(trial.roundings[:layers])), []).append(number)
-        held = (
-            (trials, [state[f"branch {trials[0]} batch {i}"] for i in range(len(self.ids))])
-            for trials in together.values()
-        )
+            alike = (of for of in together if self.trials[of[0]].until(layers) == trial.until(layers))
+            if f"branch {number} batch 0" in state:
+                together.append([number])
+            else:
+                next(alike).append(number)
+        held = ((trials, [state[f"branch {trials[0]} batch {i}"] for i in range(len(self.ids))]) for trials in together)
         self.branches = [Branch(trials, HostStream(source.source, batches)) for trials, batches in held]
+        told = ((key.split(), values) for key, values in state.items())
+        self.felt = {int(layer): values for (kind, layer, *_), values in told if kind == "felt"}
 
 
 @torch.no_grad()
@@ -242,13 +255,20 @@ class _Passage:
         for branch in lane.branches:
             blocks = attend_and_route(branch.stream, weights, rounding=lane.rounding(branch, layer))
             if lane.probed and 0 in branch.trials:
-                self.probe = _Probing(blocks, branch.stream.routing, lane.probed, source)
+                self.probe = self._probing(blocks, branch.stream, weights)
             for number, ((option, rounding), trials) in enumerate(lane.parted(branch, layer).items()):
                 mine = [replace(block, out=torch.zeros_like(block.out)) for block in blocks] if number else blocks
                 told = scaled(rounding, source.input_scales(option))
                 seen = [replace(block, tokens=told.expert_inputs(block.tokens)) for block in mine]
                 self.parts.append(_Part(option, rounding, branch.of(trials), seen))
         self.lane.branches = [part.branch for part in self.parts]
+        if isinstance(self.probe, _Feeling):
+            self.probe.arrived = _apart(self.lane.branches)
+
+    def _probing(self, blocks: list[Block], stream: HostStream, weights: LayerWeights) -> _Probing:
+        if self.lane.gradients is None:
+            return _Probing(blocks, stream.routing, self.lane.probed, self.source, probe_every(len(self.lane.probed)))
+        return _Feeling(blocks, stream, self.lane.probed, self.source, weights)
 
     @property
     def wanted(self) -> list[Option]:
@@ -267,21 +287,28 @@ class _Passage:
         for part in self.parts:
             add_blocks(part.branch.stream, part.blocks)
         self.lane.passed += self.lane.tokens * len(self.parts)
+        if isinstance(self.probe, _Feeling):
+            self.probe.feel(self.layer, self.lane)
         if self.probe:
             self.lane.probes.append(self.probe.told(self.layer))
             self.lane.passed += self.probe.passed
 
 
 class _Probing:
-    """Some tokens (`probe_every`) of some blocks, on its way through the experts in all options."""
+    """One in `every` of the tokens of some blocks, on its way through the experts in all options."""
 
     def __init__(
-        self, blocks: list[Block], routing: list[Routing], probed: tuple[Probed, ...], source: LayerOptions
+        self,
+        blocks: list[Block],
+        routing: list[Routing],
+        probed: tuple[Probed, ...],
+        source: LayerOptions,
+        every: int,
     ) -> None:
         self.probed, self.source = probed, source
         experts, device = len(blocks[0].dispatch.begins) - 1, blocks[0].tokens.device
         self.routed = [sum(b.dispatch.begins[e + 1] - b.dispatch.begins[e] for b in blocks) for e in range(experts)]
-        self.blocks, every = [], probe_every(len(probed))
+        self.blocks = []
         for block, chosen in zip(blocks, routing, strict=True):
             few = Routing(chosen.experts[::every], chosen.weights[::every])
             tokens = block.tokens[::every]
@@ -310,6 +337,10 @@ class _Probing:
                     add_group(outs[one.label], group, change)
                     self.error[one.label][experts] += _energy(change, group.gains)
 
+    def changes(self, label: str | None) -> Tensor:
+        """[n, H] of the probed tokens in an option; for None what the experts add."""
+        return torch.cat([outs[label] for _, _, outs in self.blocks])
+
     def told(self, layer: int) -> Probe:
         whole = {
             label: sum(float(outs[label].square().sum(dtype=torch.float64)) for _, _, outs in self.blocks)
@@ -324,6 +355,70 @@ class _Probing:
             self.largest.tolist(),
             self.routed,
         )
+
+
+class _Feeling(_Probing):
+    """All tokens in all options, and each once more with its last expert replaced by the next.
+
+    `arrived`: [N], how far the error of the last layer that has experts has moved what this one's router sees.
+    """
+
+    def __init__(
+        self,
+        blocks: list[Block],
+        stream: HostStream,
+        probed: tuple[Probed, ...],
+        source: LayerOptions,
+        weights: LayerWeights,
+    ) -> None:
+        super().__init__(blocks, stream.routing, probed, source, every=1)
+        assert isinstance(weights.mlp, Router)
+        self.arrived = torch.empty(0)
+        self.distances: list[Tensor] = []
+        self.jumps: list[tuple[Tensor, Dispatch, Tensor]] = []
+        hidden, device = torch.cat([batch.flatten(0, 1) for batch in stream.batches]), blocks[0].tokens.device
+        config = stream.source.config
+        for block, rows in zip(blocks, torch.split(hidden, [len(block.tokens) for block in blocks]), strict=True):
+            distance, there = border(
+                block.tokens, rows.to(device), weights.post_norm, weights.mlp, config.top_k, config.eps
+            )
+            self.distances.append(distance)
+            dispatch = Dispatch.of(there, len(weights.mlp.weight))
+            self.jumps.append((block.tokens, dispatch, torch.zeros_like(block.tokens)))
+        self.passed += len(hidden)
+
+    def through(self, chunks: dict[Option, ExpertChunk]) -> None:
+        super().through(chunks)
+        for tokens, dispatch, out in self.jumps:
+            add_experts(out, tokens, dispatch, chunks[None])
+
+    def feel(self, layer: int, lane: Lane) -> None:
+        """What is felt of the layer; then the first format's error, and no other, goes on to the next."""
+        assert lane.gradients is not None
+        gradients, changes = lane.gradients.of(layer), [self.changes(one.label) for one in self.probed]
+        jump = torch.cat([out for _, _, out in self.jumps]) - self.changes(None)
+        lane.felt[layer] = LayerFelt(
+            torch.stack([felt(gradients, change) for change in changes]),
+            torch.stack([change.norm(dim=-1) for change in changes]),
+            torch.cat(self.distances),
+            jump.norm(dim=-1),
+            felt(gradients, jump),
+            self.arrived.to(jump.device),
+            _apart(lane.branches).to(jump.device),
+        ).packed()
+        clean = lane.branches[0]
+        batches, done = [], 0
+        for hidden in clean.stream.batches:
+            count = hidden.shape[:2].numel()
+            batches.append(hidden + changes[0][done : done + count].to(hidden.device).view_as(hidden))
+            done += count
+        lane.branches = [Branch([0], clean.stream), Branch([1], HostStream(clean.stream.source, batches))]
+
+
+def _apart(branches: list[Branch]) -> Tensor:
+    """[N], on the host: the norm of each token's difference between two branches; 0 while they are one."""
+    first, other = (branch.stream.batches for branch in (branches[0], branches[-1]))
+    return torch.cat([(a - b).flatten(0, 1).norm(dim=-1) for a, b in zip(first, other, strict=True)])
 
 
 def _energy(outputs: Tensor, gains: Tensor) -> Tensor:

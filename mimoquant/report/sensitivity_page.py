@@ -51,18 +51,28 @@ def verdict(facts: SensitivityDocument) -> str:
     for option in chosen["options"].values():
         kinds[option] = kinds.get(option, 0) + 1
     mixture = ", ".join(f"{option} in {many(count, 'layer')}" for option, count in kinds.items())
-    ratio = chosen["to_all_quantized"]
-    j = f"J {number(chosen['measured']['mean'])} ({interval(chosen['measured'])})"
+    ratio, j = chosen["to_all_quantized"], j_of(facts)
+    predicted = "" if "measured" in chosen else "predicted "
     return (
-        f"{j} in {size(chosen['bytes'])}: {mixture}; "
+        f"{predicted}J {number(j['mean'])} ({interval(j)}) in {size(chosen['bytes'])}: {mixture}; "
         f"{number(ratio['mean'], 3)} ({interval(ratio, 3)}) of {number(facts['j']['mean'])}, that of "
         f"{facts['options'][0]} everywhere in {size(facts['uniform'][0]['bytes'])}"
     )
 
 
+def j_of(facts: SensitivityDocument) -> JEstimate:
+    """Of what was chosen: as measured, or as predicted where nothing was."""
+    return facts["chosen"].get("measured", facts["chosen"]["predicted"])
+
+
 def agreement(facts: SensitivityDocument) -> str:
     """Prediction beside measurement; where they differ, why."""
     chosen = facts["chosen"]
+    if not measured(facts):
+        return (
+            "costs are predicted by the Fisher matrix and by how near tokens are to other experts, layer by layer, and "
+            "added up; no J was measured: eval-kl of the output tells it"
+        )
     said = f"predicted {number(chosen['predicted']['mean'])} ({interval(chosen['predicted'])}), measured "
     said += f"{number(chosen['measured']['mean'])}; difference {number(chosen['difference']['mean'])} "
     said += f"({interval(chosen['difference'])})"
@@ -78,8 +88,13 @@ def agreement(facts: SensitivityDocument) -> str:
     )
 
 
+def measured(facts: SensitivityDocument) -> bool:
+    """Whether forks have told what layers cost; else the Fisher matrix predicts it."""
+    return "measured" in facts["chosen"]
+
+
 def best_carve_out(facts: SensitivityDocument) -> CarveOut:
-    """The one layer that is best kept in bf16, with J as measured."""
+    """The one layer that is best kept in bf16, with J as measured, or as predicted without forks."""
     return min(facts["carve_outs"], key=lambda point: point["j"]["mean"])
 
 
@@ -95,6 +110,9 @@ def remarks(layer: SensitivityLayer) -> str:
 
 def cost(facts: SensitivityDocument) -> str:
     walks = facts["cost"]["walks"]
+    if not measured(facts):
+        passes, read = (sum(walk[key] for walk in walks) for key in ("forward_passes", "bytes_read"))
+        return f"{passes:.1f} forward passes and {size(int(read))} read for one walk back and one forward"
     first, rest = walks[0], walks[1:]
     return (
         f"{first['forward_passes']:.1f} forward passes and {size(first['bytes_read'])} read for the forks, "
@@ -148,26 +166,15 @@ def sensitivity_text(facts: SensitivityDocument) -> str:
         ("prediction", agreement(facts)),
         (
             "one layer",
-            f"bf16 for layer {carved['layer']} alone: J {number(carved['j']['mean'])} "
-            f"({interval(carved['j'])}) in {size(carved['bytes'])}",
+            f"bf16 for layer {carved['layer']} alone: {'' if measured(facts) else 'predicted '}J "
+            f"{number(carved['j']['mean'])} ({interval(carved['j'])}) in {size(carved['bytes'])}",
         ),
         *origin(facts),
     ]
     lines: list[str] = []
     for name, text in said:
         lines += textwrap.wrap(visible(text), WIDTH, initial_indent=f"{name:<13}", subsequent_indent=" " * 13)
-    rows = [
-        (
-            str(of["layer"]),
-            of["kind"],
-            _estimate(of["alone"]),
-            _estimate(of["gain"]),
-            number(of["contribution"]["mean"], 3),
-            facts["chosen"]["options"][str(of["layer"])],
-        )
-        for of in ranked(facts)
-    ]
-    lines += ["", *table(("layer", "attention", "J alone", "J that restoring it buys", "share", "chosen"), rows)]
+    lines += ["", *layers_table(facts)]
     lines += [f"note: layer {of['layer']}: {remarks(of)}" for of in facts["layers"] if remarks(of)]
     points = [(of["option"], size(of["bytes"]), number(of["predicted"])) for of in facts["uniform"]]
     lines += ["", *table(("everywhere", "size", "J predicted"), points)]
@@ -175,6 +182,23 @@ def sensitivity_text(facts: SensitivityDocument) -> str:
         worst = " ".join(f"--refine-layer {of['layer']}" for of in ranked(facts)[:REFINED])
         lines += ["", f"in the same bytes: quantize --refine 1 {worst}"]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def layers_table(facts: SensitivityDocument) -> list[str]:
+    """A line a layer: what it costs, as measured or as predicted, and what was chosen."""
+    rows = []
+    for of in ranked(facts):
+        costs: tuple[str, ...] = (_estimate(of["contribution"]), percent(of.get("rerouted", 0.0)))
+        if "alone" in of:
+            costs = (_estimate(of["alone"]), _estimate(of["gain"]), number(of["contribution"]["mean"], 3))
+        rows.append((str(of["layer"]), of["kind"], *costs, facts["chosen"]["options"][str(of["layer"])]))
+    forks = ("J alone", "J that restoring it buys", "share")
+    titles = forks if measured(facts) else ("J predicted by the Fisher matrix", "rerouted")
+    return table(("layer", "attention", *titles, "chosen"), rows)
 
 
 def _estimate(part: JEstimate) -> str:
@@ -206,7 +230,9 @@ def columns(layers: Sequence[SensitivityLayer], series: Sequence[tuple[str, list
 
 def layers_plot(facts: SensitivityDocument) -> Markup:
     layers = facts["layers"]
-    series = [("alone", [of["alone"] for of in layers]), ("gain", [of["gain"] for of in layers])]
+    series = [("alone", [of["contribution"] for of in layers])]
+    if measured(facts):
+        series = [("alone", [of["alone"] for of in layers]), ("gain", [of["gain"] for of in layers])]
     return columns(layers, series, "J by layer")
 
 
@@ -249,7 +275,7 @@ def frontier_plot(facts: SensitivityDocument) -> Markup:
     sizes = [*(at for at, _ in places), chosen["bytes"]]
     right = max(at for at, _ in (*points, *((at, j) for at, j, _ in carved)))
     x = Scale(min(sizes), max(right, chosen["bytes"], min(sizes) + 1))
-    y = Scale.linear([*(j for _, j in places), chosen["measured"]["high"]])
+    y = Scale.linear([*(j for _, j in places), j_of(facts)["high"]])
 
     def place(at: float, j: float) -> tuple[float, float]:
         return x.at(at), HEIGHT * (1 - y.at(j))
@@ -264,9 +290,10 @@ def frontier_plot(facts: SensitivityDocument) -> Markup:
                 if style == "uniform":
                     side = ("name", 6) if across_at < 0.85 else ("name end", -6)  # towards the middle
                     marks.append(write(across_at, up - 9, name, *side))
-    at, up = place(float(chosen["bytes"]), chosen["measured"]["mean"])
-    ends = [HEIGHT * (1 - y.at(chosen["measured"][end])) for end in ENDS]
-    title = tag("title", f"chosen: J {number(chosen['measured']['mean'])} in {size(chosen['bytes'])}, measured")
+    best, told = j_of(facts), "measured" if measured(facts) else "predicted"
+    at, up = place(float(chosen["bytes"]), best["mean"])
+    ends = [HEIGHT * (1 - y.at(best[end])) for end in ENDS]
+    title = tag("title", f"chosen: J {number(best['mean'])} in {size(chosen['bytes'])}, {told}")
     marks += [
         line(at, ends[0], at, ends[1], "whisker"),
         tag("g", title, tag("circle", cx=across(at), cy=up, r=6.0, class_="chosen")),
@@ -305,7 +332,8 @@ def sensitivity_page(facts: SensitivityDocument) -> str:
             "sensitivity.html",
             title=f"sensitivity: {facts['source']}, {facts['recipe']}",
             verdict=verdict(facts),
-            agreement=agreement(facts).capitalize(),
+            agreement=_sentence(agreement(facts)),
+            measured=measured(facts),
             frontier_plot=frontier_plot(facts),
             layers_plot=layers_plot(facts),
             first_option=facts["options"][0],

@@ -25,7 +25,8 @@ from mimoquant.calibration.tokens import load_tokens
 from mimoquant.machine.team import Team
 from mimoquant.mixing.mixtures import Mixtures
 from mimoquant.mixing.needs import foreseen, forward_passes, probe_every
-from mimoquant.mixing.run import forks_of, sensitivity
+from mimoquant.mixing.run import sensitivity
+from mimoquant.mixing.walks import forks_of
 from mimoquant.planning.plan import CUDA_CHUNK_BYTES, make_plan
 from mimoquant.planning.recipe import load_recipe
 

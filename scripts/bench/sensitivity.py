@@ -1,16 +1,21 @@
 """Mixtures that `sensitivity` chooses, beside one format everywhere and one layer in bf16, at equal bytes.
 
     python scripts/bench/sensitivity.py CHECKPOINT [--recipe NAME] [--any-format] [--sequences 28]
-                                         [--tokens 256]
+                                         [--tokens 256] [--pairs]
 
 Half of the sequences choose, the other half tell J. Sizes are those of the finer formats everywhere, and of one
 layer kept in bf16.
+
+--pairs: instead, J of a fork for every layer and format alone, on the sequences that choose, beside what `--quick`
+predicts of them, and the part of that where tokens stay with their experts (the Fisher matrix alone). Told: Spearman's
+rank correlation over all pairs, predictions over J, and the order of the layers by both.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -23,8 +28,9 @@ from mimoquant.machine.devices import make_engine, resolve_device
 from mimoquant.machine.team import Team
 from mimoquant.mixing.attribution import Estimate
 from mimoquant.mixing.choose import Choice, Chooser
+from mimoquant.mixing.forks import Lane
 from mimoquant.mixing.mixtures import Mixtures
-from mimoquant.mixing.run import Walks
+from mimoquant.mixing.walks import Walks, walked
 from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import load_recipe
 from mimoquant.weights.container import COMPRESSED_TENSORS
@@ -44,6 +50,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--any-format", action="store_true")
+    parser.add_argument("--pairs", action="store_true")
     chosen = parser.parse_args()
     device, begin = resolve_device(chosen.device), time.monotonic()
     container = COMPRESSED_TENSORS if chosen.any_format else None
@@ -58,6 +65,9 @@ def main() -> None:
         vocab=held.plan.layout.geometry.vocab,
     )
     calibration = calibration_tokens(held.plan.recipe.calibration, held.plan.layout)
+    if chosen.pairs:
+        pairs(held, parted(every, True), calibration, device)
+        return
     with contextlib.closing(make_engine(device)) as engine:
         walks = Walks(held, parted(every, True), calibration, engine, Team(device))
         ablation, _ = walks.ablation()
@@ -112,6 +122,51 @@ def table(held: Mixtures, choices: list[tuple[str, Choice]], j: list[np.ndarray]
             base = j[best].mean()
             told = f"{values.mean() / base:.3f} ({1 + low / base:.3f}-{1 + high / base:.3f}) of {choices[best][0]}"
         print(f"| {name} | {held.size(choice)} | {values.mean():.5f} | {told} |")
+
+
+def pairs(held: Mixtures, tokens: TokenSet, calibration: TokenSet | None, device: str) -> None:
+    """Every layer and format alone: J of a fork beside what is predicted."""
+    count, kept, formats = len(held.layers), len(held.options) - 1, held.formats
+    if held.plan.recipe.objective == "kl":
+        raise SystemExit("--pairs: a recipe whose objective is output, please")
+    quantizing = [k for k, option in enumerate(held.options) if option.fmt]
+    with contextlib.closing(make_engine(device)) as engine, tempfile.TemporaryDirectory() as folder:
+        walks = Walks(held, tokens, calibration, engine, Team(device))
+        costs, _ = walks.felt(walked(walks, tokens, Path(folder) / "felt"))
+        alone = [[k if n == place else kept for n in range(count)] for place in range(count) for k in quantizing]
+        trials = [walks._trial(str(choice), choice) for choice in [[kept] * count, *alone]]
+        told = walks._walk("pairs", held.plan, [Lane(part, trials) for _, part in walks.mine])
+    j = np.concatenate(told, axis=1)[1:].reshape(count, len(formats), -1)
+    stay = costs.stay[:, quantizing].mean(2)
+    compare(held, j.mean(2), {"predicted": costs.costs()[:, quantizing], "tokens that stay": stay})
+    print(f"J of one half of the sequences to the other: {spearman(j[..., ::2].mean(2), j[..., 1::2].mean(2)):.3f}")
+
+
+def compare(held: Mixtures, j: np.ndarray, predictions: dict[str, np.ndarray]) -> None:
+    """J [layers, formats] and predictions of it."""
+    print("| layer | " + " | ".join(fmt.label for fmt in held.formats) + " |\n|" + "---|" * (1 + j.shape[1]))
+    for place, layer in enumerate(held.layers):
+        cells = [" / ".join(f"{one[place, k]:.2e}" for one in (j, *predictions.values())) for k in range(j.shape[1])]
+        print(f"| {layer} | " + " | ".join(cells) + " |")
+    print(f"J / {' / '.join(predictions)}; layers by J, first format: {order(held, j[:, 0])}")
+    for name, values in predictions.items():
+        by_format = " ".join(f"{spearman(values[:, k], j[:, k]):.3f}" for k in range(j.shape[1]))
+        over = values / j
+        print(
+            f"{name}: Spearman {spearman(values, j):.3f} over {j.size} pairs, by format {by_format}; over J "
+            f"{over.mean():.2f} ({over.min():.2f}-{over.max():.2f}); layers {order(held, values[:, 0])}"
+        )
+
+
+def order(held: Mixtures, costs: np.ndarray) -> list[int]:
+    """Layers, the dearest first."""
+    return [held.layers[place] for place in np.argsort(-costs)]
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Of values without ties."""
+    ranks = [np.argsort(np.argsort(values.ravel())) for values in (a, b)]
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
 if __name__ == "__main__":

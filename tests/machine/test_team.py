@@ -336,8 +336,10 @@ def test_the_others_end_as_the_rank_that_failed_and_are_silent() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["int4-g128-rtn", "gptq-int4-g128"])
-def test_ranks_find_what_one_process_finds(recipe: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "quick"), [("int4-g128-rtn", []), ("gptq-int4-g128", []), ("int4-g128-rtn", ["--quick"])]
+)
+def test_ranks_find_what_one_process_finds(recipe: str, quick: list[str], tmp_path: Path) -> None:
     """Facts, costs and the recipe; after a kill, too."""
     text = (
         (REPOSITORY / "recipes" / f"{recipe}.yaml").read_text().rstrip().replace("objective: kl", "objective: output")
@@ -363,6 +365,7 @@ def test_ranks_find_what_one_process_finds(recipe: str, tmp_path: Path) -> None:
             "--budget-gib",
             "0.0078",
             "--json",
+            *quick,
             *more,
         )
 

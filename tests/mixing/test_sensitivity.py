@@ -48,7 +48,8 @@ from mimoquant.mixing.needs import (
     sensitivity_facts,
     state_bytes,
 )
-from mimoquant.mixing.run import Walks, forks_of, halves, sensitivity
+from mimoquant.mixing.run import sensitivity
+from mimoquant.mixing.walks import Walks, forks_of, halves
 from mimoquant.output.verify import verify
 from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import load_recipe, parse_recipe

@@ -22,7 +22,7 @@ from mimoquant.machine.devices import make_engine
 from mimoquant.machine.team import Team
 from mimoquant.mixing.mixtures import Mixtures
 from mimoquant.mixing.needs import Forks, forward_passes, state_bytes
-from mimoquant.mixing.run import Walks
+from mimoquant.mixing.walks import Walks
 from mimoquant.model.served_rounding import FP8, MXFP4, NONE, NVFP4
 from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import load_recipe, parse_recipe

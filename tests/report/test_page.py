@@ -104,6 +104,7 @@ def sensitivity_facts() -> Facts:
         "recipe": "a recipe",
         "method": "rtn",
         "calibration": {"name": "mixed"},
+        "costs_by": "forks",
         "container": "native",
         "options": ["mxfp4", "bf16"],
         "data": {
@@ -114,6 +115,7 @@ def sensitivity_facts() -> Facts:
             "shared_with_calibration": None,
         },
         "notes": ["a note"],
+        "rounding": None,
         "j": estimate(0.05),
         "sum_alone": estimate(0.05),
         "sum_gains": estimate(0.05),
