@@ -181,7 +181,7 @@ def test_a_limit_of_j_is_refused(tmp_path: Path) -> None:
 
 def test_a_rounding_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "out.yaml"
-    with pytest.raises(UsageError, match="--quick predicts what weights cost, and inputs of .* would be rounded"):
+    with pytest.raises(UsageError, match=r"--quick predicts what weights cost, and inputs of .* would be rounded"):
         mimoquant.sensitivity(MICRO, RECIPE, out, activations="nvfp4", quick=True, sequences=8, tokens=32)
     assert not list(tmp_path.iterdir())
 
