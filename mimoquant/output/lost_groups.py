@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 from mimoquant.checkpoint.journal import JournalLine
+from mimoquant.quant.clamped import Clamped
 from mimoquant.run.clamped import Counts
 
 
@@ -14,6 +17,22 @@ def told_otherwise(line: JournalLine, counts: Counts) -> list[str]:
         for name in sorted(told.keys() | found.keys())
         if told.get(name) != found.get(name)
     ]
+
+
+def settled(
+    ranges: Mapping[str, Mapping[int, tuple[Clamped, Clamped]]], told: Callable[[str, int], list[int] | None]
+) -> dict[str, dict[int, Clamped]]:
+    """Counts that are known as least and most, where factors are stored nowhere: those that the journal tells of a
+    projection's expert (`told`) where they lie in between, else the nearest."""
+
+    def between(projection: str, expert: int, least: Clamped, most: Clamped) -> Clamped:
+        zeroed, clamped, _ = told(projection, expert) or (0, 0, 0)
+        return least._replace(
+            zeroed=min(max(zeroed, least.zeroed), most.zeroed), clamped=min(max(clamped, least.clamped), most.clamped)
+        )
+
+    found = {p: {e: between(p, e, *ends) for e, ends in experts.items()} for p, experts in ranges.items()}
+    return {p: {e: one for e, one in experts.items() if one.lost} for p, experts in found.items()}
 
 
 def _words(numbers: list[int] | None) -> str:

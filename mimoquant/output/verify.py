@@ -15,6 +15,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from mimoquant.checkpoint.writer import Entry
 from mimoquant.errors import CheckpointError, MimoquantError, QualityError, UsageError
 from mimoquant.model.layout import PROJECTIONS, norm_name, router_name
 from mimoquant.output.documents import VerifyDocument
-from mimoquant.output.lost_groups import told_otherwise
+from mimoquant.output.lost_groups import settled, told_otherwise
 from mimoquant.output.published import is_dangling_index, may_be_edited, only_template_differs
 from mimoquant.output.small_files import is_as_written, written_texts
 from mimoquant.planning.plan import Plan, make_plan
@@ -315,7 +316,6 @@ class _Values:
         self.total = Audit(0.0, 0, 0.0, 0.0)
         self.layer: int | None = None
         self.fold: Array | None = None
-        self.recounts = not (plan.recipe.real_fold and plan.recipe.folds_down)  # whose factors no tensor holds
 
     def unit(self, unit: Unit) -> None:
         layer = self.layer = unit.layer
@@ -328,7 +328,7 @@ class _Values:
                 self.report.problem(str(error))
         counted = self.shop.counted()
         self.report.clamped |= counted
-        if (line := self.journal.get(unit.name)) and len(steps) == len(unit.steps) and self.recounts:
+        if (line := self.journal.get(unit.name)) and len(steps) == len(unit.steps):
             self.report.problems_of(told_otherwise(line, counted))
 
     def problem(self, text: str) -> None:
@@ -394,7 +394,8 @@ class _Values:
         if self.plan.recipe.calibrated:
             from mimoquant.output.verify_calibrated import audits
 
-            judged, found = audits(stored, stacks, step.fmt, self.plan.recipe, self.fold, layer=step.layer)
+            judged, ranges = audits(stored, stacks, step.fmt, self.plan.recipe, self.fold, layer=step.layer)
+            found = settled(ranges, partial(self._told_lost, step))
         elif self.plan.recipe.casts:
             judged, found = {p: self.engine.audit_cast(stacks[p], step.fmt, stored[p]) for p in PROJECTIONS}, {}
         else:
@@ -412,8 +413,13 @@ class _Values:
                 self.report.problem(f"{name}: gate and up have different global scales, engines use one")
         if step.fmt.pow2_global:
             self._pow2(step, stored)
-        if self.recounts:  # last, for it may stop
-            self.shop.count(named(self.plan.layout, layer, begin, found), step)
+        self.shop.count(named(self.plan.layout, layer, begin, found), step)  # last, for it may stop
+
+    def _told_lost(self, step: Experts, projection: str, expert: int) -> list[int] | None:
+        """What the journal tells of the groups without a scale of one of a chunk's weights."""
+        line = self.journal.get(f"layer {step.layer}")
+        name = self.plan.layout.expert(step.layer, step.begin + expert, projection).name
+        return (line.clamped or {}).get(name) if line else None
 
     def _pow2(self, step: Experts, stored: dict[str, dict[str, Array]]) -> None:
         """Global scales that are another number than quantize writes, be it by one bit."""

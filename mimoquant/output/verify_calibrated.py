@@ -27,10 +27,11 @@ from mimoquant.quant.engine_torch import TorchEngine, decode, stored_parts, unpa
 from mimoquant.quant.formats import E2M1_VALUES, Format
 from mimoquant.quant.grid import Grid
 from mimoquant.quant.stack import Audit, Stack
-from mimoquant.run.chunk_facts import clamped_on_device
+from mimoquant.run.chunk_facts import clamped_on_device, clamped_within
 from mimoquant.weights.decoded import TORCH_DTYPES
 
 Array = npt.NDArray[Any]
+FACTOR_OFF = 2.0  # that an estimate of a channel's factor may be, where its groups have no scale
 BF16_ROUNDING = 2.0**-8  # largest relative change; it has room for what float32 adds
 
 
@@ -42,9 +43,9 @@ def audits(
     fold: Array | None,
     *,
     layer: int,
-) -> tuple[dict[str, list[Audit]], dict[str, dict[int, Clamped]]]:
-    """One audit an expert for each projection, and groups that have no scale. `fold`: what the layer's norm was divided
-    by, if the recipe folds it."""
+) -> tuple[dict[str, list[Audit]], dict[str, dict[int, tuple[Clamped, Clamped]]]]:
+    """One audit an expert for each projection, and groups that have no scale, at least and at most. `fold`: what the
+    layer's norm was divided by, if the recipe folds it."""
     engine, cpu = TorchEngine("cpu"), torch.device("cpu")
     weights = {p: engine.bf16(stack) for p, stack in stacks.items()}
     if fold is not None:
@@ -61,7 +62,12 @@ def audits(
         between = (_real_fold if recipe.real_fold else _pow2_fold)(decode(parts["up"], fmt), source["up"])
         source["up"] = scaled(source["up"], inverse(between)[:, :, None])
         source["down"] = scaled(source["down"], between[:, None, :])
-    found = {p: clamped_on_device(source[p], parts[p], fmt) for p in source}
+    found = {}
+    for p in source:
+        if recipe.folds_down and recipe.real_fold and p != "gate":
+            found[p] = clamped_within(source[p].to(torch.bfloat16).float(), parts[p], fmt, FACTOR_OFF)
+        else:
+            found[p] = {e: (one, one) for e, one in clamped_on_device(source[p], parts[p], fmt).items()}
     return {
         p: _audits(source[p], parts[p], fmt, nearest=nearest, signed=signed, unfit=unfit.get(p)) for p in source
     }, found

@@ -35,6 +35,7 @@ _TOP = {
 _LARGEST = {"int4": 8.0, "mxfp4": 6.0, "nvfp4": 6.0}
 # Stored bits, without a sign: those of a group of zeros, and the least. MXFP4 has the least for zeros too.
 _ZEROS, _LEAST = {"int4": 0x3C00, "mxfp4": 0, "nvfp4": 0x20}, {"int4": 1, "mxfp4": 0, "nvfp4": 1}
+_MIDDLE = {"int4": 0x4000, "mxfp4": 127, "nvfp4": 0x40}  # what is at neither end
 _E4M3_MOST = 0x7E
 # Plain rounding would have stored less than the least scale where a group wants less than so much of it.
 _TOO_LITTLE = {"int4": 0.5, "mxfp4": 3.5 / 6.0, "nvfp4": 0.5}
@@ -109,6 +110,12 @@ def suspicious(parts: Mapping[str, Array], fmt: Format) -> Groups:
     huge = np.flatnonzero(_LARGEST["nvfp4"] * 448.0 / parts["global_scale"].ravel().astype(np.float64) >= _INF)
     found[huge] = True
     return np.nonzero(found)
+
+
+def at_low_end(parts: Mapping[str, Array], fmt: Format, groups: Groups) -> Array:
+    """[n] of `suspicious` groups, whether they are so for a small scale; else it is a large one."""
+    low: Array = _bits(parts, fmt)[groups] <= _MIDDLE[fmt.name]
+    return low
 
 
 def _bits(parts: Mapping[str, Array], fmt: Format) -> Array:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mimoquant.model.decoder_layer import ExpertChunk
 from mimoquant.model.layout import PROJECTIONS, ModelLayout
-from mimoquant.quant.clamped import Clamped, Groups, clamped_groups, suspicious
+from mimoquant.quant.clamped import Clamped, Groups, at_low_end, clamped_groups, suspicious
 from mimoquant.quant.engine_torch import amax, nvfp4_global_scale, to_numpy
 from mimoquant.quant.expert_methods import Encoded, encode_with, energy
 from mimoquant.quant.formats import Format
@@ -59,10 +59,44 @@ def clamped_facts(
 def clamped_on_device(weight_EOI: Tensor, parts: dict[str, Tensor], fmt: Format) -> dict[int, Clamped]:
     """`quant.clamped.clamped` of what lies on a device: of codes and weights only what is asked for leaves it."""
     held = {name: to_numpy(values) for name, values in parts.items() if name != "codes"}
-    codes = parts["codes"].reshape(*held["scale"].shape, -1)
+    return _counted(weight_EOI, parts["codes"], held, fmt, suspicious(held, fmt))
+
+
+def clamped_within(
+    weight_EOI: Tensor, parts: dict[str, Tensor], fmt: Format, off: float
+) -> dict[int, tuple[Clamped, Clamped]]:
+    """The same of weights that are known but for a factor of at most `off` or its inverse: least and most counts.
+
+    A larger weight is clamped to the least scale no sooner, and to the most no later, so each end is looked at alone.
+    """
+    held = {name: to_numpy(values) for name, values in parts.items() if name != "codes"}
+    found = suspicious(held, fmt)
+    low = at_low_end(held, fmt, found)
+    least: dict[int, Clamped] = {}
+    most: dict[int, Clamped] = {}
+    for which, few, many in ((low, off, 1 / off), (~low, 1 / off, off)):
+        groups = tuple(place[which] for place in found)
+        for total, size in ((least, few), (most, many)):
+            for expert, one in _counted(weight_EOI, parts["codes"], held, fmt, groups, size).items():
+                before = total.get(expert, Clamped(0, 0, 0, one.groups))
+                total[expert] = Clamped(*(a + b for a, b in zip(before[:3], one[:3], strict=True)), one.groups)
+    return {expert: (least.get(expert, Clamped(0, 0, 0, one.groups)), one) for expert, one in most.items()}
+
+
+def _counted(
+    weight_EOI: Tensor,
+    codes: Tensor,
+    held: dict[str, npt.NDArray[Any]],
+    fmt: Format,
+    groups: Groups,
+    size: float = 1.0,
+) -> dict[int, Clamped]:
+    """Of weights times `size`."""
+    codes = codes.reshape(*held["scale"].shape, -1)
     weights = weight_EOI.reshape(*held["scale"].shape, fmt.group_size)
-    picked = (lambda groups: _picked(codes, groups)), (lambda groups: _picked(weights, groups))
-    return clamped_groups(held, fmt, suspicious(held, fmt), *picked)
+    return clamped_groups(
+        held, fmt, groups, lambda some: _picked(codes, some), lambda some: _picked(weights, some) * size
+    )
 
 
 def _picked(values: Tensor, groups: Groups) -> npt.NDArray[Any]:

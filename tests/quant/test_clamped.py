@@ -158,3 +158,14 @@ def test_fp8_is_judged_with_its_scales() -> None:
     found, parts = counted(Stack(values, scales), Format("nvfp4", 16), "absmax")
     assert found == {0: Clamped(128 * 4, 0, 0, 256 * 16)}
     assert zeroed(Stack(values, scales), parts, Format("nvfp4", 16)).tolist() == [128 * 4]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is here")
+@formats
+def test_a_gpu_counts_the_same(fmt: Format) -> None:
+    """Only what is asked for leaves it: codes and weights of the groups whose scale is suspicious."""
+    stack = group_sizes_apart(-44, -20)
+    found, parts = counted(stack, fmt, "absmax")
+    held = stored_parts(parts, fmt, torch.device("cuda"))
+    assert found == clamped_on_device(TorchEngine("cuda").bf16(stack), held, fmt)
