@@ -79,7 +79,9 @@ def clamped_within(
         for total, size in ((least, few), (most, many)):
             for expert, one in _counted(weight_EOI, parts["codes"], held, fmt, groups, size).items():
                 before = total.get(expert, Clamped(0, 0, 0, one.groups))
-                total[expert] = Clamped(*(a + b for a, b in zip(before[:3], one[:3], strict=True)), one.groups)
+                total[expert] = Clamped(
+                    before.zeroed + one.zeroed, before.clamped + one.clamped, before.infinite + one.infinite, one.groups
+                )
     return {expert: (least.get(expert, Clamped(0, 0, 0, one.groups)), one) for expert, one in most.items()}
 
 
