@@ -197,6 +197,8 @@ def held_out_tokens(reference: Path, choice: EvaluationChoice, vocab: int, watch
 def note_left_out(tokens: TokenSet, watcher: Watcher) -> None:
     if tokens.left_out:
         watcher.note(f"too few tokens for one sequence of {tokens.ids.shape[1]}: {', '.join(tokens.left_out)}")
+    if tokens.skipped:
+        watcher.note(f"{tokens.skipped} tokens between two sequences are left out, so that none cuts an image")
 
 
 def passed(measured: Evaluation, max_kl: float | None) -> bool | None:

@@ -35,7 +35,8 @@ def refuse_shared(record: CalibrationRecord, tokens: TokenSet, who: str) -> floa
     if record.fingerprints is not None:
         share = tokens.fingerprints.share_in(record.fingerprints)
         if share >= OVERLAP_LIMIT:
-            told = f"{percent(share)} of its text with {calibrated}; less than {percent(OVERLAP_LIMIT)} may be"
+            what = "text, images or sounds" if any(tokens.media) else "text"
+            told = f"{percent(share)} of its {what} with {calibrated}; less than {percent(OVERLAP_LIMIT)} may be"
             raise UsageError(f"--data {tokens.name}: shares {told}", hint=_HINT)
         return share
     sequences, files = record.shared_with(tokens)
