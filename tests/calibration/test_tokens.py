@@ -467,7 +467,7 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_shipped_set_is_small_and_has_its_domains() -> None:
-    assert shipped_sets() == ["heldout-v1", "mixed-v1"]
+    assert shipped_sets() == ["heldout-v1", "mixed-v1", "omni-heldout-v1", "omni-v1"]
     files = sorted((calib_folder() / "heldout-v1").iterdir())
     assert [file.name for file in files] == [
         f"{domain}.jsonl" for domain in ("chat", "chinese", "code", "french", "maths", "prose", "tools")
