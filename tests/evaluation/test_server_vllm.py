@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 from micro import MICRO
 from padded_twin import padded_twin
+from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from mimoquant import pipeline
@@ -104,9 +105,12 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def candidate(quantized: Path) -> Iterator[str]:
-    """The address of a server of the quantized checkpoint that gives as many log-probabilities as are asked for."""
+    """The address of a server of the quantized checkpoint that gives as many log-probabilities as are asked for, and
+    has the parsers of the family's chats."""
     twin = padded_twin(quantized, quantized.parent / "twin", HEAD)
-    process, url = start(twin, quantized.parent / "candidate.log", "--max-logprobs", "1024", "--enable-scale-out")
+    parsers = ("--reasoning-parser", "mimo", "--tool-call-parser", "mimo", "--enable-auto-tool-choice")
+    log = quantized.parent / "candidate.log"
+    process, url = start(twin, log, "--max-logprobs", "1024", "--enable-scale-out", *parsers)
     yield url
     stop(process)
 
@@ -127,6 +131,28 @@ def facts_of(*arguments: str | Path) -> dict[str, Any]:
     result = call(*arguments, *SIZE, "--json")
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)
+
+
+def test_a_chat_with_a_tool_is_rendered_and_answered(quantized: Path, candidate: str) -> None:
+    """quantize, serve, chat; J of the same server is told below. The server counts the tokens that transformers renders
+    from the output's own files; a call in the answer has the form that the parser makes."""
+    parameters = {"type": "object", "properties": {"city": {"type": "string"}}}
+    messages = [{"role": "user", "content": "How warm is it in Rome?"}]
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": parameters}}]
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(quantized)
+    rendered = tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False)
+    asked = {"model": "twin", "messages": messages, "tools": tools, "max_tokens": 16, "temperature": 0}
+    request = urllib.request.Request(
+        f"{candidate}/v1/chat/completions", json.dumps(asked).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        told = json.load(answer)
+    (choice,), message = told["choices"], told["choices"][0]["message"]
+    print(f"\nchat: {told['usage']}, {choice['finish_reason']}, {message}")
+    assert told["usage"]["prompt_tokens"] == len(tokenizer(str(rendered))["input_ids"])
+    assert 0 < told["usage"]["completion_tokens"] <= 16
+    assert choice["finish_reason"] in ("length", "stop", "tool_calls")
+    assert any(message.get(key) for key in ("content", "reasoning", "reasoning_content", "tool_calls"))
 
 
 def test_the_bound_against_the_full_vocabulary(
