@@ -1,8 +1,8 @@
 """What an engine's kernels round beside a checkpoint's weights, on a kind of GPU: what `eval-kl --as-served` takes.
 
-Key idea: experts' kernels are the rows of `gpus.KERNELS` that `launch` goes by; here are those of FP8 matrices beside
-them. What no row tells is refused, and every answer says which kernel is meant and how that is known.
-Left out: speed; weights that a kernel rounds again (DeepGEMM on Blackwell turns FP8 block scales into powers of two).
+Key idea: experts' kernels are the rows of `kernels.KERNELS` that `launch` goes by; here are those of FP8 matrices
+beside them. What no row tells is refused, and every answer says which kernel is meant and how that is known.
+Left out: speed; weights that a kernel rounds again (in vLLM DeepGEMM's FP8 block scales become powers of two).
 Sources: vLLM 0.33 (kernels/linear: scaled_mm, mxfp8), SGLang 0.5.23 (layers/quantization/fp8.py).
 """
 
@@ -12,14 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mimoquant.errors import UsageError
-from mimoquant.model.served_rounding import FP8, FP8_UE8M0, MXFP4, MXFP8, NONE, NVFP4, Rounding
+from mimoquant.model.served_rounding import FP8, FP8_UE8M0, MXFP8, NONE, Rounding
 from mimoquant.serving import contracts as c
 from mimoquant.serving.declared import Declared
-from mimoquant.serving.gpus import GPUS, Gpu, Kernel, kernel
+from mimoquant.serving.gpus import GPUS, Gpu, Kernel
 from mimoquant.serving.input_rounding import rounds_inputs
+from mimoquant.serving.kernels import kernel
 from mimoquant.serving.served import Served
-
-_KINDS = {None: NONE, "MXFP8": MXFP8, "MXFP4": MXFP4, "NVFP4": NVFP4}  # by what a row of KERNELS says it rounds to
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,21 +32,41 @@ class DenseKernel:
     rounds: str
     evidence: str
     source: str
+    stops: str = ""  # how the engine stops there, or why it cannot be measured
 
 
 _OLD, _HOPPER, _BLACKWELL, _SM12X = ("SM80", "SM86", "SM89"), ("SM90",), ("SM100", "SM103"), ("SM120", "SM121")
+_AMD = ("gfx942", "gfx950")
 _LINEAR, _SGLANG_FP8 = "kernels/linear of 0.33", "quantization/fp8.py of 0.5.23"
+_SGLANG_MXFP8 = "fp8_utils.py of 0.5.23, resolve_mxfp8_dense_gemm_backend"
+_NO_MXFP8 = "stops with RuntimeError: its MXFP8 kernels begin with SM90"
+_GROUPS_OF_32 = "rounds groups of 32 by float32 scales, which cannot be measured here"
 DENSE_KERNELS = (
     DenseKernel(c.VLLM, FP8, _OLD, "Marlin", NONE, c.READ, _LINEAR),
-    DenseKernel(c.VLLM, FP8, _HOPPER, "DeepGEMM or CUTLASS", FP8, c.READ, _LINEAR),
+    DenseKernel(
+        c.VLLM,
+        FP8,
+        _HOPPER,
+        "DeepGEMM",
+        FP8_UE8M0,
+        c.READ,
+        f"{_LINEAR}; without DeepGEMM CUTLASS, whose scales are float32",
+    ),
     DenseKernel(c.VLLM, FP8, _BLACKWELL, "DeepGEMM", FP8_UE8M0, c.READ, _LINEAR),
     DenseKernel(c.VLLM, FP8, _SM12X, "CUTLASS", FP8, c.UNVERIFIED, _LINEAR),
+    DenseKernel(c.VLLM, FP8, _AMD, "Triton, or AITER where that is asked for,", FP8, c.READ, "kernels/linear of 0.32"),
+    DenseKernel(c.VLLM, MXFP8, ("gfx942",), "a product in bf16", NONE, c.READ, "kernels/linear/mxfp8 of 0.32"),
+    DenseKernel(c.VLLM, MXFP8, ("gfx950",), "its own MX product", MXFP8, c.READ, "kernels/linear/mxfp8 of 0.32"),
     DenseKernel(c.VLLM, MXFP8, (*_OLD, *_HOPPER), "Marlin", NONE, c.READ, _LINEAR),
     DenseKernel(c.VLLM, MXFP8, _BLACKWELL, "FlashInfer", MXFP8, c.READ, _LINEAR),
     DenseKernel(c.VLLM, MXFP8, _SM12X, "FlashInfer's CUTLASS", MXFP8, c.UNVERIFIED, _LINEAR),
     DenseKernel(c.SGLANG, FP8, ("SM80", "SM86"), "Marlin", NONE, c.READ, _SGLANG_FP8),
-    DenseKernel(c.SGLANG, FP8, ("SM89", *_HOPPER, *_SM12X), "its own choice", FP8, c.UNVERIFIED, _SGLANG_FP8),
+    DenseKernel(c.SGLANG, FP8, ("SM89", *_HOPPER, *_SM12X, *_AMD), "its own choice", FP8, c.UNVERIFIED, _SGLANG_FP8),
     DenseKernel(c.SGLANG, FP8, _BLACKWELL, "DeepGEMM", FP8_UE8M0, c.UNVERIFIED, _SGLANG_FP8),
+    DenseKernel(c.SGLANG, MXFP8, (*_BLACKWELL, *_SM12X), "FlashInfer", MXFP8, c.READ, _SGLANG_MXFP8),
+    DenseKernel(c.SGLANG, MXFP8, ("gfx950",), "its own MX product", MXFP8, c.READ, _SGLANG_MXFP8),
+    DenseKernel(c.SGLANG, MXFP8, _HOPPER, "DeepGEMM", FP8, c.READ, _SGLANG_MXFP8, _GROUPS_OF_32),
+    DenseKernel(c.SGLANG, MXFP8, _OLD, "none", NONE, c.READ, _SGLANG_MXFP8, _NO_MXFP8),
 )
 
 
@@ -74,17 +93,16 @@ def as_served(checkpoint: Served, engine: str, gpu: str, *, cache: bool) -> tupl
     kinds: dict[int, str] = {}
     for subject, layers in _by_subject(checkpoint, engine).items():
         row = _expert_kernel(engine, subject, place, on)
-        kind = NONE if row is None else _kind(row)
+        kind = NONE if row is None else row.rounds
         kinds |= dict.fromkeys(layers, kind)
         if row is not None:
-            known.append(
-                _told(on, f"{subject} experts", row.name or "a kernel of bf16", kind, row.evidence, row.source)
-            )
+            known.append(_told(on, f"{subject} experts", row.name or "whatever it takes", kind, row.rounds_told))
     dense = NONE
     for stored in sorted(_dense_stored(checkpoint)):
         found = _dense_kernel(engine, stored, place, on)
         dense = FP8 if found.rounds == MXFP8 else found.rounds
-        known.append(_told(on, f"{stored} beside the experts", found.name, found.rounds, found.evidence, found.source))
+        told = f"{'not verified' if found.evidence == c.UNVERIFIED else found.evidence}: {found.source}"
+        known.append(_told(on, f"{stored} beside the experts", found.name, found.rounds, told))
     if not place.tried:
         known.append(f"not tried by us: any engine on {place.label} ({place.arch})")
     usual = next(iter(kinds.values()), NONE)
@@ -119,12 +137,6 @@ def _expert_kernel(engine: str, subject: str, place: Gpu, on: str) -> Kernel | N
     return row
 
 
-def _kind(row: Kernel) -> str:
-    if row.subject == c.FP8:
-        return NONE if (row.name or "").lower() == "marlin" else FP8
-    return _KINDS[row.rounds]
-
-
 def _dense_stored(checkpoint: Served) -> Iterator[str]:
     """In which kinds of FP8 matrices beside the experts are."""
     if "F8_E4M3" in checkpoint.linears.values():
@@ -134,6 +146,8 @@ def _dense_stored(checkpoint: Served) -> Iterator[str]:
 def _dense_kernel(engine: str, stored: str, place: Gpu, on: str) -> DenseKernel:
     for row in DENSE_KERNELS:
         if (row.engine, row.stored) == (engine, stored) and place.arch in row.archs:
+            if row.stops:
+                raise UsageError(f"{on}: with {stored} beside the experts it {row.stops}", hint="another kind of GPU")
             return row
     raise _not_known(f"{stored} beside the experts", on)
 
@@ -145,7 +159,6 @@ def _not_known(what: str, on: str) -> UsageError:
     )
 
 
-def _told(on: str, what: str, name: str, kind: str, evidence: str, source: str) -> str:
+def _told(on: str, what: str, name: str, kind: str, how: str) -> str:
     rounding = "inputs not rounded" if kind == NONE else f"inputs rounded to {kind}"
-    how = "not verified" if evidence == c.UNVERIFIED else evidence
-    return f"{on}: {what} by {name}, {rounding} ({how}: {source})"
+    return f"{on}: {what} by {name}, {rounding} ({how})"

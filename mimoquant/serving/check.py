@@ -14,8 +14,8 @@ from mimoquant.model.geometry import FP8_BLOCK
 from mimoquant.planning.documents import EngineCheck
 from mimoquant.serving import contracts as c
 from mimoquant.serving.contradictions import Contradictions
-from mimoquant.serving.gpus import unasked
 from mimoquant.serving.input_rounding import input_problems
+from mimoquant.serving.kernels import rounding_words, unasked
 from mimoquant.serving.problem import WARNING, Problem, of_layers
 from mimoquant.serving.quantization_keys import QuantizationKeys
 from mimoquant.serving.served import CHANNEL, Served
@@ -155,8 +155,9 @@ class _Check:
             if kernel and (self.arch is None or self.arch in kernel.archs):
                 yield Problem(
                     WARNING,
-                    f"layers {ranges(layers)}: {subject} is computed on {kernel.unasked} with activations rounded "
-                    f"to {kernel.rounds}, which nothing in it asks for and J does not know of ({self.label})",
+                    f"layers {ranges(layers)}: {subject} is computed on {kernel.unasked} with activations rounded to "
+                    f"{rounding_words(kernel.rounds)}, which nothing in it asks for and J does not know of "
+                    f"({self.label})",
                     kernel.source,
                     "quantize with --container native",
                 )

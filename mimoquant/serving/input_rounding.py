@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mimoquant.model.layout import expert_module
+from mimoquant.model.served_rounding import NONE
 from mimoquant.serving import contracts as c
 from mimoquant.serving.declared import Declared
-from mimoquant.serving.gpus import KERNELS
+from mimoquant.serving.kernels import KERNELS
 from mimoquant.serving.problem import WARNING, Problem
 from mimoquant.weights.container import COMPRESSED_TENSORS, MODELOPT, input_scale_tensor
 
@@ -46,8 +47,8 @@ def input_problems(declared: Declared, label: str, arch: str | None) -> Iterator
     suffix = input_scale_tensor(kind)[0]
     rows = [row for row in KERNELS if (row.engine, row.subject) == (engine, c.NVFP4_INPUTS)]
     here = [row for row in rows if arch is None or arch in row.archs]
-    rounding = _places([(row.name, row.archs) for row in here if row.rounds])
-    plain = _places([(row.name, row.archs) for row in here if not row.rounds])
+    rounding = _places([(row.name, row.archs) for row in here if row.rounds != NONE])
+    plain = _places([(row.name, row.archs) for row in here if row.rounds == NONE])
     if asks and not checkpoint.input_scales and (rounding or arch is None):
         fixed = engine == c.SGLANG and kind == MODELOPT  # which fills them in
         does = "are scaled by 1" if fixed else "are scaled by memory not written to"

@@ -16,12 +16,14 @@ from pathlib import Path
 from mimoquant.__version__ import SCHEMA_VERSION
 from mimoquant.errors import CheckpointError, UsageError
 from mimoquant.model.drafter import Drafter, open_drafter
+from mimoquant.model.served_rounding import NONE
 from mimoquant.serving import contracts as c
 from mimoquant.serving.as_served import kernel_subject
 from mimoquant.serving.check import check
 from mimoquant.serving.command import ATTN_DP_SINCE, SWA_RATIO, Command, Layout, Speculation
 from mimoquant.serving.documents import LaunchDocument, PatchFacts
-from mimoquant.serving.gpus import GPUS, Gpu, kernel
+from mimoquant.serving.gpus import GPUS, Gpu
+from mimoquant.serving.kernels import kernel, rounding_words
 from mimoquant.serving.problem import Problem
 from mimoquant.serving.served import Served
 from mimoquant.wording import size
@@ -262,10 +264,10 @@ class _Maker:
 
     def _of_kernels(self, command: Command) -> Iterator[str]:
         row = command.kernel
-        if row and row.rounds and not row.unasked:  # the check told the other ones
+        if row and row.rounds != NONE and not row.unasked:  # the check told the other ones
             yield (
-                f"{row.name} rounds activations to {row.rounds}, which a plain J does not know of: measure it with "
-                "`mimoquant eval-kl --as-served`, or with --server URL"
+                f"{row.name or self.label} rounds activations to {rounding_words(row.rounds)}, which a plain J does "
+                "not know of: measure it with `mimoquant eval-kl --as-served`, or with --server URL"
             )
         if self.subject == c.NVFP4_INPUTS and row and row.shares:
             yield f"{row.name} scales the activations of a layer's experts by their largest input scale"

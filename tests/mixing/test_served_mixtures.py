@@ -23,7 +23,7 @@ from mimoquant.machine.team import Team
 from mimoquant.mixing.mixtures import Mixtures
 from mimoquant.mixing.needs import Forks, forward_passes, state_bytes
 from mimoquant.mixing.walks import Walks
-from mimoquant.model.served_rounding import FP8, MXFP4, NONE, NVFP4
+from mimoquant.model.served_rounding import FP8_UE8M0, MXFP4, NONE, NVFP4
 from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import load_recipe, parse_recipe
 
@@ -103,16 +103,16 @@ def test_each_option_is_rounded_as_its_own_kernel_does() -> None:
     told = served_options(w4a4, RoundingChoice(as_served="vllm:b200", reference=True))
     assert (
         told.inputs
-        == {"nvfp4": NVFP4, "mxfp4": MXFP4, "fp8": FP8, "bf16": NONE}
+        == {"nvfp4": NVFP4, "mxfp4": MXFP4, "fp8": FP8_UE8M0, "bf16": NONE}
         == {option.label: told.inputs[option.label] for option in w4a4.options}
     )
     assert told.beside.dense == NONE and told.beside.cache == NONE  # bf16 in compressed-tensors
-    assert told.reference.experts == FP8 and told.reference.dense == "fp8-ue8m0"
+    assert told.reference.experts == told.reference.dense == FP8_UE8M0
     assert len(told.known) == len(set(told.known)) > 3
     on_hopper = served_options(w4a4, RoundingChoice(as_served="vllm:h200"))
-    assert on_hopper.inputs == {"nvfp4": NONE, "mxfp4": NONE, "fp8": FP8, "bf16": NONE} and on_hopper.anything
+    assert on_hopper.inputs == {"nvfp4": NONE, "mxfp4": NONE, "fp8": FP8_UE8M0, "bf16": NONE} and on_hopper.anything
     native = Mixtures(make_plan(MICRO, load_recipe("mxfp4-rtn")))
-    assert served_options(native, RoundingChoice(as_served="sglang:b200")).beside.dense == "fp8-ue8m0"
+    assert served_options(native, RoundingChoice(as_served="sglang:b200")).beside.dense == FP8_UE8M0
     nothing = served_options(w4a4, RoundingChoice(activations="none", dense="none", kv="none"))
     assert not nothing.anything and nothing.told == served_options(w4a4, RoundingChoice()).told == "nothing"
     with pytest.raises(UsageError, match="is not known here"):

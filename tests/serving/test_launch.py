@@ -25,7 +25,7 @@ from mimoquant.cli.options import Engine, Gpu, Server
 from mimoquant.errors import CheckpointError, MimoquantError, UsageError
 from mimoquant.quant.formats import Format
 from mimoquant.report.verb_text import launch_text
-from mimoquant.serving import contracts, gpus
+from mimoquant.serving import contracts, gpus, kernels
 from mimoquant.serving.check import check
 from mimoquant.serving.command import Layout
 from mimoquant.serving.documents import LaunchDocument
@@ -263,8 +263,8 @@ def test_kinds_that_nobody_tried_say_so() -> None:
         notes = from_release("v2.6-flash", "vllm", gpu, count)["notes"]
         assert ("not tried by us: any engine on" in " ".join(notes)) == (gpu not in ("h100", "h200"))
     ran = {gpu.arch for gpu in gpus.GPUS.values() if gpu.tried}
-    assert all(set(row.archs) <= ran for row in gpus.KERNELS if row.evidence == contracts.RUN)
-    keys = [(row.engine, row.subject, arch, row.ep) for row in gpus.KERNELS for arch in row.archs]
+    assert all(set(row.archs) <= ran for row in kernels.KERNELS if row.evidence == contracts.RUN)
+    keys = [(row.engine, row.subject, arch, row.ep) for row in kernels.KERNELS for arch in row.archs]
     assert len(keys) == len(set(keys))
 
 
@@ -438,7 +438,7 @@ def test_the_choices_are_those_of_the_tables() -> None:
     assert [gpu.value for gpu in Gpu] == list(gpus.GPUS) == sorted(EVERY_KIND, key=list(gpus.GPUS).index)
     assert [engine.value for engine in Engine] == list(contracts.ENGINES)
     assert [server.value for server in Server] == [contracts.VLLM, contracts.SGLANG]
-    assert {gpu.arch for gpu in gpus.GPUS.values()} == {arch for row in gpus.KERNELS for arch in row.archs}
+    assert {gpu.arch for gpu in gpus.GPUS.values()} == {arch for row in kernels.KERNELS for arch in row.archs}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
