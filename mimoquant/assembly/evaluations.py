@@ -52,7 +52,7 @@ def evaluate_folder(
     served = rounded_checkpoints(
         {"reference": reference, "candidate": candidate, "baseline": baseline}, choice.rounding
     )
-    tokens = held_out_tokens(reference, choice, layout.geometry.vocab, watcher)
+    tokens = held_out_tokens(reference, choice, layout.geometry.vocab, watcher, takes_media=True)
     if file and not there:
         causes = any(checkpoint.rounding.anything for checkpoint in served.values())
         kept = kept_bytes(layout, tokens, len(served), choice.noise_floor, causes=causes)
@@ -178,7 +178,9 @@ def evaluate_draft(
     }
 
 
-def held_out_tokens(reference: Path, choice: EvaluationChoice, vocab: int, watcher: Watcher) -> TokenSet:
+def held_out_tokens(
+    reference: Path, choice: EvaluationChoice, vocab: int, watcher: Watcher, *, takes_media: bool = False
+) -> TokenSet:
     """The tokens that were asked for; what is not read, or too short for one sequence, is told."""
     for note in notes(choice.data):
         watcher.note(note)
@@ -189,6 +191,7 @@ def held_out_tokens(reference: Path, choice: EvaluationChoice, vocab: int, watch
         tokens=choice.tokens,
         vocab=vocab,
         column=choice.column,
+        takes_media=takes_media,
     )
     note_left_out(tokens, watcher)
     return tokens

@@ -29,10 +29,11 @@ from mimoquant.calibration.packing import Packed, Packer, check_fits
 from mimoquant.calibration.records import KINDS, Record, Source, digest, domain_of, find, records
 from mimoquant.calibration.tokenizer import Tokenizer, load_tokenizer, one_line
 from mimoquant.checkpoint.folders import is_there, read_inside
-from mimoquant.checkpoint.hf_files import FINGERPRINTS_NAME
+from mimoquant.checkpoint.hf_files import CONFIG_NAME, FINGERPRINTS_NAME
 from mimoquant.errors import CheckpointError, UsageError
 from mimoquant.model.layout import ModelLayout
-from mimoquant.model.media import Medium, Picture, Placed
+from mimoquant.model.media import Medium, Picture, Placed, check_sequence, walked_ids
+from mimoquant.model.tower_config import read_tower_config
 
 Ids = npt.NDArray[np.int64]
 Decode = Callable[[list[int]], str]
@@ -66,6 +67,11 @@ class TokenSet:
             for start, count, medium in placed:
                 row[start : start + count] = 1 if isinstance(medium, Picture) else 2
         return out
+
+    @property
+    def walked(self) -> Ids:
+        """`ids` with numbers below 0 in place of placeholders: see `walked_ids`."""
+        return walked_ids(self.ids, self.media)
 
     def first(self, sequences: int) -> TokenSet:
         """The same set, of fewer sequences."""
@@ -364,6 +370,22 @@ def _refusal_hint(chat: Chat, error: Exception) -> str:
     return "templates mostly want user and assistant in turn, the user first, and content in every message"
 
 
+def check_media(tokens: TokenSet, layout: ModelLayout) -> None:
+    """Hold a set's media against a model. Raises CheckpointError: see `check_sequence`; and for towers that are not
+    understood. Of text alone nothing is asked."""
+    if not any(tokens.media):
+        return
+    config = read_tower_config(layout.config, f"{layout.index.folder}/{CONFIG_NAME}")
+    for number, (ids, media) in enumerate(zip(tokens.ids, tokens.media, strict=True)):
+        check_sequence(ids, media, config, f"{tokens.name}, sequence {number}")
+
+
+def refuse_media(tokens: TokenSet, what: str) -> None:
+    """Raises UsageError where a set has images or sound and `what` walks text only."""
+    if any(tokens.media):
+        raise UsageError(f"{tokens.name} has images or sound, and {what} walks text only")
+
+
 class Wanted(Protocol):
     """What a recipe says of its calibration tokens."""
 
@@ -388,4 +410,5 @@ def calibration_tokens(wanted: Wanted | None, layout: ModelLayout) -> TokenSet |
         tokens=wanted.tokens,
         vocab=layout.geometry.vocab,
         column=wanted.column,
+        takes_media=True,
     )

@@ -44,6 +44,12 @@ class TokenScores:
     confidence: Floats  # the reference's largest probability
     agree: npt.NDArray[np.bool_]
     finite: npt.NDArray[np.bool_]
+    predicts: npt.NDArray[np.bool_]  # whether the token that follows is one that models predict: not a picture's
+
+    @property
+    def counted(self) -> npt.NDArray[np.bool_]:
+        """Which positions make up the means. Losses of the others may be NaN."""
+        return self.finite & self.predicts
 
     @staticmethod
     def joined(parts: Iterable[TokenScores]) -> TokenScores:
@@ -109,7 +115,8 @@ def token_divergence(
 
     Args:
         reference, candidate: (begin, end) → logits [tokens, end - begin] of that vocabulary block.
-        labels: [tokens] int64, the token that follows each position.
+        labels: [tokens] int64, the token that follows each position; below 0 a picture's or a sound's, which no model
+            predicts: there is no loss then.
     """
     p, q = _Side(len(labels), labels.device), _Side(len(labels), labels.device)
     finite = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
@@ -131,6 +138,7 @@ def token_divergence(
         "confidence": 1 / p.total,
         "agree": p.top == q.top,
         "finite": finite,
+        "predicts": labels >= 0,
     }
     return TokenScores(**{name: values.cpu().numpy() for name, values in scores.items()})
 

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from mimoquant.__version__ import SCHEMA_VERSION
-from mimoquant.calibration.tokens import TokenSet
+from mimoquant.calibration.tokens import TokenSet, refuse_media
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.checkpoint.remote import named
 from mimoquant.errors import CheckpointError
@@ -209,6 +209,7 @@ def eval_draft(
     model. UsageError: too deep for the checkpoints or the sequences, or `tokens` are among those that the candidate was
     calibrated on.
     """
+    refuse_media(tokens, "eval-draft")
     served = AsServed.of(reference), AsServed.of(candidate)
     folders = [Path(checkpoint.folder) for checkpoint in served]
     layouts = open_layout(folders[0]), open_layout(folders[1])

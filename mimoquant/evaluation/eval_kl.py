@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from mimoquant.__version__ import __version__
-from mimoquant.calibration.tokens import TokenSet
+from mimoquant.calibration.tokens import TokenSet, check_media
 from mimoquant.checkpoint.index import open_index
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.checkpoint.remote import named
@@ -129,7 +129,7 @@ def compare(
     Returns the same on every rank of `team`. The candidates are of one model with the reference (`same_model`).
     """
     team = team or Team()
-    place, ids = torch.device(team.device), torch.from_numpy(tokens.ids)
+    place, ids = torch.device(team.device), torch.from_numpy(tokens.walked)
     layouts = [reference, *candidates]
     with contextlib.ExitStack() as stack:
         readers = [stack.enter_context(CheckpointReader(layout.index)) for layout in layouts]
@@ -141,7 +141,7 @@ def compare(
         ]
         mine = list(zip(every, few, strict=True))[team.rank :: team.size]
         floor = torch.cat(every[0])[:FLOOR_SEQUENCES] if noise_floor and team.leads else None
-        both = SideBySide(sides, causes, mine, floor)
+        both = SideBySide(sides, causes, mine, floor, tokens.media)
         means = _walk(both, progress, snapshots)
         comparisons = _joined(candidates, team, both, len(every))
         told = _causes(team, both, [number for number, places in enumerate(few) if places])
@@ -302,6 +302,8 @@ def eval_kl(
     first, *others = layouts.values()
     for layout in others:
         same_model(first, layout)
+    for layout in layouts.values():
+        check_media(tokens, layout)
     shared, *_ = [refuse_shared_data(layout.index.folder, tokens) for layout in others]
     identity = _identity(layouts, served, tokens, noise_floor, team)
     if file and file.resume and (finished := _finished(file, identity, team)) is not None:

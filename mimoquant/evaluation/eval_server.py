@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from mimoquant.__version__ import SCHEMA_VERSION
-from mimoquant.calibration.tokens import TokenSet
+from mimoquant.calibration.tokens import TokenSet, refuse_media
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.checkpoint.remote import named
 from mimoquant.evaluation import eval_kl
@@ -72,6 +72,7 @@ def score(reference: TopScores, answers: list[Answer], vocab: int) -> tuple[Toke
         confidence=np.exp(ours[:, 0]),
         agree=reference.ids[:, 0] == top,
         finite=np.isfinite(ours).all(-1) & np.isfinite(label) & np.isfinite(lumped.j),
+        predicts=np.ones(len(label), np.bool_),
     ), lumped
 
 
@@ -90,6 +91,7 @@ def eval_server(
         progress: called with (layer just passed, layers). asked: with (sequences answered, sequences).
     Raises CheckpointError: the checkpoint is bad, or the server fails.
     """
+    refuse_media(tokens, "eval-kl of a server")
     layout = eval_kl.open_layout(Path(reference))
     top = reference_top(
         layout,

@@ -121,7 +121,7 @@ def rounded_facts(reference: AsServed, candidate: AsServed, layout: ModelLayout)
 
 
 def _cause(name: str, scores: TokenScores, length: int) -> CausePart:
-    ok = scores.finite
+    ok = scores.counted
     low, high = bootstrap(scores.j[ok], (np.arange(len(ok)) // length)[ok])
     return CausePart(cause=name, j=float(scores.j[ok].mean()), low=low, high=high)
 

@@ -20,8 +20,10 @@ from mimoquant.evaluation.divergence import TokenScores, head_divergence
 from mimoquant.evaluation.documents import NoiseFloor
 from mimoquant.model.decoder_layer import linear, rms_norm
 from mimoquant.model.layer_stream import Stream, portions
+from mimoquant.model.media import Placed
 from mimoquant.model.served_rounding import Roundings
 from mimoquant.weights.decoded import CheckpointWeights
+from mimoquant.weights.embedding import Embedding
 
 NOISE = 2.0**-9
 WORST = 20
@@ -116,16 +118,17 @@ class SideBySide:
         causes: list[Cause],
         mine: list[tuple[list[Tensor], list[int]]],
         floor: Tensor | None,
+        media: Sequence[Sequence[Placed]] = (),
     ) -> None:
         """`sides`: the reference, then the candidates. `mine`: portions, and their batches that `causes` are measured
-        on. `floor`: sequences that the noise floor is measured on."""
+        on. `floor`: sequences that the noise floor is measured on. `media`: what ids below 0 stand for."""
         self.sides, self.causes = sides, causes
         self.aside = list(dict.fromkeys(s for c in causes for s in (c.reference, c.other) if s not in sides))
         some = [[batches[place] for place in few] for batches, few in mine if few]
         jobs = [*([batches for batches, _ in mine] for _ in sides), *(list(some) for _ in self.aside)]
         if floor is not None:
             jobs[0] += [list(torch.split(floor, 1)), *portions(floor)[:1]]
-        self._streams = _streams_of_sides([*sides, *self.aside], jobs)
+        self._streams = _streams_of_sides([*sides, *self.aside], jobs, media)
         self.floor = self._streams[0][len(mine) :]
         if self.floor:
             self.floor[-1].noise = NOISE
@@ -236,12 +239,14 @@ class _Ends:
         return self._norms[side.source]
 
 
-def _streams_of_sides(sides: Sequence[Side], jobs: Sequence[Sequence[Sequence[Tensor]]]) -> list[list[Stream]]:
-    """Streams for the jobs of each side; a checkpoint's embedding is read once."""
+def _streams_of_sides(
+    sides: Sequence[Side], jobs: Sequence[Sequence[Sequence[Tensor]]], media: Sequence[Sequence[Placed]]
+) -> list[list[Stream]]:
+    """Streams for the jobs of each side; a checkpoint's embedding is read once, and its towers."""
     out: list[list[Stream]] = [[] for _ in sides]
     for source in dict.fromkeys(side.source for side in sides):
         mine = [place for place, side in enumerate(sides) if side.source is source]
-        streams = iter(streams_of(source, [job for place in mine for job in jobs[place]]))
+        streams = iter(streams_of(source, [job for place in mine for job in jobs[place]], media))
         for place in mine:
             for _ in jobs[place]:
                 stream = next(streams)
@@ -250,10 +255,13 @@ def _streams_of_sides(sides: Sequence[Side], jobs: Sequence[Sequence[Sequence[Te
     return out
 
 
-def streams_of(source: CheckpointWeights, jobs: Sequence[Sequence[Tensor]]) -> list[Stream]:
-    """One stream of embedded tokens for each list of batches of ids; the embedding is read once."""
-    embedding = source.tensor("model.embed_tokens.weight")
-    return [Stream(source, [embedding[ids.to(source.device)].to(torch.float32) for ids in job]) for job in jobs]
+def streams_of(
+    source: CheckpointWeights, jobs: Sequence[Sequence[Tensor]], media: Sequence[Sequence[Placed]] = ()
+) -> list[Stream]:
+    """One stream of embedded tokens for each list of batches of ids; the embedding is read once. `media`: what ids
+    below 0 stand for."""
+    embedding = Embedding(source, (ids for job in jobs for ids in job), media)
+    return [Stream(source, [embedding(ids).to(torch.float32) for ids in job]) for job in jobs]
 
 
 def final_hidden(stream: Stream, norm: Tensor) -> Tensor:
@@ -266,7 +274,8 @@ def _mean_j(stream: Stream, reference: Tensor, norm: Tensor, head: Tensor, label
     """Mean J of another stream of the reference's first positions against what they came to."""
     other = final_hidden(stream, norm)
     few = len(other)
-    return float(head_divergence(reference[:few], other, head, head, labels[:few]).j.mean())
+    scores = head_divergence(reference[:few], other, head, head, labels[:few])
+    return float(scores.j[scores.predicts].mean())
 
 
 def _trace(reference: Stream, candidate: Stream) -> Trace:
@@ -284,7 +293,7 @@ def _trace(reference: Stream, candidate: Stream) -> Trace:
 def _worst(
     scores: TokenScores, reference: Tensor, candidate: Tensor, reference_head: Tensor, candidate_head: Tensor
 ) -> list[WorstToken]:
-    order = np.argsort(-np.where(scores.finite, scores.j, -1.0), kind="stable")[:WORST]
+    order = np.argsort(-np.where(scores.counted, scores.j, -1.0), kind="stable")[:WORST]
     rows = torch.from_numpy(order.copy())
     tops = []
     for hidden, head in ((reference, reference_head), (candidate, candidate_head)):

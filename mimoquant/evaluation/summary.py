@@ -41,19 +41,20 @@ def sequence_of(scores: TokenScores, tokens: TokenSet) -> _Ints:
 
 def paired_difference(candidate: TokenScores, baseline: TokenScores, tokens: TokenSet) -> Difference:
     """J of the baseline, and candidate minus baseline with its interval, over the same positions."""
-    ok = candidate.finite & baseline.finite
+    ok = candidate.counted & baseline.counted
     difference = (candidate.j - baseline.j)[ok]
     low, high = bootstrap(difference, sequence_of(candidate, tokens)[ok])
     return Difference(j=float(baseline.j[ok].mean()), difference=float(difference.mean()), low=low, high=high)
 
 
 def summarize(scores: TokenScores, tokens: TokenSet) -> Scores:
-    """The report's numbers. Positions that are not finite count in their share and nowhere else."""
+    """The report's numbers. Positions that are not finite count in their share and nowhere else, those before a token
+    of a picture or a sound nowhere at all."""
     length = tokens.ids.shape[1] - 1
     sequence = np.repeat(np.arange(len(tokens.ids)), length)
     position = np.tile(np.arange(length), len(tokens.ids))
     domain = np.array(tokens.domains)[sequence]
-    ok = scores.finite
+    ok = scores.counted
     if not ok.any():
         raise CheckpointError("no position has finite logits, in the reference or in the candidate")
     j = scores.j[ok]
@@ -67,7 +68,7 @@ def summarize(scores: TokenScores, tokens: TokenSet) -> Scores:
         symmetric_sum=float(2 * j.mean()),
         top1=_top1(scores.agree[ok], scores.confidence[ok] > CONFIDENT),
         perplexity=_perplexity(scores.reference_loss[ok], scores.candidate_loss[ok]),
-        nonfinite_share=float(1 - ok.mean()),
+        nonfinite_share=float(1 - scores.finite[scores.predicts].mean()),
         by_confidence=_by_confidence(scores.confidence[ok], j),
         by_domain=[
             _domain(name, j, scores.agree[ok], sequence[ok], domain[ok] == name) for name in np.unique(domain[ok])

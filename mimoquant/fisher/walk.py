@@ -42,6 +42,7 @@ from mimoquant.fisher.passage import Passage, forward_layer
 from mimoquant.machine.team import Team
 from mimoquant.model.layer_stream import batch_sequences, layer_chunks, made_ahead, portions
 from mimoquant.weights.decoded import CheckpointWeights
+from mimoquant.weights.embedding import Embedding
 
 Progress = Callable[[str, int], None]  # called with "forward" or "back" and the layer just passed
 
@@ -148,7 +149,7 @@ class _Walk:
         self.team, self.layers = kept.team, weights.layers
         self.first = min(weights.layout.geometry.moe_layers, default=0)
         self.dtype = torch.float32 if settings.exact else torch.bfloat16
-        ids = torch.from_numpy(tokens.ids)
+        ids, self.media = torch.from_numpy(tokens.walked), tokens.media
         self.portions = [torch.cat(batches) for batches in portions(ids)]
         self.mine = list(range(len(self.portions)))[self.team.rank :: self.team.size]
         self.positions, self.batch = ids.numel(), batch_sequences(ids.shape[1])
@@ -211,8 +212,9 @@ class _Walk:
             yield from self.weights.expert_chunks(layer)
 
     def _embedded(self) -> list[Tensor]:
-        embedding = self.weights.tensor("model.embed_tokens.weight")
-        return [embedding[self.portions[portion].to(embedding.device)].to(self.dtype) for portion in self.mine]
+        mine = [self.portions[portion] for portion in self.mine]
+        embedding = Embedding(self.weights, mine, self.media)
+        return [embedding(ids).to(self.dtype) for ids in mine]
 
     # --- back ---------------------------------------------------------------------------------------------------------
 
@@ -231,6 +233,8 @@ class _Walk:
             labels, gradients = head_gradients(
                 state.flatten(0, 1).to(torch.float32), norm, head, self.weights.config.eps, some
             )
+            if self.media:  # no label is drawn where a picture or a sound follows
+                gradients *= predicts(self.portions[portion]).to(gradients.device).view(-1, 1)
             out.append(gradients.to(self.dtype).view(-1, *state.shape))
             digest = hashlib.sha256(labels.cpu().numpy().astype("<i4").tobytes()).hexdigest()
             self._put_gradients(self.layers - 1, portion, out[-1], digest)
@@ -327,6 +331,12 @@ class _Walk:
 
     def _facts(self, unit: str) -> Mapping[str, Any]:
         return self._told.get(unit) or self.kept.facts(unit) or {}
+
+
+def predicts(ids: Tensor) -> Tensor:
+    """Whether the model predicts the token after each place of ids [S, T]: not one of a picture or a sound (below 0),
+    which nobody samples. Of what would come after the last place nothing is known but what stands there."""
+    return torch.cat((ids[:, 1:], ids[:, -1:]), dim=1) >= 0
 
 
 def second_moment(rows: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mimoquant.calibration.tokens import CalibrationRecord, TokenSet, calibration_tokens
+from mimoquant.calibration.tokens import CalibrationRecord, TokenSet, calibration_tokens, refuse_media
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.errors import UsageError
 from mimoquant.evaluation.held_out import refuse_shared
@@ -171,6 +171,7 @@ def _felt(walks: Walks, tokens: TokenSet, budget: int, fisher: Fisher) -> tuple[
 
 def _refuse(mixtures: Mixtures, tokens: TokenSet, calibration: TokenSet | None, budget: int | None) -> float | None:
     """Raise what can be before the walk; the share of `tokens` that is calibrated on, if anything is."""
+    refuse_media(tokens, "sensitivity")
     if len(tokens.ids) < 4:
         raise UsageError(f"{tokens.name}: {len(tokens.ids)} sequences; both halves need at least 2")
     shared = None

@@ -2,7 +2,7 @@
 
 Key idea: media change nothing but rows of the embedding. A sequence keeps a placeholder id at each place that a tower's
 output goes to, in a run of exactly as many as the tower gives; ids, positions and everything after the embedding are
-those of text. So whoever packs sequences needs only `tokens_of`, and whoever walks them only `Placed`.
+those of text. So whoever packs sequences needs only `tokens_of`, and whoever walks them only `walked_ids`.
 
 Video is left out. Reference: the published `processor_config`; vLLM 0.32's and SGLang 0.5.23's processors count alike.
 """
@@ -50,36 +50,20 @@ class Placed(NamedTuple):
     medium: Medium
 
 
-@dataclass(frozen=True, eq=False)
-class MediaSequence:
-    """Ids int64 [n], and what stands in place of some, in rising order and without overlap."""
-
-    tokens: npt.NDArray[np.int64]
-    media: tuple[Placed, ...] = ()
-
-
 def tokens_of(medium: Medium, config: TowerConfig) -> int:
     """How many tokens a picture or a sound takes.
 
-    Raises CheckpointError where the model has no such tower, or the medium is not of its patches or codebooks.
+    Raises CheckpointError where the model has no such tower, or the medium is not of its grids or codebooks.
     """
     return picture_tokens(medium, config) if isinstance(medium, Picture) else sound_tokens(medium, config)
 
 
 def picture_tokens(picture: Picture, config: TowerConfig) -> int:
-    """One for each `merge` x `merge` patches. Raises CheckpointError, see `tokens_of`."""
-    vision = config.need_vision()
-    (t, h, w), patches = picture.grid, picture.patches
-    if t < 1 or h < vision.merge or w < vision.merge or h % vision.merge or w % vision.merge:
-        raise CheckpointError(
-            f"a picture of {t} x {h} x {w} patches does not split into {vision.merge} x {vision.merge}"
-        )
-    if patches.shape != (t * h * w, vision.patch_width):
-        raise CheckpointError(
-            f"a picture of {t} x {h} x {w} patches has values {list(patches.shape)}, "
-            f"its model takes {[t * h * w, vision.patch_width]}"
-        )
-    return t * h * w // vision.merge**2
+    """One for each `merge` x `merge` patches, by the grid alone. Raises CheckpointError, see `tokens_of`."""
+    merge, (t, h, w) = config.need_vision().merge, picture.grid
+    if t < 1 or h < merge or w < merge or h % merge or w % merge:
+        raise CheckpointError(f"a picture of {t} x {h} x {w} patches does not split into {merge} x {merge}")
+    return t * h * w // merge**2
 
 
 def sound_tokens(sound: Sound, config: TowerConfig) -> int:
@@ -120,3 +104,20 @@ def check_sequence(ids: npt.NDArray[np.int64], media: Sequence[Placed], config: 
     if media and stray.any():
         place = int(np.argmax(stray))
         raise CheckpointError(f"{where}: token {place} is the placeholder {ids[place]}, and no medium stands there")
+
+
+def walked_ids(ids: npt.NDArray[np.int64], media: Sequence[Sequence[Placed]]) -> npt.NDArray[np.int64]:
+    """Ids [sequences, tokens] as a walk takes them: where media stand, numbers below 0.
+
+    -1 is the first row of the set's first medium, -2 the next, and so on through all media in order. So ids may be cut
+    into batches, and each place still says which row of what the towers make belongs there; and no place is taken for
+    a token that the model predicts.
+    """
+    if not any(media):
+        return ids
+    out, done = ids.copy(), 0
+    for row, placed in zip(out, media, strict=True):
+        for start, count, _ in placed:
+            row[start : start + count] = np.arange(-1 - done, -1 - done - count, -1)
+            done += count
+    return out

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mimoquant.errors import CheckpointError
 from mimoquant.model.decoder_layer import linear, rms_norm, rotary_table, rotate
 from mimoquant.model.layer_stream import made_ahead, on_host
 from mimoquant.model.media import Picture
@@ -79,11 +80,15 @@ class VisionSource(Protocol):
 
 @torch.no_grad()
 def picture_rows(pictures: Sequence[Picture], source: VisionSource, config: VisionConfig) -> list[Tensor]:
-    """Each picture's rows for the embedding, [tokens, out_hidden] float32, on the host."""
+    """Each picture's rows for the embedding, [tokens, out_hidden] float32, on the host.
+
+    Raises CheckpointError for patches that are not the model's.
+    """
     if not pictures:
         return []
     device, embedding = source.device, source.patches()
-    states = [on_host(linear(torch.from_numpy(picture.patches).to(device), embedding)) for picture in pictures]
+    patches = (_patches(picture, config) for picture in pictures)
+    states = [on_host(linear(of_picture.to(device), embedding)) for of_picture in patches]
     del embedding
     blocks = (source.vision_block(number) for number in range(len(config.kinds)))
     with made_ahead(blocks, device) as ahead:
@@ -92,6 +97,17 @@ def picture_rows(pictures: Sequence[Picture], source: VisionSource, config: Visi
                 state.copy_(through_block(state.to(device), block, picture.grid, config, kind))
     merger = source.merger()
     return [on_host(merged(state.to(device), merger, config)) for state in states]
+
+
+def _patches(picture: Picture, config: VisionConfig) -> Tensor:
+    t, h, w = picture.grid
+    patches = picture.patches
+    if patches.shape != (t * h * w, config.patch_width):
+        raise CheckpointError(
+            f"a picture of {t} x {h} x {w} patches has values {list(patches.shape)}, "
+            f"its model takes {[t * h * w, config.patch_width]}"
+        )
+    return torch.from_numpy(patches)
 
 
 def through_block(

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from mimoquant.calibration import statistics
 from mimoquant.calibration.layer_facts import LayerFacts, LayerRecord, starved
-from mimoquant.calibration.tokens import TokenSet
+from mimoquant.calibration.tokens import TokenSet, check_media
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.errors import QualityError
 from mimoquant.fisher.matrices import Fisher
@@ -92,9 +92,10 @@ class Calibrator:
         self.weights, self.engine = weights or CheckpointWeights(reader, plan.layout, self.device), TorchEngine(device)
         self.method = plan.recipe.expert_method()
         self.trains = torch.arange(len(tokens.ids)) % HELD_OUT != HELD_OUT - 1
-        ids, sets = torch.from_numpy(tokens.ids), (self.trains, ~self.trains)
+        ids, sets = torch.from_numpy(tokens.walked), (self.trains, ~self.trains)
         self.team = team or Team(device)
-        self.tokens = Portions(self.weights, [ids[part] for part in sets if bool(part.any())], self.team)
+        check_media(tokens, plan.layout)
+        self.tokens = Portions(self.weights, [ids[part] for part in sets if bool(part.any())], self.team, tokens.media)
         kinds = tokens.kinds
         self.kinds = None if kinds is None else torch.from_numpy(kinds)[self.trains].flatten().to(self.device)
         self.facts, self.fisher = LayerFacts(-1), fisher

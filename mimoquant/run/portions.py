@@ -30,7 +30,9 @@ from mimoquant.model.layer_stream import (
     portions,
     route_again,
 )
+from mimoquant.model.media import Placed
 from mimoquant.weights.decoded import CheckpointWeights
+from mimoquant.weights.embedding import Embedding
 
 Seen = list[tuple[Tensor, Dispatch]]  # blocks of tokens [n, H] bf16, and where they go
 
@@ -50,16 +52,21 @@ class Portion:
 class Portions:
     """Sets of sequences (those that train, those held out) that walk through a model's layers together."""
 
-    def __init__(self, weights: CheckpointWeights, sets: Sequence[Tensor], team: Team) -> None:
+    def __init__(
+        self, weights: CheckpointWeights, sets: Sequence[Tensor], team: Team, media: Sequence[Sequence[Placed]] = ()
+    ) -> None:
+        """`media`: what numbers below 0 in the `sets` stand for (`media.walked_ids`)."""
         self.weights, self.team = weights, team
-        embedding, number = weights.tensor("model.embed_tokens.weight"), itertools.count()
-        self.sets = [[self._portion(part, embedding, next(number)) for part in portions(ids)] for ids in sets]
+        parts, number = [portions(ids) for ids in sets], itertools.count()
+        own = list(itertools.chain(*parts))[team.rank :: team.size]
+        embedding = Embedding(weights, itertools.chain(*own), media)
+        self.sets = [[self._portion(part, embedding, next(number)) for part in of_set] for of_set in parts]
         self.seen: list[Seen] = []  # of each set, in a MoE layer
 
-    def _portion(self, batches: list[Tensor], embedding: Tensor, number: int) -> Portion:
-        owner, stream, device = number % self.team.size, None, self.weights.device
+    def _portion(self, batches: list[Tensor], embedding: Embedding, number: int) -> Portion:
+        owner, stream = number % self.team.size, None
         if owner == self.team.rank:
-            stream = Stream(self.weights, [on_host(embedding[batch.to(device)]) for batch in batches])
+            stream = Stream(self.weights, [on_host(embedding(batch)) for batch in batches])
         return Portion(owner, sum(batch.numel() for batch in batches), stream)
 
     @property

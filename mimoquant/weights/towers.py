@@ -13,7 +13,7 @@ from torch import Tensor
 from mimoquant.model.audio import AudioLayer, Projection, sound_rows
 from mimoquant.model.decoder_layer import DenseWeights
 from mimoquant.model.layout import PROJECTIONS
-from mimoquant.model.media import Medium, Picture, Sound
+from mimoquant.model.media import Medium, Picture, Sound, tokens_of
 from mimoquant.model.tower_config import FULL, TowerConfig, read_tower_config
 from mimoquant.model.tower_layout import LOCAL, OPTIONAL, check_towers
 from mimoquant.model.vision import Affine, Merger, VisionBlock, picture_rows
@@ -82,8 +82,10 @@ class TowerWeights:
     def rows(self, media: Sequence[Medium]) -> list[Tensor]:
         """What stands in the embedding for each picture and sound, [tokens, hidden] float32, on the host.
 
-        Raises CheckpointError for a medium whose tower the model lacks.
+        Raises CheckpointError for a medium whose tower the model lacks, or that is not as it takes them.
         """
+        for medium in media:
+            tokens_of(medium, self.config)
         pictures = [place for place, medium in enumerate(media) if isinstance(medium, Picture)]
         sounds = [place for place, medium in enumerate(media) if isinstance(medium, Sound)]
         out: dict[int, Tensor] = {}

@@ -35,10 +35,9 @@ def held_out(sequences: int) -> TokenSet:
 def scores(tokens: TokenSet, seed: int = 0) -> TokenScores:
     rng, count = np.random.default_rng(seed), tokens.ids[:, 1:].size
     values = {name: rng.random(count) for name in ("kl_forward", "kl_reverse", "j", "reference_loss")}
-    agree, finite = rng.random(count) < 0.9, np.ones(count, np.bool_)
-    return TokenScores(
-        **values, candidate_loss=rng.random(count), confidence=rng.random(count), agree=agree, finite=finite
-    )
+    agree, every = rng.random(count) < 0.9, np.ones(count, np.bool_)
+    losses = {"candidate_loss": rng.random(count), "confidence": rng.random(count)}
+    return TokenScores(**values, **losses, agree=agree, finite=every, predicts=every)
 
 
 def evaluation(sequences: int) -> dict[str, Any]:

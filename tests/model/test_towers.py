@@ -26,7 +26,7 @@ from mimoquant.errors import CheckpointError
 from mimoquant.evaluation.eval_kl import open_layout
 from mimoquant.model.decoder_layer import rms_norm
 from mimoquant.model.layout import TOWER_PREFIXES, ModelLayout, Weight
-from mimoquant.model.media import Medium
+from mimoquant.model.media import Medium, Picture, Sound
 from mimoquant.model.tower_config import read_tower_config
 from mimoquant.model.tower_layout import audio_rows, check_towers, vision_rows
 from mimoquant.weights.decoded import CheckpointWeights
@@ -165,6 +165,20 @@ def test_a_mergers_biases_are_used_where_they_are(towers: TowerWeights) -> None:
     torch.testing.assert_close(
         vision.merged(hidden, with_bias, config), modules[2](torch.nn.functional.gelu(wide)).detach()
     )
+
+
+@pytest.mark.parametrize(
+    ("medium", "words"),
+    [
+        (Picture(np.zeros((4, 95), np.float32), (1, 2, 2)), "has values [4, 95], its model takes [4, 96]"),
+        (Picture(np.zeros((4, 96), np.float32), (1, 2, 4)), "has values [4, 96], its model takes [8, 96]"),
+        (Sound(np.array([[0, 0, 0, 16]])), "code 16 in codebook 3, which has 16"),
+    ],
+)
+def test_media_that_are_not_the_models(medium: Medium, words: str, towers: TowerWeights) -> None:
+    with pytest.raises(CheckpointError) as error:
+        towers.rows([medium])
+    assert words in str(error.value)
 
 
 # --- what stops a run with media --------------------------------------------------------------------------------------
