@@ -1,10 +1,11 @@
 """Pictures and sounds in the walks of `eval-kl` and `quantize`: their rows stand where they should, and count as said.
 
-That a whole prompt gives vLLM's numbers is `tests/serving/test_vllm_omni.py`.
+What the towers make of a medium is held against vLLM in `tests/model/test_towers.py`; a whole prompt is not yet.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from mimoquant.model import layer_stream
 from mimoquant.model.media import Picture
 from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import load_recipe
+from mimoquant.run.calibrated import HELD_OUT
 from mimoquant.weights.decoded import CheckpointWeights
 from mimoquant.weights.embedding import Embedding
 from mimoquant.weights.towers import TowerWeights
@@ -180,6 +182,24 @@ def test_a_run_calibrates_on_pictures_and_is_measured_on_them(
     assert told["nonfinite_share"] == 0.0 and 0 < told["j"]["mean"] < 0.1
     assert told["noise_floor"] is not None and told["noise_floor"]["relative_noise"] < told["j"]["mean"]
     assert np.isfinite(told["perplexity"]["ratio"])
+    contexts = told["by_context"]
+    assert sum(part["tokens"] for part in contexts) == told["tokens"] and {"right after an image"} <= {
+        part["context"] for part in contexts
+    }
+    assert sum(part["j"] * part["tokens"] for part in contexts) == pytest.approx(told["j"]["mean"] * told["tokens"])
+
+
+def test_experts_tokens_are_told_by_what_they_stand_for(model: Path, out: Path, data: Path) -> None:
+    """Two experts a token, in every layer; the held-out sequences that choose the shrinkage are not among them."""
+    tokens = load_tokens([str(data)], model, sequences=16, tokens=LENGTH, vocab=VOCAB, takes_media=True)
+    trains = np.arange(len(tokens.ids)) % HELD_OUT != HELD_OUT - 1
+    assert tokens.kinds is not None
+    images, sounds = (int((tokens.kinds[trains] == kind).sum()) for kind in (1, 2))
+    layers = json.loads((out / "report.json").read_text())["calibration"].values()
+    assert images and sounds and layers
+    for layer in layers:
+        assert (sum(layer["image_tokens"]), sum(layer["sound_tokens"])) == (2 * images, 2 * sounds)
+        assert sum(layer["tokens"]) == 2 * int(trains.sum()) * LENGTH
 
 
 def test_labels_are_drawn_where_the_model_predicts(
