@@ -26,6 +26,7 @@ from typer.testing import CliRunner
 import mimoquant
 from mimoquant import pipeline
 from mimoquant.cli.app import app
+from mimoquant.mixing.kept_findings import findings_path
 from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import load_recipe, parse_recipe
 from mimoquant.serving import contracts
@@ -130,6 +131,7 @@ def run(words: list[str], models: Path) -> None:
     out = Path(words[words.index("--out") + 1]) if "--out" in words else None
     if out is not None and words[0] in ("quantize", "relayout", "sensitivity") and out.exists():
         shutil.rmtree(out) if out.is_dir() else out.unlink()  # another example has written there
+        findings_path(out).unlink(missing_ok=True)
     repositories = {word.removeprefix("hf://") for word in words if word.startswith("hf://")}
     with contextlib.ExitStack() as stack:
         for name in repositories:

@@ -133,6 +133,7 @@ def test_drafts() -> None:
             "reference_stored": "FP8",
             "candidate": "b",
             "recipe": None,
+            "rounding": None,
             "device": "cpu",
             "elapsed_s": 1.0,
         }
