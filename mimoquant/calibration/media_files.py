@@ -25,7 +25,7 @@ import numpy as np
 from mimoquant.calibration.conversations import Address
 from mimoquant.calibration.pictures import PictureFile, PictureSettings, read_picture, read_settings
 from mimoquant.calibration.tokenizer import one_line
-from mimoquant.checkpoint.folders import lies_inside
+from mimoquant.checkpoint.folders import lies_inside, open_resolved
 from mimoquant.checkpoint.hf_files import CONFIG_NAME
 from mimoquant.checkpoint.index import read_json_inside
 from mimoquant.errors import CheckpointError
@@ -195,7 +195,7 @@ def _in_folder(name: str, folder: DataFolder, where: str) -> bytes:
     if not there:
         raise CheckpointError(f"{where}: names {_short(name)}, and there is no such file in {folder.place}")
     try:
-        with os.fdopen(os.open(resolved, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW), "rb") as file:
+        with open_resolved(resolved, folder.place, name) as file:
             size = os.fstat(file.fileno()).st_size
             if size > MAX_BYTES:
                 raise CheckpointError(f"{path}: has {size} bytes, more than the {MAX_BYTES} that it may have")

@@ -70,7 +70,11 @@ def open_inside(folder: Path, name: str) -> BufferedReader:
     Raises CheckpointError as `resolve_inside`, and where the file is another by the time it is open. OSError: it cannot
     be opened.
     """
-    resolved = resolve_inside(folder, name)
+    return open_resolved(resolve_inside(folder, name), folder, name)
+
+
+def open_resolved(resolved: Path, folder: Path, name: str) -> BufferedReader:
+    """The file that `name` of `folder` was resolved to, and checked as. Raises as `open_inside` does after that."""
     descriptor = os.open(resolved, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     opened = Path(f"/proc/self/fd/{descriptor}")
     if opened.exists() and opened.resolve() != resolved:  # a folder on the way became a link in between

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mimoquant.evaluation.divergence import bootstrap
-from mimoquant.evaluation.documents import ContextPart
+from mimoquant.evaluation.documents import ContextPart, Part
 from mimoquant.model.media import Picture, Placed
 
 RIGHT_AFTER = 16  # tokens
@@ -37,21 +37,20 @@ def by_context(
     context: _Ints, j: npt.NDArray[np.float64], agree: npt.NDArray[np.bool_], sequence: _Ints
 ) -> list[ContextPart]:
     """The scored positions of each context that has any, in the order of CONTEXTS; one value a position in each."""
-    parts = []
-    for place, name in enumerate(CONTEXTS):
-        inside = context == place
-        if not inside.any():
-            continue
-        low, high = bootstrap(j[inside], sequence[inside])
-        parts.append(
-            ContextPart(
-                context=name,
-                tokens=int(inside.sum()),
-                sequences=len(np.unique(sequence[inside])),
-                j=float(j[inside].mean()),
-                low=low,
-                high=high,
-                top1=float(agree[inside].mean()),
-            )
-        )
-    return parts
+    insides = [(name, context == place) for place, name in enumerate(CONTEXTS)]
+    return [ContextPart(context=name, **part_of(j, agree, sequence, at)) for name, at in insides if at.any()]
+
+
+def part_of(
+    j: npt.NDArray[np.float64], agree: npt.NDArray[np.bool_], sequence: _Ints, inside: npt.NDArray[np.bool_]
+) -> Part:
+    """What is told of some of the scored positions, of which there is at least one."""
+    low, high = bootstrap(j[inside], sequence[inside])
+    return Part(
+        tokens=int(inside.sum()),
+        sequences=len(np.unique(sequence[inside])),
+        j=float(j[inside].mean()),
+        low=low,
+        high=high,
+        top1=float(agree[inside].mean()),
+    )

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from mimoquant.calibration.tokens import TokenSet
 from mimoquant.errors import CheckpointError
-from mimoquant.evaluation.contexts import by_context, contexts_of
+from mimoquant.evaluation.contexts import by_context, contexts_of, part_of
 from mimoquant.evaluation.divergence import TokenScores, bootstrap
 from mimoquant.evaluation.documents import (
     ConfidencePart,
@@ -71,7 +71,8 @@ def summarize(scores: TokenScores, tokens: TokenSet) -> Scores:
         nonfinite_share=float(1 - scores.finite[scores.predicts].mean()),
         by_confidence=_by_confidence(scores.confidence[ok], j),
         by_domain=[
-            _domain(name, j, scores.agree[ok], sequence[ok], domain[ok] == name) for name in np.unique(domain[ok])
+            DomainPart(domain=str(name), **part_of(j, scores.agree[ok], sequence[ok], domain[ok] == name))
+            for name in np.unique(domain[ok])
         ],
         by_position=_by_position(position[ok], j, length),
         histogram=_histogram(j),
@@ -114,19 +115,6 @@ def _by_confidence(confidence: _Floats, j: _Floats) -> list[ConfidencePart]:
         if inside.any():
             rows.append(ConfidencePart(low=low, high=high, tokens=int(inside.sum()), j=float(j[inside].mean())))
     return rows
-
-
-def _domain(name: str, j: _Floats, agree: _Bools, sequence: _Ints, inside: _Bools) -> DomainPart:
-    low, high = bootstrap(j[inside], sequence[inside])
-    return DomainPart(
-        domain=str(name),
-        tokens=int(inside.sum()),
-        sequences=len(np.unique(sequence[inside])),
-        j=float(j[inside].mean()),
-        low=low,
-        high=high,
-        top1=float(agree[inside].mean()),
-    )
 
 
 def _by_position(position: _Ints, j: _Floats, length: int) -> list[PositionPart]:

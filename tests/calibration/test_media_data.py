@@ -23,12 +23,13 @@ from omni import CLIP_MEAN, CLIP_STD, VOCAB, omni_folder
 from PIL import Image
 
 from mimoquant import micro_checkpoint
-from mimoquant.calibration import pictures
+from mimoquant.calibration import media_files, pictures
 from mimoquant.calibration.fingerprints import Fingerprints
 from mimoquant.calibration.pictures import decoded, picture, read_settings, resized
 from mimoquant.calibration.records import notes
 from mimoquant.calibration.tokenizer import load_tokenizer
 from mimoquant.calibration.tokens import TokenSet, load_tokens
+from mimoquant.checkpoint.folders import lies_inside
 from mimoquant.errors import CheckpointError, MimoquantError, UsageError
 from mimoquant.model.media import Picture, Sound, check_sequence
 from mimoquant.model.tower_config import read_tower_config
@@ -356,6 +357,27 @@ def test_addresses_that_lead_elsewhere(address: str, told: str, omni: Path, tmp_
     with pytest.raises(CheckpointError, match=told) as caught:
         load(data, omni)
     assert "a.jsonl: line 1" in str(caught.value) and len(str(caught.value)) < 600 + 2 * len(str(tmp_path))
+
+
+def test_a_folder_that_becomes_a_link_is_not_followed(
+    omni: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the check of where a name leads and its opening."""
+    inner, secret = tmp_path / "data" / "images", tmp_path / "secret"
+    for folder in (inner, secret):
+        folder.mkdir(parents=True)
+        (folder / "a.png").write_bytes(encoded(pixels(64, 64)))
+    data = write(tmp_path / "data" / "a.jsonl", ask(SAY, image("images/a.png")))
+
+    def exchanged(path: Path, root: Path) -> bool:
+        inside = lies_inside(path, root)
+        inner.rename(tmp_path / "moved")
+        inner.symlink_to(secret)
+        return inside
+
+    monkeypatch.setattr(media_files, "lies_inside", exchanged)
+    with pytest.raises(CheckpointError, match="was exchanged while it was being opened"):
+        load(data, omni)
 
 
 @pytest.mark.parametrize(
