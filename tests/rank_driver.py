@@ -8,23 +8,25 @@ usage: python rank_driver.py [--kill-at COUNT] [--kill-rank RANK] VERB ...
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import signal
 import sys
 
+from mimoquant.assembly import mixing
 from mimoquant.checkpoint.journal import JournalLine, RunFolder
 from mimoquant.model import layer_stream
 from mimoquant.planning import needs
 from mimoquant.run import portions
 
 CHUNK_BYTES = 2**18  # two or three experts of the micro checkpoint
+# Where a size is looked up, which need not be where it is defined: a module that has imported it keeps its own, so a
+# patch of the definition holds or not, depending on what was imported before.
 SIZES = [
     (layer_stream, "BATCH_TOKENS", 256),
     (layer_stream, "PORTION_TOKENS", 512),
     (portions, "BLOCK_TOKENS", 1024),
-    (importlib.import_module("mimoquant.planning.plan"), "CHUNK_BYTES", CHUNK_BYTES),
     (needs, "CHUNK_BYTES", CHUNK_BYTES),
+    (mixing, "CHUNK_BYTES", CHUNK_BYTES),
 ]
 
 

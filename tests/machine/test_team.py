@@ -340,8 +340,7 @@ def test_the_others_end_as_the_rank_that_failed_and_are_silent() -> None:
     ("recipe", "quick"), [("int4-g128-rtn", []), ("gptq-int4-g128", []), ("int4-g128-rtn", ["--quick"])]
 )
 def test_ranks_find_what_one_process_finds(recipe: str, quick: list[str], tmp_path: Path) -> None:
-    """Facts, costs and the recipe; after a kill, too. One process is a fresh one here, as ranks are: J of a mixture was
-    another once where it was that of the tests, which had done much else before."""
+    """Facts, costs and the recipe; after a kill, too."""
     text = (
         (REPOSITORY / "recipes" / f"{recipe}.yaml").read_text().rstrip().replace("objective: kl", "objective: output")
     )
@@ -349,9 +348,8 @@ def test_ranks_find_what_one_process_finds(recipe: str, quick: list[str], tmp_pa
     (tmp_path / "given.yaml").write_text(text + few)
 
     def find(ranks: int, out: str, *more: str) -> subprocess.CompletedProcess[str]:
-        return forked(
+        return start(
             ranks,
-            "rank_driver",
             "sensitivity",
             str(MICRO),
             "-r",
