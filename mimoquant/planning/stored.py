@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from mimoquant.model.config_keys import text_keys
@@ -109,11 +109,11 @@ def absent_modules(quantization: dict[str, Any], geometry: Geometry) -> list[str
         *targets,
     ]
     names = [name for names in lists if isinstance(names, list | dict) for name in names if isinstance(name, str)]
+    parts = functools.cache(lambda layer: _parts(geometry, layer))  # names are as many as an output has tensors
+    return [name for name in dict.fromkeys(names) if _is_absent(name, geometry, parts)]
 
-    return [name for name in dict.fromkeys(names) if _is_absent(name, geometry)]
 
-
-def _is_absent(name: str, geometry: Geometry) -> bool:
+def _is_absent(name: str, geometry: Geometry, parts: Callable[[str], frozenset[str]]) -> bool:
     if name.startswith("re:"):
         return any(int(number) >= geometry.layers for number in _NUMBER_IN_PATTERN.findall(name))
     layer, expert = _LAYER.match(name), _EXPERT.search(name)
@@ -122,10 +122,9 @@ def _is_absent(name: str, geometry: Geometry) -> bool:
     if int(layer[1]) >= geometry.layers or (expert is not None and int(expert[1]) >= geometry.experts):
         return True
     part = name[layer.end() :].rstrip(".")
-    return bool(part) and "*" not in part and _EXPERT.sub(".experts.0.", f"{part}.") not in _parts(geometry, layer[1])
+    return bool(part) and "*" not in part and _EXPERT.sub(".experts.0.", f"{part}.") not in parts(layer[1])
 
 
-@functools.lru_cache(maxsize=1024)
 def _parts(geometry: Geometry, layer: str) -> frozenset[str]:
     """What a layer's modules are called, and what they lie in, each with a dot at its end; of experts the first."""
     prefix, number = f"model.layers.{layer}.", int(layer)

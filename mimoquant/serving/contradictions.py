@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mimoquant.model.layout import PROJECTIONS, expert_module
-from mimoquant.planning.stored import absent_modules, absent_text
+from mimoquant.planning.stored import absent_text
 from mimoquant.serving import contracts as c
 from mimoquant.serving.declared import CLAIMED, IGNORED, PARTED, UNCLAIMED, Declared
 from mimoquant.serving.problem import WARNING, Problem, and_others, of_layers
@@ -54,7 +54,7 @@ class Contradictions:
 
     def names(self) -> Iterator[Problem]:
         """Of modules that the model does not have."""
-        if absent := absent_modules(self.declared.config, self.checkpoint.geometry):
+        if absent := self.checkpoint.absent:
             yield Problem(WARNING, absent_text(absent, self.checkpoint.geometry), "config.json")
 
     def _forms(self, layer: int) -> list[Stored | None]:

@@ -167,7 +167,13 @@ class Declared:
         """In `ignored_layers`. vLLM takes whole names, SGLang any run of a name's components."""
         if self.engine != c.SGLANG:
             return name in self.ignored_layers
-        return any(f".{entry.rstrip('.')}." in f".{name}." for entry in self.ignored_layers)
+        whole = f".{name}."
+        return any(run in whole for run in self._ignored_runs)
+
+    @cached_property
+    def _ignored_runs(self) -> list[str]:
+        """`ignored_layers` between dots."""
+        return [f".{entry.rstrip('.')}." for entry in self.ignored_layers]
 
     def _matches(self, pattern: str, name: str) -> bool:
         """`re:` patterns from the start of the name as the engine has it, else equal."""
@@ -200,20 +206,7 @@ class Declared:
         if self.checkpoint.container != MODELOPT or any(fnmatch(module, pattern) for pattern in ignore):
             return None
         algo = str(self.config.get("quant_algo")).upper()
-        return self._quantized_layers.get(module) if algo == "MIXED_PRECISION" else algo
-
-    @cached_property
-    def _quantized_layers(self) -> dict[str, str]:
-        """Module → its own entry, else the first one of a module inside it."""
-        named: dict[str, str] = {}
-        layers = self.config.get("quantized_layers")
-        entries = layers.items() if isinstance(layers, dict) else ()
-        algos = {key: str(entry.get("quant_algo")).upper() for key, entry in entries if isinstance(entry, dict)}
-        for key, algo in algos.items():
-            parts = key.split(".")
-            for end in range(1, len(parts)):
-                named.setdefault(".".join(parts[:end]), algo)
-        return named | algos
+        return self.checkpoint.quantized_layers.get(module) if algo == "MIXED_PRECISION" else algo
 
     # --- what it is made of -------------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from mimoquant.model.layout import PROJECTIONS, TOWER_PREFIXES, read_layout
 from mimoquant.model.qkv import with_chunks
 from mimoquant.model.rounding import INPUT_SCALE_SUFFIXES
 from mimoquant.planning.plan import Plan, read_config
+from mimoquant.planning.stored import absent_modules
 from mimoquant.quant.formats import Format
 from mimoquant.serving import contracts
 from mimoquant.weights.container import COMPRESSED_TENSORS, MODELOPT, NATIVE, expert_tensors, shape_tensor
@@ -87,6 +88,25 @@ class Served:
             return MODELOPT
         quantization = self.text.get("quantization_config") or {}
         return COMPRESSED_TENSORS if quantization.get("quant_method") == COMPRESSED_TENSORS else NATIVE
+
+    @cached_property
+    def absent(self) -> list[str]:
+        """What quantization_config names and the model does not have; asked once for all engines and layouts."""
+        return absent_modules(self.text.get("quantization_config") or {}, self.geometry)
+
+    @cached_property
+    def quantized_layers(self) -> dict[str, str]:
+        """Of ModelOpt's `quantized_layers`, module → its own entry, else the first one of a module inside it."""
+        layers = (self.text.get("quantization_config") or {}).get("quantized_layers")
+        entries = layers.items() if isinstance(layers, dict) else ()
+        algos = {key: str(entry.get("quant_algo")).upper() for key, entry in entries if isinstance(entry, dict)}
+        named: dict[str, str] = {}
+        for key, algo in algos.items():
+            head = key.rpartition(".")[0]
+            while head and head not in named:  # else what it lies in is named, too
+                named[head] = algo
+                head = head.rpartition(".")[0]
+        return named | algos
 
     @property
     def modelopt_blocks(self) -> bool:
@@ -229,16 +249,16 @@ def _qkv(geometry: Geometry, tensors: Mapping[str, Tensor]) -> str:
 
 def _stored_forms(layer: int, geometry: Geometry, tensors: Mapping[str, Tensor], missing: list[str]) -> list[Stored]:
     forms: dict[Stored, None] = {}
+    shapes = {projection: geometry.expert_shape(projection) for projection in PROJECTIONS}
     for expert in range(geometry.experts):
-        for projection in PROJECTIONS:
+        for projection, shape in shapes.items():
             module = f"model.layers.{layer}.mlp.experts.{expert}.{projection}_proj"
-            form = _stored(module, geometry.expert_shape(projection)[1], tensors)
+            form = _stored(module, shape[1], tensors)
             if form.subject in _FORMATS and form.group_size is None:
                 missing.append(f"{module}.weight_scale")
                 continue
             forms.setdefault(form)
-            names = (f"{module}.{suffix}" for suffix in _parts(form, geometry.expert_shape(projection)))
-            missing += [name for name in names if name not in tensors]
+            missing += [name for part in _parts(form, shape) if (name := f"{module}.{part}") not in tensors]
     return list(forms)
 
 
