@@ -145,7 +145,8 @@ def _improve_slab(
     sums, step, before = np.empty((2, size, rows), F32), np.empty(rows, F32), np.empty(rows, F32)
     for first in range(0, slope.shape[0], size):
         s, has_zero = scale[(now + first) // size, begin:end], zero.shape[0] > 0
-        before[:] = s
+        for r in range(rows):  # an assignment of slices would be compiled with the text of its error, for seconds
+            before[r] = s[r]
         if reach.shape[0]:
             _better_scale(slope, codes, s, divisor, is_int4, first, size, reach[first // size], now, begin, sums)
         for i in range(first, first + size):
