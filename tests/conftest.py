@@ -6,6 +6,7 @@ dtype: enough for everything that looks at names, shapes and layout.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -78,6 +79,16 @@ def calibration_tokens_are_made_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokens, "load_tokens", once)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def the_command_line_is_made_once() -> Iterator[None]:
+    """Of the app, not with each call of the runner: that takes as long as many a verb on a small checkpoint."""
+    import typer.testing
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.testing, "_get_command", functools.cache(typer.testing._get_command))
         yield
 
 

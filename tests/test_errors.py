@@ -6,6 +6,7 @@ Collected from the source, wherever an error of `mimoquant.errors` is made. `MIM
 from __future__ import annotations
 
 import ast
+import functools
 import os
 import re
 from collections.abc import Iterator
@@ -44,8 +45,13 @@ def sentence(node: ast.expr | None, said: dict[str, ast.expr]) -> str:
     return f"{{{ast.unparse(node)}}}"
 
 
-def raised(path: Path) -> Iterator[tuple[int, str, str]]:
+@functools.cache
+def raised(path: Path) -> list[tuple[int, str, str]]:
     """(exit code, sentence, hint) of each error that a module makes."""
+    return list(_raised(path))
+
+
+def _raised(path: Path) -> Iterator[tuple[int, str, str]]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     for function in functions:
@@ -67,6 +73,7 @@ def raised(path: Path) -> Iterator[tuple[int, str, str]]:
                 yield 2, "recipe {self.name}: " + sentence(node.args[0], said), sentence(hint, said)
 
 
+@functools.cache
 def collected() -> str:
     lines = [HEAD]
     for path in sorted((REPOSITORY / "mimoquant").rglob("*.py")):
