@@ -378,6 +378,17 @@ class MicroModel(nn.Module):
         mlps = {index: layer.get_submodule("mlp") for index, layer in enumerate(self.model.layers)}
         return {index: mlp.gate for index, mlp in mlps.items() if isinstance(mlp, SparseMlp)}
 
+    def tables(self, length: int, device: torch.device) -> dict[bool, tuple[Tensor, Tensor]]:
+        """Rotary tables of full (False) and sliding (True) layers."""
+        return {sliding: rotary_table(self.sizes, sliding, length, device) for sliding in (False, True)}
+
+    def trunk(self, x: Tensor, tables: dict[bool, tuple[Tensor, Tensor]]) -> Tensor:
+        """Embedded tokens [B, T, H] through all layers and the last norm."""
+        for layer in self.model.layers:
+            x = layer(x, tables)
+        out: Tensor = self.model.norm(x)
+        return out
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Output logits, in fp32."""
         with torch.autocast(hidden.device.type, enabled=False):
@@ -388,12 +399,9 @@ class MicroModel(nn.Module):
 
         `tokens` holds MTP_DEPTH tokens more than `length`, or just `length`: then only the trunk's logits come back.
         """
-        tables = {sliding: rotary_table(self.sizes, sliding, length, tokens.device) for sliding in (False, True)}
+        tables = self.tables(length, tokens.device)
         embedded = self.model.embed_tokens(tokens)
-        x = embedded[:, :length]
-        for layer in self.model.layers:
-            x = layer(x, tables)
-        hidden = self.model.norm(x)
+        hidden = self.trunk(embedded[:, :length], tables)
         out = [self.logits(hidden)]
         if tokens.shape[1] < length + MTP_DEPTH:
             return out
@@ -546,7 +554,7 @@ def losses(model: MicroModel, window: Tensor, length: int) -> list[Tensor]:
     return [F.cross_entropy(a.flatten(0, 1), b.flatten()) for a, b in zip(logits, targets, strict=True)]
 
 
-def make_optimizer(model: MicroModel, rate: float, fused: bool) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, rate: float, fused: bool) -> torch.optim.AdamW:
     """AdamW; norms and sinks are not decayed."""
     wide = [p for p in model.parameters() if p.dim() > 1]
     narrow = [p for p in model.parameters() if p.dim() <= 1]
@@ -667,13 +675,19 @@ def export_tensors(model: MicroModel) -> dict[str, Tensor]:
 
 def load_checkpoint(folder: Path) -> MicroModel:
     """Read a written checkpoint back into this script's own model, in fp32."""
+    model = MicroModel(Sizes.read(folder))
+    fill(model, folder)
+    return model
+
+
+def fill(model: MicroModel, folder: Path) -> None:
+    """Give a model the weights of a written checkpoint, in fp32."""
     from safetensors.torch import load_file
 
     index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
     tensors: dict[str, Tensor] = {}
     for shard in sorted(set(index["weight_map"].values())):
         tensors |= load_file(folder / shard)
-    model = MicroModel(Sizes.read(folder))
     state: dict[str, Tensor] = {}
     for name in model.state_dict():
         stem, _, kind = name.rpartition(".")
@@ -687,7 +701,6 @@ def load_checkpoint(folder: Path) -> MicroModel:
     if tensors:
         raise SystemExit(f"tensors without a place: {sorted(tensors)[:5]}")
     model.load_state_dict(state)
-    return model
 
 
 def model_config(sizes: Sizes) -> dict[str, Any]:
