@@ -11,6 +11,7 @@ from mimoquant.model.releases import base_model_note
 from mimoquant.model.rounding import has_input_scales
 from mimoquant.planning.recipe import Recipe
 from mimoquant.planning.stored import config_notes
+from mimoquant.planning.targets import not_built_notes
 from mimoquant.planning.units import is_wide
 from mimoquant.weights.container import MODELOPT, NATIVE, NONE, UNIT, keeps_fp8
 from mimoquant.wording import duration, ranges, size
@@ -39,6 +40,7 @@ def plan_notes(layout: ModelLayout, recipe: Recipe, container: str, carve_outs: 
     _, problem = carried_drafter(layout.index.folder, geometry)
     if problem and not recipe.output.mend_json:
         notes.append(f"the drafter is copied as it is, but {problem}")
+    notes += not_built_notes(layout, recipe)
     notes += _dense_notes(layout, recipe, container)
     if container == NATIVE and "bf16" in carve_outs.values():
         notes.append("bf16 layers in the native container go by ignored_layers, as vLLM 0.33 reads it; SGLang untried")

@@ -22,6 +22,7 @@ from mimoquant.planning.notes import plan_notes
 from mimoquant.planning.recipe import Recipe
 from mimoquant.planning.side_json import Fault, json_faults, refusal
 from mimoquant.planning.stored import native_obstacle
+from mimoquant.planning.targets import check_targets, expert_format
 from mimoquant.planning.units import Copy, Unit, UnitBuilder, is_wide
 from mimoquant.quant.formats import Format
 from mimoquant.weights.container import (
@@ -207,7 +208,7 @@ def _read_source(source: Path | str, recipe: Recipe, *, allow_unknown: bool) -> 
 
 def _resolve_layers(layout: ModelLayout, recipe: Recipe) -> tuple[dict[int, Format], dict[int, str]]:
     """Which format each MoE layer gets, and which layers are kept. One layer has one fate: engines load no mixture."""
-    _refuse_other_modules(layout, recipe)
+    check_targets(layout, recipe)
     formats: dict[int, Format] = {}
     kept: dict[int, str] = {}
     moe_layers = set(layout.geometry.moe_layers)
@@ -218,7 +219,7 @@ def _resolve_layers(layout: ModelLayout, recipe: Recipe) -> tuple[dict[int, Form
                 hint=f"the MoE layers are {ranges(moe_layers)}",
             )
     for layer in sorted(moe_layers):
-        fates = {_fate(layout, recipe, layer, e, p) for e in range(layout.geometry.experts) for p in PROJECTIONS}
+        fates = {expert_format(recipe, layer, e, p) for e in range(layout.geometry.experts) for p in PROJECTIONS}
         if len(fates) > 1:
             raise RecipeError(
                 f"recipe {recipe.name}: layer {layer} is treated in {len(fates)} ways; "
@@ -251,31 +252,7 @@ def _check_reconstruction(recipe: Recipe, formats: dict[int, Format]) -> None:
         raise RecipeError(f"recipe {recipe.name}: layers to refine are named, and no rounds", hint="add --refine 1")
 
 
-def _fate(layout: ModelLayout, recipe: Recipe, layer: int, expert: int, projection: str) -> Format | None:
-    module = f"model.layers.{layer}.mlp.experts.{expert}.{projection}_proj"
-    group = recipe.group_of(module, recipe.ignores(module))
-    if group is None and not recipe.ignores(module) and any("Linear" in g.targets for g in recipe.groups):
-        group = next(g for g in recipe.groups if "Linear" in g.targets)
-    return group.fmt if group else None
-
-
 _LINEAR = ("qkv", "q", "k", "v", "o", "dense")
-_LINEAR_ROLES = ("qkv", "q", "k", "v", "o", "dense", "mtp_projection", "lm_head")
-
-
-def _refuse_other_modules(layout: ModelLayout, recipe: Recipe) -> None:
-    """Only routed experts are quantized: a recipe that also claims another matrix is refused by name."""
-    linear = any("Linear" in group.targets for group in recipe.groups)
-    for weights in layout.units.values():
-        for weight in weights:
-            module = weight.name.removesuffix(".weight")
-            ignored = recipe.ignores(module)
-            claimed = recipe.group_of(module, ignored) is not None
-            if claimed or (linear and not ignored and weight.role in _LINEAR_ROLES):
-                raise RecipeError(
-                    f"recipe {recipe.name}: would quantize {module} ({weight.role}); only routed experts are quantized",
-                    hint=r"target 're:.*mlp\.experts\.\d+\.(gate|up|down)_proj$', or add it to ignore",
-                )
 
 
 def _check_shapes(layout: ModelLayout, recipe: Recipe, formats: dict[int, Format]) -> None:
