@@ -35,7 +35,7 @@ def inspect(checkpoint: Folder, *, allow_unknown: bool = False) -> InspectDocume
     from mimoquant.checkpoint.index import open_index
     from mimoquant.model.layout import read_layout
     from mimoquant.planning.facts import layout_facts
-    from mimoquant.planning.plan import read_config
+    from mimoquant.planning.settings_beside import read_config
 
     index = open_index(checkpoint)
     return layout_facts(read_layout(index, read_config(index), allow_unknown=allow_unknown, packed=True))

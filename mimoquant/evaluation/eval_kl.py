@@ -53,7 +53,7 @@ from mimoquant.model.layout import ModelLayout, read_layout
 from mimoquant.model.releases import stored_as
 from mimoquant.model.rounding import has_input_scales
 from mimoquant.model.served_rounding import NOTHING, Rounding, Roundings
-from mimoquant.planning.plan import read_config
+from mimoquant.planning.settings_beside import read_config
 from mimoquant.weights.decoded import CheckpointWeights
 from mimoquant.weights.layer_rounding import layer_roundings
 

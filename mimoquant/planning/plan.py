@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from mimoquant.__version__ import __version__
-from mimoquant.checkpoint.hf_files import CONFIG_NAME, MODELOPT_CONFIG_NAME, side_files
-from mimoquant.checkpoint.index import CheckpointIndex, open_index, read_json_inside
-from mimoquant.errors import CheckpointError, MimoquantError, RecipeError
+from mimoquant.checkpoint.hf_files import CONFIG_NAME, side_files
+from mimoquant.checkpoint.index import open_index
+from mimoquant.errors import MimoquantError, RecipeError
 from mimoquant.model.config_keys import text_keys
 from mimoquant.model.layout import PROJECTIONS, ModelLayout, read_layout
 from mimoquant.model.rounding import INPUT_SCALE_SUFFIXES
 from mimoquant.planning.carve_outs import kept_as, kept_kinds, stored_kind, with_carve_outs
 from mimoquant.planning.notes import plan_notes
 from mimoquant.planning.recipe import Recipe
+from mimoquant.planning.settings_beside import read_config
 from mimoquant.planning.side_json import Fault, json_faults, refusal
 from mimoquant.planning.stored import native_obstacle
 from mimoquant.planning.targets import check_targets, expert_format
@@ -182,18 +183,6 @@ def _finished(plan: Plan) -> Plan:
         notes=notes,
         index_metadata=metadata | {"total_size": plan.tensor_bytes},
     )
-
-
-def read_config(index: CheckpointIndex) -> dict[str, Any]:
-    """config.json of a checkpoint folder; with what ModelOpt says beside it, where config.json says nothing."""
-    config = read_json_inside(index.folder, CONFIG_NAME, max_bytes=50_000_000)
-    beside = index.folder / MODELOPT_CONFIG_NAME
-    if text_keys(config, str(index.folder / CONFIG_NAME)).get("quantization_config") is None and beside.is_file():
-        told = read_json_inside(index.folder, MODELOPT_CONFIG_NAME, max_bytes=50_000_000).get("quantization")
-        if not isinstance(told, dict) or not told.get("quant_algo"):
-            raise CheckpointError(f"{beside}: has no quantization with a quant_algo, so it says nothing of the weights")
-        config["quantization_config"] = {"quant_method": "modelopt"} | told
-    return config
 
 
 def _read_source(source: Path | str, recipe: Recipe, *, allow_unknown: bool) -> ModelLayout:

@@ -43,9 +43,10 @@ from mimoquant.model.geometry import Geometry
 from mimoquant.model.layout import PROJECTIONS, ModelLayout, Weight, read_layout
 from mimoquant.model.qkv import possible_chunks
 from mimoquant.model.releases import check_repository, is_repository, is_revision
-from mimoquant.planning.plan import Plan, read_config
+from mimoquant.planning.plan import Plan
 from mimoquant.planning.recipe import Recipe
 from mimoquant.planning.reorder import Reorder, reorder
+from mimoquant.planning.settings_beside import read_config
 from mimoquant.planning.units import Copy, Step, lay_out, layer_of
 from mimoquant.weights.container import NATIVE, ignore_qkv
 

@@ -15,6 +15,7 @@ from typing import Any
 from mimoquant.model.config_keys import text_keys
 from mimoquant.model.geometry import IGNORE_LISTS, Geometry
 from mimoquant.model.layout import PROJECTIONS, ModelLayout, Weight, expert_module, layer_rows
+from mimoquant.planning.settings_beside import settings_notes
 from mimoquant.weights.container import ignored_modules
 from mimoquant.wording import many
 
@@ -92,7 +93,7 @@ def config_notes(layout: ModelLayout) -> list[str]:
         )
     if absent := absent_modules(quantization, layout.geometry):
         notes.append(absent_text(absent, layout.geometry))
-    return notes
+    return [*notes, *settings_notes(layout.index.folder, layout.config)]
 
 
 def absent_modules(quantization: dict[str, Any], geometry: Geometry) -> list[str]:

@@ -85,6 +85,7 @@ class _Check:
             yield from self.contradictions.experts()
             yield from self.contradictions.linears()
         yield from self.contradictions.names()
+        yield from self.contradictions.settings()
         yield from input_problems(self.contradictions.declared, self.label, self.arch)
         yield from keys.problems()
         if self.engine == c.TRANSFORMERS:

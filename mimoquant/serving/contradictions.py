@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mimoquant.model.layout import PROJECTIONS, expert_module
+from mimoquant.planning.settings_beside import contradictions
 from mimoquant.planning.stored import absent_text
 from mimoquant.serving import contracts as c
 from mimoquant.serving.declared import CLAIMED, IGNORED, PARTED, UNCLAIMED, Declared
@@ -56,6 +57,15 @@ class Contradictions:
         """Of modules that the model does not have."""
         if absent := self.checkpoint.absent:
             yield Problem(WARNING, absent_text(absent, self.checkpoint.geometry), "config.json")
+
+    def settings(self) -> Iterator[Problem]:
+        """Between config.json and ModelOpt's file beside it."""
+        told, beside = self.checkpoint.text.get("quantization_config"), self.checkpoint.settings_beside
+        reads = "the second" if self.declared.config is beside else "the first"
+        for text in contradictions(told, beside) if told and beside else ():
+            yield Problem(
+                WARNING, f"{text}: {self.label} reads {reads}", "get_quant_config of vLLM 0.32, SGLang 0.5.23"
+            )
 
     def _forms(self, layer: int) -> list[Stored | None]:
         """What each projection of a layer's first expert is to be."""

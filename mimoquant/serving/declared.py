@@ -19,6 +19,7 @@ from typing import Any
 
 from mimoquant.errors import CheckpointError
 from mimoquant.model.geometry import FP8_BLOCK, IGNORE_LISTS
+from mimoquant.planning.settings_beside import lacks_cache
 from mimoquant.serving import contracts as c
 from mimoquant.serving.arguments import ArgumentsError, read_arguments
 from mimoquant.serving.served import CHANNEL, Served, Stored
@@ -42,6 +43,8 @@ class Declared:
         # what the engine puts before the names of the text model
         self.prefix = c.ENGINES[engine].text_prefix if checkpoint.towers else ""
         self.config: dict[str, Any] = checkpoint.text.get("quantization_config") or {}
+        if engine == c.SGLANG and checkpoint.settings_beside and lacks_cache(self.config):
+            self.config = checkpoint.settings_beside
         flash = checkpoint.geometry.model_type == "mimo_v2_flash"
         self.own_experts = engine == c.TRANSFORMERS and flash  # transformers' class, whose experts are no modules
 

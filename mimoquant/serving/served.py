@@ -21,7 +21,8 @@ from mimoquant.model.geometry import FP8_BLOCK, Attention, Geometry, read_geomet
 from mimoquant.model.layout import PROJECTIONS, TOWER_PREFIXES, read_layout
 from mimoquant.model.qkv import with_chunks
 from mimoquant.model.rounding import INPUT_SCALE_SUFFIXES
-from mimoquant.planning.plan import Plan, read_config
+from mimoquant.planning.plan import Plan
+from mimoquant.planning.settings_beside import read_config, settings_beside
 from mimoquant.planning.stored import absent_modules
 from mimoquant.quant.formats import Format
 from mimoquant.serving import contracts
@@ -75,6 +76,7 @@ class Served:
     input_scales: bool = False  # whether experts have what rounds their activations to 4 bits
     cache_scales: bool = False  # whether layers have what rounds keys and values
     bytes_by_kind: Counter[str] = field(default_factory=Counter)  # experts, towers, mtp, rest
+    settings_beside: dict[str, Any] | None = None  # of hf_quant_config.json
     answer_tokens: int | None = None  # that generation_config.json ends an answer at
 
     @cached_property
@@ -168,7 +170,8 @@ def read_served(folder: Path | str) -> Served:
     config = read_config(index)
     read_layout(index, config, allow_unknown=True, packed=True)  # nothing is missing, nothing is misshapen
     facts = served(config, index.tensors, str(folder), index.metadata)
-    return replace(facts, answer_tokens=_answer_tokens(index.folder))
+    beside = settings_beside(index.folder)
+    return replace(facts, settings_beside=beside, answer_tokens=_answer_tokens(index.folder))
 
 
 def planned(plan: Plan) -> Served:

@@ -26,6 +26,8 @@ from mimoquant.errors import CheckpointError
 from mimoquant.evaluation.eval_kl import eval_kl, open_layout
 from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import load_recipe
+from mimoquant.serving.check import check
+from mimoquant.serving.served import read_served
 from mimoquant.weights.decoded import CheckpointWeights
 
 WRITERS = {"native": published.native_mxfp4, "modelopt": published.modelopt_nvfp4}
@@ -220,3 +222,44 @@ def test_launch_takes_it_where_the_engine_does(style: str, v26: dict[str, Path])
     options = ["--engine", "sglang", "--gpu", "h100", "--gpus", "1"]
     made = CliRunner().invoke(app, ["launch", str(v26[style]), *options])
     assert made.exit_code == 0 and "MoE marlin" in made.stdout, made.output
+
+
+# --- the file beside config.json; its contradictions are in tests/planning/test_settings_beside.py --------------------
+
+
+def said(folder: Path, *verb: str) -> str:
+    made = CliRunner().invoke(app, [*verb, str(folder), "--json"])
+    assert made.exit_code in (0, 3), made.output
+    return made.stdout
+
+
+def test_verbs_tell_what_contradicts(releases: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+    release, text = (
+        releases["modelopt"][0],
+        "the KV cache is in 16 bits in quantization_config of config.json, in FP8 in ",
+    )
+    folder = Path(shutil.copytree(release, tmp_path / "kv"))
+    edit_json(folder / "hf_quant_config.json", lambda held: held["quantization"].update(kv_cache_quant_algo="FP8"))
+    text += "hf_quant_config.json: "
+    assert f"{text}vLLM reads the first, SGLang the second" in said(folder, "inspect")
+    vllm, sglang = (said(folder, "verify", "--engine", engine) for engine in ("vllm", "sglang"))
+    assert f"{text}vLLM 0.3" in vllm and "reads the first" in vllm and "kv_cache_quant_algo" not in vllm
+    assert f"{text}SGLang 0.5" in sglang and "reads the second" in sglang and "kv_cache_quant_algo 'FP8'" in sglang
+    assert "hf_quant_config" not in said(release, "inspect")
+
+
+def test_the_file_beside_completes_mixed_precision(releases: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+    release = releases["modelopt"][0]
+    folder = Path(shutil.copytree(release, tmp_path / "older"))
+    edit_json(folder / "config.json", lambda config: config["quantization_config"].pop("quantized_layers"))
+    for engine in ("vllm", "sglang"):
+        assert check(read_served(folder), engine) == check(read_served(release), engine)
+
+
+@pytest.mark.parametrize("content", ["{}", "{", '{"quantization": []}', '{"quantization": {"quant_algo": null}}'])
+def test_a_file_beside_that_is_not_needed_may_say_nothing(
+    content: str, releases: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(releases["modelopt"][0], tmp_path / "odd"))
+    (folder / "hf_quant_config.json").write_text(content)
+    assert "in hf_quant_config" not in said(folder, "inspect")
