@@ -82,6 +82,7 @@ def _settled(argument: str, value: Any, stack: contextlib.ExitStack, keep: Path 
     """What the function gets for an argument."""
     if argument in _NO_PATHS:
         return value
+    _refuse_empty(argument, value)
     if isinstance(value, str | Path) and str(value).startswith(_ON_THE_HUB):
         return _opened(argument, _address(value), stack, keep)
     if argument == "source" and keep is not None:
@@ -102,6 +103,12 @@ def _opened(argument: str, name: str, stack: contextlib.ExitStack, keep: Path | 
         ) from error
 
     return stack.enter_context(opened(name, keep))
+
+
+def _refuse_empty(argument: str, value: Any) -> None:
+    """A path of no letters would be the current folder. (What became `Path("")` on the way cannot be told from ".".)"""
+    if value == "" or (isinstance(value, list | tuple) and "" in value):
+        raise UsageError(f"{argument.replace('_', '-')} is empty", hint="name a file or folder; . is the current one")
 
 
 def _expanded(value: Any) -> Any:

@@ -6,6 +6,7 @@ sentence, a hint and an exit code in one place. Nothing heavy is imported before
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
@@ -13,7 +14,7 @@ import sys
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from mimoquant.__version__ import __version__
 from mimoquant.assembly.files import at_home
@@ -22,10 +23,11 @@ from mimoquant.cli.eval_kl import eval_kl
 from mimoquant.cli.sensitivity import sensitivity
 from mimoquant.cli.terminal import INTERRUPTED, RESUMABLE, open_streams, say, tell
 from mimoquant.cli.verbs import inspect, launch, plan, quantize, relayout, synth, verify
-from mimoquant.errors import MimoquantError, StoppedError, is_disk_trouble, is_out_of_memory
+from mimoquant.errors import MimoquantError, StoppedError, UsageError, is_disk_trouble, is_out_of_memory
 from mimoquant.machine.team import refuse_ranks
 
 EXIT_INTERRUPTED = 130
+EXIT_NO_READER = 141  # what a shell calls the end of a program whose reader has left
 LIBRARIES = ("torch", "triton", "numba", "numpy", "safetensors", "tokenizers")
 OPTIONAL = ("transformers", "datasets", "compressed-tensors", "llmcompressor")
 _RESUMABLE_VERBS = ("quantize", "relayout")  # the others note on the interrupt when they are
@@ -54,8 +56,8 @@ class _Group(TyperGroup):
                 tell(f"hint: {RESUMABLE}")
             raise typer.Exit(EXIT_INTERRUPTED) from None
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(EXIT_INTERRUPTED) from None
+            _silence()
+            raise typer.Exit(EXIT_NO_READER) from None
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -76,6 +78,31 @@ class _Group(TyperGroup):
 
 def _raise_interrupt(number: int, frame: Any) -> None:
     raise KeyboardInterrupt
+
+
+def _silence() -> None:
+    """Let what is still in the streams' buffers go nowhere, rather than fail a second time while Python ends."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream:
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+class _Verb(TyperCommand):
+    """A verb, none of whose arguments may be empty: `""`, a variable that is not set, would be the current folder."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if "" in args or any(word.startswith("--") and word.endswith("=") for word in args):
+            given, _, _ = self.make_parser(ctx).parse_args(args=list(args))
+            for parameter in self.get_params(ctx):
+                value = given.get(parameter.name)
+                if value == "" or (isinstance(value, list | tuple) and "" in value):
+                    argument = parameter.param_type_name == "argument"
+                    name = (parameter.metavar or parameter.name) if argument else parameter.opts[0]
+                    raise UsageError(
+                        f"{name} is empty", hint="is a variable of the shell not set? . is the current folder"
+                    )
+        return super().parse_args(ctx, args)
 
 
 app = typer.Typer(
@@ -122,11 +149,11 @@ def _options(
 
 
 for verb in (inspect, plan, quantize, relayout, verify, launch):
-    app.command()(at_home(verb))
-app.command("eval-kl")(at_home(eval_kl))
-app.command()(at_home(sensitivity))
-app.command("eval-draft")(at_home(eval_draft))
-app.command()(at_home(synth))
+    app.command(cls=_Verb)(at_home(verb))
+app.command("eval-kl", cls=_Verb)(at_home(eval_kl))
+app.command(cls=_Verb)(at_home(sensitivity))
+app.command("eval-draft", cls=_Verb)(at_home(eval_draft))
+app.command(cls=_Verb)(at_home(synth))
 
 
 def main() -> None:
@@ -134,8 +161,16 @@ def main() -> None:
     open_streams()
     try:
         app()
+    except BrokenPipeError:
+        _silence()
+        sys.exit(EXIT_NO_READER)
     except (StoppedError, OSError) as error:  # of --help and --version, which are no verbs
         tell(f"error: {error if isinstance(error, StoppedError) else f'stdout: cannot be written ({error.strerror})'}")
         sys.exit(StoppedError.exit_code)
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # of --help and its like: typer makes 1 of it, a bug's code
+            _silence()
+            sys.exit(EXIT_NO_READER)
+        raise
     except KeyboardInterrupt:  # before the verb had begun, or a second time while the first was being told
         sys.exit(EXIT_INTERRUPTED)
