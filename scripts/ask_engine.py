@@ -2,11 +2,15 @@
 
     python ask_engine.py JOB.json     {"engine": "vllm" | "sglang", "checkpoint": folder, "ids": [[token, ...], ...],
                                        "vocab": count, "settings": keywords of the engine, "out": folder,
-                                       "new": 0 or count, "more": count}
+                                       "new": 0 or count, "more": count, "capture": count, if wanted}
 
 new = 0: OUT/rows.npy gets the log-probabilities after every token but the last of each prompt, float32 [positions,
 vocab]. Else OUT/text.json gets {"generated": [[token, ...], ...], "counts": what the engine counted of `new` tokens a
 prompt}, the text with `more` tokens a prompt. Greedy. OUT/engine.json names the versions and the GPU.
+
+capture (vLLM): OUT/captured.safetensors gets this many inputs of FP8 products of each kind and width, with what the
+engine made of them: KIND.NUMBER.x (bf16), .q (codes as bytes), .s (float32). KIND: linear, experts, or silu_mul, whose
+x is gate and up side by side; of each the first CAPTURED_ROWS rows.
 """
 
 from __future__ import annotations
@@ -33,6 +37,56 @@ os.environ |= {
 import numpy as np
 
 Rows = list[np.ndarray]
+CAPTURED_ROWS = 96
+
+
+class Captured:
+    """What vLLM's FP8 products were given and what they made of it. To be made before the engine is."""
+
+    def __init__(self, limit: int) -> None:
+        from vllm import _custom_ops
+        from vllm.model_executor.layers.fused_moe import utils
+        from vllm.model_executor.layers.quantization.utils import fp8_utils
+
+        self.limit, self.begun = limit, False
+        self.tensors: dict[str, Any] = {}
+        self.counts: dict[tuple[str, int], int] = {}
+        self.called: dict[str, int] = {}
+        for kind, module, name in (
+            ("linear", fp8_utils, "per_token_group_quant_fp8"),
+            ("experts", utils, "per_token_group_quant_fp8"),
+            ("silu_mul", _custom_ops, "silu_and_mul_per_block_quant"),
+        ):
+            setattr(module, name, self.keeping(kind, getattr(module, name)))
+
+    def keeping(self, kind: str, plain: Any) -> Any:
+        def keep(x: Any, *more: Any, **named: Any) -> Any:
+            codes, scales = plain(x, *more, **named)
+            self.called[kind] = self.called.get(kind, 0) + 1
+            place = kind, x.shape[-1]
+            if self.begun and x.ndim == 2 and self.counts.get(place, 0) < self.limit:
+                self.counts[place] = self.counts.get(place, 0) + 1
+                name = f"{kind}.{sum(self.counts.values())}"
+                for key, tensor in (("x", x), ("q", codes), ("s", scales)):
+                    self.tensors[f"{name}.{key}"] = tensor[:CAPTURED_ROWS].detach().cpu().contiguous()
+            return codes, scales
+
+        return keep
+
+    def save(self, path: Path) -> dict[str, Any]:
+        import torch
+        from safetensors.torch import save_file
+        from vllm.utils import deep_gemm
+        from vllm.utils.import_utils import has_deep_gemm
+
+        bytes_of = {name: t.view(torch.uint8) if name.endswith(".q") else t for name, t in self.tensors.items()}
+        save_file(bytes_of, path)
+        return {
+            "captured_calls": self.called,
+            "has_deep_gemm": bool(has_deep_gemm()),
+            "deep_gemm_supported": bool(deep_gemm.is_deep_gemm_supported()),
+            "is_deep_gemm_e8m0_used": bool(deep_gemm.is_deep_gemm_e8m0_used()),
+        }
 
 
 class Vllm:
@@ -168,14 +222,19 @@ def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     out, ids, start = Path(job["out"]), job["ids"], time.monotonic()
     length = max(map(len, ids)) + job["new"] + job["more"] + 16
+    captured = Captured(job["capture"]) if job.get("capture") else None
     engine = (Vllm if job["engine"] == "vllm" else Sglang)(job, length)
     loaded = time.monotonic()
+    if captured:
+        captured.begun = True
     if job["new"]:
         text, counts = engine.text(ids, job["new"], job["more"])
         (out / "text.json").write_text(json.dumps({"generated": text, "counts": counts}))
     else:
         np.save(out / "rows.npy", np.stack(engine.rows(ids, job["vocab"])))
     said = versions(job["engine"]) | {"load_s": round(loaded - start), "run_s": round(time.monotonic() - loaded)}
+    if captured:
+        said |= captured.save(out / "captured.safetensors")
     (out / "engine.json").write_text(json.dumps(said))
     sys.stdout.flush()
     os._exit(0)  # an engine's own end may hang, and there is nothing left to write

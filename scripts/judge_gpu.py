@@ -53,15 +53,18 @@ from mimoquant.evaluation.side_by_side import final_hidden, streams_of
 from mimoquant.model.decoder_layer import linear
 from mimoquant.model.drafter import open_drafter
 from mimoquant.model.layer_stream import walk
+from mimoquant.model.served_rounding import FP8, NONE, NOTHING, Rounding
 from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import parse_recipe
 from mimoquant.synthetic.checkpoint import SynthSizes, synth
 from mimoquant.weights.decoded import CheckpointWeights
+from mimoquant.weights.layer_rounding import layer_roundings
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent / folder) for folder in ("tests/serving", "tests")]
+sys.path[:0] = [str(HERE), *(str(HERE.parent / folder) for folder in ("tests/serving", "tests"))]
 
 from engine_cases import INT4, MXFP4, NVFP4, Case, recipe, with_remote_code  # noqa: E402
+from kernel_arithmetic import as_bf16, compare_captured  # noqa: E402
 from padded_twin import padded_twin  # noqa: E402
 
 SIZES = {
@@ -145,6 +148,8 @@ ROWS = {
     "int4 g32, Flash": quantized("flash", INT4 % 32),
     "FP8 source, Flash": Row("flash"),
     "FP8 source, V2.5": Row("v2.5"),
+    "FP8 activations, FP8 source, V2.5": Row("v2.5", kind="fp8"),  # vLLM's alone
+    "FP8 activations, MXFP4 native, V2.5": quantized("v2.5", MXFP4, container="native", kind="fp8"),
     "int4 g128, V2.5 with towers": quantized("v2.5 towers", INT4 % 128),
     "int4 g64 by GPTQ, negative scales, micro": quantized("micro", INT4 % 64, CALIBRATED, method="GPTQModifier"),
 }
@@ -221,9 +226,9 @@ def prompts(vocab: int) -> list[list[int]]:
 
 
 @torch.no_grad()
-def ours(folder: Path, wider: int = 0) -> np.ndarray:
+def ours(folder: Path, wider: int = 0, rounding: Rounding = NOTHING) -> np.ndarray:
     """Log-probabilities after every token but the last of each prompt, float64 [positions, vocabulary]. `wider`: this
-    many keys more in the window of sliding layers."""
+    many keys more in the window of sliding layers. `rounding`: of inputs."""
     layout = open_layout(folder)
     config = dict(layout.config)
     for key in WINDOWS & config.keys():
@@ -232,6 +237,7 @@ def ours(folder: Path, wider: int = 0) -> np.ndarray:
     with CheckpointReader(layout.index) as reader:
         weights = CheckpointWeights(reader, layout, torch.device("cpu"))
         [stream] = streams_of(weights, [[torch.tensor(prompts(layout.geometry.vocab))]])
+        stream.roundings = layer_roundings(reader, layout, rounding)
         walk([stream])
         hidden = final_hidden(stream, weights.tensor("model.norm.weight"))
         rows = linear(hidden, weights.tensor("lm_head.weight")).log_softmax(-1)
@@ -361,6 +367,23 @@ def judged_rows(options: argparse.Namespace, row: Row, checkpoint: Path) -> dict
 
 def mean_kl(own: np.ndarray, theirs: np.ndarray) -> float:
     return float((np.exp(own) * (own - theirs)).sum(-1).mean())
+
+
+def judged_fp8(options: argparse.Namespace, row: Row, checkpoint: Path) -> dict[str, Any]:
+    """FP8 activations: codes and scales captured in the engine, and how near our forward comes that rounds so too."""
+    vocab, experts = open_layout(checkpoint).geometry.vocab, FP8 if row.case is None else NONE
+    out = asked_of(options, checkpoint, prompts(vocab), settings=row.settings, capture=6)
+    shutil.copy(out / "captured.safetensors", options.out.resolve() / f"{slug(options.row)}.safetensors")
+    theirs, rounding = np.load(out / "rows.npy").astype(np.float64), Rounding(experts, FP8)
+    told = {"kl_mean_unrounded": mean_kl(ours(checkpoint), theirs)}
+    told["kl_mean"] = mean_kl(own := ours(checkpoint, rounding=rounding), theirs)
+    with as_bf16():
+        stored = ours(checkpoint, rounding=rounding)
+    with as_bf16(in_float64=True):
+        told["kl_of_the_order_of_sums"] = mean_kl(stored, ours(checkpoint, rounding=rounding))
+    told["kl_mean_as_bf16"] = mean_kl(stored, theirs)
+    told["kl_max"] = float((np.exp(own) * (own - theirs)).sum(-1).max())
+    return told | {"positions": len(own), "captured": compare_captured(out / "captured.safetensors")}
 
 
 def micro_prompts(sequences: int, tokens: int) -> TokenSet:
@@ -564,6 +587,7 @@ def eval_kl(*arguments: Any) -> dict[str, Any]:
 
 JUDGES: dict[str, Callable[[argparse.Namespace, Row, Path], dict[str, Any]]] = {
     "rows": judged_rows,
+    "fp8": judged_fp8,
     "mtp": judged_mtp,
     "dflash": judged_dflash,
     "key norms": judged_key_norms,
@@ -628,7 +652,7 @@ def kill(process: subprocess.Popen[Any]) -> None:
 def told(note: dict[str, Any]) -> str:
     """A row of the printed table."""
     kernels = "; ".join(note.get("kernels", ()))
-    if "kl_mean" in note:
+    if "kl_to_source" in note:
         numbers = f"{note['max_dlogp']:.3f} | {note['kl_mean']:.1e}, {note['kl_max']:.1e} | {note['kl_to_source']:.3f}"
         return f"| {note['row']} | {numbers} | {kernels} |"
     hidden = {"row", "engine", "kernels", "log_tail", "gpu"}
@@ -638,6 +662,7 @@ def told(note: dict[str, Any]) -> str:
 def judge_all(options: argparse.Namespace) -> None:
     names = [*FIRST[options.engine], *(name for name in ROWS if name not in FIRST[options.engine])]
     names = [name for name in names if any(text.lower() in name.lower() for text in options.only)]
+    names = [name for name in names if ROWS[name].kind != "fp8" or options.engine == "vllm"]
     started = time.monotonic()
     for name in dict.fromkeys(ROWS[row].source for row in names):
         try:

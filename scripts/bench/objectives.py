@@ -99,7 +99,7 @@ def draft(options: argparse.Namespace, outputs: Sequence[Output], tokens: TokenS
 
 
 def by_sequence(values: Floats, tokens: TokenSet) -> Floats:
-    return np.asarray(values, np.float64).reshape(len(tokens.ids), -1).mean(1)
+    return np.asarray(values.reshape(len(tokens.ids), -1).mean(1), dtype=np.float64)
 
 
 def ratio(kl: Floats, output: Floats) -> str:
