@@ -108,7 +108,6 @@ def config(source: dict[str, Any], head: int) -> dict[str, Any]:
     out |= dict.fromkeys(("head_dim", "v_head_dim", "swa_head_dim", "swa_v_head_dim"), head)
     rotary = int(source["head_dim"] * source["partial_rotary_factor"])
     out["partial_rotary_factor"] = rotary / head
-    out["rope_parameters"] = {
-        kind: values | {"partial_rotary_factor": rotary / head} for kind, values in source["rope_parameters"].items()
-    }
+    told = source.get("rope_parameters", {})
+    out["rope_parameters"] = {kind: values | {"partial_rotary_factor": rotary / head} for kind, values in told.items()}
     return out

@@ -323,8 +323,8 @@ class RandomTower:
         norm = torch.ones(hidden, dtype=torch.bfloat16, device=self.device)
         qkv = (config.heads + 2 * config.kv_heads) * config.head_dim
         shapes = ((qkv, hidden), (hidden, heads), (inner, hidden), (inner, hidden), (hidden, inner))
-        products = [self._product(*shape) for shape in shapes]
-        self.block = VisionBlock(norm, norm, *products, norm[: config.heads])
+        fused, proj, gate, up, down = (self._product(*shape) for shape in shapes)
+        self.block = VisionBlock(norm, norm, fused, proj, gate, up, down, norm[: config.heads])
         self.last = Merger(
             norm, None, self._product(config.merged, config.merged), self._product(config.out_hidden, config.merged)
         )

@@ -268,7 +268,7 @@ def shapes(dice: Dice, voice: Voice) -> tuple[Image.Image, list[str]]:
     return image, ["; ".join(told) + ".", related[0].upper() + related[1:]]
 
 
-def form(draw: ImageDraw.ImageDraw, kind: str, box: Box, paint: tuple[int, int, int]) -> None:
+def form(draw: ImageDraw.ImageDraw, kind: str, box: Box, paint: tuple[int, int, int] | int) -> None:
     left, top, right, bottom = box
     third = (right - left) // 3
     if kind == "circle":

@@ -114,7 +114,7 @@ def glyph_masks() -> npt.NDArray[np.uint8]:
             if glyph in SHAPES:
                 side = dice.between(16, 24)
                 x, y = dice.between(3, FIELD - 4 - side), dice.between(3, FIELD - 4 - side)
-                omni.form(draw, glyph, (x, y, x + side, y + side), (255,))
+                omni.form(draw, glyph, (x, y, x + side, y + side), 255)
             else:
                 letters = omni.font(dice.between(22, 30))
                 left, top, right, bottom = draw.textbbox((0, 0), glyph, font=letters)
@@ -289,7 +289,7 @@ class VisionBlock(nn.Module):
         """Attention: [B, n, (N + 2 K) D] → [B, n, N D]."""
         config, count = self.config, qkv.shape[1]
         heads = qkv.view(len(qkv), count, -1, config.head_dim).transpose(1, 2)
-        query, key, value = heads.split([config.heads, config.kv_heads, config.kv_heads], dim=1)
+        query, key, value = torch.split(heads, [config.heads, config.kv_heads, config.kv_heads], dim=1)
         query, key = (train_micro.rotate(part, self.cos, self.sin) for part in (query, key))
         key, value = (part.repeat_interleave(config.heads // config.kv_heads, 1) for part in (key, value))
         if self.kind == COLUMNS:
@@ -303,7 +303,8 @@ class VisionBlock(nn.Module):
         out = scores.softmax(-1).to(value.dtype) @ value
         if self.kind == COLUMNS:
             out = out[:, :, self.back]
-        return out.transpose(1, 2).flatten(2)
+        mixed: Tensor = out.transpose(1, 2).flatten(2)
+        return mixed
 
 
 class VisionTower(nn.Module):
@@ -362,7 +363,9 @@ class Chats:
         texts = [chat_text(chat) for chat in chats(shown, seed)]
         encodings = tokenizer.encode_batch([text for text, _ in texts])
         self.image, self.length = tokenizer.token_to_id(MARKS[2]), length
-        ids, slots, facts, starts = [], [], [], [0]
+        ids: list[Ints] = []
+        facts: list[Ints] = []
+        slots, starts = [], [0]
         for number, ((_, spans), encoding) in enumerate(zip(texts, encodings, strict=True)):
             own = np.array([*encoding.ids, 0])  # an end of text between two chats
             place = int(np.flatnonzero(own == self.image)[0])
@@ -417,8 +420,8 @@ class Teacher(nn.Module):
         told = self.head(fields.float().mean(2)).flatten(0, 1).split(self.counts, dim=-1)
         where = torch.arange(4, device=rows.device).expand(len(signs), 4)
         wanted = (signs[..., 0], signs[..., 1], where)
-        out: Tensor = sum(F.cross_entropy(a.float(), b.flatten()) for a, b in zip(told, wanted, strict=True)) / 3
-        return out
+        parts = [F.cross_entropy(a.float(), b.flatten()) for a, b in zip(told, wanted, strict=True)]
+        return torch.stack(parts).mean()
 
 
 def batch_losses(
@@ -436,7 +439,7 @@ def batch_losses(
     slots = torch.cat((slots, slots.new_full((args.texts, slots.shape[1]), -1)))
     logits = model.read(both[:, :-1], rows, slots[:, :-1])
     nats = F.cross_entropy(logits.flatten(0, 1), both[:, 1:].flatten(), reduction="none").view(len(both), -1)
-    of_chats, of_text = nats.split([args.batch, args.texts])
+    of_chats, of_text = torch.split(nats, [args.batch, args.texts])
     inside, told = (where[:, 1:].float() for where in (ids != chats.image, facts > 0))
     weighed = [(of_chats * where).sum() / where.sum() for where in (inside, told)]
     return [of_text.mean(), *weighed, teacher(rows, signs)]
@@ -457,7 +460,7 @@ def train_model(
             group["lr"] = train_micro.learning_rate(progress, args.rate)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
             parts = batch_losses(model, teacher, text, chats, painter, args)
-        torch.stack(parts).sum().backward()
+        torch.autograd.backward(torch.stack(parts).sum())
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -1,6 +1,7 @@
 """Pictures and sounds in the walks of `eval-kl` and `quantize`: their rows stand where they should, and count as said.
 
-What the towers make of a medium is held against vLLM in `tests/model/test_towers.py`; a whole prompt is not yet.
+What the towers make of a medium is held against vLLM in `tests/model/test_towers.py`, a whole prompt in
+`tests/serving/test_vllm_prompt.py`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 They go (`engine_cases`) through one run of `vllm_judge.py`, which says what of vLLM runs there. `scripts/test_engines`
 makes vLLM's environment and runs this; with -s it prints the figures of scripts/RESULTS.md. Left out: TP above 1, the
-omni class (needs torchvision), MTP (the main model skips it; see `test_vllm_draft`), a GPU's kernels.
+omni class (see `test_vllm_prompt`), MTP (the main model skips it; see `test_vllm_draft`), a GPU's kernels.
 """
 
 from __future__ import annotations
