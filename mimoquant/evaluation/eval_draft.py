@@ -43,7 +43,6 @@ from mimoquant.__version__ import SCHEMA_VERSION
 from mimoquant.calibration.tokens import TokenSet, refuse_media
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.checkpoint.remote import named
-from mimoquant.errors import CheckpointError
 from mimoquant.evaluation.divergence import bootstrap
 from mimoquant.evaluation.documents import (
     AcceptedLength,
@@ -59,6 +58,7 @@ from mimoquant.evaluation.drafts import Draft, Drafts, choose_draft
 from mimoquant.evaluation.eval_kl import AsServed, open_layout, roundings_of, same_model
 from mimoquant.evaluation.facts import data_facts, recipe_name, rounded_facts
 from mimoquant.evaluation.held_out import refuse_shared_data
+from mimoquant.evaluation.not_finite import Walked, all_finite, first_of, nothing_finite
 from mimoquant.evaluation.side_by_side import streams_of
 from mimoquant.machine.team import Team
 from mimoquant.model.decoder_layer import linear, rms_norm
@@ -80,6 +80,7 @@ class DraftScores:
 
     acceptance: _Floats
     match: _Floats
+    first: int | None = None  # layer of the backbone after which hidden states are not finite
 
     def lengths(self) -> tuple[_Floats, _Floats]:
         """Expected accepted length of each start, sampling and greedy: [sequences, starts]."""
@@ -160,10 +161,12 @@ def compare_drafts(
             for stream in of_source:
                 stream.roundings = layers
         beside = draft.beside(weights, streams)
+        finite: list[list[bool]] = [[], []]
 
         def after_layer(number: int) -> None:
-            for drafts in beside:
+            for drafts, of_source, told in zip(beside, streams, finite, strict=True):
                 drafts.after_layer(number)
+                told.append(all(all_finite(stream.batches) for stream in of_source))
             if progress:
                 progress(number)
 
@@ -173,18 +176,29 @@ def compare_drafts(
             _score(source, mine, of_source, drafts)
             for source, of_source, drafts in zip(weights, streams, beside, strict=True)
         ]
-    ours, theirs = (_joined(of_source, len(every), team) for of_source in parts)
+    bad = [_first(team.gather(told)) for told in finite]
+    ours, theirs = (_joined(of_source, len(every), team, at) for of_source, at in zip(parts, bad, strict=True))
     return ours, theirs
 
 
-def _joined(mine: list[DraftScores], count: int, team: Team) -> DraftScores:
+def _first(told: list[list[bool]]) -> int | None:
+    """The first layer that is not finite on any rank; one without a portion has nothing to tell."""
+    return first_of([all(row) for row in zip(*filter(None, told), strict=True)])
+
+
+def _joined(mine: list[DraftScores], count: int, team: Team, first: int | None) -> DraftScores:
     """All ranks' portions in the order of the sequences."""
     shared = []
     for number in range(count):
         owner, place = number % team.size, number // team.size
-        scores = vars(mine[place]) if owner == team.rank else {}
-        shared.append(team.share({name: torch.from_numpy(v) for name, v in scores.items()} or None, owner, "cpu"))
-    return DraftScores(*(np.concatenate([part[name].numpy() for part in shared]) for name in ("acceptance", "match")))
+        arrays = (
+            {name: torch.from_numpy(getattr(mine[place], name)) for name in ("acceptance", "match")}
+            if owner == team.rank
+            else None
+        )
+        shared.append(team.share(arrays, owner, "cpu"))
+    acceptance, match = (np.concatenate([part[name].numpy() for part in shared]) for name in ("acceptance", "match"))
+    return DraftScores(acceptance, match, first)
 
 
 def eval_draft(
@@ -219,6 +233,7 @@ def eval_draft(
     layers = layouts[0].geometry.layers
     told = (lambda number: progress(number, layers)) if progress else None
     roundings = served[0].rounding, served[1].rounding
+    names = f"the reference {named(served[0].folder)}", f"the candidate {named(served[1].folder)}"
     scores = compare_drafts(*layouts, tokens, chosen, roundings=roundings, device=device, progress=told, team=team)
     return {
         "schema_version": SCHEMA_VERSION,
@@ -229,16 +244,23 @@ def eval_draft(
         "draft": chosen.name,
         "rounding": rounded_facts(*served, layouts[1]),
         "data": data_facts(tokens, shared),
-        **summarize_drafts(*scores, tokens),
+        **summarize_drafts(*scores, tokens, names),
         "device": device,
     }
 
 
-def summarize_drafts(reference: DraftScores, candidate: DraftScores, tokens: TokenSet) -> DraftSummary:
+def summarize_drafts(
+    reference: DraftScores,
+    candidate: DraftScores,
+    tokens: TokenSet,
+    names: tuple[str, str] = ("the reference", "the candidate"),
+) -> DraftSummary:
     """The report's numbers. Starts that are not finite, on either side, count in their share and nowhere else."""
     finite = np.isfinite((reference.acceptance + candidate.acceptance).sum(-1))
     if not finite.any():
-        raise CheckpointError("no position has finite logits, in the reference or in the candidate")
+        sides = zip(names, (reference, candidate), strict=True)
+        walked = [Walked(name, bool(np.isfinite(side.acceptance).any()), side.first) for name, side in sides]
+        raise nothing_finite(walked, "logits, or its draft's")
     domain = np.array(tokens.domains)
     by_domain: list[DraftDomainPart] = [
         {"domain": str(name), **_figures(reference, candidate, finite & (domain == name)[:, None])}

@@ -37,6 +37,7 @@ from mimoquant.evaluation.documents import FolderEvaluation, NoiseFloor
 from mimoquant.evaluation.facts import Compared, evaluation_of, rounding_facts
 from mimoquant.evaluation.held_out import refuse_shared_data
 from mimoquant.evaluation.kept_result import finished_result, made_of, result_text
+from mimoquant.evaluation.not_finite import first_of
 from mimoquant.evaluation.side_by_side import (
     CAUSES_EVERY,
     WORST,
@@ -80,6 +81,7 @@ class Comparison:
     scores: TokenScores | None = None
     layers: list[LayerTrace] = field(default_factory=list)
     worst: list[WorstToken] = field(default_factory=list)
+    not_finite: tuple[int | None, int | None] = (None, None)  # first layer of the reference, of the candidate
 
 
 @dataclass(frozen=True)
@@ -212,8 +214,10 @@ def _joined(candidates: list[ModelLayout], team: Team, both: SideBySide, count: 
             worst += [WorstToken(**{**facts, "index": facts["index"] + begin}) for facts in of_portion[1]]
             begin += len(scores.j)
         worst.sort(key=lambda one: -one.j if math.isfinite(one.j) else 1.0)
-        layers = [_layer_trace(layout, number, of_layer) for number, of_layer in enumerate(zip(*traces, strict=True))]
-        out.append(Comparison(TokenScores.joined(parts), layers, worst[:WORST]))
+        passed = list(zip(*traces, strict=True))
+        layers = [_layer_trace(layout, number, of_layer) for number, of_layer in enumerate(passed)]
+        theirs, ours = (first_of([not any(math.isnan(trace[at]) for trace in row) for row in passed]) for at in (0, 1))
+        out.append(Comparison(TokenScores.joined(parts), layers, worst[:WORST], (ours, theirs)))
     return out
 
 

@@ -114,7 +114,7 @@ def eval_server(
         "recipe": None,
         "left_out": [],
         "data": data_facts(tokens, None),
-        **summarize(scores, tokens),
+        **summarize(scores, tokens, (f"the reference {named(reference)}", f"what {server.link.url} answers")),
         "layers": [],
         "noise_floor": None,
         "worst_tokens": [],

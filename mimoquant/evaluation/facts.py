@@ -61,6 +61,7 @@ def evaluation_of(
     there is one, the baseline."""
     scores = comparisons[0].scores
     assert scores is not None
+    names = f"the reference {named(compared.reference)}", f"the candidate {named(compared.candidate)}"
     decode = decoder_of(Path(compared.reference))
     baseline = None
     if compared.baseline is not None:
@@ -77,7 +78,7 @@ def evaluation_of(
         "rounding": rounding,
         "left_out": _left_out(layout, rounding),
         "data": data_facts(tokens, shared),
-        **summarize(scores, tokens),
+        **summarize(scores, tokens, names, comparisons[0].not_finite),
         "layers": [_layer_part(trace) for trace in comparisons[0].layers],
         "worst_tokens": [_worst_token(worst, tokens, decode) for worst in comparisons[0].worst],
         "baseline": baseline,

@@ -8,6 +8,7 @@ what of activations: on every fourth batch, since a stream costs as much as a ca
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from mimoquant.evaluation.divergence import TokenScores, head_divergence
 from mimoquant.evaluation.documents import NoiseFloor
+from mimoquant.evaluation.not_finite import all_finite
 from mimoquant.model.decoder_layer import linear, rms_norm
 from mimoquant.model.layer_stream import Stream, portions
 from mimoquant.model.media import Placed
@@ -29,7 +31,9 @@ NOISE = 2.0**-9
 WORST = 20
 CAUSES_EVERY = 4  # one in so many batches is walked once more for each cause of J
 
-Trace = tuple[float, float, float, int]  # of a layer: squared error, squared norm, sum of overlaps, routing choices
+# Of a layer: squared error, squared norm, sum of overlaps, routing choices. The first is NaN where the candidate's
+# states are not finite, the second where the reference's are not.
+Trace = tuple[float, float, float, int]
 
 
 @dataclass
@@ -287,7 +291,15 @@ def _trace(reference: Stream, candidate: Stream) -> Trace:
         float((a.experts[:, :, None] == b.experts[:, None, :]).any(-1).double().sum())
         for a, b in zip(reference.routing, candidate.routing, strict=True)
     ]
-    return error2, norm2, sum(shared), sum(routing.experts.numel() for routing in reference.routing)
+    choices = sum(routing.experts.numel() for routing in reference.routing)
+    return _marked(error2, candidate), _marked(norm2, reference), sum(shared), choices
+
+
+def _marked(square: float, stream: Stream) -> float:
+    """A sum of squares; where it is not finite, NaN if that stream's states are not, else Inf."""
+    if math.isfinite(square):
+        return square
+    return math.inf if all_finite(stream.batches) else math.nan
 
 
 def _worst(

@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 
 from mimoquant.calibration.tokens import TokenSet
-from mimoquant.errors import CheckpointError
 from mimoquant.evaluation.contexts import by_context, contexts_of, part_of
 from mimoquant.evaluation.divergence import TokenScores, bootstrap
 from mimoquant.evaluation.documents import (
@@ -26,6 +25,7 @@ from mimoquant.evaluation.documents import (
     Scores,
     Top1,
 )
+from mimoquant.evaluation.not_finite import Walked, nothing_finite
 
 CONFIDENT = 0.9  # the reference is sure of its token above this probability
 _CONFIDENCE_EDGES = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 0.99, 1.0)
@@ -47,16 +47,26 @@ def paired_difference(candidate: TokenScores, baseline: TokenScores, tokens: Tok
     return Difference(j=float(baseline.j[ok].mean()), difference=float(difference.mean()), low=low, high=high)
 
 
-def summarize(scores: TokenScores, tokens: TokenSet) -> Scores:
+def summarize(
+    scores: TokenScores,
+    tokens: TokenSet,
+    names: tuple[str, str] = ("the reference", "the candidate"),
+    first: tuple[int | None, int | None] = (None, None),
+) -> Scores:
     """The report's numbers. Positions that are not finite count in their share and nowhere else, those before a token
-    of a picture or a sound nowhere at all."""
+    of a picture or a sound nowhere at all.
+
+    `names`, `first`: of both sides, for the CheckpointError where no position is finite (`not_finite.Walked`).
+    """
     length = tokens.ids.shape[1] - 1
     sequence = np.repeat(np.arange(len(tokens.ids)), length)
     position = np.tile(np.arange(length), len(tokens.ids))
     domain = np.array(tokens.domains)[sequence]
     ok = scores.counted
     if not ok.any():
-        raise CheckpointError("no position has finite logits, in the reference or in the candidate")
+        losses = scores.reference_loss[scores.predicts], scores.candidate_loss[scores.predicts]
+        finite = (bool(np.isfinite(loss).any()) for loss in losses)
+        raise nothing_finite([Walked(*side) for side in zip(names, finite, first, strict=True)])
     j = scores.j[ok]
     out = Scores(
         tokens=int(ok.sum()),

@@ -159,5 +159,5 @@ def _joined(sizes: set[Any]) -> str:
 
 
 def _excluded(settings: Settings) -> set[str]:
-    names = next((settings[key] for key in _LISTS if settings.get(key)), [])
+    names: Any = next((settings[key] for key in _LISTS if settings.get(key)), [])
     return {name for name in names if isinstance(name, str)} if isinstance(names, list) else set()

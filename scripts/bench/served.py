@@ -21,7 +21,7 @@ from mimoquant.calibration.tokens import TokenSet, load_tokens
 from mimoquant.checkpoint.index import open_index
 from mimoquant.evaluation.eval_kl import AsServed, compare, eval_kl, open_layout
 from mimoquant.model.served_rounding import FP8, MXFP8, NONE, NVFP4, Rounding
-from mimoquant.planning.plan import read_config
+from mimoquant.planning.settings_beside import read_config
 
 ROUNDINGS = {
     "none": Rounding(),
