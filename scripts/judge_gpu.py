@@ -118,6 +118,7 @@ def quantized(source: str, scheme: Any, settings: str = "", container: str = "co
 
 
 MIXED = ((1, INT4 % 128), (3, MXFP4), (4, NVFP4))
+UNIT = "input_scales: unit, "
 CALIBRATED = "calibration: {sequences: 32, tokens: 64}, signed_scales: true, "
 ROWS = {
     "int4 g128, V2.5": quantized("v2.5", INT4 % 128),
@@ -151,6 +152,8 @@ ROWS = {
     "FP8 activations, FP8 source, V2.5": Row("v2.5", kind="fp8"),  # vLLM's alone
     "FP8 activations, MXFP4 native, V2.5": quantized("v2.5", MXFP4, container="native", kind="fp8"),
     "int4 g128, V2.5 with towers": quantized("v2.5 towers", INT4 % 128),
+    "NVFP4 W4A4, V2.5": quantized("v2.5", NVFP4, UNIT),
+    "NVFP4 W4A4 ModelOpt, V2.5": quantized("v2.5", NVFP4, UNIT, container="modelopt"),
     "int4 g64 by GPTQ, negative scales, micro": quantized("micro", INT4 % 64, CALIBRATED, method="GPTQModifier"),
 }
 FIRST = {  # which rows come first; the rest follow in the order above
@@ -174,6 +177,8 @@ FIRST = {  # which rows come first; the rest follow in the order above
         "MTP drafts, int4 g64",
         "DFlash drafts, int4 g64",
         "DFlash drafts, other key norms",
+        "NVFP4 W4A4, V2.5",
+        "NVFP4 W4A4 ModelOpt, V2.5",
         "server, int4 g64",
         "quantize, serve, chat, J, int4 g64",
         "MXFP4 native, a layer bf16, V2.5",
