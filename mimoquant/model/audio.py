@@ -2,8 +2,8 @@
 
 Key idea: `group` frames are one token and see each other only. A frame is the sum of an embedding row of each codebook;
 a small transformer, without a causal mask, goes over the group, whose frames side by side are projected to the text
-model's width. All sounds take the same layer together, as in `vision`. Weights stay in bfloat16; all arithmetic is
-float32.
+model's width. Sounds take the same layer together, in portions, as in `vision`. Weights stay in bfloat16; all
+arithmetic is float32.
 
 Shapes: g groups, F frames of a group, H hidden, N heads, D head_dim.
 Left out: the speech tokenizer itself, which makes codes of a waveform (`audio_tokenizer/` of a release).
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mimoquant.model.decoder_layer import DenseWeights, dense_mlp, rms_norm, rotary_table, rotate
 from mimoquant.model.layer_stream import made_ahead, on_host
-from mimoquant.model.media import Sound
+from mimoquant.model.media import PORTION_GROUPS, Sound, in_portions
 from mimoquant.model.tower_config import AudioConfig
 from mimoquant.model.vision import EPS, Affine
 
@@ -67,8 +67,12 @@ class AudioSource(Protocol):
 @torch.no_grad()
 def sound_rows(sounds: Sequence[Sound], source: AudioSource, config: AudioConfig) -> list[Tensor]:
     """Each sound's rows for the embedding, [tokens, out_hidden] float32, on the host."""
-    if not sounds:
-        return []
+    sizes = [-(-len(sound.codes) // config.group) for sound in sounds]
+    portions = in_portions(sounds, sizes, PORTION_GROUPS)
+    return [rows for portion in portions for rows in _portion_rows(portion, source, config)]
+
+
+def _portion_rows(sounds: Sequence[Sound], source: AudioSource, config: AudioConfig) -> list[Tensor]:
     device = source.device
     codes = [torch.from_numpy(whole_groups(sound.codes, config.group)) for sound in sounds]
     states = [torch.zeros(*of_sound.shape[:2], config.hidden) for of_sound in codes]

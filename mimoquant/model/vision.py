@@ -1,9 +1,10 @@
 """The vision tower: patches of pictures in, rows for the text model's embedding out.
 
-Key idea: a picture goes through a block whole and alone, so what comes out does not depend on its neighbours; all
-pictures take the same block together, so its weights are read once, and one block is in memory. Between two blocks
-pictures rest on the host. A block attends over all patches of a frame, or over those at most `window` before and after,
-counted along rows or along columns of merged patches. Weights stay in bfloat16; all arithmetic is float32.
+Key idea: a picture goes through a block whole and alone, so what comes out does not depend on its neighbours. Pictures
+take the same block together, in portions of limited size, so its weights are read once a portion, and one block is in
+memory; between two blocks a portion rests on the host. A block attends over all patches of a frame, or over those at
+most `window` before and after, counted along rows or along columns of merged patches. Weights stay in bfloat16; all
+arithmetic is float32.
 
 Shapes: n patches of a picture, H hidden, N heads, K key-value heads, G heads to a key-value head, D head_dim.
 Reference: the published modeling code, as ports of it tell; vLLM 0.32, SGLang 0.5.23 (guide: what they do otherwise).
@@ -11,6 +12,7 @@ Reference: the published modeling code, as ports of it tell; vLLM 0.32, SGLang 0
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -22,7 +24,7 @@ from torch import Tensor
 from mimoquant.errors import CheckpointError
 from mimoquant.model.decoder_layer import linear, rms_norm, rotary_table, rotate
 from mimoquant.model.layer_stream import made_ahead, on_host
-from mimoquant.model.media import Picture
+from mimoquant.model.media import PORTION_PATCHES, Picture, in_portions
 from mimoquant.model.tower_config import COLUMNS, FULL, VisionConfig
 
 EPS = 1e-6  # of every norm in the towers, in the published code and every engine: config.json does not tell
@@ -84,8 +86,12 @@ def picture_rows(pictures: Sequence[Picture], source: VisionSource, config: Visi
 
     Raises CheckpointError for patches that are not the model's.
     """
-    if not pictures:
-        return []
+    sizes = [math.prod(picture.grid) for picture in pictures]
+    portions = in_portions(pictures, sizes, PORTION_PATCHES)
+    return [rows for portion in portions for rows in _portion_rows(portion, source, config)]
+
+
+def _portion_rows(pictures: Sequence[Picture], source: VisionSource, config: VisionConfig) -> list[Tensor]:
     device, embedding = source.device, source.patches()
     patches = (_patches(picture, config) for picture in pictures)
     states = [on_host(linear(of_picture.to(device), embedding)) for of_picture in patches]

@@ -8,13 +8,17 @@ for what cannot fit at all; what other programs occupy at the moment may be free
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from mimoquant.errors import UsageError
+from mimoquant.checkpoint.hf_files import CONFIG_NAME
+from mimoquant.errors import CheckpointError, UsageError
 from mimoquant.machine.memory import Machine
 from mimoquant.model.layout import PROJECTIONS
+from mimoquant.model.media import PORTION_GROUPS, PORTION_PATCHES
+from mimoquant.model.tower_config import TowerConfig, read_tower_config
 from mimoquant.planning.calibration_settings import Calibration
 from mimoquant.planning.plan import CHUNK_BYTES, CUDA_CHUNK_BYTES, WRITE_QUEUE_BYTES, Plan
 from mimoquant.planning.units import Dequantize, Experts
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
     from mimoquant.fisher.needs import FisherNeeds
 
 _INTERPRETER_BYTES, _TORCH_BYTES, _CUDA_BYTES = 320 * 2**20, 400 * 2**20, 2 * 2**30
+_SCORE_BYTES, _GROUPS, _BLOCKS = 2**28, 2**12, 3  # scores (`vision`) and groups (`audio`) at once; blocks in memory
 _GROUP_ROWS = 2**16  # of tokens that go through a group of experts at once (`decoder_layer`)
 # How many float32 matrices of the shape of the Gram matrix, and of gate and up together, a method holds an expert.
 _WITH_GPTQ, _SEARCH_ONLY = (5, 7), (3, 4)
@@ -63,8 +68,47 @@ def needs(plan: Plan, device: str = "cpu", ranks: int = 1) -> Needs:
         )
     )
     wants = Needs(host + states, work + 2**30) if cuda else Needs(host + _TORCH_BYTES + states + work, 0)
+    wants = _with_towers(plan, wants, states, cuda)
     back = walk_back_needs(plan, device, ranks) or wants  # one after the other
     return Needs(max(wants.host_bytes, back.host_bytes), max(wants.gpu_bytes, back.gpu_bytes))
+
+
+def _with_towers(plan: Plan, layers: Needs, states: int, cuda: bool) -> Needs:
+    """The most of both: layers, or before them the towers, should the data have images or sounds."""
+    resting, working = tower_bytes(plan)
+    host = _INTERPRETER_BYTES + _TORCH_BYTES + (_CUDA_BYTES if cuda else working) + states + resting
+    return Needs(max(layers.host_bytes, host), max(layers.gpu_bytes, working) if cuda else 0)
+
+
+def tower_bytes(plan: Plan) -> tuple[int, int]:
+    """Of a portion of images or sounds, which rests on the host between two blocks; and of the largest of them that a
+    sequence holds, with a block, on its way through. 0 where there are no towers, or none that could run.
+
+    What towers give takes as much as hidden states of those tokens, until they are embedded: only the data tell how
+    many there are (`planning.notes`).
+    """
+    towers, calibration = _towers(plan), plan.recipe.calibration
+    if towers is None or calibration is None:
+        return 0, 0
+    resting, working, tokens = 0, 0, _tokens(plan)
+    if (vision := towers.vision) is not None:
+        heads = (vision.heads + 2 * vision.kv_heads) * vision.head_dim
+        block = vision.hidden * (heads + vision.heads * vision.head_dim + 3 * vision.intermediate)
+        values = 4 * vision.hidden + 2 * heads + 3 * vision.intermediate + vision.patch_width
+        resting = 4 * vision.hidden * min(PORTION_PATCHES, vision.merge**2 * tokens)
+        working = 4 * vision.merge**2 * calibration.tokens * values
+        working += 3 * _SCORE_BYTES + _BLOCKS * 2 * max(block, vision.merged**2)
+    if (audio := towers.audio) is not None:
+        resting = max(resting, 4 * audio.grouped * min(PORTION_GROUPS, tokens))
+        working = max(working, 4 * _GROUPS * audio.group * (8 * audio.hidden + 3 * audio.intermediate))
+    return resting, working
+
+
+def _towers(plan: Plan) -> TowerConfig | None:
+    """None where no run with media gets as far as memory: that is told when there are media."""
+    with contextlib.suppress(CheckpointError):
+        return read_tower_config(plan.layout.config, CONFIG_NAME)
+    return None
 
 
 def _unlike_steps(plan: Plan) -> list[Experts | Dequantize]:

@@ -13,6 +13,7 @@ from mimoquant.planning.recipe import Recipe
 from mimoquant.planning.stored import config_notes
 from mimoquant.planning.targets import not_built_notes
 from mimoquant.planning.units import is_wide
+from mimoquant.shipped import CALIBRATION_SET, HELD_OUT_SET
 from mimoquant.weights.container import MODELOPT, NATIVE, NONE, UNIT, keeps_fp8
 from mimoquant.wording import duration, ranges, size
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from mimoquant.planning.documents import HubReads
 
 
+_TEXT_SETS = {CALIBRATION_SET, HELD_OUT_SET}
 _OFTEN = 1.5  # sizes of the source that are read, from which on it is better kept
 
 
@@ -54,6 +56,11 @@ def plan_notes(layout: ModelLayout, recipe: Recipe, container: str, carve_outs: 
             f"calibrates on {', '.join(calibration.data)}: {calibration.sequences} sequences of "
             f"{calibration.tokens} tokens"
         )
+        if "vision_config" in layout.config and not _TEXT_SETS.issuperset(calibration.data):
+            notes.append(
+                f"should the data have images or sounds, each of their tokens takes {4 * geometry.hidden / 1e3:.1f} kB "
+                "of host memory more until it is embedded"
+            )
         if calibration.fisher is not None:
             notes.append(
                 f"chooses codes for the loss: {calibration.fisher_sequences * calibration.tokens} of these tokens are "

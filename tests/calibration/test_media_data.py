@@ -21,6 +21,7 @@ import numpy.typing as npt
 import pytest
 from omni import CLIP_MEAN, CLIP_STD, VOCAB, omni_folder
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from mimoquant import micro_checkpoint
 from mimoquant.calibration import media_files, pictures
@@ -273,9 +274,16 @@ def bomb(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0" * 9)) + chunk(b"IEND", b"")
 
 
-def frames() -> bytes:
+def frames(kind: str) -> bytes:
     one, *more = (Image.fromarray(pixels(40, 40, seed)) for seed in range(3))
-    return encoded(one, "GIF", save_all=True, append_images=more)
+    return encoded(one, kind, save_all=True, append_images=more)
+
+
+def text_bomb() -> bytes:
+    """A small PNG with a compressed remark of 4 MB."""
+    remark = PngInfo()
+    remark.add_text("Comment", "a" * 4_000_000, zip=True)
+    return encoded(pixels(40, 40), pnginfo=remark)
 
 
 def wide() -> bytes:
@@ -293,7 +301,10 @@ STRANGE = {
     "20,000 wide": (wide, "20000 x 64 pixels; no engine takes sides of more than 200 to 1"),
     "CMYK": (lambda: encoded(Image.new("CMYK", (40, 40)), "JPEG"), "pixels of the kind CMYK"),
     "16 bits": (lambda: encoded(Image.new("I;16", (40, 40))), "pixels of the kind I;16"),
-    "animated": (frames, "is animated, with 3 frames; video cannot be read"),
+    "animated GIF": (lambda: frames("GIF"), "is animated, with 3 frames; video cannot be read"),
+    "animated PNG": (lambda: frames("PNG"), "is animated, with 3 frames; video cannot be read"),
+    "animated WebP": (lambda: frames("WEBP"), "is animated, with 3 frames; video cannot be read"),
+    "a remark that swells": (text_bomb, "is damaged"),
     "PostScript": (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is no image, or a damaged one"),
     "a web page": (lambda: b"<html><body>404</body></html>", "it begins with b'<html><b'"),
     "nothing": (lambda: b"", "is no image, or a damaged one"),

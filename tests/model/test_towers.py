@@ -20,6 +20,7 @@ import torch
 from micro import edit_json
 from small_omni import omni_checkpoint, pictures, sounds
 
+import mimoquant.model.audio as audio
 import mimoquant.model.vision as vision
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.errors import CheckpointError
@@ -250,3 +251,14 @@ def test_text_alone_does_not_ask_for_towers(checkpoint: Path, tmp_path: Path) ->
         weights = CheckpointWeights(reader, layout, torch.device("cpu"))
         with pytest.raises(CheckpointError, match="hidden_act is 'gelu', known is 'silu'"):
             TowerWeights(weights)
+
+
+def test_media_in_portions_are_the_same(towers: TowerWeights, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What rests on the host is bounded; each portion reads the weights once."""
+    media, made, blocks = every(), towers.vision_block, list[int]()
+    whole = towers.rows(media)
+    monkeypatch.setattr(towers, "vision_block", lambda number: blocks.append(number) or made(number))
+    monkeypatch.setattr(vision, "PORTION_PATCHES", 100)  # of 4, 24, 60, 88 and 64: the first three, then each alone
+    monkeypatch.setattr(audio, "PORTION_GROUPS", 2)
+    assert all(torch.equal(*pair) for pair in zip(towers.rows(media), whole, strict=True))
+    assert blocks == 3 * list(range(len(towers.config.need_vision().kinds)))

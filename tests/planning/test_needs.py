@@ -10,16 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from micro import MICRO, plain_gptq
+from micro import MICRO, edit_json, plain_gptq
 
 from mimoquant.machine.memory import Machine, machine
-from mimoquant.planning.needs import fitting_plan, largest_chunk, needs, refusal
+from mimoquant.planning.needs import fitting_plan, largest_chunk, needs, refusal, tower_bytes
 from mimoquant.planning.plan import Plan, make_plan
 from mimoquant.planning.recipe import load_recipe
 from mimoquant.synthetic.checkpoint import SynthSizes, synth
 from mimoquant.synthetic.files import ShardFiles
 
 GB = 10**9
+V25_TOWER = {"hidden_size": 1280, "intermediate_size": 4608, "num_heads": 32, "num_key_value_heads": 8} | {
+    "num_query_groups": 4,
+    "kv_channels": 64,
+    "qk_channels": 64,
+    "patch_size": 16,
+    "spatial_patch_size": 16,
+}
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +89,34 @@ def test_needs_grow_with_tokens_and_shrink_with_ranks() -> None:
     assert needs(few).gpu_bytes == 0 < needs(few, "cuda").gpu_bytes < needs(many, "cuda").gpu_bytes
     plain = planned(MICRO, "mxfp4-rtn")
     assert needs(plain).host_bytes < needs(few).host_bytes
+
+
+def test_towers_are_counted_by_a_portion_however_many_tokens(tmp_path: Path) -> None:
+    """V2.5's sizes: .67 GB rest on the host. They run before the layers do, so what takes more is what counts."""
+    synth(tmp_path / "source", "v2.5", sizes=SynthSizes(layers=3, experts=8, hidden=128))
+    edit_json(tmp_path / "source" / "config.json", lambda held: held["vision_config"].update(V25_TOWER))
+    held = {"tokens": 512, "objective": "output"}
+    few, many = (planned(tmp_path / "source", "gptq-int4-g128", sequences=n, **held) for n in (4, 4000))
+    assert tower_bytes(few)[0] == 4 * 1280 * 4 * 4 * 512 < tower_bytes(many)[0] == 4 * 1280 * 2**17
+    assert tower_bytes(few)[1] == tower_bytes(many)[1] < 2 * GB
+    assert (
+        tower_bytes(planned(tmp_path / "source", "mxfp4-rtn"))
+        == tower_bytes(planned(MICRO, "gptq-int4-g128"))
+        == (0, 0)
+    )
+    edit_json(tmp_path / "source" / "config.json", lambda held: held.pop("vision_config"))
+    plain = planned(tmp_path / "source", "gptq-int4-g128", sequences=4, **held)
+    assert needs(plain).host_bytes < needs(few).host_bytes
+    assert needs(few, "cuda").gpu_bytes >= max(needs(plain, "cuda").gpu_bytes, tower_bytes(few)[1])
+    assert needs(many).host_bytes - needs(few).host_bytes > 4 * 128 * 512 * 3996  # hidden states, as ever
+
+
+def test_what_data_with_images_take_is_said_where_they_may_have_some(tmp_path: Path) -> None:
+    synth(tmp_path / "source", "v2.5", sizes=SynthSizes(layers=3, experts=8, hidden=128))
+    said = "should the data have images or sounds, each of their tokens takes 0.5 kB of host memory more"
+    for data, told in (((), False), (("mixed-v1", "omni-v1"), True)):
+        notes = planned(tmp_path / "source", "gptq-int4-g128", **({"data": data} if data else {})).notes
+        assert any(note.startswith(said) for note in notes) is told
 
 
 @pytest.mark.slow
