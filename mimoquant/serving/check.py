@@ -13,7 +13,7 @@ from dataclasses import replace
 from mimoquant.model.geometry import FP8_BLOCK
 from mimoquant.planning.documents import EngineCheck
 from mimoquant.serving import contracts as c
-from mimoquant.serving.contradictions import Contradictions
+from mimoquant.serving import contradictions
 from mimoquant.serving.input_rounding import input_problems
 from mimoquant.serving.kernels import rounding_words, unasked
 from mimoquant.serving.problem import WARNING, Problem, of_layers
@@ -71,7 +71,7 @@ class _Check:
     ) -> None:
         self.checkpoint, self.engine, self.tp, self.expert_tp, self.arch = checkpoint, engine, tp, expert_tp, arch
         self.version, self.label = c.parse_version(version), f"{c.ENGINES[engine].label} {version}"
-        self.contradictions = Contradictions(checkpoint, engine, self.label)
+        self.contradictions = contradictions.of(checkpoint, engine, self.label)
 
     def problems(self) -> Iterator[Problem]:
         yield from self._mixtures()
@@ -82,8 +82,7 @@ class _Check:
         stopped = list(keys.stops())
         yield from stopped
         if not stopped:  # else nothing is built of what it declares
-            yield from self.contradictions.experts()
-            yield from self.contradictions.linears()
+            yield from self.contradictions.built
         yield from self.contradictions.names()
         yield from self.contradictions.settings()
         yield from input_problems(self.contradictions.declared, self.label, self.arch)

@@ -7,6 +7,7 @@ another form, the engine stops or, worse, loads. What repeats in many layers is 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 
 from mimoquant.model.layout import PROJECTIONS, expert_module
 from mimoquant.planning.settings_beside import contradictions
@@ -21,13 +22,24 @@ _SCHEMES = (c.INT4, c.INT4_ASYMMETRIC, c.CT_MXFP4, c.CT_NVFP4)  # of compressed-
 Forms = tuple[Stored | None, Stored]  # declared, stored
 
 
+def of(checkpoint: Served, engine: str, label: str) -> Contradictions:
+    """Those of a checkpoint, looked for once, however many layouts a command is tried in."""
+    known: dict[tuple[str, str], Contradictions] = checkpoint.asked
+    return known.setdefault((engine, label), Contradictions(checkpoint, engine, label))
+
+
 class Contradictions:
-    """Between the config and the files of one checkpoint; every method yields problems. `label`: of the engine."""
+    """Between the config and the files of one checkpoint; methods yield problems. `label`: of the engine."""
 
     def __init__(self, checkpoint: Served, engine: str, label: str) -> None:
         self.checkpoint, self.engine, self.label = checkpoint, engine, label
         self.declared = Declared(checkpoint, engine)
         self.container = checkpoint.container
+
+    @cached_property
+    def built(self) -> list[Problem]:
+        """Of what the engine builds: experts and other matrices."""
+        return [*self.experts(), *self.linears()]
 
     def experts(self) -> Iterator[Problem]:
         packed = any(form.subject in _SCHEMES for forms in self.checkpoint.experts.values() for form in forms)

@@ -92,6 +92,11 @@ class Served:
         return COMPRESSED_TENSORS if quantization.get("quant_method") == COMPRESSED_TENSORS else NATIVE
 
     @cached_property
+    def asked(self) -> dict[tuple[str, str], Any]:
+        """What was found of it before, by engine and version (`contradictions.of`): it is the same on all GPUs."""
+        return {}
+
+    @cached_property
     def absent(self) -> list[str]:
         """What quantization_config names and the model does not have; asked once for all engines and layouts."""
         return absent_modules(self.text.get("quantization_config") or {}, self.geometry)
