@@ -1,8 +1,9 @@
 """The command line with small portions and chunks, for `test_team`: the micro checkpoint is one portion otherwise.
 
-usage: python rank_driver.py [--kill-at COUNT] [--kill-rank RANK] VERB ...
+usage: python rank_driver.py [--kill-at COUNT] [--kill-rank RANK] [--signal NUMBER] [--whole] VERB ...
 
-`--kill-at`: rank `--kill-rank` kills itself, as kill -9 would, in its COUNT-th journal line.
+`--kill-at`: rank `--kill-rank` kills itself in its COUNT-th journal line, as kill -9 would, or by another `--signal`.
+`--whole`: sizes are left as they are.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def shrink_sizes() -> None:
         setattr(module, name, size)
 
 
-def kill_at(count: int) -> None:
+def kill_at(count: int, number: int) -> None:
     record = RunFolder.record
     done: list[str] = []
 
@@ -43,7 +44,7 @@ def kill_at(count: int) -> None:
         record(self, line)
         done.append(line.unit)
         if len(done) == count:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
 
     RunFolder.record = stop  # type: ignore[method-assign]
 
@@ -52,10 +53,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--kill-at", type=int)
     parser.add_argument("--kill-rank", default="1")
+    parser.add_argument("--signal", type=int, default=signal.SIGKILL)
+    parser.add_argument("--whole", action="store_true")
     options, rest = parser.parse_known_args()
-    shrink_sizes()
+    if not options.whole:
+        shrink_sizes()
     if options.kill_at and os.environ.get("RANK", "0") == options.kill_rank:
-        kill_at(options.kill_at)
+        kill_at(options.kill_at, options.signal)
     sys.argv = ["mimoquant", *rest]
     from mimoquant.cli.app import main as run
 

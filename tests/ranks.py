@@ -7,7 +7,6 @@ outlives them, and when one ends badly the others get SIGTERM.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import multiprocessing
 import os
@@ -15,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from datetime import timedelta
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
@@ -55,15 +53,6 @@ def under_torchrun(count: int, driver: Path, *arguments: str) -> subprocess.Comp
 
 def forked(count: int, driver: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """So many ranks of `driver.main`, by its dotted name; the exit code is that of the first that ended badly."""
-    with begun(count, driver, *arguments) as (ranks, told):
-        code = _ended(ranks)
-        out, errors = (path.read_text() if path.exists() else "" for path in told)
-    return subprocess.CompletedProcess(arguments, code, out, errors)
-
-
-@contextlib.contextmanager
-def begun(count: int, driver: str, *arguments: str | Path) -> Iterator[tuple[list[ForkServerProcess], list[Path]]]:
-    """The processes, and the files that take their stdout and stderr."""
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
         # for the server, which starts with the first process
         for name, value in SETTINGS.items() | {("PYTHONPATH", str(TESTS.parent)), ("HF_HUB_OFFLINE", "1")}:
@@ -76,7 +65,9 @@ def begun(count: int, driver: str, *arguments: str | Path) -> Iterator[tuple[lis
         ranks = [FORKS.Process(target=_rank, args=(driver, arguments, env | mine, told)) for mine in numbers]
         for rank in ranks:
             rank.start()
-        yield ranks, told
+        code = _ended(ranks)
+        out, errors = (path.read_text() if path.exists() else "" for path in told)
+    return subprocess.CompletedProcess(arguments, code, out, errors)
 
 
 def _rank(driver: str, arguments: tuple[str | Path, ...], env: dict[str, str], told: list[Path]) -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from micro import MICRO, held_out
-from ranks import begun
+from ranks import forked
 from typer.testing import CliRunner
 
 from mimoquant import pipeline
@@ -171,15 +170,9 @@ def test_an_interrupt_exits_130_and_tells_how_to_resume(
     out = tmp_path / "out.json"
     command = ["eval-kl", str(MICRO), str(outputs["candidate"]), "--sequences", "28", "--tokens", "128"]
     command += ["--no-noise-floor", "--device", "cpu", "--out", str(out)]
-    journal, deadline = tmp_path / "out.json.partial" / "journal.jsonl", time.monotonic() + 60
-    with begun(1, "mimoquant.cli.app", *command) as ((run,), (_, told_on_stderr)):
-        while time.monotonic() < deadline and run.is_alive() and not (journal.exists() and journal.stat().st_size):
-            time.sleep(0.001)
-        os.kill(run.pid, number)
-        run.join()
-        errors = told_on_stderr.read_text()
-    assert run.exitcode == 130 and "Traceback" not in errors, errors
-    assert [line.partition(" ")[0] for line in errors.splitlines()[-2:]] == ["interrupted", "hint:"], errors
+    stopped = forked(1, "rank_driver", "--whole", "--kill-at=1", "--kill-rank=0", f"--signal={number:d}", *command)
+    assert stopped.returncode == 130 and "Traceback" not in stopped.stderr, stopped.stderr
+    assert [line.partition(" ")[0] for line in stopped.stderr.splitlines()[-2:]] == ["interrupted", "hint:"]
     assert not out.exists()
     done = CliRunner().invoke(app, [*command, "--resume", "--json"])
     assert done.exit_code == 0, done.output
