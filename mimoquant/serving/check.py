@@ -94,6 +94,8 @@ class _Check:
             yield from self._row(c.BLOCKS, c.MO_BLOCKS, "config.json")
         if self.checkpoint.bf16_router:
             yield from self._row(c.ROUTERS, c.BF16_ROUTER, "mlp.gate")
+        if self.engine == c.VLLM and self.checkpoint.plain_sound:
+            yield from self._row(c.TOWERS, c.PLAIN_SOUND, "config.json")
         yield from self._remote_code()
         yield from self._qkv()
         yield from self._widths()

@@ -264,6 +264,22 @@ ROUTERS: tuple[Row, ...] = (
     Row(SGLANG, BF16_ROUTER, RIGHT, RUN, "0.5.23's own gate on a CPU; mimo_v2.py of 0.5.17, which takes it as float32"),
 )
 
+# --- towers ----------------------------------------------------------------------------------------------------------
+
+PLAIN_SOUND = "an audio tower in a checkpoint without quantization_config"
+TOWERS: tuple[Row, ...] = (
+    Row(
+        VLLM,
+        PLAIN_SOUND,
+        REFUSED,
+        RUN,
+        "0.32 on a CPU: ValueError of track_weights_loading; the same in 0.33 (read)",
+        since=(0, 32),
+        hint="start it with --model-loader-extra-config '{\"enable_weights_track\": false}'",
+        what="makes it stop: it misses audio_encoder.input_local_transformer.embed_tokens, which no release has",
+    ),
+)
+
 # --- FP8 beside the experts in ModelOpt's container -------------------------------------------------------------------
 
 MO_BLOCKS = "FP8_BLOCK_SCALES beside the experts"

@@ -134,6 +134,12 @@ class Served:
         return next(iter(self.subjects), whole)
 
     @property
+    def plain_sound(self) -> bool:
+        """Whether there is an audio tower that engines build, in a checkpoint that is not quantized at all."""
+        held = self.text.get("quantization_config") or self.config.get("quantization_config")
+        return bool(not held and self.config.get("audio_config") and self.config.get("vision_config"))
+
+    @property
     def bf16_router(self) -> bool:
         return self.text.get("moe_router_dtype") == "bfloat16"
 

@@ -2,10 +2,11 @@
 """Does calibrating on pictures lower J on pictures? A small omni model is trained, quantized, and compared.
 
 Trains the model of `scripts/make/train_omni.py`, quantizes it with shipped recipes after calibrating on text alone
-("text"), on text and chats about pictures in equal parts ("both"), and on text and the same chats without their
-pictures ("words": what the chats' wording does by itself), all of as many tokens, and measures J on pictures and text
-that were kept back. Several subsets of the calibration data are drawn, each used by all three. Intervals are bootstraps
-over sequences of the mean over subsets, with the same draws on both sides of a ratio. Then towers of V2.5's size are
+("text"), on text and chats about pictures in equal parts ("both"), on text and the same chats without their pictures
+("words": what the chats' wording does by itself), all of as many tokens, and on all of the text and as many chats
+besides ("added"). J is measured on pictures and text that were kept back. Several subsets of the calibration data are
+drawn, each used by all four. Intervals are bootstraps over sequences of the mean over subsets, with the same draws on
+both sides of a ratio. Then towers of V2.5's size are
 timed.
 
 What is done already is not done again: results lie in DIR, one JSON line each; what was made by a killed run goes.
@@ -13,6 +14,7 @@ What is done already is not done again: results lie in DIR, one JSON line each; 
 
 usage: scripts/bench/pictures.py DATA.npz --work DIR [--device cuda] [--train-s 150] [--until 330] [--workers 4]
            [--only train quantize measure towers] [--subsets 3] [--calib 64 256] [--eval 96] [--size omni]
+           [--recipes gptq-int4-g128 gptq-mxfp4] [--objectives kl output]
 DATA.npz: of `scripts/make/train_micro.py --prepare`. Prints JSON lines as results come, and Markdown tables at the end.
 """
 
@@ -52,7 +54,7 @@ from mimoquant.model.vision import Affine, Merger, VisionBlock, picture_rows
 MAKE = Path(__file__).resolve().parents[1] / "make"
 sys.path.append(str(MAKE))
 STAGES = ("train", "quantize", "measure", "towers")
-RECIPES, OBJECTIVES, SETS = ("gptq-int4-g128", "gptq-mxfp4"), ("kl", "output"), ("text", "both", "words")
+RECIPES, OBJECTIVES, SETS = ("gptq-int4-g128", "gptq-mxfp4"), ("kl", "output"), ("text", "words", "both", "added")
 HELD_OUT, CALIBRATION = 1000, 2000  # seeds of pictures, which training does not have
 RESAMPLES = 4000
 MEASURE_S = 60  # that measuring takes
@@ -130,7 +132,9 @@ def write_data(options: argparse.Namespace) -> None:
 
 def variants(options: argparse.Namespace) -> Iterator[Variant]:
     """A subset of all before the next, so that a run that is cut short has whole comparisons."""
-    for subset, objective, recipe, data in itertools.product(range(options.subsets), OBJECTIVES, RECIPES, SETS):
+    for subset, objective, recipe, data in itertools.product(
+        range(options.subsets), options.objectives, options.recipes, SETS
+    ):
         yield Variant(recipe, objective, data, subset)
 
 
@@ -144,14 +148,15 @@ def quantize(work: Path, variant: Variant, calib: tuple[int, int], device: str) 
     for stale in (out, out.with_name(out.name + ".partial")):
         shutil.rmtree(stale, ignore_errors=True)
     data = [str(work / f"text-{variant.subset}.npy")]
-    data += [str(work / f"{variant.data}-{variant.subset}.jsonl")] if variant.data != "text" else []
+    if variant.data != "text":
+        data.append(str(work / f"{'words' if variant.data == 'words' else 'both'}-{variant.subset}.jsonl"))
     told = api.quantize(
         work / "model",
         variant.recipe,
         out,
         device=device,
         data=data,
-        sequences=calib[0],
+        sequences=calib[0] * (2 if variant.data == "added" else 1),
         tokens=calib[1],
         objective=variant.objective,
     )
@@ -255,20 +260,18 @@ def sums_of(results: Results, options: argparse.Namespace, made: Variant, where:
 
 
 def tables(options: argparse.Namespace, results: Results) -> list[str]:
-    rows = [
-        "| recipe, objective | J on | text | words | both | both over text | by subset | both over words |",
-        "|" + "---|" * 8,
-    ]
-    for recipe, objective, where in itertools.product(RECIPES, OBJECTIVES, WHERE):
+    told = ("both over text", "by subset", "both over words", "added over text")
+    rows = [f"| recipe, objective | J on | {' | '.join((*SETS, *told))} |", "|" + "---|" * (6 + len(told))]
+    for recipe, objective, where in itertools.product(options.recipes, options.objectives, WHERE):
         found = {data: sums_of(results, options, Variant(recipe, objective, data, 0), where) for data in SETS}
         held = {data: sums for data, sums in found.items() if sums is not None}
         if len(held) < len(SETS):
             continue
         counts = held["text"][1]
-        j = [f"{held[data][0].mean(0).sum() / counts.sum():.5f}" for data in ("text", "words", "both")]
-        text, words, both = (held[data][0] for data in ("text", "words", "both"))
+        text, words, both, added = (held[data][0] for data in SETS)
+        j = [f"{sums.mean(0).sum() / counts.sum():.5f}" for sums in (text, words, both, added)]
         by_subset = ", ".join(f"{ratio:.3f}" for ratio in both.sum(1) / text.sum(1))
-        cells = [*j, ratio(both, text), by_subset, ratio(both, words)]
+        cells = [*j, ratio(both, text), by_subset, ratio(both, words), ratio(added, text)]
         rows.append(f"| {recipe}, {objective} | {where} | {' | '.join(cells)} |")
     return [*rows, "", *coverage(options, results)]
 
@@ -287,21 +290,22 @@ def coverage(options: argparse.Namespace, results: Results) -> list[str]:
     rows.append("|---|---|---|---|")
     pairs = []
     for subset in range(options.subsets):
-        keys = [f"quantize {RECIPES[0]}/{OBJECTIVES[0]}/{data}/{subset}" for data in SETS]
+        keys = [f"quantize {options.recipes[0]}/{options.objectives[0]}/{data}/{subset}" for data in SETS]
         if all(key in results.held for key in keys):
             pairs.append([results.held[key]["layers"] for key in keys])
     for place, data in enumerate(SETS):
         told = []
         for pair in pairs:
             tokens = np.concatenate([facts["tokens"] for facts in pair[place].values()])
-            images = np.concatenate([facts["image_tokens"] for facts in pair[1].values()])
+            images = np.concatenate([facts["image_tokens"] for facts in pair[SETS.index("both")].values()])
             most = np.argsort(images)[-max(1, len(images) // 10) :]
             starved = sum(facts["starved"] for facts in pair[place].values())
             told.append((f"{starved} of {len(tokens)}", str(tokens.min()), f"{tokens[most].mean():.0f}"))
         if told:
             rows.append(f"| {data} | {' | '.join('; '.join(column) for column in zip(*told, strict=True))} |")
     if pairs:
-        every = [np.concatenate([facts[n] for facts in pairs[0][1].values()]) for n in ("tokens", "image_tokens")]
+        mixed = pairs[0][SETS.index("both")].values()
+        every = [np.concatenate([facts[n] for facts in mixed]) for n in ("tokens", "image_tokens")]
         share = every[1] / np.maximum(every[0], 1)
         rows += [
             "",
@@ -398,6 +402,8 @@ def main() -> None:
     parser.add_argument("--until", type=float, default=330, help="seconds after which nothing new is begun")
     parser.add_argument("--workers", type=int, default=4, help="runs of quantize at once")
     parser.add_argument("--only", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
+    parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
     parser.add_argument("--subsets", type=int, default=3, help="of the calibration data")
     parser.add_argument("--calib", type=int, nargs=2, default=[64, 256], metavar=("SEQUENCES", "TOKENS"))
     parser.add_argument("--eval", type=int, default=96, help="sequences that J is measured on, of each set")

@@ -460,8 +460,25 @@ def test_a_pattern_that_is_none_is_refused() -> None:
         check(served(config, tensors, "OUT", {"tp_size": 4}), "vllm")
 
 
+def test_a_plain_checkpoint_with_an_audio_tower_stops_vllm() -> None:
+    """`test_vllm_prompt` loads one by the hint, and not without it."""
+    config, tensors = output("v2.5", "native", experts=FEW)
+    config |= {"audio_config": {"audio_channels": 20}, "vision_config": {"depth": 28}}
+    assert not [p for p in check(served(config, tensors, "OUT", {"tp_size": 4}), "vllm") if "audio" in p.text]
+    del config["quantization_config"]
+
+    def told(engine: str, version: str | None = None) -> list[Problem]:
+        return [p for p in check(served(config, tensors, "OUT", {}), engine, version) if "audio tower" in p.text]
+
+    [problem] = told("vllm")
+    assert problem.verdict == "refused" and "embed_tokens" in problem.text and "enable_weights_track" in problem.hint
+    assert not told("sglang") and told("vllm", "0.31")[0].verdict == "warning"
+    del config["audio_config"]
+    assert not told("vllm")
+
+
 def test_every_row_says_where_it_is_from() -> None:
-    for row in (*contracts.FORMATS, *contracts.CARVE_OUTS, *contracts.QKV):
+    for row in (*contracts.FORMATS, *contracts.CARVE_OUTS, *contracts.QKV, *contracts.TOWERS):
         assert row.source and row.evidence in (contracts.RUN, contracts.READ, contracts.UNVERIFIED)
         assert row.verdict == contracts.RIGHT or row.what, row
         assert row.tp == "any" or row.what, row

@@ -31,6 +31,8 @@ from mimoquant.evaluation.side_by_side import final_hidden, streams_of
 from mimoquant.model.decoder_layer import linear
 from mimoquant.model.layer_stream import walk
 from mimoquant.model.media import Medium, Picture, Sound
+from mimoquant.serving.check import check
+from mimoquant.serving.served import read_served
 from mimoquant.weights.decoded import CheckpointWeights
 
 pytestmark = pytest.mark.engine
@@ -85,29 +87,57 @@ class Prompt:
     theirs: np.ndarray
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What vLLM is given; `tokens`: the prompt as our own reader makes it."""
+
+    base: Path
+    tokens: TokenSet
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.base / "twin"
+
+    def by_vllm(self, **loader: bool) -> subprocess.CompletedProcess[str]:
+        """Writes out.npz. Each medium has one placeholder: vLLM makes as many of it as it takes tokens."""
+        (row,), (media,) = self.tokens.ids.tolist(), self.tokens.media
+        more = {placed.start + place for placed in media for place in range(1, placed.tokens)}
+        data = self.base / "data"
+        job = {
+            "checkpoint": str(self.checkpoint),
+            "loader": loader,
+            "ids": [token for place, token in enumerate(row) if place not in more],
+            "images": [str(data / f"{number}.png") for number in range(len(SIZES))],
+            "codes": [str(data / "codes.npy")],
+            "out": str(self.base / "out.npz"),
+        }
+        (self.base / "job.json").write_text(json.dumps(job))
+        return subprocess.run(
+            [PYTHON, Path(__file__).with_name("vllm_prompt.py"), self.base / "job.json"],
+            cwd=self.base,
+            capture_output=True,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            check=False,
+        )
+
+
 @pytest.fixture(scope="module")
-def prompt(tmp_path_factory: pytest.TempPathFactory) -> Prompt:
+def asked(tmp_path_factory: pytest.TempPathFactory) -> Asked:
     base = tmp_path_factory.mktemp("prompt")
     twin, data = omni_twin(base), write_chat(base / "data")
     tokens = load_tokens([str(data)], twin, sequences=1, tokens=TOKENS, vocab=VOCAB, takes_media=True)
     assert [type(placed.medium).__name__ for placed in tokens.media[0]] == ["PictureFile", "Sound", "PictureFile"]
-    ids, short = tokens.ids[0].tolist(), []
-    held = {start + place for start, count, _ in tokens.media[0] for place in range(1, count)}
-    short = [token for place, token in enumerate(ids) if place not in held]
-    job = {"checkpoint": str(twin), "ids": short, "out": str(base / "out.npz")}
-    job |= {"images": [str(data.with_name(f"{n}.png")) for n in range(len(SIZES))]}
-    job |= {"codes": [str(data.with_name("codes.npy"))]}
-    (base / "job.json").write_text(json.dumps(job))
-    done = subprocess.run(
-        [PYTHON, Path(__file__).with_name("vllm_prompt.py"), base / "job.json"],
-        cwd=base,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    return Asked(base, tokens)
+
+
+@pytest.fixture(scope="module")
+def prompt(asked: Asked) -> Prompt:
+    done = asked.by_vllm(enable_weights_track=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    with np.load(base / "out.npz") as answer:
-        return Prompt(tokens, log_probabilities(twin, tokens), answer["ids"], answer["log_p"].astype(np.float64))
+    ours = log_probabilities(asked.checkpoint, asked.tokens)
+    with np.load(asked.base / "out.npz") as answer:
+        return Prompt(asked.tokens, ours, answer["ids"], answer["log_p"].astype(np.float64))
 
 
 @torch.no_grad()
@@ -131,16 +161,22 @@ def test_log_probabilities_are_vllms(prompt: Prompt) -> None:
     assert found.max() < NOISE
 
 
-def test_what_media_are_makes_far_more_of_a_difference(prompt: Prompt, tmp_path: Path) -> None:
+def test_what_media_are_makes_far_more_of_a_difference(prompt: Prompt, asked: Asked) -> None:
     """So the comparison would see a medium that went wrong: each, turned round, changes all that follows it."""
-    twin = omni_twin(tmp_path)
     for number, placed in enumerate(prompt.tokens.media[0]):
         media = list(prompt.tokens.media[0])
         media[number] = placed._replace(medium=turned(placed.medium))
-        other = log_probabilities(twin, replace(prompt.tokens, media=(tuple(media),)))
+        other = log_probabilities(asked.checkpoint, replace(prompt.tokens, media=(tuple(media),)))
         changed = np.abs(other - prompt.theirs).max(1)
         assert changed[: placed.start - 1].max(initial=0.0) < NOISE
         assert changed[placed.start + placed.tokens :].min() > NOISE, number
+
+
+def test_a_plain_checkpoint_with_an_audio_tower_stops_vllm_as_we_say(asked: Asked) -> None:
+    [problem] = [p for p in check(read_served(asked.checkpoint), "vllm", "0.32.0", 1) if p.fails]
+    assert problem.verdict == "refused" and "embed_tokens" in problem.text
+    done = asked.by_vllm()
+    assert done.returncode and "not initialized from checkpoint: {'audio_encoder.input_local_transformer" in done.stderr
 
 
 def turned(medium: Medium) -> Medium:

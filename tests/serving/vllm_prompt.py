@@ -1,10 +1,10 @@
 """Give a prompt with images and codes of sounds to a whole omni model of vLLM on a CPU. Runs in vLLM's own environment.
 
     python vllm_prompt.py JOB.json
-    {"checkpoint": folder, "ids": [token, ...], "images": [file, ...], "codes": [.npy, ...], "out": file}
+    {"checkpoint": folder, "loader": {}, "ids": [token, ...], "images": [file, ...], "codes": [.npy, ...], "out": file}
 
-`ids` have one placeholder for each medium. `out`: an .npz with `ids`, as vLLM made them longer, and `log_p` float32
-[tokens - 1, vocabulary], of the token after each.
+`loader`: vLLM's model_loader_extra_config. `ids` have one placeholder for each medium. `out`: an .npz with `ids`, as
+vLLM made them longer, and `log_p` float32 [tokens - 1, vocabulary], of the token after each.
 
 vLLM's own are the processor of images, the placing of media among ids, towers, embedding, decoder, loading of weights.
 Replaced are what no small checkpoint has, and one thing that is wrong: the speech tokenizer, in whose place a waveform
@@ -47,7 +47,6 @@ def install(group: int) -> None:
     def without_tokenizer(self: Any, *args: Any, **kwargs: Any) -> None:
         encoder(self, *args, **kwargs)
         self.audio_tokenizer = SimpleNamespace(encoder=self.projection)  # asked for its device alone
-        del self.input_local_transformer.embed_tokens  # no checkpoint has it, it is never used, and vLLM misses it
 
     def codes_of(self: Any, audio: Any) -> tuple[torch.Tensor, int]:
         sound = torch.as_tensor(audio[0])
@@ -81,6 +80,7 @@ def main() -> None:
         limit_mm_per_prompt={"image": len(images), "audio": len(sounds), "video": 0},
         skip_mm_profiling=True,
         seed=0,
+        model_loader_extra_config=job["loader"],
     )
     asked = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=-1, flat_logprobs=True, detokenize=False)
     prompt = {"prompt_token_ids": job["ids"], "multi_modal_data": {"image": images, "audio": sounds}}
