@@ -158,6 +158,9 @@ app.command(cls=_Verb)(at_home(synth))
 
 def main() -> None:
     """The console script."""
+    # Read when torch is loaded: its threads then sleep between two products. They would spin, on cores that our own
+    # threads, or another program's, have work for: three times the processor time on two busy cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     open_streams()
     try:
         app()

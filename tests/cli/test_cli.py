@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 import mimoquant
 from mimoquant.checkpoint.index import INDEX_NAME
-from mimoquant.cli.app import app
+from mimoquant.cli.app import app, main
 
 EXPERT = "model.layers.2.mlp.experts.3.up_proj.weight"
 
@@ -385,6 +385,20 @@ def test_the_list_of_verbs_is_whole_in_80_columns() -> None:
     """click cuts what does not fit, in the middle of a sentence."""
     verbs = CliRunner().invoke(app, ["--help"], terminal_width=80).stdout.partition("Commands:")[2].strip().splitlines()
     assert len(verbs) == 10 and [line for line in verbs if not line.endswith(".") or line.endswith("...")] == []
+
+
+@pytest.mark.parametrize("given", [None, "active"])
+def test_threads_that_wait_sleep(
+    given: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Said before torch is loaded (`test_importing_the_command_line_loads_nothing_heavy`), and a user may say else."""
+    monkeypatch.setattr(sys, "argv", ["mimoquant", "inspect", str(MICRO)])
+    monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
+    if given is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    with pytest.raises(SystemExit):
+        main()
+    assert os.environ["OMP_WAIT_POLICY"] == (given or "passive") and capsys.readouterr().out
 
 
 def test_version_names_what_numbers_depend_on() -> None:
