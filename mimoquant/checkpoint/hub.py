@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -31,6 +30,7 @@ from mimoquant.checkpoint.network import user_is_offline
 from mimoquant.checkpoint.ranges import CONNECTIONS, Ranges, check_status, retried
 from mimoquant.checkpoint.remote import RemoteFile, Wanted, standing_for
 from mimoquant.checkpoint.repository import NETWORK_ERRORS, Repository, check_settings, offline, parse, refused
+from mimoquant.checkpoint.scratch import scratch_folder
 from mimoquant.checkpoint.writer import stopping, write_file_durably
 from mimoquant.errors import CheckpointError, UsageError
 
@@ -175,8 +175,7 @@ def opened(text: str, keep: Path | None = None) -> Iterator[Path]:
     with _online(), contextlib.ExitStack() as stack:
         pinned, files = _pinned(repository)
         if keep is None:
-            place = tempfile.TemporaryDirectory(prefix="mimoquant-hub-", ignore_cleanup_errors=True)
-            folder = Path(os.path.realpath(stack.enter_context(place)))
+            folder = stack.enter_context(scratch_folder("mimoquant-hub-"))
         else:
             folder = stack.enter_context(keeping(keep, f"{pinned.name}@{pinned.revision}"))
         source = HubSource(pinned, files, folder, keeps=keep is not None)
