@@ -86,6 +86,8 @@ def find(entry: str) -> Source:
     """Raises UsageError: there is nothing of that name, or nothing in it that can be read."""
     path = calib_folder() / entry if entry in shipped_sets() else Path(os.path.expanduser(entry))
     if path.is_dir():
+        if not os.access(path, os.R_OK | os.X_OK):
+            raise UsageError(f"{entry}: cannot be read (Permission denied)")
         return _in_folder(entry, path)
     looks_like_a_path = os.sep in entry or entry.endswith(_SUFFIXES)
     if path.exists() and not path.is_file():
@@ -109,7 +111,7 @@ def _in_folder(entry: str, folder: Path) -> Source:
     if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return Source(entry, folder, (folder,))
     _refuse_cache(folder)
-    every = [path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir()]
+    every = sorted(_all_below(folder))
     visible = [path for path in every if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     found = [path for path in visible if path.is_file() and _is_data(path)]
     splits = {path: _split(path) for path in found}
@@ -119,6 +121,17 @@ def _in_folder(entry: str, folder: Path) -> Source:
         raise UsageError(f"{folder}: has neither a data set nor any file to read", hint=f"expected is {KINDS}")
     left_out = [path.relative_to(folder).as_posix() for path in visible if path not in kept]
     return Source(entry, folder, tuple(kept), tuple(left_out))
+
+
+def _all_below(folder: Path) -> Iterator[Path]:
+    """Files and links. Raises UsageError for a folder that cannot be read, whose files would be missing in silence."""
+
+    def fail(error: OSError) -> None:
+        raise UsageError(f"{error.filename}: cannot be read ({error.strerror})") from error
+
+    for root, folders, files in os.walk(folder, onerror=fail):
+        yield from (path for path in (Path(root, name) for name in folders) if path.is_symlink())
+        yield from (Path(root, name) for name in files)
 
 
 def _refuse_cache(folder: Path) -> None:

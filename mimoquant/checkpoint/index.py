@@ -126,6 +126,8 @@ def open_index(folder: Path | str) -> CheckpointIndex:
             f"{folder}: not a checkpoint folder ({what})",
             hint="give the folder that holds config.json, or hf://ORG/NAME for what is on the Hub",
         )
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise CheckpointError(f"{folder}: cannot be read (Permission denied)")
     weight_map, metadata = _read_weight_map(folder)
     tensors: dict[str, TensorInfo] = {}
     sizes: dict[str, int] = {}

@@ -228,14 +228,14 @@ def load_recipe(name_or_file: str) -> Recipe:
                 hint=f"shipped are {', '.join(shipped_recipes())}; a file is given by its path, ending in .yaml",
             )
     if not path.is_file():
-        problem = "is a folder, not a recipe file" if path.is_dir() else "there is no such recipe file"
-        raise RecipeError(f"{path}: {problem}")
+        problem = "is no regular file" if path.exists() else "there is no such recipe file"
+        raise RecipeError(f"{path}: {'is a folder, not a recipe file' if path.is_dir() else problem}")
     if path.stat().st_size > MAX_RECIPE_BYTES:
         raise RecipeError(f"{path}: {path.stat().st_size} bytes, more than the {MAX_RECIPE_BYTES} a recipe may have")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read ({error})") from error
+        raise RecipeError(f"{path}: cannot be read ({getattr(error, 'strerror', error)})") from error
     return parse_recipe(text, path.stem)
 
 

@@ -34,7 +34,7 @@ from mimoquant.checkpoint.hf_files import CONFIG_NAME, copy_side_files, side_fil
 from mimoquant.checkpoint.index import INDEX_NAME, open_index
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.checkpoint.writer import Entry, fsync_folder
-from mimoquant.errors import StoppedError, UsageError
+from mimoquant.errors import MimoquantError, StoppedError, UsageError, is_disk_trouble
 from mimoquant.model.geometry import ARCHITECTURES, FP8_BLOCK, Geometry, read_geometry
 from mimoquant.model.layout import TOWER_PREFIXES
 from mimoquant.synthetic.documents import SynthDocument
@@ -198,8 +198,11 @@ def _synth(
     return SynthReport(layout, len(files.weight_map), len(files.sizes), sum(files.sizes.values()), trap)
 
 
-def _unwritable(folder: Path, error: OSError) -> StoppedError:
-    return StoppedError(f"{folder}: cannot be written ({error.strerror})", hint="make room, or choose another folder")
+def _unwritable(folder: Path, error: OSError) -> MimoquantError:
+    text = f"{folder}: cannot be written ({error.strerror})"
+    if is_disk_trouble(error):
+        return StoppedError(text, hint="make room, or choose another folder")
+    return UsageError(text, hint="choose another folder")
 
 
 def _publish(partial: Path, out: Path) -> None:

@@ -4,7 +4,8 @@ usage: scripts/bench/hub.py [--gb 1] [--work DIR] [--repeats 5] [--delay-ms 0]
 
 The server of the tests, in a process of its own on the loopback address, serves a synthetic checkpoint. `plain` is
 huggingface_hub's hf_hub_download, file by file, Xet off; `ours` is what quantize reads, through its read-ahead, with
-nothing computed; `kept` is quantize's --keep-source, which writes and hashes too. Each in a fresh process, in turn.
+nothing computed; `kept` is quantize's --keep-source, which writes and hashes too; `run` is a whole `quantize`, and
+`near` the same from the folder, which tells what of its time and memory is the Hub's. Each in a fresh process, in turn.
 --delay-ms: before each answer, as a network's way there and back.
 """
 
@@ -14,6 +15,7 @@ import argparse
 import json
 import os
 import re
+import resource
 import statistics
 import subprocess
 import sys
@@ -24,7 +26,7 @@ from pathlib import Path
 from versions import versions
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-KINDS = ("plain", "ours", "kept")
+KINDS = ("plain", "ours", "kept", "run", "near")
 
 
 def serve(folder: Path, delay_s: float) -> None:
@@ -76,11 +78,24 @@ def ours(keep: Path | None) -> tuple[float, int]:
     return time.perf_counter() - begin, size
 
 
+def quantized(source: Path | str, out: Path) -> tuple[float, int]:
+    """Seconds of a whole data-free run, and bytes of its source."""
+    from mimoquant import api
+
+    begin = time.perf_counter()
+    document = api.quantize(source, "mxfp4-rtn", out, device="cpu")
+    return time.perf_counter() - begin, document["source_bytes"]
+
+
 def one(kind: str, work: Path) -> None:
     """Measure one kind in this process."""
-    seconds, size = plain(work) if kind == "plain" else ours(work / "kept" if kind == "kept" else None)
+    if kind in ("run", "near"):
+        seconds, size = quantized("hf://me/micro" if kind == "run" else work.parent / "source", work / "out")
+    else:
+        seconds, size = plain(work) if kind == "plain" else ours(work / "kept" if kind == "kept" else None)
     (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    print(json.dumps({"seconds": seconds, "bytes": size, "peak": int(peak) * 1024}))
+    user = resource.getrusage(resource.RUSAGE_SELF).ru_utime
+    print(json.dumps({"seconds": seconds, "bytes": size, "peak": int(peak) * 1024, "user": user}))
 
 
 def measured(kind: str, endpoint: str, work: Path) -> dict[str, float]:
@@ -117,12 +132,14 @@ def compare(gigabytes: float, work: Path, repeats: int, delay_ms: float) -> None
     size, cores = report.size_bytes / 1e9, os.cpu_count()
     print(f"{size:.2f} GB, {delay_ms:g} ms before an answer, {cores} cores, median of {repeats}")
     print(versions(("mimoquant", "huggingface_hub", "httpx")))
-    print("\n| | MB/s (least to most) | to plain | peak RSS |\n|---|---|---|---|")
+    print("\n| | MB/s (least to most) | to plain | user CPU | peak RSS |\n|---|---|---|---|---|")
     rates = {kind: [run["bytes"] / run["seconds"] / 1e6 for run in found[1:]] for kind, found in runs.items()}
     for kind, found in rates.items():
         median, peak = statistics.median(found), max(run["peak"] for run in runs[kind]) / 1e6
         ratio = median / statistics.median(rates["plain"])
-        print(f"| {kind} | {median:.0f} ({min(found):.0f} to {max(found):.0f}) | {ratio:.2f} | {peak:.0f} MB |")
+        user = statistics.median(run["user"] for run in runs[kind][1:])
+        told = f"{median:.0f} ({min(found):.0f} to {max(found):.0f}) | {ratio:.2f} | {user:.2f} s | {peak:.0f} MB |"
+        print(f"| {kind} | {told}")
 
 
 def main() -> None:

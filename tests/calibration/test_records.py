@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import gzip
 import json
 import lzma
@@ -241,3 +242,19 @@ def test_reading_leaves_nothing_and_runs_nothing(tmp_path: Path) -> None:
         line for line in strays if line not in probe
     ] == []  # Python tries whether the folder for temporary files works
     assert list(home.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_read_is_no_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files would be missing in silence, as would be those of one below it."""
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "a.txt").write_text("text")
+    scan = os.scandir
+
+    def scandir(path: str) -> object:
+        if path.endswith("deep"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UsageError, match=r"deep: cannot be read \(Permission denied\)$"):
+        find(str(tmp_path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -588,3 +589,10 @@ def test_a_scale_dtype_that_is_not_the_formats_is_refused() -> None:
     text = f"default_stage: {{default_modifiers: {{QuantizationModifier: {{config_groups: {groups}}}}}}}"
     with pytest.raises(RecipeError, match=r"scale_dtype is 'torch\.uint8', int4 g32 stores None"):
         parse_recipe(text, "test")
+
+
+def test_a_recipe_that_is_no_regular_file_is_refused_as_such(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "r.yaml")
+    for path, why in ((tmp_path / "r.yaml", "is no regular file"), (Path("/dev/null"), "is no regular file")):
+        with pytest.raises(RecipeError, match=f"^{path}: {why}$"):
+            load_recipe(str(path))

@@ -138,3 +138,16 @@ def test_what_cannot_be_kept_is_refused(hub: HubServer, folder: Path, tmp_path: 
     with pytest.raises(UsageError, match="is a folder, which is there already"):
         api.quantize(source=folder, recipe=RECIPE, out=tmp_path / "out", keep_source=tmp_path / "other")
     assert (tmp_path / "kept.partial" / "mine").read_text() == "precious"
+
+
+@pytest.mark.parametrize("ranks", ["2", "8"])
+def test_ranks_do_not_keep_a_source(
+    ranks: str, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each would download all of it; what they share is a folder that is there."""
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    with pytest.raises(
+        UsageError, match=f"^--keep-source: is the work of one process, {ranks} were started$"
+    ) as caught:
+        quantize(tmp_path / "out", tmp_path / "kept")
+    assert caught.value.hint == "run it without torchrun" and not list(tmp_path.iterdir())
