@@ -5,7 +5,8 @@ call as an object. Every other form that is in use is brought into that one, as 
 cannot be is refused with a sentence that says how to convert it: a template drops without a word what it does not know.
 
 Reference: OpenAI's messages (arguments as a JSON string, parts of content); ShareGPT's `conversations`; Alpaca's
-`instruction`, `input`, `output`; TRL's `prompt` and `completion`.
+`instruction`, `input`, `output`; TRL's `prompt` and `completion`, and `chosen` alone; Dolly's `context`; OpenOrca's
+`system_prompt`, `question`, `response`.
 """
 
 from __future__ import annotations
@@ -17,8 +18,17 @@ from typing import Any, NamedTuple, TypeAlias
 
 from mimoquant.errors import CheckpointError
 
-FORMS = "input_ids, messages, conversations, text, prompt and completion, instruction and output"
-_PAIRS = (("prompt", ("completion", "response", "chosen")), ("instruction", ("output", "response", "completion")))
+FORMS = "input_ids, messages, conversations, text, prompt and completion, instruction and output, question and answer"
+_PAIRS = (  # what is asked, what may answer it; the first as one text, the others as two turns
+    ("prompt", ("completion", "response", "chosen")),
+    ("instruction", ("output", "response", "completion")),
+    ("question", ("answer", "response")),
+    ("query", ("response", "answer")),
+    ("input", ("output",)),
+    ("inputs", ("targets",)),
+)
+_BESIDE = ("input", "context")  # what a question is about: Alpaca's name, Dolly's
+_SYSTEM = ("system", "system_prompt")
 _COLUMNS = ("input_ids", "messages", "conversations", "conversation", "text")
 _ROLES = {
     "human": "user",
@@ -129,7 +139,7 @@ def content_of(fields: dict[str, Any], where: str, column: str | None) -> list[i
     value = fields[found]
     if value is None:
         raise CheckpointError(f"{where} has null as its {found}", hint="leave the row out, or fill it")
-    if found in ("messages", "conversations", "conversation") or _is_chat(value):
+    if found in ("messages", "conversations", "conversation") or is_chat(value):
         return _chat(_unpacked(value), fields, where, found)
     if found == "input_ids" or isinstance(value, list):
         if not isinstance(value, list) or not all(type(item) is int for item in value):
@@ -151,17 +161,19 @@ def _pair(fields: dict[str, Any], where: str) -> str | Chat:
             if fields[name] is None:
                 raise CheckpointError(f"{where} has null as its {name}", hint="leave the row out, or fill it")
         first, last = _unpacked(fields[asked]), _unpacked(fields[answer])
-        if _is_chat(last):
-            before = first if _is_chat(first) else [{"role": "user", "content": first}]
+        if is_chat(last):
+            before = first if is_chat(first) else [{"role": "user", "content": first}]
             return _chat(before + last[len(before) if last[: len(before)] == before else 0 :], fields, where, asked)
-        if asked == "prompt" and not _is_chat(first):
+        if asked == "prompt" and not is_chat(first):
             return _string(first, where, asked) + _string(last, where, answer)
-        if _is_chat(first):
+        if is_chat(first):
             return _chat([*first, {"role": "assistant", "content": last}], fields, where, asked)
-        more = fields.get("input")
-        question = "\n\n".join(filter(None, (_string(first, where, asked), _string(more or "", where, "input"))))
+        beside = [_string(fields.get(name) or "", where, name) for name in _BESIDE if name != asked]
+        question = "\n\n".join(filter(None, (_string(first, where, asked), *beside)))
         said = [*_history(fields.get("history"), where), (question, last)]
         return _chat([turn for pair in said for turn in _asked(*pair)], fields, where, asked)
+    if is_chat(chosen := _unpacked(fields.get("chosen"))):  # what was preferred, with what it answers
+        return _chat(chosen, fields, where, "chosen")
     empty = [name for name in (*_COLUMNS, "prompt", "instruction") if name in fields]
     if empty and all(fields[name] is None for name in empty):
         raise CheckpointError(f"{where} has null as its {empty[0]}", hint="leave the row out, or fill it")
@@ -203,7 +215,8 @@ def kind_of(value: Any) -> str:
     return _KINDS.get(type(value), type(value).__name__)
 
 
-def _is_chat(value: Any) -> bool:
+def is_chat(value: Any) -> bool:
+    """Whether a value can be the turns of a chat."""
     return isinstance(value, list) and bool(value) and all(isinstance(turn, dict) for turn in value)
 
 
@@ -223,11 +236,11 @@ def _unpacked(value: Any) -> Any:
 def _chat(turns: Any, fields: dict[str, Any], where: str, name: str) -> Chat:
     if turns == []:
         raise CheckpointError(f"{where} has no turns in its {name}", hint="leave the row out")
-    if not _is_chat(turns) or not all(isinstance(turn.get("role", turn.get("from")), str) for turn in turns):
+    if not is_chat(turns) or not all(isinstance(turn.get("role", turn.get("from")), str) for turn in turns):
         raise CheckpointError(f"{where} has {name} that are not a list of turns with a role")
     made = [_turn(turn, where) for turn in turns]
     _refuse_column(fields, made, where)
-    system = fields.get("system")
+    system = next((fields[name] for name in _SYSTEM if fields.get(name)), None)
     if isinstance(system, str) and system and made[0][0]["role"] != "system":
         made.insert(0, ({"role": "system", "content": system}, False))
     tools = fields.get("tools")

@@ -25,8 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from mimoquant.calibration.conversations import FORMS, kind_of
+from mimoquant.calibration.conversations import FORMS, is_chat, kind_of
 from mimoquant.calibration.tokenizer import go_offline, one_line
+from mimoquant.checkpoint.folders import LFS_HINT, LFS_POINTER
 from mimoquant.errors import CheckpointError, UsageError
 from mimoquant.shipped import calib_folder, shipped_sets
 from mimoquant.wording import many
@@ -191,6 +192,7 @@ def digest(path: Path) -> str:
 def records(source: Source, path: Path) -> Iterator[Record]:
     """Raises CheckpointError: the file is broken; the message names the line or row. UsageError: a package is missing,
     or the folder holds several splits."""
+    _refuse_pointer(path)
     kind, domain = path.name.lower().removesuffix(".xz").removesuffix(".gz"), domain_of(source, path)
     if path.is_dir():
         rows: Iterator[tuple[str, Any]] = _saved_rows(path)
@@ -206,9 +208,19 @@ def records(source: Source, path: Path) -> Iterator[Record]:
         yield _record(fields, f"{path}: {place}" if place else str(path), domain)
 
 
+def _refuse_pointer(path: Path) -> None:
+    """A data set that was cloned without git-lfs has files of three lines, which would be read as text."""
+    if path.is_file():
+        with path.open("rb") as stream:
+            if stream.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise CheckpointError(f"{path}: is a pointer of git-lfs, not the file", hint=LFS_HINT)
+
+
 def _record(fields: Any, where: str, default_domain: str) -> Record:
     if isinstance(fields, str):
         fields = {"text": fields}
+    elif is_chat(fields):
+        fields = {"messages": fields}
     if not isinstance(fields, dict):
         raise CheckpointError(
             f"{where} is {kind_of(fields)}, not a record with {FORMS}",

@@ -48,6 +48,12 @@ CHATS: dict[str, dict[str, Any]] = {
     "prompt and completion as turns": {"prompt": PLAIN[:1], "completion": PLAIN[1:]},
     "prompt as turns, an answer": {"prompt": PLAIN[:1], "completion": ASSISTANT},
     "preferences": {"prompt": USER, "chosen": PLAIN, "rejected": PLAIN[:1]},
+    "preferences without a prompt": {"chosen": PLAIN, "rejected": PLAIN[:1], "score_chosen": 8.0},
+    "GSM8K": {"question": USER, "answer": ASSISTANT},
+    "MetaMathQA": {"query": USER, "response": ASSISTANT, "type": "x"},
+    "FLAN": {"inputs": USER, "targets": ASSISTANT, "task": "x"},
+    "input and output": {"input": USER, "output": ASSISTANT},
+    "Dolly, an empty context": {"instruction": USER, "context": "", "response": ASSISTANT},
 }
 
 
@@ -116,6 +122,27 @@ def test_texts(fields: dict[str, Any], text: str) -> None:
 def test_alpaca_with_an_input() -> None:
     found = content_of({"instruction": "Translate", "input": "chat", "output": "cat"}, "line 1", None)
     assert isinstance(found, Chat) and found.messages[0]["content"] == "Translate\n\nchat"
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"instruction": "Translate", "context": "chat", "response": "cat", "category": "qa"},
+        {"question": "Translate", "context": "chat", "answer": "cat"},
+        {"instruction": "Translate", "input": None, "context": "chat", "output": "cat"},
+        {"query": "Translate", "input": "chat", "response": "cat"},
+    ],
+)
+def test_what_a_question_is_about_is_asked_with_it(record: dict[str, Any]) -> None:
+    same(record, [{"role": "user", "content": "Translate\n\nchat"}, {"role": "assistant", "content": "cat"}])
+
+
+@pytest.mark.parametrize("name", ["system", "system_prompt"])
+def test_a_system_in_a_column_of_its_own(name: str) -> None:
+    system = {"role": "system", "content": "Be brief."}
+    for form in ({"question": USER, "response": ASSISTANT}, {"messages": PLAIN}, {"chosen": PLAIN, "rejected": []}):
+        same(form | {name: "Be brief."}, [system, *PLAIN])
+        same(form | {name: ""}, PLAIN)
 
 
 def test_alpaca_with_what_was_said_before() -> None:

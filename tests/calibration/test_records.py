@@ -258,3 +258,23 @@ def test_a_folder_that_cannot_be_read_is_no_empty_one(tmp_path: Path, monkeypatc
     monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(UsageError, match=r"deep: cannot be read \(Permission denied\)$"):
         find(str(tmp_path))
+
+
+def test_an_array_of_turns_is_a_chat(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    (tmp_path / "a.json").write_text(json.dumps([turns, turns]))
+    (tmp_path / "b.jsonl").write_text(json.dumps(turns) + "\n")
+    for name, count in (("a.json", 2), ("b.jsonl", 1)):
+        source = find(str(tmp_path / name))
+        assert [record.fields for record in records(source, source.files[0])] == [{"messages": turns}] * count
+    (tmp_path / "c.jsonl").write_text("[1, 2]\n")
+    with pytest.raises(CheckpointError, match="line 1 is a list, not a record"):
+        list(records(find(str(tmp_path / "c.jsonl")), tmp_path / "c.jsonl"))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.csv", "a.parquet", "a.jsonl.gz"])
+def test_a_pointer_of_git_lfs_is_no_text(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 12345\n")
+    with pytest.raises(CheckpointError, match=f"{name}: is a pointer of git-lfs, not the file$") as caught:
+        list(records(find(str(tmp_path / name)), tmp_path / name))
+    assert "git lfs pull" in str(caught.value.hint)
