@@ -7,6 +7,7 @@ import contextlib
 import functools
 import inspect
 import itertools
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -83,6 +84,8 @@ def _settled(argument: str, value: Any, stack: contextlib.ExitStack, keep: Path 
     if argument in _NO_PATHS:
         return value
     _refuse_empty(argument, value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UsageError(f"{argument.replace('_', '-')} is {value}, expected a finite number")
     if isinstance(value, str | Path) and str(value).startswith(_ON_THE_HUB):
         return _opened(argument, _address(value), stack, keep)
     if argument == "source" and keep is not None:

@@ -187,7 +187,7 @@ def parse_calibration(block: Any, objective: Any, fail: Fail) -> Calibration | N
     sizes = {key: block.get(key, getattr(default, key)) for key in ("sequences", "tokens")}
     for key, value in sizes.items():
         if type(value) is not int or value < (2 if key == "tokens" else 1):
-            fail(f"calibration.{key} is {value!r}, expected at least {2 if key == 'tokens' else 1}")
+            fail(f"calibration.{key} is {value!r}, expected a whole number from {2 if key == 'tokens' else 1} on")
     propagate, shrinkage = block.get("propagate", "quantized"), block.get("shrinkage", "auto")
     if propagate not in ("quantized", "original"):
         fail(f"calibration.propagate is {propagate!r}", "known are quantized, original")
@@ -270,7 +270,10 @@ def check_settings(extra: dict[str, dict[str, Any]], fail: Fail) -> None:
     gptq, awq = extra.get("GPTQModifier", {}), extra.get("AWQModifier", {})
     damp = gptq.get("dampening_frac", DAMP)
     if isinstance(damp, bool) or not isinstance(damp, int | float) or not 0 < damp <= 1:
-        fail(f"dampening_frac is {damp!r}, expected a number above 0 and at most 1")
+        hint = "YAML takes a number without a point, such as 1e-2, for a text: write 0.01"
+        fail(
+            f"dampening_frac is {damp!r}, expected a number above 0 and at most 1", hint if type(damp) is str else None
+        )
     if gptq.get("actorder", "static") not in ("static", "weight"):
         fail(
             f"actorder {gptq['actorder']!r} is not supported",

@@ -52,6 +52,8 @@ _AT_DEFAULT: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("input_observer", "output_observer"), (None,)),
     "bypass_divisibility_checks": (None, False),
     "kv_cache_scheme": (None,),
+    # of earlier versions, at what they were by themselves
+    **dict.fromkeys(("sequential_targets", "num_calibration_steps", "disable_quantization_observer_epoch"), (None,)),
     "requires_calibration_data": (None, False, True),  # what follows from the other keys
 }
 _WHY = {
@@ -60,6 +62,16 @@ _WHY = {
     "input_observer": "weights only: leave it out or null",
     "output_observer": "weights only: leave it out or null",
 }
+
+
+def without_empty(document: dict[Any, Any]) -> dict[Any, Any]:
+    """A recipe without the keys of the whole that llm-compressor knows and that say nothing where they are empty."""
+    return {key: value for key, value in document.items() if key not in ("args", "metadata", "version") or value}
+
+
+def without_run_type(stage: dict[Any, Any]) -> dict[Any, Any]:
+    """A stage without what earlier versions of llm-compressor wrote there: that it runs once, as all runs do here."""
+    return {key: value for key, value in stage.items() if (key, value) != ("run_type", "oneshot")}
 
 
 def settings_of(modifier: str, given: dict[Any, Any], fail: Fail) -> dict[str, Any]:
@@ -143,7 +155,7 @@ def weight_format(weights: dict[str, Any], where: str, fail: Fail) -> Format:
         fail(f"{where} has the strategy {strategy!r} with group size {size}, which is not supported")
     if type(size) is not int or size not in GROUP_SIZES.get(name, ()):
         sizes = GROUP_SIZES["int4"] if kind == "int" else (16, 32)
-        fail(f"{where} has group size {size}; {kind} weights take {', '.join(map(str, sizes))}")
+        fail(f"{where} has group size {size!r}; {kind} weights take {', '.join(map(str, sizes))}")
     if not isinstance(symmetric, bool) or (name != "int4" and not symmetric):
         fail(f"{where} has symmetric: {symmetric!r}; only int4 may be asymmetric")
     fmt = Format(name, size, symmetric)

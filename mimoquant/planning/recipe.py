@@ -37,6 +37,8 @@ from mimoquant.planning.modifiers import (
     settings_of,
     weight_format,
     weight_observer,
+    without_empty,
+    without_run_type,
 )
 from mimoquant.planning.output_settings import OUTPUT_KEYS, OutputSettings, check_chosen, parse_output_settings
 from mimoquant.planning.strict_yaml import read_yaml
@@ -279,7 +281,7 @@ class _Parser:
     def parse(self, document: Any) -> Recipe:
         document = self.mapping(document, "the document")
         stages = [key for key in document if isinstance(key, str) and re.fullmatch(r".*_stage(_\d+)?", key)]
-        self.known(document, {*stages, "mimoquant"}, "the document")
+        self.known(without_empty(document), {*stages, "mimoquant"}, "the document")
         if len(stages) != 1:
             named = f" ({', '.join(stages)})" if stages else ""
             self.fail(f"needs exactly one stage (such as default_stage), found {len(stages)}{named}")
@@ -289,7 +291,7 @@ class _Parser:
 
     def modifiers(self, stage: dict[Any, Any], where: str) -> dict[str, dict[str, Any]]:
         found: dict[str, dict[str, Any]] = {}
-        for key, group in stage.items():
+        for key, group in without_run_type(stage).items():
             if not (isinstance(key, str) and key.endswith("_modifiers")):
                 self.fail(f"unknown key {key!r} in {where}", "expected default_modifiers")
             for modifier, settings in self.mapping(group, key).items():

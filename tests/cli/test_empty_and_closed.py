@@ -100,3 +100,22 @@ def test_functions_refuse_an_empty_path(monkeypatch: pytest.MonkeyPatch) -> None
     for name, call_it in calls.items():
         with pytest.raises(UsageError, match=f"^{name} is empty$"):
             call_it()
+
+
+@pytest.mark.parametrize("value", ["inf", "-inf", "1e400", "nan"])
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["eval-kl", "{}", "{}", "--max-kl"], "max-kl"),
+        (["plan", "{}", "-r", "gptq-int4-g128", "--gpu-memory"], "gpu-memory"),
+        (["sensitivity", "{}", "-r", "int4-g128-rtn", "--out", "m.yaml", "--budget-gib"], "budget-gib"),
+        (["sensitivity", "{}", "-r", "int4-g128-rtn", "--out", "m.yaml", "--target-kl"], "target-kl"),
+    ],
+)
+def test_a_number_that_is_none_is_refused(
+    words: list[str], name: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = call(*(word.format(MICRO) for word in words), value)
+    assert done.exit_code == 2 and name in done.stderr and "Traceback" not in done.output and not done.stdout
+    assert f"{name} is {float(value)}, expected a finite number" in done.stderr or "Invalid value" in done.stderr

@@ -228,3 +228,47 @@ def test_the_installed_one_still_saves_what_is_written_down_here() -> None:
     }
     for name, one in made.items():
         assert Theirs.from_modifiers([one]).yaml().strip() == SAVED[name].strip()
+
+
+@pytest.mark.parametrize(
+    ("document", "stage", "modifier"),
+    [
+        ({}, {"run_type": "oneshot"}, {}),
+        ({"metadata": None, "args": {}, "version": None}, {}, {}),
+        ({}, {}, {"sequential_targets": None}),
+        ({}, {}, {"num_calibration_steps": None, "disable_quantization_observer_epoch": None}),
+        ({"args": None}, {"run_type": "oneshot"}, {"sequential_targets": None}),
+    ],
+)
+def test_what_earlier_versions_wrote_changes_nothing(
+    document: dict[str, Any], stage: dict[str, Any], modifier: dict[str, Any]
+) -> None:
+    def read(document: dict[str, Any], stage: dict[str, Any], modifier: dict[str, Any]) -> Recipe:
+        settings = {"targets": [EXPERT_TARGET], "scheme": "W4A16"} | modifier
+        return parse_recipe(
+            yaml.safe_dump(document | {"a_stage": stage | {"a_modifiers": {"GPTQModifier": settings}}}), "r"
+        )
+
+    assert read(document, stage, modifier) == read({}, {}, {})
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (
+            "a_stage: {run_type: train, a_modifiers: {GPTQModifier: {scheme: W4A16}}}",
+            "unknown key 'run_type' in a_stage",
+        ),
+        (
+            "version: 2\na_stage: {a_modifiers: {GPTQModifier: {scheme: W4A16}}}",
+            "unknown key 'version' in the document",
+        ),
+        (
+            "a_stage: {a_modifiers: {GPTQModifier: {sequential_targets: [X]}}}",
+            "sequential_targets is ['X'], which is not",
+        ),
+    ],
+)
+def test_what_earlier_versions_had_otherwise_is_refused(text: str, problem: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(problem)):
+        parse_recipe(text, "r")
