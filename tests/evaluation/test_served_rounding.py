@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from micro import MICRO, edit_json, held_out
+from ranks import forked
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -16,7 +18,7 @@ import mimoquant
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.cli.app import app
 from mimoquant.errors import CheckpointError, UsageError
-from mimoquant.evaluation.eval_kl import AsServed, EvaluationFile, compare, eval_kl, open_layout
+from mimoquant.evaluation.eval_kl import CAUSES, AsServed, EvaluationFile, compare, eval_kl, open_layout
 from mimoquant.model import decoder_layer, layer_stream
 from mimoquant.model.decoder_layer import (
     DenseWeights,
@@ -250,3 +252,20 @@ def test_the_table_is_printed_and_drawn(out: Path, tmp_path: Path) -> None:
 def test_options_that_contradict_each_other(out: Path, options: list[str], said: str) -> None:
     told = CliRunner().invoke(app, ["eval-kl", str(MICRO), str(out), *options])
     assert told.exit_code == 2 and said in told.output
+
+
+@pytest.mark.slow
+def test_two_ranks_tell_what_one_process_tells(out: Path, tmp_path: Path) -> None:
+    """With a baseline that is rounded too, and what causes what."""
+    mimoquant.quantize(MICRO, "mxfp4-mse", tmp_path / "other", device="cpu")
+    told = []
+    for ranks in (1, 2):
+        file = tmp_path / f"{ranks}.json"
+        verb = ("eval-kl", MICRO, out, "--baseline", tmp_path / "other", "--data", "heldout-v1", "--sequences", "24")
+        rounding = ("--tokens", "64", "--activations", "nvfp4", "--kv", "fp8", "--no-noise-floor")
+        done = forked(ranks, "rank_driver", *verb, *rounding, "--device", "cpu", "--out", file)
+        assert done.returncode == 0, done.stderr
+        told.append(json.loads(file.read_text()))
+    assert told[0] == told[1]
+    causes = {cause["cause"]: cause["j"] for cause in told[0]["rounding"]["causes"]}
+    assert set(causes) == set(CAUSES) and told[0]["baseline"]["j"] > 0
