@@ -119,8 +119,7 @@ SIZES = {
     "30m": Sizes(
         hidden_size=384,
         intermediate_size=512,
-        num_attention_heads=6,
-        swa_num_key_value_heads=6,
+        num_attention_heads=8,
         n_routed_experts=32,
         num_experts_per_tok=4,
         hybrid_layer_pattern=(0, 1, 1, 0, 1, 1),
@@ -908,6 +907,8 @@ def train(args: argparse.Namespace) -> None:
     sizes = replace(SIZES[args.size], vocab_size=len(data["token_bytes"]))
     if args.length % sizes.sliding_window:
         raise SystemExit(f"--length must be a multiple of {sizes.sliding_window}")
+    if sizes.swa_num_key_value_heads != 2 * sizes.num_key_value_heads:
+        raise SystemExit("transformers' class gives sliding layers twice the key-value heads of global ones")
     model = MicroModel(sizes)
     initialize(model)
     model.to(device)
