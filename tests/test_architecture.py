@@ -333,6 +333,21 @@ def test_importing_the_command_line_loads_nothing_heavy() -> None:
 
 
 @needs_cli
+def test_what_needs_no_torch_does_not_load_it(tmp_path: Path) -> None:
+    """It takes as long to load as all else that these verbs do on a small checkpoint."""
+    verbs = [
+        ["plan", "mimoquant/micro", "-r", "mxfp4-rtn"],
+        ["quantize", "mimoquant/micro", "-r", "mxfp4-rtn", "--device", "cpu", "-q", "-o", str(tmp_path / "out")],
+    ]
+    code = (
+        "import sys\nfrom mimoquant.cli.app import app\n"
+        f"for verb in {verbs!r}: app(verb, standalone_mode=False)\n"
+        "print('torch' in sys.modules)"
+    )
+    assert python("-c", code).stdout.splitlines()[-1] == "False"
+
+
+@needs_cli
 def test_starting_is_quick() -> None:
     """146,000 and 15,000 calls today, which are .2 and .06 s on two quiet cores."""
     assert cost_of_run("--help")[0] < 175_000

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.model.served_rounding import NONE, NOTHING, UNROUNDED, LayerRounding, Rounding, Roundings
 from mimoquant.weights.container import keeps_fp8
-from mimoquant.weights.layer_rounding import layer_roundings
 
 if TYPE_CHECKING:
     from mimoquant.mixing.mixtures import LayerOption, Mixtures
@@ -52,6 +51,8 @@ class MixtureRoundings:
     """The same for a source, layer by layer; scales of NVFP4 inputs that are calibrated come with the layer's codes."""
 
     def __init__(self, mixtures: Mixtures, reader: CheckpointReader) -> None:
+        from mimoquant.weights.layer_rounding import layer_roundings  # and torch, which `plan` does without
+
         plan, served, self.inputs = mixtures.plan, mixtures.served, mixtures.served.inputs
         kept = keeps_fp8(plan.container, plan.recipe.output.dense)
         beside = served.beside if kept else replace(served.beside, dense=NONE)
