@@ -210,21 +210,22 @@ def _attend(
 def attention_shares(query: Tensor, key: Tensor, sink: Tensor | None, offset: int, window: int, scale: float) -> Tensor:
     """How much of each key's value a query takes, [B, K, G, t, s] float32; see `_attend`.
 
-    Softmax in float32. The sink is one more logit a head, whose share of the probability goes nowhere.
+    Softmax in float32, in the memory of the scores: to be given new pages for each step took longer than the steps. The
+    sink is one more logit a head, whose share of the probability goes nowhere.
     """
-    scores = (query @ key.unsqueeze(2).transpose(-1, -2)).to(torch.float32) * scale
+    scores = (query @ key.unsqueeze(2).transpose(-1, -2)).to(torch.float32).mul_(scale)
     distance = torch.arange(query.shape[-2], device=query.device)[:, None] + offset
     distance = distance - torch.arange(key.shape[-2], device=query.device)[None, :]
-    scores = scores.masked_fill((distance < 0) | (distance >= window), float("-inf"))
-    peak = scores.amax(-1, keepdim=True)
+    scores.masked_fill_((distance < 0) | (distance >= window), float("-inf"))
+    peak = scores.detach().amax(-1, keepdim=True)  # what is subtracted from all alike changes no share
     if sink is not None:
         sinks = sink.to(torch.float32).view(query.shape[1], query.shape[2], 1, 1)
-        peak = torch.maximum(peak, sinks)
-    share = (scores - peak).exp()
+        peak = torch.maximum(peak, sinks.detach())
+    share = scores.sub_(peak).exp_()
     total = share.sum(-1, keepdim=True)
     if sink is not None:
         total = total + (sinks - peak).exp()
-    return share / total
+    return share / total if share.requires_grad else share.div_(total)
 
 
 def rotary_table(tokens: int, width: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
