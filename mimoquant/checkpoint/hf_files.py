@@ -44,6 +44,7 @@ _UNFINISHED = (".incomplete", ".aria2", ".part", ".crdownload", ".lock", ".tmp")
 _MAX_POINTER_BYTES = 1000
 _MAX_SMALL_BYTES = 100_000_000
 _SMALL = (".json", ".jsonl", ".jinja", ".txt", ".model", ".tiktoken", ".md", ".yaml", ".pt", FINGERPRINTS_NAME)
+_ADAPTER = "adapter_config.json"  # of a LoRA, which is not in the weights: with it libraries load another model
 _WEIGHT_INDEX = ".index.json"  # of weights that are not carried, so it would lead nowhere
 
 
@@ -163,7 +164,9 @@ def is_unfinished(name: str) -> bool:
 
 def _is_left_out(name: str) -> bool:
     is_copy = is_unfinished(name) or _SECOND_COPY.search(name) is not None
-    return is_copy or ("/" not in name and name.lower().endswith((*_WEIGHT_SUFFIXES, _WEIGHT_INDEX)))
+    return (
+        is_copy or name == _ADAPTER or ("/" not in name and name.lower().endswith((*_WEIGHT_SUFFIXES, _WEIGHT_INDEX)))
+    )
 
 
 def copy_side_files(source: Path, target: Path, names: Iterable[str]) -> None:

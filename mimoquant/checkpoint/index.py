@@ -264,6 +264,11 @@ def _read_weight_map(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
         metadata = index.get("metadata")
         return weight_map, metadata if isinstance(metadata, dict) else {}
     names = top_level_names(folder)
+    if "adapter_config.json" in names and "config.json" not in names:
+        raise CheckpointError(
+            f"{folder}: holds a LoRA adapter, no model",
+            hint="merge it into its base model first (PEFT's merge_and_unload), and give the folder of that",
+        )
     shards = sorted(name for name in names if name.endswith(".safetensors"))
     if len(shards) > 1:
         raise CheckpointError(

@@ -31,6 +31,8 @@ TIMEOUT_S = 1800  # that a rank waits for another: the longest that one may work
 GRACE_S = 2.0  # that a rank whose connection broke waits for a sentence that says why
 RESUME = "a quantize run goes on with --resume, under any number of processes"
 _BOARD = "end of the run"
+_START = "torchrun sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, which go together"
+_PATIENCE = "MIMOQUANT_RANK_TIMEOUT_S"
 
 
 def refuse_ranks(what: str) -> None:
@@ -38,6 +40,14 @@ def refuse_ranks(what: str) -> None:
     ranks = os.environ.get("WORLD_SIZE", "1")
     if ranks.isdecimal() and int(ranks) > 1:
         raise UsageError(f"{what}: is the work of one process, {ranks} were started", hint="run it without torchrun")
+
+
+def _patience() -> timedelta:
+    told = os.environ.get(_PATIENCE, str(TIMEOUT_S))
+    with contextlib.suppress(ValueError, OverflowError):
+        if (patience := timedelta(seconds=float(told))) > timedelta(0):
+            return patience
+    raise UsageError(f"{_PATIENCE} is {told!r}, expected a number of seconds")
 
 
 class Team:
@@ -52,12 +62,15 @@ class Team:
     def from_environment(device: str) -> Team:
         """The team that torchrun started, or a team of one. `device`: "cpu" or "cuda"; `team.device` has a number.
 
-        Raises UsageError where a node has more ranks than GPUs, StoppedError where the others cannot be reached.
+        Raises UsageError where a node has more ranks than GPUs or the environment's words do not go together,
+        StoppedError where the others cannot be reached.
         """
         team = Team(device)
         with contextlib.suppress(KeyError, ValueError):
             team.rank, team.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         if team.size > 1:
+            if not 0 <= team.rank < team.size:
+                raise UsageError(f"rank {team.rank} is none of the {team.size} that WORLD_SIZE speaks of", hint=_START)
             team._join()
         return team
 
@@ -72,7 +85,7 @@ class Team:
         from torch.distributed.distributed_c10d import PrefixStore
         from torch.distributed.rendezvous import rendezvous
 
-        patience = timedelta(seconds=float(os.environ.get("MIMOQUANT_RANK_TIMEOUT_S", TIMEOUT_S)))
+        patience = _patience()
         backend = "gloo"
         if self.device.startswith("cuda"):
             local, gpus = int(os.environ.get("LOCAL_RANK", self.rank)), torch.cuda.device_count()
@@ -87,6 +100,10 @@ class Team:
             store, rank, size = next(rendezvous("env://", timeout=patience))
             self._board = PrefixStore("mimoquant", store)
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
+        except ValueError as error:  # of MASTER_ADDR or MASTER_PORT
+            raise UsageError(
+                f"rank {self.rank} cannot look for the other processes ({_line(error)})", hint=_START
+            ) from error
         except RuntimeError as error:
             raise StoppedError(f"rank {self.rank}: the other processes cannot be reached ({_line(error)})") from error
 

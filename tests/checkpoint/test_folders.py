@@ -343,3 +343,18 @@ def test_a_link_to_a_folder_is_not_passed_over_in_silence(tmp_path: Path) -> Non
     (tmp_path / "dflash").symlink_to(DRAFTER)
     with pytest.raises(CheckpointError, match="link to a folder"):
         side_files(tmp_path, ())
+
+
+def test_a_lora_adapter_is_no_checkpoint_and_none_beside_it_is_carried(tmp_path: Path) -> None:
+    """With its config in the folder libraries would load the base that it names, and not what lies there."""
+    lone, beside = tmp_path / "lone", Path(shutil.copytree(MICRO, tmp_path / "beside"))
+    lone.mkdir()
+    for folder in (lone, beside):
+        (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "x/y"}))
+        shutil.copy(MICRO / "model_mtp.safetensors", folder / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"lone: holds a LoRA adapter, no model$") as caught:
+        open_index(lone)
+    assert "merge_and_unload" in str(caught.value.hint)
+    found = side_files(beside, open_index(beside).file_sizes)
+    assert found.left_out == ["adapter_config.json", "adapter_model.safetensors"]
+    assert "adapter_config.json" not in found.sizes

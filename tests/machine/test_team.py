@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from mimoquant import pipeline
 from mimoquant.checkpoint.index import open_index
 from mimoquant.cli.app import app
-from mimoquant.errors import CheckpointError, StoppedError
+from mimoquant.errors import CheckpointError, StoppedError, UsageError
 from mimoquant.machine.team import Team
 from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import load_recipe
@@ -382,3 +382,27 @@ def test_ranks_find_what_one_process_finds(recipe: str, quick: list[str], tmp_pa
     done = find(2, "killed.yaml", "--resume")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "one.yaml").read_bytes() == (tmp_path / "killed.yaml").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        ({"RANK": "5", "WORLD_SIZE": "2"}, "rank 5 is none of the 2 that"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "rank -1 is none of the 2 that"),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, "rank 1 cannot look for the other processes .*MASTER_ADDR"),
+        ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}, "rank 1 cannot look .*MASTER_PORT"),
+        ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"}, "rank 1 cannot look for"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MIMOQUANT_RANK_TIMEOUT_S": "soon"}, "MIMOQUANT_RANK_TIMEOUT_S is 'soon'"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MIMOQUANT_RANK_TIMEOUT_S": "-3"}, "MIMOQUANT_RANK_TIMEOUT_S is '-3'"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MIMOQUANT_RANK_TIMEOUT_S": "inf"}, "MIMOQUANT_RANK_TIMEOUT_S is 'inf'"),
+    ],
+)
+def test_an_environment_that_is_no_torchruns_is_refused(
+    words: dict[str, str], problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "MIMOQUANT_RANK_TIMEOUT_S"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in words.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=problem):
+        Team.from_environment("cpu")
