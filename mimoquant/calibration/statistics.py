@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mimoquant.errors import CheckpointError
-from mimoquant.model.decoder_layer import Dispatch, ExpertChunk, Routing, float32_parts, product
+from mimoquant.model.decoder_layer import Dispatch, ExpertChunk, Group, Routing, float32_parts, of_group, product
 
-Rows = Callable[[Tensor, list[int]], Tensor]  # tokens [m, c, H] of the experts named → what a projection sees [m, c, K]
+Rows = Callable[[Tensor, Group], Tensor]  # tokens [m, c, H] of a group of experts → what a projection sees [m, c, K]
 
 
 def gram(rows: Tensor) -> Tensor:
@@ -48,10 +48,13 @@ def expert_grams(
         for group in dispatch.groups(begin, end):
             rows = tokens[group.rows]
             if rows_of is not None:
-                rows = rows_of(rows, group.experts)
-            rows = torch.where(group.used[..., None], rows, 0)
-            places = torch.tensor(group.experts, device=out.device) - begin
-            out[places] += gram(rows)
+                rows = rows_of(rows, group)
+            if group.padded:
+                rows = torch.where(group.used[..., None], rows, 0)
+            if len(group.experts) == 1:  # no copy of a matrix
+                out[group.experts[0] - begin] += gram(rows)[0]
+            else:
+                out[group.members - begin] += gram(rows)
     return out
 
 
@@ -74,7 +77,7 @@ def gradient_grams(
         for group in dispatch.groups(begin, end) if first < count else ():
             rows = group.rows + first
             gains = torch.where(rows < count, group.gains, 0)
-            rows, places = rows.clamp(max=count - 1), torch.tensor(group.experts, device=sums.device) - begin
+            rows, places = rows.clamp(max=count - 1), group.members - begin
             middle = rows.shape[1] // 2  # rows go up, so what is drawn of a sequence falls into one half
             for half, slots in enumerate((slice(middle), slice(middle, None))):
                 counts[half, places] += draws * (gains[:, slots] > 0).sum(1)
@@ -88,7 +91,7 @@ def input_peaks(blocks: Sequence[tuple[Tensor, Dispatch]]) -> Tensor:
     """[E] float32: the largest magnitude in the tokens [n, H] that each of all experts sees; 0 for one without."""
     peaks = torch.zeros(len(blocks[0][1].begins) - 1, device=blocks[0][0].device)
     for tokens, dispatch in blocks:
-        counts = torch.tensor(dispatch.begins, device=peaks.device).diff()
+        counts = dispatch.starts.diff()
         experts = torch.repeat_interleave(torch.arange(len(peaks), device=peaks.device), counts)
         largest = tokens.abs().amax(-1).to(torch.float32)
         peaks.scatter_reduce_(0, experts, largest[dispatch.rows], "amax")
@@ -100,8 +103,8 @@ def inner_peaks(blocks: Sequence[tuple[Tensor, Dispatch]], chunk: ExpertChunk) -
     peaks, rows_of = torch.zeros(len(chunk.gate), device=chunk.gate.device), intermediate_of(chunk)
     for tokens, dispatch in blocks:
         for group in dispatch.groups(chunk.begin, chunk.begin + len(peaks)):
-            largest = rows_of(tokens[group.rows], group.experts).abs().amax(-1).to(torch.bfloat16)
-            places = torch.tensor(group.experts, device=peaks.device) - chunk.begin
+            largest = rows_of(tokens[group.rows], group).abs().amax(-1).to(torch.bfloat16)
+            places = group.members - chunk.begin
             own = torch.where(group.used, largest, 0).amax(1).to(torch.float32)
             peaks[places] = torch.maximum(peaks[places], own)
     return peaks
@@ -127,7 +130,7 @@ def counts_of_kinds(blocks: Sequence[tuple[Tensor, Dispatch]], kinds: Tensor, ma
     experts, first = len(blocks[0][1].begins) - 1, 0
     table = torch.zeros(many * experts, dtype=torch.int64, device=kinds.device)
     for tokens, dispatch in blocks:
-        pairs = torch.tensor(dispatch.begins, device=kinds.device).diff()
+        pairs = dispatch.starts.diff()
         owner = torch.repeat_interleave(torch.arange(experts, device=kinds.device), pairs)
         kind = kinds[first : first + len(tokens)][dispatch.rows]
         table += torch.bincount(kind * experts + owner, minlength=len(table))
@@ -184,9 +187,8 @@ def intermediate(rows: Tensor, gate: Tensor, up: Tensor) -> Tensor:
 def intermediate_of(chunk: ExpertChunk) -> Rows:
     """`intermediate` of a chunk's experts, for `expert_grams`."""
 
-    def rows_of(rows: Tensor, experts: list[int]) -> Tensor:
-        places = torch.tensor(experts, device=rows.device) - chunk.begin
-        return intermediate(rows, chunk.gate[places], chunk.up[places])
+    def rows_of(rows: Tensor, group: Group) -> Tensor:
+        return intermediate(rows, *(of_group(weight, group, chunk.begin) for weight in (chunk.gate, chunk.up)))
 
     return rows_of
 
@@ -200,9 +202,8 @@ def slopes(gate: Tensor, up: Tensor) -> Tensor:
 def slopes_of(chunk: ExpertChunk) -> Rows:
     """`slopes` of a chunk's experts, for `expert_grams`: [m, c, 2I]."""
 
-    def rows_of(rows: Tensor, experts: list[int]) -> Tensor:
-        places = torch.tensor(experts, device=rows.device) - chunk.begin
-        return _slopes(rows, chunk.gate[places], chunk.up[places])
+    def rows_of(rows: Tensor, group: Group) -> Tensor:
+        return _slopes(rows, *(of_group(weight, group, chunk.begin) for weight in (chunk.gate, chunk.up)))
 
     return rows_of
 

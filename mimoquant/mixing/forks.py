@@ -326,7 +326,7 @@ class _Probing:
         for tokens, dispatch, outs in self.blocks:
             seen = [rounding.expert_inputs(tokens) for rounding in roundings]
             for group in dispatch.groups(plain.begin, plain.begin + len(plain.gate)):
-                experts = torch.tensor(group.experts, device=tokens.device)
+                experts = group.members
                 clean = expert_outputs(tokens, group, plain)
                 add_group(outs[None], group, clean)
                 self.energy[experts] += _energy(clean, group.gains)

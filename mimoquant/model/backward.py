@@ -163,9 +163,8 @@ class ExpertsGradient:
 
     def _pairs(self, group: Group) -> Tensor:
         """Places [m, c] of a group's pairs among those sorted by expert."""
-        device = group.rows.device
-        starts = torch.tensor([self.dispatch.begins[expert] for expert in group.experts], device=device)[:, None]
-        slot = torch.arange(group.rows.shape[1], device=device)[None, :]
+        starts = self.dispatch.starts[group.members][:, None]
+        slot = torch.arange(group.rows.shape[1], device=starts.device)[None, :]
         return torch.where(group.used, starts + slot, len(self._order))
 
 

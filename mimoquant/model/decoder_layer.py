@@ -13,7 +13,7 @@ Reference: transformers 5.17 `mimo_v2_flash` (tests hold the two equal), the pub
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from mimoquant.model.served_rounding import NONE, UNROUNDED, LayerRounding, roun
 
 _QUERY_CHUNK_BYTES = 256 * 2**20  # of attention scores that are held at once
 _GROUP_ROWS = 2**16  # of tokens that go through a group of experts at once
+_ALONE = 512  # tokens of an expert that are a product of their own on CUDA: nothing padded, no weight copied
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,59 +263,79 @@ def route(tokens: Tensor, router: Router, top_k: int) -> Routing:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Experts with a similar number of tokens: `rows` and `gains` [m, c] are padded, with gain 0, to a common c."""
+    """Experts with a similar number of tokens: `rows` and `gains` [m, c] are padded, with gain 0, to a common c; `used`
+    [m, c] is False there. `members` [m] are the experts' numbers on the device."""
 
     experts: list[int]
     counts: list[int]
+    members: Tensor
     rows: Tensor
     gains: Tensor
+    used: Tensor
 
     @property
-    def used(self) -> Tensor:
-        """[m, c] bool, False where padded."""
-        counts = torch.tensor(self.counts, device=self.rows.device)
-        return torch.arange(self.rows.shape[1], device=self.rows.device)[None, :] < counts[:, None]
+    def padded(self) -> bool:
+        return min(self.counts) < self.rows.shape[1]
 
 
 @dataclass(frozen=True, slots=True)
 class Dispatch:
     """The (token, expert) pairs of some tokens sorted by expert: pairs begins[e] to begins[e+1] are those of expert e.
 
-    rows [pairs] (int64, which token) and gains [pairs] are on the device, `begins` is not: nothing waits for the device
-    after this has been made.
+    rows [pairs] (int64, which token), gains [pairs] and `starts` (`begins` again) are on the device, `begins` is not:
+    nothing waits for the device after this has been made.
     """
 
     rows: Tensor
     gains: Tensor
     begins: list[int]
+    starts: Tensor
+    _kept: dict[tuple[int, int], list[Group]] = field(default_factory=dict, repr=False, compare=False)
 
     @staticmethod
     def of(routing: Routing, experts: int) -> Dispatch:
         flat = routing.experts.flatten()
         order = torch.argsort(flat, stable=True)
-        ends = torch.cumsum(torch.bincount(flat, minlength=experts), 0).tolist()
-        return Dispatch(order // routing.experts.shape[1], routing.weights.flatten()[order], [0, *ends])
+        starts = F.pad(torch.cumsum(torch.bincount(flat, minlength=experts), 0), (1, 0))
+        rows, gains = order // routing.experts.shape[1], routing.weights.flatten()[order]
+        return Dispatch(rows, gains, starts.tolist(), starts)
 
-    def groups(self, begin: int, end: int) -> Iterator[Group]:
-        """Experts begin..end that have tokens, as groups whose padding is at most an eighth."""
+    def groups(self, begin: int, end: int) -> list[Group]:
+        """Experts begin..end that have tokens, as groups whose padding is at most an eighth. The last ones that were
+        asked for are kept: statistics and outputs ask for the same."""
+        if (begin, end) not in self._kept:
+            self._kept.clear()
+            self._kept[begin, end] = self._grouped(begin, end)
+        return self._kept[begin, end]
+
+    def _grouped(self, begin: int, end: int) -> list[Group]:
         alike: dict[int, list[int]] = {}
         for expert in range(begin, end):
             count = self.begins[expert + 1] - self.begins[expert]
             if count:
-                alike.setdefault(_capacity(count), []).append(expert)
-        for capacity, members in alike.items():
+                alone = self.rows.is_cuda and count >= _ALONE
+                alike.setdefault(count if alone else _capacity(count), []).append(expert)
+        placed, out = _on_device([e for members in alike.values() for e in members], self.rows.device), []
+        for capacity, experts in alike.items():
             step = max(1, _GROUP_ROWS // capacity)
-            for first in range(0, len(members), step):
-                yield self._group(members[first : first + step], capacity)
+            own, placed = placed[: len(experts)], placed[len(experts) :]
+            for first in range(0, len(experts), step):
+                out.append(self._group(experts[first : first + step], own[first : first + step], capacity))
+        return out
 
-    def _group(self, members: list[int], capacity: int) -> Group:
-        device = self.rows.device
-        counts = [self.begins[expert + 1] - self.begins[expert] for expert in members]
-        starts = torch.tensor([self.begins[expert] for expert in members], device=device)[:, None]
-        slot = torch.arange(capacity, device=device)[None, :]
-        place = (starts + slot).clamp(max=len(self.rows) - 1)
-        used = slot < torch.tensor(counts, device=device)[:, None]
-        return Group(members, counts, self.rows[place], self.gains[place] * used)
+    def _group(self, experts: list[int], members: Tensor, capacity: int) -> Group:
+        starts, ends = self.starts[members][:, None], self.starts[members + 1][:, None]
+        place = starts + torch.arange(capacity, device=members.device)[None, :]
+        used = place < ends
+        place = place.clamp(max=len(self.rows) - 1)
+        counts = [self.begins[expert + 1] - self.begins[expert] for expert in experts]
+        return Group(experts, counts, members, self.rows[place], self.gains[place] * used, used)
+
+
+def _on_device(numbers: list[int], device: torch.device) -> Tensor:
+    """int64 [n], without waiting for what the device has been given to do."""
+    pinned = device.type == "cuda"
+    return torch.tensor(numbers, dtype=torch.int64, pin_memory=pinned).to(device, non_blocking=True)
 
 
 def _capacity(count: int) -> int:
@@ -355,15 +376,18 @@ def add_group(out: Tensor, group: Group, outputs: Tensor) -> None:
 
 def group_of_chunk(group: Group, chunk: ExpertChunk) -> tuple[Tensor, Tensor, Tensor]:
     """gate and up [m, I, H] and down [m, H, I] of a group's experts."""
-    gate, up, down = (_pick(weight, group, chunk.begin) for weight in (chunk.gate, chunk.up, chunk.down))
+    gate, up, down = (of_group(weight, group, chunk.begin) for weight in (chunk.gate, chunk.up, chunk.down))
     return gate, up, down
 
 
-def _pick(weight_EOI: Tensor, group: Group, begin: int) -> Tensor:
-    """The group's matrices; no copy where all experts of the chunk are asked for."""
+def of_group(weight_EOI: Tensor, group: Group, begin: int) -> Tensor:
+    """The group's matrices; no copy where it is all experts of the chunk, or one."""
     if len(group.experts) == len(weight_EOI):
         return weight_EOI
-    return weight_EOI[torch.tensor(group.experts, device=weight_EOI.device) - begin]
+    if len(group.experts) == 1:
+        place = group.experts[0] - begin
+        return weight_EOI[place : place + 1]
+    return weight_EOI[group.members - begin]
 
 
 def linear(rows: Tensor, weight: Tensor) -> Tensor:

@@ -188,13 +188,54 @@ def _expert_inputs(stream: Stream, weights: LayerWeights, rounding: LayerRoundin
     return [replace(block, tokens=rounding.expert_inputs(block.tokens)) for block in blocks]
 
 
+class _Ferry:
+    """Hidden states between the host and a GPU, beside the products: the next batch comes while one is computed, and
+    what was made of it goes back, both on a stream of their own. Where they live on the device, nothing moves."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream, device = stream, stream.source.device
+        afar = device.type == "cuda" and any(batch.device != device for batch in stream.batches)
+        self.side = torch.cuda.Stream(device) if afar else None  # type: ignore[no-untyped-call]
+        self.coming: dict[int, Tensor] = {}
+
+    def __enter__(self) -> _Ferry:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        if self.side is not None:
+            self.side.synchronize()  # the host may look at the batches
+
+    def load(self, batch: int) -> Tensor:
+        """A batch on the device; batches are asked for in order."""
+        if self.side is None:
+            return self.stream.batches[batch].to(self.stream.source.device)
+        for number in range(batch, min(batch + 2, len(self.stream.batches))):
+            if number not in self.coming:
+                with torch.cuda.stream(self.side):
+                    held = self.stream.batches[number]
+                    self.coming[number] = held.to(self.stream.source.device, non_blocking=True)
+        torch.cuda.current_stream(self.side.device).wait_stream(self.side)
+        return _claimed(self.coming.pop(batch))
+
+    def store(self, batch: int, hidden: Tensor) -> None:
+        """Replace a batch where it lives."""
+        if self.side is None:
+            self.stream.put(batch, hidden)
+            return
+        self.side.wait_stream(torch.cuda.current_stream(self.side.device))
+        with torch.cuda.stream(self.side):
+            self.stream.batches[batch].copy_(hidden, non_blocking=True)
+        hidden.record_stream(self.side)
+
+
 def dense_layer(stream: Stream, weights: LayerWeights, rounding: LayerRounding = UNROUNDED) -> None:
     """Push a stream through a layer without experts, in place."""
     assert isinstance(weights.mlp, DenseWeights)
     stream.routing = []
-    for i, hidden in enumerate(stream.batches):
-        hidden, normed = attention_block(hidden.to(stream.source.device), weights, stream.source.config, rounding)
-        stream.put(i, hidden + dense_mlp(normed, weights.mlp, rounding.mlp))
+    with _Ferry(stream) as ferry:
+        for i in range(len(stream.batches)):
+            hidden, normed = attention_block(ferry.load(i), weights, stream.source.config, rounding)
+            ferry.store(i, hidden + dense_mlp(normed, weights.mlp, rounding.mlp))
 
 
 def layer_chunks(feed: Iterator[Weights], experts: int) -> Iterator[ExpertChunk]:
@@ -219,22 +260,25 @@ def attend_and_route(
     tokens are kept in `dtype`.
     """
 
-    def attended(batch: int) -> Tensor:
-        hidden = stream.batches[batch].to(stream.source.device)
-        hidden, normed = attention_block(hidden, weights, stream.source.config, rounding)
-        stream.put(batch, hidden)
-        return normed
+    with _Ferry(stream) as ferry:
 
-    return _routed(stream, weights, dtype, attended)
+        def attended(batch: int) -> Tensor:
+            hidden, normed = attention_block(ferry.load(batch), weights, stream.source.config, rounding)
+            ferry.store(batch, hidden)
+            return normed
+
+        return _routed(stream, weights, dtype, attended)
 
 
 def route_again(stream: Stream, weights: LayerWeights, dtype: torch.dtype = torch.float32) -> list[Block]:
     """What `attend_and_route` gives with another norm and router, of a stream that is past attention already."""
 
-    def normed(batch: int) -> Tensor:
-        return rms_norm(stream.batches[batch].to(stream.source.device), weights.post_norm, stream.source.config.eps)
+    with _Ferry(stream) as ferry:
 
-    return _routed(stream, weights, dtype, normed)
+        def normed(batch: int) -> Tensor:
+            return rms_norm(ferry.load(batch), weights.post_norm, stream.source.config.eps)
+
+        return _routed(stream, weights, dtype, normed)
 
 
 def _routed(
@@ -274,13 +318,14 @@ def _grouped(batches: list[Tensor]) -> Iterator[list[int]]:
 def add_blocks(stream: Stream, blocks: list[Block]) -> None:
     """Add what the experts made of the blocks to the stream's hidden states."""
     batch = 0
-    for block in blocks:
-        done = 0
-        while done < len(block.out):
-            hidden = stream.batches[batch].to(block.out.device)
-            count = hidden.shape[:2].numel()
-            stream.put(batch, hidden + block.out[done : done + count].view_as(hidden).to(hidden.dtype))
-            batch, done = batch + 1, done + count
+    with _Ferry(stream) as ferry:
+        for block in blocks:
+            done = 0
+            while done < len(block.out):
+                hidden = ferry.load(batch)
+                count = hidden.shape[:2].numel()
+                ferry.store(batch, hidden + block.out[done : done + count].view_as(hidden).to(hidden.dtype))
+                batch, done = batch + 1, done + count
 
 
 def _noisy(hidden: Tensor, stream: Stream, number: int, batch: int) -> Tensor:
