@@ -186,7 +186,7 @@ def test_what_is_read_from_headers(outs: dict[str, Path], tmp_path: Path) -> Non
 
 
 def test_what_is_written(outs: dict[str, Path], tmp_path: Path) -> None:
-    options = ("--device", "cpu", "--sequences", "16", "--tokens", "64", "--refine", 1, "--refine-layer", 2, "-q")
+    options = ("--device", "cpu", "--sequences", "4", "--tokens", "32", "--refine", 1, "--refine-layer", 2, "-q")
     options += ("--objective", "output")
     text = printed("quantize", MICRO, "-r", "gptq-int4-g128", "-o", tmp_path / "out", *options)
     records = valid("quantize", text)["calibration"]

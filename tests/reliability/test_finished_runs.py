@@ -101,7 +101,8 @@ def test_another_run_is_refused_with_the_first_difference(what: str, outputs: di
 
 def test_calibration_data_of_the_same_name_with_another_content(tmp_path: Path) -> None:
     data, out = tmp_path / "text.txt", tmp_path / "out"
-    arguments = (*CALIBRATED[:4], "--data", data, "--sequences", "4", "--tokens", "32", "--device", "cpu", "--out", out)
+    few = ("--data", data, "--sequences", "4", "--tokens", "32", "--objective", "output", "--device", "cpu")
+    arguments = (*CALIBRATED[:4], *few, "--out", out)
     data.write_text("".join(f"{n} men walked over {n * n} hills to the sea. " for n in range(300)))
     assert call(*arguments).exit_code == 0
     assert call(*arguments, "--resume").exit_code == 0

@@ -43,7 +43,7 @@ SUFFIX = {"compressed-tensors": "input_global_scale", "modelopt": "input_scale"}
 
 
 def planned(container: str, settings: dict[str, Any] = FEW) -> Plan:
-    recipe = load_recipe("gptq-nvfp4-w4a4").calibrated_on(settings)
+    recipe = load_recipe("gptq-nvfp4-w4a4").rounded_for("output").calibrated_on(settings)
     return make_plan(MICRO, recipe, container=container, chunk_bytes=FEW_EXPERTS)
 
 

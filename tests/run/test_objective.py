@@ -152,7 +152,7 @@ def stops_on_the_way(way: str, layers: int) -> Callable[[pytest.MonkeyPatch], No
     ("dies", "states"),
     [
         pytest.param(stops_on_the_way("forward", 2), "files", id="forward", marks=pytest.mark.slow),
-        pytest.param(stops_on_the_way("back", 2), "host", id="back"),
+        pytest.param(stops_on_the_way("back", 2), "host", id="back", marks=pytest.mark.slow),
         pytest.param(stops_at_line(3), "host", id="codes", marks=pytest.mark.slow),
         pytest.param(stops_on_the_way("forward", 2), "host", id="forward on the host", marks=pytest.mark.slow),
         pytest.param(stops_on_the_way("back", 2), "files", id="back by files", marks=pytest.mark.slow),
