@@ -89,9 +89,12 @@ def _silence() -> None:
 
 
 class _Verb(TyperCommand):
-    """A verb, none of whose arguments may be empty: `""`, a variable that is not set, would be the current folder."""
+    """A verb, none of whose arguments may be empty: `""`, a variable that is not set, would be the current folder. Nor
+    may a short option have `=`, which would begin its value: a folder named `=`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if odd := next((word for word in args if word[:1] == "-" and word[1:2].isalpha() and word[2:3] == "="), None):
+            raise UsageError(f"{odd}: a short option has no = before its value", hint=f"write {odd[:2]} {odd[3:]}")
         if "" in args or any(word.startswith("--") and word.endswith("=") for word in args):
             given, _, _ = self.make_parser(ctx).parse_args(args=list(args))
             for parameter in self.get_params(ctx):

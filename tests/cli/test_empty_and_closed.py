@@ -46,7 +46,9 @@ def test_a_reader_that_has_left_is_no_bug(
     assert ended.value.code == 141 and capfd.readouterr().err == ""
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize(
+    "verb", [pytest.param(v, marks=[pytest.mark.slow] * (v not in ("inspect", "eval-kl"))) for v in VERBS]
+)
 def test_help_of_a_verb_whose_reader_has_left(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["mimoquant", verb, "--help"])
     read, write = os.pipe()
@@ -119,3 +121,15 @@ def test_a_number_that_is_none_is_refused(
     done = call(*(word.format(MICRO) for word in words), value)
     assert done.exit_code == 2 and name in done.stderr and "Traceback" not in done.output and not done.stdout
     assert f"{name} is {float(value)}, expected a finite number" in done.stderr or "Invalid value" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("word", "hint"), [("-o=out", "-o out"), ("-o=/x/y", "-o /x/y"), ("-r=mxfp4-rtn", "-r mxfp4-rtn")]
+)
+def test_a_short_option_with_an_equals_sign_makes_no_folder(
+    word: str, hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = call("quantize", str(MICRO), "-r", "mxfp4-rtn", word, "--device", "cpu")
+    assert done.exit_code == 2 and not list(tmp_path.iterdir())
+    assert done.stderr == f"error: {word}: a short option has no = before its value\nhint: write {hint}\n"
