@@ -23,10 +23,9 @@ from mimoquant.wording import many
 _MAX_BYTES = 50_000_000
 _MIXED = "MIXED_PRECISION"
 _LISTS = ("ignore", "exclude_modules", "modules_to_not_convert")
-Settings = dict[str, Any]
 
 
-def read_config(index: CheckpointIndex) -> Settings:
+def read_config(index: CheckpointIndex) -> dict[str, Any]:
     """config.json of a checkpoint folder; with what ModelOpt says beside it, where config.json does not say it.
 
     Raises CheckpointError for either file where it is no JSON, and for the second where it is needed and says nothing.
@@ -44,20 +43,20 @@ def read_config(index: CheckpointIndex) -> Settings:
     return config
 
 
-def lacks_layers(told: Settings) -> bool:
+def lacks_layers(told: dict[str, Any]) -> bool:
     """Whether config.json has ModelOpt's mixed precision without saying which layer is in what: engines then read all
     of it from the file beside."""
     return str(told.get("quant_algo")).upper() == _MIXED and "quantized_layers" not in told
 
 
-def lacks_cache(told: Settings) -> bool:
+def lacks_cache(told: dict[str, Any]) -> bool:
     """Whether config.json has mixed precision without saying what keys and values are cached in: SGLang then reads all
     of it from the file beside."""
     said = "kv_cache_quant_algo" in told or "kv_cache_scheme" in told
     return lacks_layers(told) or (str(told.get("quant_algo")).upper() == _MIXED and not said)
 
 
-def settings_beside(folder: Path) -> Settings | None:
+def settings_beside(folder: Path) -> dict[str, Any] | None:
     """What the file beside config.json says, if it is there and says anything."""
     if not (folder / MODELOPT_CONFIG_NAME).is_file():
         return None
@@ -67,7 +66,7 @@ def settings_beside(folder: Path) -> Settings | None:
         return None  # where it is needed, `read_config` says so
 
 
-def settings_notes(folder: Path, config: Settings) -> list[str]:
+def settings_notes(folder: Path, config: dict[str, Any]) -> list[str]:
     """What contradicts, a sentence each."""
     beside = settings_beside(folder)
     told = text_keys(config, str(folder / CONFIG_NAME)).get("quantization_config")
@@ -77,7 +76,7 @@ def settings_notes(folder: Path, config: Settings) -> list[str]:
     return [f"{text}: {reads}" for text in contradictions(told, beside)]
 
 
-def contradictions(told: Settings, beside: Settings) -> list[str]:
+def contradictions(told: dict[str, Any], beside: dict[str, Any]) -> list[str]:
     """Each setting that config.json and the file beside it give differently, with both values. What only one of them
     says is none where engines take it from either."""
     return [
@@ -86,12 +85,12 @@ def contradictions(told: Settings, beside: Settings) -> list[str]:
     ]
 
 
-def _settings(document: Settings) -> Settings | None:
+def _settings(document: dict[str, Any]) -> dict[str, Any] | None:
     told = document.get("quantization", document)
     return {"quant_method": "modelopt"} | told if isinstance(told, dict) and told.get("quant_algo") else None
 
 
-def _differences(told: Settings, beside: Settings) -> Iterator[tuple[str, str]]:
+def _differences(told: dict[str, Any], beside: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """The values that differ, each as words: config.json's, the other file's."""
     method = str(told.get("quant_method", "modelopt"))
     if not method.startswith("modelopt"):
@@ -125,17 +124,17 @@ def _layer_differences(layers: Any, others: Any) -> Iterator[tuple[str, str]]:
         yield f"quantized_layers has {name} as {_of(layers, name)}", f"as {_of(others, name)}{more}"
 
 
-def _of(layers: Settings, name: str) -> str:
+def _of(layers: dict[str, Any], name: str) -> str:
     entry = layers.get(name)
     algo = entry.get("quant_algo") if isinstance(entry, dict) else None
     return str(algo).upper() if algo else "nothing"
 
 
-def _algo(settings: Settings) -> str:
+def _algo(settings: dict[str, Any]) -> str:
     return str(settings.get("quant_algo")).upper()
 
 
-def _cache(settings: Settings) -> str:
+def _cache(settings: dict[str, Any]) -> str:
     """What keys and values are cached in, under either name."""
     scheme = settings.get("kv_cache_scheme")
     if isinstance(scheme, dict):
@@ -145,7 +144,7 @@ def _cache(settings: Settings) -> str:
     return "16 bits" if algo in ("AUTO", "NONE") else algo
 
 
-def _group_sizes(settings: Settings) -> set[Any]:
+def _group_sizes(settings: dict[str, Any]) -> set[Any]:
     """Of the whole, or of its groups; those of `quantized_layers` go with the layers."""
     groups = settings.get("config_groups")
     parts = [group for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
@@ -158,6 +157,6 @@ def _joined(sizes: set[Any]) -> str:
     return " and ".join(map(str, sorted(sizes)))
 
 
-def _excluded(settings: Settings) -> set[str]:
+def _excluded(settings: dict[str, Any]) -> set[str]:
     names: Any = next((settings[key] for key in _LISTS if settings.get(key)), [])
     return {name for name in names if isinstance(name, str)} if isinstance(names, list) else set()
