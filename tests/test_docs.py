@@ -46,7 +46,7 @@ MEASURING = {  # guides whose examples take seconds
     *(f"mimoquant/{name}/README.md" for name in ("fisher", "evaluation", "calibration", "mixing", "run")),
 }
 MEASURES = ("eval-kl", "eval-draft", "sensitivity")
-OTHERS = ("srun", "ray", "torchrun", "sha256sum", "curl", "vllm", "apt-get")  # programs that are not run here
+OTHERS = ("srun", "ray", "torchrun", "sha256sum", "curl", "vllm", "apt-get", "grep")  # programs that are not run here
 VERBS: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
 
 

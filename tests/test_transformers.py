@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from windows import meant_window
 
 from mimoquant import pipeline
 from mimoquant.checkpoint.index import open_index
@@ -141,6 +143,15 @@ mimoquant: {{{settings}version: 1}}
             for part in ("gate", "up", "down")
         }
         assert lost <= unexpected
+
+
+def test_a_window_is_as_wide_there_as_verify_says(tiny_checkpoint: Callable[..., Path]) -> None:
+    folder = tiny_checkpoint(sliding_window=64, sliding_window_size=64)
+    assert transformers.AutoConfig.from_pretrained(folder).sliding_window == (65 if NEW else 64)
+    problems = check(read_served(folder), "transformers", transformers.__version__)
+    assert any("sliding_window_size 64" in found.text and "65 keys" in found.text for found in problems) == NEW
+    held = transformers.AutoConfig.from_pretrained(folder, sliding_window=meant_window(folder))
+    assert held.sliding_window == 64
 
 
 def retarget(folder: Path, ignore: list[str]) -> None:

@@ -5,7 +5,7 @@ device, say which tensors a module has then; nothing of it is repeated here. It 
 of the largest model, so each pattern goes over all names once, and what is common to many modules is asked once: a
 pattern that does not match a module changes nothing about it, whatever the library does with it.
 Left out: activations and KV caches, which are no part of a stored weight.
-Reference: compressed-tensors 0.17 to 0.19, `apply_quantization_config` and `ModelCompressor.compress_model`.
+Reference: compressed-tensors 0.17 to 0.20, `apply_quantization_config` and `ModelCompressor.compress_model`.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from micro import MICRO
+from windows import meant_window
 
 from mimoquant import pipeline
 from mimoquant.calibration.tokens import CalibrationRecord, TokenSet, load_tokens
@@ -86,7 +87,9 @@ def bf16_twin(folder: Path, twin: Path) -> Path:
 def transformers_logits(folder: Path, ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Logits, and the experts each MoE layer chose."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed (scripts/setup --dev)")
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, sliding_window=meant_window(folder)
+    ).eval()
     chosen: list[torch.Tensor] = []
     for layer in model.model.layers:
         if hasattr(layer.mlp, "gate"):

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from windows import meant_window
 
 from mimoquant.calibration.tokens import load_tokens
 from mimoquant.errors import CheckpointError
@@ -96,7 +97,8 @@ PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "
 def log_probabilities(folder: Path, ids: torch.Tensor) -> torch.Tensor:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    window = meant_window(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, sliding_window=window).eval()
     logits: torch.Tensor = model(input_ids=ids).logits
     return logits[:, :-1].log_softmax(-1)
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from walks import Seen, opened_weights, some_tokens, walked, watch
+from windows import meant_window
 
 import mimoquant
 from mimoquant.fisher.matrices import Fisher
@@ -49,8 +50,7 @@ def flash_twin(source: Path, folder: Path) -> Path:
                     )
         config = dict(weights.layout.config)
     config |= {"model_type": "mimo_v2_flash", "architectures": ["MiMoV2FlashForCausalLM"]}
-    # transformers reads `sliding_window_size` from 5.24 on, and as tokens before the query
-    for key in ("quantization_config", "attention_projection_layout", "dtype", "sliding_window_size"):
+    for key in ("quantization_config", "attention_projection_layout", "dtype"):
         config.pop(key, None)
     folder.mkdir()
     save_file(
@@ -63,7 +63,11 @@ def flash_twin(source: Path, folder: Path) -> Path:
 def gradients_of(folder: Path, ids: Tensor, labels: Tensor) -> dict[int, Tensor]:
     """By layer ∂ sum log p(labels) / ∂(output of the layer), [D, N, H], in float32."""
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True, attn_implementation="eager"
+        folder,
+        dtype=torch.float32,
+        output_loading_info=True,
+        attn_implementation="eager",
+        sliding_window=meant_window(folder),
     )
     assert not info["missing_keys"] and not info["mismatched_keys"]
     model.eval().requires_grad_(False)

@@ -42,6 +42,7 @@ NOT_OF_A_LAYER = (
     "layer_types",
     "mlp_layer_types",
     "auto_map",
+    "sliding_window_size",  # tests/windows.py; it reads `sliding_window`
 )
 NAMES = {
     "layers.0.input_layernorm.weight": "input_layernorm.weight",
