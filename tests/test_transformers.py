@@ -99,6 +99,23 @@ WRONG: list[Wrong] = [  # recipe, its scheme, what else it says, container, verd
 ]
 
 
+@pytest.mark.parametrize("second", ["W4A16", "MXFP4A16"])
+def test_experts_in_several_formats_make_it_stop(second: str, tmp_path: Path) -> None:
+    synth(tmp_path / "source", "flash", sizes=SynthSizes(layers=3, experts=2, top_k=2))
+    group = "{{targets: ['re:.*layers\\.{}\\.mlp\\.experts\\.\\d+\\.(gate|up|down)_proj$'], weights: {{{}}}}}"
+    int4 = "num_bits: 4, type: int, symmetric: true, strategy: group, group_size: {}"
+    mxfp4 = "num_bits: 4, type: float, symmetric: true, strategy: group, group_size: 32, scale_dtype: torch.uint8"
+    groups = group.format(1, int4.format(32)), group.format(2, int4.format(128) if second == "W4A16" else mxfp4)
+    written = "{{a: {}, b: {}}}".format(*groups)
+    recipe = f"default_stage: {{default_modifiers: {{QuantizationModifier: {{config_groups: {written}}}}}}}"
+    plan = make_plan(tmp_path / "source", parse_recipe(recipe, "two"), container="compressed-tensors")
+    pipeline.quantize(plan, tmp_path / "out", device="cpu")
+    verdicts = check(read_served(tmp_path / "out"), "transformers", transformers.__version__)
+    assert {problem.verdict for problem in verdicts} >= {"refused"}
+    with pytest.raises(RuntimeError, match="conversion"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
 @pytest.mark.parametrize(("name", "scheme", "settings", "container", "verdict", "told"), WRONG)
 def test_what_we_say_it_loads_wrongly_it_does(
     name: str, scheme: str, settings: str, container: str, verdict: str, told: str, tmp_path: Path

@@ -171,7 +171,11 @@ class _Check:
                 "compressed_tensors_moe_wna16.py of 0.32, compressed_tensors_wNa16_moe.py of 0.5.23 (read)",
             )
         subjects, config = set(self.checkpoint.subjects), self.contradictions.declared.config
-        if config.get("format") == "mixed-precision" and subjects & {c.INT4, c.INT4_ASYMMETRIC}:
+        if self.engine == c.TRANSFORMERS:
+            found = {(form.subject, form.group_size) for forms in self.checkpoint.experts.values() for form in forms}
+            if len([form for form in found if form[0] in subjects]) > 1:
+                yield from self._row(c.FORMATS, c.UNLIKE, "quantization_config")
+        elif config.get("format") == "mixed-precision" and subjects & {c.INT4, c.INT4_ASYMMETRIC}:
             yield from self._row(c.FORMATS, c.MIXED, "quantization_config.format")
 
     def _kept(self) -> Iterator[Problem]:

@@ -88,6 +88,7 @@ class Row:
 NATIVE_MXFP4, INT4, INT4_ASYMMETRIC = "native mxfp4", "compressed-tensors int4", "compressed-tensors int4 asymmetric"
 CT_MXFP4, CT_NVFP4, BF16, FP8 = "compressed-tensors mxfp4", "compressed-tensors nvfp4", "bf16", "fp8"
 MIXED, MO_NVFP4 = "mixed-precision with int4", "modelopt nvfp4"
+UNLIKE = "experts in several formats or group sizes"
 NVFP4 = CT_NVFP4, MO_NVFP4
 NVFP4_INPUTS = "nvfp4 with input scales"  # of the kernels alone: it loads as NVFP4 does
 
@@ -143,7 +144,8 @@ FORMATS: tuple[Row, ...] = (
     Row(TRANSFORMERS, MO_NVFP4, REFUSED, RUN, "5.17 on a CPU: RuntimeError for sizes that do not match",
         what="makes it stop: quant_method modelopt is unknown to it, and packed experts have half the width",
         hint="quantize with --container compressed-tensors"),
-    Row(TRANSFORMERS, MIXED, RIGHT, UNVERIFIED, "not tried"),
+    Row(TRANSFORMERS, UNLIKE, REFUSED, RUN, "5.17 with compressed-tensors 0.19, 5.24 with 0.20: RuntimeError in the "
+        "conversion of weights", what="makes it stop: it converts all experts by one scheme"),
 )  # fmt: skip
 
 # --- int4 experts of which a rank holds one group of inner channels, on GPUs (CPUs' kernels lay scales otherwise) -----
