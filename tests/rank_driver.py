@@ -36,7 +36,7 @@ def shrink_sizes() -> None:
         setattr(module, name, size)
 
 
-def kill_at(count: int, number: int) -> None:
+def kill_at(count: int, number: int = signal.SIGKILL) -> None:
     record = RunFolder.record
     done: list[str] = []
 
