@@ -305,7 +305,10 @@ def test_the_table_of_engines_says_what_the_contracts_say(document: str, rows: i
         subject, *cells = (cell.strip() for cell in line.strip("|").split("|"))
         for engine, cell in zip(contracts.ENGINES, cells, strict=True):
             version = contracts.parse_version(contracts.ENGINES[engine].read)
-            row = contracts.rows_for(contracts.FORMATS, engine, SUBJECTS[subject], version)
+            found = SUBJECTS[subject]
+            if (engine, found) == (contracts.TRANSFORMERS, contracts.MIXED):
+                found = contracts.UNLIKE  # what it stops at is not int4 beside others, but several of any
+            row = contracts.rows_for(contracts.FORMATS, engine, found, version)
             assert row is not None
             expected = "not tried" if row.evidence == contracts.UNVERIFIED else WORDS[row.verdict]
             assert cell.startswith(expected), (line, row)
