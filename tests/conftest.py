@@ -18,6 +18,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
+
+# A machine that is busy draws slowly, which is no fault of what is tested.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; torch's threads would fight for them
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -207,7 +207,9 @@ geometries = st.fixed_dictionaries(
 
 
 @given(changes=geometries, way=st.sampled_from(["split canonical", "canonical split", "canonical", "split 2 split"]))
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 def test_a_round_trip_gives_the_original_bytes(
     tiny_checkpoint: Callable[..., Path], changes: dict[str, Any], way: str
 ) -> None:

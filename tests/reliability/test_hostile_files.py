@@ -51,13 +51,17 @@ _entry = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(header=st.dictionaries(st.text(), _entry | _json, max_size=4), payload=st.integers(0, 40))
 def test_made_up_headers(tmp_path: Path, header: dict[str, object], payload: int) -> None:
     check(READERS["header"], header_file(header, payload), tmp_path)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(data=st.binary(max_size=300) | st.text().map(lambda text: text.encode("utf-8", "surrogatepass")))
 @pytest.mark.parametrize("name", ["header", "index", "config", "recipe", "journal"])
 def test_any_bytes_at_all(name: str, tmp_path: Path, data: bytes) -> None:
