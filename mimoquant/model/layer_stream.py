@@ -138,12 +138,16 @@ def made_ahead(items: Iterator[T], device: torch.device) -> Iterator[Iterator[T]
 
 def _aside(items: Iterator[T], device: torch.device) -> Iterator[T]:
     """`items`, made by a stream of their own on CUDA, each finished when it comes."""
-    side = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+    side = _side_stream(device)
     with torch.cuda.stream(side):  # does nothing for None
         for item in items:
             if side is not None:
                 side.synchronize()
             yield item
+
+
+def _side_stream(device: torch.device) -> torch.cuda.Stream | None:
+    return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
 
 def _claimed(item: T) -> T:
@@ -194,8 +198,8 @@ class _Ferry:
 
     def __init__(self, stream: Stream) -> None:
         self.stream, device = stream, stream.source.device
-        afar = device.type == "cuda" and any(batch.device != device for batch in stream.batches)
-        self.side = torch.cuda.Stream(device) if afar else None  # type: ignore[no-untyped-call]
+        afar = any(batch.device.type != device.type for batch in stream.batches)
+        self.side = _side_stream(device) if afar else None
         self.coming: dict[int, Tensor] = {}
 
     def __enter__(self) -> _Ferry:
