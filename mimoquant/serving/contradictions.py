@@ -67,7 +67,7 @@ class Contradictions:
 
     def names(self) -> Iterator[Problem]:
         """Of modules that the model does not have."""
-        if absent := self.checkpoint.absent:
+        if absent := self.declared.absent:
             yield Problem(WARNING, absent_text(absent, self.checkpoint.geometry), "config.json")
 
     def settings(self) -> Iterator[Problem]:

@@ -20,9 +20,10 @@ from typing import Any
 from mimoquant.errors import CheckpointError
 from mimoquant.model.geometry import FP8_BLOCK, IGNORE_LISTS
 from mimoquant.planning.settings_beside import lacks_cache
+from mimoquant.planning.stored import absent_modules
 from mimoquant.serving import contracts as c
 from mimoquant.serving.arguments import ArgumentsError, read_arguments
-from mimoquant.serving.served import CHANNEL, Served, Stored
+from mimoquant.serving.served import CHANNEL, Served, Stored, layer_algos
 from mimoquant.weights.container import COMPRESSED_TENSORS, MODELOPT
 
 IGNORED, CLAIMED, UNCLAIMED, PARTED = "ignored", "claimed", "unclaimed", "parted"
@@ -209,7 +210,21 @@ class Declared:
         if self.checkpoint.container != MODELOPT or any(fnmatch(module, pattern) for pattern in ignore):
             return None
         algo = str(self.config.get("quant_algo")).upper()
-        return self.checkpoint.quantized_layers.get(module) if algo == "MIXED_PRECISION" else algo
+        return self._layer_algos.get(module) if algo == "MIXED_PRECISION" else algo
+
+    @cached_property
+    def _layer_algos(self) -> dict[str, str]:
+        return layer_algos(self.config) if self._from_beside else self.checkpoint.quantized_layers
+
+    @cached_property
+    def absent(self) -> list[str]:
+        """What the config names and the model does not have."""
+        return absent_modules(self.config, self.checkpoint.geometry) if self._from_beside else self.checkpoint.absent
+
+    @property
+    def _from_beside(self) -> bool:
+        """Whether the engine reads the other file; what it says is not kept for all engines."""
+        return self.config is self.checkpoint.settings_beside
 
     # --- what it is made of -------------------------------------------------------------------------------------------
 

@@ -103,17 +103,8 @@ class Served:
 
     @cached_property
     def quantized_layers(self) -> dict[str, str]:
-        """Of ModelOpt's `quantized_layers`, module → its own entry, else the first one of a module inside it."""
-        layers = (self.text.get("quantization_config") or {}).get("quantized_layers")
-        entries = layers.items() if isinstance(layers, dict) else ()
-        algos = {key: str(entry.get("quant_algo")).upper() for key, entry in entries if isinstance(entry, dict)}
-        named: dict[str, str] = {}
-        for key, algo in algos.items():
-            head = key.rpartition(".")[0]
-            while head and head not in named:  # else what it lies in is named, too
-                named[head] = algo
-                head = head.rpartition(".")[0]
-        return named | algos
+        """`layer_algos` of quantization_config; made once for all engines and layouts."""
+        return layer_algos(self.text.get("quantization_config") or {})
 
     @property
     def modelopt_blocks(self) -> bool:
@@ -170,6 +161,20 @@ class Served:
 def _kv_bytes(attention: Attention, tp: int, value_bytes: int) -> int:
     heads = max(1, attention.kv_heads // tp)  # where there are fewer than ranks, each rank has one
     return heads * (attention.head_dim + attention.v_head_dim) * value_bytes
+
+
+def layer_algos(settings: dict[str, Any]) -> dict[str, str]:
+    """Of ModelOpt's `quantized_layers`, module → its own entry, else the first one of a module inside it."""
+    layers = settings.get("quantized_layers")
+    entries = layers.items() if isinstance(layers, dict) else ()
+    algos = {key: str(entry.get("quant_algo")).upper() for key, entry in entries if isinstance(entry, dict)}
+    named: dict[str, str] = {}
+    for key, algo in algos.items():
+        head = key.rpartition(".")[0]
+        while head and head not in named:  # else what it lies in is named, too
+            named[head] = algo
+            head = head.rpartition(".")[0]
+    return named | algos
 
 
 def read_served(folder: Path | str) -> Served:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import published
@@ -246,6 +247,25 @@ def test_verbs_tell_what_contradicts(releases: dict[str, tuple[Path, Path]], tmp
     assert f"{text}vLLM 0.3" in vllm and "reads the first" in vllm and "kv_cache_quant_algo" not in vllm
     assert f"{text}SGLang 0.5" in sglang and "reads the second" in sglang and "kv_cache_quant_algo 'FP8'" in sglang
     assert "hf_quant_config" not in said(release, "inspect")
+
+
+def test_layers_are_those_of_the_file_that_the_engine_reads(
+    releases: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    """SGLang reads the second; there layer 2's experts are in nothing, and layer 99's in NVFP4."""
+    folder = Path(shutil.copytree(releases["modelopt"][0], tmp_path / "layers"))
+
+    def change(held: dict[str, Any]) -> None:
+        layers = held["quantization"]["quantized_layers"]
+        entry = next(iter(layers.values()))
+        for name in [name for name in layers if name.startswith("model.layers.2.mlp.experts")]:
+            del layers[name]
+        layers["model.layers.99.mlp.experts.0.up_proj"] = entry
+
+    edit_json(folder / "hf_quant_config.json", change)
+    vllm, sglang = (said(folder, "verify", "--engine", engine) for engine in ("vllm", "sglang"))
+    for told in ("layer 2: experts are modelopt nvfp4 g16, quantization_config makes them bf16", "names 1 module not"):
+        assert told in sglang and told not in vllm
 
 
 def test_the_file_beside_completes_mixed_precision(releases: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
