@@ -51,10 +51,7 @@ def expert_grams(
                 rows = rows_of(rows, group)
             if group.padded:
                 rows = torch.where(group.used[..., None], rows, 0)
-            if len(group.experts) == 1:  # no copy of a matrix
-                out[group.experts[0] - begin] += gram(rows)[0]
-            else:
-                out[group.members - begin] += gram(rows)
+            out[group.places(begin)] += gram(rows)
     return out
 
 
@@ -77,7 +74,7 @@ def gradient_grams(
         for group in dispatch.groups(begin, end) if first < count else ():
             rows = group.rows + first
             gains = torch.where(rows < count, group.gains, 0)
-            rows, places = rows.clamp(max=count - 1), group.members - begin
+            rows, places = rows.clamp(max=count - 1), group.places(begin)
             middle = rows.shape[1] // 2  # rows go up, so what is drawn of a sequence falls into one half
             for half, slots in enumerate((slice(middle), slice(middle, None))):
                 counts[half, places] += draws * (gains[:, slots] > 0).sum(1)
@@ -104,7 +101,7 @@ def inner_peaks(blocks: Sequence[tuple[Tensor, Dispatch]], chunk: ExpertChunk) -
     for tokens, dispatch in blocks:
         for group in dispatch.groups(chunk.begin, chunk.begin + len(peaks)):
             largest = rows_of(tokens[group.rows], group).abs().amax(-1).to(torch.bfloat16)
-            places = group.members - chunk.begin
+            places = group.places(chunk.begin)
             own = torch.where(group.used, largest, 0).amax(1).to(torch.float32)
             peaks[places] = torch.maximum(peaks[places], own)
     return peaks

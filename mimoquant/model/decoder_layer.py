@@ -277,6 +277,13 @@ class Group:
     def padded(self) -> bool:
         return min(self.counts) < self.rows.shape[1]
 
+    def places(self, begin: int) -> Tensor | slice:
+        """Where its experts lie among those from `begin` on; of one a slice, by which no matrix is copied."""
+        if len(self.experts) == 1:
+            place = self.experts[0] - begin
+            return slice(place, place + 1)
+        return self.members - begin
+
 
 @dataclass(frozen=True, slots=True)
 class Dispatch:
@@ -384,10 +391,7 @@ def of_group(weight_EOI: Tensor, group: Group, begin: int) -> Tensor:
     """The group's matrices; no copy where it is all experts of the chunk, or one."""
     if len(group.experts) == len(weight_EOI):
         return weight_EOI
-    if len(group.experts) == 1:
-        place = group.experts[0] - begin
-        return weight_EOI[place : place + 1]
-    return weight_EOI[group.members - begin]
+    return weight_EOI[group.places(begin)]
 
 
 def linear(rows: Tensor, weight: Tensor) -> Tensor:
