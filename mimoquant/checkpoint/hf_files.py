@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mimoquant.checkpoint.folders import LFS_HINT, LFS_POINTER, read_inside, resolve_inside
-from mimoquant.checkpoint.index import INDEX_NAME
+from mimoquant.checkpoint.index import ADAPTER_NAME, INDEX_NAME
 from mimoquant.checkpoint.remote import remote_of
 from mimoquant.checkpoint.writer import copy_file_durably, fsync_folder, stopping
 from mimoquant.errors import CheckpointError
@@ -44,7 +44,6 @@ _UNFINISHED = (".incomplete", ".aria2", ".part", ".crdownload", ".lock", ".tmp")
 _MAX_POINTER_BYTES = 1000
 _MAX_SMALL_BYTES = 100_000_000
 _SMALL = (".json", ".jsonl", ".jinja", ".txt", ".model", ".tiktoken", ".md", ".yaml", ".pt", FINGERPRINTS_NAME)
-_ADAPTER = "adapter_config.json"  # of a LoRA, which is not in the weights: with it libraries load another model
 _WEIGHT_INDEX = ".index.json"  # of weights that are not carried, so it would lead nowhere
 
 
@@ -165,7 +164,9 @@ def is_unfinished(name: str) -> bool:
 def _is_left_out(name: str) -> bool:
     is_copy = is_unfinished(name) or _SECOND_COPY.search(name) is not None
     return (
-        is_copy or name == _ADAPTER or ("/" not in name and name.lower().endswith((*_WEIGHT_SUFFIXES, _WEIGHT_INDEX)))
+        is_copy
+        or name == ADAPTER_NAME
+        or ("/" not in name and name.lower().endswith((*_WEIGHT_SUFFIXES, _WEIGHT_INDEX)))
     )
 
 

@@ -57,6 +57,7 @@ MAX_INDEX_BYTES = 100_000_000  # the largest model of the family has 160 000 ten
 _DAMAGED = "the file is damaged: download it again"
 MAX_DIMENSIONS = 8
 INDEX_NAME = "model.safetensors.index.json"
+ADAPTER_NAME = "adapter_config.json"  # of a LoRA, which is not in the weights: with it libraries load another model
 _FAR_HEADERS = 8  # that are asked for at once
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -264,7 +265,7 @@ def _read_weight_map(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
         metadata = index.get("metadata")
         return weight_map, metadata if isinstance(metadata, dict) else {}
     names = top_level_names(folder)
-    if "adapter_config.json" in names and "config.json" not in names:
+    if ADAPTER_NAME in names and "config.json" not in names:
         raise CheckpointError(
             f"{folder}: holds a LoRA adapter, no model",
             hint="merge it into its base model first (PEFT's merge_and_unload), and give the folder of that",
