@@ -34,6 +34,8 @@ import numpy.typing as npt
 from quality import FORMATS, Floats, interval, resampled
 from versions import versions
 
+from mimoquant.calibration.fingerprints import OVERLAP_LIMIT, of_ids
+
 SCRIPTS = Path(__file__).resolve().parents[1]
 METHODS = ("gptq-kl", "gptq", "rtn")
 PEER_BEST = {  # what was its best, or near it, on the 41 MB model
@@ -85,6 +87,15 @@ def windows(data: Path, stream: str, count: int, length: int) -> npt.NDArray[np.
     ]
     kept = rng.permutation(starts)[:count]
     return np.stack([ids[start : start + length] for start in kept]).astype(np.int64)
+
+
+def apart(calib: npt.NDArray[np.int64], held: npt.NDArray[np.int64]) -> None:
+    """`eval-kl` refuses data that share more: better told before an hour of training than after it."""
+    shared = float(np.isin(of_ids(held), of_ids(calib)).mean())
+    if shared >= OVERLAP_LIMIT:
+        raise SystemExit(
+            f"--calib {len(calib)}: {shared:.2%} of the text to judge on is in it, {OVERLAP_LIMIT:.2%} may be"
+        )
 
 
 def run(options: argparse.Namespace, *command: object) -> bool:
@@ -170,8 +181,9 @@ def main() -> None:
     parser.add_argument("--peer", type=Path, help="the script that runs one variant of llm-compressor")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    np.save(options.work / "calib.npy", windows(options.data, "train", *options.calib))
-    np.save(options.work / "eval.npy", windows(options.data, "held", *options.eval))
+    apart(calib := windows(options.data, "train", *options.calib), held := windows(options.data, "held", *options.eval))
+    np.save(options.work / "calib.npy", calib)
+    np.save(options.work / "eval.npy", held)
     kept = options.results or options.work
     sizes = [Growing(size, options.work / size, kept) for size in options.sizes]
     for growing in sizes:
