@@ -17,8 +17,9 @@ others as one outcome. That is a lower bound of the above, never an approximatio
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -29,7 +30,8 @@ from torch import Tensor
 from mimoquant.wording import FEWEST_SEQUENCES
 
 Floats = npt.NDArray[np.float64]
-VOCAB_BLOCK, TOKEN_BLOCK = 8192, 2048
+VOCAB_BLOCK, TOKEN_BLOCK, ROW_BLOCK = 8192, 2048, 64  # of logits, and of what is made of them on a CPU
+TOGETHER = 3  # candidates whose logits are held beside the reference's
 
 
 @dataclass(frozen=True)
@@ -81,88 +83,125 @@ class LumpedScores:
 
 
 class _Side:
-    """Running maximum, sum of exponentials, and sum of exponentials times (z_p - z_q), of one distribution."""
+    """One distribution at some positions: running maximum, and sum of exponentials. Of the block of the vocabulary that
+    was added last, `share` [tokens, block] are the exponentials, and earlier sums have to `shrink` [tokens]."""
 
-    def __init__(self, tokens: int, device: torch.device) -> None:
-        self.peak = torch.full((tokens,), float("-inf"), dtype=torch.float64, device=device)
-        self.total = torch.zeros(tokens, dtype=torch.float64, device=device)
-        self.moment = torch.zeros(tokens, dtype=torch.float64, device=device)
-        self.top = torch.zeros(tokens, dtype=torch.int64, device=device)
-        self.label = torch.full((tokens,), float("nan"), dtype=torch.float64, device=device)
+    share: Tensor
+    shrink: Tensor
 
-    def add(self, logits: Tensor, difference: Tensor, begin: int, labels: Tensor) -> None:
+    def __init__(self, labels: Tensor) -> None:
+        self.labels = labels
+        self.peak = torch.full(labels.shape, float("-inf"), dtype=torch.float64, device=labels.device)
+        self.total = torch.zeros_like(self.peak)
+        self.top = torch.zeros_like(labels)
+        self.label = torch.full_like(self.peak, float("nan"))
+        self.finite = torch.ones_like(labels, dtype=torch.bool)
+
+    def add(self, logits: Tensor, begin: int) -> None:
         values, where = logits.max(-1)
+        self.finite &= values.isfinite() & logits.amin(-1).isfinite()
         peak = torch.maximum(self.peak, values.double())
         self.top = torch.where(values.double() > self.peak, where + begin, self.top)
-        shrink = (self.peak - peak).exp()
-        share = (logits - peak.to(logits.dtype)[:, None]).exp()
-        self.total = self.total * shrink + share.sum(-1, dtype=torch.float64)
-        self.moment = self.moment * shrink + (share * difference).sum(-1, dtype=torch.float64)
+        self.shrink = (self.peak - peak).exp()
+        self.share = (logits - peak.to(logits.dtype)[:, None]).exp_()
+        self.total = self.total * self.shrink + self.share.sum(-1, dtype=torch.float64)
         self.peak = peak
-        inside = (labels >= begin) & (labels < begin + logits.shape[1])
-        picked = logits.gather(1, (labels - begin).clamp(0, logits.shape[1] - 1)[:, None])[:, 0].double()
+        inside = (self.labels >= begin) & (self.labels < begin + logits.shape[1])
+        picked = logits.gather(1, (self.labels - begin).clamp(0, logits.shape[1] - 1)[:, None])[:, 0].double()
         self.label = torch.where(inside, picked, self.label)
+
+    def weighed(self, moment: Tensor, values: Tensor) -> Tensor:
+        """A running sum of exponentials times something, with the block that was added last."""
+        return moment * self.shrink + (self.share * values).sum(-1, dtype=torch.float64)
 
     @property
     def log_total(self) -> Tensor:
         return self.peak + self.total.log()
 
 
-def token_divergence(
-    reference: Callable[[int, int], Tensor], candidate: Callable[[int, int], Tensor], vocab: int, labels: Tensor
-) -> TokenScores:
-    """Scores of some positions.
+class _Pair:
+    """A candidate beside the reference at some positions, and sums of exponentials of each times (z_p - z_q)."""
+
+    def __init__(self, reference: _Side) -> None:
+        self.p, self.q = reference, _Side(reference.labels)
+        self.moment_p, self.moment_q = (torch.zeros_like(reference.peak) for _ in range(2))
+
+    def add(self, z_p: Tensor, z_q: Tensor, begin: int) -> None:
+        """A block of the vocabulary, which the reference has been given already."""
+        difference = z_p - z_q
+        self.q.add(z_q, begin)
+        self.moment_p = self.p.weighed(self.moment_p, difference)
+        self.moment_q = self.q.weighed(self.moment_q, difference)
+
+    def scores(self) -> TokenScores:
+        p, q = self.p, self.q
+        gap = p.log_total - q.log_total
+        mean_p, mean_q = self.moment_p / p.total, self.moment_q / q.total
+        scores = {
+            "kl_forward": (mean_p - gap).clamp(min=0),
+            "kl_reverse": (gap - mean_q).clamp(min=0),
+            "j": ((mean_p - mean_q) / 2).clamp(min=0),
+            "reference_loss": p.log_total - p.label,
+            "candidate_loss": q.log_total - q.label,
+            "confidence": 1 / p.total,
+            "agree": p.top == q.top,
+            "finite": p.finite & q.finite,
+            "predicts": p.labels >= 0,
+        }
+        return TokenScores(**{name: values.cpu().numpy() for name, values in scores.items()})
+
+
+Logits = Callable[[int, int], Tensor]  # (begin, end) → [tokens, end - begin] of that block of the vocabulary
+
+
+def token_divergences(reference: Logits, candidates: Sequence[Logits], vocab: int, labels: Tensor) -> list[TokenScores]:
+    """Scores of some positions, of each candidate; the reference's logits and exponentials are made once.
 
     Args:
-        reference, candidate: (begin, end) → logits [tokens, end - begin] of that vocabulary block.
         labels: [tokens] int64, the token that follows each position; below 0 a picture's or a sound's, which no model
             predicts: there is no loss then.
     """
-    p, q = _Side(len(labels), labels.device), _Side(len(labels), labels.device)
-    finite = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
+    rows = _row_blocks(labels)
+    sides = [_Side(labels[at]) for at in rows]
+    pairs = [[_Pair(side) for side in sides] for _ in candidates]
     for begin in range(0, vocab, VOCAB_BLOCK):
         end = min(begin + VOCAB_BLOCK, vocab)
-        z_p, z_q = reference(begin, end), candidate(begin, end)
-        finite &= z_p.isfinite().all(-1) & z_q.isfinite().all(-1)
-        difference = z_p - z_q
-        p.add(z_p, difference, begin, labels)
-        q.add(z_q, difference, begin, labels)
-    gap = p.log_total - q.log_total
-    mean_p, mean_q = p.moment / p.total, q.moment / q.total
-    scores = {
-        "kl_forward": (mean_p - gap).clamp(min=0),
-        "kl_reverse": (gap - mean_q).clamp(min=0),
-        "j": ((mean_p - mean_q) / 2).clamp(min=0),
-        "reference_loss": p.log_total - p.label,
-        "candidate_loss": q.log_total - q.label,
-        "confidence": 1 / p.total,
-        "agree": p.top == q.top,
-        "finite": finite,
-        "predicts": labels >= 0,
-    }
-    return TokenScores(**{name: values.cpu().numpy() for name, values in scores.items()})
+        z_p, *z_of_candidates = (logits(begin, end) for logits in (reference, *candidates))
+        for place, (at, side) in enumerate(zip(rows, sides, strict=True)):
+            side.add(z_p[at], begin)
+            for of_candidate, z_q in zip(pairs, z_of_candidates, strict=True):
+                of_candidate[place].add(z_p[at], z_q[at], begin)
+    return [TokenScores.joined(pair.scores() for pair in of_candidate) for of_candidate in pairs]
 
 
-def head_divergence(
-    reference: Tensor, candidate: Tensor, reference_head: Tensor, candidate_head: Tensor, labels: Tensor
-) -> TokenScores:
-    """Scores from final (normed) hidden states [tokens, H] and output matrices [vocab, H], a few tokens at a time."""
+def _row_blocks(labels: Tensor) -> list[slice]:
+    """Positions that are looked at together. On a CPU few, so that what is made of them on the way stays in its caches;
+    never one beside others, whose sum would be taken in another order."""
+    count = len(labels)
+    parts = 1 if labels.device.type == "cuda" else max(1, count // ROW_BLOCK)
+    ends = [count * part // parts for part in range(parts + 1)]
+    return [slice(*pair) for pair in itertools.pairwise(ends)]
 
-    def logits(hidden: Tensor, head: Tensor) -> Callable[[int, int], Tensor]:
+
+Head = tuple[Tensor, Tensor]  # final (normed) hidden states [tokens, H], and an output matrix [vocab, H]
+
+
+def head_divergences(reference: Head, candidates: Sequence[Head], labels: Tensor) -> list[TokenScores]:
+    """Scores of each candidate, at the same positions, a few tokens at a time; `labels` as in `token_divergences`."""
+
+    def logits(of: Head, rows: slice) -> Logits:
+        hidden, head = of[0][rows], of[1]
         return lambda begin, end: hidden @ head[begin:end].to(hidden.dtype).T
 
-    parts = []
-    for start in range(0, len(labels), TOKEN_BLOCK):
-        rows = slice(start, start + TOKEN_BLOCK)
-        parts.append(
-            token_divergence(
-                logits(reference[rows], reference_head),
-                logits(candidate[rows], candidate_head),
-                len(reference_head),
-                labels[rows],
-            )
-        )
-    return TokenScores.joined(parts)
+    out = []
+    for some in (candidates[first : first + TOGETHER] for first in range(0, len(candidates), TOGETHER)):
+        parts = []
+        for start in range(0, len(labels), TOKEN_BLOCK):
+            rows = slice(start, start + TOKEN_BLOCK)
+            others = [logits(candidate, rows) for candidate in some]
+            parts.append(token_divergences(logits(reference, rows), others, len(reference[1]), labels[rows]))
+        out += [TokenScores.joined(of_candidate) for of_candidate in zip(*parts, strict=True)]
+    return out
 
 
 @torch.no_grad()
@@ -176,12 +215,12 @@ def top_log_probabilities(hidden: Tensor, head: Tensor, k: int, labels: Tensor) 
     parts = []
     for start in range(0, len(labels), TOKEN_BLOCK):
         rows = hidden[start : start + TOKEN_BLOCK]
-        side = _Side(len(rows), rows.device)
+        side = _Side(labels[start : start + TOKEN_BLOCK])
         values = rows.new_empty(len(rows), 0)
         ids = torch.empty(len(rows), 0, dtype=torch.int64, device=rows.device)
         for begin in range(0, len(head), VOCAB_BLOCK):
             logits = rows @ head[begin : begin + VOCAB_BLOCK].to(rows.dtype).T
-            side.add(logits, logits.new_zeros(()), begin, labels[start : start + TOKEN_BLOCK])
+            side.add(logits, begin)
             names = torch.arange(begin, begin + logits.shape[1], device=rows.device).expand(logits.shape)
             values, ids = torch.cat([values, logits], -1), torch.cat([ids, names], -1)
             values, places = values.topk(min(k, values.shape[1]), dim=-1)

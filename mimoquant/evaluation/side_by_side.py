@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mimoquant.evaluation.divergence import TokenScores, head_divergence
+from mimoquant.evaluation.divergence import TokenScores, head_divergences
 from mimoquant.evaluation.documents import NoiseFloor
 from mimoquant.evaluation.not_finite import all_finite
 from mimoquant.model.decoder_layer import linear, rms_norm
@@ -193,12 +193,14 @@ class SideBySide:
             ]
             labels = torch.cat(portion.batches)[:, 1:].flatten().to(finals[0].device)
             head = ends.head(self.sides[0])
-            for part, final, side in zip(portion.parts, finals[1:], self.sides[1:], strict=True):
-                part.scores = head_divergence(finals[0], final, head, ends.head(side), labels)
-                part.worst = _worst(part.scores, finals[0], final, head, ends.head(side))
+            others = [(final, ends.head(side)) for final, side in zip(finals[1:], self.sides[1:], strict=True)]
+            of_candidates = head_divergences((finals[0], head), others, labels)
+            for part, other, scores in zip(portion.parts, others, of_candidates, strict=True):
+                part.scores, part.worst = scores, _worst(scores, finals[0], other[0], head, other[1])
             if self.floor and portion is self.portions[0]:
-                means = [_mean_j(stream, finals[0], ends.norm(self.sides[0]), head, labels) for stream in self.floor]
-                floor = NoiseFloor(batch=means[0], relative_noise=means[1])
+                again = [final_hidden(stream, ends.norm(self.sides[0])) for stream in self.floor]
+                in_batches, noisy = _mean_js(again, finals[0], head, labels)
+                floor = NoiseFloor(batch=in_batches, relative_noise=noisy)
             if portion.few:
                 portion.causes = self._causes(portion, finals, ends)
         return floor
@@ -216,16 +218,17 @@ class SideBySide:
         for side, stream in zip(self.aside, portion.aside, strict=True):
             of_side[side] = final_hidden(stream, ends.norm(side))
         labels = torch.cat([portion.batches[place] for place in portion.few])[:, 1:].flatten()
-        out = []
-        for cause in self.causes:
-            if (cause.reference, cause.other) == (self.sides[0], self.sides[1]):
-                scores = portion.parts[0].scores
-                out.append(TokenScores(*(getattr(scores, f.name)[rows] for f in fields(TokenScores))))
-                continue
-            p, q = of_side[cause.reference], of_side[cause.other]
-            heads = ends.head(cause.reference), ends.head(cause.other)
-            out.append(head_divergence(p, q, *heads, labels.to(p.device)))
-        return out
+        known = portion.parts[0].scores
+        told = {
+            (self.sides[0], self.sides[1]): TokenScores(*(getattr(known, f.name)[rows] for f in fields(TokenScores)))
+        }
+        for reference in dict.fromkeys(cause.reference for cause in self.causes):
+            others = [c.other for c in self.causes if c.reference == reference and (reference, c.other) not in told]
+            p, *finals_of_others = ((of_side[side], ends.head(side)) for side in (reference, *others))
+            if others:
+                scores = head_divergences(p, finals_of_others, labels.to(p[0].device))
+                told |= {(reference, other): of_other for other, of_other in zip(others, scores, strict=True)}
+        return [told[cause.reference, cause.other] for cause in self.causes]
 
 
 class _Ends:
@@ -274,12 +277,11 @@ def final_hidden(stream: Stream, norm: Tensor) -> Tensor:
     return torch.cat([states[:, :-1].flatten(0, 1) for states in normed])
 
 
-def _mean_j(stream: Stream, reference: Tensor, norm: Tensor, head: Tensor, labels: Tensor) -> float:
-    """Mean J of another stream of the reference's first positions against what they came to."""
-    other = final_hidden(stream, norm)
-    few = len(other)
-    scores = head_divergence(reference[:few], other, head, head, labels[:few])
-    return float(scores.j[scores.predicts].mean())
+def _mean_js(others: Sequence[Tensor], reference: Tensor, head: Tensor, labels: Tensor) -> list[float]:
+    """Mean J of what other streams of the reference's first positions came to, each against what it came to itself."""
+    few = len(others[0])
+    told = head_divergences((reference[:few], head), [(other, head) for other in others], labels[:few])
+    return [float(scores.j[scores.predicts].mean()) for scores in told]
 
 
 def _trace(reference: Stream, candidate: Stream) -> Trace:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from mimoquant.errors import CheckpointError
-from mimoquant.evaluation.divergence import head_divergence
+from mimoquant.evaluation.divergence import head_divergences
 from mimoquant.evaluation.side_by_side import final_hidden
 from mimoquant.machine.overlap import read_ahead
 from mimoquant.mixing.felt import Gradients, LayerFelt, border, felt
@@ -441,7 +441,7 @@ def mean_j(lane: Lane, reference: Tensor, norm: Tensor, head: Tensor) -> list[li
     labels = torch.cat(lane.ids)[:, 1:].flatten().to(reference.device)
     out = []
     for number, trial in enumerate(lane.trials):
-        scores = head_divergence(reference, finals_of(lane, number, norm), head, head, labels)
+        [scores] = head_divergences((reference, head), [(finals_of(lane, number, norm), head)], labels)
         if not scores.finite.all():
             bad = int((~scores.finite).sum())
             raise CheckpointError(

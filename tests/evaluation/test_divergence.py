@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mimoquant.evaluation import divergence
-from mimoquant.evaluation.divergence import TokenScores, bootstrap, head_divergence, token_divergence
+from mimoquant.evaluation.divergence import TokenScores, bootstrap, head_divergences, token_divergences
 
 
 def scores_of(z_p: torch.Tensor, z_q: torch.Tensor, labels: torch.Tensor) -> TokenScores:
-    return token_divergence(lambda b, e: z_p[:, b:e], lambda b, e: z_q[:, b:e], z_p.shape[1], labels)
+    [scores] = token_divergences(lambda b, e: z_p[:, b:e], [lambda b, e: z_q[:, b:e]], z_p.shape[1], labels)
+    return scores
 
 
 def brute_force(z_p: torch.Tensor, z_q: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -83,9 +84,9 @@ def test_token_blocks_do_not_change_anything(monkeypatch: pytest.MonkeyPatch) ->
     hidden, other = (torch.randn(50, 16, generator=generator) for _ in range(2))
     head = torch.randn(30, 16, generator=generator).to(torch.bfloat16)
     labels = torch.randint(0, 30, (50,), generator=generator)
-    whole = head_divergence(hidden, other, head, head, labels)
+    [whole] = head_divergences((hidden, head), [(other, head)], labels)
     monkeypatch.setattr(divergence, "TOKEN_BLOCK", 7)
-    parts = head_divergence(hidden, other, head, head, labels)
+    [parts] = head_divergences((hidden, head), [(other, head)], labels)
     assert np.allclose(whole.j, parts.j, rtol=1e-5)
 
 

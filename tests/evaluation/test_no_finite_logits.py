@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from mimoquant.checkpoint.index import INDEX_NAME
 from mimoquant.cli.app import app
 from mimoquant.errors import CheckpointError
-from mimoquant.evaluation.divergence import token_divergence
+from mimoquant.evaluation.divergence import token_divergences
 from mimoquant.evaluation.not_finite import Walked, all_finite, first_of, nothing_finite
 from mimoquant.evaluation.summary import summarize
 
@@ -75,7 +75,7 @@ def test_scores_tell_the_side_where_no_layer_does(value: float, bad: int) -> Non
     logits[bad][:] = value
     ours, theirs = (functools.partial(block, of_side) for of_side in logits)
     with pytest.raises(CheckpointError, match=rf"NaN or Inf in {('here', 'there')[bad]} \(its logits\)$"):
-        summarize(token_divergence(ours, theirs, 1024, labels), tokens, ("here", "there"))
+        summarize(token_divergences(ours, [theirs], 1024, labels)[0], tokens, ("here", "there"))
 
 
 def block(logits: torch.Tensor, begin: int, end: int) -> torch.Tensor:

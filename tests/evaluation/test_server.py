@@ -27,7 +27,7 @@ from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.cli.app import app
 from mimoquant.errors import CheckpointError, UsageError
 from mimoquant.evaluation import divergence, eval_kl, server
-from mimoquant.evaluation.divergence import LumpedScores, head_divergence, lumped_divergence, top_log_probabilities
+from mimoquant.evaluation.divergence import LumpedScores, head_divergences, lumped_divergence, top_log_probabilities
 from mimoquant.evaluation.side_by_side import final_hidden, streams_of
 from mimoquant.model.layer_stream import walk
 from mimoquant.planning.plan import make_plan
@@ -134,7 +134,7 @@ def test_top_log_probabilities_in_blocks(k: int, monkeypatch: pytest.MonkeyPatch
     values, ids = (hidden @ head.T).log_softmax(-1).topk(k, dim=-1)
     assert np.array_equal(scores.ids, ids.numpy())
     assert np.abs(scores.log_probabilities - values.numpy()).max() < 1e-12
-    full = head_divergence(hidden, hidden, head, head, labels)
+    [full] = head_divergences((hidden, head), [(hidden, head)], labels)
     assert np.abs(scores.loss - full.reference_loss).max() < 1e-12
 
 
