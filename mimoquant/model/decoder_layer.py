@@ -423,10 +423,10 @@ def product(parts: tuple[Tensor, ...], weight: Tensor) -> Tensor:
     if weight.ndim == 3:
         out = torch.bmm(parts[-1], turned, out_dtype=torch.float32)
         for part in parts[-2::-1]:
-            out = torch.baddbmm(out, part, turned, out_dtype=torch.float32)
+            torch.baddbmm(out, part, turned, out_dtype=torch.float32, out=out)
         return out
     flat = [part.reshape(-1, part.shape[-1]) for part in parts]
     out = torch.mm(flat[-1], turned, out_dtype=torch.float32)
     for part in flat[-2::-1]:
-        out = torch.addmm(out, part, turned, out_dtype=torch.float32)
+        torch.addmm(out, part, turned, out_dtype=torch.float32, out=out)
     return out.view(*parts[0].shape[:-1], -1)
