@@ -266,9 +266,10 @@ def picture(pixels: Pixels, settings: PictureSettings) -> Picture:
     values = torch.from_numpy(pixels).permute(2, 0, 1).float()[None]
     values = torch.nn.functional.interpolate(values, (height, width), mode="bilinear", align_corners=False)
     mean, deviation = (255.0 * torch.tensor(of)[:, None, None] for of in (settings.mean, settings.deviation))
-    planes = ((values - mean) / deviation)[0].numpy()
+    planes = values.sub_(mean).div_(deviation)[0]
     patch, merge = vision.patch, vision.merge
     rows, columns = height // patch, width // patch
-    cut = planes.reshape(3, rows // merge, merge, patch, columns // merge, merge, patch).transpose(1, 4, 2, 5, 0, 3, 6)
-    repeated = np.broadcast_to(cut[:, :, :, :, :, None], (*cut.shape[:5], vision.temporal_patch, *cut.shape[5:]))
-    return Picture(np.ascontiguousarray(repeated.reshape(rows * columns, vision.patch_width)), (1, rows, columns))
+    cut = planes.view(3, rows // merge, merge, patch, columns // merge, merge, patch).permute(1, 4, 2, 5, 0, 3, 6)
+    out = planes.new_empty(*cut.shape[:5], vision.temporal_patch, patch, patch)
+    out.copy_(cut[:, :, :, :, :, None])
+    return Picture(out.view(rows * columns, vision.patch_width).numpy(), (1, rows, columns))

@@ -40,8 +40,11 @@ class Sound:
 
 
 Medium = Picture | Sound
-# What goes through a tower together, and rests on the host between two blocks: 32,768 tokens, in V2.5 .7 and .5 GB.
+# What goes through a tower together, and rests between two blocks: 32,768 tokens, in V2.5 .7 and .5 GB. Pictures rest
+# on the device, sounds on the host.
 PORTION_PATCHES, PORTION_GROUPS = 2**17, 2**15
+MLP_PATCHES = 2**13  # of a picture that go through a block's MLP together
+QUERY_RUN = 128  # patches that share a stretch of keys in a block with a window, or twice the window where that is more
 _M = TypeVar("_M", Picture, Sound)
 
 

@@ -2,9 +2,10 @@
 
 Key idea: a picture goes through a block whole and alone, so what comes out does not depend on its neighbours. Pictures
 take the same block together, in portions of limited size, so its weights are read once a portion, and one block is in
-memory; between two blocks a portion rests on the host. A block attends over all patches of a frame, or over those at
-most `window` before and after, counted along rows or along columns of merged patches. Weights stay in bfloat16; all
-arithmetic is float32.
+memory; between two blocks a portion rests on the device. A block attends over all patches of a frame, or over those at
+most `window` before and after, counted along rows or along columns of merged patches: then queries are taken in runs,
+all runs of a frame at once, and each run sees one stretch of keys. What a picture's size alone decides is made once a
+portion. Weights stay in bfloat16; all arithmetic is float32.
 
 Shapes: n patches of a picture, H hidden, N heads, K key-value heads, G heads to a key-value head, D head_dim.
 Reference: the published modeling code, as ports of it tell; vLLM 0.32, SGLang 0.5.23 (guide: what they do otherwise).
@@ -13,8 +14,11 @@ Reference: the published modeling code, as ports of it tell; vLLM 0.32, SGLang 0
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -22,14 +26,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mimoquant.errors import CheckpointError
-from mimoquant.model.decoder_layer import linear, rms_norm, rotary_table, rotate
-from mimoquant.model.layer_stream import made_ahead, on_host
-from mimoquant.model.media import PORTION_PATCHES, Picture, in_portions
+from mimoquant.model.decoder_layer import float32_parts, linear, product, rotary_table
+from mimoquant.model.layer_stream import made_ahead
+from mimoquant.model.media import MLP_PATCHES, PORTION_PATCHES, QUERY_RUN, Picture, in_portions
 from mimoquant.model.tower_config import COLUMNS, FULL, VisionConfig
 
 EPS = 1e-6  # of every norm in the towers, in the published code and every engine: config.json does not tell
 _THETA = 10000.0
-_SCORE_BYTES = 256 * 2**20  # of attention scores that are held at once
+_AHEAD = 4  # pictures that threads cut up while a GPU computes
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +44,18 @@ class Affine:
     bias: Tensor | None = None
 
     def __call__(self, rows: Tensor) -> Tensor:
-        out = linear(rows, self.weight)
-        return out if self.bias is None else out + self.bias.to(out.dtype)
+        return self.of_parts(float32_parts(rows, self.weight))
+
+    def of_parts(self, parts: tuple[Tensor, ...]) -> Tensor:
+        """See `decoder_layer.product`."""
+        out = product(parts, self.weight)
+        return out if self.bias is None else out.add_(self.bias)
 
 
 @dataclass(frozen=True, slots=True)
 class VisionBlock:
-    """One block: norms [H], qkv [(N + 2 K) * D, H], proj [H, N * D], SwiGLU; sinks [N] where it has them."""
+    """One block: norms [H], qkv [(N + 2 K) * D, H], proj [H, N * D], SwiGLU; sinks [N] where it has them,
+    and a window."""
 
     norm1: Tensor
     norm2: Tensor
@@ -93,16 +102,31 @@ def picture_rows(pictures: Sequence[Picture], source: VisionSource, config: Visi
 
 def _portion_rows(pictures: Sequence[Picture], source: VisionSource, config: VisionConfig) -> list[Tensor]:
     device, embedding = source.device, source.patches()
-    patches = (_patches(picture, config) for picture in pictures)
-    states = [on_host(linear(of_picture.to(device), embedding)) for of_picture in patches]
+    states = [linear(patches.to(device), embedding) for patches in _cut_up(pictures, config, device)]
     del embedding
+    places = {grid: Places(grid, config, device) for grid in {picture.grid for picture in pictures}}
     blocks = (source.vision_block(number) for number in range(len(config.kinds)))
     with made_ahead(blocks, device) as ahead:
-        for block, kind in zip(ahead, config.kinds, strict=True):
-            for picture, state in zip(pictures, states, strict=True):
-                state.copy_(through_block(state.to(device), block, picture.grid, config, kind))
+        for block, kind in zip(map(_widened, ahead), config.kinds, strict=True):
+            for number, picture in enumerate(pictures):
+                states[number] = through_block(states[number], block, places[picture.grid], config, kind)
     merger = source.merger()
-    return [on_host(merged(state.to(device), merger, config)) for state in states]
+    return [merged(state, merger, config).cpu() for state in states]
+
+
+def _cut_up(pictures: Sequence[Picture], config: VisionConfig, device: torch.device) -> Iterator[Tensor]:
+    """Each picture's patches. Files are decoded and cut up here, for a GPU by a few threads: it would wait for one."""
+    if device.type != "cuda":
+        yield from (_patches(picture, config) for picture in pictures)
+        return
+    waiting: deque[Future[Tensor]] = deque()
+    with ThreadPoolExecutor(_AHEAD, "cut-up") as pool:
+        for picture in pictures:
+            if len(waiting) == _AHEAD:
+                yield waiting.popleft().result()
+            waiting.append(pool.submit(_patches, picture, config))
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _patches(picture: Picture, config: VisionConfig) -> Tensor:
@@ -116,25 +140,83 @@ def _patches(picture: Picture, config: VisionConfig) -> Tensor:
     return torch.from_numpy(patches)
 
 
-def through_block(
-    hidden: Tensor, block: VisionBlock, grid: tuple[int, int, int], config: VisionConfig, kind: int
-) -> Tensor:
+def _widened(block: VisionBlock) -> VisionBlock:
+    """Norms and sinks in float32, once for all pictures."""
+    norms = {"norm1": block.norm1.float(), "norm2": block.norm2.float()}
+    return replace(block, **norms, sinks=None if block.sinks is None else block.sinks.float())
+
+
+class Places:
+    """What a picture's size alone decides, on a device: rotations, the order by columns, and which keys a run sees."""
+
+    def __init__(self, grid: tuple[int, int, int], config: VisionConfig, device: torch.device) -> None:
+        self.grid, self.config, self.device = grid, config, device
+        self.frame = grid[1] * grid[2]
+        self.run = max(QUERY_RUN, 2 * config.window)
+        self.runs = -(-self.frame // self.run)
+
+    @cached_property
+    def order(self) -> tuple[Tensor, Tensor]:
+        """Patches by columns, and back."""
+        order = column_order(self.grid, self.config.merge).to(self.device)
+        return order, torch.argsort(order)
+
+    @cached_property
+    def by_rows(self) -> tuple[Tensor, Tensor]:
+        """What heads are multiplied with and what their turned halves are, both [n, 1, D]."""
+        cos, sin = rotation(self.grid, self.config, torch.empty(0, device=self.device))
+        half = self.config.head_dim // 2
+        return cos[:, None], torch.cat((-sin[:, :half], sin[:, half:]), dim=1)[:, None]
+
+    @cached_property
+    def by_columns(self) -> tuple[Tensor, Tensor]:
+        cos, sin = self.by_rows
+        return cos[self.order[0]], sin[self.order[0]]
+
+    @cached_property
+    def seen(self) -> Tensor:
+        """[runs, 1, G * run, run + 2 * window]: 0, or -inf where a query does not see a key."""
+        window, run = self.config.window, self.run
+        first = torch.arange(0, self.runs * run, run, device=self.device)[:, None, None]
+        query = torch.arange(run, device=self.device)[None, :, None]
+        key = torch.arange(-window, run + window, device=self.device)[None, None, :]
+        hidden = ((key - query).abs() > window) | (first + key < 0) | (first + key >= self.frame)
+        bias = torch.zeros(hidden.shape, device=self.device).masked_fill_(hidden, float("-inf"))
+        return bias.repeat(1, self.config.heads // self.config.kv_heads, 1)[:, None]
+
+
+def through_block(hidden: Tensor, block: VisionBlock, places: Places, config: VisionConfig, kind: int) -> Tensor:
     """A picture's hidden states [n, H], in the order of its patches, through one block of a kind."""
-    cos, sin = rotation(grid, config, hidden)
-    order = column_order(grid, config.merge).to(hidden.device) if kind == COLUMNS else None
-    heads = block.qkv(rms_norm(hidden, block.norm1, EPS)).view(len(hidden), -1, config.head_dim)
-    query, key, value = torch.split(heads, [config.heads, config.kv_heads, config.kv_heads], dim=1)
-    query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-    if order is not None:
-        query, key, value = query[order], key[order], value[order]
-    frames = [part.chunk(grid[0]) for part in (query, key, value)]
-    window = None if kind == FULL else config.window
-    out = torch.cat([_attention(q, k, v, block.sinks, window) for q, k, v in zip(*frames, strict=True)])
-    if order is not None:
-        out = torch.empty_like(out).index_copy_(0, order, out)
-    hidden = hidden + block.proj(out)
-    normed = rms_norm(hidden, block.norm2, EPS)
-    return hidden + block.down(F.silu(block.gate(normed)) * block.up(normed))
+    heads = block.qkv(F.rms_norm(hidden, (config.hidden,), block.norm1, EPS)).view(len(hidden), -1, config.head_dim)
+    if kind == COLUMNS:
+        heads = heads[places.order[0]]
+    _rotate(heads[:, : config.heads + config.kv_heads], *(places.by_columns if kind == COLUMNS else places.by_rows))
+    frames = heads.split(places.frame)
+    if kind == FULL:
+        out = _joined([_full_attention(of_frame, config) for of_frame in frames])
+    else:
+        out = _joined([_window_attention(of_frame, block.sinks, places) for of_frame in frames])
+    if kind == COLUMNS:
+        out = out[places.order[1]]
+    hidden = block.proj(out).add_(hidden)
+    return _joined([_mlp(part, block, config) for part in hidden.split(MLP_PATCHES)])
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """One after the other; no copy of one alone."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _mlp(hidden: Tensor, block: VisionBlock, config: VisionConfig) -> Tensor:
+    normed = float32_parts(F.rms_norm(hidden, (config.hidden,), block.norm2, EPS), block.gate.weight)
+    inner = F.silu(block.gate.of_parts(normed)).mul_(block.up.of_parts(normed))
+    return block.down(inner).add_(hidden)
+
+
+def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """`decoder_layer.rotate` of whole heads [n, N, D], in place; the sign of a turned half is the sine's."""
+    halves = heads.roll(heads.shape[-1] // 2, -1)
+    heads.mul_(cos).addcmul_(halves, sin)
 
 
 def merged(hidden: Tensor, merger: Merger, config: VisionConfig) -> Tensor:
@@ -168,34 +250,32 @@ def column_order(grid: tuple[int, int, int], merge: int) -> Tensor:
     return places.transpose(1, 2).flatten()
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, window: int | None) -> Tensor:
-    """Attention of a frame: query [n, N, D], key and value [n, K, D] → [n, N * D].
-
-    A query sees the keys at most `window` before and after it, all without one. A sink is added to the scores of the
-    first key, for the queries that see it.
-    """
-    count, heads, width = query.shape
-    groups = heads // key.shape[1]
-    query = query.view(count, -1, groups, width).permute(1, 2, 0, 3)
-    key, value = key.permute(1, 2, 0)[:, None], value.transpose(0, 1)[:, None]
-    bias = None if sinks is None else sinks.to(query.dtype).view(-1, groups, 1)
-    out = query.new_empty(count, heads * width)
-    for begin, end, first, last in _chunks(count, heads, window):
-        scores = query[..., begin:end, :] @ key[..., first:last] * width**-0.5
-        if bias is not None and first == 0:
-            scores[..., 0] += bias
-        if window is not None:
-            places = torch.arange(first, last, device=query.device)
-            distance = places[None, :] - torch.arange(begin, end, device=query.device)[:, None]
-            scores = scores.masked_fill(distance.abs() > window, float("-inf"))
-        part = scores.softmax(-1) @ value[..., first:last, :]
-        out[begin:end] = part.permute(2, 0, 1, 3).flatten(1)
-    return out
+def _full_attention(heads: Tensor, config: VisionConfig) -> Tensor:
+    """Attention of a frame: rotated queries and keys, and values, [n, N + 2 K, D] → [n, N * D]. Queries that share a
+    key's head stand one after the other."""
+    query, key, value = heads.transpose(0, 1).split([config.heads, config.kv_heads, config.kv_heads])
+    out = F.scaled_dot_product_attention(query.reshape(1, config.kv_heads, -1, config.head_dim), key[None], value[None])
+    return out[0].unflatten(1, (-1, len(heads))).permute(2, 0, 1, 3).reshape(len(heads), -1)
 
 
-def _chunks(count: int, heads: int, window: int | None) -> Iterator[tuple[int, int, int, int]]:
-    """Queries begin..end that are taken together, and the keys first..last that any of them sees."""
-    chunk = max(16, _SCORE_BYTES // (4 * heads * count)) if window is None else max(128, 2 * window)
-    for begin in range(0, count, chunk):
-        end = min(begin + chunk, count)
-        yield begin, end, *((0, count) if window is None else (max(0, begin - window), min(count, end + window)))
+def _window_attention(heads: Tensor, sinks: Tensor | None, places: Places) -> Tensor:
+    """The same, where a query sees the keys at most `window` before and after it. A sink is added to the scores of the
+    first key, for the queries that see it: all of them are in the first run."""
+    config, run, runs, window = places.config, places.run, places.runs, places.config.window
+    padded = F.pad(heads, (0, 0, 0, 0, window, runs * run - len(heads) + window))
+    query = padded[window : window + runs * run, : config.heads].view(runs, run, config.kv_heads, -1, config.head_dim)
+    query = query.permute(0, 2, 3, 1, 4).reshape(runs, config.kv_heads, -1, config.head_dim)
+    # [runs, K, run + 2 * window, D], of the same memory
+    stretches = padded[:, config.heads :].unfold(0, run + 2 * window, run).transpose(-1, -2)
+    key, value = stretches.split(config.kv_heads, dim=1)
+    seen = places.seen
+    if sinks is None:
+        out = F.scaled_dot_product_attention(query, key, value, seen)
+    else:
+        first = seen[:1].view(1, 1, -1, run, run + 2 * window).repeat(1, config.kv_heads, 1, 1, 1)
+        first[..., window] += sinks.view(1, config.kv_heads, -1, 1)
+        parts = (slice(0, 1), first.flatten(2, 3)), (slice(1, runs), seen[1:])
+        out = _joined(
+            [F.scaled_dot_product_attention(query[at], key[at], value[at], mask) for at, mask in parts if len(mask)]
+        )
+    return out.unflatten(2, (-1, run)).permute(0, 3, 1, 2, 4).reshape(runs * run, -1)[: len(heads)]

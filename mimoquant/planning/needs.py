@@ -17,7 +17,7 @@ from mimoquant.checkpoint.hf_files import CONFIG_NAME
 from mimoquant.errors import CheckpointError, UsageError
 from mimoquant.machine.memory import Machine
 from mimoquant.model.layout import PROJECTIONS
-from mimoquant.model.media import PORTION_GROUPS, PORTION_PATCHES
+from mimoquant.model.media import MLP_PATCHES, PORTION_GROUPS, PORTION_PATCHES, QUERY_RUN
 from mimoquant.model.tower_config import TowerConfig, read_tower_config
 from mimoquant.planning.calibration_settings import Calibration
 from mimoquant.planning.plan import CHUNK_BYTES, CUDA_CHUNK_BYTES, WRITE_QUEUE_BYTES, Plan
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from mimoquant.fisher.needs import FisherNeeds
 
 _INTERPRETER_BYTES, _TORCH_BYTES, _CUDA_BYTES = 320 * 2**20, 400 * 2**20, 2 * 2**30
-_SCORE_BYTES, _GROUPS, _BLOCKS = 2**28, 2**12, 3  # scores (`vision`) and groups (`audio`) at once; blocks in memory
+_GROUPS, _BLOCKS = 2**12, 3  # that go through a layer at once (`audio`); blocks in memory
 _GROUP_ROWS = 2**16  # of tokens that go through a group of experts at once (`decoder_layer`)
 # How many float32 matrices of the shape of the Gram matrix, and of gate and up together, a method holds an expert.
 _WITH_GPTQ, _SEARCH_ONLY = (5, 7), (3, 4)
@@ -77,12 +77,13 @@ def _with_towers(plan: Plan, layers: Needs, states: int, cuda: bool) -> Needs:
     """The most of both: layers, or before them the towers, should the data have images or sounds."""
     resting, working = tower_bytes(plan)
     host = _INTERPRETER_BYTES + _TORCH_BYTES + (_CUDA_BYTES if cuda else working) + states + resting
-    return Needs(max(layers.host_bytes, host), max(layers.gpu_bytes, working) if cuda else 0)
+    return Needs(max(layers.host_bytes, host), max(layers.gpu_bytes, resting + working) if cuda else 0)
 
 
 def tower_bytes(plan: Plan) -> tuple[int, int]:
-    """Of a portion of images or sounds, which rests on the host between two blocks; and of the largest of them that a
-    sequence holds, with a block, on its way through. 0 where there are no towers, or none that could run.
+    """Of a portion of images or sounds, which rests between two blocks, images on the device, sounds on the host (both
+    are counted on both); and of the largest of them that a sequence holds, with a block, on its way through. 0 where
+    there are no towers, or none that could run.
 
     What towers give takes as much as hidden states of those tokens, until they are embedded: only the data tell how
     many there are (`planning.notes`).
@@ -94,10 +95,13 @@ def tower_bytes(plan: Plan) -> tuple[int, int]:
     if (vision := towers.vision) is not None:
         heads = (vision.heads + 2 * vision.kv_heads) * vision.head_dim
         block = vision.hidden * (heads + vision.heads * vision.head_dim + 3 * vision.intermediate)
-        values = 4 * vision.hidden + 2 * heads + 3 * vision.intermediate + vision.patch_width
-        resting = 4 * vision.hidden * min(PORTION_PATCHES, vision.merge**2 * tokens)
-        working = 4 * vision.merge**2 * calibration.tokens * values
-        working += 3 * _SCORE_BYTES + _BLOCKS * 2 * max(block, vision.merged**2)
+        run, patches = max(QUERY_RUN, 2 * vision.window), vision.merge**2 * calibration.tokens
+        # states and both rotations; which keys a run sees, should no two images be of one size
+        beside = vision.hidden + 4 * vision.head_dim + vision.heads // vision.kv_heads * (run + 2 * vision.window)
+        resting = 4 * beside * min(PORTION_PATCHES, vision.merge**2 * tokens)
+        working = 4 * patches * (6 * vision.hidden + 5 * heads + vision.patch_width)
+        working += 4 * min(patches, MLP_PATCHES) * 6 * vision.intermediate
+        working += _BLOCKS * 2 * max(block, vision.merged**2)
     if (audio := towers.audio) is not None:
         resting = max(resting, 4 * audio.grouped * min(PORTION_GROUPS, tokens))
         working = max(working, 4 * _GROUPS * audio.group * (8 * audio.hidden + 3 * audio.intermediate))

@@ -31,7 +31,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ from mimoquant.evaluation.eval_kl import compare, open_layout
 from mimoquant.machine.devices import resolve_device
 from mimoquant.machine.team import Team
 from mimoquant.model.media import Picture
-from mimoquant.model.tower_config import VisionConfig
+from mimoquant.model.tower_config import FULL, VisionConfig
 from mimoquant.model.vision import Affine, Merger, VisionBlock, picture_rows
 
 MAKE = Path(__file__).resolve().parents[1] / "make"
@@ -341,7 +341,7 @@ class RandomTower:
         return self._product(self.config.hidden, self.config.patch_width).weight
 
     def vision_block(self, number: int) -> VisionBlock:
-        return self.block
+        return replace(self.block, sinks=None) if self.config.kinds[number] == FULL else self.block
 
     def merger(self) -> Merger:
         return self.last

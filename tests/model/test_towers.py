@@ -80,12 +80,47 @@ def test_order_and_company_of_media_do_not_matter(towers: TowerWeights) -> None:
     assert torch.equal(towers.rows([media[2]])[0], there[2])
 
 
-def test_a_long_picture_in_chunks_is_the_same(towers: TowerWeights, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_picture_in_parts_is_the_same(towers: TowerWeights, monkeypatch: pytest.MonkeyPatch) -> None:
     media = pictures()[2:3]
     whole = towers.rows(media)
-    monkeypatch.setattr(vision, "_SCORE_BYTES", 1)  # sixteen queries at a time, the least
+    monkeypatch.setattr(vision, "MLP_PATCHES", 16)
+    monkeypatch.setattr(vision, "QUERY_RUN", 1)  # twice a window, the least
     for ours, theirs in zip(towers.rows(media), whole, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def plain_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None, window: int | None
+) -> torch.Tensor:
+    """Of one frame, head by head, as defined."""
+    count, heads, width = query.shape
+    places = torch.arange(count)
+    out = torch.empty(count, heads, width, dtype=query.dtype)
+    for head in range(heads):
+        of_key = head * key.shape[1] // heads
+        scores = query[:, head] @ key[:, of_key].T * width**-0.5
+        if sinks is not None:
+            scores[:, 0] += sinks[head]
+        if window is not None:
+            scores[(places[:, None] - places).abs() > window] = float("-inf")
+        out[:, head] = scores.softmax(-1) @ value[:, of_key]
+    return out.flatten(1)
+
+
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("side", [2, 16, 18])  # 4 patches; whole runs of 128; 68 in the last one
+def test_runs_of_queries_attend_as_defined(side: int, with_sinks: bool, towers: TowerWeights) -> None:
+    config = replace(towers.config.need_vision(), heads=4, kv_heads=2, head_dim=16, window=9)
+    generator = torch.Generator().manual_seed(side)
+    query, key, value = (torch.randn(side * side, heads, 16, generator=generator).double() for heads in (4, 2, 2))
+    sinks = torch.randn(4, generator=generator).double() if with_sinks else None
+    places = vision.Places((1, side, side), config, torch.device("cpu"))
+    heads = torch.cat((query, key, value), dim=1).float()
+    windowed = vision._window_attention(heads, None if sinks is None else sinks.float(), places)
+    torch.testing.assert_close(windowed.double(), plain_attention(query, key, value, sinks, 9), rtol=1e-5, atol=1e-6)
+    if not with_sinks:
+        every = vision._full_attention(heads, config)
+        torch.testing.assert_close(every.double(), plain_attention(query, key, value, None, None), rtol=1e-5, atol=1e-6)
 
 
 Change = Callable[[TowerWeights, pytest.MonkeyPatch], None]
