@@ -8,11 +8,12 @@ the device or the number of threads. A calibrated run takes its tokens along (`_
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.checkpoint.remote import remote_of
 from mimoquant.checkpoint.writer import ShardWriter, write_file_durably
 from mimoquant.errors import CheckpointError, StoppedError, UsageError
+from mimoquant.machine.buffers import Buffers
 from mimoquant.machine.devices import make_engine, resolve_device
 from mimoquant.machine.memory import machine
 from mimoquant.machine.overlap import WriteBehind, is_given_up, read_ahead
@@ -38,8 +40,9 @@ from mimoquant.output.finished import finished_already
 from mimoquant.output.quantize_report import quantize_report
 from mimoquant.output.small_files import written_texts
 from mimoquant.planning.needs import disk_bytes, lighter_on_disk
-from mimoquant.planning.plan import WRITE_LANES, WRITE_QUEUE_BYTES, Plan
+from mimoquant.planning.plan import Plan
 from mimoquant.planning.units import Experts, Unit
+from mimoquant.planning.writing import Writing, writing_of
 from mimoquant.quant.stack import Engine
 from mimoquant.run.clamped import Counts
 from mimoquant.run.deal import Task, deal
@@ -122,8 +125,9 @@ def execute(
     if team.leads:
         refuse_side_weights(plan.layout.index.folder, plan.side_files.keys() - plan.mended.keys())
     identity = _identity(plan, tokens, team)
+    empty = Buffers().empty if plan.recipe.casts else np.empty
     with (
-        contextlib.closing(make_engine(device)) as engine,
+        contextlib.closing(make_engine(plan.engine_device(device), empty)) as engine,
         opened(RunFolder(out, identity, resume=resume, rank=team.rank), team, partial(_check_disk, plan, team)) as run,
     ):
         try:
@@ -224,30 +228,28 @@ def _write_units(
     for unit in plan.units:
         if unit.name in run.finished:
             progress(unit, unit.size_bytes, True)
-    lanes, queue = 1, WRITE_QUEUE_BYTES
-    if engine.name.startswith("cuda"):
-        lanes, queue = WRITE_LANES, 2 * max(unit.size_bytes for unit in plan.units)
-    reading = CheckpointReader(plan.layout.index)
-    with reading as reader, contextlib.ExitStack() as opened, WriteBehind(queue, lanes) as behind:
+    far = remote_of(plan.layout.index.folder) is not None
+    ways, reading = writing_of(plan, engine.name, far=far), CheckpointReader(plan.layout.index)
+    with reading as reader, contextlib.ExitStack() as opened, WriteBehind(ways.queue_bytes, ways.lanes) as behind:
         walk = _Walk(plan, run, reader, tokens, team, fisher) if tokens else None
-        shards = _Shards(run, behind, queue // 2 + 1 if lanes == 1 else 0, progress, timeline, opened)
         shop = Workshop(plan, reader, engine, team.rank)
-        source = plan.layout.index.folder
-        turns = tasks if remote_of(source) is None else _one_by_one(tasks, run, behind)
-        ahead = read_ahead(timeline.waited("read", load(shop, turns)))
+        shards = _Shards(run, behind, ways, shop, progress, timeline, opened)
+        turns = _one_by_one(tasks, run, behind) if far else tasks
+        ahead = read_ahead(timeline.waited("read", load(shop, turns, ways.at_once)))
         with contextlib.closing(ahead):
             for loaded in timeline.waited(WAIT_READ, ahead):
-                if loaded.task is not shards.task:
-                    shards.begin(loaded.task)
+                shard = shards.of(loaded.task)
+                if shard is None:
+                    shard = shards.begin(loaded.task)
                     if walk:
                         with timeline.span("attention and routing"):
                             walk.enter(loaded.task.unit)
-                produced = yielded(shop, loaded, walk.calibrator if walk else None)
+                produced = yielded(shard.shop, loaded, walk.calibrator if walk else None)
                 for name, array in timeline.waited(label(loaded), produced):
-                    shards.write(name, array)
-                shards.tell()
+                    shards.write(shard, name, array)
+                shards.tell(shard)
                 if loaded.last:
-                    shards.end(walk.leave(loaded.task.unit) if walk else None, shop.counted())
+                    shards.end(shard, walk.leave(loaded.task.unit) if walk else None)
 
 
 def _one_by_one(tasks: list[Task], run: RunFolder, behind: WriteBehind) -> Iterator[Task]:
@@ -261,53 +263,67 @@ def _one_by_one(tasks: list[Task], run: RunFolder, behind: WriteBehind) -> Itera
             time.sleep(0.002)
 
 
-class _Shards:
-    """The output shards, one after the other, written behind the run; `task`: whose shard is open.
+@dataclass(frozen=True, slots=True)
+class _Shard:
+    """A shard that is being filled. `writer`: None where another rank writes it. `shop`: what counts is its own."""
 
-    whole: how many bytes of the queue a shard takes that waits for its journal line alone. With one lane it is more
-    than half, so that one such shard at most waits: what a kill costs.
-    """
+    unit: Unit
+    writer: ShardWriter | None
+    lane: int
+    shop: Workshop
+
+
+class _Shards:
+    """The output shards, one after the other or some in turn, written behind the run."""
 
     def __init__(
         self,
         run: RunFolder,
         behind: WriteBehind,
-        whole: int,
+        ways: Writing,
+        shop: Workshop,
         progress: Progress,
         timeline: Timeline,
         opened: contextlib.ExitStack,
     ) -> None:
-        self.run, self.behind, self.whole = run, behind, whole
+        self.run, self.behind, self.shop = run, behind, shop
         self.progress, self.timeline, self.opened = progress, timeline, opened
-        self.task: Task | None = None
-        self._writer: ShardWriter | None = None  # None where another rank writes the shard
-        self._lane = 0
+        self._begun: dict[str, _Shard] = {}
+        self._lanes = collections.deque(range(ways.lanes))  # that no begun shard has, the one that was left last behind
+        # How much of the queue a shard takes that waits for its journal line alone. With one lane it is more than half,
+        # so that one such shard at most waits: what a kill costs.
+        self._whole = ways.queue_bytes // 2 + 1 if ways.lanes == 1 else 0
 
-    def begin(self, task: Task) -> None:
-        self.task, self._lane = task, self._lane + 1
+    def of(self, task: Task) -> _Shard | None:
+        """The shard of a task that was begun."""
+        return self._begun.get(task.unit.name)
+
+    def begin(self, task: Task) -> _Shard:
         unit = task.unit
-        self._writer = ShardWriter(self.run.path(unit.file), unit.entries) if task.writes else None
-        if self._writer:
-            self.opened.callback(self._writer.abandon)  # where the run ends in the middle
+        writer = ShardWriter(self.run.path(unit.file), unit.entries) if task.writes else None
+        if writer:
+            self.opened.callback(writer.abandon)  # where the run ends in the middle
+        shard = _Shard(unit, writer, self._lanes.popleft(), replace(self.shop, clamped={}))
+        self._begun[unit.name] = shard
+        return shard
 
-    def write(self, name: str, array: Array) -> None:
-        assert self._writer is not None
+    def write(self, shard: _Shard, name: str, array: Array) -> None:
+        assert shard.writer is not None
         array = np.ascontiguousarray(array)
         with self.timeline.span(WAIT_WRITE):
-            self.behind.submit(self._lane, array.nbytes, _write, self.timeline, self._writer, name, array)
+            self.behind.submit(shard.lane, array.nbytes, _write, self.timeline, shard.writer, name, array)
 
-    def tell(self) -> None:
-        """How far the shard is."""
-        if self._writer:
-            assert self.task is not None
-            self.progress(self.task.unit, self._writer.size_bytes, False)
+    def tell(self, shard: _Shard) -> None:
+        """How far a shard is."""
+        if shard.writer:
+            self.progress(shard.unit, shard.writer.size_bytes, False)
 
-    def end(self, facts: LayerRecord | None, clamped: Counts) -> None:
-        assert self.task is not None
-        unit = self.task.unit
-        if self._writer:
-            finish = partial(_complete, unit, self._writer, self.run, self.progress, facts, clamped)
-            self.behind.submit(self._lane, self.whole, finish)
+    def end(self, shard: _Shard, facts: LayerRecord | None) -> None:
+        unit = shard.unit
+        self._lanes.append(self._begun.pop(unit.name).lane)
+        if shard.writer:
+            finish = partial(_complete, unit, shard.writer, self.run, self.progress, facts, shard.shop.clamped)
+            self.behind.submit(shard.lane, self._whole, finish)
         else:
             self.progress(unit, unit.size_bytes, True)
 

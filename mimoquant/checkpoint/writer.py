@@ -2,13 +2,15 @@
 
 Key idea: the plan fixes every entry before the first byte is computed, so the header is written first and tensors
 follow in header order. Memory stays at one tensor, the size is known to the byte, and the sha256 is of the bytes that
-were meant, not of what a disk gave back. Hashing takes as long as writing to a fast disk, so both happen at once.
+were meant, not of what a disk gave back. Hashing takes longer than writing to a fast disk, so both happen at once, and
+what is written next does not wait for it.
 
 The header carries one metadata key (`format: pt`): anything else would make equal outputs differ.
 """
 
 from __future__ import annotations
 
+import collections
 import errno
 import functools
 import hashlib
@@ -17,7 +19,7 @@ import math
 import os
 import struct
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ TEMPORARY = ".tmp"  # behind the name of a small file that is being written
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW  # a link would lead out of the folder
 _COPY_BLOCK = 2**22
 _HASH_BESIDE = 2**18  # bytes from which hashing on another thread, while they are written, is worth the handing over
+_UNHASHED = 2  # what was written and is still being hashed, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +81,10 @@ def shard_header(entries: list[Entry], *, metadata: bool = True) -> bytes:
 
 
 class ShardWriter:
-    """Writes the tensors of one shard in the order of `entries`; `close` makes it durable and returns its sha256."""
+    """Writes the tensors of one shard in the order of `entries`; `close` makes it durable and returns its sha256.
+
+    What is written is still read after `write` has returned, so nobody may change it before `close`.
+    """
 
     def __init__(self, path: Path, entries: list[Entry]) -> None:
         self.path = path
@@ -87,6 +93,7 @@ class ShardWriter:
         self._left = self._entries[0].size_bytes if self._entries else 0
         self._sha256 = hashlib.sha256()
         self._hasher = ThreadPoolExecutor(1, thread_name_prefix="hash")
+        self._hashing: collections.deque[Future[None]] = collections.deque()
         self.size_bytes = 0
         with stopping(path):
             self._file = os.open(path, _CREATE, 0o644)
@@ -111,6 +118,7 @@ class ShardWriter:
             raise ValueError(f"{self.path}: {self._entries[self._next].name} was never written in full")
         with stopping(self.path):
             os.fsync(self._file)
+        self._settle(0)
         self.abandon()
         return self._sha256.hexdigest()
 
@@ -123,15 +131,18 @@ class ShardWriter:
 
     def _put(self, data: bytes | memoryview) -> None:
         view = memoryview(data)
-        hashed = self._hasher.submit(self._sha256.update, view) if len(view) >= _HASH_BESIDE else None
-        try:
-            with stopping(self.path):
-                self.size_bytes += write_all(self._file, view)
-        finally:
-            if hashed:
-                hashed.result()
-        if not hashed:
+        if self._hashing or len(view) >= _HASH_BESIDE:
+            self._hashing.append(self._hasher.submit(self._sha256.update, view))
+        else:
             self._sha256.update(view)
+        with stopping(self.path):
+            self.size_bytes += write_all(self._file, view)
+        self._settle(_UNHASHED)
+
+    def _settle(self, left: int) -> None:
+        """Wait until so many hashes at most are left to be made."""
+        while self._hashing and (len(self._hashing) > left or self._hashing[0].done()):
+            self._hashing.popleft().result()
 
 
 class stopping:

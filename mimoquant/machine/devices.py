@@ -8,18 +8,27 @@ from __future__ import annotations
 
 import ctypes
 import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from mimoquant.errors import UsageError
 from mimoquant.quant.stack import Engine
 
 
-def make_engine(device: str) -> Engine:
-    """The engine for "auto", "cpu" or "cuda[:n]". Raises UsageError where the device is not there."""
+def make_engine(device: str, empty: Callable[..., npt.NDArray[Any]] = np.empty) -> Engine:
+    """The engine for "auto", "cpu" or "cuda[:n]". Raises UsageError where the device is not there.
+
+    Args:
+        empty: where memory on a CPU is from.
+    """
     device = resolve_device(device)
     if device == "cpu":
         from mimoquant.quant.engine_cpu import CpuEngine
 
-        return CpuEngine()
+        return CpuEngine(empty=empty)
     from mimoquant.quant.engine_torch import TorchEngine
 
     return TorchEngine(device)

@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING
 
 from mimoquant.checkpoint.hf_files import CONFIG_NAME
 from mimoquant.errors import CheckpointError, UsageError
+from mimoquant.machine.buffers import IDLE_BYTES
 from mimoquant.machine.memory import Machine
 from mimoquant.model.layout import PROJECTIONS
 from mimoquant.model.media import MLP_PATCHES, PORTION_GROUPS, PORTION_PATCHES, QUERY_RUN
 from mimoquant.model.tower_config import TowerConfig, read_tower_config
 from mimoquant.planning.calibration_settings import Calibration
-from mimoquant.planning.plan import CHUNK_BYTES, CUDA_CHUNK_BYTES, WRITE_QUEUE_BYTES, Plan
+from mimoquant.planning.plan import CHUNK_BYTES, CUDA_CHUNK_BYTES, Plan
 from mimoquant.planning.units import Dequantize, Experts
+from mimoquant.planning.writing import writing_of
 from mimoquant.quant.method import WALKED_COLUMNS, WALKED_FEWEST, WALKED_MOST, WALKED_TOKENS, WALKED_TURNS
 
 if TYPE_CHECKING:
@@ -48,11 +50,11 @@ class Needs:
 
 def needs(plan: Plan, device: str = "cpu", ranks: int = 1) -> Needs:
     """What a process of a run needs on a kind of device ("cpu" or "cuda"), if `ranks` share the run."""
-    cuda = device.startswith("cuda")
+    cuda = plan.engine_device(device).startswith("cuda")
     steps = _unlike_steps(plan)
     source = max(_source_bytes(plan, step) for step in steps)
     output = max(sum(entry.size_bytes for entry in step.entries) for step in steps)
-    queue = 2 * max(unit.size_bytes for unit in plan.units) if cuda else WRITE_QUEUE_BYTES
+    queue = writing_of(plan, device).queue_bytes + (IDLE_BYTES if plan.recipe.casts else 0)
     host = _INTERPRETER_BYTES + 3 * source + (1 + ranks) * output + queue + (_CUDA_BYTES if cuda else 0)
     if plan.recipe.calibration is None:
         return Needs(host, 6 * source if cuda else 0)

@@ -39,7 +39,7 @@ from mimoquant.wording import ranges
 
 CHUNK_BYTES = 96 * 2**20  # source bytes of the experts that are in memory together
 CUDA_CHUNK_BYTES = 800 * 2**20  # the same, where a GPU calibrates: some thirty experts, V2.5's in eight chunks
-WRITE_QUEUE_BYTES = 192 * 2**20  # results that may wait for the disk
+CAST_CHUNK_BYTES = 32 * 2**20  # the same of a cast, which computes next to nothing: what stays in a cache
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,10 @@ class Plan:
         fmt = self.formats.get(layer)
         return fmt is not None and self.recipe.output.input_scales == CALIBRATED and self.recipe.scales_inputs(fmt)
 
+    def engine_device(self, device: str) -> str:
+        """Where a run on `device` computes: a cast moves bytes, which a GPU would do no sooner."""
+        return "cpu" if self.recipe.casts else device
+
     def identity(self) -> dict[str, Any]:
         """What a resumed run must share with the one that began: anything here changes the output. JSON can hold it."""
         resolved = self.recipe.resolved(self.container)
@@ -140,6 +144,7 @@ def make_plan(
     if recipe.casts:
         _refuse_unchanged(layout, recipe, chosen, formats, carve_outs)
     recipe = with_carve_outs(recipe, kept)
+    chunk_bytes = min(chunk_bytes, CAST_CHUNK_BYTES) if recipe.casts else chunk_bytes
     builder = UnitBuilder(layout, chosen, formats, carve_outs, chunk_bytes, recipe.output, casts=recipe.casts)
     units = builder.units()
     notes += plan_notes(layout, recipe, chosen, carve_outs)
@@ -388,6 +393,3 @@ def _named_modules(container: str, layout: ModelLayout, units: list[Unit]) -> li
         return []
     entries = (entry for unit in units for step in unit.steps if step.role in _LINEAR for entry in step.entries)
     return [entry.name.removesuffix(".weight") for entry in entries if entry.dtype == "BF16"]
-
-
-WRITE_LANES = 3  # shards that are written and hashed at once where a GPU fills them faster than one thread hashes

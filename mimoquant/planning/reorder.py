@@ -10,7 +10,7 @@ Blocks come at most 32 MiB large, so memory does not depend on the size of a ten
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,8 +125,10 @@ def _kept_scales(entries: tuple[Entry, ...], scale_of: Indexes, after: Geometry)
     return kept
 
 
-def read_blocks(reader: CheckpointReader, step: Reorder, block_bytes: int = BLOCK_BYTES) -> Iterator[RowBlock]:
-    """What goes out, in order and in blocks: rows of one entry each."""
+def read_blocks(
+    reader: CheckpointReader, step: Reorder, block_bytes: int = BLOCK_BYTES, empty: Callable[..., Array] = np.empty
+) -> Iterator[RowBlock]:
+    """What goes out, in order and in blocks: rows of one entry each, in memory from `empty`."""
     info = step.infos[0]
     width = info.size_bytes // info.shape[0]
     dtype = {"BF16": np.uint16, "F32": np.float32}.get(info.dtype, np.uint8)
@@ -138,7 +140,7 @@ def read_blocks(reader: CheckpointReader, step: Reorder, block_bytes: int = BLOC
     for entry in step.entries:
         for begin in range(start, start + entry.shape[0], height):
             end = min(begin + height, start + entry.shape[0])
-            raw = np.empty((end - begin, width), np.uint8)
+            raw = empty((end - begin, width), np.uint8)
             _gather(reader, step.infos, step.rows[begin:end], raw)
             scale_row = None if step.scale_rows is None else step.scale_rows[begin:end]
             yield RowBlock(entry, raw.view(dtype), scales, scale_row)

@@ -7,7 +7,7 @@ kernels release the interpreter lock. Torch is not needed.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -44,8 +44,10 @@ class CpuEngine:
     name = "cpu"
     _SLAB = 512  # rows a task works on
 
-    def __init__(self, threads: int | None = None) -> None:
+    def __init__(self, threads: int | None = None, empty: Callable[..., Array] = np.empty) -> None:
+        """`empty`: where memory for weights and for what they become is from."""
         self.threads = threads or len(os.sched_getaffinity(0))
+        self._empty = empty
         self._pool = ThreadPoolExecutor(self.threads)
 
     def close(self) -> None:
@@ -53,7 +55,7 @@ class CpuEngine:
 
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
         """See `stack.Engine`."""
-        return np.empty(shape, dtype)
+        return self._empty(shape, dtype)
 
     def encode(self, stacks: dict[str, Stack], fmt: Format, search: str) -> dict[str, dict[str, Array]]:
         """Quantize the projections of some experts; gate and up share nvfp4's global scale.
@@ -121,7 +123,7 @@ class CpuEngine:
     def dequantize(self, values: Array, block_scales: Array, scale_row: Array) -> Array:
         """One FP8 matrix [O, I] as bf16 bits. Raises NonFiniteError."""
         rows = values.shape[0]
-        out = np.empty(values.shape, np.uint16)
+        out = self._empty(values.shape, np.uint16)
         tasks = [
             self._pool.submit(kernels.dequantize_rows, values, block_scales, scale_row, begin, end, out)
             for _, begin, end in self._slabs(1, rows)

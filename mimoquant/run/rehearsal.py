@@ -31,8 +31,9 @@ from mimoquant.checkpoint.remote import remote_of
 from mimoquant.machine.devices import make_engine
 from mimoquant.model.layout import PROJECTIONS
 from mimoquant.planning.needs import Estimate
-from mimoquant.planning.plan import WRITE_LANES, Plan
+from mimoquant.planning.plan import Plan
 from mimoquant.planning.units import Experts
+from mimoquant.planning.writing import writing_of
 from mimoquant.quant.cast import cast
 from mimoquant.quant.method import WALKED_MOST
 from mimoquant.quant.stack import Engine, Stack
@@ -59,11 +60,14 @@ def rehearse(plan: Plan, device: str, folder: Path | None = None) -> Estimate:
     """
     steps = [step for unit in plan.units for step in unit.steps if isinstance(step, Experts) and step.fmt]
     step = steps[0]
-    with CheckpointReader(plan.layout.index) as reader, contextlib.closing(make_engine(device)) as engine:
+    with (
+        CheckpointReader(plan.layout.index) as reader,
+        contextlib.closing(make_engine(plan.engine_device(device))) as engine,
+    ):
         stacks = _read(plan, reader, engine, step)  # buffers, threads and a GPU's context cost time once
         read_rate = _read_rate(plan, reader, engine, steps[1:] or steps)
         encoded, rate = _encode(plan, engine, step, stacks)
-        write_rate = _write_rate(encoded, WRITE_LANES if device.startswith("cuda") else 1, folder)
+        write_rate = _write_rate(encoded, writing_of(plan, device).lanes, folder)
         computing, walking = _expert_bytes(plan) / rate, 0.0
         if plan.recipe.calibration is not None:
             computing, walking = _calibrated_seconds(plan, reader, device, step, stacks)

@@ -8,6 +8,7 @@ are not encoded again: their audit (`output.verify`) is computed apart from the 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
@@ -63,6 +64,10 @@ class Workshop:
     engine: Engine
     rank: int = 0
     clamped: Counts = field(default_factory=dict)
+
+    def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+        """Memory for bytes that go from disk to disk: none that a GPU copies from."""
+        return self.engine.empty(shape, dtype) if self.engine.name == "cpu" else np.empty(shape, dtype)
 
     def count(self, clamped: Counts, step: Experts) -> None:
         """Raises QualityError where groups without a scale are many."""
@@ -146,7 +151,7 @@ class Copying:
     def read(self, shop: Workshop, steps: tuple[Copy, ...]) -> Iterator[tuple[Array, bool]]:
         info = steps[0].info
         for start in range(0, max(info.size_bytes, 1), COPY_BLOCK):
-            block = np.empty(min(COPY_BLOCK, info.size_bytes - start), np.uint8)
+            block = shop.empty((min(COPY_BLOCK, info.size_bytes - start),), np.uint8)
             shop.reader.read_range(info, start, block)
             yield block, start + len(block) >= info.size_bytes
 
@@ -177,7 +182,7 @@ class Reordering:
 
     def read(self, shop: Workshop, steps: tuple[Reorder, ...]) -> Iterator[tuple[RowBlock, bool]]:
         left = len(steps[0].rows)
-        for block in read_blocks(shop.reader, steps[0]):
+        for block in read_blocks(shop.reader, steps[0], empty=shop.empty):
             left -= len(block.values)
             yield block, not left
 
@@ -273,7 +278,7 @@ class Dequantizing(Computing[Dequantize]):
     label = "dequantize"
 
     def read(self, shop: Workshop, steps: tuple[Dequantize, ...]) -> Iterator[tuple[Stack, bool]]:
-        yield read_matrix(shop.reader, steps[0].weight), True
+        yield read_matrix(shop.reader, steps[0].weight, shop.empty), True
 
     def _values(self, shop: Workshop, step: Dequantize, data: Stack) -> Produced:
         yield step.entries[0].name, _in_bf16(shop, step.weight, data)
@@ -386,15 +391,28 @@ def kind_of(step: Step) -> Kind[Any]:
     return _KINDS[type(step)]
 
 
-def load(shop: Workshop, tasks: Iterable[Task]) -> Iterator[Loaded]:
-    """Every step's source bytes, in order. Runs in the read-ahead thread."""
-    for task in tasks:
-        shop.reader.expect(step.info for steps in task.groups for step in steps if isinstance(step, Copy))
-        for number, steps in enumerate(task.groups, start=1):
-            last_group = number == len(task.groups)
-            pieces = kind_of(steps[0]).read(shop, steps) if steps else iter([(None, True)])
-            for data, last_piece in pieces:
-                yield Loaded(task, steps, data, last_group and last_piece)
+def load(shop: Workshop, tasks: Iterable[Task], at_once: int = 1) -> Iterator[Loaded]:
+    """Every step's source bytes, in order; of so many tasks in turn, a piece of each. Runs in the read-ahead thread."""
+    waiting, begun = iter(tasks), deque[Iterator[Loaded]]()
+    while True:
+        while len(begun) < at_once and (task := next(waiting, None)):
+            begun.append(_load(shop, task))
+        if not begun:
+            return
+        pieces = begun.popleft()
+        loaded = next(pieces)
+        if not loaded.last:
+            begun.append(pieces)
+        yield loaded
+
+
+def _load(shop: Workshop, task: Task) -> Iterator[Loaded]:
+    shop.reader.expect(step.info for steps in task.groups for step in steps if isinstance(step, Copy))
+    for number, steps in enumerate(task.groups, start=1):
+        last_group = number == len(task.groups)
+        pieces = kind_of(steps[0]).read(shop, steps) if steps else iter([(None, True)])
+        for data, last_piece in pieces:
+            yield Loaded(task, steps, data, last_group and last_piece)
 
 
 def yielded(shop: Workshop, loaded: Loaded, calibrator: Calibrator | None) -> Produced:
@@ -409,9 +427,8 @@ def label(loaded: Loaded) -> str:
 
 
 def _read_chunk(shop: Workshop, step: Experts) -> dict[str, Stack]:
-    """Codes go from disk to disk, so they need no memory that a GPU copies from."""
     layer, begin, end = step.layer, step.begin, step.end
-    empty = np.empty if step.as_codes else shop.engine.empty
+    empty = shop.empty if step.as_codes else shop.engine.empty
     return read_experts(shop.reader, shop.plan.layout, layer, begin, end, empty, as_codes=step.as_codes)
 
 
@@ -420,7 +437,7 @@ def _encoded(shop: Workshop, step: Experts, stacks: dict[str, Stack]) -> Parts:
     recipe, layout = shop.plan.recipe, shop.plan.layout
     try:
         if recipe.casts:
-            return cast(stacks, step.fmt)
+            return cast(stacks, step.fmt, shop.empty)
         parts = shop.engine.encode(stacks, step.fmt, recipe.scale_search)
     except NonFiniteError as error:
         raise not_finite(layout.expert(step.layer, step.begin + error.expert, error.projection).name) from error

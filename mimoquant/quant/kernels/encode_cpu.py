@@ -29,10 +29,12 @@ from numba import njit
 
 from mimoquant.quant.formats import INT4_ZERO_SCALE, MXFP4_ROUND_UP, NVFP4_SMALLEST_SCALE, NVFP4_ZERO_SCALE
 
-U32, F32, I32 = np.uint32, np.float32, np.int32
+U32, U64, F32, I32 = np.uint32, np.uint64, np.float32, np.int32
 _MAGIC = F32(12582912.0)  # 1.5 * 2^23: adding it rounds |x| < 2^22 to a whole number, ties to even
 _MAGIC_HALF, _MAGIC_TWO = F32(6291456.0), F32(25165824.0)  # the same for steps of 1/2 and 2
 _ABS, _INF = U32(0x7FFFFFFF), U32(0x7F800000)
+_INF_ROUNDED = U32(0x7F7F8000)  # the least bits of a float32 that becomes Inf in bf16
+_SAFE_SCALE = F32(2.0**118)  # with the largest code, 448, it stays below 2^127
 _ROUND_UP = U32(MXFP4_ROUND_UP)
 _ZERO_INT4, _ZERO_NVFP4 = F32(INT4_ZERO_SCALE), F32(NVFP4_ZERO_SCALE)
 _SMALLEST_NVFP4 = F32(NVFP4_SMALLEST_SCALE)
@@ -63,24 +65,40 @@ def round_bf16(bits):
 
 
 @_jit
-def _fp8_row(source, scales, values, bits):
-    """One FP8 row to bf16 values in float32; `values` and `bits` are the same memory. Returns 1 if it holds a NaN."""
+def _holds_nan(source):
+    """Whether an FP8 row holds E4M3's NaN, all bits but the sign; eight bytes at a time."""
     width = source.shape[0]
-    largest = np.uint8(0)
-    for i in range(width):
-        magnitude = source[i] & np.uint8(0x7F)
-        largest = magnitude if magnitude > largest else largest
+    words, found = source[: width // 8 * 8].view(U64), U64(0)
+    for i in range(words.shape[0]):
+        found |= ((words[i] & U64(0x7F7F7F7F7F7F7F7F)) + U64(0x0101010101010101)) & U64(0x8080808080808080)
+    for i in range(width // 8 * 8, width):
+        found |= U64(source[i] & np.uint8(0x7F) == np.uint8(0x7F))
+    return found != U64(0)
+
+
+@_jit
+def _fp8_products(source, scales, values, bits):
+    """One FP8 row times its scales, not yet rounded, in float32; `values` and `bits` are the same memory. Returns 1 if
+    a code or a scale is not finite."""
+    width = source.shape[0]
     for i in range(width):
         byte = U32(source[i])
         bits[i] = ((byte & U32(0x7F)) << U32(20)) | ((byte & U32(0x80)) << U32(24))
-    bad = 1 if largest == np.uint8(0x7F) else 0
+    bad = 1 if _holds_nan(source) else 0
     for block in range(scales.shape[0]):
         scale = scales[block]
         bad |= 0 if math.isfinite(scale) else 1  # told here: rounding a NaN's bits can carry into the sign
         part = values[block * 128 : min(block * 128 + 128, width)]
         for i in range(part.shape[0]):
             part[i] = (part[i] * FP8_UNIT) * scale
-    for i in range(width):
+    return bad
+
+
+@_jit
+def _fp8_row(source, scales, values, bits):
+    """One FP8 row to bf16 values in float32; `values` and `bits` are the same memory. Returns 1 if it holds a NaN."""
+    bad = _fp8_products(source, scales, values, bits)
+    for i in range(source.shape[0]):
         bits[i] = round_bf16(bits[i])
     return bad
 
@@ -421,10 +439,15 @@ def dequantize_rows(fp8, scales, scale_row, begin, end, out):
     values = np.empty(fp8.shape[1], F32)
     bits, bad = values.view(U32), 0
     for row in range(begin, end):
-        bad += _load_row(row, fp8, NO16, scales, scale_row, values, bits)
-        target = out[row]
+        factors, target = scales[scale_row[row]], out[row]
+        wrong = _fp8_products(fp8[row], factors, values, bits)
         for i in range(target.shape[0]):
-            target[i] = np.uint16(bits[i] >> U32(16))
+            target[i] = np.uint16(round_bf16(bits[i]) >> U32(16))
+        for scale in factors:
+            if abs(scale) > _SAFE_SCALE:  # only then may a product be too large for bf16
+                wrong |= 1 if _amax_bits(bits) >= _INF_ROUNDED else 0
+                break
+        bad += wrong
     return bad
 
 

@@ -1,0 +1,38 @@
+"""How a run's shards come to disk: how many are written at once, and what may wait for them.
+
+Key idea: a file is hashed by one thread, at a third of what a disk may take, so that several are written side by side
+wherever they can be filled faster. A cast computes next to nothing: its shards are filled in turn, a piece of each, so
+that all are written all the time and little waits. What takes its time to compute goes shard by shard, and costs a
+kill less.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from mimoquant.planning.plan import CAST_CHUNK_BYTES, Plan
+
+QUEUE_BYTES = 192 * 2**20  # results of one shard that may wait for the disk
+CUDA_LANES = 3  # shards that are written and hashed at once where a GPU fills them faster than one thread hashes
+CAST_LANES = 4  # the same of a cast, which hashes on as many cores
+
+
+@dataclass(frozen=True, slots=True)
+class Writing:
+    """`lanes`: shards that are written at once; `at_once`: that are filled at once, else one after the other."""
+
+    lanes: int
+    at_once: int
+    queue_bytes: int
+
+
+def writing_of(plan: Plan, device: str, *, far: bool = False) -> Writing:
+    """For a plan on a kind of device ("cpu" or "cuda"). `far`: the source is not on this machine: what was read of it
+    costs more than anything else, so a shard is finished before the next is begun."""
+    if plan.recipe.casts and not far:
+        lanes = min(CAST_LANES, len(os.sched_getaffinity(0)))
+        return Writing(lanes, lanes, CAST_LANES * CAST_CHUNK_BYTES)
+    if device.startswith("cuda"):
+        return Writing(CUDA_LANES, 1, 2 * max(unit.size_bytes for unit in plan.units))
+    return Writing(1, 1, QUEUE_BYTES)
