@@ -46,8 +46,9 @@ from mimoquant.planning.writing import Writing, writing_of
 from mimoquant.quant.stack import Engine
 from mimoquant.run.clamped import Counts
 from mimoquant.run.deal import Task, deal
+from mimoquant.run.loading import load
 from mimoquant.run.side_weights import refuse_side_weights
-from mimoquant.run.steps import Array, Workshop, label, load, yielded
+from mimoquant.run.steps import Array, Workshop, label, yielded
 
 if TYPE_CHECKING:
     from mimoquant.fisher.matrices import Fisher

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import published
@@ -17,19 +21,27 @@ from typer.testing import CliRunner
 
 from mimoquant import pipeline
 from mimoquant.calibration.tokens import TokenSet
-from mimoquant.checkpoint.index import open_index
+from mimoquant.checkpoint import writer
+from mimoquant.checkpoint.index import TensorInfo, open_index
 from mimoquant.checkpoint.journal import file_sha256
+from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.cli.app import app
 from mimoquant.errors import CheckpointError, RecipeError
 from mimoquant.evaluation.eval_kl import eval_kl
 from mimoquant.model.layout import PROJECTIONS
 from mimoquant.model.releases import stored_as
 from mimoquant.output.verify import verify
+from mimoquant.planning.needs import needs
 from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import load_recipe, parse_recipe
 from mimoquant.planning.units import Unit
+from mimoquant.quant.engine_cpu import CpuEngine
+from mimoquant.run.deal import deal
+from mimoquant.run.loading import load
+from mimoquant.run.steps import Workshop
 from mimoquant.serving.check import check
 from mimoquant.serving.served import planned, read_served
+from mimoquant.shipped import shipped_recipes
 
 EXPERT = "model.layers.2.mlp.experts.3.down_proj"
 
@@ -79,8 +91,13 @@ def test_a_cast_has_the_values_of_its_source(
     assert report.ok and report.checked["quantized tensors"] == 96, report.problems
 
 
-def test_an_interrupted_cast_goes_on(sources: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("lanes", [1, 4])
+def test_an_interrupted_cast_goes_on(
+    sources: dict[str, Path], lanes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the same bytes, however many shards are filled at once."""
     whole = cast_into(sources["native"], tmp_path / "whole", "modelopt")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(lanes))
     plan = make_plan(sources["native"], load_recipe("nvfp4-cast"), container="modelopt")
 
     def stop(unit: Unit, done: int, finished: bool) -> None:
@@ -93,6 +110,66 @@ def test_an_interrupted_cast_goes_on(sources: dict[str, Path], tmp_path: Path) -
     pipeline.quantize(plan, tmp_path / "out", device="cpu", resume=True)
     files = {path.name: file_sha256(path) for path in whole.iterdir()}
     assert files == {path.name: file_sha256(path) for path in (tmp_path / "out").iterdir()}
+
+
+def test_shards_of_a_cast_are_filled_in_turn(sources: dict[str, Path]) -> None:
+    """A piece of each, as many as are written at once; the pieces of each in its own order."""
+    plan = make_plan(sources["native"], load_recipe("nvfp4-cast"), chunk_bytes=1)
+    tasks = deal(plan, (), 0, 1)
+    with CheckpointReader(plan.layout.index) as reader, contextlib.closing(CpuEngine(1)) as engine:
+        shop = Workshop(plan, reader, engine)
+        one_by_one = [(piece.task.unit.name, piece.steps) for piece in load(shop, tasks)]
+        in_turn = [(piece.task.unit.name, piece.steps) for piece in load(shop, tasks, 3)]
+    names = [name for name, _ in in_turn]
+    assert [name for name, _ in one_by_one] == sorted(names, key=[*plan.layout.units].index)
+    for name in plan.layout.units:
+        assert [piece for piece in in_turn if piece[0] == name] == [piece for piece in one_by_one if piece[0] == name]
+    open_at = [{n for n in names[: at + 1] if n in names[at:]} for at in range(len(names))]
+    assert max(map(len, open_at)) == 3
+    assert all(len(set(names[at : at + 3])) == 3 for at in range(len(names) - 3) if len(open_at[at + 2]) == 3)
+
+
+def test_a_cast_reads_hashes_and_writes_each_byte_once(
+    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[tuple[str, int]] = []  # by several threads
+    read_range, sha256, write = CheckpointReader.read_range, hashlib.sha256, os.write
+
+    class Hash:
+        def __init__(self) -> None:
+            self.inner = sha256()
+
+        def update(self, data: memoryview) -> None:
+            passes.append(("hashed", len(data)))
+            self.inner.update(data)
+
+        def hexdigest(self) -> str:
+            return self.inner.hexdigest()
+
+    def counted(self: CheckpointReader, info: TensorInfo, start: int, out: np.ndarray) -> None:
+        passes.append(("read", out.nbytes))
+        read_range(self, info, start, out)
+
+    def shard(descriptor: int, data: memoryview) -> int:
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith(".safetensors"):
+            passes.append(("written", len(data)))
+        return write(descriptor, data)
+
+    plan = make_plan(sources["v2.6"], load_recipe("nvfp4-cast").stored_as({"dense": "fp8"}), container="modelopt")
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointReader, "read_range", counted)
+        patch.setattr(writer, "hashlib", SimpleNamespace(sha256=Hash))
+        patch.setattr(os, "write", shard)
+        pipeline.quantize(plan, tmp_path / "out", device="cpu")
+    bytes_of = {kind: sum(size for what, size in passes if what == kind) for kind, _ in passes}
+    assert bytes_of == {"read": plan.source_bytes, "hashed": plan.shard_bytes, "written": plan.shard_bytes}
+
+
+def test_a_cast_takes_no_gpu(sources: dict[str, Path]) -> None:
+    """It moves bytes, so its engine is the CPU's whatever the device, and it needs no memory of a GPU."""
+    cast, quantized = (make_plan(sources["v2.6"], load_recipe(name)) for name in ("nvfp4-cast", "nvfp4-mse"))
+    assert (cast.engine_device("cuda:1"), quantized.engine_device("cuda:1")) == ("cpu", "cuda:1")
+    assert needs(cast, "cuda") == needs(cast, "cpu") and needs(quantized, "cuda").gpu_bytes > 0
 
 
 @pytest.mark.parametrize("suffix", ["weight", "weight_scale", "weight_scale_2"])
@@ -280,6 +357,36 @@ def casts(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
         pipeline.quantize(make_plan(there, load_recipe("mxfp4-cast")), back, device="cpu")
         made[way] = there, back
     return made
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_sizes_are_as_planned_to_the_byte(
+    sources: dict[str, Path], casts: dict[str, tuple[Path, Path]], way: str
+) -> None:
+    """Every shard and every file beside them, of the way there and of the way back, and tensors as in the headers."""
+    recipe, container, settings = WAYS[way]
+    there = make_plan(sources["v2.6"], load_recipe(recipe).stored_as(settings), container=container)
+    back = make_plan(casts[way][0], load_recipe("mxfp4-cast"))
+    for plan, out in zip((there, back), casts[way], strict=True):
+        sizes = {str(path.relative_to(out)): path.stat().st_size for path in out.rglob("*") if path.is_file()}
+        assert {unit.file: unit.size_bytes for unit in plan.units}.items() <= sizes.items()
+        assert plan.side_files.items() <= sizes.items()
+        assert sum(size for name, size in sizes.items() if name.endswith(".safetensors")) == plan.shard_bytes
+        tensors = open_index(out).tensors
+        planned_tensors = {entry.name: entry.size_bytes for unit in plan.units for entry in unit.entries}
+        assert {name: info.size_bytes for name, info in tensors.items()} == planned_tensors
+        assert sum(planned_tensors.values()) == plan.tensor_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [name for name in shipped_recipes() if name.endswith(("-rtn", "-mse"))])
+def test_what_is_quantized_of_it_has_the_planned_sizes_too(
+    sources: dict[str, Path], recipe: str, tmp_path: Path
+) -> None:
+    plan = make_plan(sources["v2.6"], load_recipe(recipe))
+    pipeline.quantize(plan, tmp_path / "out", device="cpu")
+    written = {path.name: path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")}
+    assert written == {unit.file: unit.size_bytes for unit in plan.units}
 
 
 @pytest.mark.slow

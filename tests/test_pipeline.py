@@ -68,7 +68,7 @@ def test_both_engines_write_the_same_folder(recipe: str, tmp_path: Path, monkeyp
     synth(tmp_path / "source", "v2.5", sizes=SynthSizes(layers=3, experts=4, expert_intermediate=128), seed=1)
     plan = make_plan(tmp_path / "source", load_recipe(recipe))
     pipeline.quantize(plan, tmp_path / "compiled", device="cpu")
-    monkeypatch.setattr(pipeline, "make_engine", lambda device: TorchEngine("cpu"))
+    monkeypatch.setattr(pipeline, "make_engine", lambda device, empty: TorchEngine("cpu"))
     pipeline.quantize(plan, tmp_path / "torch", device="cpu")
     assert contents(tmp_path / "compiled") == contents(tmp_path / "torch")
 
@@ -349,7 +349,7 @@ def test_a_nan_in_a_copied_weight_stops_the_run(tmp_path: Path) -> None:
 
 
 def test_kernels_compile_where_nothing_can_be_cached(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mimoquant.quant.kernels import encode_cpu
+    from mimoquant.quant.kernels import compiled
 
     calls = []
 
@@ -359,5 +359,5 @@ def test_kernels_compile_where_nothing_can_be_cached(monkeypatch: pytest.MonkeyP
             raise RuntimeError("no locator available")
         return lambda function: function
 
-    monkeypatch.setattr(encode_cpu, "njit", njit)
-    assert encode_cpu.compiled()(len) is len and [call.get("cache") for call in calls] == [True, None]
+    monkeypatch.setattr(compiled, "njit", njit)
+    assert compiled.compiled()(len) is len and [call.get("cache") for call in calls] == [True, None]

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from mimoquant.quant.cast import nonzero_blocks
 from mimoquant.quant.formats import E2M1_VALUES, NVFP4_RANGE, Format, multipliers
 from mimoquant.quant.kernels import encode_cpu as kernels
+from mimoquant.quant.kernels.fp8_cpu import FP8_UNIT, dequantize_rows
 from mimoquant.quant.stack import Audit, NonFiniteError, Stack
 
 Array = npt.NDArray[Any]
@@ -125,7 +126,7 @@ class CpuEngine:
         rows = values.shape[0]
         out = self._empty(values.shape, np.uint16)
         tasks = [
-            self._pool.submit(kernels.dequantize_rows, values, block_scales, scale_row, begin, end, out)
+            self._pool.submit(dequantize_rows, values, block_scales, scale_row, begin, end, out)
             for _, begin, end in self._slabs(1, rows)
         ]
         if sum(task.result() for task in tasks):
@@ -181,7 +182,7 @@ def _effective_scale(fmt: Format, parts: dict[str, Array]) -> Array:
         bits = parts["scale"].astype(np.uint32) << 23
         return np.where(bits == 0, np.uint32(1 << 22), bits).view(np.float32)
     byte = parts["scale"].astype(np.uint32)
-    magnitude = ((byte & 0x7F) << 20).view(np.float32) * kernels.FP8_UNIT
+    magnitude = ((byte & 0x7F) << 20).view(np.float32) * FP8_UNIT
     magnitude[(byte & 0x7F) == 0x7F] = np.nan
     with np.errstate(all="ignore"):
         scale: Array = np.where(byte & 0x80, -magnitude, magnitude) / parts["global_scale"].reshape(-1, 1, 1)

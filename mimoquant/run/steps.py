@@ -1,15 +1,14 @@
 """The kinds of step a plan has: what each reads, what it yields, and how that is proven afterwards.
 
 Key idea: these three stand side by side, one class a kind, and `kind_of` is the one place that tells kinds apart. A
-run reads a kind's source bytes in a thread ahead (`load`) and yields the output tensors (`yielded`); `verify` holds a
-finished output against the same source (`check`). What can be computed again is proven by doing so. Quantized experts
+run reads a kind's source bytes in a thread ahead (`loading`) and yields the output tensors (`yielded`); `verify` holds
+a finished output against the same source (`check`). What can be computed again is proven by doing so. Quantized experts
 are not encoded again: their audit (`output.verify`) is computed apart from the encoder, so an encoder's mistake shows.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
@@ -389,30 +388,6 @@ def kind_of(step: Step) -> Kind[Any]:
     if isinstance(step, Experts):
         return _KEEPING if step.fmt is None else _QUANTIZING
     return _KINDS[type(step)]
-
-
-def load(shop: Workshop, tasks: Iterable[Task], at_once: int = 1) -> Iterator[Loaded]:
-    """Every step's source bytes, in order; of so many tasks in turn, a piece of each. Runs in the read-ahead thread."""
-    waiting, begun = iter(tasks), deque[Iterator[Loaded]]()
-    while True:
-        while len(begun) < at_once and (task := next(waiting, None)):
-            begun.append(_load(shop, task))
-        if not begun:
-            return
-        pieces = begun.popleft()
-        loaded = next(pieces)
-        if not loaded.last:
-            begun.append(pieces)
-        yield loaded
-
-
-def _load(shop: Workshop, task: Task) -> Iterator[Loaded]:
-    shop.reader.expect(step.info for steps in task.groups for step in steps if isinstance(step, Copy))
-    for number, steps in enumerate(task.groups, start=1):
-        last_group = number == len(task.groups)
-        pieces = kind_of(steps[0]).read(shop, steps) if steps else iter([(None, True)])
-        for data, last_piece in pieces:
-            yield Loaded(task, steps, data, last_group and last_piece)
 
 
 def yielded(shop: Workshop, loaded: Loaded, calibrator: Calibrator | None) -> Produced:

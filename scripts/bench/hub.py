@@ -65,7 +65,8 @@ def ours(keep: Path | None) -> tuple[float, int]:
     from mimoquant.planning.plan import make_plan
     from mimoquant.planning.recipe import load_recipe
     from mimoquant.run.deal import deal
-    from mimoquant.run.steps import Workshop, load
+    from mimoquant.run.loading import load
+    from mimoquant.run.steps import Workshop
 
     engine = make_engine("cpu")
     begin = time.perf_counter()

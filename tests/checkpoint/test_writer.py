@@ -77,6 +77,17 @@ def test_a_tensor_may_come_in_parts(tmp_path: Path) -> None:
     assert (tmp_path / "parts").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
+def test_the_hash_is_of_all_bytes_in_order_though_it_lags(tmp_path: Path) -> None:
+    """Large tensors are hashed beside what is written next, small ones among them."""
+    sizes = [2**22, 1, 2**18, 2**18 - 1, 7, 2**20, 2**20, 2**20, 2**20, 3]
+    writer = ShardWriter(tmp_path / "s", [Entry(f"{i}", "U8", (size,)) for i, size in enumerate(sizes)])
+    rng = np.random.default_rng(0)
+    for i, size in enumerate(sizes):
+        writer.write(f"{i}", rng.integers(0, 256, size, np.uint8))
+    assert writer.close() == hashlib.sha256((tmp_path / "s").read_bytes()).hexdigest()
+    assert len((tmp_path / "s").read_bytes()) == writer.size_bytes
+
+
 def test_steps_out_of_order_raise(tmp_path: Path) -> None:
     shape, codes = np.array([7, 9], np.int64), np.zeros((4, 3), np.uint8)
     writer = ShardWriter(tmp_path / "s", ENTRIES)

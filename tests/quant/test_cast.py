@@ -80,6 +80,36 @@ def test_blocks_too_far_below_are_counted() -> None:
     assert (caught.value.projection, caught.value.expert, caught.value.blocks) == ("down", 1, 3)
 
 
+@settings(max_examples=40, deadline=None)
+@given(top=st.integers(0, 250), zeros=st.sampled_from([0, 0.3, 1]), seed=st.integers(0, 2**16))
+def test_scales_are_those_of_plain_loops_byte_by_byte(top: int, zeros: float, seed: int) -> None:
+    """Blocks of zeros too, which lie anywhere and get the nearer end of the range."""
+    stacks, rng = some(max(0, top - 17), top, seed), np.random.default_rng(seed)
+    for held in stacks.values():
+        assert held.scales is not None
+        dead = rng.random(held.scales.shape) < zeros
+        held.values.reshape(*held.values.shape[:2], -1, 16)[dead] = rng.choice([0x00, 0x80, 0x88], (dead.sum(), 16))
+        held.scales[dead] = rng.integers(0, 255, dead.sum())
+    parts = cast(stacks, NVFP4)
+    largest = {p: [[k for k, live in blocks(held, e) if live] for e in range(2)] for p, held in stacks.items()}
+    for projection, held in stacks.items():
+        shared = ("gate", "up") if projection != "down" else ("down",)
+        for expert in range(2):
+            top = max((k for p in shared for k in largest[p][expert]), default=135)
+            exponents = [min(max(k - max(top, 9) + 8, -9), 8) for k, _ in blocks(held, expert)]
+            wanted = torch.tensor([2.0**e for e in exponents]).to(torch.float8_e4m3fn).view(torch.uint8)
+            found = torch.from_numpy(parts[projection]["scale"][expert]).reshape(-1, 2)
+            assert torch.equal(found, wanted[:, None].expand(-1, 2))
+            assert parts[projection]["global_scale"][expert, 0] == 2.0 ** (135 - max(top, 9))
+
+
+def blocks(held: Stack, expert: int) -> list[tuple[int, bool]]:
+    """Exponent of each block of an expert, and whether any of its values is not zero."""
+    assert held.scales is not None
+    codes = held.values[expert].reshape(-1, 16) & 0x77
+    return list(zip(held.scales[expert].reshape(-1).tolist(), codes.any(1).tolist(), strict=True))
+
+
 @pytest.mark.parametrize("exponent", [0, 102, 200, 254])
 def test_a_block_of_zeros_does_not_count(exponent: int) -> None:
     stacks = some(110, 120)

@@ -92,7 +92,7 @@ def test_subnormal_and_extreme_products(engine: Engine) -> None:
     """Results below bf16's normal range, down to zero, and up to its end."""
     codes = np.arange(256, dtype=np.uint8)
     codes = codes[codes & 0x7F != 0x7F][None]
-    for exponent in (-149, -140, -133, -127, -126, -110, 60, 118):
+    for exponent in (-149, -140, -133, -127, -126, -110, 60, 118, 119):
         scale = np.full((1, 2), 2.0**exponent, np.float32)
         ours = engine.dequantize(codes, scale, np.zeros(1, np.int64))[0]
         assert ours.tolist() == [nearest_bf16(np.float32(e4m3(code) * 2.0**exponent)) for code in codes[0]]
@@ -108,10 +108,13 @@ def test_a_scale_that_is_not_finite_is_refused(engine: Engine, bits: int) -> Non
         engine.dequantize(codes, scales, plain_rows(130))
 
 
+@pytest.mark.parametrize("column", [0, 7, 64, 127, 128, 129])
 @pytest.mark.parametrize("code", [0x7F, 0xFF])
-def test_a_nan_code_is_refused(engine: Engine, code: int) -> None:
-    codes = np.zeros((600, 130), np.uint8)
-    codes[599, 129] = code
+def test_a_nan_code_is_refused(engine: Engine, code: int, column: int) -> None:
+    """Wherever it lies: codes are looked at eight at a time, and the last few one by one."""
+    codes = np.full((600, 130), 0x7E, np.uint8)
+    engine.dequantize(codes, np.ones((5, 2), np.float32), plain_rows(600))
+    codes[599, column] = code
     with pytest.raises(NonFiniteError):
         engine.dequantize(codes, np.ones((5, 2), np.float32), plain_rows(600))
 
@@ -119,6 +122,11 @@ def test_a_nan_code_is_refused(engine: Engine, code: int) -> None:
 def test_a_product_beyond_bf16_is_refused(engine: Engine) -> None:
     with pytest.raises(NonFiniteError):
         engine.dequantize(np.full((1, 1), 0x7E, np.uint8), np.full((1, 1), 1e38, np.float32), np.zeros(1, np.int64))
+    for column in (1, 129):  # in one block of a row whose others are small
+        codes, scales = np.full((2, 130), 0x7E, np.uint8), np.ones((1, 2), np.float32)
+        scales[0, column // 128] = 2.0**120
+        with pytest.raises(NonFiniteError):
+            engine.dequantize(codes, scales, np.zeros(2, np.int64))
     # the largest float32 is finite, but rounds to infinity in bf16
     with pytest.raises(NonFiniteError):
         engine.dequantize(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mimoquant.quant.kernels.encode_cpu import compiled
+from mimoquant.quant.kernels.compiled import compiled
 
 _MAGNITUDES = np.uint64(0x7777777777777777)
 _jit = compiled()
@@ -21,7 +21,7 @@ def largest_live(words, exponents):
 
     words: uint64 [blocks, 2]; exponents: uint8 [blocks].
     """
-    largest, live = np.uint8(0), -1
+    largest, live = np.uint8(0), np.int64(-1)
     for i in range(exponents.shape[0]):
         largest = max(largest, exponents[i])
     for i in range(exponents.shape[0]):

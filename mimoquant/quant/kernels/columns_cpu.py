@@ -30,18 +30,18 @@ from torch import Tensor
 
 from mimoquant.quant.formats import E2M1_VALUES, NVFP4_SMALLEST_SCALE
 from mimoquant.quant.kernels.columns import Columns
+from mimoquant.quant.kernels.compiled import compiled
 from mimoquant.quant.kernels.encode_cpu import (
     F32,
     I32,
     U32,
-    compiled,
     e2m1_code,
     e4m3_byte,
     e4m3_value,
-    round_bf16,
     round_e2m1,
     round_level,
 )
+from mimoquant.quant.kernels.fp8_cpu import round_bf16
 from mimoquant.quant.products import Halves
 
 _SLAB = 128  # rows of a task: with a block of 128 columns, 64 KB an array

@@ -22,85 +22,26 @@ Each encoder goes row by row: `_load_row`, then of each group `_..._search` and 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
-from numba import njit
 
 from mimoquant.quant.formats import INT4_ZERO_SCALE, MXFP4_ROUND_UP, NVFP4_SMALLEST_SCALE, NVFP4_ZERO_SCALE
+from mimoquant.quant.kernels.compiled import compiled
+from mimoquant.quant.kernels.fp8_cpu import FP8_UNIT, amax_bits, fp8_row, round_bf16
 
-U32, U64, F32, I32 = np.uint32, np.uint64, np.float32, np.int32
+U32, F32, I32 = np.uint32, np.float32, np.int32
 _MAGIC = F32(12582912.0)  # 1.5 * 2^23: adding it rounds |x| < 2^22 to a whole number, ties to even
 _MAGIC_HALF, _MAGIC_TWO = F32(6291456.0), F32(25165824.0)  # the same for steps of 1/2 and 2
 _ABS, _INF = U32(0x7FFFFFFF), U32(0x7F800000)
-_INF_ROUNDED = U32(0x7F7F8000)  # the least bits of a float32 that becomes Inf in bf16
-_SAFE_SCALE = F32(2.0**118)  # with the largest code, 448, it stays below 2^127
 _ROUND_UP = U32(MXFP4_ROUND_UP)
 _ZERO_INT4, _ZERO_NVFP4 = F32(INT4_ZERO_SCALE), F32(NVFP4_ZERO_SCALE)
 _SMALLEST_NVFP4 = F32(NVFP4_SMALLEST_SCALE)
-FP8_UNIT = F32(2.0**120)
 NO8, NO16, NO_SCALES = np.empty((0, 0), np.uint8), np.empty((0, 0), np.uint16), np.empty((0, 0), np.float32)
 NO_ROWS, NO_IMPORTANCE = np.empty(0, np.int64), np.empty(0, np.float32)
 
 
-def compiled(**options: Any) -> Any:
-    """njit without Python's checks on division, and with a cache on disk where there is a place for one."""
-
-    def decorate(function: Any) -> Any:
-        try:
-            return njit(nogil=True, cache=True, error_model="numpy", **options)(function)
-        except RuntimeError:  # neither the package's folder nor the home can be written: compile in every process
-            return njit(nogil=True, error_model="numpy", **options)(function)
-
-    return decorate
-
-
 _jit = compiled()
 _inline = compiled(inline="always")
-
-
-@_inline
-def round_bf16(bits):
-    return (bits + U32(0x7FFF) + ((bits >> U32(16)) & U32(1))) & U32(0xFFFF0000)
-
-
-@_jit
-def _holds_nan(source):
-    """Whether an FP8 row holds E4M3's NaN, all bits but the sign; eight bytes at a time."""
-    width = source.shape[0]
-    words, found = source[: width // 8 * 8].view(U64), U64(0)
-    for i in range(words.shape[0]):
-        found |= ((words[i] & U64(0x7F7F7F7F7F7F7F7F)) + U64(0x0101010101010101)) & U64(0x8080808080808080)
-    for i in range(width // 8 * 8, width):
-        found |= U64(source[i] & np.uint8(0x7F) == np.uint8(0x7F))
-    return found != U64(0)
-
-
-@_jit
-def _fp8_products(source, scales, values, bits):
-    """One FP8 row times its scales, not yet rounded, in float32; `values` and `bits` are the same memory. Returns 1 if
-    a code or a scale is not finite."""
-    width = source.shape[0]
-    for i in range(width):
-        byte = U32(source[i])
-        bits[i] = ((byte & U32(0x7F)) << U32(20)) | ((byte & U32(0x80)) << U32(24))
-    bad = 1 if _holds_nan(source) else 0
-    for block in range(scales.shape[0]):
-        scale = scales[block]
-        bad |= 0 if math.isfinite(scale) else 1  # told here: rounding a NaN's bits can carry into the sign
-        part = values[block * 128 : min(block * 128 + 128, width)]
-        for i in range(part.shape[0]):
-            part[i] = (part[i] * FP8_UNIT) * scale
-    return bad
-
-
-@_jit
-def _fp8_row(source, scales, values, bits):
-    """One FP8 row to bf16 values in float32; `values` and `bits` are the same memory. Returns 1 if it holds a NaN."""
-    bad = _fp8_products(source, scales, values, bits)
-    for i in range(source.shape[0]):
-        bits[i] = round_bf16(bits[i])
-    return bad
 
 
 @_jit
@@ -112,23 +53,14 @@ def _load_row(row, fp8, bf16, scales, scale_row, values, bits):
         for i in range(source.shape[0]):
             bits[i] = U32(source[i]) << U32(16)
     else:
-        bad = _fp8_row(fp8[row], scales[scale_row[row]], values, bits)
-    return 1 if _amax_bits(bits) >= _INF else bad
-
-
-@_jit
-def _amax_bits(bits):
-    largest = U32(0)
-    for i in range(bits.shape[0]):
-        magnitude = bits[i] & _ABS
-        largest = magnitude if magnitude > largest else largest
-    return largest
+        bad = fp8_row(fp8[row], scales[scale_row[row]], values, bits)
+    return 1 if amax_bits(bits) >= _INF else bad
 
 
 @_jit
 def _largest_place(bits):
     """Where the largest magnitude of a group stands."""
-    largest = _amax_bits(bits)
+    largest = amax_bits(bits)
     for i in range(bits.shape[0]):
         if bits[i] & _ABS == largest:
             return i
@@ -351,7 +283,7 @@ def encode_mxfp4(fp8, bf16, scales, scale_row, begin, end, search, importance, p
         for g in range(width // 32):
             group, group_bits = values[g * 32 : g * 32 + 32], bits[g * 32 : g * 32 + 32]
             weigh = importance[g * 32 : g * 32 + 32]
-            biased = _mxfp4_search(group, _amax_bits(group_bits), search, weigh, error)
+            biased = _mxfp4_search(group, amax_bits(group_bits), search, weigh, error)
             _fp4_codes(group, _exp2(biased), codes[g * 32 : g * 32 + 32])
             scale_out[row, g] = np.uint8(biased)
         _pack(codes16, packed[row])
@@ -384,7 +316,7 @@ def _nvfp4_scale(wanted, global_scale, zero_scale):
 @_jit
 def _nvfp4_search(group, group_bits, multipliers, global_scale, weigh, error):
     """The stored E4M3 byte of the least error of all that is tried, and the scale that it makes."""
-    largest = U32(_amax_bits(group_bits)).view(F32)
+    largest = U32(amax_bits(group_bits)).view(F32)
     base = largest / F32(6) * global_scale
     byte, scale = _nvfp4_scale(base, global_scale, _ZERO_NVFP4)
     if multipliers.shape[0] > 1:
@@ -428,27 +360,9 @@ def amax_rows(fp8, bf16, scales, scale_row, begin, end, width):
     bits, bad, largest = values.view(U32), 0, U32(0)
     for row in range(begin, end):
         bad += _load_row(row, fp8, bf16, scales, scale_row, values, bits)
-        row_largest = _amax_bits(bits)
+        row_largest = amax_bits(bits)
         largest = row_largest if row_largest > largest else largest
     return U32(largest).view(F32), bad
-
-
-@_jit
-def dequantize_rows(fp8, scales, scale_row, begin, end, out):
-    """FP8 rows begin..end as bf16 bits into `out` [O, I]. Returns the number of rows that are not finite."""
-    values = np.empty(fp8.shape[1], F32)
-    bits, bad = values.view(U32), 0
-    for row in range(begin, end):
-        factors, target = scales[scale_row[row]], out[row]
-        wrong = _fp8_products(fp8[row], factors, values, bits)
-        for i in range(target.shape[0]):
-            target[i] = np.uint16(round_bf16(bits[i]) >> U32(16))
-        for scale in factors:
-            if abs(scale) > _SAFE_SCALE:  # only then may a product be too large for bf16
-                wrong |= 1 if _amax_bits(bits) >= _INF_ROUNDED else 0
-                break
-        bad += wrong
-    return bad
 
 
 @_jit
