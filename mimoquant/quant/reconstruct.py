@@ -14,7 +14,8 @@ A projection that did not lower an expert's error on the tokens that are walked 
 on others is asked of tokens that were held out: an expert for which it does not keeps the codes that it had.
 
 With a metric F = RᵀR of the answers (`output_metric`) the error is that of R · answer, so R · down stands where down
-does, and down's own codes descend under F. Without one all outputs count alike.
+does, and only up and gate are walked: down's codes, chosen under F already, would lose more on other tokens than they
+gain (scripts/RESULTS.md). Without one all outputs count alike.
 
 AutoRound minimises the same error by sign gradient descent on the roundings. From GPTQ's codes that raises it: each
 code is the best one, all others given, and descent changes many at once (scripts/RESULTS.md).
@@ -35,7 +36,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mimoquant.quant.columns import improve_columns, units
-from mimoquant.quant.descent import descend
 from mimoquant.quant.engine_torch import pack_nibbles, unpack_nibbles
 from mimoquant.quant.formats import Format
 from mimoquant.quant.gptq import panel_of, spans
@@ -44,7 +44,6 @@ from mimoquant.quant.kernels.columns import Columns
 from mimoquant.quant.method import WALKED_COLUMNS, WALKED_FEWEST, WALKED_TOKENS, WALKED_TURNS
 from mimoquant.quant.products import add_product, half_dtype, halves, part, zeros
 from mimoquant.quant.refine import refine
-from mimoquant.quant.refit import refit
 
 Parts = dict[str, Tensor]
 GATE, UP, DOWN = "gate", "up", "down"
@@ -83,19 +82,19 @@ def reconstruct(
         felt_EHH: what the loss feels of each expert's answers, positive definite.
     """
     made = []
-    for own in _together([len(tokens) for tokens in seen], WALKED_TOKENS[seen[0].device.type]):
+    for own in together([len(tokens) for tokens in seen], WALKED_TOKENS[seen[0].device.type]):
         weights = {name: weight[own].to(torch.float32) for name, weight in original.items()}
         prior = {name: gram[own] for name, gram in grams.items()}
         stored = {name: {part: values[own] for part, values in of.items()} for name, of in parts.items()}
-        walk = _Walk(weights, stored, prior, fmt, _padded(seen[own]), None if felt_EHH is None else felt_EHH[own])
-        made.append(_reconstruct(walk, _padded(held[own]), rounds))
+        walk = _Walk(weights, stored, prior, fmt, padded(seen[own]), None if felt_EHH is None else felt_EHH[own])
+        made.append(_reconstruct(walk, padded(held[own]), rounds))
     whole = {
         name: {part: torch.cat([one.parts[name][part] for one in made]) for part in of} for name, of in parts.items()
     }
     return Reconstructed(whole, torch.cat([one.before for one in made]), torch.cat([one.after for one in made]))
 
 
-def _together(counts: list[int], limit: int) -> list[slice]:
+def together(counts: list[int], limit: int) -> list[slice]:
     """Consecutive experts whose tokens, padded, are few enough to be walked together."""
     out, begin = [], 0
     for end in range(1, len(counts) + 1):
@@ -105,7 +104,7 @@ def _together(counts: list[int], limit: int) -> list[slice]:
     return out
 
 
-def _padded(tokens: Sequence[Tensor]) -> Tensor:
+def padded(tokens: Sequence[Tensor]) -> Tensor:
     """[E, T, H] float32, zeros behind an expert's last token: those answer zero and weigh nothing."""
     return torch.nn.utils.rnn.pad_sequence([one.to(torch.float32) for one in tokens], batch_first=True)
 
@@ -113,7 +112,8 @@ def _padded(tokens: Sequence[Tensor]) -> Tensor:
 def _reconstruct(walk: _Walk, held: Tensor, rounds: int) -> Reconstructed:
     parts = dict(walk.parts)
     for _ in range(rounds):
-        walk.down()
+        if walk.felt is None:
+            walk.down()
         walk.inner(UP)
         walk.inner(GATE)
     enough = (held != 0).any(-1).sum(-1) >= _ENOUGH
@@ -215,12 +215,7 @@ class _Walk:
         pull = self.off @ inner.mT + (self.weights[DOWN] - self.values[DOWN]) @ prior
         wanted = self.values[DOWN] + torch.linalg.solve(gram, pull.mT).mT
         old = self.parts[DOWN]
-        codes = unpack_nibbles(old["codes"])
-        if self.felt is None:
-            new, codes = refine(wanted, gram, old, codes, self.fmt, 1)
-        else:
-            new = refit(wanted, gram, self.felt, old, codes, self.fmt)
-            codes = descend(wanted, gram, self.felt, Grid.of(new, self.fmt), codes, self.fmt, 1)
+        new, codes = refine(wanted, gram, old, unpack_nibbles(old["codes"]), self.fmt, 1)
         self._keep_better(DOWN, new | {"codes": pack_nibbles(codes.contiguous())})
 
     def inner(self, name: str) -> None:
@@ -264,7 +259,7 @@ class _Walk:
         """
         gate, up, tokens = self.given[GATE][:, rows], self.given[UP][:, rows], self.seen[:, :, now]
         before = self._inner(rows)
-        slope = F.silu(gate) if name == UP else up * _silu_slope(gate)  # of the inner activation, [E, R, T]
+        slope = F.silu(gate) if name == UP else up * silu_slope(gate)  # of the inner activation, [E, R, T]
         pull = (self.toward[:, rows] * slope) @ tokens
         reach = self.answering[:, :, rows].square().sum(1)
         weight = slope.square_()
@@ -288,7 +283,7 @@ def _root(felt: Tensor) -> Tensor:
     return lower.mT.contiguous()
 
 
-def _silu_slope(x: Tensor) -> Tensor:
+def silu_slope(x: Tensor) -> Tensor:
     open_ = torch.sigmoid(x)
     return open_ * (1 + x * (1 - open_))
 

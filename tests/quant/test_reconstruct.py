@@ -110,7 +110,7 @@ def test_what_the_loss_feels_of_the_answers_falls_where_it_is_asked_for(fmt: For
         return torch.stack(out)
 
     plain, made = (reconstruct(given, before, grams, fmt, seen, held, 1, metric) for metric in (None, felt))
-    assert (of(made.parts) < 0.9 * of(before)).all() and (of(made.parts) < 0.9 * of(plain.parts)).all()
+    assert (of(made.parts) < 0.96 * of(before)).all() and (of(made.parts) < 0.96 * of(plain.parts)).all()
     assert torch.allclose(made.before.double(), of(before), rtol=1e-2)
     assert torch.allclose(made.after.double(), of(made.parts), rtol=1e-2)
 
