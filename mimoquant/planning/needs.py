@@ -37,6 +37,7 @@ _GROUP_ROWS = 2**16  # of tokens that go through a group of experts at once (`de
 _WITH_GPTQ, _SEARCH_ONLY = (5, 7), (3, 4)
 # More, where codes are chosen for the loss: of the metric of gate's and up's outputs, and of that of an expert's.
 _OF_METRIC, _OF_OWN_METRIC = 3, 5
+_DESCENDED_MATRICES = 6  # of gate's and up's shape, which descent for what experts answer holds
 _REFINED_MATRICES = 12  # of a projection's shape, which the joint refinement holds
 
 
@@ -66,6 +67,7 @@ def needs(plan: Plan, device: str = "cpu", ranks: int = 1) -> Needs:
         + max(
             _method_bytes(plan, experts),
             forward_bytes(plan, experts, _tokens(plan)),
+            _answer_bytes(plan, experts, "cuda" if cuda else "cpu"),
             _refine_bytes(plan, experts, "cuda" if cuda else "cpu"),
         )
     )
@@ -205,14 +207,31 @@ def _method_bytes(plan: Plan, experts: int) -> int:
     return experts * 4 * (squares * width**2 + matrices * 2 * inner * width + metrics)
 
 
+def _walked_tokens(plan: Plan, experts: int, device: str) -> int:
+    """Of the experts of a chunk that are walked together, padding counted in."""
+    most, geometry = max(WALKED_TOKENS[device], WALKED_MOST), plan.layout.geometry
+    return min(most, 2 * _tokens(plan) * geometry.top_k * experts // geometry.experts)
+
+
+def _answer_bytes(plan: Plan, experts: int, device: str) -> int:
+    """A chunk, its Gram matrices and metrics, and what those experts hold whose gate and up descend together."""
+    if plan.recipe.objective != "kl":
+        return 0
+    width, inner = plan.layout.geometry.hidden, plan.layout.geometry.expert_intermediate
+    chunk = 4 * (2 * width**2 + (2 * inner) ** 2) + 14 * inner * width
+    matrices = _DESCENDED_MATRICES * 2 * inner * width + 3 * (2 * inner) ** 2 + 2 * inner**2
+    together = min(experts, WALKED_TOKENS[device] // WALKED_FEWEST)
+    tokens = _walked_tokens(plan, experts, device)
+    return experts * chunk + 4 * together * matrices + 4 * tokens * (2 * width + 14 * inner)
+
+
 def _refine_bytes(plan: Plan, experts: int, device: str) -> int:
     """A chunk, its Gram matrices and, of the experts that are refined together, what they hold and their tokens."""
     calibration, geometry = plan.recipe.calibration, plan.layout.geometry
     if calibration is None or not calibration.reconstruct:
         return 0
     width, inner = geometry.hidden, geometry.expert_intermediate
-    most = max(WALKED_TOKENS[device], WALKED_MOST)
-    tokens = min(most, 2 * _tokens(plan) * geometry.top_k * experts // geometry.experts)
+    tokens = _walked_tokens(plan, experts, device)
     block = max(WALKED_COLUMNS, *(fmt.group_size for fmt in plan.formats.values()))
     felt = 2 if plan.recipe.objective == "kl" else 0  # F and its root
     matrices = (

@@ -29,28 +29,49 @@ _PANELS = 4  # of the rows: more follow the loss more closely, fewer give a GPU 
 
 
 def descend(
-    weight_EOI: Tensor, gram_EII: Tensor, metric_EOO: Tensor, grid: Grid, codes_EOI: Tensor, fmt: Format, rounds: int
+    weight_EOI: Tensor,
+    gram_EII: Tensor,
+    metric_EOO: Tensor,
+    grid: Grid,
+    codes_EOI: Tensor,
+    fmt: Format,
+    rounds: int,
+    pull: Tensor | None = None,
 ) -> Tensor:
     """`rounds` times through the matrix. Returns new codes [E, O, I] uint8.
 
     Args:
         metric_EOO: as `two_sided` takes it; of zeros, rows go each for itself.
+        pull: [E, O, I], half of what the loss falls by beside the two-sided one as a value grows by one.
     """
     rows, across = once_for_all(lambda one: _normed(_never_zero(one)), metric_EOO)
     columns, along = once_for_all(lambda one: _normed(_held(one)), gram_EII)
     weight, push = laid(weight_EOI, rows, columns), along.triu(1)
     stack = replace(stack_of(weight, weight, grid, rows, columns, fmt), codes=laid(codes_EOI, rows, columns))
-    left = weight - _values(stack)
+    left, extra = weight - _values(stack), None
+    if pull is not None:
+        extra = laid(_over_curvature(pull, _held(gram_EII), _never_zero(metric_EOO)), rows, columns)
     panels = [slice(*span) for span in spans(0, weight.shape[1], -(-weight.shape[1] // _PANELS))]
     for panel in panels * rounds:
         slope = rough_product(rough_product(across[:, :, panel].mT, left), along)
+        if extra is not None:
+            slope += extra[:, panel]
         part = _part(stack, panel, torch.where(torch.isfinite(slope), slope, 0.0))
         sweep(part, across[:, panel, panel].triu(1), push, roughly=True)
         stack.codes[:, panel] = part.codes
         left[:, panel] = weight[:, panel] - _values(part)
     codes, wide = laid_back(stack.codes, rows, columns), grid.wide(fmt)
-    before, after = (whole_loss(weight_EOI - wide.decode(of, fmt), gram_EII, metric_EOO) for of in (codes_EOI, codes))
+    old, new = (wide.decode(of, fmt) for of in (codes_EOI, codes))
+    before, after = (whole_loss(weight_EOI - of, gram_EII, metric_EOO) for of in (old, new))
+    if pull is not None:
+        after -= 2 * (pull * (new - old)).sum((-2, -1))
     return torch.where((after < before)[:, None, None], codes, codes_EOI)
+
+
+def _over_curvature(pull_EOI: Tensor, gram: Tensor, metric: Tensor) -> Tensor:
+    """How far each entry alone would go for a pull."""
+    across, along = (torch.diagonal(matrix, dim1=-2, dim2=-1) for matrix in (metric, gram))
+    return pull_EOI / across[:, :, None] / along[:, None, :]
 
 
 def _part(stack: Rows, panel: slice, slope_EPI: Tensor) -> Rows:

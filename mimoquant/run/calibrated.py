@@ -46,7 +46,7 @@ from mimoquant.quant.reconstruct import reconstruct
 from mimoquant.quant.stack import Stack
 from mimoquant.run.chunk_facts import Rounded, chunk_facts, clamped_facts
 from mimoquant.run.clamped import Counts
-from mimoquant.run.objective import OutputMetrics, felt_of_gate_up
+from mimoquant.run.objective import OutputMetrics, before_answers, felt_of_gate_up, for_answers, gate_and_up
 from mimoquant.run.portions import Portions, Seen
 from mimoquant.weights.decoded import TORCH_DTYPES, CheckpointWeights, decoded_chunk
 from mimoquant.weights.stored import not_finite, read_experts, read_parts
@@ -204,8 +204,10 @@ class Calibrator:
         chunk, folded = self._folded_down(original, fmt, count) if self.plan.recipe.folds_down else (original, 0)
         gram = statistics.finite(statistics.shrink(inputs, count, self.pooled, n0), self.facts.layer)
         felt = self.metrics.experts(chunk, self._seen()) if self.metrics else None
-        rows, metric = _gate_and_up(chunk), self._felt_of_gate_and_up(felt, chunk, count)
-        both = _encode(rows, gram, fmt, self.method, metric)
+        rows, metric = gate_and_up(chunk), self._felt_of_gate_and_up(felt, chunk, count)
+        both = _encode(rows, gram, fmt, before_answers(self.method) if felt is not None else self.method, metric)
+        if felt is not None and metric is not None and self.method.refine:
+            both = for_answers(both, chunk, (gram, metric, felt), fmt, self._seen())
         gate, up = both.values.chunk(2, dim=1)
         half = ExpertChunk(begin, gate.contiguous(), up.contiguous(), chunk.down)
         inner = self._inner_grams(half, count)
@@ -213,7 +215,7 @@ class Calibrator:
         chosen = Chosen(_named(both.parts, down.parts), replace(half, down=down.values), {})
         if self.settings.reconstructs(self.facts.layer):
             chosen = self._reconstructed(chunk, chosen, {"gate": gram, "up": gram, "down": inner}, fmt, felt)
-            both, down = replace(both, values=_gate_and_up(chosen.chunk)), replace(down, values=chosen.chunk.down)
+            both, down = replace(both, values=gate_and_up(chosen.chunk)), replace(down, values=chosen.chunk.down)
         facts = chunk_facts([Rounded(rows, gram, metric, both), Rounded(chunk.down, inner, felt, down)], fmt)
         facts |= {"shrunk": statistics.shares(count, n0), "folded_channels": folded}
         if self.plan.calibrates_inputs(self.facts.layer):
@@ -230,8 +232,9 @@ class Calibrator:
         weights = {projection: getattr(chunk, projection) for projection in PROJECTIONS}
         seen, *judges = (statistics.tokens_of(of_set, begin, end, WALKED_MOST) for of_set in self.tokens.seen)
         held = judges[0] if judges else [own[:0] for own in seen]
-        rounds = self.settings.reconstruct
-        made = reconstruct(weights, _by_projection(chosen.parts), grams, fmt, seen, held, rounds, felt)
+        made = reconstruct(
+            weights, _by_projection(chosen.parts), grams, fmt, seen, held, self.settings.reconstruct, felt
+        )
         parts = {f"{name} {part}": values for name, of in made.parts.items() for part, values in of.items()}
         answer = torch.stack((made.before, made.after), dim=1).tolist()
         return Chosen(parts, decoded_chunk(begin, made.parts, fmt), {"answer": answer})
@@ -310,7 +313,7 @@ class Calibrator:
         """The shrinkage with the least loss on held-out tokens, over the first experts of the layer."""
         if len(self.tokens.seen) < 2:
             return 1.0
-        rows = _gate_and_up(chunk)[:SAMPLE_EXPERTS]
+        rows = gate_and_up(chunk)[:SAMPLE_EXPERTS]
         begin, end = chunk.begin, chunk.begin + len(rows)
         held, count = self._input_grams(begin, end, held=True), self.facts.tokens[begin:end]
         whole = energy(rows, held)
@@ -426,11 +429,6 @@ class Calibrator:
         geometry, container = self.plan.layout.geometry, self.plan.container
         held = read_parts(written, names, step.end - step.begin, fmt, container, geometry)
         return decoded_chunk(step.begin, {p: stored_parts(held[p], fmt, self.device) for p in PROJECTIONS}, fmt)
-
-
-def _gate_and_up(chunk: ExpertChunk) -> Tensor:
-    """One stack of rows: they share the Gram matrix, and in NVFP4 the global scale."""
-    return torch.cat([chunk.gate, chunk.up], dim=1)
 
 
 def _encode(weight: Tensor, gram: Tensor, fmt: Format, method: Method, metric: Tensor | None = None) -> Encoded:

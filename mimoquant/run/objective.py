@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,6 +28,12 @@ from mimoquant.machine.team import Team
 from mimoquant.model.decoder_layer import ExpertChunk
 from mimoquant.planning.needs import states_place
 from mimoquant.planning.plan import Plan
+from mimoquant.quant.engine_torch import decode, pack_nibbles, unpack_nibbles
+from mimoquant.quant.expert_methods import Encoded
+from mimoquant.quant.formats import Format
+from mimoquant.quant.grid import Grid
+from mimoquant.quant.inner_descent import descend_inner
+from mimoquant.quant.method import WALKED_MOST, Method
 from mimoquant.quant.output_metric import DAMP, dampened, experts_fisher, gate_up_metric, shrunk_fisher
 from mimoquant.run.portions import Seen
 from mimoquant.weights.decoded import CheckpointWeights
@@ -107,3 +114,29 @@ def felt_of_gate_up(
     sums = statistics.expert_grams(seen, chunk.begin, end, width, statistics.slopes_of(chunk))
     forced = statistics.forced_slopes(sample, chunk.gate, chunk.up)
     return gate_up_metric(felt_EHH, chunk.down.to(torch.float32), statistics.shrink(sums, count, forced, n0))
+
+
+def gate_and_up(chunk: ExpertChunk) -> Tensor:
+    """One stack of rows: they share the Gram matrix, and in NVFP4 the global scale."""
+    return torch.cat([chunk.gate, chunk.up], dim=1)
+
+
+def before_answers(method: Method) -> Method:
+    """How gate's and up's codes are chosen first, where the last round is `for_answers`."""
+    return replace(method, refine=max(0, method.refine - 1))
+
+
+def for_answers(
+    both: Encoded, chunk: ExpertChunk, matrices: tuple[Tensor, Tensor, Tensor], fmt: Format, seen: Seen
+) -> Encoded:
+    """A chunk's gate and up, stacked, with codes chosen once more for what its experts answer.
+
+    Args:
+        matrices: Gram matrices and metrics that `both` was made for, and what is felt of the answers.
+    """
+    weights, end = (gate_and_up(chunk), chunk.down), chunk.begin + len(chunk.gate)
+    tokens = statistics.tokens_of(seen, chunk.begin, end, WALKED_MOST)
+    codes = unpack_nibbles(both.parts["codes"])
+    codes = descend_inner(weights, matrices, Grid.of(both.parts, fmt), codes, fmt, tokens)
+    parts = both.parts | {"codes": pack_nibbles(codes)}
+    return replace(both, parts=parts, values=decode(parts, fmt).to(torch.bfloat16))
