@@ -142,8 +142,8 @@ def _patches(picture: Picture, config: VisionConfig) -> Tensor:
 
 def _widened(block: VisionBlock) -> VisionBlock:
     """Norms and sinks in float32, once for all pictures."""
-    norms = {"norm1": block.norm1.float(), "norm2": block.norm2.float()}
-    return replace(block, **norms, sinks=None if block.sinks is None else block.sinks.float())
+    sinks = None if block.sinks is None else block.sinks.float()
+    return replace(block, norm1=block.norm1.float(), norm2=block.norm2.float(), sinks=sinks)
 
 
 class Places:
@@ -191,7 +191,7 @@ def through_block(hidden: Tensor, block: VisionBlock, places: Places, config: Vi
     if kind == COLUMNS:
         heads = heads[places.order[0]]
     _rotate(heads[:, : config.heads + config.kv_heads], *(places.by_columns if kind == COLUMNS else places.by_rows))
-    frames = heads.split(places.frame)
+    frames = torch.split(heads, places.frame)
     if kind == FULL:
         out = _joined([_full_attention(of_frame, config) for of_frame in frames])
     else:
@@ -199,7 +199,7 @@ def through_block(hidden: Tensor, block: VisionBlock, places: Places, config: Vi
     if kind == COLUMNS:
         out = out[places.order[1]]
     hidden = block.proj(out).add_(hidden)
-    return _joined([_mlp(part, block, config) for part in hidden.split(MLP_PATCHES)])
+    return _joined([_mlp(part, block, config) for part in torch.split(hidden, MLP_PATCHES)])
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
@@ -253,9 +253,10 @@ def column_order(grid: tuple[int, int, int], merge: int) -> Tensor:
 def _full_attention(heads: Tensor, config: VisionConfig) -> Tensor:
     """Attention of a frame: rotated queries and keys, and values, [n, N + 2 K, D] → [n, N * D]. Queries that share a
     key's head stand one after the other."""
-    query, key, value = heads.transpose(0, 1).split([config.heads, config.kv_heads, config.kv_heads])
+    query, key, value = torch.split(heads.transpose(0, 1), [config.heads, config.kv_heads, config.kv_heads])
     out = F.scaled_dot_product_attention(query.reshape(1, config.kv_heads, -1, config.head_dim), key[None], value[None])
-    return out[0].unflatten(1, (-1, len(heads))).permute(2, 0, 1, 3).reshape(len(heads), -1)
+    by_group = torch.unflatten(out[0], 1, (-1, len(heads)))
+    return by_group.permute(2, 0, 1, 3).reshape(len(heads), -1)
 
 
 def _window_attention(heads: Tensor, sinks: Tensor | None, places: Places) -> Tensor:
@@ -267,7 +268,7 @@ def _window_attention(heads: Tensor, sinks: Tensor | None, places: Places) -> Te
     query = query.permute(0, 2, 3, 1, 4).reshape(runs, config.kv_heads, -1, config.head_dim)
     # [runs, K, run + 2 * window, D], of the same memory
     stretches = padded[:, config.heads :].unfold(0, run + 2 * window, run).transpose(-1, -2)
-    key, value = stretches.split(config.kv_heads, dim=1)
+    key, value = torch.split(stretches, config.kv_heads, dim=1)
     seen = places.seen
     if sinks is None:
         out = F.scaled_dot_product_attention(query, key, value, seen)
@@ -278,4 +279,5 @@ def _window_attention(heads: Tensor, sinks: Tensor | None, places: Places) -> Te
         out = _joined(
             [F.scaled_dot_product_attention(query[at], key[at], value[at], mask) for at, mask in parts if len(mask)]
         )
-    return out.unflatten(2, (-1, run)).permute(0, 3, 1, 2, 4).reshape(runs * run, -1)[: len(heads)]
+    by_group = torch.unflatten(out, 2, (-1, run))
+    return by_group.permute(0, 3, 1, 2, 4).reshape(runs * run, -1)[: len(heads)]
