@@ -10,12 +10,14 @@ prompt}, the text with `more` tokens a prompt. Greedy. OUT/engine.json names the
 
 capture (vLLM): OUT/captured.safetensors gets this many inputs of FP8 products of each kind and width, with what the
 engine made of them: KIND.NUMBER.x (bf16), .q (codes as bytes), .s (float32). KIND: linear, experts, or silu_mul, whose
-x is gate and up side by side; of each the first CAPTURED_ROWS rows.
+x is gate and up side by side; of each the first CAPTURED_ROWS rows. engine.json tells how far kernels are from float64
+(`Sums`), and OUT/rows_in_float64.npy has the rows once more, with FP8 products and attention in float64.
 """
 
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import os
 import sys
@@ -87,6 +89,209 @@ class Captured:
             "deep_gemm_supported": bool(deep_gemm.is_deep_gemm_supported()),
             "is_deep_gemm_e8m0_used": bool(deep_gemm.is_deep_gemm_e8m0_used()),
         }
+
+
+class Sums:
+    """How far what vLLM's kernels make of FP8 codes, of keys and values, of rotations and of SiLU x up is from the same
+    in float64, rounded once; and while `on`, products of FP8 and attention are that instead. To be made before the
+    engine is, which compiles nothing (enforce_eager)."""
+
+    def __init__(self) -> None:
+        self.begun = self.on = False
+        self.told: dict[str, dict[str, float]] = {}
+        self.errors: dict[str, str] = {}
+        self.kernels: set[str] = set()
+        for patch in (self.linears, self.experts, self.attention, self.silu, self.norms):
+            self.safely(patch.__name__, patch)
+
+    def safely(self, what: str, call: Any) -> Any:
+        try:
+            return call()
+        except Exception as error:  # a judge's run goes on
+            self.errors[what] = f"{type(error).__name__}: {error}"[:300]
+            return None
+
+    def tell(self, what: str, theirs: Any, exact: Any) -> Any:
+        """Count elements that another rounding to bf16 has moved; the float64 values, rounded."""
+        ours = exact.to(theirs.dtype)
+        if self.begun:
+            told = self.told.setdefault(
+                what, {"elements": 0, "differ": 0, "error2": 0.0, "rounding2": 0.0, "norm2": 0.0}
+            )
+            told["elements"] += theirs.numel()
+            told["differ"] += int((theirs != ours).sum())
+            told["error2"] += float((theirs.double() - exact).square().sum())
+            told["rounding2"] += float((ours.double() - exact).square().sum())
+            told["norm2"] += float(exact.square().sum())
+        return ours
+
+    def linears(self) -> None:
+        from vllm.model_executor.kernels.linear.scaled_mm.cutlass import CutlassFp8BlockScaledMMKernel
+        from vllm.model_executor.kernels.linear.scaled_mm.triton import TritonFp8BlockScaledMMKernel
+
+        def summed(plain: Any) -> Any:
+            def product(kernel: Any, A: Any, B: Any, As: Any, Bs: Any) -> Any:
+                out = plain(kernel, A, B, As, Bs)
+                if not (self.begun or self.on):
+                    return out
+                self.kernels.add(type(kernel).__name__)
+
+                told = self.safely("linear", lambda: self.tell("linear", out, rows_of(A, As) @ matrix_of(B, Bs).T))
+                return told if self.on and told is not None else out
+
+            return product
+
+        for kind in (CutlassFp8BlockScaledMMKernel, TritonFp8BlockScaledMMKernel):
+            kind.apply_block_scaled_mm = summed(kind.apply_block_scaled_mm)
+
+    def experts(self) -> None:
+        import torch
+        from vllm.model_executor.layers.fused_moe.experts import triton_moe
+
+        plain = triton_moe.invoke_fused_moe_triton_kernel
+
+        def invoke(*given: Any, **named: Any) -> None:
+            plain(*given, **named)
+            if not (self.begun or self.on) or not named.get("use_fp8_w8a8"):
+                return
+
+            def exact() -> None:
+                a, b, c, a_s, b_s, gains, order, experts, padded, weighted, top_k, config = given
+                pairs, of = a.shape[0] * top_k, experts.long()
+                if order is not None:
+                    order = order[: int(padded)].long()
+                    of = of[torch.arange(len(order), device=of.device) // config["BLOCK_SIZE_M"]]
+                    there = order < pairs
+                    of = torch.zeros(pairs, dtype=torch.int64, device=of.device).index_put_((order[there],), of[there])
+                of, rows = of[:pairs], rows_of(a, a_s)
+                out = torch.empty(pairs, b.shape[1], dtype=torch.float64, device=a.device)
+                for expert in range(len(b)):
+                    at = (of == expert).nonzero()[:, 0]
+                    out[at] = rows[at // top_k] @ matrix_of(b[expert], b_s[expert]).T
+                if weighted:
+                    out *= gains.reshape(-1, 1).double()
+                rounded = self.tell(f"experts, {'down' if weighted else 'gate and up'}", c.view(pairs, -1), out)
+                if self.on:
+                    c.copy_(rounded.view(c.shape))
+
+            self.safely("experts", exact)
+
+        triton_moe.invoke_fused_moe_triton_kernel = invoke
+
+    def attention(self) -> None:
+        from vllm.model_executor.models import mimo_v2
+
+        def forward(layer: Any, positions: Any, hidden_states: Any) -> Any:
+            qkv, _ = layer.qkv_proj(hidden_states)
+            parts = mimo_v2._split_qkv(qkv, layer.q_size, layer.k_size, layer.v_size, layer.kv_chunk_rows)
+            q, k, v = (part.contiguous() for part in parts)
+            before = (q.clone(), k.clone()) if self.begun else None
+            q, k = layer.rotary_emb(positions, q, k)
+            if before:
+                self.safely("rope", lambda: self.rotations(layer, positions, before, (q, k)))
+            if layer.v_scale is not None:
+                v = v * layer.v_scale
+            out = layer.attn(q, k, v)
+            if self.begun or self.on:
+                told = self.safely("attention", lambda: self.attended(layer, positions, (q, k, v), out))
+                out = told if self.on and told is not None else out
+            return layer.o_proj(out)[0]
+
+        mimo_v2.MiMoV2Attention.forward = forward
+
+    def rotations(self, layer: Any, positions: Any, before: Any, after: Any) -> None:
+        """By cosines in float32 and in bf16, each rounded once, and by cosines in bf16 with every step rounded."""
+        import torch
+
+        emb, width = layer.rotary_emb, layer.rotary_emb.rotary_dim
+        cos, sin = emb._compute_cos_sin_cache().to(positions.device)[positions].chunk(2, -1)
+        for name, c, s in (("float32", cos, sin), ("bf16", cos.bfloat16(), sin.bfloat16())):
+            c, s = (part[:, None].double() for part in (c, s))
+            for x, theirs in zip(before, after, strict=True):
+                heads, turned = (t.view(len(t), -1, layer.head_dim)[..., :width] for t in (x.double(), theirs))
+                left, right = heads.chunk(2, -1)
+                self.tell(f"rope, {name}", turned, torch.cat((left * c - right * s, right * c + left * s), -1))
+                if name == "bf16":
+                    lc, rs, rc, ls = (
+                        (one * two).bfloat16() for one, two in ((left, c), (right, s), (right, c), (left, s))
+                    )
+                    steps = torch.cat((lc.double() - rs.double(), rc.double() + ls.double()), -1)
+                    self.tell("rope, bf16 in steps", turned, steps)
+
+    def attended(self, layer: Any, positions: Any, heads: Any, out: Any) -> Any:
+        import torch
+
+        q, k, v = (part.double() for part in heads)
+        q, k = (part.view(len(part), -1, layer.head_dim) for part in (q, k))
+        v = v.view(len(v), -1, layer.v_head_dim)
+        groups, exact = q.shape[1] // k.shape[1], torch.empty_like(out, dtype=torch.float64)
+        coarse = torch.empty_like(exact)
+        starts = [*(positions == 0).nonzero()[:, 0].tolist(), len(positions)]
+        window = getattr(layer.attn, "sliding_window", None) or len(positions) + 1
+        sink = layer.attention_sink_bias
+        for begin, end in itertools.pairwise(starts):
+            mine = slice(begin, end)
+            keys, values = (t[mine].repeat_interleave(groups, 1) for t in (k, v))
+            scores = torch.einsum("ihd,jhd->hij", q[mine], keys) * layer.scaling
+            apart = torch.arange(end - begin, device=q.device)
+            apart = apart[:, None] - apart[None, :]
+            scores.masked_fill_((apart < 0) | (apart >= window), float("-inf"))
+            peak = scores.amax(-1, keepdim=True)
+            if sink is not None:
+                peak = torch.maximum(peak, sink.double()[:, None, None])
+            share = (scores - peak).exp()
+            total = share.sum(-1, keepdim=True)
+            if sink is not None:
+                total = total + (sink.double()[:, None, None] - peak).exp()
+            for target, part in ((exact, share), (coarse, share.bfloat16().double())):
+                target[mine] = torch.einsum("hij,jhd->ihd", part / total, values).reshape(end - begin, -1)
+        self.tell("attention, shares in bf16", out, coarse)
+        return self.tell("attention", out, exact)
+
+    def silu(self) -> None:
+        import torch.nn.functional as F
+        from vllm.model_executor.layers.activation import SiluAndMul
+
+        plain = SiluAndMul.forward_cuda
+
+        def forward(layer: Any, x: Any) -> Any:
+            out = plain(layer, x)
+            if self.begun:
+                gate, up = x.double().chunk(2, -1)
+                self.tell("SiLU x up, rounded once", out, F.silu(gate) * up)
+                self.tell("SiLU x up, SiLU in bf16", out, F.silu(gate).bfloat16().double() * up)
+            return out
+
+        SiluAndMul.forward_cuda = forward
+
+    def norms(self) -> None:
+        from vllm.model_executor.layers.layernorm import RMSNorm
+
+        plain = RMSNorm.forward_cuda
+
+        def forward(layer: Any, x: Any, residual: Any = None) -> Any:
+            given = (x.double() if residual is None else x.double() + residual.double()) if self.begun else None
+            out = plain(layer, x, residual)
+            if given is not None:
+                for name, wide in (("the sum in bf16", given.bfloat16().double()), ("the sum as it is", given)):
+                    normed = wide * (wide.square().mean(-1, keepdim=True) + layer.variance_epsilon).rsqrt()
+                    weight, theirs = layer.weight.double(), out if residual is None else out[0]
+                    self.tell(f"norm, {name}", theirs, normed * weight)
+                    self.tell(f"norm, {name}, in steps", theirs, normed.bfloat16().double() * weight)
+            return out
+
+        RMSNorm.forward_cuda = forward
+
+
+def rows_of(codes: Any, scales: Any) -> Any:
+    """FP8 rows [m, k] with a scale for each 128 of a row, in float64."""
+    return codes.double() * scales.double().repeat_interleave(128, -1)[:, : codes.shape[1]]
+
+
+def matrix_of(codes: Any, scales: Any) -> Any:
+    """An FP8 matrix [n, k] with a scale for each 128 x 128, in float64."""
+    wide = scales.double().repeat_interleave(128, 0).repeat_interleave(128, 1)
+    return codes.double() * wide[: codes.shape[0], : codes.shape[1]]
 
 
 class Vllm:
@@ -223,10 +428,11 @@ def main() -> None:
     out, ids, start = Path(job["out"]), job["ids"], time.monotonic()
     length = max(map(len, ids)) + job["new"] + job["more"] + 16
     captured = Captured(job["capture"]) if job.get("capture") else None
+    sums = Sums() if captured else None
     engine = (Vllm if job["engine"] == "vllm" else Sglang)(job, length)
     loaded = time.monotonic()
-    if captured:
-        captured.begun = True
+    if captured and sums:
+        captured.begun = sums.begun = True
     if job["new"]:
         text, counts = engine.text(ids, job["new"], job["more"])
         (out / "text.json").write_text(json.dumps({"generated": text, "counts": counts}))
@@ -235,6 +441,12 @@ def main() -> None:
     said = versions(job["engine"]) | {"load_s": round(loaded - start), "run_s": round(time.monotonic() - loaded)}
     if captured:
         said |= captured.save(out / "captured.safetensors")
+    if sums:
+        sums.begun, sums.on = False, True
+        rows = sums.safely("rows", lambda: np.stack(engine.rows(ids, job["vocab"])))
+        if rows is not None:
+            np.save(out / "rows_in_float64.npy", rows)
+        said |= {"sums": sums.told, "errors_of_sums": sums.errors, "linear_kernels": sorted(sums.kernels)}
     (out / "engine.json").write_text(json.dumps(said))
     sys.stdout.flush()
     os._exit(0)  # an engine's own end may hang, and there is nothing left to write

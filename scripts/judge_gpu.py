@@ -64,7 +64,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), *(str(HERE.parent / folder) for folder in ("tests/serving", "tests"))]
 
 from engine_cases import INT4, MXFP4, NVFP4, Case, recipe, with_remote_code  # noqa: E402
-from kernel_arithmetic import as_bf16, compare_captured  # noqa: E402
+from kernel_arithmetic import as_bf16, compare_captured, exact_weights  # noqa: E402
 from padded_twin import padded_twin  # noqa: E402
 
 SIZES = {
@@ -378,16 +378,26 @@ def judged_fp8(options: argparse.Namespace, row: Row, checkpoint: Path) -> dict[
     """FP8 activations: codes and scales captured in the engine, and how near our forward comes that rounds so too."""
     vocab, experts = open_layout(checkpoint).geometry.vocab, FP8 if row.case is None else NONE
     out = asked_of(options, checkpoint, prompts(vocab), settings=row.settings, capture=6)
-    shutil.copy(out / "captured.safetensors", options.out.resolve() / f"{slug(options.row)}.safetensors")
     theirs, rounding = np.load(out / "rows.npy").astype(np.float64), Rounding(experts, FP8)
-    told = {"kl_mean_unrounded": mean_kl(ours(checkpoint), theirs)}
+    kept = {"rows": theirs[::4].astype(np.float32)}
+    told: dict[str, Any] = {"kl_mean_unrounded": mean_kl(ours(checkpoint), theirs)}
     told["kl_mean"] = mean_kl(own := ours(checkpoint, rounding=rounding), theirs)
-    with as_bf16():
-        stored = ours(checkpoint, rounding=rounding)
-    with as_bf16(in_float64=True):
-        told["kl_of_the_order_of_sums"] = mean_kl(stored, ours(checkpoint, rounding=rounding))
-    told["kl_mean_as_bf16"] = mean_kl(stored, theirs)
     told["kl_max"] = float((np.exp(own) * (own - theirs)).sum(-1).max())
+    for weights, context in (("", contextlib.nullcontext()), ("_exact_weights", exact_weights())):
+        with context:
+            told[f"kl_mean{weights}"] = mean_kl(ours(checkpoint, rounding=rounding), theirs)
+            with as_bf16():
+                stored = ours(checkpoint, rounding=rounding)
+            with as_bf16(in_float64=True):
+                again = ours(checkpoint, rounding=rounding)
+        told[f"kl_of_the_order_of_sums{weights}"] = mean_kl(stored, again)
+        told[f"kl_mean_as_bf16{weights}"] = mean_kl(stored, theirs)
+    if (out / "rows_in_float64.npy").exists():
+        summed = np.load(out / "rows_in_float64.npy").astype(np.float64)
+        kept["rows_in_float64"] = summed[::4].astype(np.float32)
+        told["kl_of_the_kernels_sums"] = mean_kl(summed, theirs)
+        told["kl_mean_as_bf16_in_float64"] = mean_kl(again, summed)
+    np.savez_compressed(options.out.resolve() / f"{slug(options.row)}.npz", **kept)
     return told | {"positions": len(own), "captured": compare_captured(out / "captured.safetensors")}
 
 

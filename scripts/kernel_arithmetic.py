@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
@@ -36,6 +37,8 @@ from mimoquant.model.decoder_layer import (
 )
 from mimoquant.model.served_rounding import NONE, UNROUNDED, LayerRounding, rounded
 from mimoquant.quant.activations import quantize_fp8
+from mimoquant.weights.decoded import CheckpointWeights
+from mimoquant.weights.stored import read_matrix, read_stack, scale_rows
 
 
 def compare_captured(path: Path) -> dict[str, Any]:
@@ -72,6 +75,41 @@ def _product_in_float64(parts: tuple[Tensor, ...], weight: Tensor) -> Tensor:
 
 def bf16(x: Tensor) -> Tensor:
     return x.to(torch.bfloat16).to(x.dtype)
+
+
+@contextlib.contextmanager
+def exact_weights() -> Iterator[None]:
+    """While this lasts, weights in FP8 are code times scale in float32, as FP8 products have them. Ours are that in
+    bf16, what an engine without such products computes with."""
+    tensor, stack = CheckpointWeights.tensor, CheckpointWeights._stack
+
+    def widened(codes: Any, scales: Any, scale_row: Any) -> Tensor:
+        values = torch.from_numpy(codes).view(torch.float8_e4m3fn).to(torch.float32)
+        column = torch.arange(values.shape[-1]) // 128
+        return values * torch.from_numpy(scales)[..., torch.as_tensor(scale_row), :][..., column]
+
+    def exact(self: CheckpointWeights, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        weight = self._units[name]
+        if weight.info.dtype != "F8_E4M3":
+            return tensor(self, name, dtype)
+        held = read_matrix(self.reader, weight)
+        assert held.scales is not None
+        codes, scales = held.values[0], held.scales[0]
+        return widened(codes, scales, scale_rows(weight.role, len(codes), len(scales), self.layout.geometry))
+
+    def exact_stack(self: CheckpointWeights, number: int, begin: int, end: int, projection: str) -> Tensor:
+        weights = [self.layout.expert(number, expert, projection) for expert in range(begin, end)]
+        if weights[0].info.dtype != "F8_E4M3":
+            return stack(self, number, begin, end, projection)
+        held = read_stack(self.reader, weights)
+        assert held.scales is not None
+        return widened(held.values, held.scales, np.arange(held.values.shape[1]) // 128)
+
+    with (
+        mock.patch.object(CheckpointWeights, "tensor", exact),
+        mock.patch.object(CheckpointWeights, "_stack", exact_stack),
+    ):
+        yield
 
 
 @contextlib.contextmanager
