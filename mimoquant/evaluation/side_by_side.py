@@ -266,9 +266,11 @@ def streams_of(
     source: CheckpointWeights, jobs: Sequence[Sequence[Tensor]], media: Sequence[Sequence[Placed]] = ()
 ) -> list[Stream]:
     """One stream of embedded tokens for each list of batches of ids; the embedding is read once. `media`: what ids
-    below 0 stand for."""
+    below 0 stand for. A batch that several jobs have is one tensor in all of them, until they part (`layer_stream`)."""
     embedding = Embedding(source, (ids for job in jobs for ids in job), media)
-    return [Stream(source, [embedding(ids).to(torch.float32) for ids in job]) for job in jobs]
+    batches = {id(ids): ids for job in jobs for ids in job}
+    hidden = {place: embedding(ids).to(torch.float32) for place, ids in batches.items()}
+    return [Stream(source, [hidden[id(ids)] for ids in job]) for job in jobs]
 
 
 def final_hidden(stream: Stream, norm: Tensor) -> Tensor:

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -170,11 +172,12 @@ def _tensors(item: Any) -> Iterator[Tensor]:
 def _one_layer(number: int, source: WeightSource, streams: list[Stream], feed: Iterator[Weights]) -> None:
     weights = next(feed)
     assert isinstance(weights, LayerWeights)
+    once = _Once(streams)
     if isinstance(weights.mlp, DenseWeights):
         for stream in streams:
-            dense_layer(stream, weights, stream.rounding(number))
+            dense_layer(stream, weights, stream.rounding(number), once)
     else:
-        blocks = [_expert_inputs(stream, weights, stream.rounding(number)) for stream in streams]
+        blocks = [_expert_inputs(stream, weights, stream.rounding(number), once) for stream in streams]
         for chunk in layer_chunks(feed, len(weights.mlp.weight)):
             for stream, mine in zip(streams, blocks, strict=True):
                 for block in mine:
@@ -186,9 +189,28 @@ def _one_layer(number: int, source: WeightSource, streams: list[Stream], feed: I
             stream.batches = [_noisy(hidden, stream, number, i) for i, hidden in enumerate(stream.batches)]
 
 
-def _expert_inputs(stream: Stream, weights: LayerWeights, rounding: LayerRounding) -> list[Block]:
+class _Once:
+    """What becomes of batches that several streams hold, which are one tensor until the streams part: made once a layer
+    where nothing that it depends on is rounded otherwise."""
+
+    def __init__(self, streams: Sequence[Stream] = ()) -> None:
+        held = Counter(id(batch) for stream in streams for batch in stream.batches)
+        self._shared = {key for key, count in held.items() if count > 1}
+        self._made: dict[tuple[int, object], tuple[Tensor, Any]] = {}
+
+    def __call__(self, batch: Tensor, rounding: LayerRounding, make: Callable[[], T]) -> T:
+        key = id(batch), rounding.of_attention
+        if key[0] not in self._shared:
+            return make()
+        if key not in self._made:
+            self._made[key] = batch, make()  # with the batch, so that no other comes to lie where it did
+        made: T = self._made[key][1]
+        return made
+
+
+def _expert_inputs(stream: Stream, weights: LayerWeights, rounding: LayerRounding, once: _Once) -> list[Block]:
     """`attend_and_route`, and what its tokens are rounded to before the experts."""
-    blocks = attend_and_route(stream, weights, rounding=rounding)
+    blocks = attend_and_route(stream, weights, rounding=rounding, once=once)
     return [replace(block, tokens=rounding.expert_inputs(block.tokens)) for block in blocks]
 
 
@@ -232,14 +254,22 @@ class _Ferry:
         hidden.record_stream(self.side)
 
 
-def dense_layer(stream: Stream, weights: LayerWeights, rounding: LayerRounding = UNROUNDED) -> None:
+def dense_layer(
+    stream: Stream, weights: LayerWeights, rounding: LayerRounding = UNROUNDED, once: _Once | None = None
+) -> None:
     """Push a stream through a layer without experts, in place."""
-    assert isinstance(weights.mlp, DenseWeights)
+    mlp, once = weights.mlp, once or _Once()
+    assert isinstance(mlp, DenseWeights)
     stream.routing = []
+
     with _Ferry(stream) as ferry:
-        for i in range(len(stream.batches)):
-            hidden, normed = attention_block(ferry.load(i), weights, stream.source.config, rounding)
-            ferry.store(i, hidden + dense_mlp(normed, weights.mlp, rounding.mlp))
+
+        def passed(batch: int) -> Tensor:
+            hidden, normed = attention_block(ferry.load(batch), weights, stream.source.config, rounding)
+            return hidden + dense_mlp(normed, mlp, rounding.mlp)
+
+        for i, batch in enumerate(stream.batches):
+            ferry.store(i, once(batch, rounding, partial(passed, i)))
 
 
 def layer_chunks(feed: Iterator[Weights], experts: int) -> Iterator[ExpertChunk]:
@@ -257,6 +287,7 @@ def attend_and_route(
     weights: LayerWeights,
     dtype: torch.dtype = torch.float32,
     rounding: LayerRounding = UNROUNDED,
+    once: _Once | None = None,
 ) -> list[Block]:
     """Push a stream through attention, in place; what its experts will see comes back in blocks of whole batches.
 
@@ -264,10 +295,15 @@ def attend_and_route(
     tokens are kept in `dtype`.
     """
 
+    once = once or _Once()
     with _Ferry(stream) as ferry:
 
         def attended(batch: int) -> Tensor:
-            hidden, normed = attention_block(ferry.load(batch), weights, stream.source.config, rounding)
+            hidden, normed = once(
+                stream.batches[batch],
+                rounding,
+                lambda: attention_block(ferry.load(batch), weights, stream.source.config, rounding),
+            )
             ferry.store(batch, hidden)
             return normed
 

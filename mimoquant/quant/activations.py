@@ -31,12 +31,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mimoquant.quant.formats import MXFP4_ROUND_UP
-from mimoquant.quant.kernels.rounding import round_e2m1
 
 E4M3_MAX = 448.0
 E2M1_MAX = 6.0
 NVFP4_UNIT = 1.0  # the input global scale of NVIDIA's own recipes: amax 2688 = 448 * 6
 FP8_GROUP = 128
+_EXPONENT = 0x7F800000  # the bits of float32 that say which power of two it is
 _FP8_EPS = 1e-10  # the least amax of a group, and the least scale that becomes a power of two
 
 
@@ -121,8 +121,15 @@ def _e4m3(values: Tensor) -> Tensor:
 
 
 def _e2m1(values: Tensor) -> Tensor:
-    """The nearest E2M1 values, saturated, with their signs."""
-    return torch.copysign(round_e2m1(values.abs()), values)
+    """The nearest E2M1 values, saturated, with their signs; ties to the even code, as `kernels.rounding.round_e2m1`.
+
+    Steps are half the power of two at or below a magnitude, and at least 1/2: half of what masks that float32 of its
+    exponent. So it is a few passes in place, of which large inputs have many.
+    """
+    values = values.clamp(-E2M1_MAX, E2M1_MAX)
+    exponents = values.view(torch.int32).bitwise_and(_EXPONENT)
+    steps = exponents.view(torch.float32).mul_(0.5).clamp_(min=0.5)
+    return values.div_(steps).round_().mul_(steps)
 
 
 def _power_of_two(scales: Tensor) -> Tensor:

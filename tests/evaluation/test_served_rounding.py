@@ -163,6 +163,18 @@ def test_causes_are_of_one_batch_in_four(out: Path, monkeypatch: pytest.MonkeyPa
     assert {len(scores.j) for scores in told.causes.values()} == {2 * 31}
 
 
+def test_what_causes_share_is_computed_once(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams of one checkpoint are one until its experts' inputs are rounded: attention of the first such layer too."""
+    plain, calls = layer_stream.attention_block, []
+    monkeypatch.setattr(layer_stream, "attention_block", lambda *given: calls.append(1) or plain(*given))
+    layout = open_layout(MICRO)
+    asked = [Rounding(), Rounding(MXFP8)]
+    told = compare(layout, [open_layout(out)], FEW, roundings=asked, noise_floor=False)
+    layers, shared = layout.geometry.layers, layout.geometry.moe.index(True) + 1
+    assert len(calls) == 2 * layers + 2 * (layers - shared)  # the candidate and the reference, and each once more
+    assert set(told.causes) == set(CAUSES)
+
+
 def with_tensors(source: Path, out: Path, more: dict[str, torch.Tensor]) -> Path:
     shutil.copytree(source, out)
     save_file(more, out / "more.safetensors", metadata={"format": "pt"})
