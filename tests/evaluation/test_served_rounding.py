@@ -164,7 +164,7 @@ def test_causes_are_of_one_batch_in_four(out: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_what_causes_share_is_computed_once(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Streams of one checkpoint are one until its experts' inputs are rounded: attention of the first such layer too."""
+    """Streams of one checkpoint are one until experts' inputs are rounded: attention of the first such layer too."""
     plain, calls = layer_stream.attention_block, []
     monkeypatch.setattr(layer_stream, "attention_block", lambda *given: calls.append(1) or plain(*given))
     layout = open_layout(MICRO)
