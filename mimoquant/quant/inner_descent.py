@@ -82,10 +82,11 @@ def _walked(tokens: _Tokens, towards: tuple[Tensor, Tensor, Tensor], grid: Grid,
         new = descend(value, gram[:, panel, panel], metric, own, old, fmt, 1, pull=-before)
         change = own.wide(fmt).decode(new, fmt) - value
         moved = tokens.moved(change, panel)
-        tokens.off += moved.sum(1)
+        tokens.off += moved[:, 0].add(moved[:, 1])
         felt[:, :, panel] += rough_product(metric, change)
         turned = ((before + slope(panel)) * change).sum(-1) > 0
-        tokens.off -= torch.where(turned.view(*moved.shape[:3], 1), moved, 0.0).sum(1)
+        moved *= turned.view(*moved.shape[:3], 1)
+        tokens.off -= moved[:, 0].add_(moved[:, 1])
         felt[:, :, panel] -= rough_product(metric, torch.where(turned[..., None], change, 0.0))
         codes[:, :, panel] = torch.where(turned[..., None], old, new)
     worse = ~(tokens.loss(tokens.off_by(grid.wide(fmt).decode(codes, fmt))) < loss)
@@ -106,9 +107,9 @@ class _Tokens:
     def __init__(self, tokens: Tensor, weight: Tensor, values: Tensor, felt: Tensor) -> None:
         self.inputs, self.felt = tokens.mT.to(half_dtype(tokens.device)).contiguous(), felt
         self.count = (tokens != 0).any(-1).sum(-1).clamp(min=1)[:, None, None]
-        self.wanted = _activated(product(halves(weight), (self.inputs,)))[0]
-        given, self.slopes = _activated(product(halves(values), (self.inputs,)))
-        self.off = given - self.wanted
+        self.wanted = _inner(product(halves(weight), (self.inputs,)))
+        given = product(halves(values), (self.inputs,))
+        self.off, self.slopes = _inner(given).sub_(self.wanted), _slopes(given)
         energy = self.slopes.flatten(1, 2).square()
         many = energy.sum(-1, keepdim=True).square() / energy.square_().sum(-1, keepdim=True).clamp(min=_TINY)
         prior = _PRIOR * tokens.shape[2]
@@ -116,7 +117,7 @@ class _Tokens:
 
     def off_by(self, values: Tensor) -> Tensor:
         """`off` of other values of gate and up, not by slopes."""
-        return _activated(product(halves(values), (self.inputs,)))[0] - self.wanted
+        return _inner(product(halves(values), (self.inputs,))).sub_(self.wanted)
 
     def loss(self, off: Tensor) -> Tensor:
         """[E], what is felt of the answers' errors."""
@@ -133,8 +134,13 @@ class _Tokens:
         return given.view(self.slopes.shape).mul_(self.slopes)
 
 
-def _activated(given_EJT: Tensor) -> tuple[Tensor, Tensor]:
-    """The inner activations [E, I, T] of what gate and up give, and their slopes by either, [E, 2, I, T]."""
+def _inner(given_EJT: Tensor) -> Tensor:
+    """The inner activations [E, I, T] of what gate and up give."""
     gate, up = given_EJT.chunk(2, dim=1)
-    opened = F.silu(gate)
-    return opened * up, torch.stack([up * silu_slope(gate), opened], dim=1)
+    return F.silu(gate).mul_(up)
+
+
+def _slopes(given_EJT: Tensor) -> Tensor:
+    """How fast they move with gate's output and with up's, [E, 2, I, T]."""
+    gate, up = given_EJT.chunk(2, dim=1)
+    return torch.stack([silu_slope(gate).mul_(up), F.silu(gate)], dim=1)
