@@ -20,9 +20,10 @@ from torch import Tensor
 from mimoquant.quant.formats import Format
 from mimoquant.quant.gptq import spans
 from mimoquant.quant.grid import Grid
+from mimoquant.quant.order import falling, laid, laid_back
 from mimoquant.quant.products import rough_product
 from mimoquant.quant.tiles import Rows
-from mimoquant.quant.two_sided import falling, in_order, laid, laid_back, once_for_all, stack_of, sweep
+from mimoquant.quant.two_sided import once_for_all, stack_of, sweep
 
 _DAMP = 1e-3  # of the Gram matrix's mean diagonal: keeps a column that no token used from moving
 _PANELS = 4  # of the rows: more follow the loss more closely, fewer give a GPU more to do at once
@@ -92,7 +93,7 @@ def _values(stack: Rows) -> Tensor:
 def _normed(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Of symmetric matrices: the order of rows, and in it each column over its diagonal element; zeros, if that is."""
     order = falling(matrix)
-    matrix = in_order(matrix, order)
+    matrix = laid(matrix, order, order)
     diagonal = torch.diagonal(matrix, dim1=-2, dim2=-1)[..., None, :]
     return order, torch.where(diagonal > 0, matrix / diagonal, 0.0)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,7 @@ from mimoquant.quant.formats import (
     multipliers,
 )
 from mimoquant.quant.kernels.rounding import halving_sum, pack_zero_points, round_e2m1
+from mimoquant.quant.order import cuda_passes
 from mimoquant.quant.stack import NonFiniteError, Stack
 
 Array = npt.NDArray[Any]
@@ -50,6 +51,9 @@ def dequantize_fp8(values: Tensor, block_scales: Tensor, scale_row: Tensor | Non
 
 def amax(weight_EOI: Tensor) -> Tensor:
     """[E] float32, the largest |value| of each expert. NaN and Inf propagate."""
+    if weight_EOI.is_cuda:  # in one pass
+        largest: Tensor = torch.linalg.vector_norm(weight_EOI, float("inf"), dim=(-2, -1))
+        return largest.to(torch.float32)
     return weight_EOI.abs().amax(dim=(-2, -1)).to(torch.float32)
 
 
@@ -272,12 +276,19 @@ def _encode_nvfp4(
 
 @cache
 def cuda_kernels() -> Any:
-    """The module with `encode` and `dequantize` compiled for CUDA, or None where there is no Triton."""
+    """The module with `encode` compiled for CUDA, or None where there is no Triton."""
     try:
         from mimoquant.quant.kernels import encode_cuda
     except ImportError:
         return None
     return encode_cuda
+
+
+class Sent(NamedTuple):
+    """A `Stack` on a CUDA device already."""
+
+    values: Tensor
+    scales: Tensor | None
 
 
 class TorchEngine:
@@ -334,8 +345,11 @@ class TorchEngine:
         kind = {"uint8": torch.uint8, "uint16": torch.uint16, "float32": torch.float32}[np.dtype(dtype).name]
         return torch.empty(shape, dtype=kind, pin_memory=self.device.type == "cuda").numpy()
 
-    def _there(self, values: Array) -> Tensor:
-        return torch.from_numpy(values).to(self.device, non_blocking=True)
+    def _there(self, values: Array | Tensor) -> Tensor:
+        if not isinstance(values, Tensor):
+            return torch.from_numpy(values).to(self.device, non_blocking=True)
+        values.record_stream(torch.cuda.current_stream(values.device))  # of another one, perhaps
+        return values
 
     def dequantize(self, values: Array, block_scales: Array, scale_row: Array) -> Array:
         """See `engine_cpu.CpuEngine.dequantize`."""
@@ -346,14 +360,13 @@ class TorchEngine:
             raise NonFiniteError("", 0)
         return to_numpy(out)
 
-    def bf16(self, stack: Stack) -> Tensor:
+    def bf16(self, stack: Stack | Sent) -> Tensor:
         """A stack's values [E, O, I] in bf16, on the device."""
         values = self._there(stack.values)
         if stack.scales is None:
             return values.view(torch.bfloat16)
         scales = self._there(stack.scales)
-        kernels = cuda_kernels() if values.is_cuda else None
-        if kernels is not None:
+        if kernels := cuda_passes(values):
             compiled: Tensor = kernels.dequantize(values, scales)
             return compiled
         return dequantize_fp8(values.view(torch.float8_e4m3fn), scales)
@@ -369,8 +382,21 @@ def stored_parts(parts: dict[str, Array], fmt: Format, device: torch.device) -> 
 
 def to_numpy(values: Tensor) -> Array:
     """Any tensor as numpy, dtypes that numpy lacks as their bits. What comes from a GPU is in pinned memory."""
-    values = values.contiguous()
+    held = on_host(values)
     if values.is_cuda:
-        values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values)
-    bits = {torch.bfloat16: torch.uint16, torch.float8_e4m3fn: torch.uint8}.get(values.dtype)
-    return (values.view(bits) if bits else values).numpy()
+        torch.cuda.current_stream(values.device).synchronize()
+    return as_numpy(held)
+
+
+def on_host(values: Tensor) -> Tensor:
+    """A contiguous tensor on the host; a GPU's in pinned memory, when the stream has come so far."""
+    values = values.contiguous()
+    if not values.is_cuda:
+        return values
+    return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+
+
+def as_numpy(held: Tensor) -> Array:
+    """A tensor on the host as numpy, dtypes that numpy lacks as their bits."""
+    bits = {torch.bfloat16: torch.uint16, torch.float8_e4m3fn: torch.uint8}.get(held.dtype)
+    return (held.view(bits) if bits else held).numpy()

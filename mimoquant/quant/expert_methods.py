@@ -15,11 +15,21 @@ import torch
 from torch import Tensor
 
 from mimoquant.quant.descent import descend
-from mimoquant.quant.engine_torch import cuda_kernels, decode, encode, pack_nibbles, stored_parts, to_numpy
+from mimoquant.quant.engine_torch import (
+    amax,
+    cuda_kernels,
+    decode,
+    encode,
+    nvfp4_global_scale,
+    pack_nibbles,
+    stored_parts,
+    to_numpy,
+)
 from mimoquant.quant.formats import Format, multipliers
 from mimoquant.quant.gptq import GptqResult, gptq
 from mimoquant.quant.grid import Grid
 from mimoquant.quant.method import Method
+from mimoquant.quant.order import cuda_passes, turned
 from mimoquant.quant.refine import refine
 from mimoquant.quant.refit import can_fit, refit
 from mimoquant.quant.stack import Stack
@@ -58,25 +68,49 @@ def encode_with(
     importance = _importance(gram_EII) if method.search == "gram" else None
     parts = _searched(weight_EOI, fmt, method, global_scale_E, importance)
     if not method.gptq:
-        return Encoded(parts, decode(parts, fmt).to(torch.bfloat16))
+        return Encoded(parts, as_read(parts, fmt))
     if metric_EOO is None or (method.refine and fmt.scales_move):
         parts, result = _for_outputs(weight_EOI, gram_EII, parts, fmt, method)
     if metric_EOO is not None:
         parts, result = _for_loss(weight_EOI, (gram_EII, metric_EOO), parts, fmt, method)
-    parts = parts | {"codes": pack_nibbles(result.codes.contiguous())}
-    return Encoded(parts, decode(parts, fmt).to(torch.bfloat16), result.damped, result.rounded)
+    parts = parts | {"codes": _packed(result.codes)}
+    return Encoded(parts, as_read(parts, fmt), result.damped, result.rounded)
+
+
+def as_read(parts: dict[str, Tensor], fmt: Format) -> Tensor:
+    """The values of stored parts as an engine reads them: bf16 [E, O, I]."""
+    kernels = cuda_passes(parts["codes"])
+    if kernels is None or not fmt.symmetric or "multiplier" in parts:
+        return decode(parts, fmt).to(torch.bfloat16)
+    values: Tensor = kernels.decoded(parts, fmt)
+    return values
+
+
+def _packed(codes_EOI: Tensor) -> Tensor:
+    """As stored. The column loops leave them column by column."""
+    kernels = cuda_passes(codes_EOI)
+    if kernels is None or not codes_EOI.mT.is_contiguous():
+        return pack_nibbles(codes_EOI.contiguous())
+    pairs: Tensor = kernels.packed(codes_EOI.mT)
+    return pairs
+
+
+def global_scale(weight_EOI: Tensor, search: str, fmt: Format) -> Tensor | None:
+    """What `encode_with` takes of a stack, [E]; only nvfp4 has one."""
+    return nvfp4_global_scale(amax(weight_EOI), search, fmt) if fmt.name == "nvfp4" else None
 
 
 def _for_outputs(
     weight_EOI: Tensor, gram_EII: Tensor, parts: dict[str, Tensor], fmt: Format, method: Method
 ) -> tuple[dict[str, Tensor], GptqResult]:
     """Scales and codes under tr(D H Dᵀ)."""
-    weight = weight_EOI.mT.to(torch.float32, memory_format=torch.contiguous_format).mT  # columns come first
+    weight = turned(weight_EOI)  # columns come first
+    weight = (weight if weight.is_cuda else weight.to(torch.float32)).mT
     result = gptq(weight, gram_EII, Grid.of(parts, fmt), fmt, method.damp)
     if not method.refine:
         return parts, result
-    parts, codes = refine(weight, _trusted(gram_EII, result), parts, result.codes, fmt, method.refine)
-    return parts, replace(result, codes=codes)
+    parts, codes = refine(weight, _trusted(gram_EII, result), parts, result.codes, fmt, method.refine, result.left)
+    return parts, replace(result, codes=codes, left=None)
 
 
 def _for_loss(

@@ -25,7 +25,8 @@ from mimoquant.quant.columns import round_columns
 from mimoquant.quant.formats import Format
 from mimoquant.quant.grid import Grid
 from mimoquant.quant.kernels.columns import Columns
-from mimoquant.quant.products import add_product, halves, part, transposed, zeros
+from mimoquant.quant.order import falling, inverse, laid, reordered
+from mimoquant.quant.products import Halves, add_product, exact_parts, halves, part, take_product, transposed, zeros
 
 BLOCK = 128  # columns that are rounded before what is left of them is pushed onto the rest of their panel
 _PANEL, _CUDA_PANEL = 512, 256  # columns that are pushed onto by all before them in one product
@@ -38,71 +39,82 @@ _LEAST_DAMP = 0.01  # what those multiply, if less was asked for
 class GptqResult:
     """Codes [E, O, I] uint8; how many experts needed more dampening, and how many were rounded plainly instead.
 
-    `troubled`, bool [E], says which ones those are: nothing should trust their Gram matrix.
+    `troubled`, bool [E], says which ones those are: nothing should trust their Gram matrix. `left`: weight - value, as
+    `products.halves` [E, I, O], where the method has it.
     """
 
     codes: Tensor
     damped: int
     rounded: int
     troubled: Tensor
+    left: Halves | None = None
 
 
-def push_factor(gram_EII: Tensor, damp: float) -> tuple[Tensor, Tensor, Tensor]:
+def push_factor(gram_EII: Tensor, order: Tensor, damp: float) -> tuple[Tensor, list[int], list[int]]:
     """How far what is left of column i moves column j > i: strictly upper triangular, [E, I, I].
 
     Args:
-        gram_EII: rows and columns in the order in which they are rounded.
+        order: [E, I] in which rows and columns of the Gram matrices are rounded; so does the factor have them.
         damp: of the mean diagonal, added to the diagonal.
 
-    Also returns, bool [E], which experts needed more dampening, and which are rounded plainly because none helped:
-    there the factor is zero.
+    Also returns which experts needed more dampening, and which are rounded plainly because none helped: there the
+    factor is zero. To know that is the one time that the host waits for a GPU.
     """
-    mean = torch.diagonal(gram_EII, dim1=-2, dim2=-1).mean(-1)
-    step = (damp * mean).clamp(min=torch.finfo(torch.float32).tiny)
-    reversed_gram = gram_EII.flip(-2, -1)
-    torch.diagonal(reversed_gram, dim1=-2, dim2=-1).add_(step[:, None])
-    factor, sound = _normal_factor(reversed_gram)
-    damped = ~sound
-    rounded = torch.zeros_like(damped)
-    for expert in torch.nonzero(damped).flatten().tolist():
+    ordered = laid(gram_EII, order, order)
+    mean = torch.diagonal(ordered, dim1=-2, dim2=-1).mean(-1)
+    factor, sound = _factored(ordered, (damp * mean).clamp(min=torch.finfo(torch.float32).tiny))
+    damped: list[int] = []
+    rounded: list[int] = []
+    for expert in torch.nonzero(~sound).flatten().tolist():
+        own = slice(expert, expert + 1)
         for more in _MORE_DAMP:
-            one = gram_EII[expert : expert + 1].flip(-2, -1)
-            torch.diagonal(one, dim1=-2, dim2=-1).add_(more * max(damp, _LEAST_DAMP) * mean[expert])
-            again, sound = _normal_factor(one)
+            one = laid(gram_EII[own], order[own], order[own])
+            again, sound = _factored(one, more * max(damp, _LEAST_DAMP) * mean[own])
             if bool(sound):
-                factor[expert] = again[0]
+                factor[own] = again
+                damped.append(expert)
                 break
         else:
-            factor[expert], rounded[expert] = 0.0, True
-    return factor.flip(-2, -1).triu_(1).contiguous(), damped & ~rounded, rounded
+            factor[own] = 0.0
+            rounded.append(expert)
+    return factor, damped, rounded
 
 
-def _normal_factor(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """The Cholesky factor [E, I, I], each column over its diagonal element, and bool [E], whether there is one."""
-    lower, info = _cholesky(gram)
+def _factored(ordered: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    """The push factor [E, I, I] with `step` [E] on the diagonal, and bool [E], whether there is one; overwrites."""
+    torch.diagonal(ordered, dim1=-2, dim2=-1).add_(step[:, None])
+    if ordered.is_cuda:
+        return ordered, _by_panels(ordered)
+    lower, info = torch.linalg.cholesky_ex(ordered.flip(-2, -1))
     lower /= torch.diagonal(lower, dim1=-2, dim2=-1)[:, None, :].clone()
-    return lower, (info == 0) & torch.isfinite(torch.linalg.vector_norm(lower, float("inf"), dim=(1, 2)))
+    return lower.flip(-2, -1).triu_(1), (info == 0) & _finite(lower)
 
 
-def _cholesky(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """`torch.linalg.cholesky_ex`; on CUDA panel by panel, since the library's batched one leaves most of a GPU idle."""
-    width = gram.shape[-1]
-    if not gram.is_cuda or width <= _FACTOR_PANEL:
-        whole: tuple[Tensor, Tensor] = torch.linalg.cholesky_ex(gram)
-        return whole
-    lower, info = gram.clone(), torch.zeros(len(gram), dtype=torch.int32, device=gram.device)
-    for first, end in spans(0, width, _FACTOR_PANEL):
-        own, rest = slice(first, end), slice(end, width)
-        lower[:, own, own], failed = torch.linalg.cholesky_ex(lower[:, own, own])
-        info = torch.where(info == 0, failed, info)
-        if end < width:
-            beside = lower[:, rest, own].mT
-            below = torch.linalg.solve_triangular(lower[:, own, own], beside, upper=False).mT.contiguous()
-            lower[:, rest, own] = below
-            for begin, stop in spans(end, width, _FACTOR_PANEL):  # the lower triangle is enough
-                there, part_of = lower[:, begin:, begin:stop], below[:, begin - end : stop - end]
-                torch.baddbmm(there, below[:, begin - end :], part_of.mT, alpha=-1, out=there)
-    return lower.tril_(), info
+def _by_panels(gram: Tensor) -> Tensor:
+    """`_factored` in place, panel by panel from the last, since the library's batched one leaves most of a GPU idle."""
+    width, sound = gram.shape[-1], torch.ones(len(gram), dtype=torch.bool, device=gram.device)
+    for first, end in reversed(spans(0, width, _FACTOR_PANEL)):
+        own, before = slice(first, end), slice(0, first)
+        lower, info = torch.linalg.cholesky_ex(gram[:, own, own].flip(-2, -1))
+        upper = lower.flip(-2, -1)
+        diagonal = torch.diagonal(upper, dim1=-2, dim2=-1)[:, None, :].clone()
+        if first:
+            above = torch.linalg.solve_triangular(upper, gram[:, before, own].mT, upper=True).mT.contiguous()
+            one, other = exact_parts(above)
+            for begin, stop in spans(0, first, _FACTOR_PANEL):  # the upper triangle is enough
+                there = gram[:, :stop, begin:stop]
+                take_product(there, one[:, :stop], other[:, begin:stop].mT)
+            gram[:, before, own] = above.div_(diagonal)
+            gram[:, own, before] = 0.0
+            sound &= _finite(above)
+        gram[:, own, own] = upper.div_(diagonal).triu_(1)
+        sound &= (info == 0) & _finite(upper)
+    return sound
+
+
+def _finite(matrices: Tensor) -> Tensor:
+    """bool [E]."""
+    return torch.isfinite(torch.linalg.vector_norm(matrices, float("inf"), dim=(1, 2)))
 
 
 def panel_of(matrix: Tensor) -> int:
@@ -118,32 +130,31 @@ def spans(begin: int, end: int, size: int) -> list[tuple[int, int]]:
 def gptq(weight_EOI: Tensor, gram_EII: Tensor, grid: Grid, fmt: Format, damp: float) -> GptqResult:
     """Codes of `weight_EOI` (float32) on `grid`, made for inputs with the Gram matrix `gram_EII` (float32).
 
-    Weights that lie in memory column by column need no copy; codes do.
+    On CUDA weights may be bfloat16. Weights that lie in memory column by column need no copy; codes do.
     """
     experts, rows, width = weight_EOI.shape
-    order = torch.argsort(torch.diagonal(gram_EII, dim1=-2, dim2=-1), dim=-1, descending=True, stable=True)
-    ordered = reordered(gram_EII, order).gather(2, order[:, None, :].expand_as(gram_EII))
-    factor, damped, rounded = push_factor(ordered, damp)
-    del ordered
+    order = falling(gram_EII)
+    factor, damped, rounded = push_factor(gram_EII, order, damp)
     push, every, group = halves(factor), slice(None), (order // fmt.group_size).to(torch.int32)
     weight = reordered(weight_EOI.transpose(1, 2), order)
     turned = grid.turned()
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     stack = Columns(weight, factor, turned.scale, turned.zero, codes, zeros(experts, width, rows, weight), fmt)
     for first, end in spans(0, width, panel_of(weight)):
-        target, before = weight[:, first:end].clone(), slice(0, first)
+        target, before = weight[:, first:end].to(torch.float32, copy=True), slice(0, first)
         if first:
             add_product(target, transposed(part(push, before, slice(first, end))), part(stack.left, before, every))
         for now in (slice(*span) for span in spans(first, end, BLOCK)):
             round_columns(stack, now, target[:, now.start - first : now.stop - first], group)
             later = transposed(part(push, now, slice(now.stop, end)))
             add_product(target[:, now.stop - first :], later, part(stack.left, now, every))
-    back, troubled = reordered(codes, torch.argsort(order, dim=-1)), damped | rounded
-    return GptqResult(back.transpose(1, 2), int(damped.sum()), int(rounded.sum()), troubled)
+    codes, *left = (reordered(of, inverse(order)) for of in (codes, *stack.left))
+    return GptqResult(codes.transpose(1, 2), len(damped), len(rounded), troubled(damped + rounded, codes), tuple(left))
 
 
-def reordered(matrices: Tensor, order: Tensor) -> Tensor:
-    """The rows of each matrix of a stack [E, I, n] in an order [E, I]; contiguous."""
-    experts, rows, width = matrices.shape
-    place = order + rows * torch.arange(experts, device=order.device)[:, None]
-    return matrices.reshape(-1, width).index_select(0, place.flatten()).view(matrices.shape)
+def troubled(experts: list[int], like_Emn: Tensor) -> Tensor:
+    """bool [E], which of a stack's experts are among these."""
+    found = torch.zeros(len(like_Emn), dtype=torch.bool, device=like_Emn.device)
+    if experts:
+        found[experts] = True
+    return found

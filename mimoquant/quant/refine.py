@@ -25,14 +25,24 @@ _DAMP = 1e-3  # of the mean diagonal: keeps a column that no token used from mov
 
 
 def refine(
-    weight_EOI: Tensor, gram_EII: Tensor, parts: dict[str, Tensor], codes: Tensor, fmt: Format, rounds: int
+    weight_EOI: Tensor,
+    gram_EII: Tensor,
+    parts: dict[str, Tensor],
+    codes: Tensor,
+    fmt: Format,
+    rounds: int,
+    left: Halves | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """`rounds` times through the matrix. Returns parts with new scales, and new codes [E, O, I] uint8."""
+    """`rounds` times through the matrix. Returns parts with new scales, and new codes [E, O, I] uint8.
+
+    Args:
+        left: what the codes leave, where it is known: see `GptqResult`; overwritten.
+    """
     gram = gram_EII.clone()
     diagonal = torch.diagonal(gram, dim1=-2, dim2=-1)
     diagonal += _DAMP * diagonal.mean(-1, keepdim=True)
     cost, every = halves(gram), slice(None)
-    stack = _stack(weight_EOI, gram, parts, codes, fmt)
+    stack = _stack(weight_EOI, gram, parts, codes, fmt, left)
     for _ in range(rounds):
         for first, end in spans(0, gram.shape[-1], panel_of(gram)):
             slope = product(part(cost, slice(first, end), every), stack.left)
@@ -48,25 +58,39 @@ def refine(
 def _reach(stack: Columns, cost: Halves, now: slice) -> Tensor:
     """See `columns.improve_columns`: [E, G, B, O]."""
     codes, size = stack.codes[:, now], stack.fmt.group_size
-    level = (units(codes, stack.fmt, half_dtype(codes.device)),)
+    level = units(codes, stack.fmt, half_dtype(codes.device))
+    if codes.shape[1] > size and codes.is_cuda:
+        return _grouped_reach(cost, level, size)
     groups = [slice(begin, begin + size) for begin in range(0, now.stop - now.start, size)]
     every = slice(None)
-    reaches = [product(part(cost, every, own), part(level, own, every)) for own in groups]
+    reaches = [product(part(cost, every, own), part((level,), own, every)) for own in groups]
     return torch.stack(reaches, dim=1) if reaches[1:] else reaches[0][:, None]
 
 
-def _stack(weight_EOI: Tensor, gram: Tensor, parts: dict[str, Tensor], codes_EOI: Tensor, fmt: Format) -> Columns:
+def _grouped_reach(cost: Halves, level: Tensor, size: int) -> Tensor:
+    """The same of several groups in one product: halves side by side, and the values once for each."""
+    experts, columns, rows = level.shape
+    halved = torch.cat([half.reshape(experts, columns, -1, size) for half in cost], dim=-1)  # [E, B, G, 2S]
+    values = level.view(experts, -1, size, rows).repeat(1, 1, len(cost), 1)  # [E, G, 2S, O]
+    out = torch.bmm(halved.transpose(1, 2).flatten(0, 1), values.flatten(0, 1), out_dtype=torch.float32)
+    return out.view(experts, columns // size, columns, rows)
+
+
+def _stack(
+    weight_EOI: Tensor, gram: Tensor, parts: dict[str, Tensor], codes_EOI: Tensor, fmt: Format, left: Halves | None
+) -> Columns:
     divisor = parts.get("global_scale")
     turned = Grid.of(parts, fmt).turned()
     weight, codes = weight_EOI.mT.contiguous(), codes_EOI.mT.clone(memory_format=torch.contiguous_format)
-    left = weight - turned.wide(fmt, 1).decode(codes, fmt)
+    if left is None:
+        left = halves(weight - turned.wide(fmt, 1).decode(codes, fmt))
     return Columns(
         weight,
         gram,
         turned.scale,
         turned.zero,
         codes,
-        halves(left),
+        left,
         fmt,
         None if divisor is None else divisor.flatten(),
     )

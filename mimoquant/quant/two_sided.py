@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 
 from mimoquant.quant.formats import Format
-from mimoquant.quant.gptq import BLOCK, GptqResult, push_factor, reordered, spans
+from mimoquant.quant.gptq import BLOCK, GptqResult, push_factor, spans, troubled
 from mimoquant.quant.grid import Grid
+from mimoquant.quant.order import falling, laid, laid_back, reordered
 from mimoquant.quant.products import add_product, halves, part, product, put, transposed, zeros
 from mimoquant.quant.tiles import Rows, Tile, by_waves, round_tile
 
@@ -49,17 +50,8 @@ def two_sided(
     weight = laid(weight_EOI, rows, columns)
     stack = stack_of(weight, weight, grid, rows, columns, fmt)
     sweep(stack, fall, push)
-    return GptqResult(laid_back(stack.codes, rows, columns), int(damped.sum()), int(rounded.sum()), damped | rounded)
-
-
-def laid(matrix_EOI: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """A stack of matrices with their rows [E, O] and columns [E, I] in another order; contiguous."""
-    return reordered(reordered(matrix_EOI, rows).mT.contiguous(), columns).mT.contiguous()
-
-
-def laid_back(matrix_EOI: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """What `laid` has made of the result."""
-    return laid(matrix_EOI, torch.argsort(rows, dim=-1), torch.argsort(columns, dim=-1))
+    codes = laid_back(stack.codes, rows, columns)
+    return GptqResult(codes, len(damped), len(rounded), troubled(damped + rounded, codes))
 
 
 def stack_of(weight: Tensor, wanted: Tensor, grid: Grid, rows: Tensor, columns: Tensor, fmt: Format) -> Rows:
@@ -103,16 +95,6 @@ def _by_bands(stack: Rows, fall: Tensor, push: Tensor) -> None:
             put(moved, every, shift, now)
 
 
-def falling(matrix: Tensor) -> Tensor:
-    """[E, n]: rows by falling diagonal."""
-    return torch.argsort(torch.diagonal(matrix, dim1=-2, dim2=-1), dim=-1, descending=True, stable=True)
-
-
-def in_order(matrix: Tensor, order: Tensor) -> Tensor:
-    """Both sides of symmetric matrices [E, n, n] in an order [E, n]."""
-    return reordered(matrix, order).gather(2, order[:, None, :].expand_as(matrix))
-
-
 def once_for_all(make: Callable[[Tensor], tuple[Tensor, ...]], matrix: Tensor) -> tuple[Tensor, ...]:
     """`make` of a stack of matrices; of one that is `expand`ed over the experts, once."""
     if len(matrix) == 1 or matrix.stride(0):
@@ -120,12 +102,17 @@ def once_for_all(make: Callable[[Tensor], tuple[Tensor, ...]], matrix: Tensor) -
     return tuple(made.expand(len(matrix), *made.shape[1:]).contiguous() for made in make(matrix[:1]))
 
 
-def _ordered_factor(matrix: Tensor, damp: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _ordered_factor(matrix: Tensor, damp: float) -> tuple[Tensor, Tensor, list[int], list[int]]:
     """The order by falling diagonal [E, n], and `gptq.push_factor` in it."""
+    fates: list[list[int]] = []
 
     def make(matrix: Tensor) -> tuple[Tensor, ...]:
         order = falling(matrix)
-        return order, *push_factor(in_order(matrix, order), damp)
+        push, *found = push_factor(matrix, order, damp)
+        fates.extend(found)
+        return order, push
 
-    order, push, damped, rounded = once_for_all(make, matrix)
+    order, push = once_for_all(make, matrix)
+    shared = len(matrix) > 1 and not matrix.stride(0)
+    damped, rounded = (list(range(len(matrix))) if found and shared else found for found in fates)
     return order, push, damped, rounded

@@ -12,10 +12,12 @@ import torch
 from stored_formats import every_format
 from torch import Tensor
 
+from mimoquant.quant import gptq as module
 from mimoquant.quant.engine_torch import amax, encode, nvfp4_global_scale, unpack_nibbles, unpack_zero_points
 from mimoquant.quant.formats import E2M1_VALUES, Format
 from mimoquant.quant.gptq import GptqResult, gptq, push_factor
 from mimoquant.quant.grid import Grid
+from mimoquant.quant.order import falling, laid
 
 EXPERTS, ROWS, WIDTH = 3, 8, 640  # two panels, five blocks of columns
 DAMP = 0.05
@@ -80,6 +82,11 @@ def textbook(weight: Tensor, gram: Tensor, codes: Tensor, parts: dict[str, Tenso
     return excess
 
 
+def natural(gram: Tensor) -> Tensor:
+    """The order in which columns stand."""
+    return torch.arange(gram.shape[-1]).expand(len(gram), -1)
+
+
 def loss(weight: Tensor, codes: Tensor, parts: dict[str, Tensor], gram: Tensor, fmt: Format) -> Tensor:
     difference = Grid.of(parts, fmt).wide(fmt).decode(codes, fmt).double() - weight.double()
     return ((difference @ gram.double()) * difference).sum((-2, -1))
@@ -101,8 +108,8 @@ def test_every_choice_is_the_textbook_s(fmt: Format) -> None:
 def test_the_factor_makes_the_loss_a_sum_of_squares() -> None:
     """tr(D H Dᵀ) is the sum over columns i of c_i (d_i + sum of push_ji d_j over j < i)², c_i > 0."""
     gram = correlated()
-    push, damped, rounded = push_factor(gram, DAMP)
-    assert not damped.any() and not rounded.any()
+    push, damped, rounded = push_factor(gram, natural(gram), DAMP)
+    assert not damped and not rounded
     assert torch.equal(push, push.triu(1))
     step = DAMP * gram.diagonal(dim1=1, dim2=2).mean(-1).double()
     hessian = gram.double() + step[:, None, None] * torch.eye(WIDTH)
@@ -111,6 +118,27 @@ def test_the_factor_makes_the_loss_a_sum_of_squares() -> None:
     diagonal = middle.diagonal(dim1=1, dim2=2)
     assert (diagonal > 0).all()
     assert (middle - torch.diag_embed(diagonal)).abs().max() < 1e-5 * diagonal.max()
+
+
+def test_a_factor_made_by_panels_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA: from the last panel to the first, the matrices in trouble told apart."""
+    gram, order = correlated(), falling(correlated())
+    whole, _, _ = push_factor(gram, order, DAMP)
+    ordered = laid(gram, order, order)
+    assert torch.equal(whole, push_factor(ordered, natural(ordered), DAMP)[0])  # to the bit: sums go in that order, too
+    ordered += DAMP * gram.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None] * torch.eye(WIDTH)
+    ordered[1] -= 1.5 * torch.diag(ordered[1].diagonal())
+    monkeypatch.setattr(module, "_FACTOR_PANEL", 96)
+    assert module._by_panels(ordered).tolist() == [True, False, True]
+    assert torch.equal(ordered[::2], ordered[::2].triu(1))
+    assert torch.allclose(ordered[::2], whole[::2], rtol=1e-3, atol=1e-4)
+
+
+@every_format
+def test_what_is_left_is_told(fmt: Format) -> None:
+    parts, result = run(weights(), correlated(), fmt)
+    values = Grid.of(parts, fmt).wide(fmt).decode(result.codes, fmt)
+    assert result.left is not None and torch.equal(result.left[0].mT, weights() - values)
 
 
 @every_format
@@ -205,8 +233,8 @@ def test_a_bad_gram_matrix_is_counted_and_harms_no_other_expert(kind: str, fate:
     assert (result.codes[others] != before.codes[others]).float().mean() < 1e-2
     if fate == "rounded" or kind == "no tokens":
         assert torch.equal(result.codes[1], unpack_nibbles(parts["codes"])[1])
-    factor, damped, rounded = push_factor(gram, DAMP)
-    assert torch.isfinite(factor).all() and (int(damped.sum()), int(rounded.sum())) == (result.damped, result.rounded)
+    factor, damped, rounded = push_factor(gram, natural(gram), DAMP)
+    assert torch.isfinite(factor).all() and (len(damped), len(rounded)) == (result.damped, result.rounded)
 
 
 @pytest.mark.parametrize("tokens", [1, 20])
@@ -217,7 +245,7 @@ def test_too_few_tokens_and_no_dampening(tokens: int, damp: float) -> None:
     inputs = torch.randn(EXPERTS, tokens, WIDTH, generator=torch.Generator().manual_seed(5))
     parts, result = run(weight, inputs.mT @ inputs, fmt, damp)
     assert result.damped == EXPERTS and result.rounded == 0
-    factor, _, _ = push_factor(inputs.mT @ inputs, damp)
+    factor, _, _ = push_factor(inputs.mT @ inputs, natural(inputs.mT @ inputs), damp)
     assert torch.isfinite(factor).all()
     gram = inputs.mT @ inputs
     plain = loss(weight, unpack_nibbles(parts["codes"]), parts, gram, fmt)

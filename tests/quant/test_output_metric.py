@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mimoquant.quant.output_metric import experts_fisher
+from mimoquant.quant.output_metric import DAMP, experts_fisher, gate_up_metric
 
 WIDTH = 48
+on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is here")]
 
 
 def samples(root: Tensor, count: int, seed: int) -> Tensor:
@@ -68,3 +69,18 @@ def test_halves_that_depend_on_one_another_inside_count_for_less(roots: tuple[Te
     fisher = roots[0].T @ roots[0]
     once, eightfold = (experts_fisher(*halves_of(r), fisher)[1] for r in (rows, rows.repeat_interleave(8, 0)))
     assert float(once) == pytest.approx(float(eightfold), rel=1e-3)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_gpu)])
+@pytest.mark.parametrize("shared", [True, False], ids=["one matrix", "one an expert"])
+def test_gate_and_up_feel_what_down_makes_of_them(shared: bool, device: str, roots: tuple[Tensor, Tensor]) -> None:
+    """By the definition, in float64: [[M, M], [M, M]] times the slopes' moments, M = down' F down; and dampened."""
+    draw = torch.Generator().manual_seed(5)
+    down, slopes = torch.randn(2, WIDTH, 16, generator=draw).bfloat16(), torch.rand(2, 32, 32, generator=draw)
+    fisher = torch.stack([root.T @ root for root in roots])
+    fisher = fisher[0] if shared else fisher
+    inner = down.double().mT @ fisher.double() @ down.double()
+    expected = slopes.double() * torch.cat([torch.cat([inner, inner], 2)] * 2, 1)
+    expected += DAMP * torch.diag_embed(expected.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True).expand(-1, 32))
+    found = gate_up_metric(fisher.to(device), down.float().to(device), slopes.to(device))
+    assert (found.cpu().double() - expected).abs().max() < 1e-5 * expected.abs().max()

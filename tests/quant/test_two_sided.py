@@ -122,9 +122,9 @@ def test_a_metric_of_all_experts_is_factored_once_for_the_same_codes(
     weight, gram, metric, parts = problem(fmt)
     grid, shared, made = Grid.of(parts, fmt), metric[:1].expand(EXPERTS, -1, -1), []
 
-    def factor(matrix: Tensor, damp: float) -> tuple[Tensor, Tensor, Tensor]:
+    def factor(matrix: Tensor, order: Tensor, damp: float) -> tuple[Tensor, list[int], list[int]]:
         made.append(len(matrix))
-        return push_factor(matrix, damp)
+        return push_factor(matrix, order, damp)
 
     monkeypatch.setattr("mimoquant.quant.two_sided.push_factor", factor)
     once = two_sided(weight, gram, shared, grid, fmt, DAMP).codes

@@ -7,7 +7,7 @@ the one before is still at work.
 Arrays that the kernels take (shapes: `columns`), float32 but where it is said, contiguous but for the first; an array
 that a format does without is another one, never read:
     target, slope       [E, B, O] of a larger panel, whose experts lie `panel` apart; overwritten
-    weight, codes       [E, I, O], codes uint8: as in `kernels.columns.Columns`
+    weight, codes       [E, I, O], codes uint8, weight bfloat16 perhaps: as in `kernels.columns.Columns`
     high, low           bfloat16 [E, I, O], halves of weight - value; change_high, change_low: of old - new [E, B, O]
     push, gram          [E, I, I]: row i says how far what column i leaves, or how far it steps, moves the later columns
     scale, zero, before [E, G, O]; `before`: the scales that codes had; divisors: float32 [E], nvfp4's global scales
@@ -87,7 +87,7 @@ def _to_round(scale, weight, zero, group, expert, i, now, end, width, rows, grou
     g = tl.load(group + expert * width + column).to(tl.int64)
     of_group = (expert * groups + g) * rows + r
     s = tl.load(scale + of_group, mask=there, other=1.0)
-    w = tl.load(weight + (expert * width + column) * rows + r, mask=there, other=0.0)
+    w = tl.load(weight + (expert * width + column) * rows + r, mask=there, other=0.0).to(tl.float32)
     z = tl.load(zero + of_group, mask=there, other=0.0) if HAS_ZERO else tl.zeros_like(s)
     return s, w, z
 
@@ -98,7 +98,8 @@ def _share(matrix, expert, i, at, now, width, r, W: tl.constexpr):
 
     Said once for each row: else the compiler takes the numbers through shared memory, at twice the time.
     """
-    return tl.load(matrix + (expert * width + now + i) * width + now + at + tl.arange(0, W)[:, None] + 0 * r[None, :])
+    corner = matrix + (expert * width + now) * width + now + at
+    return tl.load(corner + i * width + tl.arange(0, W)[:, None] + 0 * r[None, :])
 
 
 @triton.jit
@@ -204,7 +205,8 @@ def _better_scale(
     sound = sound & (tl.abs(new) < float("inf")) & (new != 0) & (curvature > 0)
     new = tl.where(sound, new, old)
     tl.store(scale + of_group, new, mask=there)
-    at, inside = k[:, None] * rows + r[None, :], (k < columns)[:, None] & there[None, :]
+    # of the columns that are still to come, the group's own among them
+    at, inside = k[:, None] * rows + r[None, :], ((k >= first) & (k < columns))[:, None] & there[None, :]
     moved = (new - old)[None, :] * tl.load(reach + at, mask=inside, other=0.0)
     tl.store(steep + at, tl.load(steep + at, mask=inside, other=0.0) - moved, mask=inside)
 
@@ -215,7 +217,7 @@ def _to_improve(codes, weight, gram, expert, i, now, end, width, rows, r):
     column = expert * width + tl.minimum(now + i, end - 1)
     there = r < rows
     code = tl.load(codes + column * rows + r, mask=there, other=0)
-    w = tl.load(weight + column * rows + r, mask=there, other=0.0)
+    w = tl.load(weight + column * rows + r, mask=there, other=0.0).to(tl.float32)
     curvature = tl.load(gram + column * width + tl.minimum(now + i, end - 1))
     return code, w, tl.zeros_like(w) + curvature
 

@@ -28,169 +28,31 @@ weights [K, N L]; low, high, amax, scale, zero and stored (what is stored of the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mimoquant.quant.formats import INT4_ZERO_SCALE, MXFP4_ROUND_UP, NVFP4_SMALLEST_SCALE, NVFP4_ZERO_SCALE, Format
+from mimoquant.quant.formats import Format
 from mimoquant.quant.kernels.arithmetic_cuda import (
     FP8_UNIT,
     NO_FUSION,
-    bits_of,
     e2m1_code,
-    e4m3_byte,
-    e4m3_value,
     from_bits,
-    halving_sum,
     round_bf16,
     round_e2m1,
     round_level,
     steps,
 )
 from mimoquant.quant.kernels.rounding import pack_zero_points
+from mimoquant.quant.kernels.search_cuda import INT4, NVFP4, candidate, search, spread
 
 _THREADS = 32  # of a program: a warp, which need not wait for others
 _LONGEST = 32  # weights that a thread holds
 _EXTREME = tl.constexpr(2.0**60)  # beyond it, or below its inverse, a reciprocal may over- or underflow
-_INT4, _MXFP4, _NVFP4 = (tl.constexpr(number) for number in range(3))
 _KINDS = {"int4": 0, "mxfp4": 1, "nvfp4": 2}
-_INT4_ZERO, _NVFP4_ZERO = tl.constexpr(INT4_ZERO_SCALE), tl.constexpr(NVFP4_ZERO_SCALE)
-_NVFP4_SMALLEST, _ROUND_UP = tl.constexpr(NVFP4_SMALLEST_SCALE), tl.constexpr(MXFP4_ROUND_UP)
-
-
-@triton.jit
-def _group_sum(x, K: tl.constexpr, N: tl.constexpr, L: tl.constexpr):
-    """[K, N L] → the sums of groups by adding halves, in each of a group's threads: [N L]."""
-    x = halving_sum(x, K, N * L)
-    if L > 1:
-        if L == 4:
-            low, high = tl.split(tl.permute(tl.reshape(x, (N, 2, 2)), (0, 2, 1)))
-            x = low + high
-        low, high = tl.split(tl.reshape(x, (N, 2)))
-        x = _spread(low + high, N, L)
-    return x
-
-
-@triton.jit
-def _spread(x, N: tl.constexpr, L: tl.constexpr):
-    """[N] → [N L]: each group's value in each of its threads."""
-    return tl.reshape(tl.broadcast_to(x[:, None], (N, L)), (N * L,))
-
-
-@triton.jit
-def _int4_scale(spread, levels):
-    scale = from_bits(round_bf16(tl.div_rn(spread, tl.zeros_like(spread) + levels)))
-    return tl.where(scale == 0, _INT4_ZERO, scale)
-
-
-@triton.jit
-def _int4_range(low, high, c, SYMMETRIC: tl.constexpr):
-    if SYMMETRIC:
-        scale = _int4_scale(tl.maximum(-low, high) * c, 7.5)
-        return scale, tl.zeros_like(scale)
-    scale = _int4_scale((high - low) * c, 15.0)
-    return scale, round_level(-8.0 - tl.div_rn(low * c, scale))
-
-
-@triton.jit
-def _exp2(biased):
-    return from_bits(tl.where(biased == 0, 1 << 22, biased << 23))
-
-
-@triton.jit
-def _nvfp4_scale(wanted, global_scale, zero_scale):
-    """The stored E4M3 byte and the scale that it makes."""
-    byte = e4m3_byte(wanted)
-    byte = tl.where(byte == 0, e4m3_byte(tl.zeros_like(wanted) + zero_scale), byte)
-    return byte, tl.div_rn(e4m3_value(byte), global_scale)
-
-
-@triton.jit
-def _quotient(x, scale, wide, QUICK: tl.constexpr):
-    if QUICK:
-        inverse = tl.zeros_like(x) + tl.div_rn(tl.zeros_like(scale) + 1.0, scale)[None, :]
-        near = x * inverse
-        quotient = tl.fma(tl.fma(-near, wide, x), inverse, near)
-    else:
-        quotient = tl.div_rn(x, wide)
-    return quotient
-
-
-@triton.jit
-def _error(
-    x,
-    scale,
-    zero,
-    weigh,
-    KIND: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    QUICK: tl.constexpr,
-    K: tl.constexpr,
-    N: tl.constexpr,
-    L: tl.constexpr,
-):
-    wide = tl.zeros_like(x) + scale[None, :]
-    if KIND == _INT4:
-        offset = zero[None, :]
-        difference = (round_level(_quotient(x, scale, wide, QUICK) + offset) - offset) * wide - x
-    else:
-        magnitude = tl.abs(x)
-        difference = round_e2m1(_quotient(magnitude, scale, wide, QUICK)) * wide - magnitude
-    squares = difference * difference
-    if WEIGHTED:
-        squares = squares * weigh
-    return _group_sum(squares, K, N, L)
-
-
-@triton.jit
-def _candidate(low, high, amax, global_scale, c, plain, KIND: tl.constexpr, SYMMETRIC: tl.constexpr):
-    """(scale, zero point, what is stored of the scale) for what the search tries as `c`; `plain`: the first of all."""
-    if KIND == _INT4:
-        scale, zero = _int4_range(low, high, c, SYMMETRIC)
-        return scale, zero, (bits_of(scale) >> 16).to(tl.int32)
-    if KIND == _MXFP4:
-        bits = bits_of(amax)
-        biased = (tl.where(plain, bits + _ROUND_UP, bits) >> 23).to(tl.int32) - 2 + tl.where(plain, 0, c.to(tl.int32))
-        biased = tl.where(biased < 0, 0, tl.where(biased > 254, 254, biased))
-        return _exp2(biased), tl.zeros_like(amax), biased
-    base = tl.div_rn(amax, tl.zeros_like(amax) + 6.0) * global_scale
-    byte, scale = _nvfp4_scale(base * c, global_scale, tl.where(plain, _NVFP4_ZERO, _NVFP4_SMALLEST))
-    return scale, tl.zeros_like(amax), byte
-
-
-@triton.jit
-def _search(
-    x,
-    low,
-    high,
-    amax,
-    global_scale,
-    scale,
-    zero,
-    stored,
-    weigh,
-    tried,
-    count,
-    KIND: tl.constexpr,
-    SYMMETRIC: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    QUICK: tl.constexpr,
-    K: tl.constexpr,
-    N: tl.constexpr,
-    L: tl.constexpr,
-):
-    """The best of all that is tried; a candidate must be strictly better."""
-    best = _error(x, scale, zero, weigh, KIND, WEIGHTED, QUICK, K, N, L)
-    for k in range(1, count):
-        c = tl.load(tried + k)
-        other, other_zero, other_stored = _candidate(low, high, amax, global_scale, c, c != c, KIND, SYMMETRIC)
-        error = _error(x, other, other_zero, weigh, KIND, WEIGHTED, QUICK, K, N, L)
-        better = error < best
-        best, scale = tl.where(better, error, best), tl.where(better, other, scale)
-        zero, stored = tl.where(better, other_zero, zero), tl.where(better, other_stored, stored)
-    return scale, zero, stored
 
 
 @triton.jit
@@ -210,7 +72,7 @@ def _load(
 ):
     """Groups' weights as float32 [K, N L], and which threads have seen one that is not finite. `first`: the expert's
     first group."""
-    held = tl.load(values + (first + n)[None, :] * S + s, mask=there[None, :], other=0)
+    held = tl.trans(tl.load(values + (first + n)[:, None] * S + s, mask=there[:, None], other=0))
     if FP8:
         place = (expert * scale_rows + n // groups // 128) * scale_columns + n % groups * S // 128
         unit = tl.load(block_scales + place, mask=there, other=1.0)
@@ -228,8 +90,8 @@ def _range(x, N: tl.constexpr, L: tl.constexpr):
     """The least and largest weight of each thread's group, or 0: [N L]."""
     low, high = tl.minimum(tl.min(x, axis=0), 0.0), tl.maximum(tl.max(x, axis=0), 0.0)
     if L > 1:
-        low = _spread(tl.min(tl.reshape(low, (N, L)), axis=1), N, L)
-        high = _spread(tl.max(tl.reshape(high, (N, L)), axis=1), N, L)
+        low = spread(tl.min(tl.reshape(low, (N, L)), axis=1), N, L)
+        high = spread(tl.max(tl.reshape(high, (N, L)), axis=1), N, L)
     return low, high
 
 
@@ -237,7 +99,7 @@ def _range(x, N: tl.constexpr, L: tl.constexpr):
 def _codes(x, scale, zero, KIND: tl.constexpr):
     """The nearest codes, by true divisions: int32 [K, N L]."""
     wide = tl.zeros_like(x) + scale[None, :]
-    if KIND == _INT4:
+    if KIND == INT4:
         code = (round_level(tl.div_rn(x, wide) + zero[None, :]) + 8.0).to(tl.int32)
     else:
         code = e2m1_code(round_e2m1(tl.div_rn(tl.abs(x), wide))) | tl.where(x < 0, 8, 0)
@@ -261,7 +123,7 @@ def _store_codes(packed, code, begin, count, K: tl.constexpr, N: tl.constexpr, L
 
 @triton.jit
 def _store_scales(scale_out, zero_out, group, stored, zero, there, KIND: tl.constexpr, SYMMETRIC: tl.constexpr):
-    if KIND == _INT4:
+    if KIND == INT4:
         tl.store(scale_out + group, stored.to(tl.uint16), mask=there)
     else:
         tl.store(scale_out + group, stored.to(tl.uint8), mask=there)
@@ -290,6 +152,7 @@ def _encode(
     SYMMETRIC: tl.constexpr,
     FP8: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    SIGNED: tl.constexpr,
     K: tl.constexpr,
     N: tl.constexpr,
     L: tl.constexpr,
@@ -299,24 +162,25 @@ def _encode(
     thread = tl.arange(0, N * L)
     n = tl.program_id(0) * N + thread // L
     there, begin = n < rows * groups, expert * rows * groups
-    # an index that the compiler cannot see through: else it would spread a thread's weights, for the sake of loads
-    s = tl.load(steps + tl.arange(0, K))[:, None] * L + (thread % L)[None, :]
+    # an index that the compiler cannot see through: else it would spread a thread's weights, for the sake of loads; and
+    # tiles are loaded turned, [N L, K]: else it would spread those of groups that one thread has whole
+    s = tl.load(steps + tl.arange(0, K))[None, :] * L + (thread % L)[:, None]
     x, spoiled = _load(values, block_scales, expert, begin, groups, scale_rows, scale_columns, n, s, there, S, FP8)
     weigh = x
     if WEIGHTED:
-        of_column = expert * groups * S + (n % groups)[None, :] * S + s
-        weigh = tl.load(importance + of_column, mask=there[None, :], other=0.0)
+        of_column = expert * groups * S + (n % groups)[:, None] * S + s
+        weigh = tl.trans(tl.load(importance + of_column, mask=there[:, None], other=0.0))
     low, high = _range(x, N, L)
     amax = tl.maximum(-low, high)
     global_scale = tl.zeros_like(amax) + 1.0
-    if KIND == _NVFP4:
+    if KIND == NVFP4:
         global_scale = tl.zeros_like(amax) + tl.load(global_scales + expert)
     c = tl.load(tried)
-    scale, zero, stored = _candidate(low, high, amax, global_scale, c, c == c, KIND, SYMMETRIC)
+    scale, zero, stored = candidate(low, high, amax, global_scale, c, c == c, KIND, SYMMETRIC)
     if count > 1:
         tame = (amax == 0) | ((amax < _EXTREME) & (amax > 1 / _EXTREME)) | ~there
         if tl.min(tame.to(tl.int32), axis=0) == 1:
-            scale, zero, stored = _search(
+            scale, zero, stored = search(
                 x,
                 low,
                 high,
@@ -332,12 +196,13 @@ def _encode(
                 SYMMETRIC,
                 WEIGHTED,
                 True,
+                SIGNED,
                 K,
                 N,
                 L,
             )
         else:
-            scale, zero, stored = _search(
+            scale, zero, stored = search(
                 x,
                 low,
                 high,
@@ -353,6 +218,7 @@ def _encode(
                 SYMMETRIC,
                 WEIGHTED,
                 False,
+                SIGNED,
                 K,
                 N,
                 L,
@@ -362,6 +228,18 @@ def _encode(
     _store_scales(scale_out, zero_out, begin + n, stored, zero, there, KIND, SYMMETRIC)
     spoiled = spoiled | ~(amax < float("inf")) | ~(tl.abs(scale) < float("inf"))
     tl.atomic_add(bad + expert, tl.sum((spoiled & there).to(tl.int32), axis=0))
+
+
+@cache
+def _kept(tried: tuple[float, ...], device: torch.device) -> Tensor:
+    """On the device; to bring it there every time would be to wait for all that was begun before."""
+    return torch.tensor(tried, dtype=torch.float32, device=device)
+
+
+def _in_pairs(tried: Sequence[float]) -> bool:
+    """Whether the second half has the negatives of the first."""
+    half = len(tried) // 2
+    return len(tried) == 2 * half and all(a == -b for a, b in zip(tried[:half], tried[half:], strict=True))
 
 
 def encode(
@@ -395,7 +273,7 @@ def encode(
         unused if block_scales is None else block_scales.contiguous(),
         unused if importance_EI is None else importance_EI.contiguous(),
         unused if global_scale_E is None else global_scale_E,
-        torch.tensor(tried, dtype=torch.float32, device=device),
+        _kept(tuple(tried), device),
         steps(device),
         codes,
         scale,
@@ -409,12 +287,17 @@ def encode(
         SYMMETRIC=fmt.symmetric,
         FP8=block_scales is not None,
         WEIGHTED=importance_EI is not None,
+        SIGNED=fmt.symmetric and fmt.name == "int4" and _in_pairs(tried),
         K=fmt.group_size // lanes,
         N=of_a_program,
         L=lanes,
         num_warps=_THREADS // 32,
         **NO_FUSION,
     )
+    return _parts(codes, scale, zero, fmt, global_scale_E), bad
+
+
+def _parts(codes: Tensor, scale: Tensor, zero: Tensor, fmt: Format, global_scale_E: Tensor | None) -> dict[str, Tensor]:
     dtype = {"int4": torch.bfloat16, "mxfp4": torch.uint8, "nvfp4": torch.float8_e4m3fn}[fmt.name]
     parts = {"codes": codes, "scale": scale.view(dtype)}
     if not fmt.symmetric:
@@ -422,35 +305,4 @@ def encode(
     if fmt.name == "nvfp4":
         assert global_scale_E is not None
         parts["global_scale"] = global_scale_E.to(torch.float32).reshape(-1, 1)
-    return parts, bad
-
-
-@triton.jit
-def _dequantize(values, block_scales, out, size, rows, width, scale_rows, scale_columns, N: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
-    there = at < size
-    held = tl.load(values + at, mask=there, other=0).to(tl.uint32)
-    expert, row, column = at // (rows * width), at // width % rows, at % width
-    place = (expert * scale_rows + row // 128) * scale_columns + column // 128
-    unit = tl.load(block_scales + place, mask=there, other=1.0)
-    x = from_bits(((held & 0x7F) << 20) | ((held & 0x80) << 24)) * FP8_UNIT * unit
-    bits = tl.where((held & 0x7F) == 0x7F, 0x7FC00000, round_bf16(x))  # a NaN stays one
-    bits = tl.where(tl.abs(unit) < float("inf"), bits, 0x7FC00000)
-    tl.store(out + at, (bits >> 16).to(tl.uint16), mask=there)
-
-
-def dequantize(values: Tensor, block_scales: Tensor) -> Tensor:
-    """FP8 bits, uint8 [E, O, I], with scales of 128 x 128 blocks, float32 [E, R, C], as bfloat16; what is not finite
-    comes as NaN. The values are those of `engine_torch.dequantize_fp8`."""
-    out = torch.empty(values.shape, dtype=torch.uint16, device=values.device)
-    _dequantize[(triton.cdiv(values.numel(), 1024),)](
-        values.contiguous(),
-        block_scales.contiguous(),
-        out,
-        values.numel(),
-        *values.shape[1:],
-        *block_scales.shape[1:],
-        N=1024,
-        **NO_FUSION,
-    )
-    return out.view(torch.bfloat16)
+    return parts
