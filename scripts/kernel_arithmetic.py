@@ -26,12 +26,12 @@ from torch import Tensor
 
 from mimoquant.evaluation import side_by_side
 from mimoquant.model import decoder_layer, layer_stream
+from mimoquant.model.attention import Heads
 from mimoquant.model.decoder_layer import (
     AttentionWeights,
     ExpertChunk,
     ForwardConfig,
     Group,
-    Heads,
     LayerWeights,
     group_of_chunk,
 )

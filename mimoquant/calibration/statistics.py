@@ -23,7 +23,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mimoquant.errors import CheckpointError
-from mimoquant.model.decoder_layer import Dispatch, ExpertChunk, Group, Routing, float32_parts, of_group, product
+from mimoquant.model.decoder_layer import (
+    Dispatch,
+    ExpertChunk,
+    Group,
+    Routing,
+    float32_parts,
+    gated,
+    of_group,
+    on_device,
+    product,
+)
+from mimoquant.quant.order import cuda_passes
 
 Rows = Callable[[Tensor, Group], Tensor]  # tokens [m, c, H] of a group of experts → what a projection sees [m, c, K]
 
@@ -49,10 +60,21 @@ def expert_grams(
             rows = tokens[group.rows]
             if rows_of is not None:
                 rows = rows_of(rows, group)
-            if group.padded:
-                rows = torch.where(group.used[..., None], rows, 0)
-            out[group.places(begin)] += gram(rows)
+            add_grams(out, rows, group, begin)
     return out
+
+
+def add_grams(out_EKK: Tensor, rows: Tensor, group: Group, begin: int) -> None:
+    """Add the `gram` of each expert's own rows [m, c, K] of a group to its place among the experts from `begin` on. On
+    CUDA each is a product of its own right into it: nothing is masked, and no sum copied."""
+    if not out_EKK.is_cuda:
+        own = torch.where(group.used[..., None], rows, 0) if group.padded else rows
+        out_EKK[group.places(begin)] += gram(own)
+        return
+    rough = rows.to(torch.bfloat16)
+    for slot, (expert, count) in enumerate(zip(group.experts, group.counts, strict=True)):
+        into, own = out_EKK[expert - begin, None], rough[slot : slot + 1, :count]
+        torch.baddbmm(into, own.mT, own, out_dtype=torch.float32, out=into)
 
 
 def gradient_grams(
@@ -138,12 +160,25 @@ def counts_of_kinds(blocks: Sequence[tuple[Tensor, Dispatch]], kinds: Tensor, ma
 
 def effective_counts(dispatches: Sequence[Dispatch], begin: int, end: int) -> list[float]:
     """(sum g)² / sum g² of each expert's routing weights g: how many equally weighted tokens it saw."""
+    if dispatches[0].gains.is_cuda:
+        return _effective_at_once(dispatches, begin, end)
     totals = []
     for expert in range(begin, end):
         gains = torch.cat([d.gains[d.begins[expert] : d.begins[expert + 1]] for d in dispatches])
         totals.append(torch.stack((gains.sum() ** 2, gains.square().sum())))
     first, second = torch.stack(totals).T
     return [float(value) for value in first / second.clamp(min=1e-30)]
+
+
+def _effective_at_once(dispatches: Sequence[Dispatch], begin: int, end: int) -> list[float]:
+    """The same by differences of running sums, in a handful of operations."""
+    sums = torch.zeros(2, end - begin, dtype=torch.float64, device=dispatches[0].gains.device)
+    for dispatch in dispatches:
+        gains = dispatch.gains.double()
+        running = F.pad(torch.stack((gains, gains.square())).cumsum(1), (1, 0))
+        sums += running[:, dispatch.starts[begin : end + 1]].diff(dim=1)
+    out: list[float] = (sums[0].square() / sums[1].clamp(min=1e-30)).tolist()
+    return out
 
 
 def changed(before: Sequence[Routing], after: Sequence[Routing]) -> float:
@@ -162,13 +197,21 @@ def shares(count_E: Sequence[int], n0: float) -> list[float]:
 
 def shrink(gram_EKK: Tensor, count_E: Sequence[int], pooled: Tensor, n0: float) -> Tensor:
     """Mean Gram matrices, each shrunk toward `pooled` ([K, K] or one an expert), at its own trace."""
-    count = torch.tensor(count_E, dtype=torch.float32, device=gram_EKK.device)
-    own = gram_EKK / count.clamp(min=1)[:, None, None]
-    target = pooled.expand_as(own)
-    scale = _trace(own) / _trace(target).clamp(min=1e-30)
-    scale = torch.where(count > 0, scale, 1.0)
-    share = torch.tensor(shares(count_E, n0), device=gram_EKK.device)
-    return (1 - share)[:, None, None] * own + (share * scale)[:, None, None] * target
+    count, share = (on_device(of, gram_EKK.device, torch.float32) for of in (count_E, shares(count_E, n0)))
+    some, target, kernels = count.clamp(min=1), pooled.expand_as(gram_EKK), cuda_passes(gram_EKK)
+    if kernels is None:
+        own = gram_EKK / some[:, None, None]
+        shared = share * _to_trace(_trace(own), target, count)
+        return own.mul_((1 - share)[:, None, None]).add_(shared[:, None, None] * target)
+    diagonal = torch.diagonal(gram_EKK, dim1=-2, dim2=-1) / some[:, None]
+    shared = share * _to_trace(diagonal.sum(-1), target, count)
+    mixed: Tensor = kernels.mixed(gram_EKK, some, pooled, 1 - share, shared)
+    return mixed
+
+
+def _to_trace(own_E: Tensor, target: Tensor, count: Tensor) -> Tensor:
+    """[E], what gives `target` the trace of experts' own matrices; 1 for one without tokens."""
+    return torch.where(count > 0, own_E / _trace(target).clamp(min=1e-30), 1.0)
 
 
 def _trace(matrices: Tensor) -> Tensor:
@@ -176,9 +219,9 @@ def _trace(matrices: Tensor) -> Tensor:
 
 
 def intermediate(rows: Tensor, gate: Tensor, up: Tensor) -> Tensor:
-    """What down_proj sees, float32 [..., n, I], of rows [..., n, H]."""
+    """What down_proj sees, bfloat16 [..., n, I], of rows [..., n, H]."""
     parts = float32_parts(rows, gate)
-    return F.silu(product(parts, gate)) * product(parts, up)
+    return gated(product(parts, gate), product(parts, up), torch.bfloat16)
 
 
 def intermediate_of(chunk: ExpertChunk) -> Rows:
@@ -218,6 +261,12 @@ def _slopes(rows: Tensor, gate: Tensor, up: Tensor) -> Tensor:
 def forced_grams(sample: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     """Mean Gram matrices [E, I, I] of each expert's intermediate on the same tokens `sample` [n, H]."""
     return torch.stack([gram(intermediate(sample, g, u)) for g, u in zip(gate, up, strict=True)]) / len(sample)
+
+
+def finite_grams(sums_EKK: Tensor, layer: int) -> Tensor:
+    """`finite` of Gram matrices, whose diagonals bound all else."""
+    finite(torch.diagonal(sums_EKK, dim1=-2, dim2=-1), layer)
+    return sums_EKK
 
 
 def finite(sums: Tensor, layer: int) -> Tensor:

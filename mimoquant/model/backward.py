@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mimoquant.model.attention import Heads, attention_shares
 from mimoquant.model.decoder_layer import (
     AttentionWeights,
     DenseWeights,
@@ -28,11 +29,9 @@ from mimoquant.model.decoder_layer import (
     ExpertChunk,
     ForwardConfig,
     Group,
-    Heads,
     Router,
     Routing,
     attention_heads,
-    attention_shares,
     float32_parts,
     group_of_chunk,
     product,

@@ -12,18 +12,20 @@ Reference: transformers 5.17 `mimo_v2_flash` (tests hold the two equal), the pub
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mimoquant.model.attention import Heads, attend
 from mimoquant.model.config_keys import number, read_rope, text_keys
 from mimoquant.model.served_rounding import NONE, UNROUNDED, LayerRounding, rounded
+from mimoquant.quant.order import cuda_passes
 
-_QUERY_CHUNK_BYTES = 256 * 2**20  # of attention scores that are held at once
 _GROUP_ROWS = 2**16  # of tokens that go through a group of experts at once
 _ALONE = 512  # tokens of an expert that are a product of their own on CUDA: nothing padded, no weight copied
 
@@ -138,33 +140,6 @@ def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight.to(hidden.dtype) * normed.to(hidden.dtype)
 
 
-@dataclass(frozen=True, slots=True)
-class Heads:
-    """Rotated queries [B, K, G, T, D] (G to a key-value head), rotated keys [B, K, T, D], values [B, K, T, V].
-
-    `cos`, `sin`: the rotation [T, width]. `window`: how many positions a query sees, its own included.
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    cos: Tensor
-    sin: Tensor
-    window: int
-
-    @property
-    def scale(self) -> float:
-        return float(self.query.shape[-1] ** -0.5)
-
-    def chunks(self) -> Iterator[tuple[int, int, int]]:
-        """Queries begin..end that are taken together, and the first key that any of them sees."""
-        batch, kv_heads, groups, tokens, _ = self.query.shape
-        row_bytes = 4 * batch * kv_heads * groups * min(tokens, 2 * self.window)
-        chunk = min(max(_QUERY_CHUNK_BYTES // row_bytes, 16), self.window)
-        for begin in range(0, tokens, chunk):
-            yield begin, min(begin + chunk, tokens), max(0, begin - self.window + 1)
-
-
 def attention(
     hidden_BTH: Tensor, weights: AttentionWeights, config: ForwardConfig, rounding: LayerRounding = UNROUNDED
 ) -> Tensor:
@@ -174,7 +149,7 @@ def attention(
     out = hidden_BTH.new_empty(*hidden_BTH.shape[:2], weights.heads, value.shape[-1])
     for begin, end, first in heads.chunks():
         query = heads.query[..., begin:end, :]
-        part = _attend(
+        part = attend(
             query,
             key[..., first:end, :],
             value[..., first:end, :],
@@ -191,42 +166,15 @@ def attention_heads(hidden_BTH: Tensor, weights: AttentionWeights, config: Forwa
     """What attention makes of its input [B, T, H] before positions see each other."""
     batch, tokens, _ = hidden_BTH.shape
     groups = weights.heads // weights.kv_heads
-    query = linear(hidden_BTH, weights.q).view(batch, tokens, weights.heads, -1)
-    key = linear(hidden_BTH, weights.k).view(batch, tokens, weights.kv_heads, -1)
-    value = linear(hidden_BTH, weights.v).view(batch, tokens, weights.kv_heads, -1) * config.value_scale
+    parts = float32_parts(hidden_BTH, weights.q)
+    query = product(parts, weights.q).view(batch, tokens, weights.heads, -1)
+    key = product(parts, weights.k).view(batch, tokens, weights.kv_heads, -1)
+    value = product(parts, weights.v).view(batch, tokens, weights.kv_heads, -1) * config.value_scale
     theta = config.sliding_rope_theta if weights.sliding else config.rope_theta
     cos, sin = rotary_table(tokens, int(query.shape[-1] * config.partial_rotary_factor), theta, hidden_BTH)
     query = rotate(query, cos, sin).view(batch, tokens, weights.kv_heads, groups, -1).permute(0, 2, 3, 1, 4)
     key, value = rotate(key, cos, sin).permute(0, 2, 1, 3), value.permute(0, 2, 1, 3)
     return Heads(query, key, value, cos, sin, config.window if weights.sliding else tokens)
-
-
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, sink: Tensor | None, offset: int, window: int, scale: float
-) -> Tensor:
-    """query [B, K, G, t, D] over key and value [B, K, s, D or V]; query i stands at position i + offset of the keys."""
-    return attention_shares(query, key, sink, offset, window, scale).to(value.dtype) @ value.unsqueeze(2)
-
-
-def attention_shares(query: Tensor, key: Tensor, sink: Tensor | None, offset: int, window: int, scale: float) -> Tensor:
-    """How much of each key's value a query takes, [B, K, G, t, s] float32; see `_attend`.
-
-    Softmax in float32, in the memory of the scores: to be given new pages for each step took longer than the steps. The
-    sink is one more logit a head, whose share of the probability goes nowhere.
-    """
-    scores = (query @ key.unsqueeze(2).transpose(-1, -2)).to(torch.float32).mul_(scale)
-    distance = torch.arange(query.shape[-2], device=query.device)[:, None] + offset
-    distance = distance - torch.arange(key.shape[-2], device=query.device)[None, :]
-    scores.masked_fill_((distance < 0) | (distance >= window), float("-inf"))
-    peak = scores.detach().amax(-1, keepdim=True)  # what is subtracted from all alike changes no share
-    if sink is not None:
-        sinks = sink.to(torch.float32).view(query.shape[1], query.shape[2], 1, 1)
-        peak = torch.maximum(peak, sinks.detach())
-    share = scores.sub_(peak).exp_()
-    total = share.sum(-1, keepdim=True)
-    if sink is not None:
-        total = total + (sinks - peak).exp()
-    return share / total if share.requires_grad else share.div_(total)
 
 
 def rotary_table(tokens: int, width: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -322,13 +270,23 @@ class Dispatch:
             if count:
                 alone = self.rows.is_cuda and count >= _ALONE
                 alike.setdefault(count if alone else _capacity(count), []).append(expert)
-        placed, out = _on_device([e for members in alike.values() for e in members], self.rows.device), []
+        device, out = self.rows.device, []
+        placed, true = on_device([e for members in alike.values() for e in members], device), _true(device)
         for capacity, experts in alike.items():
             step = max(1, _GROUP_ROWS // capacity)
             own, placed = placed[: len(experts)], placed[len(experts) :]
+            if capacity >= _ALONE and self.rows.is_cuda:
+                out += [self._alone(expert, own[i : i + 1], true) for i, expert in enumerate(experts)]
+                continue
             for first in range(0, len(experts), step):
                 out.append(self._group(experts[first : first + step], own[first : first + step], capacity))
         return out
+
+    def _alone(self, expert: int, member: Tensor, true: Tensor) -> Group:
+        """Its pairs as they lie."""
+        begin, end = self.begins[expert : expert + 2]
+        own, used = slice(begin, end), true.expand(1, end - begin)
+        return Group([expert], [end - begin], member, self.rows[None, own], self.gains[None, own], used)
 
     def _group(self, experts: list[int], members: Tensor, capacity: int) -> Group:
         starts, ends = self.starts[members][:, None], self.starts[members + 1][:, None]
@@ -339,10 +297,14 @@ class Dispatch:
         return Group(experts, counts, members, self.rows[place], self.gains[place] * used, used)
 
 
-def _on_device(numbers: list[int], device: torch.device) -> Tensor:
-    """int64 [n], without waiting for what the device has been given to do."""
-    pinned = device.type == "cuda"
-    return torch.tensor(numbers, dtype=torch.int64, pin_memory=pinned).to(device, non_blocking=True)
+def on_device(numbers: Sequence[float], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """[n], without waiting for what the device has been given to do."""
+    return torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
+@cache
+def _true(device: torch.device) -> Tensor:
+    return torch.ones(1, 1, dtype=torch.bool, device=device)
 
 
 def _capacity(count: int) -> int:
@@ -369,13 +331,24 @@ def expert_outputs(tokens: Tensor, group: Group, chunk: ExpertChunk, rounding: L
     """What each expert of the group makes of its tokens, [m, c, H], before the gains; padded rows hold anything."""
     gate, up, down = group_of_chunk(group, chunk)
     parts = float32_parts(tokens[group.rows], gate)
-    inner = (F.silu(product(parts, gate)) * product(parts, up)).to(tokens.dtype)
+    inner = gated(product(parts, gate), product(parts, up), tokens.dtype)
     inner = rounded(inner, rounding.experts, rounding.down_scale)
     return product(float32_parts(inner, down), down)
 
 
+def gated(gate: Tensor, up: Tensor, dtype: torch.dtype) -> Tensor:
+    """SiLU of gate times up, in float32 and then rounded once."""
+    opened = F.silu(gate)
+    out = torch.empty(up.shape, dtype=dtype, device=up.device) if up.is_cuda else None
+    return torch.mul(opened, up, out=out).to(dtype)
+
+
 def add_group(out: Tensor, group: Group, outputs: Tensor) -> None:
     """Add a group's `expert_outputs` to `out`, times their gains."""
+    if (kernels := cuda_passes(out)) and out.dtype == outputs.dtype == torch.float32:
+        for slot, count in enumerate(group.counts):
+            kernels.add_rows(out, group.rows[slot, :count], outputs[slot].contiguous(), group.gains[slot])
+        return
     result = outputs * group.gains[..., None]
     for slot, count in enumerate(group.counts):
         out.index_add_(0, group.rows[slot, :count], result[slot, :count])

@@ -140,7 +140,7 @@ def made_ahead(items: Iterator[T], device: torch.device) -> Iterator[Iterator[T]
 
 def _aside(items: Iterator[T], device: torch.device) -> Iterator[T]:
     """`items`, made by a stream of their own on CUDA, each finished when it comes."""
-    side = _side_stream(device)
+    side = side_stream(device)
     with torch.cuda.stream(side):  # does nothing for None
         for item in items:
             if side is not None:
@@ -148,7 +148,8 @@ def _aside(items: Iterator[T], device: torch.device) -> Iterator[T]:
             yield item
 
 
-def _side_stream(device: torch.device) -> torch.cuda.Stream | None:
+def side_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """A stream beside the products, on CUDA."""
     return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
 
@@ -216,42 +217,44 @@ def _expert_inputs(stream: Stream, weights: LayerWeights, rounding: LayerRoundin
 
 class _Ferry:
     """Hidden states between the host and a GPU, beside the products: the next batch comes while one is computed, and
-    what was made of it goes back, both on a stream of their own. Where they live on the device, nothing moves."""
+    what was made of it goes back, each way on a stream of its own. Where they live on the device, nothing moves."""
 
     def __init__(self, stream: Stream) -> None:
         self.stream, device = stream, stream.source.device
         afar = any(batch.device.type != device.type for batch in stream.batches)
-        self.side = _side_stream(device) if afar else None
-        self.coming: dict[int, Tensor] = {}
+        self.there, self.back = (side_stream(device) if afar else None for _ in range(2))
+        self.coming: dict[int, tuple[Tensor, torch.cuda.Event]] = {}
 
     def __enter__(self) -> _Ferry:
         return self
 
     def __exit__(self, *raised: object) -> None:
-        if self.side is not None:
-            self.side.synchronize()  # the host may look at the batches
+        if self.back is not None:
+            self.back.synchronize()  # the host may look at the batches
 
     def load(self, batch: int) -> Tensor:
         """A batch on the device; batches are asked for in order."""
-        if self.side is None:
+        if self.there is None:
             return self.stream.batches[batch].to(self.stream.source.device)
         for number in range(batch, min(batch + 2, len(self.stream.batches))):
             if number not in self.coming:
-                with torch.cuda.stream(self.side):
+                with torch.cuda.stream(self.there):
                     held = self.stream.batches[number]
-                    self.coming[number] = held.to(self.stream.source.device, non_blocking=True)
-        torch.cuda.current_stream(self.side.device).wait_stream(self.side)
-        return _claimed(self.coming.pop(batch))
+                    come = held.to(self.stream.source.device, non_blocking=True)
+                self.coming[number] = come, self.there.record_event()
+        come, event = self.coming.pop(batch)
+        torch.cuda.current_stream(come.device).wait_event(event)
+        return _claimed(come)
 
     def store(self, batch: int, hidden: Tensor) -> None:
         """Replace a batch where it lives."""
-        if self.side is None:
+        if self.back is None:
             self.stream.put(batch, hidden)
             return
-        self.side.wait_stream(torch.cuda.current_stream(self.side.device))
-        with torch.cuda.stream(self.side):
+        self.back.wait_stream(torch.cuda.current_stream(self.back.device))
+        with torch.cuda.stream(self.back):
             self.stream.batches[batch].copy_(hidden, non_blocking=True)
-        hidden.record_stream(self.side)
+        hidden.record_stream(self.back)
 
 
 def dense_layer(

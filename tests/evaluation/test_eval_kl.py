@@ -22,6 +22,7 @@ from mimoquant.errors import CheckpointError, UsageError
 from mimoquant.evaluation import eval_kl as evaluate
 from mimoquant.evaluation.eval_kl import eval_kl, open_layout
 from mimoquant.evaluation.held_out import refuse_shared_data
+from mimoquant.model import attention as attention_core
 from mimoquant.model.decoder_layer import linear, rms_norm
 from mimoquant.model.layer_stream import Stream, walk
 from mimoquant.planning.plan import make_plan
@@ -123,11 +124,10 @@ def test_the_forward_equals_transformers(flash: Path, tokens: int, tmp_path: Pat
 
 
 def test_query_chunks_do_not_change_the_forward(flash: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mimoquant.model import decoder_layer
 
     ids = torch.from_numpy(random_tokens(1, 300).ids)
     whole = our_logits(flash, ids)
-    monkeypatch.setattr(decoder_layer, "_QUERY_CHUNK_BYTES", 1)
+    monkeypatch.setattr(attention_core, "_QUERY_CHUNK_BYTES", 1)
     assert (our_logits(flash, ids) - whole).abs().max() < 1e-4
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mimoquant.model import backward, decoder_layer
+from mimoquant.model import attention as attention_core
+from mimoquant.model import backward
 from mimoquant.model.decoder_layer import (
     AttentionWeights,
     DenseWeights,
@@ -68,7 +69,7 @@ def test_a_product() -> None:
 @pytest.mark.parametrize("sink", [False, True])
 def test_attention(sliding: bool, sink: bool, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of grouped heads, values of another width, a part of each head rotated; in one chunk of queries and in many."""
-    monkeypatch.setattr(decoder_layer, "_QUERY_CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(attention_core, "_QUERY_CHUNK_BYTES", chunk_bytes)
     heads, kv_heads, width, value_width = 4, 2, 12, 10
     weights = AttentionWeights(
         normal(heads * width, HIDDEN, seed=5, scale=0.4), normal(kv_heads * width, HIDDEN, seed=6, scale=0.4),

@@ -17,6 +17,7 @@ import mimoquant
 from mimoquant import pipeline
 from mimoquant.calibration.tokens import TokenSet
 from mimoquant.evaluation.eval_kl import compare, open_layout
+from mimoquant.model import attention as attention_core
 from mimoquant.model import decoder_layer
 from mimoquant.model.decoder_layer import AttentionWeights, ForwardConfig, attention, rotary_table, rotate
 from mimoquant.planning.plan import make_plan
@@ -82,7 +83,7 @@ def plain_rows(hidden: torch.Tensor, weights: AttentionWeights, positions: list[
 def test_attention_over_8k_tokens_is_what_it_is_defined_as(
     sliding: bool, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoder_layer, "_QUERY_CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(attention_core, "_QUERY_CHUNK_BYTES", chunk_bytes)
     hidden, weights = random_attention(sliding=sliding)
     positions = [0, 1, 15, 16, WINDOW - 1, WINDOW, 4095, 4096, 4097, 8000, TOKENS - 2, TOKENS - 1]
     out = attention(hidden, weights, CONFIG)[0, positions]
@@ -94,16 +95,16 @@ def test_chunks_of_queries_equal_one_chunk_over_4k_tokens(monkeypatch: pytest.Mo
     assert both.sink is not None
     weights = replace(both, q=both.q[:32], o=both.o[:, :16], sink=both.sink[:1], heads=1)  # one head: half the memory
     sizes: list[int] = []
-    attend = decoder_layer._attend
+    attend = decoder_layer.attend
 
     def counting(query: torch.Tensor, *rest: Any) -> torch.Tensor:
         sizes.append(query.shape[-2])
         return attend(query, *rest)
 
-    monkeypatch.setattr(decoder_layer, "_attend", counting)
+    monkeypatch.setattr(decoder_layer, "attend", counting)
     results = []
     for chunk_bytes in (2**40, 2**23):
-        monkeypatch.setattr(decoder_layer, "_QUERY_CHUNK_BYTES", chunk_bytes)
+        monkeypatch.setattr(attention_core, "_QUERY_CHUNK_BYTES", chunk_bytes)
         results.append(attention(hidden[:, : TOKENS // 2], weights, CONFIG))
     assert sizes[0] == TOKENS // 2 and len(sizes) > 8 and sum(sizes) == TOKENS
     assert (results[0] - results[1]).abs().max() < 1e-5

@@ -1,0 +1,102 @@
+"""How much each query takes of each key's value, and what it gets: attention between projections.
+
+Key idea: queries go in chunks, with the keys that any of them sees, so a long sequence never holds a whole score
+matrix. Where Triton is, the softmax is one pass over the scores.
+
+Shapes: B sequences, T tokens, K key-value heads, G queries to each, D head_dim, V v_head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_QUERY_CHUNK_BYTES = 256 * 2**20  # of attention scores that are held at once
+_LONGEST = 2**15  # keys whose scores one program holds
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """Rotated queries [B, K, G, T, D] (G to a key-value head), rotated keys [B, K, T, D], values [B, K, T, V].
+
+    `cos`, `sin`: the rotation [T, width]. `window`: how many positions a query sees, its own included.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    cos: Tensor
+    sin: Tensor
+    window: int
+
+    @property
+    def scale(self) -> float:
+        return float(self.query.shape[-1] ** -0.5)
+
+    def chunks(self) -> Iterator[tuple[int, int, int]]:
+        """Queries begin..end that are taken together, and the first key that any of them sees."""
+        batch, kv_heads, groups, tokens, _ = self.query.shape
+        row_bytes = 4 * batch * kv_heads * groups * min(tokens, 2 * self.window)
+        chunk = min(max(_QUERY_CHUNK_BYTES // row_bytes, 16), self.window)
+        for begin in range(0, tokens, chunk):
+            yield begin, min(begin + chunk, tokens), max(0, begin - self.window + 1)
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, sink: Tensor | None, offset: int, window: int, scale: float
+) -> Tensor:
+    """query [B, K, G, t, D] over key and value [B, K, s, D or V]; query i stands at position i + offset of the keys."""
+    return _times(attention_shares(query, key, sink, offset, window, scale).to(value.dtype), value)
+
+
+def _times(rows: Tensor, matrix: Tensor) -> Tensor:
+    """rows [B, K, G, t, n] times a matrix [B, K, n, m] of each key-value head. On CUDA the rows of all its queries go
+    together: else each would get a copy of the matrix."""
+    if not rows.is_cuda:
+        return rows @ matrix.unsqueeze(2)
+    out: Tensor = rows.flatten(2, 3) @ matrix
+    return out.view(*rows.shape[:4], -1)
+
+
+def attention_shares(query: Tensor, key: Tensor, sink: Tensor | None, offset: int, window: int, scale: float) -> Tensor:
+    """How much of each key's value a query takes, [B, K, G, t, s] float32; see `_attend`.
+
+    Softmax in float32, in the memory of the scores: to be given new pages for each step took longer than the steps. The
+    sink is one more logit a head, whose share of the probability goes nowhere.
+    """
+    scores = _times(query, key.transpose(-1, -2)).to(torch.float32)
+    if (kernels := _kernels(scores)) and scores.is_contiguous() and key.shape[-2] <= _LONGEST:
+        shares: Tensor = kernels.shares(scores, sink, offset, window, scale)
+        return shares
+    scores = scores.mul_(scale)
+    distance = torch.arange(query.shape[-2], device=query.device)[:, None] + offset
+    distance = distance - torch.arange(key.shape[-2], device=query.device)[None, :]
+    scores.masked_fill_((distance < 0) | (distance >= window), float("-inf"))
+    peak = scores.detach().amax(-1, keepdim=True)  # what is subtracted from all alike changes no share
+    if sink is not None:
+        sinks = sink.to(torch.float32).view(query.shape[1], query.shape[2], 1, 1)
+        peak = torch.maximum(peak, sinks.detach())
+    share = scores.sub_(peak).exp_()
+    total = share.sum(-1, keepdim=True)
+    if sink is not None:
+        total = total + (sinks - peak).exp()
+    return share / total if share.requires_grad else share.div_(total)
+
+
+def _kernels(scores: Tensor) -> Any:
+    """The module with the softmax as one kernel, for scores that nobody differentiates; or None."""
+    return _cuda_kernels() if scores.is_cuda and not scores.requires_grad else None
+
+
+@cache
+def _cuda_kernels() -> Any:
+    try:
+        from mimoquant.quant.kernels import softmax_cuda
+    except ImportError:  # no Triton here
+        return None
+    return softmax_cuda
