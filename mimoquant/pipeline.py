@@ -39,7 +39,7 @@ from mimoquant.output.documents import QuantizeReport
 from mimoquant.output.finished import finished_already
 from mimoquant.output.quantize_report import quantize_report
 from mimoquant.output.small_files import written_texts
-from mimoquant.planning.needs import disk_bytes, lighter_on_disk
+from mimoquant.planning.needs import disk_bytes, lighter_on_disk, near_bytes
 from mimoquant.planning.plan import Plan
 from mimoquant.planning.units import Experts, Unit
 from mimoquant.planning.writing import Writing, writing_of
@@ -48,7 +48,8 @@ from mimoquant.run.clamped import Counts
 from mimoquant.run.deal import Task, deal
 from mimoquant.run.loading import load
 from mimoquant.run.side_weights import refuse_side_weights
-from mimoquant.run.steps import Array, Workshop, label, yielded
+from mimoquant.run.steps import Array, label, yielded
+from mimoquant.run.workshop import Workshop
 
 if TYPE_CHECKING:
     from mimoquant.fisher.matrices import Fisher
@@ -349,7 +350,8 @@ class _Walk:
         from mimoquant.run.calibrated import Calibrator  # torch is loaded only where it is needed
 
         self.plan, self.run = plan, run
-        self.calibrator = Calibrator(plan, reader, tokens, team.device, team, fisher=fisher)
+        near = near_bytes(plan, team.device, machine(team.device), team.size) > 0
+        self.calibrator = Calibrator(plan, reader, tokens, team.device, team, fisher=fisher, near=near)
         self.at = 0  # the next layer to walk
 
     def enter(self, unit: Unit) -> None:

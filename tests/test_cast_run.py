@@ -38,7 +38,7 @@ from mimoquant.planning.units import Unit
 from mimoquant.quant.engine_cpu import CpuEngine
 from mimoquant.run.deal import deal
 from mimoquant.run.loading import load
-from mimoquant.run.steps import Workshop
+from mimoquant.run.workshop import Workshop
 from mimoquant.serving.check import check
 from mimoquant.serving.served import planned, read_served
 from mimoquant.shipped import shipped_recipes

@@ -158,7 +158,7 @@ class CalibratedOptions(LayerOptions):
             for step, stacks in work:
                 self.calibrator.keep(step, stacks)
         else:
-            coded[own] = self.calibrator.encode(steps, mine)
+            coded[own] = self.calibrator.encode(steps, mine)()
             self._count(own, self.calibrator.facts.clamped)
         for option in self._of_any_rank(wanted):
             if option not in coded:

@@ -43,7 +43,8 @@ from mimoquant.quant.clamped import clamped
 from mimoquant.quant.engine_cpu import CpuEngine
 from mimoquant.quant.stack import Audit
 from mimoquant.run.clamped import Counts, as_groups, named
-from mimoquant.run.steps import Workshop, kind_of
+from mimoquant.run.steps import kind_of
+from mimoquant.run.workshop import Workshop
 from mimoquant.weights.stored import read_experts, read_parts
 
 Array = npt.NDArray[Any]

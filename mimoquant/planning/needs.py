@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 _INTERPRETER_BYTES, _TORCH_BYTES, _CUDA_BYTES = 320 * 2**20, 400 * 2**20, 2 * 2**30
 _GROUPS, _BLOCKS = 2**12, 3  # that go through a layer at once (`audio`); blocks in memory
 _GROUP_ROWS = 2**16  # of tokens that go through a group of experts at once (`decoder_layer`)
+_AHEAD = 3  # chunks that a GPU holds as they were read, beside the one that it works on
 # How many float32 matrices of the shape of the Gram matrix, and of gate and up together, a method holds an expert.
 _WITH_GPTQ, _SEARCH_ONLY = (5, 7), (3, 4)
 # More, where codes are chosen for the loss: of the metric of gate's and up's outputs, and of that of an expert's.
@@ -71,7 +72,9 @@ def needs(plan: Plan, device: str = "cpu", ranks: int = 1) -> Needs:
             _refine_bytes(plan, experts, "cuda" if cuda else "cpu"),
         )
     )
-    wants = Needs(host + states, work + 2**30) if cuda else Needs(host + _TORCH_BYTES + states + work, 0)
+    wants = (
+        Needs(host + states, work + _AHEAD * source + 2**30) if cuda else Needs(host + _TORCH_BYTES + states + work, 0)
+    )
     wants = _with_towers(plan, wants, states, cuda)
     back = walk_back_needs(plan, device, ranks) or wants  # one after the other
     return Needs(max(wants.host_bytes, back.host_bytes), max(wants.gpu_bytes, back.gpu_bytes))
@@ -199,6 +202,19 @@ def token_bytes(plan: Plan, ranks: int) -> tuple[int, int]:
     return 4 * tokens * width // ranks, 2 * tokens * width + 4 * tokens * width // ranks
 
 
+def near_bytes(plan: Plan, device: str, has: Machine, ranks: int = 1) -> int:
+    """Hidden states that rest on a GPU between two layers, beside all that is needed: all of them, where it has room
+    for them, or none."""
+    states = token_bytes(plan, ranks)[0]
+    return states if needs(plan, device, ranks).gpu_bytes + states <= has.gpu_bytes else 0
+
+
+def _begun_bytes(plan: Plan, experts: int) -> int:
+    """What a GPU still holds of the chunk before: its weights as they were and as they are read, and codes."""
+    geometry = plan.layout.geometry
+    return 5 * experts * 3 * geometry.hidden * geometry.expert_intermediate
+
+
 def _method_bytes(plan: Plan, experts: int) -> int:
     width, inner = plan.layout.geometry.hidden, plan.layout.geometry.expert_intermediate
     squares, matrices = _WITH_GPTQ if plan.recipe.expert_method().gptq else _SEARCH_ONLY
@@ -214,14 +230,15 @@ def _walked_tokens(plan: Plan, experts: int, device: str) -> int:
 
 
 def _answer_bytes(plan: Plan, experts: int, device: str) -> int:
-    """A chunk, its Gram matrices and metrics, what descent of gate and up holds, its tokens, and those on their way."""
+    """A chunk, its Gram matrices and metrics, and what those experts hold whose gate and up descend together."""
     if plan.recipe.objective != "kl":
         return 0
     width, inner = plan.layout.geometry.hidden, plan.layout.geometry.expert_intermediate
-    matrices = 4 * (2 * width**2 + 4 * (2 * inner) ** 2 + inner**2) + (14 + 8 * _DESCENDED_MATRICES) * inner * width
-    routed = 2 * _tokens(plan) * plan.layout.geometry.top_k * experts // plan.layout.geometry.experts
-    resting = min(experts * WALKED_MOST, routed) * 4 * (width + 6 * inner)
-    return experts * matrices + resting + _walked_tokens(plan, experts, device) * 4 * (2 * width + 10 * inner)
+    chunk = 4 * (2 * width**2 + (2 * inner) ** 2) + 14 * inner * width
+    matrices = _DESCENDED_MATRICES * 2 * inner * width + 3 * (2 * inner) ** 2 + 2 * inner**2
+    together = min(experts, WALKED_TOKENS[device] // WALKED_FEWEST)
+    tokens = _walked_tokens(plan, experts, device)
+    return experts * chunk + 4 * together * matrices + 4 * tokens * (2 * width + 14 * inner)
 
 
 def _refine_bytes(plan: Plan, experts: int, device: str) -> int:

@@ -22,6 +22,7 @@ from mimoquant.quant.stack import Stack
 Array = npt.NDArray[Any]
 Groups = tuple[Array, ...]  # expert, row and group of each
 Picked = Callable[[Groups], Array]
+Size = tuple[int, int]
 
 _AT_ONCE = 2**16  # groups
 _BLOCK = 128  # of FP8, rows and columns
@@ -39,6 +40,7 @@ _MIDDLE = {"int4": 0x4000, "mxfp4": 127, "nvfp4": 0x40}  # what is at neither en
 _E4M3_MOST = 0x7E
 # Plain rounding would have stored less than the least scale where a group wants less than so much of it.
 _TOO_LITTLE = {"int4": 0.5, "mxfp4": 3.5 / 6.0, "nvfp4": 0.5}
+_SMALL_DIVISOR = 1.001 * 6.0 * 448.0 / _INF  # NVFP4 values by such a one, or nearly, may read as Inf
 _TOO_MUCH = 464.0 / 448.0  # and more than E4M3's largest from here on
 
 
@@ -77,48 +79,58 @@ def clamped(stack: Stack, parts: Mapping[str, Array], fmt: Format) -> dict[int, 
 
     found = suspicious(parts, fmt)
     if fmt.name != "mxfp4":  # whose scale of zeros is the least, which no other groups have by chance
-        lost = (_bits(parts, fmt)[found] != _ZEROS[fmt.name]) | _begins_with_zeros(found, parts, fmt, codes)
+        lost = (stored_bits(parts, fmt)[found] != _ZEROS[fmt.name]) | _begins_with_zeros(found, parts, fmt, codes)
         found = tuple(place[lost] for place in found)
-    return clamped_groups(parts, fmt, found, codes.__getitem__, weights)
+    bits = stored_bits(parts, fmt)
+    return clamped_groups(parts, fmt, found, bits[found], codes.__getitem__, weights, (len(bits), bits[0].size))
 
 
 def clamped_groups(
-    parts: Mapping[str, Array], fmt: Format, found: Groups, codes: Picked, weights: Picked
+    parts: Mapping[str, Array], fmt: Format, found: Groups, bits: Array, codes: Picked, weights: Picked, size: Size
 ) -> dict[int, Clamped]:
-    """`clamped`, of parts without codes. `codes`, `weights` give some groups' packed codes [n, S/2], weights [n, S]."""
-    bits = _bits(parts, fmt)
-    counts = np.zeros((len(bits), 3), np.int64)
+    """`clamped`, of parts without codes and scales: of those, what is asked for.
+
+    Args:
+        bits: [n], `stored_bits` of the groups `found`. codes, weights: give some groups' packed codes [n, S/2], weights
+            [n, S]. size: experts, and groups of each.
+    """
+    counts = np.zeros((size[0], 3), np.int64)
     for begin in range(0, len(found[0]), _AT_ONCE):
-        groups = tuple(place[begin : begin + _AT_ONCE] for place in found)
-        _count(groups, bits[groups], parts, fmt, codes, weights, counts)
-    total = bits[0].size
+        some = slice(begin, begin + _AT_ONCE)
+        _count(tuple(place[some] for place in found), bits[some], parts, fmt, codes, weights, counts)
     return {
-        int(expert): Clamped(int(counts[expert, 0]), int(counts[expert, 1]), int(counts[expert, 2]), total)
+        int(expert): Clamped(int(counts[expert, 0]), int(counts[expert, 1]), int(counts[expert, 2]), size[1])
         for expert in np.flatnonzero(counts.any(1))
     }
 
 
 def suspicious(parts: Mapping[str, Array], fmt: Format) -> Groups:
     """Whose scale is that of zeros, the least, the most, or so large that codes may read as Inf."""
-    bits = _bits(parts, fmt)
+    return np.nonzero(is_suspicious(stored_bits(parts, fmt), huge(parts.get("global_scale"), fmt), fmt))
+
+
+def is_suspicious(bits: Any, huge_E: Any, fmt: Format) -> Any:
+    """The same of `stored_bits` [E, O, G], in numpy or torch. `huge_E`: nvfp4's experts all of whose groups are."""
     if fmt.name == "mxfp4":
-        return np.nonzero((bits == 0) | (bits >= 253))
+        return (bits == 0) | (bits >= 253)
     found = (bits <= _LEAST[fmt.name]) | (bits == _ZEROS[fmt.name])
     if fmt.name == "int4":
-        return np.nonzero(found | (bits >= 0x7E00))  # 2^125, eight of which are 2^128
-    found |= bits == _E4M3_MOST
-    huge = np.flatnonzero(_LARGEST["nvfp4"] * 448.0 / parts["global_scale"].ravel().astype(np.float64) >= _INF)
-    found[huge] = True
-    return np.nonzero(found)
+        return found | (bits >= 0x7E00)  # 2^125, eight of which are 2^128
+    return found | (bits == _E4M3_MOST) | huge_E[:, None, None]
 
 
-def at_low_end(parts: Mapping[str, Array], fmt: Format, groups: Groups) -> Array:
-    """[n] of `suspicious` groups, whether they are so for a small scale; else it is a large one."""
-    low: Array = _bits(parts, fmt)[groups] <= _MIDDLE[fmt.name]
+def huge(global_scale: Any, fmt: Format) -> Any:
+    """[E] nvfp4's experts whose divisor is so small that codes may read as Inf; None of other formats."""
+    return None if fmt.name != "nvfp4" else global_scale.reshape(-1) <= _SMALL_DIVISOR
+
+
+def at_low_end(bits: Array, fmt: Format) -> Array:
+    """[n] of `suspicious` groups' `stored_bits`, whether they are so for a small scale; else it is a large one."""
+    low: Array = bits <= _MIDDLE[fmt.name]
     return low
 
 
-def _bits(parts: Mapping[str, Array], fmt: Format) -> Array:
+def stored_bits(parts: Mapping[str, Array], fmt: Format) -> Array:
     """[E, O, G] stored scales without their sign."""
     bits: Array = parts["scale"] & (0xFF if fmt.name == "mxfp4" else 0x7FFF if fmt.name == "int4" else 0x7F)
     return bits

@@ -17,9 +17,9 @@ Left out: the layers' order is the model's; no second pass. Shapes: E experts of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -38,22 +38,22 @@ from mimoquant.model.layout import PROJECTIONS, norm_name, router_name
 from mimoquant.planning.plan import Plan
 from mimoquant.planning.units import Experts, Unit
 from mimoquant.quant.awq import best_fold, divided_by, inverse, moved, scaled, settled
-from mimoquant.quant.engine_torch import TorchEngine, amax, nvfp4_global_scale, stored_parts, to_numpy
-from mimoquant.quant.expert_methods import Encoded, encode_with, energy, loss
+from mimoquant.quant.engine_torch import Sent, TorchEngine, amax, stored_parts, to_numpy
+from mimoquant.quant.expert_methods import Encoded, encode_with, energy, global_scale, loss
 from mimoquant.quant.formats import Format
 from mimoquant.quant.method import WALKED_MOST, Method
 from mimoquant.quant.reconstruct import reconstruct
 from mimoquant.quant.stack import Stack
-from mimoquant.run.chunk_facts import Rounded, chunk_facts, clamped_facts
+from mimoquant.run.chunk_facts import Rounded, chunk_losses, clamped_facts, fallbacks, relative_losses
 from mimoquant.run.clamped import Counts
+from mimoquant.run.crossing import Chosen, Parts, after_all, by_projection, leaving, named
 from mimoquant.run.objective import OutputMetrics, before_answers, felt_of_gate_up, for_answers, gate_and_up
 from mimoquant.run.portions import Portions, Seen
 from mimoquant.weights.decoded import TORCH_DTYPES, CheckpointWeights, decoded_chunk
 from mimoquant.weights.stored import not_finite, read_experts, read_parts
 
 Array = npt.NDArray[Any]
-Parts = dict[str, dict[str, Array]]  # projection → part → [E, ...]
-T = TypeVar("T")
+Stacks = Mapping[str, Stack | Sent]
 
 HELD_OUT = 16  # one sequence in so many
 SAMPLE_EXPERTS = 16  # at most, of a layer's first chunk, that choose the shrinkage
@@ -61,15 +61,6 @@ SAMPLE_TOKENS = 4096  # at most, that are forced through each expert: what down_
 SAMPLE_PER_COLUMN = 8  # of them, for each column of down_proj
 SHRINKAGES = (0.0, 1.0, 4.0)  # times the width, that are tried
 COARSE = 5  # one in so many scale multipliers is tried while a fold or a shrinkage is chosen
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """What one rank made of its chunk of a round: stored parts by (projection, part), values as read, facts."""
-
-    parts: dict[str, Tensor]
-    chunk: ExpertChunk
-    facts: dict[str, Any]
 
 
 class Calibrator:
@@ -86,6 +77,8 @@ class Calibrator:
         team: Team | None = None,
         weights: CheckpointWeights | None = None,
         fisher: Fisher | None = None,
+        *,
+        near: bool = False,
     ) -> None:
         assert plan.recipe.calibration is not None
         self.plan, self.settings, self.device = plan, plan.recipe.calibration, torch.device(device)
@@ -95,7 +88,8 @@ class Calibrator:
         ids, sets = torch.from_numpy(tokens.walked), (self.trains, ~self.trains)
         self.team = team or Team(device)
         check_media(tokens, plan.layout)
-        self.tokens = Portions(self.weights, [ids[part] for part in sets if bool(part.any())], self.team, tokens.media)
+        some = [ids[part] for part in sets if bool(part.any())]
+        self.tokens = Portions(self.weights, some, self.team, tokens.media, near=near)
         kinds = tokens.kinds
         self.kinds = None if kinds is None else torch.from_numpy(kinds)[self.trains].flatten().to(self.device)
         self.facts, self.fisher = LayerFacts(-1), fisher
@@ -144,8 +138,12 @@ class Calibrator:
             _, self.facts.image_tokens, self.facts.sound_tokens = statistics.counts_of_kinds(train, self.kinds, 3)
 
     @torch.no_grad()
-    def encode(self, steps: Sequence[Experts], stacks: dict[str, Stack] | None, *, wanted: bool = True) -> list[Parts]:
-        """Choose the codes of a round of chunks, each rank those of one, and let the tokens through all of them.
+    def encode(
+        self, steps: Sequence[Experts], stacks: Stacks | None, *, wanted: bool = True
+    ) -> Callable[[], list[Parts]]:
+        """Choose the codes of a round of chunks, each rank those of one, and let the tokens through all of them: as far
+        as nobody waits for the device. The call that comes back waits, tells the layer's facts and gives the parts;
+        where the next round is begun before, a GPU always has work.
 
         Args:
             stacks: of the chunk that has this rank's place in the round; None where it has none.
@@ -159,17 +157,26 @@ class Calibrator:
         if self.shrinkage is None:
             self._agree_on_shrinkage(original, inputs, fmt)
         own = None if original is None or inputs is None else self._choose(original, inputs, fmt)
-        for place, (step, facts) in enumerate(zip(steps, self.team.gather(own and own.facts), strict=False)):
+        for place, step in enumerate(steps):
             mine = own if place == self.team.rank else None
             parts = self.team.share(mine.parts if mine else None, place, str(self.device))
-            self._tell(facts)
+            arrived = leaving(parts) if wanted else None
             if self.settings.propagate == "quantized":
-                self.tokens.through(mine.chunk if mine else decoded_chunk(step.begin, _by_projection(parts), fmt))
+                self.tokens.through(mine.chunk if mine else decoded_chunk(step.begin, by_projection(parts), fmt))
             else:
                 self.tokens.through(original if mine and original else self._source_chunk(step))
-            if wanted:
-                out.append(_arrays(parts))
-        return out
+            if arrived:
+                out.append(arrived)
+        beside = after_all(self.device)
+
+        def finished() -> list[Parts]:
+            with beside():
+                mine = own and own.told()
+            for facts in self.team.gather(mine)[: len(steps)]:
+                self._tell(facts)
+            return [parts() for parts in out]
+
+        return finished
 
     @torch.no_grad()
     def encode_as(self, fmt: Format, chunks: int) -> tuple[list[Parts], Counts]:
@@ -179,17 +186,15 @@ class Calibrator:
         original, inputs = self._round
         own = None if original is None or inputs is None else self._choose(original, inputs, fmt)
         lost: Counts = {}
-        for counted in self.team.gather(own and own.facts["clamped"]):
+        for counted in self.team.gather(own and own.told()["clamped"]):
             lost |= counted or {}
         parts = own.parts if own else None
         return [
-            _arrays(self.team.share(parts if place == self.team.rank else None, place, str(self.device)))
+            leaving(self.team.share(parts if place == self.team.rank else None, place, str(self.device)))()
             for place in range(chunks)
         ], lost
 
-    def _own_chunk(
-        self, steps: Sequence[Experts], stacks: dict[str, Stack] | None
-    ) -> tuple[ExpertChunk | None, Tensor | None]:
+    def _own_chunk(self, steps: Sequence[Experts], stacks: Stacks | None) -> tuple[ExpertChunk | None, Tensor | None]:
         """This rank's chunk of a round as the source has it, and the Gram sums of what its experts see."""
         if stacks is None:
             return None, None
@@ -202,7 +207,7 @@ class Calibrator:
         assert self.shrinkage is not None
         n0, count = self.shrinkage * len(self.pooled), self.facts.tokens[begin:end]
         chunk, folded = self._folded_down(original, fmt, count) if self.plan.recipe.folds_down else (original, 0)
-        gram = statistics.finite(statistics.shrink(inputs, count, self.pooled, n0), self.facts.layer)
+        gram = statistics.finite_grams(statistics.shrink(inputs, count, self.pooled, n0), self.facts.layer)
         felt = self.metrics.experts(chunk, self._seen()) if self.metrics else None
         rows, metric = gate_and_up(chunk), self._felt_of_gate_and_up(felt, chunk, count)
         both = _encode(rows, gram, fmt, before_answers(self.method) if felt is not None else self.method, metric)
@@ -212,17 +217,32 @@ class Calibrator:
         half = ExpertChunk(begin, gate.contiguous(), up.contiguous(), chunk.down)
         inner = self._inner_grams(half, count)
         down = _encode(chunk.down, inner, fmt, self.method, felt)
-        chosen = Chosen(_named(both.parts, down.parts), replace(half, down=down.values), {})
+        chosen = Chosen(named(both.parts, down.parts), replace(half, down=down.values), dict)
         if self.settings.reconstructs(self.facts.layer):
             chosen = self._reconstructed(chunk, chosen, {"gate": gram, "up": gram, "down": inner}, fmt, felt)
             both, down = replace(both, values=gate_and_up(chosen.chunk)), replace(down, values=chosen.chunk.down)
-        facts = chunk_facts([Rounded(rows, gram, metric, both), Rounded(chunk.down, inner, felt, down)], fmt)
-        facts |= {"shrunk": statistics.shares(count, n0), "folded_channels": folded}
-        if self.plan.calibrates_inputs(self.facts.layer):
-            peaks = statistics.inner_peaks(self._all_seen(), chosen.chunk)
-            facts["down_input_amax"] = statistics.finite(peaks, self.facts.layer).tolist()
-        facts["clamped"] = clamped_facts(chunk, _by_projection(chosen.parts), fmt, self.plan.layout, self.facts.layer)
-        return replace(chosen, facts=chosen.facts | facts)
+        made = [Rounded(rows, gram, metric, both), Rounded(chunk.down, inner, felt, down)]
+        losses, fell_back = chunk_losses(made, fmt), fallbacks(made)
+        peaks = self._inner_peaks(chosen.chunk)
+
+        def told() -> dict[str, Any]:
+            facts = (
+                relative_losses(losses)
+                | fell_back
+                | {"shrunk": statistics.shares(count, n0), "folded_channels": folded}
+            )
+            if peaks is not None:
+                facts["down_input_amax"] = statistics.finite(peaks, self.facts.layer).tolist()
+            own = by_projection(chosen.parts)
+            facts["clamped"] = clamped_facts(chunk, own, fmt, self.plan.layout, self.facts.layer)
+            return chosen.told() | facts
+
+        return replace(chosen, told=told)
+
+    def _inner_peaks(self, chunk: ExpertChunk) -> Tensor | None:
+        return (
+            statistics.inner_peaks(self._all_seen(), chunk) if self.plan.calibrates_inputs(self.facts.layer) else None
+        )
 
     def _reconstructed(
         self, chunk: ExpertChunk, chosen: Chosen, grams: dict[str, Tensor], fmt: Format, felt: Tensor | None
@@ -233,14 +253,14 @@ class Calibrator:
         seen, *judges = (statistics.tokens_of(of_set, begin, end, WALKED_MOST) for of_set in self.tokens.seen)
         held = judges[0] if judges else [own[:0] for own in seen]
         made = reconstruct(
-            weights, _by_projection(chosen.parts), grams, fmt, seen, held, self.settings.reconstruct, felt
+            weights, by_projection(chosen.parts), grams, fmt, seen, held, self.settings.reconstruct, felt
         )
         parts = {f"{name} {part}": values for name, of in made.parts.items() for part, values in of.items()}
-        answer = torch.stack((made.before, made.after), dim=1).tolist()
-        return Chosen(parts, decoded_chunk(begin, made.parts, fmt), {"answer": answer})
+        answer = torch.stack((made.before, made.after), dim=1)
+        return Chosen(parts, decoded_chunk(begin, made.parts, fmt), lambda: {"answer": answer.tolist()})
 
     @torch.no_grad()
-    def keep(self, step: Experts, stacks: dict[str, Stack]) -> None:
+    def keep(self, step: Experts, stacks: Stacks) -> None:
         """Let the tokens through a chunk as the source has it."""
         self.tokens.through(self.chunk(step, stacks))
 
@@ -267,13 +287,13 @@ class Calibrator:
 
     # --- the steps of `encode` ----------------------------------------------------------------------------------------
 
-    def chunk(self, step: Experts, stacks: dict[str, Stack]) -> ExpertChunk:
+    def chunk(self, step: Experts, stacks: Stacks) -> ExpertChunk:
         """The source's weights, gate and up as they must be where the norm is folded. Raises CheckpointError."""
         weights = {projection: self.engine.bf16(stack) for projection, stack in stacks.items()}
-        for projection, weight in weights.items():
-            bad = torch.nonzero(~torch.isfinite(amax(weight)))
-            if len(bad):
-                raise not_finite(self.plan.layout.expert(step.layer, step.begin + int(bad[0, 0]), projection).name)
+        bad = torch.nonzero(~torch.isfinite(torch.stack([amax(weight) for weight in weights.values()])))
+        if len(bad):
+            which, expert = bad[0].tolist()
+            raise not_finite(self.plan.layout.expert(step.layer, step.begin + expert, list(weights)[which]).name)
         if self.norm_fold is not None:
             weights |= {p: scaled(weights[p], self.norm_fold) for p in ("gate", "up")}
         return ExpertChunk(step.begin, *(weights[p] for p in PROJECTIONS))
@@ -293,7 +313,7 @@ class Calibrator:
         sums = statistics.expert_grams(self._seen(), chunk.begin, end, width, rows_of)
         forced = statistics.forced_grams(self.sample, chunk.gate, chunk.up)
         assert self.shrinkage is not None
-        return statistics.finite(statistics.shrink(sums, count, forced, self.shrinkage * width), self.facts.layer)
+        return statistics.finite_grams(statistics.shrink(sums, count, forced, self.shrinkage * width), self.facts.layer)
 
     def _felt_of_gate_and_up(self, felt: Tensor | None, chunk: ExpertChunk, count: list[int]) -> Tensor | None:
         if felt is None:
@@ -301,7 +321,9 @@ class Calibrator:
             return None
         assert self.shrinkage is not None
         n0 = self.shrinkage * chunk.gate.shape[1]
-        return statistics.finite(felt_of_gate_up(felt, chunk, self._seen(), count, self.sample, n0), self.facts.layer)
+        return statistics.finite_grams(
+            felt_of_gate_up(felt, chunk, self._seen(), count, self.sample, n0), self.facts.layer
+        )
 
     def _agree_on_shrinkage(self, chunk: ExpertChunk | None, inputs: Tensor | None, fmt: Format) -> None:
         """The rank that has the layer's first chunk chooses for all."""
@@ -351,7 +373,7 @@ class Calibrator:
         weights = [torch.cat([self.weights.expert(layer, e, p) for p in ("gate", "up")]) for e in sample]
         grams = torch.cat([self._input_grams(e, e + 1) for e in sample])
         count = [self.facts.tokens[e] for e in sample]
-        gram = statistics.finite(statistics.shrink(grams, count, self.pooled, float(len(self.pooled))), layer)
+        gram = statistics.finite_grams(statistics.shrink(grams, count, self.pooled, float(len(self.pooled))), layer)
         recipe = self.plan.recipe
         fold = best_fold(
             torch.stack(weights),
@@ -432,26 +454,4 @@ class Calibrator:
 
 
 def _encode(weight: Tensor, gram: Tensor, fmt: Format, method: Method, metric: Tensor | None = None) -> Encoded:
-    return encode_with(weight, gram, fmt, method, nvfp4_global_scale(amax(weight), method.search, fmt), metric)
-
-
-def _named(both: dict[str, Tensor], down: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Parts by `projection part`, those of stacked gate and up split by rows; a global scale is shared."""
-    out = {f"down {name}": values for name, values in down.items()}
-    for name, values in both.items():
-        pair = (values, values) if name == "global_scale" else values.chunk(2, dim=1)
-        out |= {f"{projection} {name}": half for projection, half in zip(("gate", "up"), pair, strict=True)}
-    return out
-
-
-def _arrays(named: dict[str, Tensor]) -> Parts:
-    return _by_projection({name: to_numpy(values) for name, values in named.items()})
-
-
-def _by_projection(named: dict[str, T]) -> dict[str, dict[str, T]]:
-    """The inverse of the names that `_named` gives: projection → part."""
-    out: dict[str, dict[str, T]] = {projection: {} for projection in PROJECTIONS}
-    for name, values in named.items():
-        projection, _, part = name.partition(" ")
-        out[projection][part] = values
-    return out
+    return encode_with(weight, gram, fmt, method, global_scale(weight, method.search, fmt), metric)

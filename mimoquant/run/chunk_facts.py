@@ -13,9 +13,9 @@ from torch import Tensor
 
 from mimoquant.model.decoder_layer import ExpertChunk
 from mimoquant.model.layout import PROJECTIONS, ModelLayout
-from mimoquant.quant.clamped import Clamped, Groups, at_low_end, clamped_groups, suspicious
-from mimoquant.quant.engine_torch import amax, nvfp4_global_scale, to_numpy
-from mimoquant.quant.expert_methods import Encoded, encode_with, energy
+from mimoquant.quant.clamped import Clamped, Groups, at_low_end, clamped_groups, huge, is_suspicious, suspicious
+from mimoquant.quant.engine_torch import to_numpy
+from mimoquant.quant.expert_methods import Encoded, encode_with, energy, global_scale
 from mimoquant.quant.formats import Format
 from mimoquant.quant.method import Method
 from mimoquant.run.clamped import Counts, named
@@ -33,14 +33,23 @@ class Rounded:
     encoded: Encoded
 
 
-def chunk_facts(made: list[Rounded], fmt: Format) -> dict[str, Any]:
-    """Relative losses of each expert over all stacks, and how often a method fell back."""
-    told = torch.stack([_losses(one, fmt) for one in made]).sum(0)
+def chunk_losses(made: list[Rounded], fmt: Format) -> Tensor:
+    """Losses of each expert over all stacks: see `_losses`."""
+    return torch.stack([_losses(one, fmt) for one in made]).sum(0)
+
+
+def relative_losses(losses: Tensor) -> dict[str, Any]:
+    """What is told of `chunk_losses`, by expert."""
     facts: dict[str, Any] = {}
-    for (total, mine, plain), names in zip(told, (("relmse", "relmse_plain"), ("felt", "felt_plain")), strict=False):
+    for (total, mine, plain), names in zip(losses, (("relmse", "relmse_plain"), ("felt", "felt_plain")), strict=False):
         total = total.clamp(min=1e-30)
         facts |= {name: (values / total).tolist() for name, values in zip(names, (mine, plain), strict=True)}
-    return facts | {
+    return facts
+
+
+def fallbacks(made: list[Rounded]) -> dict[str, int]:
+    """How often a method fell back."""
+    return {
         "damped": sum(one.encoded.damped for one in made),
         "rounded": sum(one.encoded.rounded for one in made),
     }
@@ -57,9 +66,13 @@ def clamped_facts(
 
 
 def clamped_on_device(weight_EOI: Tensor, parts: dict[str, Tensor], fmt: Format) -> dict[int, Clamped]:
-    """`quant.clamped.clamped` of what lies on a device: of codes and weights only what is asked for leaves it."""
-    held = {name: to_numpy(values) for name, values in parts.items() if name != "codes"}
-    return _counted(weight_EOI, parts["codes"], held, fmt, suspicious(held, fmt))
+    """`quant.clamped.clamped` of what lies on a device, which is looked through there: little leaves it."""
+    bits = _stored_bits(parts, fmt)
+    found = torch.nonzero(is_suspicious(bits, huge(parts.get("global_scale"), fmt), fmt))
+    if not len(found):
+        return {}
+    held = {name: to_numpy(values) for name, values in parts.items() if name not in ("codes", "scale")}
+    return _counted(weight_EOI, parts["codes"], bits, held, fmt, tuple(found.T.cpu().numpy()))
 
 
 def clamped_within(
@@ -69,15 +82,15 @@ def clamped_within(
 
     A larger weight is clamped to the least scale no sooner, and to the most no later, so each end is looked at alone.
     """
-    held = {name: to_numpy(values) for name, values in parts.items() if name != "codes"}
+    held, bits = {name: to_numpy(values) for name, values in parts.items() if name != "codes"}, _stored_bits(parts, fmt)
     found = suspicious(held, fmt)
-    low = at_low_end(held, fmt, found)
+    low = at_low_end(_picked(bits, found), fmt)
     least: dict[int, Clamped] = {}
     most: dict[int, Clamped] = {}
     for which, few, many in ((low, off, 1 / off), (~low, 1 / off, off)):
         groups = tuple(place[which] for place in found)
         for total, size in ((least, few), (most, many)):
-            for expert, one in _counted(weight_EOI, parts["codes"], held, fmt, groups, size).items():
+            for expert, one in _counted(weight_EOI, parts["codes"], bits, held, fmt, groups, size).items():
                 before = total.get(expert, Clamped(0, 0, 0, one.groups))
                 total[expert] = Clamped(
                     before.zeroed + one.zeroed, before.clamped + one.clamped, before.infinite + one.infinite, one.groups
@@ -88,23 +101,33 @@ def clamped_within(
 def _counted(
     weight_EOI: Tensor,
     codes: Tensor,
+    bits: Tensor,
     held: dict[str, npt.NDArray[Any]],
     fmt: Format,
     groups: Groups,
     size: float = 1.0,
 ) -> dict[int, Clamped]:
     """Of weights times `size`."""
-    codes = codes.reshape(*held["scale"].shape, -1)
-    weights = weight_EOI.reshape(*held["scale"].shape, fmt.group_size)
-    return clamped_groups(
-        held, fmt, groups, lambda some: _picked(codes, some), lambda some: _picked(weights, some) * size
-    )
+    codes, weights = codes.reshape(*bits.shape, -1), weight_EOI.reshape(*bits.shape, fmt.group_size)
+
+    def picked(some: Groups) -> npt.NDArray[Any]:
+        return _picked(weights, some) * size
+
+    own, counts = _picked(bits, groups), (len(bits), bits[0].numel())
+    return clamped_groups(held, fmt, groups, own, lambda some: _picked(codes, some), picked, counts)
+
+
+def _stored_bits(parts: dict[str, Tensor], fmt: Format) -> Tensor:
+    """`quant.clamped.stored_bits` on a device."""
+    if fmt.name == "int4":
+        return parts["scale"].view(torch.int16) & 0x7FFF
+    return parts["scale"].view(torch.uint8) & (0xFF if fmt.name == "mxfp4" else 0x7F)
 
 
 def _picked(values: Tensor, groups: Groups) -> npt.NDArray[Any]:
-    """Some groups' codes, or weights as float32; on the host."""
+    """Some groups' codes or stored bits, or weights as float32; on the host."""
     held = values[tuple(torch.from_numpy(np.ascontiguousarray(place)).to(values.device) for place in groups)]
-    return to_numpy(held if held.dtype == torch.uint8 else held.to(torch.float32))
+    return to_numpy(held.to(torch.float32) if held.dtype.is_floating_point else held)
 
 
 def _losses(one: Rounded, fmt: Format) -> Tensor:
@@ -112,10 +135,11 @@ def _losses(one: Rounded, fmt: Format) -> Tensor:
     and, where there is a metric of them, under that. Of a matrix with thousands of rows one in several stands for all.
     """
     step = max(1, one.weight.shape[1] // TOLD_ROWS)
-    rows, scale = one.weight[:, ::step].contiguous(), nvfp4_global_scale(amax(one.weight), "absmax", fmt)
+    rows, scale = one.weight[:, ::step].contiguous(), global_scale(one.weight, "absmax", fmt)
     plain = encode_with(rows, one.gram, fmt, Method("absmax"), scale).values
+    gram = one.gram.to(torch.bfloat16) if rows.is_cuda else one.gram  # as `energy` takes it
     wide = rows.to(torch.float32)
     changes = (values.to(torch.float32) - wide for values in (one.encoded.values[:, ::step], plain))
     metrics = [None] if one.metric is None else [None, one.metric[:, ::step, ::step]]
-    energies = [torch.stack([energy(stack, one.gram, metric) for metric in metrics]) for stack in (rows, *changes)]
+    energies = [torch.stack([energy(stack, gram, metric) for metric in metrics]) for stack in (rows, *changes)]
     return torch.stack(energies, dim=1)

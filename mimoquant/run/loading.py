@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator
 
 from mimoquant.planning.units import Copy
 from mimoquant.run.deal import Task
-from mimoquant.run.steps import Loaded, Workshop, kind_of
+from mimoquant.run.steps import Loaded, kind_of
+from mimoquant.run.workshop import Workshop
 
 
 def load(shop: Workshop, tasks: Iterable[Task], at_once: int = 1) -> Iterator[Loaded]:

@@ -1,9 +1,9 @@
 """The calibration tokens on their way through the model, in portions that are dealt out to the ranks.
 
-Key idea: a portion's hidden states rest with one rank, on its host, and there it goes through attention, router and
-experts. What experts see of all portions is then given to all ranks, so each of them has the layer's statistics from
-the same sums in the same order, whoever did which part. Portions, and the blocks that statistics are summed over,
-depend on the data alone, so the bytes that come out do not depend on the number of ranks.
+Key idea: a portion's hidden states rest with one rank, on its host or device, and there it goes through attention,
+router and experts. What experts see of all portions is then given to all ranks, so each of them has the layer's
+statistics from the same sums in the same order, whoever did which part. Portions, and the blocks that statistics are
+summed over, depend on the data alone, so the bytes that come out do not depend on the number of ranks.
 
 Memory on each rank's device: one layer's tokens, in bfloat16, and of its own portions also the experts' sum in float32.
 """
@@ -53,10 +53,17 @@ class Portions:
     """Sets of sequences (those that train, those held out) that walk through a model's layers together."""
 
     def __init__(
-        self, weights: CheckpointWeights, sets: Sequence[Tensor], team: Team, media: Sequence[Sequence[Placed]] = ()
+        self,
+        weights: CheckpointWeights,
+        sets: Sequence[Tensor],
+        team: Team,
+        media: Sequence[Sequence[Placed]] = (),
+        *,
+        near: bool = False,
     ) -> None:
-        """`media`: what numbers below 0 in the `sets` stand for (`media.walked_ids`)."""
-        self.weights, self.team = weights, team
+        """`media`: what numbers below 0 in the `sets` stand for (`media.walked_ids`). `near`: hidden states rest on the
+        device, and not on the host."""
+        self.weights, self.team, self.near = weights, team, near
         parts, number = [portions(ids) for ids in sets], itertools.count()
         own = list(itertools.chain(*parts))[team.rank :: team.size]
         embedding = Embedding(weights, itertools.chain(*own), media)
@@ -66,7 +73,9 @@ class Portions:
     def _portion(self, batches: list[Tensor], embedding: Embedding, number: int) -> Portion:
         owner, stream = number % self.team.size, None
         if owner == self.team.rank:
-            stream = Stream(self.weights, [on_host(embedding(batch)) for batch in batches])
+            embedded = (embedding(batch) for batch in batches)
+            rest = [hidden.to(torch.float32) if self.near else on_host(hidden) for hidden in embedded]
+            stream = Stream(self.weights, rest)
         return Portion(owner, sum(batch.numel() for batch in batches), stream)
 
     @property

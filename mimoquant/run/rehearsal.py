@@ -281,7 +281,7 @@ def _refining_seconds(walk: Calibrator, few: Experts, stacks: dict[str, Stack], 
 
 
 def _encode_seconds(walk: Calibrator, few: Experts, stacks: dict[str, Stack]) -> float:
-    return _seconds(walk, lambda: walk.encode([few], stacks))
+    return _seconds(walk, lambda: walk.encode([few], stacks)())
 
 
 def _seconds(walk: Calibrator, work: Callable[[], object]) -> float:

@@ -9,26 +9,26 @@ are not encoded again: their audit (`output.verify`) is computed apart from the 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from mimoquant.checkpoint.index import TensorInfo
-from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.errors import CheckpointError
 from mimoquant.model.layout import PROJECTIONS, Weight
 from mimoquant.planning.plan import Plan
-from mimoquant.planning.reorder import Reorder, RowBlock, block_values, read_blocks, unmoved
+from mimoquant.planning.reorder import Reorder, RowBlock, block_values, read_blocks
 from mimoquant.planning.units import Copy, Dequantize, Experts, InputScales, Shapes, Step
 from mimoquant.quant.cast import InexactError, cast
 from mimoquant.quant.clamped import clamped
 from mimoquant.quant.formats import MXFP4
-from mimoquant.quant.stack import Engine, NonFiniteError, Stack
-from mimoquant.run.clamped import Counts, named, refuse_lost, refuse_many
+from mimoquant.quant.stack import NonFiniteError, Stack
+from mimoquant.run.clamped import named
 from mimoquant.run.deal import Task
 from mimoquant.run.input_scales import recorded_amax, scale_tensors, unit_amax
+from mimoquant.run.workshop import Produced, Workshop
 from mimoquant.weights.container import expert_tensors
 from mimoquant.weights.stored import (
     dequantize,
@@ -37,6 +37,7 @@ from mimoquant.weights.stored import (
     not_finite,
     packed_scale,
     read_experts,
+    read_matrix,
     refuse_non_finite,
     scale_rows,
 )
@@ -47,43 +48,8 @@ if TYPE_CHECKING:
 S = TypeVar("S", bound=Step)
 S_contra = TypeVar("S_contra", bound=Step, contravariant=True)
 Array = npt.NDArray[Any]
-Produced = Iterator[tuple[str, Array]]  # output tensors by name, in file order; a large one in parts
 Parts = dict[str, dict[str, Array]]  # projection → part → [E, ...]
 COPY_BLOCK = 32 * 2**20
-
-
-@dataclass(frozen=True, slots=True)
-class Workshop:
-    """What steps are done with: the plan, its source, the engine, and which rank of the run this is; and what is
-    counted meanwhile of groups that have no scale (see `run.clamped`)."""
-
-    plan: Plan
-    reader: CheckpointReader
-    engine: Engine
-    rank: int = 0
-    clamped: Counts = field(default_factory=dict)
-
-    def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
-        """Memory for bytes that go from disk to disk: none that a GPU copies from."""
-        return self.engine.empty(shape, dtype) if self.engine.name == "cpu" else np.empty(shape, dtype)
-
-    def count(self, clamped: Counts, step: Experts) -> None:
-        """Raises QualityError where groups without a scale are many."""
-        refuse_many(clamped, step)
-        self.clamped.update(clamped)
-
-    def count_lost(self, name: str, lost: tuple[int, int], blocks: int) -> None:
-        """The same of FP8 blocks of a weight that became bf16, or of a part of it; `blocks`: of all of it."""
-        if any(lost):
-            zeroed, some, *_ = self.clamped.get(name, (0, 0))
-            self.clamped[name] = [zeroed + lost[0], some + lost[1], 0, blocks]
-            refuse_lost({name: self.clamped[name]})
-
-    def counted(self) -> Counts:
-        """What was counted since this was asked last."""
-        counts = dict(self.clamped)
-        self.clamped.clear()
-        return counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,60 +139,35 @@ class Copying:
         proof.count("copied tensors")
 
 
-class _Rows(Generic[S]):
-    """Rows of a matrix, block by block. A subclass says as which `moves`, and how that is told."""
+class Reordering:
+    """Rows of q, k and v in another order, block by block; where FP8 cannot stay, as bf16."""
 
-    label: str
-    what: str  # of the source's it should have
-    counted: str
+    label = "reorder"
 
-    def moves(self, shop: Workshop, step: S) -> Reorder:
-        raise NotImplementedError
-
-    def read(self, shop: Workshop, steps: tuple[S, ...]) -> Iterator[tuple[RowBlock, bool]]:
-        step = self.moves(shop, steps[0])
-        left = len(step.rows)
-        for block in read_blocks(shop.reader, step, empty=shop.empty):
+    def read(self, shop: Workshop, steps: tuple[Reorder, ...]) -> Iterator[tuple[RowBlock, bool]]:
+        left = len(steps[0].rows)
+        for block in read_blocks(shop.reader, steps[0], empty=shop.empty):
             left -= len(block.values)
             yield block, not left
 
     def yielded(self, shop: Workshop, loaded: Loaded, calibrator: Calibrator | None) -> Produced:
-        one: Any = loaded.steps[0]
-        step, block = self.moves(shop, one), loaded.data
+        (step,), block = loaded.steps, loaded.data
+        assert isinstance(step, Reorder)
         if block.scales is None:
             refuse_non_finite(step.infos[0], block.values)
         yield block.entry.name, _moved(shop, step, block)
 
-    def check(self, step: S, proof: Proof) -> None:
-        moves = self.moves(proof.shop, step)
-        done = dict.fromkeys((entry.name for entry in moves.entries), 0)
+    def check(self, step: Reorder, proof: Proof) -> None:
+        done = dict.fromkeys((entry.name for entry in step.entries), 0)
         wrong: dict[str, None] = {}
         for block, _ in self.read(proof.shop, (step,)):
-            name, expected = block.entry.name, _moved(proof.shop, moves, block)
+            name, expected = block.entry.name, _moved(proof.shop, step, block)
             if not proof.is_stored(name, expected, done[name]):
                 wrong[name] = None
             done[name] += expected.nbytes
         for name in wrong:
-            proof.problem(f"{name}: its {self.what} are not the source's")
-        proof.count(self.counted, len(moves.entries))
-
-
-class Reordering(_Rows[Reorder]):
-    """Rows of q, k and v in another order; where FP8 cannot stay, as bf16."""
-
-    label, what, counted = "reorder", "rows", "reordered tensors"
-
-    def moves(self, shop: Workshop, step: Reorder) -> Reorder:
-        return step
-
-
-class Dequantizing(_Rows[Dequantize]):
-    """A weight in FP8 or float32 as bf16."""
-
-    label, what, counted = "dequantize", "values", "recomputed tensors"
-
-    def moves(self, shop: Workshop, step: Dequantize) -> Reorder:
-        return unmoved(step.weight, step.entries, shop.plan.layout.geometry)
+            proof.problem(f"{name}: its rows are not the source's")
+        proof.count("reordered tensors", len(step.entries))
 
 
 class Computing(Generic[S]):
@@ -293,6 +234,18 @@ class ScalingInputs:
             if not proof.is_stored(name, expected):
                 proof.problem(f"{name}: its values are not the {by}")
         proof.count("input scales", len(step.entries))
+
+
+class Dequantizing(Computing[Dequantize]):
+    """An FP8 weight as bf16."""
+
+    label = "dequantize"
+
+    def read(self, shop: Workshop, steps: tuple[Dequantize, ...]) -> Iterator[tuple[Stack, bool]]:
+        yield read_matrix(shop.reader, steps[0].weight, shop.empty), True
+
+    def _values(self, shop: Workshop, step: Dequantize, data: Stack) -> Produced:
+        yield step.entries[0].name, _in_bf16(shop, step.weight, data)
 
 
 class KeepingExperts(Computing[Experts]):
@@ -367,19 +320,33 @@ class QuantizingExperts:
 
     label = "quantize experts"
 
-    def read(self, shop: Workshop, steps: tuple[Experts, ...]) -> Iterator[tuple[dict[str, Stack] | None, bool]]:
-        mine = steps[shop.rank : shop.rank + 1] if shop.plan.recipe.calibration is not None else steps
-        yield _read_chunk(shop, mine[0]) if mine else None, True
+    def read(self, shop: Workshop, steps: tuple[Experts, ...]) -> Iterator[tuple[Any, bool]]:
+        if shop.plan.recipe.calibration is None:
+            yield _read_chunk(shop, steps[0]), True
+            return
+        import torch  # torch is loaded only where it is needed
+
+        from mimoquant.run.crossing import sent
+
+        mine = steps[shop.rank : shop.rank + 1]
+        yield sent(_read_chunk(shop, mine[0]), torch.device(shop.engine.name)) if mine else None, True
 
     def yielded(self, shop: Workshop, loaded: Loaded, calibrator: Calibrator | None) -> Produced:
+        """With calibration, what was made of the round before: see `Workshop.rest`."""
         experts = [step for step in loaded.steps if isinstance(step, Experts)]
         if calibrator is None:
-            chunks = [_encoded(shop, experts[0], loaded.data)]
-        else:
-            chunks = calibrator.encode(experts, loaded.data, wanted=loaded.task.writes)
+            yield from _stored(shop.plan, experts[0], _encoded(shop, experts[0], loaded.data))
+            return
+        finished = calibrator.encode(experts, loaded.data, wanted=loaded.task.writes)
+
+        def made() -> Produced:
+            chunks = finished()
             shop.count(calibrator.facts.clamped, experts[0])
-        for step, parts in zip(experts, chunks, strict=False):
-            yield from _stored(shop.plan, step, parts)
+            for step, parts in zip(experts, chunks, strict=False):
+                yield from _stored(shop.plan, step, parts)
+
+        yield from shop.rest()
+        shop.begun.append(made)
 
     def check(self, step: Experts, proof: Proof) -> None:
         proof.audit(step)
@@ -404,8 +371,13 @@ def kind_of(step: Step) -> Kind[Any]:
 
 def yielded(shop: Workshop, loaded: Loaded, calibrator: Calibrator | None) -> Produced:
     """The output tensors (or parts of them) of what was loaded, in file order; none where another rank writes them."""
-    if loaded.steps:
-        yield from kind_of(loaded.steps[0]).yielded(shop, loaded, calibrator)
+    kind = kind_of(loaded.steps[0]) if loaded.steps else None
+    if kind is not _QUANTIZING:
+        yield from shop.rest()
+    if kind is not None:
+        yield from kind.yielded(shop, loaded, calibrator)
+    if loaded.last:
+        yield from shop.rest()
 
 
 def label(loaded: Loaded) -> str:

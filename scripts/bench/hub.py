@@ -66,7 +66,7 @@ def ours(keep: Path | None) -> tuple[float, int]:
     from mimoquant.planning.recipe import load_recipe
     from mimoquant.run.deal import deal
     from mimoquant.run.loading import load
-    from mimoquant.run.steps import Workshop
+    from mimoquant.run.workshop import Workshop
 
     engine = make_engine("cpu")
     begin = time.perf_counter()
