@@ -3,7 +3,9 @@
 `compare_captured` holds inputs, codes and scales that `ask_engine.py` kept of vLLM 0.33's FP8 products against
 `quant.activations`, bit for bit. `as_bf16` makes our forward round to bf16 wherever vLLM stores a tensor; it replaces
 functions of `model.decoder_layer` while it lasts, which is right for a judge only: the program itself computes in
-float32. Experts in FP8 take SiLU(gate) x up in float32, since vLLM's kernel for that rounds once, to FP8.
+float32. Experts in FP8 take SiLU(gate) x up in float32, since vLLM's kernel for that rounds once, to FP8. Elsewhere
+SiLU is bf16 before it meets up, cosines are, and the sum of experts; a norm rounds once. `ask_engine.Sums` saw norms,
+rotations and SiLU x up so inside the engine, bit for bit.
 
 Left out: the order of sums, attention's probabilities in bf16, the last bits of FP8 products on Hopper.
 Sources: vLLM 0.33, `input_quant_fp8.py`, `experts/triton_moe.py`, `fused_silu_mul_block_quant.cu`, `mimo_v2.py`.
@@ -29,6 +31,7 @@ from mimoquant.model import decoder_layer, layer_stream
 from mimoquant.model.attention import Heads
 from mimoquant.model.decoder_layer import (
     AttentionWeights,
+    DenseWeights,
     ExpertChunk,
     ForwardConfig,
     Group,
@@ -121,14 +124,18 @@ def as_bf16(*, in_float64: bool = False) -> Iterator[None]:
     plain = decoder_layer
     norm, rotate, heads = plain.rms_norm, plain.rotate, plain.attention_heads
     product = _product_in_float64 if in_float64 else plain.product
+    summed = layer_stream.add_blocks
+
+    def normed(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return bf16(norm(hidden, weight, eps))
 
     def attention_block(
         hidden: Tensor, weights: LayerWeights, config: ForwardConfig, rounding: LayerRounding = UNROUNDED
     ) -> tuple[Tensor, Tensor]:
         hidden = bf16(hidden)
-        normed = bf16(norm(hidden, weights.input_norm, config.eps))
-        hidden = bf16(hidden + plain.attention(normed, weights.attention, config, rounding))
-        return hidden, bf16(norm(hidden, weights.post_norm, config.eps))
+        attended = plain.attention(normed(hidden, weights.input_norm, config.eps), weights.attention, config, rounding)
+        hidden = bf16(hidden + attended)
+        return hidden, normed(hidden, weights.post_norm, config.eps)
 
     def attention_heads(hidden: Tensor, weights: AttentionWeights, config: ForwardConfig) -> Heads:
         made = heads(hidden, weights, config)
@@ -137,20 +144,31 @@ def as_bf16(*, in_float64: bool = False) -> Iterator[None]:
     def expert_outputs(tokens: Tensor, group: Group, chunk: ExpertChunk, rounding: LayerRounding = UNROUNDED) -> Tensor:
         gate, up, down = group_of_chunk(group, chunk)
         rows = tokens[group.rows]
-        inner = F.silu(bf16(product((rows,), gate))) * bf16(product((rows,), up))
-        inner = bf16(inner) if rounding.experts == NONE else rounded(inner, rounding.experts, rounding.down_scale)
+        opened, up_rows = F.silu(bf16(product((rows,), gate))), bf16(product((rows,), up))
+        if rounding.experts == NONE:
+            inner = bf16(bf16(opened) * up_rows)
+        else:  # a kernel that rounds once
+            inner = rounded(opened * up_rows, rounding.experts, rounding.down_scale)
         return bf16(product((inner,), down) * group.gains[..., None])
 
     def add_group(out: Tensor, group: Group, outputs: Tensor) -> None:
         for slot, count in enumerate(group.counts):
             out.index_add_(0, group.rows[slot, :count], outputs[slot, :count])
 
+    def dense_mlp(hidden: Tensor, weights: DenseWeights, rounding: str = NONE) -> Tensor:
+        rows = rounded(bf16(hidden), rounding)
+        inner = bf16(F.silu(bf16(product((rows,), weights.gate)))) * bf16(product((rows,), weights.up))
+        return bf16(product((rounded(bf16(inner), rounding),), weights.down))
+
+    def add_blocks(stream: layer_stream.Stream, blocks: list[layer_stream.Block]) -> None:
+        summed(stream, [replace(block, out=bf16(block.out)) for block in blocks])
+
     def rounded_bf16(rows: Tensor, kind: str, scale: float = 1.0) -> Tensor:
         return rounded(bf16(rows), kind, scale)
 
     changed = {
         "product": lambda parts, weight: bf16(product(parts, weight)),
-        "rotate": lambda heads, cos, sin: bf16(rotate(heads, cos, sin)),
+        "rotate": lambda heads, cos, sin: bf16(rotate(heads, bf16(cos), bf16(sin))),
         "rounded": rounded_bf16,
         "attention_heads": attention_heads,
         "expert_outputs": expert_outputs,
@@ -159,7 +177,13 @@ def as_bf16(*, in_float64: bool = False) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for name, function in changed.items():
             stack.enter_context(mock.patch.object(plain, name, function))
-        stack.enter_context(mock.patch.object(layer_stream, "attention_block", attention_block))
-        last = mock.patch.object(side_by_side, "rms_norm", lambda hidden, *more: bf16(norm(bf16(hidden), *more)))
-        stack.enter_context(last)
+        for name, function in (
+            ("attention_block", attention_block),
+            ("dense_mlp", dense_mlp),
+            ("add_blocks", add_blocks),
+        ):
+            stack.enter_context(mock.patch.object(layer_stream, name, function))
+        stack.enter_context(
+            mock.patch.object(side_by_side, "rms_norm", lambda hidden, *more: normed(bf16(hidden), *more))
+        )
         yield

@@ -117,18 +117,23 @@ def _grouped(rows: Tensor, size: int) -> Tensor:
 
 def _e4m3(values: Tensor) -> Tensor:
     """The nearest E4M3 values, saturated, in float32."""
-    return values.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).to(torch.float32)
+    return _on_grid(values, E4M3_MAX, digits=3, least=2.0**-9)
 
 
 def _e2m1(values: Tensor) -> Tensor:
-    """The nearest E2M1 values, saturated, with their signs; ties to the even code, as `kernels.rounding.round_e2m1`.
+    """The nearest E2M1 values, saturated, with their signs."""
+    return _on_grid(values, E2M1_MAX, digits=1, least=0.5)
 
-    Steps are half the power of two at or below a magnitude, and at least 1/2: half of what masks that float32 of its
-    exponent. So it is a few passes in place, of which large inputs have many.
+
+def _on_grid(values: Tensor, most: float, *, digits: int, least: float) -> Tensor:
+    """float32 `values` with so many binary digits behind the first, in steps of at least `least`; ties to even.
+
+    A step is the power of two at or below a magnitude, which float32's bits have, times 2^-digits. That is a few passes
+    in place, where a dtype's own conversion back takes longer than all of them.
     """
-    values = values.clamp(-E2M1_MAX, E2M1_MAX)
-    exponents = values.view(torch.int32).bitwise_and(_EXPONENT)
-    steps = exponents.view(torch.float32).mul_(0.5).clamp_(min=0.5)
+    values = values.clamp(-most, most)
+    powers = values.view(torch.int32).bitwise_and(_EXPONENT).view(torch.float32)
+    steps = powers.mul_(2.0**-digits).clamp_(min=least)
     return values.div_(steps).round_().mul_(steps)
 
 
