@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,11 @@ from mimoquant.output.verify import verify
 from mimoquant.planning.facts import drafter_facts, layout_facts
 from mimoquant.planning.plan import Plan, make_plan
 from mimoquant.planning.recipe import load_recipe, parse_recipe
-from mimoquant.planning.units import Unit
+from mimoquant.planning.reorder import Reorder, RowBlock, read_blocks
+from mimoquant.planning.units import Dequantize, Unit
 from mimoquant.quant.engine_torch import TorchEngine
 from mimoquant.report.verb_text import layout_text
+from mimoquant.run import steps
 from mimoquant.shipped import shipped_recipes
 from mimoquant.synthetic.checkpoint import SynthSizes, synth
 
@@ -85,6 +87,26 @@ def test_chunking_does_not_change_the_output(tmp_path: Path) -> None:
     assert plan.identity() == make_plan(MICRO, load_recipe("int4-g32-mse")).identity()
     pipeline.quantize(plan, tmp_path / "single", device="cpu")
     assert contents(tmp_path / "whole") == contents(tmp_path / "single")
+
+
+def test_blocks_of_rows_do_not_change_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention and dense MLP become bf16 a few rows at a time, and are proven so."""
+    plan = run("int4-g32-mse", tmp_path / "whole")
+    seen: list[int] = []
+
+    def few(*args: Any, **options: Any) -> Iterator[RowBlock]:
+        for block in read_blocks(*args, **options, block_bytes=40_000):
+            seen.append(len(block.values))
+            yield block
+
+    monkeypatch.setattr(steps, "read_blocks", few)
+    pipeline.quantize(plan, tmp_path / "few", device="cpu")
+    steps_of_rows = [step for unit in plan.units for step in unit.steps if isinstance(step, Dequantize | Reorder)]
+    assert sum(seen) == sum(entry.shape[0] for step in steps_of_rows for entry in step.entries)
+    assert len(seen) > 2 * len(steps_of_rows) and any(isinstance(step, Dequantize) for step in steps_of_rows)
+    assert contents(tmp_path / "whole") == contents(tmp_path / "few")
+    report = verify(tmp_path / "few", MICRO)
+    assert report.ok and report.checked == verify(tmp_path / "whole", MICRO).checked
 
 
 def test_native_container_copies_everything_but_the_experts(tmp_path: Path) -> None:

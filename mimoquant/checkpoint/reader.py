@@ -36,7 +36,7 @@ class CheckpointReader:
         self._expected: dict[str, Bytes] = {}  # tensors from afar that were read before they were asked for
         self._descriptors: dict[str, int] = {}
         self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="read")
+        self._pool = ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0))), thread_name_prefix="read")
 
     def __enter__(self) -> CheckpointReader:
         return self

@@ -230,15 +230,14 @@ def _walked_tokens(plan: Plan, experts: int, device: str) -> int:
 
 
 def _answer_bytes(plan: Plan, experts: int, device: str) -> int:
-    """A chunk, its Gram matrices and metrics, and what those experts hold whose gate and up descend together."""
+    """A chunk, its Gram matrices and metrics, what descent of gate and up holds, its tokens, and those on their way."""
     if plan.recipe.objective != "kl":
         return 0
     width, inner = plan.layout.geometry.hidden, plan.layout.geometry.expert_intermediate
-    chunk = 4 * (2 * width**2 + (2 * inner) ** 2) + 14 * inner * width
-    matrices = _DESCENDED_MATRICES * 2 * inner * width + 3 * (2 * inner) ** 2 + 2 * inner**2
-    together = min(experts, WALKED_TOKENS[device] // WALKED_FEWEST)
-    tokens = _walked_tokens(plan, experts, device)
-    return experts * chunk + 4 * together * matrices + 4 * tokens * (2 * width + 14 * inner)
+    matrices = 4 * (2 * width**2 + 4 * (2 * inner) ** 2 + inner**2) + (14 + 8 * _DESCENDED_MATRICES) * inner * width
+    routed = 2 * _tokens(plan) * plan.layout.geometry.top_k * experts // plan.layout.geometry.experts
+    resting = min(experts * WALKED_MOST, routed) * 4 * (width + 6 * inner)
+    return experts * matrices + resting + _walked_tokens(plan, experts, device) * 4 * (2 * width + 10 * inner)
 
 
 def _refine_bytes(plan: Plan, experts: int, device: str) -> int:

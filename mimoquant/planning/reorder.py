@@ -5,7 +5,7 @@ the row of the source that holds it. bf16 is always moved exactly. FP8 is where 
 takes its rows from one scale row; then codes and scales are moved and nothing is computed. Else the value has to be:
 the product of code and scale, rounded once to bf16, which is what every reader makes of it. So are float32 matrices.
 
-Blocks come at most 32 MiB large, so memory does not depend on the size of a tensor.
+Blocks come at most 16 MiB large, so memory does not depend on the size of a tensor.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mimoquant.quant.stack import Engine, NonFiniteError
 from mimoquant.weights.stored import not_finite, rounded, scale_rows
 
 Array = npt.NDArray[Any]
-BLOCK_BYTES = 32 * 2**20
+BLOCK_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +99,15 @@ def reorder(weights: list[Weight], before: Geometry, after: Geometry, *, sliding
     ]
 
 
+def unmoved(weight: Weight, entries: tuple[Entry, ...], geometry: Geometry) -> Reorder:
+    """A matrix in FP8 or float32 as bf16, its rows where they are."""
+    rows = weight.info.shape[0]
+    if weight.scale is None:
+        return Reorder(weight, (weight.info,), entries, np.arange(rows))
+    scale_row = scale_rows(weight.role, rows, weight.scale.shape[0], geometry)
+    return Reorder(weight, (weight.info,), entries, np.arange(rows), (weight.scale,), scale_row)
+
+
 def _chunks(geometry: Geometry) -> int:
     """Separate q, k, v, one after the other, lie as one chunk does."""
     return geometry.qkv_chunks if geometry.fused_qkv else 1
@@ -126,9 +135,10 @@ def _kept_scales(entries: tuple[Entry, ...], scale_of: Indexes, after: Geometry)
 
 
 def read_blocks(
-    reader: CheckpointReader, step: Reorder, block_bytes: int = BLOCK_BYTES, empty: Callable[..., Array] = np.empty
+    reader: CheckpointReader, step: Reorder, *, block_bytes: int = BLOCK_BYTES, empty: Callable[..., Array] = np.empty
 ) -> Iterator[RowBlock]:
-    """What goes out, in order and in blocks: rows of one entry each, in memory from `empty`."""
+    """What goes out, in order and in blocks: rows of one entry each, in memory from `empty`. A block ends where a scale
+    row does, if one ends in it, so that what is looked at by FP8 blocks is seen whole."""
     info = step.infos[0]
     width = info.size_bytes // info.shape[0]
     dtype = {"BF16": np.uint16, "F32": np.float32}.get(info.dtype, np.uint8)
@@ -138,13 +148,23 @@ def read_blocks(
         scales = np.concatenate(parts)
     start, height = 0, max(1, block_bytes // width)
     for entry in step.entries:
-        for begin in range(start, start + entry.shape[0], height):
-            end = min(begin + height, start + entry.shape[0])
+        begin, stop = start, start + entry.shape[0]
+        while begin < stop:
+            end = _end(step.scale_rows, begin, min(begin + height, stop), stop)
             raw = empty((end - begin, width), np.uint8)
             _gather(reader, step.infos, step.rows[begin:end], raw)
             scale_row = None if step.scale_rows is None else step.scale_rows[begin:end]
             yield RowBlock(entry, raw.view(dtype), scales, scale_row)
-        start += entry.shape[0]
+            begin = end
+        start = stop
+
+
+def _end(scale_rows: Indexes | None, begin: int, end: int, stop: int) -> int:
+    """Where a block ends that may go on to `end`, of rows up to `stop`."""
+    if scale_rows is None or end == stop:
+        return end
+    changes = np.flatnonzero(np.diff(scale_rows[begin : end + 1]))
+    return begin + int(changes[-1]) + 1 if len(changes) else end
 
 
 def _gather(reader: CheckpointReader, infos: tuple[TensorInfo, ...], rows: Indexes, out: Array) -> None:

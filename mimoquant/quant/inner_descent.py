@@ -53,43 +53,52 @@ def descend_inner(
             of each expert's answers, [E, H, H].
         grid, codes_EJH: of gate and up. seen: of each expert, tokens [n, H].
     """
-    out = []
-    for own in together([len(tokens) for tokens in seen], WALKED_TOKENS[codes_EJH.device.type]):
-        weight, down = (of[own].to(torch.float32) for of in weights)
-        gram, metric, felt = (of[own] for of in matrices)
-        some = Grid(grid.scale[own], None if grid.zero is None else grid.zero[own])
-        values = some.wide(fmt).decode(codes_EJH[own], fmt)
-        tokens = _Tokens(padded(seen[own]), weight, values, down.mT @ (felt @ down))
-        out.append(_walked(tokens, (weight, gram, metric), some, codes_EJH[own].clone(), fmt))
-    return torch.cat(out)
-
-
-def _walked(tokens: _Tokens, towards: tuple[Tensor, Tensor, Tensor], grid: Grid, codes: Tensor, fmt: Format) -> Tensor:
-    """The codes, each panel of columns after one step of descent. `towards`: weights, Gram matrices and metrics."""
-    weight, gram, metric = towards
-    values = grid.wide(fmt).decode(codes, fmt)
-    felt = rough_product(metric, values - weight)  # what is off, as far as the metric feels it
-    start, loss = codes.clone(), tokens.loss(tokens.off)
-
-    def slope(panel: slice) -> Tensor:
-        """[E, J, P], half the gradient by the values."""
-        return torch.lerp(tokens.slope(panel), rough_product(felt, gram[:, :, panel]), tokens.doubt)
-
+    weight, down = (of.to(torch.float32) for of in weights)
+    gram, metric, felt = matrices
+    values, codes = grid.wide(fmt).decode(codes_EJH, fmt), codes_EJH.clone()
+    groups = []
+    for own in together([len(tokens) for tokens in seen], WALKED_TOKENS[codes.device.type]):
+        inner = down[own].mT @ (felt[own] @ down[own])
+        groups.append(_Tokens(own, padded(seen[own]), weight[own], values[own], inner))
+    walk = _Walk(groups, gram, metric, rough_product(metric, values - weight))
     width = max(1, codes.shape[2] // _PANELS // fmt.group_size) * fmt.group_size
     for panel in (slice(*span) for span in spans(0, codes.shape[2], width)):
-        own = grid.part(slice(None), slice(panel.start // fmt.group_size, -(-panel.stop // fmt.group_size)))
-        old, value, before = codes[:, :, panel], values[:, :, panel], slope(panel)
-        new = descend(value, gram[:, panel, panel], metric, own, old, fmt, 1, pull=-before)
-        change = own.wide(fmt).decode(new, fmt) - value
-        moved = tokens.moved(change, panel)
-        tokens.off += moved.sum(1)
-        felt[:, :, panel] += rough_product(metric, change)
-        turned = ((before + slope(panel)) * change).sum(-1) > 0
-        tokens.off -= torch.where(turned.view(*moved.shape[:3], 1), moved, 0.0).sum(1)
-        felt[:, :, panel] -= rough_product(metric, torch.where(turned[..., None], change, 0.0))
+        part = grid.part(slice(None), slice(panel.start // fmt.group_size, -(-panel.stop // fmt.group_size)))
+        old, value, before = codes[:, :, panel], values[:, :, panel], walk.slope(panel)
+        new = descend(value, gram[:, panel, panel], metric, part, old, fmt, 1, pull=-before)
+        change = part.wide(fmt).decode(new, fmt) - value
+        walk.move(change, panel)
+        turned = ((before + walk.slope(panel)) * change).sum(-1) > 0
+        walk.take_back(change, turned, panel)
         codes[:, :, panel] = torch.where(turned[..., None], old, new)
-    worse = ~(tokens.loss(tokens.off_by(grid.wide(fmt).decode(codes, fmt))) < loss)
-    return torch.where(worse[:, None, None], start, codes)
+    values = grid.wide(fmt).decode(codes, fmt)
+    better = torch.cat([group.answers_better(values[group.own]) for group in groups])
+    return torch.where(better[:, None, None], codes, codes_EJH)
+
+
+class _Walk:
+    """Where a chunk of experts stands: its tokens, in groups, and `felt` [E, J, H], metric times the values' error."""
+
+    def __init__(self, groups: list[_Tokens], gram: Tensor, metric: Tensor, felt: Tensor) -> None:
+        self.groups, self.gram, self.metric, self.felt = groups, gram, metric, felt
+        self.doubt = torch.cat([group.doubt for group in groups])
+
+    def slope(self, panel: slice) -> Tensor:
+        """[E, J, P], half the gradient by the values of some columns."""
+        measured = torch.cat([group.slope(panel) for group in self.groups])
+        return torch.lerp(measured, rough_product(self.felt, self.gram[:, :, panel]), self.doubt)
+
+    def move(self, change_EJP: Tensor, panel: slice) -> None:
+        """Take a change of some columns' values."""
+        self.felt[:, :, panel] += rough_product(self.metric, change_EJP)
+        for group in self.groups:
+            group.move(change_EJP[group.own], panel)
+
+    def take_back(self, change_EJP: Tensor, turned_EJ: Tensor, panel: slice) -> None:
+        """Undo what some rows have just moved by."""
+        self.felt[:, :, panel] -= rough_product(self.metric, torch.where(turned_EJ[..., None], change_EJP, 0.0))
+        for group in self.groups:
+            group.take_back(turned_EJ[group.own])
 
 
 class _Tokens:
@@ -97,28 +106,32 @@ class _Tokens:
     last.
 
     Args:
-        tokens: [E, T, H]. weight, values: of gate and up [E, J, H], as they were and as they are. felt: what is felt of
-            inner activations, [E, I, I].
+        own: which experts of the chunk. tokens: [E, T, H]. weight, values: of gate and up [E, J, H], as they were and
+            as they are. felt: what is felt of inner activations, [E, I, I].
     `off`: [E, I, T], brought up to date by `slopes` [E, 2, I, T]. `doubt`: how much of a row's gradient is not to be
     asked of the tokens, [E, J, 1].
     """
 
-    def __init__(self, tokens: Tensor, weight: Tensor, values: Tensor, felt: Tensor) -> None:
-        self.inputs, self.felt = tokens.mT.to(half_dtype(tokens.device)).contiguous(), felt
+    def __init__(self, own: slice, tokens: Tensor, weight: Tensor, values: Tensor, felt: Tensor) -> None:
+        self.own, self.felt = own, felt
+        tokens = tokens if tokens.shape[1] else tokens.new_zeros(len(tokens), 1, tokens.shape[2])
+        self.inputs = tokens.mT.to(half_dtype(tokens.device)).contiguous()
         self.count = (tokens != 0).any(-1).sum(-1).clamp(min=1)[:, None, None]
-        self.wanted = _activated(product(halves(weight), (self.inputs,)))[0]
-        given, self.slopes = _activated(product(halves(values), (self.inputs,)))
-        self.off = given - self.wanted
+        self.wanted = _inner(product(halves(weight), (self.inputs,)))
+        given = product(halves(values), (self.inputs,))
+        self.off, self.slopes = _inner(given).sub_(self.wanted), _slopes(given)
+        self.loss, self.moved = self._loss(self.off), torch.empty(0)
         energy = self.slopes.flatten(1, 2).square()
         many = energy.sum(-1, keepdim=True).square() / energy.square_().sum(-1, keepdim=True).clamp(min=_TINY)
         prior = _PRIOR * tokens.shape[2]
         self.doubt = prior / (many + prior)
 
-    def off_by(self, values: Tensor) -> Tensor:
-        """`off` of other values of gate and up, not by slopes."""
-        return _activated(product(halves(values), (self.inputs,)))[0] - self.wanted
+    def answers_better(self, values: Tensor) -> Tensor:
+        """[E], whether other values of gate and up answer better than the first ones, not by slopes."""
+        off = _inner(product(halves(values), (self.inputs,))).sub_(self.wanted)
+        return self._loss(off) < self.loss
 
-    def loss(self, off: Tensor) -> Tensor:
+    def _loss(self, off: Tensor) -> Tensor:
         """[E], what is felt of the answers' errors."""
         return (rough_product(self.felt, off) * off).sum((1, 2))
 
@@ -127,14 +140,25 @@ class _Tokens:
         pull = self.slopes * rough_product(self.felt, self.off)[:, None]
         return product(halves(pull.flatten(1, 2)), (self.inputs[:, panel].mT,)) / self.count
 
-    def moved(self, change_EJP: Tensor, panel: slice) -> Tensor:
-        """[E, 2, I, T], how far a change of some columns moves the inner activations, through gate and through up."""
+    def move(self, change_EJP: Tensor, panel: slice) -> None:
+        """Take a change of some columns' values."""
         given = product(halves(change_EJP), (self.inputs[:, panel],))
-        return given.view(self.slopes.shape).mul_(self.slopes)
+        self.moved = given.view(self.slopes.shape).mul_(self.slopes)
+        self.off += self.moved[:, 0].add(self.moved[:, 1])
+
+    def take_back(self, turned_EJ: Tensor) -> None:
+        """Undo what some rows have just moved by."""
+        self.moved *= turned_EJ.view(*self.moved.shape[:3], 1)
+        self.off -= self.moved[:, 0].add_(self.moved[:, 1])
 
 
-def _activated(given_EJT: Tensor) -> tuple[Tensor, Tensor]:
-    """The inner activations [E, I, T] of what gate and up give, and their slopes by either, [E, 2, I, T]."""
+def _inner(given_EJT: Tensor) -> Tensor:
+    """The inner activations [E, I, T] of what gate and up give."""
     gate, up = given_EJT.chunk(2, dim=1)
-    opened = F.silu(gate)
-    return opened * up, torch.stack([up * silu_slope(gate), opened], dim=1)
+    return F.silu(gate).mul_(up)
+
+
+def _slopes(given_EJT: Tensor) -> Tensor:
+    """How fast they move with gate's output and with up's, [E, 2, I, T]."""
+    gate, up = given_EJT.chunk(2, dim=1)
+    return torch.stack([silu_slope(gate).mul_(up), F.silu(gate)], dim=1)

@@ -19,7 +19,7 @@ from mimoquant.checkpoint.index import TensorInfo
 from mimoquant.errors import CheckpointError
 from mimoquant.model.layout import PROJECTIONS, Weight
 from mimoquant.planning.plan import Plan
-from mimoquant.planning.reorder import Reorder, RowBlock, block_values, read_blocks
+from mimoquant.planning.reorder import Reorder, RowBlock, block_values, read_blocks, unmoved
 from mimoquant.planning.units import Copy, Dequantize, Experts, InputScales, Shapes, Step
 from mimoquant.quant.cast import InexactError, cast
 from mimoquant.quant.clamped import clamped
@@ -37,7 +37,6 @@ from mimoquant.weights.stored import (
     not_finite,
     packed_scale,
     read_experts,
-    read_matrix,
     refuse_non_finite,
     scale_rows,
 )
@@ -139,35 +138,60 @@ class Copying:
         proof.count("copied tensors")
 
 
-class Reordering:
-    """Rows of q, k and v in another order, block by block; where FP8 cannot stay, as bf16."""
+class _Rows(Generic[S]):
+    """Rows of a matrix, block by block. A subclass says as which `moves`, and how that is told."""
 
-    label = "reorder"
+    label: str
+    what: str  # of the source's it should have
+    counted: str
 
-    def read(self, shop: Workshop, steps: tuple[Reorder, ...]) -> Iterator[tuple[RowBlock, bool]]:
-        left = len(steps[0].rows)
-        for block in read_blocks(shop.reader, steps[0], empty=shop.empty):
+    def moves(self, shop: Workshop, step: S) -> Reorder:
+        raise NotImplementedError
+
+    def read(self, shop: Workshop, steps: tuple[S, ...]) -> Iterator[tuple[RowBlock, bool]]:
+        step = self.moves(shop, steps[0])
+        left = len(step.rows)
+        for block in read_blocks(shop.reader, step, empty=shop.empty):
             left -= len(block.values)
             yield block, not left
 
     def yielded(self, shop: Workshop, loaded: Loaded, calibrator: Calibrator | None) -> Produced:
-        (step,), block = loaded.steps, loaded.data
-        assert isinstance(step, Reorder)
+        one: Any = loaded.steps[0]
+        step, block = self.moves(shop, one), loaded.data
         if block.scales is None:
             refuse_non_finite(step.infos[0], block.values)
         yield block.entry.name, _moved(shop, step, block)
 
-    def check(self, step: Reorder, proof: Proof) -> None:
-        done = dict.fromkeys((entry.name for entry in step.entries), 0)
+    def check(self, step: S, proof: Proof) -> None:
+        moves = self.moves(proof.shop, step)
+        done = dict.fromkeys((entry.name for entry in moves.entries), 0)
         wrong: dict[str, None] = {}
         for block, _ in self.read(proof.shop, (step,)):
-            name, expected = block.entry.name, _moved(proof.shop, step, block)
+            name, expected = block.entry.name, _moved(proof.shop, moves, block)
             if not proof.is_stored(name, expected, done[name]):
                 wrong[name] = None
             done[name] += expected.nbytes
         for name in wrong:
-            proof.problem(f"{name}: its rows are not the source's")
-        proof.count("reordered tensors", len(step.entries))
+            proof.problem(f"{name}: its {self.what} are not the source's")
+        proof.count(self.counted, len(moves.entries))
+
+
+class Reordering(_Rows[Reorder]):
+    """Rows of q, k and v in another order; where FP8 cannot stay, as bf16."""
+
+    label, what, counted = "reorder", "rows", "reordered tensors"
+
+    def moves(self, shop: Workshop, step: Reorder) -> Reorder:
+        return step
+
+
+class Dequantizing(_Rows[Dequantize]):
+    """A weight in FP8 or float32 as bf16."""
+
+    label, what, counted = "dequantize", "values", "recomputed tensors"
+
+    def moves(self, shop: Workshop, step: Dequantize) -> Reorder:
+        return unmoved(step.weight, step.entries, shop.plan.layout.geometry)
 
 
 class Computing(Generic[S]):
@@ -234,18 +258,6 @@ class ScalingInputs:
             if not proof.is_stored(name, expected):
                 proof.problem(f"{name}: its values are not the {by}")
         proof.count("input scales", len(step.entries))
-
-
-class Dequantizing(Computing[Dequantize]):
-    """An FP8 weight as bf16."""
-
-    label = "dequantize"
-
-    def read(self, shop: Workshop, steps: tuple[Dequantize, ...]) -> Iterator[tuple[Stack, bool]]:
-        yield read_matrix(shop.reader, steps[0].weight, shop.empty), True
-
-    def _values(self, shop: Workshop, step: Dequantize, data: Stack) -> Produced:
-        yield step.entries[0].name, _in_bf16(shop, step.weight, data)
 
 
 class KeepingExperts(Computing[Experts]):

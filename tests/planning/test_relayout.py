@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 from mimoquant import pipeline
 from mimoquant.checkpoint.index import open_index
 from mimoquant.checkpoint.reader import CheckpointReader
+from mimoquant.checkpoint.writer import Entry
 from mimoquant.cli.app import app
 from mimoquant.errors import CheckpointError, UsageError
 from mimoquant.model.layout import Attention, Geometry, read_geometry
@@ -32,7 +33,7 @@ from mimoquant.output.verify import verify
 from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import load_recipe
 from mimoquant.planning.relayout import LAYOUTS, make_relayout
-from mimoquant.planning.reorder import read_blocks
+from mimoquant.planning.reorder import Reorder, read_blocks
 from mimoquant.serving.check import check
 from mimoquant.serving.served import read_served
 
@@ -266,6 +267,22 @@ def test_blocks_are_bounded_and_the_same_bytes(tmp_path: Path) -> None:
             assert len(small) > 50 and all(block.values.nbytes <= 1000 for block in small)
             assert np.array_equal(np.concatenate([block.values for block in small]), whole[0].values)
             assert np.array_equal(np.concatenate([block.scale_row for block in small]), whole[0].scale_row)
+
+
+@pytest.mark.parametrize(("rows", "ends"), [(2, [1, 3, 5, 6]), (3, [3, 6]), (4, [3, 6]), (5, [5, 6]), (6, [6])])
+def test_a_block_ends_where_a_scale_row_does(rows: int, ends: list[int]) -> None:
+    """The third row's scale begins a new one, which is cut only where a block is too small for it."""
+    plan = make_relayout(MICRO, "canonical", bf16=True)
+    weight = next(weight for weight in plan.layout.units["layer 0"] if weight.role == "dense")
+    assert weight.scale is not None
+    width = weight.info.shape[1]
+    entry, scale_row = Entry(weight.name, "BF16", (6, width)), np.array([0, 1, 1, 2, 2, 3])
+    step = Reorder(weight, (weight.info,), (entry,), np.arange(6), (weight.scale,), scale_row)
+    with CheckpointReader(plan.layout.index) as reader:
+        blocks = list(read_blocks(reader, step, block_bytes=rows * width))
+        assert np.cumsum([len(block.values) for block in blocks]).tolist() == ends
+        stored = reader.read(weight.name)[: 6 * width].reshape(6, width)
+    assert np.array_equal(np.concatenate([block.values for block in blocks]), stored)
 
 
 # --- what readers make of it
