@@ -72,9 +72,9 @@ def needs(plan: Plan, device: str = "cpu", ranks: int = 1) -> Needs:
             _refine_bytes(plan, experts, "cuda" if cuda else "cpu"),
         )
     )
-    wants = (
-        Needs(host + states, work + _AHEAD * source + 2**30) if cuda else Needs(host + _TORCH_BYTES + states + work, 0)
-    )
+    wants = Needs(host + _TORCH_BYTES + states + work, 0)
+    if cuda:
+        wants = Needs(host + states, work + _AHEAD * source + _begun_bytes(plan, experts) + 2**30)
     wants = _with_towers(plan, wants, states, cuda)
     back = walk_back_needs(plan, device, ranks) or wants  # one after the other
     return Needs(max(wants.host_bytes, back.host_bytes), max(wants.gpu_bytes, back.gpu_bytes))
