@@ -77,8 +77,8 @@ class HostStream(Stream):
     """Hidden states that rest on the host, for a GPU has room for one layer's work on every branch, and not for more.
     They are replaced and never changed: branches share them, and a snapshot may still be reading them."""
 
-    def put(self, batch: int, hidden: Tensor) -> None:
-        self.batches[batch] = on_host(hidden) if hidden.is_cuda else hidden
+    def put(self, batch: int, hidden: Tensor, *, non_blocking: bool = False) -> None:
+        self.batches[batch] = on_host(hidden, non_blocking=non_blocking) if hidden.is_cuda else hidden
 
 
 @dataclass

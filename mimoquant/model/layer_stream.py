@@ -74,17 +74,17 @@ class Stream:
     def rounding(self, layer: int) -> LayerRounding:
         return self.roundings[layer] if self.roundings else UNROUNDED
 
-    def put(self, batch: int, hidden: Tensor) -> None:
-        """Replace a batch where it lives: on the device, or on the host."""
+    def put(self, batch: int, hidden: Tensor, *, non_blocking: bool = False) -> None:
+        """Replace a batch where it lives: on the device, or on the host; `non_blocking`: once the GPU is there."""
         if self.batches[batch].device == hidden.device:
             self.batches[batch] = hidden
         else:
-            self.batches[batch].copy_(hidden)
+            self.batches[batch].copy_(hidden, non_blocking=non_blocking)
 
 
-def on_host(hidden: Tensor) -> Tensor:
+def on_host(hidden: Tensor, *, non_blocking: bool = False) -> Tensor:
     """As float32 on the host; of a GPU's, in pinned memory, straight from there."""
-    return torch.empty(hidden.shape, pin_memory=hidden.is_cuda).copy_(hidden)
+    return torch.empty(hidden.shape, pin_memory=hidden.is_cuda).copy_(hidden, non_blocking=non_blocking)
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,13 +247,13 @@ class _Ferry:
         return _claimed(come)
 
     def store(self, batch: int, hidden: Tensor) -> None:
-        """Replace a batch where it lives."""
+        """Replace a batch where it lives, as the stream says: others may share what was there."""
         if self.back is None:
             self.stream.put(batch, hidden)
             return
         self.back.wait_stream(torch.cuda.current_stream(self.back.device))
         with torch.cuda.stream(self.back):
-            self.stream.batches[batch].copy_(hidden, non_blocking=True)
+            self.stream.put(batch, hidden, non_blocking=True)
         hidden.record_stream(self.back)
 
 
