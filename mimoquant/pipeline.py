@@ -182,6 +182,8 @@ def _preflight(plan: Plan, out: Path | str) -> Path:
 def _check_disk(plan: Plan, team: Team, run: RunFolder) -> None:
     done = sum(line.size_bytes for line in run.finished.values())
     done += sum(path.stat().st_size for path in run.partial.glob("*/*") if path.is_file())  # of the walk back
+    begun = ((run.path(unit.file), unit.size_bytes) for unit in plan.units if unit.name not in run.finished)
+    done += sum(min(path.stat().st_size, size) for path, size in begun if path.is_file())  # written over
     has, free = machine(team.device), free_bytes(run.partial)
     kept = _bytes_of_source(plan.layout.index.folder, run.partial)
     needed = disk_bytes(plan, team.device, has, team.size) - done + DISK_SLACK + kept
@@ -350,7 +352,9 @@ class _Walk:
         from mimoquant.run.calibrated import Calibrator  # torch is loaded only where it is needed
 
         self.plan, self.run = plan, run
-        near = near_bytes(plan, team.device, machine(team.device), team.size) > 0
+        has = machine(team.device)
+        has = replace(has, gpu_bytes=min(has.gpu_bytes, plan.gpu_bytes or has.gpu_bytes))
+        near = near_bytes(plan, team.device, has, team.size) > 0
         self.calibrator = Calibrator(plan, reader, tokens, team.device, team, fisher=fisher, near=near)
         self.at = 0  # the next layer to walk
 

@@ -34,7 +34,7 @@ TEMPORARY = ".tmp"  # behind the name of a small file that is being written
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW  # a link would lead out of the folder
 _COPY_BLOCK = 2**22
 _HASH_BESIDE = 2**18  # bytes from which hashing on another thread, while they are written, is worth the handing over
-_UNHASHED = 2  # what was written and is still being hashed, at most
+UNHASHED = 2  # what was written and is still being hashed, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,11 @@ class ShardWriter:
         self.size_bytes = 0
         with stopping(path):
             self._file = os.open(path, _CREATE, 0o644)
-        self._put(shard_header(entries))
+        try:
+            self._put(shard_header(entries))
+        except BaseException:
+            self.abandon()
+            raise
 
     def write(self, name: str, data: npt.NDArray[Any]) -> None:
         """Append bytes of the next tensor: all of it, or its next part."""
@@ -137,7 +141,7 @@ class ShardWriter:
             self._sha256.update(view)
         with stopping(self.path):
             self.size_bytes += write_all(self._file, view)
-        self._settle(_UNHASHED)
+        self._settle(UNHASHED)
 
     def _settle(self, left: int) -> None:
         """Wait until so many hashes at most are left to be made."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TypeVar
@@ -46,6 +47,7 @@ class Progress:
         self.units, self.total = len(made.units), made.shard_bytes
         self.finished = 0
         self.done: dict[str, int] = {}
+        self.telling = threading.Lock()  # shards that are written side by side tell of themselves
         self.begin, self.walk = time.monotonic(), Lines()
         self.kept = 0  # bytes that an earlier run had written
         self.bar: Bar | None = None
@@ -84,7 +86,11 @@ class Progress:
         self.begin = time.monotonic()
 
     def advance(self, unit: Unit, size_bytes: int, finished: bool) -> None:
-        """Called by the run; `size_bytes` of the unit are written."""
+        """Called by the run, by any of its threads; `size_bytes` of the unit are written."""
+        with self.telling:
+            self._advance(unit, size_bytes, finished)
+
+    def _advance(self, unit: Unit, size_bytes: int, finished: bool) -> None:
         from mimoquant.wording import size
 
         self.done[unit.name] = size_bytes

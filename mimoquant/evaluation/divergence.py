@@ -132,6 +132,7 @@ class _Pair:
         self.q.add(z_q, begin)
         self.moment_p = self.p.weighed(self.moment_p, difference)
         self.moment_q = self.q.weighed(self.moment_q, difference)
+        del self.q.share  # as large as the logits
 
     def scores(self) -> TokenScores:
         p, q = self.p, self.q
@@ -171,6 +172,7 @@ def token_divergences(reference: Logits, candidates: Sequence[Logits], vocab: in
             side.add(z_p[at], begin)
             for of_candidate, z_q in zip(pairs, z_of_candidates, strict=True):
                 of_candidate[place].add(z_p[at], z_q[at], begin)
+            del side.share
     return [TokenScores.joined(pair.scores() for pair in of_candidate) for of_candidate in pairs]
 
 

@@ -14,6 +14,7 @@ Reference: the published modeling code, as ports of it tell; vLLM 0.32, SGLang 0
 from __future__ import annotations
 
 import math
+import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -120,7 +121,8 @@ def _cut_up(pictures: Sequence[Picture], config: VisionConfig, device: torch.dev
         yield from (_patches(picture, config) for picture in pictures)
         return
     waiting: deque[Future[Tensor]] = deque()
-    with ThreadPoolExecutor(_AHEAD, "cut-up") as pool:
+    # Reading a file turns warnings off and on again, which threads would do to one another: they are off for all of it.
+    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(_AHEAD, "cut-up") as pool:
         for picture in pictures:
             if len(waiting) == _AHEAD:
                 yield waiting.popleft().result()

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mimoquant.checkpoint.hf_files import CONFIG_NAME
+from mimoquant.checkpoint.writer import UNHASHED
 from mimoquant.errors import CheckpointError, UsageError
 from mimoquant.machine.buffers import IDLE_BYTES
 from mimoquant.machine.memory import Machine
@@ -21,9 +22,9 @@ from mimoquant.model.layout import PROJECTIONS
 from mimoquant.model.media import MLP_PATCHES, PORTION_GROUPS, PORTION_PATCHES, QUERY_RUN
 from mimoquant.model.tower_config import TowerConfig, read_tower_config
 from mimoquant.planning.calibration_settings import Calibration
-from mimoquant.planning.plan import CHUNK_BYTES, CUDA_CHUNK_BYTES, Plan
+from mimoquant.planning.plan import CAST_CHUNK_BYTES, CHUNK_BYTES, CUDA_CHUNK_BYTES, Plan
 from mimoquant.planning.units import Dequantize, Experts
-from mimoquant.planning.writing import writing_of
+from mimoquant.planning.writing import QUEUE_BYTES, writing_of
 from mimoquant.quant.method import WALKED_COLUMNS, WALKED_FEWEST, WALKED_MOST, WALKED_TOKENS, WALKED_TURNS
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def needs(plan: Plan, device: str = "cpu", ranks: int = 1) -> Needs:
     steps = _unlike_steps(plan)
     source = max(_source_bytes(plan, step) for step in steps)
     output = max(sum(entry.size_bytes for entry in step.entries) for step in steps)
-    queue = writing_of(plan, device).queue_bytes + (IDLE_BYTES if plan.recipe.casts else 0)
+    queue = _written_bytes(plan, device)
     host = _INTERPRETER_BYTES + 3 * source + (1 + ranks) * output + queue + (_CUDA_BYTES if cuda else 0)
     if plan.recipe.calibration is None:
         return Needs(host, 6 * source if cuda else 0)
@@ -78,6 +79,14 @@ def needs(plan: Plan, device: str = "cpu", ranks: int = 1) -> Needs:
     wants = _with_towers(plan, wants, states, cuda)
     back = walk_back_needs(plan, device, ranks) or wants  # one after the other
     return Needs(max(wants.host_bytes, back.host_bytes), max(wants.gpu_bytes, back.gpu_bytes))
+
+
+def _written_bytes(plan: Plan, device: str) -> int:
+    """What waits to be written or hashed, and memory that a cast keeps for what comes."""
+    ways = writing_of(plan, device)
+    if not plan.recipe.casts:
+        return ways.queue_bytes
+    return max(ways.queue_bytes, QUEUE_BYTES) + IDLE_BYTES + ways.lanes * UNHASHED * CAST_CHUNK_BYTES
 
 
 def _with_towers(plan: Plan, layers: Needs, states: int, cuda: bool) -> Needs:
@@ -282,7 +291,7 @@ def fitting_plan(make: Callable[[int], Plan], device: str, has: Machine, ranks: 
     while needs(plan, device, ranks).gpu_bytes > has.gpu_bytes and largest_chunk(plan) > 1:
         size //= 2
         plan = make(size)
-    return plan
+    return replace(plan, gpu_bytes=has.gpu_bytes)
 
 
 def largest_chunk(plan: Plan) -> int:

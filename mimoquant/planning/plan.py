@@ -57,6 +57,7 @@ class Plan:
     config: dict[str, Any]
     index_metadata: dict[str, Any] = field(default_factory=dict)
     json_faults: tuple[Fault, ...] = ()  # of the side files
+    gpu_bytes: int = 0  # that a run may take of a GPU's memory; 0: all of it
 
     @property
     def json_refusal(self) -> MimoquantError | None:

@@ -122,8 +122,9 @@ def gate_and_up(chunk: ExpertChunk) -> Tensor:
 
 
 def before_answers(method: Method) -> Method:
-    """How gate's and up's codes are chosen first, where the last round is `for_answers`."""
-    return replace(method, refine=max(0, method.refine - 1))
+    """How gate's and up's codes are chosen first, where the last round is `for_answers`: with a round at least, since
+    scales are chosen in it, too."""
+    return replace(method, refine=max(1, method.refine - 1)) if method.refine else method
 
 
 def for_answers(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -155,3 +157,16 @@ def test_a_small_file_is_replaced_in_one_go(tmp_path: Path) -> None:
     write_file_durably(path, b"old")
     write_file_durably(path, b"new")
     assert path.read_bytes() == b"new" and [p.name for p in tmp_path.iterdir()] == ["f.json"]
+
+
+def test_a_shard_that_cannot_be_begun_leaves_no_descriptor_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(file: int, data: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", full)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(StoppedError, match="No space left"):
+        ShardWriter(tmp_path / "s.safetensors", ENTRIES)
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -144,6 +144,7 @@ def test_chunks_are_the_largest_that_fit_the_gpu(sparse: Path) -> None:
         return make_plan(sparse, recipe, chunk_bytes=size)
 
     roomy, tight = (fitting_plan(make, "cuda", Machine(100 * GB, 90 * GB, gpu)) for gpu in (80 * GB, 4 * GB))
+    assert (roomy.gpu_bytes, tight.gpu_bytes) == (80 * GB, 4 * GB)  # what states may rest in, too
     assert largest_chunk(roomy) == 16 > largest_chunk(tight) > 1
     assert needs(tight, "cuda").gpu_bytes <= 4 * GB < needs(roomy, "cuda").gpu_bytes
     assert refusal(roomy, "cuda", Machine(100 * GB, 90 * GB, 80 * GB)) is None
