@@ -14,13 +14,13 @@ Left out: blocks that would have to be rounded; they stop the run. Reference: Mo
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from mimoquant.quant.formats import Format
-from mimoquant.quant.kernels import cast_cpu as kernels
 from mimoquant.quant.stack import NonFiniteError, Stack
 
 Array = npt.NDArray[Any]
@@ -47,6 +47,14 @@ class InexactError(Exception):
     def __init__(self, projection: str, expert: int, blocks: int) -> None:
         super().__init__(projection, expert, blocks)
         self.projection, self.expert, self.blocks = projection, expert, blocks
+
+
+@cache
+def _kernels() -> Any:
+    """Compiled loops. No compiler is loaded before something is cast: readers of checkpoints take constants of here."""
+    from mimoquant.quant.kernels import cast_cpu
+
+    return cast_cpu
 
 
 def cast(stacks: dict[str, Stack], fmt: Format, empty: Callable[..., Array] = np.empty) -> dict[str, dict[str, Array]]:
@@ -84,7 +92,7 @@ def exponents(
     table = np.where(is_power, power + 126, _NONE).astype(np.uint8)
     found = empty((*codes.shape[:-1], codes.shape[-1] // 16), np.uint8)
     bad = [
-        kernels.e8m0_exponents(*_blocks(codes[e], scale[e]), table[e], _NONE, _ZEROS, found[e].reshape(-1))
+        _kernels().e8m0_exponents(*_blocks(codes[e], scale[e]), table[e], _NONE, _ZEROS, found[e].reshape(-1))
         for e in range(len(codes))
     ]
     return found, np.array(bad, np.int64)
@@ -115,7 +123,7 @@ def _blocks(codes: Array, *scales: Array) -> tuple[Array, ...]:
 def _largest_live(projection: str, stack: Stack) -> Array:
     """[E] biased exponent of the largest block that is not zero; -1 where all are."""
     found = [
-        kernels.largest_live(*_blocks(c), s.reshape(-1)) for c, s in zip(stack.values, _scales(stack), strict=True)
+        _kernels().largest_live(*_blocks(c), s.reshape(-1)) for c, s in zip(stack.values, _scales(stack), strict=True)
     ]
     bad = next((expert for expert, (largest, _) in enumerate(found) if largest == _NAN), None)
     if bad is not None:
@@ -128,7 +136,7 @@ def _parts(projection: str, stack: Stack, top_E: Array, empty: Callable[..., Arr
     twice = empty((*scales.shape, 2), np.uint8)  # one for each half of the block
     for expert, top in enumerate(top_E.tolist()):
         (words,), pairs = _blocks(stack.values[expert]), twice[expert].reshape(-1).view(np.uint16)
-        lost = kernels.e4m3_scales(words, scales[expert].reshape(-1), top - (_LARGEST - _SMALLEST), pairs)
+        lost = _kernels().e4m3_scales(words, scales[expert].reshape(-1), top - (_LARGEST - _SMALLEST), pairs)
         if lost:
             raise InexactError(projection, expert, lost)
     divisor = np.ldexp(np.float32(1), _UNSCALED - top_E).astype(np.float32)
