@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from mimoquant.quant.kernels.triton_modules import triton_kernels
 
 _QUERY_CHUNK_BYTES = 256 * 2**20  # of attention scores that are held at once
 _LONGEST = 2**15  # keys whose scores one program holds
@@ -64,7 +65,7 @@ def _times(rows: Tensor, matrix: Tensor) -> Tensor:
 
 
 def attention_shares(query: Tensor, key: Tensor, sink: Tensor | None, offset: int, window: int, scale: float) -> Tensor:
-    """How much of each key's value a query takes, [B, K, G, t, s] float32; see `_attend`.
+    """How much of each key's value a query takes, [B, K, G, t, s] float32; see `attend`.
 
     Softmax in float32, in the memory of the scores: to be given new pages for each step took longer than the steps. The
     sink is one more logit a head, whose share of the probability goes nowhere.
@@ -90,13 +91,4 @@ def attention_shares(query: Tensor, key: Tensor, sink: Tensor | None, offset: in
 
 def _kernels(scores: Tensor) -> Any:
     """The module with the softmax as one kernel, for scores that nobody differentiates; or None."""
-    return _cuda_kernels() if scores.is_cuda and not scores.requires_grad else None
-
-
-@cache
-def _cuda_kernels() -> Any:
-    try:
-        from mimoquant.quant.kernels import softmax_cuda
-    except ImportError:  # no Triton here
-        return None
-    return softmax_cuda
+    return triton_kernels("softmax_cuda") if scores.is_cuda and not scores.requires_grad else None

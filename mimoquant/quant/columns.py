@@ -20,6 +20,7 @@ from mimoquant.quant.formats import NVFP4_SMALLEST_SCALE, Format
 from mimoquant.quant.grid import Grid, e2m1
 from mimoquant.quant.kernels.columns import Columns
 from mimoquant.quant.kernels.rounding import halving_sum
+from mimoquant.quant.kernels.triton_modules import triton_kernels
 from mimoquant.quant.products import Halves, halves, put
 
 
@@ -60,11 +61,7 @@ def _kernels(device: str) -> Any:
         from mimoquant.quant.kernels import columns_cpu
 
         return columns_cpu
-    try:
-        from mimoquant.quant.kernels import columns_cuda
-    except ImportError:  # no Triton here
-        return None
-    return columns_cuda
+    return triton_kernels("columns_cuda")
 
 
 def units(codes: Tensor, fmt: Format, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -8,7 +8,6 @@ the bit. Shapes: E experts, O out_features, I in_features, G groups of a row, S 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +27,7 @@ from mimoquant.quant.formats import (
     multipliers,
 )
 from mimoquant.quant.kernels.rounding import halving_sum, pack_zero_points, round_e2m1
+from mimoquant.quant.kernels.triton_modules import triton_kernels
 from mimoquant.quant.order import cuda_passes
 from mimoquant.quant.stack import NonFiniteError, Stack
 
@@ -274,16 +274,6 @@ def _encode_nvfp4(
     return e2m1_codes(grouped, rounded), parts
 
 
-@cache
-def cuda_kernels() -> Any:
-    """The module with `encode` compiled for CUDA, or None where there is no Triton."""
-    try:
-        from mimoquant.quant.kernels import encode_cuda
-    except ImportError:
-        return None
-    return encode_cuda
-
-
 class Sent(NamedTuple):
     """A `Stack` on a CUDA device already."""
 
@@ -303,7 +293,7 @@ class TorchEngine:
 
     def encode(self, stacks: dict[str, Stack], fmt: Format, search: str) -> dict[str, dict[str, Array]]:
         """See `engine_cpu.CpuEngine.encode`."""
-        kernels = cuda_kernels() if self.device.type == "cuda" else None
+        kernels = triton_kernels("encode_cuda") if self.device.type == "cuda" else None
         if kernels is not None and fmt.name != "nvfp4":  # whose global scale needs all weights first
             return {p: self._encode_bytes(kernels, p, stack, fmt, search) for p, stack in stacks.items()}
         weights = {projection: self.bf16(stack) for projection, stack in stacks.items()}

@@ -17,7 +17,6 @@ from torch import Tensor
 from mimoquant.quant.descent import descend
 from mimoquant.quant.engine_torch import (
     amax,
-    cuda_kernels,
     decode,
     encode,
     nvfp4_global_scale,
@@ -28,6 +27,7 @@ from mimoquant.quant.engine_torch import (
 from mimoquant.quant.formats import Format, multipliers
 from mimoquant.quant.gptq import GptqResult, gptq
 from mimoquant.quant.grid import Grid
+from mimoquant.quant.kernels.triton_modules import triton_kernels
 from mimoquant.quant.method import Method
 from mimoquant.quant.order import cuda_passes, turned
 from mimoquant.quant.refine import refine
@@ -143,7 +143,7 @@ def _searched(
     signed = method.signed and fmt.symmetric
     tried = multipliers(fmt.name, method.search, signed=signed, every=method.every)
     if weight.is_cuda:
-        kernels = cuda_kernels()
+        kernels = triton_kernels("encode_cuda")
         if kernels is None:
             return encode(weight, fmt, method.search, global_scale, importance, signed=signed, every=method.every)
         parts: dict[str, Tensor] = kernels.encode(weight, None, fmt, tried, global_scale, importance)[0]

@@ -7,11 +7,12 @@ Shapes: E experts, O rows, I columns, n of a symmetric matrix.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from mimoquant.quant.kernels.triton_modules import triton_kernels
 
 
 def falling(matrix: Tensor) -> Tensor:
@@ -57,13 +58,4 @@ def turned(matrix_EOI: Tensor) -> Tensor:
 
 def cuda_passes(matrix: Tensor) -> Any:
     """The module of passes over a stack that lies on CUDA; None where it does not, or there is no Triton."""
-    return _kernels() if matrix.is_cuda else None
-
-
-@cache
-def _kernels() -> Any:
-    try:
-        from mimoquant.quant.kernels import stacks_cuda
-    except ImportError:  # no Triton here
-        return None
-    return stacks_cuda
+    return triton_kernels("stacks_cuda") if matrix.is_cuda else None

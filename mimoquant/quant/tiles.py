@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mimoquant.quant.formats import Format
 from mimoquant.quant.grid import Grid
+from mimoquant.quant.kernels.triton_modules import triton_kernels
 from mimoquant.quant.products import Halves, put
 
 
@@ -88,11 +89,7 @@ def _kernels(device: str) -> Any:
         from mimoquant.quant.kernels import tiles_cpu
 
         return tiles_cpu
-    try:
-        from mimoquant.quant.kernels import tiles_cuda
-    except ImportError:  # no Triton here
-        return None
-    return tiles_cuda
+    return triton_kernels("tiles_cuda")
 
 
 def _diagonals(stack: Rows, tile: Tile) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Grid]]:
