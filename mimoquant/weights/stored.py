@@ -99,14 +99,6 @@ def expanded(codes: Stack, empty: Callable[..., Array] = np.empty) -> Stack:
     return Stack(values, None)
 
 
-def read_codes(reader: CheckpointReader, weights: list[Weight], empty: Callable[..., Array] = np.empty) -> Stack:
-    """Experts in MXFP4, or in NVFP4 of such values: packed codes and E8M0 exponents.
-
-    Raises CheckpointError for NVFP4 that MXFP4 cannot hold exactly.
-    """
-    return _read(reader, {"": _codes(weights, empty)})[""]
-
-
 def _codes(weights: list[Weight], empty: Callable[..., Array]) -> _Begun:
     scale = [packed_scale(weight) for weight in weights]
     codes = empty((len(weights), *weights[0].info.shape), np.uint8)
