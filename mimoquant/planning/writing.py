@@ -38,7 +38,7 @@ def writing_of(plan: Plan, device: str, *, far: bool = False) -> Writing:
     costs more than anything else, so a shard is finished before the next is begun."""
     if plan.recipe.casts and not far:
         lanes = min(CAST_LANES, len(os.sched_getaffinity(0)))
-        return Writing(lanes, lanes, CAST_LANES * CAST_CHUNK_BYTES, CAST_PIECE_BYTES)
+        return Writing(lanes, lanes, 2 * lanes * CAST_CHUNK_BYTES, CAST_PIECE_BYTES)
     if device.startswith("cuda"):
         return Writing(CUDA_LANES, 1, 2 * max(unit.size_bytes for unit in plan.units))
     return Writing(1, 1, QUEUE_BYTES)
