@@ -45,15 +45,20 @@ _inline = compiled(inline="always")
 
 
 @_jit
-def _load_row(row, fp8, bf16, scales, scale_row, values, bits):
-    """Row `row` of the source as bf16 values in float32. Returns 1 if anything in it is not finite."""
-    bad = 0
+def _row_values(row, fp8, bf16, scales, scale_row, values, bits):
+    """Row `row` of the source as bf16 values in float32. Returns 1 if it holds a NaN of FP8; `bits` tell the rest."""
     if bf16.shape[0]:
         source = bf16[row]
         for i in range(source.shape[0]):
             bits[i] = U32(source[i]) << U32(16)
-    else:
-        bad = fp8_row(fp8[row], scales[scale_row[row]], values, bits)
+        return 0
+    return fp8_row(fp8[row], scales[scale_row[row]], values, bits)
+
+
+@_jit
+def _load_row(row, fp8, bf16, scales, scale_row, values, bits):
+    """The same; returns 1 if anything in it is not finite."""
+    bad = _row_values(row, fp8, bf16, scales, scale_row, values, bits)
     return 1 if amax_bits(bits) >= _INF else bad
 
 
@@ -186,15 +191,22 @@ def encode_int4(
     width = packed.shape[1] * 2
     values, codes, error = np.empty(width, F32), np.empty(width, np.uint8), np.empty(size, F32)
     bits, codes16, bad = values.view(U32), codes.view(np.uint16), 0
+    plain = symmetric and multipliers.shape[0] == 1
     for row in range(begin, end):
-        bad += _load_row(row, fp8, bf16, scales, scale_row, values, bits)
+        wrong, largest = _row_values(row, fp8, bf16, scales, scale_row, values, bits), U32(0)
         for g in range(width // size):
             group, weigh = values[g * size : (g + 1) * size], importance[g * size : (g + 1) * size]
-            scale, zero = _int4_search(group, symmetric, multipliers, weigh, error)
+            of_group = amax_bits(bits[g * size : (g + 1) * size])
+            largest = of_group if of_group > largest else largest
+            if plain:
+                scale, zero = _int4_scale(U32(of_group).view(F32), F32(7.5)), F32(0)
+            else:
+                scale, zero = _int4_search(group, symmetric, multipliers, weigh, error)
             _int4_codes(group, scale, zero, codes[g * size : (g + 1) * size])
             bad += 0 if math.isfinite(scale) else 1  # an asymmetric range can overflow
             scale_out[row, g] = np.uint16(F32(scale).view(U32) >> U32(16))
             zero_out[row, g] = np.int8(zero)
+        bad += 1 if largest >= _INF else wrong
         _pack(codes16, packed[row])
     return bad
 
@@ -211,6 +223,17 @@ def round_e2m1(y):
 def e2m1_code(rounded):
     twice = I32(rounded * F32(2))
     return twice if twice < I32(5) else (I32(5) if twice < I32(7) else (I32(6) if twice < I32(10) else I32(7)))
+
+
+@_inline
+def _e2m1(y):
+    """`e2m1_code(round_e2m1(y))` in half the steps: below 1 the magic sum's last bits are the code, from 1 on a value
+    rounded to one bit of mantissa has it as its highest ones."""
+    y = y if y < F32(6) else F32(6)
+    small = U32(F32(y + _MAGIC_HALF).view(U32) & U32(7))
+    bits = F32(y).view(U32)
+    odd = U32(U32(bits >> U32(22)) & U32(1))
+    return small if y < F32(1) else U32(U32(U32(bits + U32(0x1FFFFF) + odd) >> U32(22)) - U32(252))
 
 
 @_inline
@@ -244,8 +267,8 @@ def _fp4_loses(largest, scale, weight, best):
 @_jit
 def _fp4_codes(group, scale, codes):
     for i in range(group.shape[0]):
-        sign = I32(8) if group[i] < F32(0) else I32(0)
-        codes[i] = np.uint8(e2m1_code(round_e2m1(abs(group[i]) / scale)) | sign)
+        sign = U32(8) if group[i] < F32(0) else U32(0)
+        codes[i] = np.uint8(_e2m1(abs(group[i]) / scale) | sign)
 
 
 @_inline
@@ -258,18 +281,42 @@ def _clamp_exponent(biased):
     return 0 if biased < 0 else (254 if biased > 254 else biased)
 
 
+@_inline
+def _mxfp4_exponent(largest):
+    return _clamp_exponent(np.int64((largest + _ROUND_UP) >> U32(23)) - 2)
+
+
 @_jit
-def _mxfp4_search(group, largest, search, weigh, error):
-    """The biased exponent of the least error, if it is searched; `largest`: bits of the group's largest magnitude."""
-    biased = _clamp_exponent(np.int64((largest + _ROUND_UP) >> U32(23)) - 2)
-    if search:
-        best = _fp4_error(group, _exp2(biased), weigh, error)
-        for offset in range(-1, 2):
-            other = _clamp_exponent(np.int64(largest >> U32(23)) - 2 + offset)
-            other_error = _fp4_error(group, _exp2(other), weigh, error)
-            if other_error < best:
-                best, biased = other_error, other
+def _mxfp4_search(group, largest, weigh, error):
+    """The biased exponent of the least error; `largest`: bits of the group's largest magnitude."""
+    biased = _mxfp4_exponent(largest)
+    best = _fp4_error(group, _exp2(biased), weigh, error)
+    for offset in range(-1, 2):
+        other = _clamp_exponent(np.int64(largest >> U32(23)) - 2 + offset)
+        other_error = _fp4_error(group, _exp2(other), weigh, error)
+        if other_error < best:
+            best, biased = other_error, other
     return biased
+
+
+@_jit
+def _mxfp4_plain(values, bits, codes, scale_out):
+    """A row without a search, all [G, 32], so that the compiler knows how long a group is. Returns the bits of its
+    largest magnitude. A quotient by a power of two is the product with its inverse, to the bit."""
+    most = U32(0)
+    for g in range(values.shape[0]):
+        largest = U32(0)
+        for i in range(32):
+            magnitude = U32(bits[g, i] & _ABS)
+            largest = magnitude if magnitude > largest else largest
+        biased = _mxfp4_exponent(largest)
+        factor = _exp2(254 - biased)
+        for i in range(32):
+            sign = U32(8) if values[g, i] < F32(0) else U32(0)
+            codes[g, i] = np.uint8(_e2m1(abs(values[g, i]) * factor) | sign)
+        scale_out[g] = np.uint8(biased)
+        most = largest if largest > most else most
+    return most
 
 
 @_jit
@@ -278,14 +325,19 @@ def encode_mxfp4(fp8, bf16, scales, scale_row, begin, end, search, importance, p
     width = packed.shape[1] * 2
     values, codes, error = np.empty(width, F32), np.empty(width, np.uint8), np.empty(32, F32)
     bits, codes16, bad = values.view(U32), codes.view(np.uint16), 0
+    groups, groups_bits, groups_codes = values.reshape(-1, 32), bits.reshape(-1, 32), codes.reshape(-1, 32)
     for row in range(begin, end):
-        bad += _load_row(row, fp8, bf16, scales, scale_row, values, bits)
-        for g in range(width // 32):
-            group, group_bits = values[g * 32 : g * 32 + 32], bits[g * 32 : g * 32 + 32]
-            weigh = importance[g * 32 : g * 32 + 32]
-            biased = _mxfp4_search(group, amax_bits(group_bits), search, weigh, error)
-            _fp4_codes(group, _exp2(biased), codes[g * 32 : g * 32 + 32])
-            scale_out[row, g] = np.uint8(biased)
+        wrong = _row_values(row, fp8, bf16, scales, scale_row, values, bits)
+        if search:
+            largest = amax_bits(bits)
+            for g in range(width // 32):
+                weigh = importance[g * 32 : g * 32 + 32]
+                biased = _mxfp4_search(groups[g], amax_bits(groups_bits[g]), weigh, error)
+                _fp4_codes(groups[g], _exp2(biased), groups_codes[g])
+                scale_out[row, g] = np.uint8(biased)
+        else:
+            largest = _mxfp4_plain(groups, groups_bits, groups_codes, scale_out[row])
+        bad += 1 if largest >= _INF else wrong
         _pack(codes16, packed[row])
     return bad
 
