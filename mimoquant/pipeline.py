@@ -128,7 +128,7 @@ def execute(
     if team.leads:
         refuse_side_weights(plan.layout.index.folder, plan.side_files.keys() - plan.mended.keys())
     identity = _identity(plan, tokens, team)
-    empty = Buffers().empty if plan.recipe.casts else np.empty
+    empty = Buffers().empty if plan.recipe.calibration is None else np.empty
     with (
         contextlib.closing(make_engine(plan.engine_device(device), empty)) as engine,
         opened(RunFolder(out, identity, resume=resume, rank=team.rank), team, partial(_check_disk, plan, team)) as run,

@@ -24,7 +24,7 @@ from mimoquant.model.releases import is_revision
 from mimoquant.output.documents import Bound, QuantizeDocument
 from mimoquant.planning.facts import plan_facts, relayout_facts
 from mimoquant.planning.needs import fitting_plan, refusal
-from mimoquant.planning.plan import Plan, make_plan
+from mimoquant.planning.plan import CPU_CHUNK_BYTES, Plan, make_plan
 from mimoquant.planning.recipe import MAX_RECIPE_BYTES, load_recipe, parse_recipe
 from mimoquant.planning.relayout import RECORD_NAME, make_relayout
 from mimoquant.serving.check import planned_facts
@@ -64,6 +64,8 @@ def fitted_plan(source: Path | str, choice: PlanChoice, device: str, has: Machin
             chunk_bytes=chunk_bytes,
         )
 
+    if recipe.calibration is None and device == "cpu":
+        return make(CPU_CHUNK_BYTES)
     return fitting_plan(make, device, has, ranks)
 
 

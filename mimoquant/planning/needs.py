@@ -82,10 +82,11 @@ def needs(plan: Plan, device: str = "cpu", ranks: int = 1) -> Needs:
 
 
 def _written_bytes(plan: Plan, device: str) -> int:
-    """What waits to be written or hashed, and memory that a cast keeps for what comes."""
+    """What waits to be written or hashed, and memory that is kept on a CPU, without calibration, for what comes."""
     ways = writing_of(plan, device)
     if not plan.recipe.casts:
-        return ways.queue_bytes
+        cpu = plan.recipe.calibration is None and not plan.engine_device(device).startswith("cuda")
+        return ways.queue_bytes + (IDLE_BYTES if cpu else 0)
     return max(ways.queue_bytes, QUEUE_BYTES) + IDLE_BYTES + ways.lanes * (UNHASHED_BYTES + CAST_CHUNK_BYTES)
 
 

@@ -79,7 +79,7 @@ class CpuEngine:
     ) -> tuple[dict[str, Array], list[tuple[int, Future[int]]]]:
         """The parts of a stack, and the tasks (with their expert) that are filling them."""
         experts, rows, width = stack.values.shape
-        parts = _empty_parts(fmt, experts, rows, width)
+        parts = _empty_parts(fmt, experts, rows, width, self._empty)
         if global_scale_E is not None:
             parts["global_scale"] = global_scale_E.reshape(experts, 1)
         search = np.array(tried, np.float32)
@@ -210,14 +210,14 @@ def _unpack_zero_points(packed: Array) -> Array:
     return zero
 
 
-def _empty_parts(fmt: Format, experts: int, rows: int, width: int) -> dict[str, Array]:
+def _empty_parts(fmt: Format, experts: int, rows: int, width: int, empty: Callable[..., Array]) -> dict[str, Array]:
     groups = width // fmt.group_size
-    parts: dict[str, Array] = {
-        "codes": np.empty((experts, rows, width // 2), np.uint8),
-        "scale": np.empty((experts, rows, groups), np.uint16 if fmt.name == "int4" else np.uint8),
+    parts = {
+        "codes": empty((experts, rows, width // 2), np.uint8),
+        "scale": empty((experts, rows, groups), np.uint16 if fmt.name == "int4" else np.uint8),
     }
     if fmt.name == "int4":
-        parts["zero_point"] = np.empty((experts, rows, groups), np.int8)
+        parts["zero_point"] = empty((experts, rows, groups), np.int8)
     return parts
 
 
