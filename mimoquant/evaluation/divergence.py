@@ -27,6 +27,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from mimoquant.model.decoder_layer import float32_parts, product
 from mimoquant.wording import FEWEST_SEQUENCES
 
 Floats = npt.NDArray[np.float64]
@@ -192,8 +193,8 @@ def head_divergences(reference: Head, candidates: Sequence[Head], labels: Tensor
     """Scores of each candidate, at the same positions, a few tokens at a time; `labels` as in `token_divergences`."""
 
     def logits(of: Head, rows: slice) -> Logits:
-        hidden, head = of[0][rows], of[1]
-        return lambda begin, end: hidden @ head[begin:end].to(hidden.dtype).T
+        hidden, head = float32_parts(of[0][rows], of[1]), of[1]
+        return lambda begin, end: product(hidden, head[begin:end])
 
     out = []
     for some in (candidates[first : first + TOGETHER] for first in range(0, len(candidates), TOGETHER)):
@@ -217,11 +218,11 @@ def top_log_probabilities(hidden: Tensor, head: Tensor, k: int, labels: Tensor) 
     parts = []
     for start in range(0, len(labels), TOKEN_BLOCK):
         rows = hidden[start : start + TOKEN_BLOCK]
-        side = _Side(labels[start : start + TOKEN_BLOCK])
+        side, split = _Side(labels[start : start + TOKEN_BLOCK]), float32_parts(rows, head)
         values = rows.new_empty(len(rows), 0)
         ids = torch.empty(len(rows), 0, dtype=torch.int64, device=rows.device)
         for begin in range(0, len(head), VOCAB_BLOCK):
-            logits = rows @ head[begin : begin + VOCAB_BLOCK].to(rows.dtype).T
+            logits = product(split, head[begin : begin + VOCAB_BLOCK])
             side.add(logits, begin)
             names = torch.arange(begin, begin + logits.shape[1], device=rows.device).expand(logits.shape)
             values, ids = torch.cat([values, logits], -1), torch.cat([ids, names], -1)

@@ -12,7 +12,7 @@ Reference: transformers 5.17 `mimo_v2_flash` (tests hold the two equal), the pub
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -24,6 +24,7 @@ from torch import Tensor
 from mimoquant.model.attention import Heads, attend
 from mimoquant.model.config_keys import number, read_rope, text_keys
 from mimoquant.model.served_rounding import NONE, UNROUNDED, LayerRounding, rounded
+from mimoquant.quant.kernels.triton_modules import triton_kernels
 from mimoquant.quant.order import cuda_passes
 
 _GROUP_ROWS = 2**16  # of tokens that go through a group of experts at once
@@ -235,7 +236,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Dispatch:
-    """The (token, expert) pairs of some tokens sorted by expert: pairs begins[e] to begins[e+1] are those of expert e.
+    """The (token, expert) pairs of some `tokens` by expert: pairs begins[e] to begins[e+1] are those of expert e.
 
     rows [pairs] (int64, which token), gains [pairs] and `starts` (`begins` again) are on the device, `begins` is not:
     nothing waits for the device after this has been made.
@@ -245,7 +246,9 @@ class Dispatch:
     gains: Tensor
     begins: list[int]
     starts: Tensor
+    tokens: int
     _kept: dict[tuple[int, int], list[Group]] = field(default_factory=dict, repr=False, compare=False)
+    _pairs: list[Tensor] = field(default_factory=list, repr=False, compare=False)
 
     @staticmethod
     def of(routing: Routing, experts: int) -> Dispatch:
@@ -253,7 +256,32 @@ class Dispatch:
         order = torch.argsort(flat, stable=True)
         starts = F.pad(torch.cumsum(torch.bincount(flat, minlength=experts), 0), (1, 0))
         rows, gains = order // routing.experts.shape[1], routing.weights.flatten()[order]
-        return Dispatch(rows, gains, starts.tolist(), starts)
+        return Dispatch(rows, gains, starts.tolist(), starts, len(routing.experts))
+
+    @property
+    def pairs(self) -> Tensor:
+        """[B*T, k], which pairs a token has, rising."""
+        if not self._pairs:
+            self._pairs.append(torch.argsort(self.rows, stable=True).view(self.tokens, -1))
+        return self._pairs[0]
+
+    def tiles(self, begin: int, end: int, rows: int) -> Iterator[tuple[Tensor, tuple[int, int]]]:
+        """Pairs of experts begin..end in tiles of at most `rows` of one expert: int32 [tiles, 3] of (expert, counted
+        from `begin`; first pair; end), on the device, and the pairs from and to of all of them, a few at a time."""
+        held: list[tuple[int, int, int]] = []
+        for expert in range(begin, end):
+            last = self.begins[expert + 1]
+            for first in range(self.begins[expert], last, rows):
+                if held and first + rows - held[0][1] > _GROUP_ROWS:
+                    yield self._sent(held)
+                    held = []
+                held.append((expert - begin, first, min(first + rows, last)))
+        if held:
+            yield self._sent(held)
+
+    def _sent(self, tiles: list[tuple[int, int, int]]) -> tuple[Tensor, tuple[int, int]]:
+        numbers = on_device([n for tile in tiles for n in tile], self.rows.device, torch.int32)
+        return numbers.view(-1, 3), (tiles[0][1], tiles[-1][2])
 
     def groups(self, begin: int, end: int) -> list[Group]:
         """Experts begin..end that have tokens, as groups whose padding is at most an eighth. The last ones that were
@@ -320,11 +348,27 @@ def add_experts(
 
     `tokens` are rounded already where they are, once for all experts; `rounding` is of down's inputs.
 
-    Experts with a similar number of tokens form one stacked product. Their results are added expert by expert: a token
-    occurs once in each, so the order of the sum is fixed on every device.
+    Experts with a similar number of tokens form one stacked product; where Triton is, all of the chunk do. Results are
+    added expert by expert: a token occurs once in each, so the order of the sum is fixed on every device.
     """
+    if kernels := _expert_kernels(tokens, out, chunk):
+        for tiles, span in dispatch.tiles(chunk.begin, chunk.begin + len(chunk.gate), kernels.ROWS):
+            inner = kernels.gate_up(tokens, dispatch.rows, chunk.gate, chunk.up, tiles, span)
+            made = kernels.down(rounded(inner, rounding.experts, rounding.down_scale), chunk.down, tiles, span[0])
+            kernels.add(out, made, dispatch.pairs, dispatch.gains, span[0])
+        return
     for group in dispatch.groups(chunk.begin, chunk.begin + len(chunk.gate)):
         add_group(out, group, expert_outputs(tokens, group, chunk, rounding))
+
+
+def _expert_kernels(tokens: Tensor, out: Tensor, chunk: ExpertChunk) -> Any:
+    """The module that takes tokens through all experts of a chunk at once; None where it, or one of the dtypes, is
+    none."""
+    if not (tokens.is_cuda and out.dtype == torch.float32 and tokens.dtype in (torch.float32, torch.bfloat16)):
+        return None
+    if any(weight.dtype != torch.bfloat16 for weight in (chunk.gate, chunk.up, chunk.down)):
+        return None
+    return triton_kernels("experts_cuda")
 
 
 def expert_outputs(tokens: Tensor, group: Group, chunk: ExpertChunk, rounding: LayerRounding = UNROUNDED) -> Tensor:
