@@ -7,6 +7,7 @@ walker does not know what it walks through. Formats are told by what is stored, 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -141,10 +142,22 @@ class CheckpointWeights:
             return
         elements = 3 * geometry.hidden * geometry.expert_intermediate
         step = max(1, CHUNK_ELEMENTS[self.device.type] // elements)
-        for begin in range(0, geometry.experts, step):
-            end = min(begin + step, geometry.experts)
-            gate, up, down = (self._stack(number, begin, end, projection) for projection in PROJECTIONS)
-            yield ExpertChunk(begin, gate, up, down)
+        with ThreadPoolExecutor(len(PROJECTIONS), thread_name_prefix="stack") as pool:
+            for begin in range(0, geometry.experts, step):
+                end = min(begin + step, geometry.experts)
+                yield ExpertChunk(begin, *self._stacks(number, begin, end, pool))
+
+    def _stacks(self, number: int, begin: int, end: int, pool: Executor) -> Iterator[torch.Tensor]:
+        """Of gate, up and down; on CUDA one is read while another is decoded, by the caller's stream."""
+        if self.device.type != "cuda":
+            return (self._stack(number, begin, end, projection) for projection in PROJECTIONS)
+        stream = torch.cuda.current_stream(self.device)
+
+        def made(projection: str) -> torch.Tensor:
+            with torch.cuda.stream(stream):
+                return self._stack(number, begin, end, projection)
+
+        return pool.map(made, PROJECTIONS)
 
     def expert(self, number: int, expert: int, projection: str) -> torch.Tensor:
         """One expert's matrix [O, I]."""
