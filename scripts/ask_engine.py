@@ -1,4 +1,4 @@
-"""Ask an engine, in a process and with packages of its own; `judge_gpu.py` starts this. Imports nothing of ours.
+"""Ask an engine, in a process and with packages of its own; `judge_gpu.py` starts this.
 
     python ask_engine.py JOB.json     {"engine": "vllm" | "sglang", "checkpoint": folder, "ids": [[token, ...], ...],
                                        "vocab": count, "settings": keywords of the engine, "out": folder,
@@ -11,7 +11,8 @@ prompt}, the text with `more` tokens a prompt. Greedy. OUT/engine.json names the
 capture (vLLM): OUT/captured.safetensors gets this many inputs of FP8 products of each kind and width, with what the
 engine made of them: KIND.NUMBER.x (bf16), .q (codes as bytes), .s (float32). KIND: linear, experts, or silu_mul, whose
 x is gate and up side by side; of each the first CAPTURED_ROWS rows. engine.json tells how far kernels are from float64
-(`Sums`), and OUT/rows_in_float64.npy has the rows once more, with FP8 products and attention in float64.
+(`Sums`), OUT/rows_in_float64.npy has the rows once more, with FP8 products and attention in float64, and
+OUT/rows_by_our_layers.npy with our layers around its kernels (`our_layers.py`, which imports mimoquant).
 """
 
 from __future__ import annotations
@@ -294,6 +295,12 @@ def matrix_of(codes: Any, scales: Any) -> Any:
     return codes.double() * wide[: codes.shape[0], : codes.shape[1]]
 
 
+def our_layers(checkpoint: Path) -> Any:
+    from our_layers import OurLayers
+
+    return OurLayers(checkpoint)
+
+
 class Vllm:
     def __init__(self, job: dict[str, Any], length: int) -> None:
         from vllm import LLM
@@ -429,6 +436,7 @@ def main() -> None:
     length = max(map(len, ids)) + job["new"] + job["more"] + 16
     captured = Captured(job["capture"]) if job.get("capture") else None
     sums = Sums() if captured else None
+    ours = sums.safely("our layers", lambda: our_layers(Path(job["checkpoint"]))) if sums else None
     engine = (Vllm if job["engine"] == "vllm" else Sglang)(job, length)
     loaded = time.monotonic()
     if captured and sums:
@@ -442,7 +450,15 @@ def main() -> None:
     if captured:
         said |= captured.save(out / "captured.safetensors")
     if sums:
-        sums.begun, sums.on = False, True
+        sums.begun = False
+        if ours:
+            ours.on = True
+            rows = sums.safely("rows by our layers", lambda: np.stack(engine.rows(ids, job["vocab"])))
+            ours.on = False
+            said["our_layers"] = ours.told
+            if rows is not None:
+                np.save(out / "rows_by_our_layers.npy", rows)
+        sums.on = True
         rows = sums.safely("rows", lambda: np.stack(engine.rows(ids, job["vocab"])))
         if rows is not None:
             np.save(out / "rows_in_float64.npy", rows)

@@ -46,11 +46,11 @@ import mimoquant
 from mimoquant import pipeline
 from mimoquant.calibration.tokens import TokenSet, load_tokens
 from mimoquant.checkpoint.reader import CheckpointReader
+from mimoquant.evaluation.divergence import logits_of
 from mimoquant.evaluation.drafts import MTP, Blocks, Draft, Mtp
 from mimoquant.evaluation.eval_draft import compare_drafts
 from mimoquant.evaluation.eval_kl import open_layout
 from mimoquant.evaluation.side_by_side import final_hidden, streams_of
-from mimoquant.model.decoder_layer import linear
 from mimoquant.model.drafter import open_drafter
 from mimoquant.model.layer_stream import walk
 from mimoquant.model.served_rounding import FP8, NONE, NOTHING, Rounding
@@ -64,7 +64,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), *(str(HERE.parent / folder) for folder in ("tests/serving", "tests"))]
 
 from engine_cases import INT4, MXFP4, NVFP4, Case, recipe, with_remote_code  # noqa: E402
-from kernel_arithmetic import as_bf16, compare_captured, exact_weights  # noqa: E402
+from kernel_arithmetic import compare_captured, exact_weights, sums_in_float64  # noqa: E402
 from padded_twin import padded_twin  # noqa: E402
 
 SIZES = {
@@ -231,9 +231,10 @@ def prompts(vocab: int) -> list[list[int]]:
 
 
 @torch.no_grad()
-def ours(folder: Path, wider: int = 0, rounding: Rounding = NOTHING) -> np.ndarray:
+def ours(folder: Path, wider: int = 0, rounding: Rounding = NOTHING, in_bf16: bool = True) -> np.ndarray:
     """Log-probabilities after every token but the last of each prompt, float64 [positions, vocabulary]. `wider`: this
-    many keys more in the window of sliding layers. `rounding`: of inputs."""
+    many keys more in the window of sliding layers. `rounding`: of inputs; `in_bf16`: False takes its bf16 between
+    operations away."""
     layout = open_layout(folder)
     config = dict(layout.config)
     for key in WINDOWS & config.keys():
@@ -242,10 +243,11 @@ def ours(folder: Path, wider: int = 0, rounding: Rounding = NOTHING) -> np.ndarr
     with CheckpointReader(layout.index) as reader:
         weights = CheckpointWeights(reader, layout, torch.device("cpu"))
         [stream] = streams_of(weights, [[torch.tensor(prompts(layout.geometry.vocab))]])
-        stream.roundings = layer_roundings(reader, layout, rounding)
+        layers = layer_roundings(reader, layout, rounding)
+        stream.roundings = [replace(layer, in_bf16=layer.in_bf16 and in_bf16) for layer in layers]
         walk([stream])
         hidden = final_hidden(stream, weights.tensor("model.norm.weight"))
-        rows = linear(hidden, weights.tensor("lm_head.weight")).log_softmax(-1)
+        rows = logits_of(hidden, weights.tensor("lm_head.weight")).log_softmax(-1)
     return rows.numpy().astype(np.float64)
 
 
@@ -300,7 +302,7 @@ def environment(options: argparse.Namespace) -> dict[str, str]:
         "VLLM_USE_FLASHINFER_SAMPLER": "0",  # a server's, too
         "SGLANG_SKIP_SGL_KERNEL_VERSION_CHECK": "1",
     }
-    return os.environ | told | ({"PYTHONPATH": options.site} if options.site else {})
+    return os.environ | told | ({"PYTHONPATH": f"{options.site}:{HERE.parent}"} if options.site else {})
 
 
 def asked_of(options: argparse.Namespace, checkpoint: Path, ids: list[list[int]], **job: Any) -> Path:
@@ -383,20 +385,22 @@ def judged_fp8(options: argparse.Namespace, row: Row, checkpoint: Path) -> dict[
     told: dict[str, Any] = {"kl_mean_unrounded": mean_kl(ours(checkpoint), theirs)}
     told["kl_mean"] = mean_kl(own := ours(checkpoint, rounding=rounding), theirs)
     told["kl_max"] = float((np.exp(own) * (own - theirs)).sum(-1).max())
-    for weights, context in (("", contextlib.nullcontext()), ("_exact_weights", exact_weights())):
-        with context:
-            told[f"kl_mean{weights}"] = mean_kl(ours(checkpoint, rounding=rounding), theirs)
-            with as_bf16():
-                stored = ours(checkpoint, rounding=rounding)
-            with as_bf16(in_float64=True):
-                again = ours(checkpoint, rounding=rounding)
-        told[f"kl_of_the_order_of_sums{weights}"] = mean_kl(stored, again)
-        told[f"kl_mean_as_bf16{weights}"] = mean_kl(stored, theirs)
+    told["kl_mean_in_float32"] = mean_kl(ours(checkpoint, rounding=rounding, in_bf16=False), theirs)
+    if (out / "rows_by_our_layers.npy").exists():
+        asked = np.load(out / "rows_by_our_layers.npy").astype(np.float64)
+        told["kl_mean_by_its_kernels"] = mean_kl(asked, theirs)
+        told["kl_max_by_its_kernels"] = float((np.exp(asked) * (asked - theirs)).sum(-1).max())
+        told["equal_by_its_kernels"] = float((asked == theirs).mean())
+    with exact_weights():
+        told["kl_mean_exact_weights"] = mean_kl(stored := ours(checkpoint, rounding=rounding), theirs)
+        with sums_in_float64():
+            again = ours(checkpoint, rounding=rounding)
+    told["kl_of_the_order_of_sums"] = mean_kl(stored, again)
     if (out / "rows_in_float64.npy").exists():
         summed = np.load(out / "rows_in_float64.npy").astype(np.float64)
         kept["rows_in_float64"] = summed[::4].astype(np.float32)
         told["kl_of_the_kernels_sums"] = mean_kl(summed, theirs)
-        told["kl_mean_as_bf16_in_float64"] = mean_kl(again, summed)
+        told["kl_mean_of_both_in_float64"] = mean_kl(again, summed)
     np.savez_compressed(options.out.resolve() / f"{slug(options.row)}.npz", **kept)
     return told | {"positions": len(own), "captured": compare_captured(out / "captured.safetensors")}
 

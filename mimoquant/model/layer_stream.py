@@ -184,7 +184,7 @@ def _one_layer(number: int, source: WeightSource, streams: list[Stream], feed: I
                 for block in mine:
                     add_experts(block.out, block.tokens, block.dispatch, chunk, stream.rounding(number))
         for stream, mine in zip(streams, blocks, strict=True):
-            add_blocks(stream, mine)
+            add_blocks(stream, mine, stream.rounding(number))
     for stream in streams:
         if stream.noise:
             stream.batches = [_noisy(hidden, stream, number, i) for i, hidden in enumerate(stream.batches)]
@@ -269,7 +269,7 @@ def dense_layer(
 
         def passed(batch: int) -> Tensor:
             hidden, normed = attention_block(ferry.load(batch), weights, stream.source.config, rounding)
-            return hidden + dense_mlp(normed, mlp, rounding.mlp)
+            return rounding.stored(hidden + dense_mlp(normed, mlp, rounding))
 
         for i, batch in enumerate(stream.batches):
             ferry.store(i, once(batch, rounding, partial(passed, i)))
@@ -358,7 +358,7 @@ def _grouped(batches: list[Tensor]) -> Iterator[list[int]]:
     yield members
 
 
-def add_blocks(stream: Stream, blocks: list[Block]) -> None:
+def add_blocks(stream: Stream, blocks: list[Block], rounding: LayerRounding = UNROUNDED) -> None:
     """Add what the experts made of the blocks to the stream's hidden states."""
     batch = 0
     with _Ferry(stream) as ferry:
@@ -367,7 +367,8 @@ def add_blocks(stream: Stream, blocks: list[Block]) -> None:
             while done < len(block.out):
                 hidden = ferry.load(batch)
                 count = hidden.shape[:2].numel()
-                ferry.store(batch, hidden + block.out[done : done + count].view_as(hidden).to(hidden.dtype))
+                added = rounding.stored(block.out[done : done + count]).view_as(hidden).to(hidden.dtype)
+                ferry.store(batch, rounding.stored(hidden + added))
                 batch, done = batch + 1, done + count
 
 
