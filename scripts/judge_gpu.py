@@ -151,6 +151,8 @@ ROWS = {
     "FP8 source, V2.5": Row("v2.5"),
     "FP8 activations, FP8 source, V2.5": Row("v2.5", kind="fp8"),  # vLLM's alone
     "FP8 activations, MXFP4 native, V2.5": quantized("v2.5", MXFP4, container="native", kind="fp8"),
+    "FP8 sums, FP8 source, V2.5": Row("v2.5", kind="sums"),
+    "FP8 sums, MXFP4 native, V2.5": quantized("v2.5", MXFP4, container="native", kind="sums"),
     "int4 g128, V2.5 with towers": quantized("v2.5 towers", INT4 % 128),
     "NVFP4 W4A4, V2.5": quantized("v2.5", NVFP4, UNIT),
     "NVFP4 W4A4 ModelOpt, V2.5": quantized("v2.5", NVFP4, UNIT, container="modelopt"),
@@ -377,32 +379,43 @@ def mean_kl(own: np.ndarray, theirs: np.ndarray) -> float:
 
 
 def judged_fp8(options: argparse.Namespace, row: Row, checkpoint: Path) -> dict[str, Any]:
-    """FP8 activations: codes and scales captured in the engine, and how near our forward comes that rounds so too."""
+    """FP8 activations: codes and scales captured in the engine, how near our forward comes that rounds so too, and how
+    near on the engine's own sums."""
     vocab, experts = open_layout(checkpoint).geometry.vocab, FP8 if row.case is None else NONE
     out = asked_of(options, checkpoint, prompts(vocab), settings=row.settings, capture=6)
     theirs, rounding = np.load(out / "rows.npy").astype(np.float64), Rounding(experts, FP8)
-    kept = {"rows": theirs[::4].astype(np.float32)}
-    told: dict[str, Any] = {"kl_mean_unrounded": mean_kl(ours(checkpoint), theirs)}
-    told["kl_mean"] = mean_kl(own := ours(checkpoint, rounding=rounding), theirs)
-    told["kl_max"] = float((np.exp(own) * (own - theirs)).sum(-1).max())
-    told["kl_mean_in_float32"] = mean_kl(ours(checkpoint, rounding=rounding, in_bf16=False), theirs)
+    told: dict[str, Any] = {
+        "positions": len(theirs),
+        "captured": compare_captured(out / "captured.safetensors"),
+        "kl_mean_unrounded": mean_kl(ours(checkpoint), theirs),
+        "kl_mean_in_float32": mean_kl(ours(checkpoint, rounding=rounding, in_bf16=False), theirs),
+    }
+    own = ours(checkpoint, rounding=rounding)
+    told |= {"kl_mean": mean_kl(own, theirs), "kl_max": float((np.exp(own) * (own - theirs)).sum(-1).max())}
+    with exact_weights():
+        told["kl_mean_exact_weights"] = mean_kl(ours(checkpoint, rounding=rounding), theirs)
     if (out / "rows_by_our_layers.npy").exists():
         asked = np.load(out / "rows_by_our_layers.npy").astype(np.float64)
-        told["kl_mean_by_its_kernels"] = mean_kl(asked, theirs)
-        told["kl_max_by_its_kernels"] = float((np.exp(asked) * (asked - theirs)).sum(-1).max())
-        told["equal_by_its_kernels"] = float((asked == theirs).mean())
+        told |= {"kl_mean_on_its_sums": mean_kl(asked, theirs), "equal_on_its_sums": float((asked == theirs).mean())}
+        told["kl_max_on_its_sums"] = float((np.exp(asked) * (asked - theirs)).sum(-1).max())
+    return told
+
+
+def judged_sums(options: argparse.Namespace, row: Row, checkpoint: Path) -> dict[str, Any]:
+    """FP8 activations once more, with the engine's products and attention, and ours, in float64."""
+    vocab, rounding = open_layout(checkpoint).geometry.vocab, Rounding(FP8 if row.case is None else NONE, FP8)
+    out = asked_of(options, checkpoint, prompts(vocab), settings=row.settings, float64=True)
+    theirs, summed = (np.load(out / f"{name}.npy").astype(np.float64) for name in ("rows", "rows_in_float64"))
     with exact_weights():
-        told["kl_mean_exact_weights"] = mean_kl(stored := ours(checkpoint, rounding=rounding), theirs)
+        stored = ours(checkpoint, rounding=rounding)
         with sums_in_float64():
             again = ours(checkpoint, rounding=rounding)
-    told["kl_of_the_order_of_sums"] = mean_kl(stored, again)
-    if (out / "rows_in_float64.npy").exists():
-        summed = np.load(out / "rows_in_float64.npy").astype(np.float64)
-        kept["rows_in_float64"] = summed[::4].astype(np.float32)
-        told["kl_of_the_kernels_sums"] = mean_kl(summed, theirs)
-        told["kl_mean_of_both_in_float64"] = mean_kl(again, summed)
-    np.savez_compressed(options.out.resolve() / f"{slug(options.row)}.npz", **kept)
-    return told | {"positions": len(own), "captured": compare_captured(out / "captured.safetensors")}
+    return {
+        "positions": len(theirs),
+        "kl_of_the_order_of_our_sums": mean_kl(stored, again),
+        "kl_of_the_kernels_sums": mean_kl(summed, theirs),
+        "kl_mean_of_both_in_float64": mean_kl(again, summed),
+    }
 
 
 def micro_prompts(sequences: int, tokens: int) -> TokenSet:
@@ -607,6 +620,7 @@ def eval_kl(*arguments: Any) -> dict[str, Any]:
 JUDGES: dict[str, Callable[[argparse.Namespace, Row, Path], dict[str, Any]]] = {
     "rows": judged_rows,
     "fp8": judged_fp8,
+    "sums": judged_sums,
     "mtp": judged_mtp,
     "dflash": judged_dflash,
     "key norms": judged_key_norms,
@@ -681,7 +695,7 @@ def told(note: dict[str, Any]) -> str:
 def judge_all(options: argparse.Namespace) -> None:
     names = [*FIRST[options.engine], *(name for name in ROWS if name not in FIRST[options.engine])]
     names = [name for name in names if any(text.lower() in name.lower() for text in options.only)]
-    names = [name for name in names if ROWS[name].kind != "fp8" or options.engine == "vllm"]
+    names = [name for name in names if ROWS[name].kind not in ("fp8", "sums") or options.engine == "vllm"]
     started = time.monotonic()
     for name in dict.fromkeys(ROWS[row].source for row in names):
         try:
