@@ -29,7 +29,7 @@ from mimoquant.quant.formats import INT4_ZERO_SCALE, MXFP4_ROUND_UP, NVFP4_SMALL
 from mimoquant.quant.kernels.compiled import compiled
 from mimoquant.quant.kernels.fp8_cpu import FP8_UNIT, amax_bits, fp8_row, round_bf16
 
-U32, F32, I32 = np.uint32, np.float32, np.int32
+U32, F32, F64, I32 = np.uint32, np.float32, np.float64, np.int32
 _MAGIC = F32(12582912.0)  # 1.5 * 2^23: adding it rounds |x| < 2^22 to a whole number, ties to even
 _MAGIC_HALF, _MAGIC_TWO = F32(6291456.0), F32(25165824.0)  # the same for steps of 1/2 and 2
 _ABS, _INF = U32(0x7FFFFFFF), U32(0x7F800000)
@@ -391,8 +391,8 @@ def audit_rows(fp8, bf16, scales, scale_row, begin, end, codes, group_scale, zer
             if not (distance <= 1.00002 and scale > F32(0) and math.isfinite(scale)):
                 outside += 1
             worst = distance if distance > worst and not (clipped and distance <= 1.0) else worst
-            error2 += float(difference) * float(difference)
-            weight2 += float(values[i]) * float(values[i])
+            error2 += F64(difference) * F64(difference)  # a plain float() stays in 32 bits here
+            weight2 += F64(values[i]) * F64(values[i])
     return worst, outside, error2, weight2
 
 
@@ -418,7 +418,7 @@ def error_rows(fp8, bf16, scales, scale_row, begin, end, codes, group_scale, zer
             group, level = values[first : first + size], levels[first : first + size]
             for i in range(0, size, _LANES):
                 for lane in range(_LANES):
-                    difference = float(group[i + lane] - (level[i + lane] - offset) * scale)
+                    difference = F64(group[i + lane] - (level[i + lane] - offset) * scale)
                     error2[lane] += difference * difference
-                    weight2[lane] += float(group[i + lane]) * float(group[i + lane])
+                    weight2[lane] += F64(group[i + lane]) * F64(group[i + lane])
     return math.nan if bad else error2.sum(), weight2.sum()
