@@ -160,10 +160,13 @@ class _Middle:
 
 
 def quantize(job: Job) -> Record:
-    """Until it is killed."""
+    """Until it is killed; with --no-kill to its end, and then `resume` finds nothing to do."""
     for folder in (job.partial, job.out):
         shutil.rmtree(folder, ignore_errors=True)  # of a stage that did not come to its end
     arguments = ["quantize", str(job.source), *job.recipe()]
+    if job.options.no_kill:
+        seen = job.watched("quantize", *arguments)
+        return asdict(seen) | {"kept": shards(job.out, read_journal(job.out / JOURNAL_NAME)), "begun": {}}
     seen = job.watched("quantize", *arguments, kill_when=_Middle(job), code=128 + 9)
     lines = read_journal(job.partial / JOURNAL_NAME)
     if f"layer {job.middle - 1}" not in [line.unit for line in lines]:
@@ -234,6 +237,7 @@ STAGES: dict[str, Callable[[Job], Record]] = {
     "eval": evaluate,
     "launch": launch,
 }
+NEEDED = ("make", "quantize", "resume")  # by those that come after them
 
 
 # --- what they tell
@@ -260,7 +264,8 @@ def layer_figures(record: Record, layers: list[int]) -> dict[int, tuple[float, f
 def new_layers(job: Job) -> tuple[list[int], list[int]]:
     """Layers that the first run wrote after its first MoE layer, which pays for compilers, and the second after the
     one that it began with."""
-    first = list(range(2, job.middle))
+    ends = layer_ends(job.record("quantize"))
+    first = list(range(2, max(ends, default=0) + 1))
     again = {int(unit.split()[1]) for unit in job.record("resume").get("new", []) if unit.startswith("layer ")}
     return first, sorted(again)[1:]
 
@@ -277,6 +282,8 @@ def undisturbed_s(job: Job) -> float:
     that one as long as the others."""
     first, second = job.record("quantize"), job.record("resume")
     ends, (_, later) = layer_ends(second), new_layers(job)
+    if not later:  # nobody killed it
+        return float(first["seconds"])
     figures = layer_figures(second, later)
     usual = statistics.median(seconds for seconds, _, _ in figures.values())
     return float(layer_ends(first)[job.middle - 1] + usual + second["seconds"] - ends[min(later) - 1])
@@ -297,14 +304,15 @@ def table(job: Job) -> list[str]:
         device = max((sample[3] for sample in record.get("samples", ())), default=0)
         cells = [f"{record['peak_bytes'] / 1e9:.2f}" if "peak_bytes" in record else "", f"{device / 1e9:.1f}"]
         rows.append(f"| {stage} | {record['seconds']:.1f} | {' | '.join(cells)} | {TOLD[stage](job, record)} |")
-    if job.record("resume"):
+    if job.record("quantize"):
         rows += ["", *flatness(job)]
     return rows
 
 
 def flatness(job: Job) -> list[str]:
     first, later = new_layers(job)
-    figures = layer_figures(job.record("quantize"), first) | layer_figures(job.record("resume"), later)
+    records = job.record("quantize"), job.record("resume") or {"lines": [], "samples": []}
+    figures = layer_figures(records[0], first) | layer_figures(records[1], later)
     alike = {layer: figures[layer] for layer in sliding(job) if layer in figures}
     rows = [
         "| a sliding layer's | median | least to most | last over first, by a line | of each run |",
@@ -312,9 +320,7 @@ def flatness(job: Job) -> list[str]:
     ]
     for place, (what, unit) in enumerate((("seconds", 1), ("GB on the host", 1e9), ("GB on the device", 1e9))):
         values = {layer: figure[place] / unit for layer, figure in alike.items()}
-        runs = [
-            {layer: value for layer, value in values.items() if (layer < job.middle) is half} for half in (True, False)
-        ]
+        runs = [{layer: values[layer] for layer in values if layer in run} for run in (first, later)]
         grown = ", ".join(f"{growth(run, job.layers):.3f}" for run in runs if len(run) > 2)
         rows.append(
             f"| {what} | {statistics.median(values.values()):.2f} | {min(values.values()):.2f} to "
@@ -335,7 +341,7 @@ def _told_plan(job: Job, record: Record) -> str:
     estimate = document["estimate"]
     said = estimate["total_s"]
     text = f"{said:.0f} s, {document['output_bytes'] / 1e9:.1f} GB"
-    if job.record("resume"):
+    if job.record("resume") or job.options.no_kill:
         took = undisturbed_s(job)
         text += f"; a run that nobody kills takes {took:.0f} s, so {said / took:.2f} of it was told"
     return text
@@ -348,7 +354,15 @@ def _told_make(job: Job, record: Record) -> str:
     )
 
 
+def _told_quantize(job: Job, record: Record) -> str:
+    right = sum(one["right"] for one in record["kept"].values())
+    shards = f"{len(record['kept'])} shards in the journal, {right} with its hash"
+    return f"killed in layer {job.middle}: {shards}, {len(record['begun'])} begun" if record["exit_code"] else shards
+
+
 def _told_resume(job: Job, record: Record) -> str:
+    if not record["new"]:
+        return f"nothing was left to do; {len(record['wrong'])} shards with another hash"
     first = min(int(unit.split()[1]) for unit in record["new"] if unit.startswith("layer "))
     ends = layer_ends(record)
     return (
@@ -371,10 +385,7 @@ def _told_eval(job: Job, record: Record) -> str:
 TOLD: dict[str, Callable[[Job, Record], str]] = {
     "make": _told_make,
     "plan": _told_plan,
-    "quantize": lambda job, record: (
-        f"killed in layer {job.middle}: {len(record['kept'])} shards in the journal, "
-        f"{sum(one['right'] for one in record['kept'].values())} with its hash, {len(record['begun'])} begun"
-    ),
+    "quantize": _told_quantize,
     "resume": _told_resume,
     "verify": _told_verify,
     "eval": _told_eval,
@@ -396,10 +407,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--eval-sequences", type=int, default=16)
     parser.add_argument("--eval-tokens", type=int, default=1024)
+    parser.add_argument("--no-kill", action="store_true", help="let `quantize` come to its end")
     parser.add_argument("--until", type=float, default=10**6, help="seconds after which what runs is ended")
     parser.add_argument("--out", type=Path, help="where the table is written too")
     job = Job(parser.parse_args())
-    failed = ""
+    failed: list[str] = []
     for stage in STAGES:
         if job.record(stage) or (job.options.stages and stage not in job.options.stages):
             continue
@@ -407,14 +419,15 @@ def main() -> None:
         try:
             job.keep(stage, STAGES[stage](job))
         except Stopped as stopped:
-            failed = str(stopped)
-            break
+            failed.append(str(stopped))
+            if stage in NEEDED:
+                break
     text = "\n".join([f"{job.options.device}; {versions(('mimoquant', 'torch', 'numpy'))}", "", *table(job)])
     print(text)
     if job.options.out:
         job.options.out.write_text(text + "\n")
     if failed:
-        sys.exit(failed)
+        sys.exit("\n".join(failed))
 
 
 if __name__ == "__main__":
