@@ -169,8 +169,8 @@ def _check_files(
         report.problem(f"{file}: is an extra weights file")
     with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
         found = pool.map(lambda unit: _wrong_shard(out, unit, journal.get(unit.file)), planned.values())
-        for number, wrong in enumerate(found, start=1):
-            tell(f"hash of {plan.units[number - 1].file}", number, len(planned))
+        for number, (unit, wrong) in enumerate(zip(plan.units, found, strict=True), start=1):
+            tell(f"hash of {unit.file}", number, len(planned))
             report.problems_of([wrong] if wrong else [])
     report.checked["files"] += len(planned)
     lines, record = {line.unit: line for line in journal.values()}, plan.recipe.provenance.get("calibration")
@@ -395,9 +395,8 @@ class _Values:
         if self.plan.recipe.calibrated:
             from mimoquant.output.verify_calibrated import audits, error_limits
 
-            judged, ranges = audits(
-                stored, stacks, step.fmt, self.plan.recipe, self.fold, layer=step.layer, kernels=self.engine
-            )
+            recipe, kernels = self.plan.recipe, self.engine
+            judged, ranges = audits(stored, stacks, step.fmt, recipe, self.fold, layer=layer, kernels=kernels)
             limits = error_limits(judged, stacks, step.fmt, self.engine)
             found = settled(ranges, partial(self._told_lost, step))
         elif self.plan.recipe.casts:
