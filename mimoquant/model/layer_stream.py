@@ -10,6 +10,7 @@ differ in their streams and in what they do after each layer.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -140,7 +141,7 @@ def made_ahead(items: Iterator[T], device: torch.device) -> Iterator[Iterator[T]
 
 def _aside(items: Iterator[T], device: torch.device) -> Iterator[T]:
     """`items`, made by a stream of their own on CUDA, each finished when it comes."""
-    side = side_stream(device)
+    side = side_stream(device, "made ahead")
     with torch.cuda.stream(side):  # does nothing for None
         for item in items:
             if side is not None:
@@ -148,8 +149,10 @@ def _aside(items: Iterator[T], device: torch.device) -> Iterator[T]:
             yield item
 
 
-def side_stream(device: torch.device) -> torch.cuda.Stream | None:
-    """A stream beside the products, on CUDA."""
+@functools.cache
+def side_stream(device: torch.device, use: str) -> torch.cuda.Stream | None:
+    """The stream for a `use` beside the products, on CUDA. It is kept: memory goes back to the stream that it was taken
+    on, so new ones, of which CUDA hands out 32 in turn, would each hold what one needs."""
     return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
 
@@ -222,7 +225,7 @@ class _Ferry:
     def __init__(self, stream: Stream) -> None:
         self.stream, device = stream, stream.source.device
         afar = any(batch.device.type != device.type for batch in stream.batches)
-        self.there, self.back = (side_stream(device) if afar else None for _ in range(2))
+        self.there, self.back = (side_stream(device, f"states {way}") if afar else None for way in ("there", "back"))
         self.coming: dict[int, tuple[Tensor, torch.cuda.Event]] = {}
 
     def __enter__(self) -> _Ferry:
