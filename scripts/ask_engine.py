@@ -448,8 +448,10 @@ def main() -> None:
     sums = Sums() if job.get("float64") else None
     engine = (Vllm if job["engine"] == "vllm" else Sglang)(job, length)
     loaded = time.monotonic()
-    for watching in filter(None, (captured, sums)):
-        watching.begun = True
+    if captured:
+        captured.begun = True
+    if sums:
+        sums.begun = True
     if job["new"]:
         text, counts = engine.text(ids, job["new"], job["more"])
         (out / "text.json").write_text(json.dumps({"generated": text, "counts": counts}))

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -95,7 +95,8 @@ class OurLayers:
             if self.on:
                 rows = x.float()
                 if gated:
-                    rows = decoder_layer.gated(*rows.chunk(2, -1), torch.float32)
+                    gate, up = rows.chunk(2, -1)
+                    rows = decoder_layer.gated(gate, up, torch.float32)
                 blocks = quantize_fp8(rows)
                 ours = blocks.elements.flatten(-2)[..., : rows.shape[-1]].to(codes.dtype)
                 self.told["codes"] += ours.numel()
@@ -112,20 +113,33 @@ def weights_of(layer: Any, split: Any) -> LayerWeights:
     of = layer.self_attn
 
     def part(number: int) -> Callable[[Tensor], Tensor]:
-        return lambda fused: split(fused, of.q_size, of.k_size, of.v_size, of.kv_chunk_rows)[number]
+        def of_fused(fused: Tensor) -> Tensor:
+            parts: Sequence[Tensor] = split(fused, of.q_size, of.k_size, of.v_size, of.kv_chunk_rows)
+            return parts[number]
 
-    q, k, v = (_Answer(of.qkv_proj, part(number)) for number in range(3))
-    o = _Answer(of.o_proj, lambda whole: whole)
-    attention: Any = (q, k, v, o, of.attention_sink_bias, of.num_heads, of.num_kv_heads)
+        return of_fused
+
+    def half(number: int) -> Callable[[Tensor], Tensor]:
+        return lambda fused: fused.chunk(2, -1)[number]
+
+    def whole(answered: Tensor) -> Tensor:
+        return answered
+
+    products: Any = [*(_Answer(of.qkv_proj, part(number)) for number in range(3)), _Answer(of.o_proj, whole)]
+    q, k, v, o = products
+    sliding: bool = layer.is_compressed_softmax_layer()
+    attention = AttentionWeights(q, k, v, o, of.attention_sink_bias, of.num_heads, of.num_kv_heads, sliding)
+    mlp: Router | DenseWeights
     if layer.is_layer_sparse:
-        mlp: Any = Router(layer.mlp.gate.weight.float(), torch.empty(0))
+        mlp = Router(layer.mlp.gate.weight.float(), torch.empty(0))
     else:
-        both = layer.mlp.gate_up_proj
-        gate, up = (_Answer(both, lambda fused, at=at: fused.chunk(2, -1)[at]) for at in range(2))
-        mlp = DenseWeights(gate, up, _Answer(layer.mlp.down_proj, lambda whole: whole))  # type: ignore[arg-type]
-    sliding = layer.is_compressed_softmax_layer()
-    norms = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
-    return LayerWeights(*norms, AttentionWeights(*attention, sliding), mlp)
+        dense: Any = [
+            *(_Answer(layer.mlp.gate_up_proj, half(number)) for number in range(2)),
+            _Answer(layer.mlp.down_proj, whole),
+        ]
+        gate, up, down = dense
+        mlp = DenseWeights(gate, up, down)
+    return LayerWeights(layer.input_layernorm.weight, layer.post_attention_layernorm.weight, attention, mlp)
 
 
 @contextlib.contextmanager
@@ -136,7 +150,7 @@ def asking(layer: Any) -> Iterator[None]:
         batch, _, _, tokens, _ = heads.query.shape
         query = heads.query.permute(0, 3, 1, 2, 4)
         flat = (part.reshape(batch * tokens, -1) for part in (query, key.transpose(1, 2), value.transpose(1, 2)))
-        out = layer.self_attn.attn(*(part.bfloat16() for part in flat))
+        out: Tensor = layer.self_attn.attn(*(part.bfloat16() for part in flat))
         return out.float().view(batch, tokens, -1)
 
     with contextlib.ExitStack() as stack:
