@@ -31,6 +31,7 @@ from mimoquant.checkpoint.writer import ShardWriter, write_file_durably
 from mimoquant.errors import CheckpointError, StoppedError, UsageError
 from mimoquant.machine.buffers import Buffers
 from mimoquant.machine.devices import make_engine, resolve_device
+from mimoquant.machine.hashing import Hashing
 from mimoquant.machine.memory import machine
 from mimoquant.machine.overlap import WriteBehind, is_given_up, read_ahead
 from mimoquant.machine.team import Team
@@ -236,7 +237,7 @@ def _write_units(
     ways, reading = writing_of(plan, engine.name, far=far), CheckpointReader(plan.layout.index)
     with reading as reader, contextlib.ExitStack() as opened, WriteBehind(ways.queue_bytes, ways.lanes) as behind:
         walk = _Walk(plan, run, reader, tokens, team, fisher) if tokens else None
-        shop = Workshop(plan, reader, engine, team.rank)
+        shop = Workshop(plan, reader, engine, team.rank, ways.piece_bytes)
         shards = _Shards(run, behind, ways, shop, progress, timeline, opened)
         turns = _one_by_one(tasks, run, behind) if far else tasks
         ahead = read_ahead(timeline.waited("read", load(shop, turns, ways.at_once)))
@@ -292,6 +293,7 @@ class _Shards:
     ) -> None:
         self.run, self.behind, self.shop = run, behind, shop
         self.progress, self.timeline, self.opened = progress, timeline, opened
+        self._hashing = opened.enter_context(Hashing(ways.lanes))
         self._begun: dict[str, _Shard] = {}
         self._lanes = collections.deque(range(ways.lanes))  # that no begun shard has, the one that was left last behind
         # How much of the queue a shard takes that waits for its journal line alone. With one lane it is more than half,
@@ -304,7 +306,7 @@ class _Shards:
 
     def begin(self, task: Task) -> _Shard:
         unit = task.unit
-        writer = ShardWriter(self.run.path(unit.file), unit.entries) if task.writes else None
+        writer = ShardWriter(self.run.path(unit.file), unit.entries, self._hashing) if task.writes else None
         if writer:
             self.opened.callback(writer.abandon)  # where the run ends in the middle
         shard = _Shard(unit, writer, self._lanes.popleft(), replace(self.shop, clamped={}))

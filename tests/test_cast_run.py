@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import published
@@ -21,13 +19,13 @@ from typer.testing import CliRunner
 
 from mimoquant import pipeline
 from mimoquant.calibration.tokens import TokenSet
-from mimoquant.checkpoint import writer
 from mimoquant.checkpoint.index import TensorInfo, open_index
 from mimoquant.checkpoint.journal import file_sha256
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.cli.app import app
 from mimoquant.errors import CheckpointError, RecipeError
 from mimoquant.evaluation.eval_kl import eval_kl
+from mimoquant.machine.hashing import HashedStream
 from mimoquant.model.layout import PROJECTIONS
 from mimoquant.model.releases import stored_as
 from mimoquant.output.verify import verify
@@ -136,18 +134,11 @@ def test_a_cast_reads_hashes_and_writes_each_byte_once(
     sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes: list[tuple[str, int]] = []  # by several threads
-    read_range, sha256, write = CheckpointReader.read_range, hashlib.sha256, os.write
+    read_range, put, write = CheckpointReader.read_range, HashedStream.put, os.write
 
-    class Hash:
-        def __init__(self) -> None:
-            self.inner = sha256()
-
-        def update(self, data: memoryview) -> None:
-            passes.append(("hashed", len(data)))
-            self.inner.update(data)
-
-        def hexdigest(self) -> str:
-            return self.inner.hexdigest()
+    def hashed(self: HashedStream, view: memoryview) -> None:
+        passes.append(("hashed", len(view)))
+        put(self, view)
 
     def counted(self: CheckpointReader, info: TensorInfo, start: int, out: np.ndarray) -> None:
         passes.append(("read", out.nbytes))
@@ -161,7 +152,7 @@ def test_a_cast_reads_hashes_and_writes_each_byte_once(
     plan = make_plan(sources["v2.6"], load_recipe("nvfp4-cast").stored_as({"dense": "fp8"}), container="modelopt")
     with monkeypatch.context() as patch:
         patch.setattr(CheckpointReader, "read_range", counted)
-        patch.setattr(writer, "hashlib", SimpleNamespace(sha256=Hash))
+        patch.setattr(HashedStream, "put", hashed)
         patch.setattr(os, "write", shard)
         pipeline.quantize(plan, tmp_path / "out", device="cpu")
     bytes_of = {kind: sum(size for what, size in passes if what == kind) for kind, _ in passes}

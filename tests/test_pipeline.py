@@ -95,7 +95,7 @@ def test_blocks_of_rows_do_not_change_the_output(tmp_path: Path, monkeypatch: py
     seen: list[int] = []
 
     def few(*args: Any, **options: Any) -> Iterator[RowBlock]:
-        for block in read_blocks(*args, **options, block_bytes=40_000):
+        for block in read_blocks(*args, **options | {"block_bytes": 40_000}):
             seen.append(len(block.values))
             yield block
 

@@ -10,16 +10,14 @@ The header carries one metadata key (`format: pt`): anything else would make equ
 
 from __future__ import annotations
 
-import collections
+import contextlib
 import errno
 import functools
-import hashlib
 import json
 import math
 import os
 import struct
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,12 +27,11 @@ import numpy.typing as npt
 
 from mimoquant.checkpoint.index import DTYPE_BYTES
 from mimoquant.errors import CheckpointError, StoppedError
+from mimoquant.machine.hashing import Hashing
 
 TEMPORARY = ".tmp"  # behind the name of a small file that is being written
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW  # a link would lead out of the folder
 _COPY_BLOCK = 2**22
-_HASH_BESIDE = 2**18  # bytes from which hashing on another thread, while they are written, is worth the handing over
-UNHASHED = 2  # what was written and is still being hashed, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,17 +80,18 @@ def shard_header(entries: list[Entry], *, metadata: bool = True) -> bytes:
 class ShardWriter:
     """Writes the tensors of one shard in the order of `entries`; `close` makes it durable and returns its sha256.
 
-    What is written is still read after `write` has returned, so nobody may change it before `close`.
+    What is written is still read after `write` has returned, so nobody may change it before `close`. `hashing`: who
+    hashes it, and others beside; None: threads of its own.
     """
 
-    def __init__(self, path: Path, entries: list[Entry]) -> None:
+    def __init__(self, path: Path, entries: list[Entry], hashing: Hashing | None = None) -> None:
         self.path = path
         self._entries = [entry for entry in entries if entry.size_bytes]
         self._next = 0  # the entry that is being written, and how much of it is still to come
         self._left = self._entries[0].size_bytes if self._entries else 0
-        self._sha256 = hashlib.sha256()
-        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="hash")
-        self._hashing: collections.deque[Future[None]] = collections.deque()
+        self._opened = contextlib.ExitStack()
+        hashing = hashing or self._opened.enter_context(Hashing())
+        self._sha256 = self._opened.enter_context(contextlib.closing(hashing.stream()))
         self.size_bytes = 0
         with stopping(path):
             self._file = os.open(path, _CREATE, 0o644)
@@ -122,31 +120,23 @@ class ShardWriter:
             raise ValueError(f"{self.path}: {self._entries[self._next].name} was never written in full")
         with stopping(self.path):
             os.fsync(self._file)
-        self._settle(0)
+        sha256 = self._sha256.hexdigest()
         self.abandon()
-        return self._sha256.hexdigest()
+        return sha256
 
     def abandon(self) -> None:
         """Close without the promise that the file is whole."""
-        self._hasher.shutdown()
+        self._opened.close()
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
 
     def _put(self, data: bytes | memoryview) -> None:
         view = memoryview(data)
-        if self._hashing or len(view) >= _HASH_BESIDE:
-            self._hashing.append(self._hasher.submit(self._sha256.update, view))
-        else:
-            self._sha256.update(view)
+        self._sha256.put(view)
         with stopping(self.path):
             self.size_bytes += write_all(self._file, view)
-        self._settle(UNHASHED)
-
-    def _settle(self, left: int) -> None:
-        """Wait until so many hashes at most are left to be made."""
-        while self._hashing and (len(self._hashing) > left or self._hashing[0].done()):
-            self._hashing.popleft().result()
+        self._sha256.wait()
 
 
 class stopping:

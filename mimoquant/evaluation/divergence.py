@@ -189,12 +189,18 @@ def _row_blocks(labels: Tensor) -> list[slice]:
 Head = tuple[Tensor, Tensor]  # final (normed) hidden states [tokens, H], and an output matrix [vocab, H]
 
 
+def logits_of(hidden: Tensor, head: Tensor) -> Tensor:
+    """In the states' dtype at least float32; of states that are stored in bf16 they are stored so too."""
+    made = product(float32_parts(hidden, head), head)
+    return made.to(hidden.dtype).to(made.dtype)
+
+
 def head_divergences(reference: Head, candidates: Sequence[Head], labels: Tensor) -> list[TokenScores]:
     """Scores of each candidate, at the same positions, a few tokens at a time; `labels` as in `token_divergences`."""
 
     def logits(of: Head, rows: slice) -> Logits:
-        hidden, head = float32_parts(of[0][rows], of[1]), of[1]
-        return lambda begin, end: product(hidden, head[begin:end])
+        hidden, head = of[0][rows], of[1]
+        return lambda begin, end: logits_of(hidden, head[begin:end])
 
     out = []
     for some in (candidates[first : first + TOGETHER] for first in range(0, len(candidates), TOGETHER)):
@@ -218,11 +224,11 @@ def top_log_probabilities(hidden: Tensor, head: Tensor, k: int, labels: Tensor) 
     parts = []
     for start in range(0, len(labels), TOKEN_BLOCK):
         rows = hidden[start : start + TOKEN_BLOCK]
-        side, split = _Side(labels[start : start + TOKEN_BLOCK]), float32_parts(rows, head)
+        side = _Side(labels[start : start + TOKEN_BLOCK])
         values = rows.new_empty(len(rows), 0)
         ids = torch.empty(len(rows), 0, dtype=torch.int64, device=rows.device)
         for begin in range(0, len(head), VOCAB_BLOCK):
-            logits = product(split, head[begin : begin + VOCAB_BLOCK])
+            logits = logits_of(rows, head[begin : begin + VOCAB_BLOCK])
             side.add(logits, begin)
             names = torch.arange(begin, begin + logits.shape[1], device=rows.device).expand(logits.shape)
             values, ids = torch.cat([values, logits], -1), torch.cat([ids, names], -1)

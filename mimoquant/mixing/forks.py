@@ -285,7 +285,7 @@ class _Passage:
 
     def finish(self) -> None:
         for part in self.parts:
-            add_blocks(part.branch.stream, part.blocks)
+            add_blocks(part.branch.stream, part.blocks, part.rounding)
         self.lane.passed += self.lane.tokens * len(self.parts)
         if isinstance(self.probe, _Feeling):
             self.probe.feel(self.layer, self.lane)
@@ -429,7 +429,8 @@ def _energy(outputs: Tensor, gains: Tensor) -> Tensor:
 def finals_of(lane: Lane, trial: int, norm: Tensor) -> Tensor:
     """Normed hidden states of a trial's scored positions, at the end of the walk."""
     branch = next(branch for branch in lane.branches if trial in branch.trials)
-    return final_hidden(branch.stream, norm)
+    last = branch.stream.source.layers - 1
+    return final_hidden(branch.stream, norm, lane.rounding(branch, last))
 
 
 @torch.no_grad()

@@ -3,7 +3,9 @@
 Key idea: plain tensor algebra without modules or caches, so that two sets of weights can be run side by side and a
 layer's weights dropped right after. Attention goes over the queries in chunks, so a long sequence never holds a whole
 score matrix; experts run as a few stacked products over token groups of similar size, never one by one. Weights stay
-in bfloat16, which loses nothing; all arithmetic is float32.
+in bfloat16, which loses nothing; all arithmetic is float32. What is served is stored in bfloat16 after each operation
+(`LayerRounding.stored`), where vLLM 0.33 does so: a norm, SiLU before it meets up, cosines, an expert's answer times
+its gain, their sum.
 
 Shapes: B sequences, T tokens, H hidden, N heads, K key-value heads, D head_dim, V v_head_dim, E experts, I inner width.
 Left out: key-value caches, dropout, attention biases, expert groups (the family has one group).
@@ -129,9 +131,9 @@ def attention_block(
     Args:
         hidden_BTH: positions 0..T-1 of independent sequences.
     """
-    attended = attention(rms_norm(hidden_BTH, weights.input_norm, config.eps), weights.attention, config, rounding)
-    hidden_BTH = hidden_BTH + attended
-    return hidden_BTH, rms_norm(hidden_BTH, weights.post_norm, config.eps)
+    normed = rounding.stored(rms_norm(hidden_BTH, weights.input_norm, config.eps))
+    hidden_BTH = rounding.stored(hidden_BTH + attention(normed, weights.attention, config, rounding))
+    return hidden_BTH, rounding.stored(rms_norm(hidden_BTH, weights.post_norm, config.eps))
 
 
 def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -145,36 +147,45 @@ def attention(
     hidden_BTH: Tensor, weights: AttentionWeights, config: ForwardConfig, rounding: LayerRounding = UNROUNDED
 ) -> Tensor:
     """Causal attention with partial rotary embedding, optional window and sinks; [B, T, H]."""
-    heads = attention_heads(rounded(hidden_BTH, rounding.qkv), weights, config)
-    key, value = rounding.cached(heads.key, heads.value)
-    out = hidden_BTH.new_empty(*hidden_BTH.shape[:2], weights.heads, value.shape[-1])
+    heads = attention_heads(rounded(hidden_BTH, rounding.qkv), weights, config, rounding)
+    out = rounding.stored(attended(heads, *rounding.cached(heads.key, heads.value), weights.sink))
+    return rounding.stored(linear(rounded(out, rounding.o), weights.o))
+
+
+def attended(heads: Heads, key: Tensor, value: Tensor, sink: Tensor | None) -> Tensor:
+    """What the queries get of keys and values, which are those of a cache: all heads side by side, [B, T, N*V]."""
+    batch, kv_heads, groups, tokens, _ = heads.query.shape
+    out = value.new_empty(batch, tokens, kv_heads * groups, value.shape[-1])
     for begin, end, first in heads.chunks():
         query = heads.query[..., begin:end, :]
         part = attend(
             query,
             key[..., first:end, :],
             value[..., first:end, :],
-            weights.sink,
+            sink,
             begin - first,
             heads.window,
             heads.scale,
         )
         out[:, begin:end] = part.permute(0, 3, 1, 2, 4).flatten(2, 3)
-    return linear(rounded(out.flatten(2), rounding.o), weights.o)
+    return out.flatten(2)
 
 
-def attention_heads(hidden_BTH: Tensor, weights: AttentionWeights, config: ForwardConfig) -> Heads:
-    """What attention makes of its input [B, T, H] before positions see each other."""
+def attention_heads(
+    hidden_BTH: Tensor, weights: AttentionWeights, config: ForwardConfig, rounding: LayerRounding = UNROUNDED
+) -> Heads:
+    """What attention makes of its input [B, T, H], rounded already, before positions see each other."""
     batch, tokens, _ = hidden_BTH.shape
-    groups = weights.heads // weights.kv_heads
+    groups, stored = weights.heads // weights.kv_heads, rounding.stored
     parts = float32_parts(hidden_BTH, weights.q)
-    query = product(parts, weights.q).view(batch, tokens, weights.heads, -1)
-    key = product(parts, weights.k).view(batch, tokens, weights.kv_heads, -1)
-    value = product(parts, weights.v).view(batch, tokens, weights.kv_heads, -1) * config.value_scale
+    query = stored(product(parts, weights.q)).view(batch, tokens, weights.heads, -1)
+    key = stored(product(parts, weights.k)).view(batch, tokens, weights.kv_heads, -1)
+    value = stored(product(parts, weights.v)).view(batch, tokens, weights.kv_heads, -1) * config.value_scale
     theta = config.sliding_rope_theta if weights.sliding else config.rope_theta
-    cos, sin = rotary_table(tokens, int(query.shape[-1] * config.partial_rotary_factor), theta, hidden_BTH)
-    query = rotate(query, cos, sin).view(batch, tokens, weights.kv_heads, groups, -1).permute(0, 2, 3, 1, 4)
-    key, value = rotate(key, cos, sin).permute(0, 2, 1, 3), value.permute(0, 2, 1, 3)
+    table = rotary_table(tokens, int(query.shape[-1] * config.partial_rotary_factor), theta, hidden_BTH)
+    cos, sin = (stored(part) for part in table)
+    query = stored(rotate(query, cos, sin)).view(batch, tokens, weights.kv_heads, groups, -1).permute(0, 2, 3, 1, 4)
+    key, value = stored(rotate(key, cos, sin)).permute(0, 2, 1, 3), stored(value).permute(0, 2, 1, 3)
     return Heads(query, key, value, cos, sin, config.window if weights.sliding else tokens)
 
 
@@ -195,11 +206,11 @@ def rotate(heads_BTND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((turned * cos[:, None, :] + swapped * sin[:, None, :], rest), dim=-1)
 
 
-def dense_mlp(hidden: Tensor, weights: DenseWeights, rounding: str = NONE) -> Tensor:
-    """SwiGLU; `rounding`: of the inputs of all three products."""
-    parts = float32_parts(rounded(hidden, rounding), weights.gate)
-    inner = F.silu(product(parts, weights.gate)) * product(parts, weights.up)
-    return linear(rounded(inner, rounding), weights.down)
+def dense_mlp(hidden: Tensor, weights: DenseWeights, rounding: LayerRounding = UNROUNDED) -> Tensor:
+    """SwiGLU; `rounding.mlp`: of the inputs of all three products."""
+    stored, parts = rounding.stored, float32_parts(rounded(hidden, rounding.mlp), weights.gate)
+    inner = stored(F.silu(stored(product(parts, weights.gate)))) * stored(product(parts, weights.up))
+    return stored(linear(rounded(stored(inner), rounding.mlp), weights.down))
 
 
 def route(tokens: Tensor, router: Router, top_k: int) -> Routing:
@@ -351,14 +362,14 @@ def add_experts(
     Experts with a similar number of tokens form one stacked product; where Triton is, all of the chunk do. Results are
     added expert by expert: a token occurs once in each, so the order of the sum is fixed on every device.
     """
-    if kernels := _expert_kernels(tokens, out, chunk):
-        for tiles, span in dispatch.tiles(chunk.begin, chunk.begin + len(chunk.gate), kernels.ROWS):
+    if not rounding.in_bf16 and (kernels := _expert_kernels(tokens, out, chunk)):
+        for tiles, span in dispatch.tiles(chunk.begin, chunk.begin + len(chunk.gate), kernels.tile_rows(out.device)):
             inner = kernels.gate_up(tokens, dispatch.rows, chunk.gate, chunk.up, tiles, span)
             made = kernels.down(rounded(inner, rounding.experts, rounding.down_scale), chunk.down, tiles, span[0])
             kernels.add(out, made, dispatch.pairs, dispatch.gains, span[0])
         return
     for group in dispatch.groups(chunk.begin, chunk.begin + len(chunk.gate)):
-        add_group(out, group, expert_outputs(tokens, group, chunk, rounding))
+        add_group(out, group, expert_outputs(tokens, group, chunk, rounding), rounding)
 
 
 def _expert_kernels(tokens: Tensor, out: Tensor, chunk: ExpertChunk) -> Any:
@@ -368,14 +379,19 @@ def _expert_kernels(tokens: Tensor, out: Tensor, chunk: ExpertChunk) -> Any:
         return None
     if any(weight.dtype != torch.bfloat16 for weight in (chunk.gate, chunk.up, chunk.down)):
         return None
+    if torch.cuda.get_device_capability(tokens.device) < (8, 0):  # has no products of bfloat16
+        return None
     return triton_kernels("experts_cuda")
 
 
 def expert_outputs(tokens: Tensor, group: Group, chunk: ExpertChunk, rounding: LayerRounding = UNROUNDED) -> Tensor:
     """What each expert of the group makes of its tokens, [m, c, H], before the gains; padded rows hold anything."""
     gate, up, down = group_of_chunk(group, chunk)
-    parts = float32_parts(tokens[group.rows], gate)
-    inner = gated(product(parts, gate), product(parts, up), tokens.dtype)
+    stored, parts = rounding.stored, float32_parts(tokens[group.rows], gate)
+    if rounding.in_bf16 and rounding.experts == NONE:
+        inner = stored(stored(F.silu(stored(product(parts, gate)))) * stored(product(parts, up)))
+    else:  # a kernel that rounds has SiLU times up in float32
+        inner = gated(stored(product(parts, gate)), stored(product(parts, up)), tokens.dtype)
     inner = rounded(inner, rounding.experts, rounding.down_scale)
     return product(float32_parts(inner, down), down)
 
@@ -387,13 +403,14 @@ def gated(gate: Tensor, up: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mul(opened, up, out=out).to(dtype)
 
 
-def add_group(out: Tensor, group: Group, outputs: Tensor) -> None:
+def add_group(out: Tensor, group: Group, outputs: Tensor, rounding: LayerRounding = UNROUNDED) -> None:
     """Add a group's `expert_outputs` to `out`, times their gains."""
-    if (kernels := cuda_passes(out)) and out.dtype == outputs.dtype == torch.float32:
+    kernels = None if rounding.in_bf16 else cuda_passes(out)
+    if kernels and out.dtype == outputs.dtype == torch.float32:
         for slot, count in enumerate(group.counts):
             kernels.add_rows(out, group.rows[slot, :count], outputs[slot].contiguous(), group.gains[slot])
         return
-    result = outputs * group.gains[..., None]
+    result = rounding.stored(outputs * group.gains[..., None])
     for slot, count in enumerate(group.counts):
         out.index_add_(0, group.rows[slot, :count], result[slot, :count])
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mimoquant.checkpoint.hf_files import CONFIG_NAME
-from mimoquant.checkpoint.writer import UNHASHED
 from mimoquant.errors import CheckpointError, UsageError
 from mimoquant.machine.buffers import IDLE_BYTES
+from mimoquant.machine.hashing import UNHASHED_BYTES
 from mimoquant.machine.memory import Machine
 from mimoquant.model.layout import PROJECTIONS
 from mimoquant.model.media import MLP_PATCHES, PORTION_GROUPS, PORTION_PATCHES, QUERY_RUN
@@ -86,7 +86,7 @@ def _written_bytes(plan: Plan, device: str) -> int:
     ways = writing_of(plan, device)
     if not plan.recipe.casts:
         return ways.queue_bytes
-    return max(ways.queue_bytes, QUEUE_BYTES) + IDLE_BYTES + ways.lanes * UNHASHED * CAST_CHUNK_BYTES
+    return max(ways.queue_bytes, QUEUE_BYTES) + IDLE_BYTES + ways.lanes * (UNHASHED_BYTES + CAST_CHUNK_BYTES)
 
 
 def _with_towers(plan: Plan, layers: Needs, states: int, cuda: bool) -> Needs:

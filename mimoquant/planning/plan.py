@@ -39,7 +39,7 @@ from mimoquant.wording import ranges
 
 CHUNK_BYTES = 96 * 2**20  # source bytes of the experts that are in memory together
 CUDA_CHUNK_BYTES = 800 * 2**20  # the same, where a GPU calibrates: some thirty experts, V2.5's in eight chunks
-CAST_CHUNK_BYTES = 32 * 2**20  # the same of a cast, which computes next to nothing: what stays in a cache
+CAST_CHUNK_BYTES = 16 * 2**20  # the same of a cast, which computes next to nothing: what stays in a cache
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ the row of the source that holds it. bf16 is always moved exactly. FP8 is where 
 takes its rows from one scale row; then codes and scales are moved and nothing is computed. Else the value has to be:
 the product of code and scale, rounded once to bf16, which is what every reader makes of it. So are float32 matrices.
 
-Blocks come at most 16 MiB large, so memory does not depend on the size of a tensor.
+Rows come in blocks, so memory does not depend on the size of a tensor.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from mimoquant.quant.stack import Engine, NonFiniteError
 from mimoquant.weights.stored import not_finite, rounded, scale_rows
 
 Array = npt.NDArray[Any]
-BLOCK_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +134,7 @@ def _kept_scales(entries: tuple[Entry, ...], scale_of: Indexes, after: Geometry)
 
 
 def read_blocks(
-    reader: CheckpointReader, step: Reorder, *, block_bytes: int = BLOCK_BYTES, empty: Callable[..., Array] = np.empty
+    reader: CheckpointReader, step: Reorder, *, block_bytes: int = 2**24, empty: Callable[..., Array] = np.empty
 ) -> Iterator[RowBlock]:
     """What goes out, in order and in blocks: rows of one entry each, in memory from `empty`. A block ends where a scale
     row does, if one ends in it, so that what is looked at by FP8 blocks is seen whole."""

@@ -16,15 +16,21 @@ from mimoquant.planning.plan import CAST_CHUNK_BYTES, Plan
 QUEUE_BYTES = 192 * 2**20  # results of one shard that may wait for the disk
 CUDA_LANES = 3  # shards that are written and hashed at once where a GPU fills them faster than one thread hashes
 CAST_LANES = 4  # the same of a cast, which hashes on as many cores
+PIECE_BYTES = 2**25  # of a tensor that is copied, at a time
+CAST_PIECE_BYTES = (
+    2**23
+)  # of a cast, which does little else: memory that is new to the process costs as much as hashing
 
 
 @dataclass(frozen=True, slots=True)
 class Writing:
-    """`lanes`: shards that are written at once; `at_once`: that are filled at once, else one after the other."""
+    """`lanes`: shards that are written at once; `at_once`: that are filled at once, else one after the other;
+    `piece_bytes`: of a tensor that is read at a time."""
 
     lanes: int
     at_once: int
     queue_bytes: int
+    piece_bytes: int = PIECE_BYTES
 
 
 def writing_of(plan: Plan, device: str, *, far: bool = False) -> Writing:
@@ -32,7 +38,7 @@ def writing_of(plan: Plan, device: str, *, far: bool = False) -> Writing:
     costs more than anything else, so a shard is finished before the next is begun."""
     if plan.recipe.casts and not far:
         lanes = min(CAST_LANES, len(os.sched_getaffinity(0)))
-        return Writing(lanes, lanes, CAST_LANES * CAST_CHUNK_BYTES)
+        return Writing(lanes, lanes, 2 * lanes * CAST_CHUNK_BYTES, CAST_PIECE_BYTES)
     if device.startswith("cuda"):
         return Writing(CUDA_LANES, 1, 2 * max(unit.size_bytes for unit in plan.units))
     return Writing(1, 1, QUEUE_BYTES)

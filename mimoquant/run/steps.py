@@ -48,7 +48,6 @@ S = TypeVar("S", bound=Step)
 S_contra = TypeVar("S_contra", bound=Step, contravariant=True)
 Array = npt.NDArray[Any]
 Parts = dict[str, dict[str, Array]]  # projection → part → [E, ...]
-COPY_BLOCK = 32 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +112,8 @@ class Copying:
 
     def read(self, shop: Workshop, steps: tuple[Copy, ...]) -> Iterator[tuple[Array, bool]]:
         info = steps[0].info
-        for start in range(0, max(info.size_bytes, 1), COPY_BLOCK):
-            block = shop.empty((min(COPY_BLOCK, info.size_bytes - start),), np.uint8)
+        for start in range(0, max(info.size_bytes, 1), shop.piece_bytes):
+            block = shop.empty((min(shop.piece_bytes, info.size_bytes - start),), np.uint8)
             shop.reader.read_range(info, start, block)
             yield block, start + len(block) >= info.size_bytes
 
@@ -151,7 +150,8 @@ class _Rows(Generic[S]):
     def read(self, shop: Workshop, steps: tuple[S, ...]) -> Iterator[tuple[RowBlock, bool]]:
         step = self.moves(shop, steps[0])
         left = len(step.rows)
-        for block in read_blocks(shop.reader, step, empty=shop.empty):
+        half = shop.piece_bytes // 2  # FP8 becomes twice as large
+        for block in read_blocks(shop.reader, step, block_bytes=half, empty=shop.empty):
             left -= len(block.values)
             yield block, not left
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.planning.plan import Plan
 from mimoquant.planning.units import Experts
+from mimoquant.planning.writing import PIECE_BYTES
 from mimoquant.quant.stack import Engine
 from mimoquant.run.clamped import Counts, refuse_lost, refuse_many
 
@@ -20,13 +21,15 @@ Produced = Iterator[tuple[str, npt.NDArray[Any]]]  # output tensors by name, in 
 
 @dataclass(frozen=True, slots=True)
 class Workshop:
-    """What steps are done with: the plan, its source, the engine, and which rank of the run this is; what is counted
-    meanwhile of groups that have no scale (see `run.clamped`), and what was `begun`."""
+    """What steps are done with: the plan, its source, the engine, and which rank of the run this is, of how many
+    bytes pieces of a tensor are; what is counted meanwhile of groups that have no scale (see `run.clamped`), and what
+    was `begun`."""
 
     plan: Plan
     reader: CheckpointReader
     engine: Engine
     rank: int = 0
+    piece_bytes: int = PIECE_BYTES
     clamped: Counts = field(default_factory=dict)
     begun: list[Callable[[], Produced]] = field(default_factory=list)
 

@@ -1,9 +1,10 @@
 """Casts of MXFP4 experts beside a plain copy of the same files, on the same disk or RAM disk.
 
 A checkpoint in V2.6's form is made (one dense layer and some MoE layers of Flash's sizes, random codes), copied by
-`cp -r`, and cast each way; each the best of some repeats. A cast is the run in this process, durable files and their
-sha256 included; start-up is left out. A rate is source bytes a second, a ratio that of the cast over that of the copy.
-CPU seconds are of all threads; other programs change them little.
+`cp -r`, and cast each way, copy and cast of a row's own source in turns, so that both meet the same machine. A cast is
+the run in this process, durable files and their sha256 included; start-up is left out, and so is a first run of each.
+Seconds are the best and the median of the repeats, GB/s source bytes in the best; a ratio is of seconds, the copy's
+over the cast's. CPU seconds are of all threads, the least of the repeats; other programs change them little.
 
 usage: scripts/bench/cast_speed.py [--device cpu|cuda] [--work DIR] [--experts 256] [--layers 3] [--repeats 3]
        [--ways NAME ...]
@@ -19,6 +20,7 @@ import os
 import platform
 import resource
 import shutil
+import statistics
 import subprocess
 import tempfile
 import time
@@ -175,16 +177,20 @@ def size_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir())
 
 
-def measured(work: Callable[[Path], None], out: Path, repeats: int) -> tuple[float, float]:
-    """Least seconds, and least CPU seconds of this process and its children."""
-    seconds, cpu = [], []
-    for _ in range(repeats):
-        before, begin = cpu_seconds(), time.perf_counter()
-        work(out)
-        seconds.append(time.perf_counter() - begin)
-        cpu.append(cpu_seconds() - before)
-        shutil.rmtree(out)
-    return min(seconds), min(cpu)
+def in_turns(works: list[Callable[[Path], None]], out: Path, repeats: int) -> list[tuple[list[float], float]]:
+    """Of each work its seconds, and least CPU seconds of this process and its children; one after the other, again and
+    again, after a first time that does not count."""
+    seconds: list[list[float]] = [[] for _ in works]
+    cpu: list[list[float]] = [[] for _ in works]
+    for number in range(repeats + 1):
+        for took, used, work in zip(seconds, cpu, works, strict=True):
+            before, begin = cpu_seconds(), time.perf_counter()
+            work(out)
+            if number:
+                took.append(time.perf_counter() - begin)
+                used.append(cpu_seconds() - before)
+            shutil.rmtree(out)
+    return [(took, min(used)) for took, used in zip(seconds, cpu, strict=True)]
 
 
 def cpu_seconds() -> float:
@@ -214,33 +220,39 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--ways", nargs="+", choices=[*WAYS], default=[*WAYS], metavar="NAME")
     args = parser.parse_args()
-    print(f"{os.cpu_count()} cores, {platform.machine()}, device {args.device}, best of {args.repeats}")
+    print(f"{os.cpu_count()} cores, {platform.machine()}, device {args.device}, {args.repeats} repeats in turns")
     print(versions(("mimoquant", "numpy", "torch")), flush=True)
-    print("\n| | source | seconds | GB/s | CPU s/GB | of the copy |\n|---|---|---|---|---|---|")
+    print(
+        "\n| | source | copy, best s | cast | copy, median s | cast | GB/s | copy, CPU s/GB | cast "
+        "| of the copy, by best | by median |\n|---|---|---|---|---|---|---|---|---|---|---|"
+    )
     with tempfile.TemporaryDirectory(dir=args.work) as made:
         bench(Path(made), args)
 
 
 def bench(work: Path, args: argparse.Namespace) -> None:
-    """A row for the copy, and for each way."""
+    """A row for each way, with the copy of its source beside it."""
     source = write_source(work / "source", args.layers, args.experts)
-    copy = row("copy", partial(copied, source), source, work / "copy", args.repeats, None)
     origin, folder = "source", source
     for way in sorted(args.ways, key=[*WAYS].index):
         if WAYS[way][0] != origin:
             origin, folder = WAYS[way][0], work / "origin"  # no way leads from the source again
             shutil.rmtree(folder, ignore_errors=True)
             cast(source, folder, origin, args.device)
-        row(way, partial(cast, folder, way=way, device=args.device), folder, work / "out", args.repeats, copy)
+        works: list[Callable[[Path], None]] = [
+            partial(copied, folder),
+            partial(cast, folder, way=way, device=args.device),
+        ]
+        print(row(way, size_of(folder) / 1e9, *in_turns(works, work / "out", args.repeats)), flush=True)
 
 
-def row(name: str, work: Callable[[Path], None], source: Path, out: Path, repeats: int, copy: float | None) -> float:
-    """Measure and print; returns GB a second."""
-    took, cpu = measured(work, out, repeats)
-    size = size_of(source) / 1e9
-    ratio = 1.0 if copy is None else size / took / copy
-    print(f"| {name} | {size:.2f} GB | {took:.2f} | {size / took:.2f} | {cpu / size:.2f} | {ratio:.2f} |", flush=True)
-    return size / took
+def row(name: str, size: float, copy: tuple[list[float], float], ours: tuple[list[float], float]) -> str:
+    """`copy`, `ours`: seconds, and least CPU seconds."""
+    best, middle = (f"{of(copy[0]):.2f} | {of(ours[0]):.2f}" for of in (min, statistics.median))
+    ratios = (of(copy[0]) / of(ours[0]) for of in (min, statistics.median))
+    cpu = " | ".join(f"{used / size:.2f}" for _, used in (copy, ours))
+    told = " | ".join(f"{ratio:.2f}" for ratio in ratios)
+    return f"| {name} | {size:.2f} GB | {best} | {middle} | {size / min(ours[0]):.2f} | {cpu} | {told} |"
 
 
 if __name__ == "__main__":
