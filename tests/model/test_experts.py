@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mimoquant.model import decoder_layer
-from mimoquant.model.decoder_layer import Dispatch, ExpertChunk, Routing, add_experts
+from mimoquant.model import dispatch
+from mimoquant.model.decoder_layer import ExpertChunk, add_experts
+from mimoquant.model.dispatch import Dispatch, Routing
 
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is here")]
 every_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_gpu)])
@@ -36,7 +37,7 @@ def exact(tokens: Tensor, routing: Routing, weights: tuple[Tensor, Tensor, Tenso
 def test_chunks_of_experts_give_what_float64_gives(
     tokens: int, hidden: int, inner: int, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoder_layer, "_GROUP_ROWS", 256)  # several launches a chunk
+    monkeypatch.setattr(dispatch, "_GROUP_ROWS", 256)  # several launches a chunk
     rows = drawn(tokens, hidden, seed=0).to(dtype)
     gate, up = (drawn(EXPERTS, inner, hidden, seed=seed).bfloat16() / hidden**0.5 for seed in (1, 2))
     down = drawn(EXPERTS, hidden, inner, seed=3).bfloat16()
@@ -44,9 +45,9 @@ def test_chunks_of_experts_give_what_float64_gives(
     chosen = (drawn(tokens, EXPERTS, seed=4) + favour).topk(TOP_K).indices
     routing = Routing(chosen, drawn(tokens, TOP_K, seed=5).abs())
     there = [tensor.to(device) for tensor in (rows, chosen, routing.weights, gate, up, down)]
-    dispatch, out = Dispatch.of(Routing(*there[1:3]), EXPERTS), torch.zeros(tokens, hidden, device=device)
+    sorted_pairs, out = Dispatch.of(Routing(*there[1:3]), EXPERTS), torch.zeros(tokens, hidden, device=device)
     for begin, end in ((0, 4), (4, EXPERTS)):
-        add_experts(out, there[0], dispatch, ExpertChunk(begin, *(weight[begin:end] for weight in there[3:])))
+        add_experts(out, there[0], sorted_pairs, ExpertChunk(begin, *(weight[begin:end] for weight in there[3:])))
     wanted = exact(rows, routing, (gate, up, down))
     allowed = 2e-6 if dtype == torch.float32 else 2e-3  # another sum rounds some of down's inputs otherwise
     assert (out.cpu().double() - wanted).norm() < allowed * wanted.norm()
