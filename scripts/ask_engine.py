@@ -461,11 +461,12 @@ def main() -> None:
     if captured:
         said |= captured.save(out / "captured.safetensors")
         captured.begun = False
-    if ours:
-        ours.on = True
-        rows = tried(errors, "rows by our layers", lambda: np.stack(engine.rows(ids, job["vocab"])))
-        ours.on = False
-        if rows is not None:
+    for mode in ("beside", "instead"):
+        if ours is None:
+            break
+        ours.mode = mode
+        rows = tried(errors, f"our layers {mode}", lambda: np.stack(engine.rows(ids, job["vocab"])))
+        if rows is not None and mode == "instead":
             np.save(out / "rows_by_our_layers.npy", rows)
         said["our_layers"] = ours.told
     if sums:
