@@ -309,6 +309,15 @@ def our_layers(checkpoint: Path) -> Any:
     return OurLayers(checkpoint)
 
 
+def by_our_layers(engine: Any, job: dict[str, Any], ours: Any) -> None:
+    """Once more with our layers beside the engine's, which tells how alike its own answers are, and instead of them."""
+    out = Path(job["out"])
+    ours.mode, first = "beside", np.load(out / "rows.npy")
+    ours.told["equal_once_more"] = float((np.stack(engine.rows(job["ids"], job["vocab"])) == first).mean())
+    ours.mode = "instead"
+    np.save(out / "rows_by_our_layers.npy", np.stack(engine.rows(job["ids"], job["vocab"])))
+
+
 class Vllm:
     def __init__(self, job: dict[str, Any], length: int) -> None:
         from vllm import LLM
@@ -462,19 +471,15 @@ def main() -> None:
         said |= captured.save(out / "captured.safetensors")
         captured.begun = False
     if ours:
-        ours.on = True
-        rows = tried(errors, "rows by our layers", lambda: np.stack(engine.rows(ids, job["vocab"])))
-        ours.on = False
-        if rows is not None:
-            np.save(out / "rows_by_our_layers.npy", rows)
-        said["our_layers"] = ours.told
+        said |= {"our_layers": ours.told, "errors": errors}
+        tried(errors, "rows by our layers", lambda: by_our_layers(engine, job, ours))
     if sums:
         sums.begun, sums.on = False, True
         rows = sums.safely("rows", lambda: np.stack(engine.rows(ids, job["vocab"])))
         if rows is not None:
             np.save(out / "rows_in_float64.npy", rows)
         said |= {"sums": sums.told, "errors_of_sums": sums.errors, "linear_kernels": sorted(sums.kernels)}
-    (out / "engine.json").write_text(json.dumps(said | ({"errors": errors} if errors else {})))
+    (out / "engine.json").write_text(json.dumps(said))
     sys.stdout.flush()
     os._exit(0)  # an engine's own end may hang, and there is nothing left to write
 

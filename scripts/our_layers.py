@@ -1,12 +1,14 @@
-"""Our decoder layers inside vLLM: its kernels make the sums of FP8 products and attention, everything else is ours.
+"""Our decoder layers inside vLLM: its kernels make the sums of products and attention, everything else is ours.
 
-    layers = OurLayers(checkpoint)     before the engine is made; layers.on = True: its next prompts go through ours
+    layers = OurLayers(checkpoint)     before the engine is made. Its next prompts go through its own layers, and
+    layers.mode = BESIDE               through ours, each given what the engine's own layer was given, or
+    layers.mode = INSTEAD              through ours alone
 
 If our forward rounds as the engine does, its answer is then the engine's own but for what is ours in other bits: norms,
-residual sums, rotations, SiLU, codes and scales of FP8 inputs, routing. `model.decoder_layer` runs as it is; where it
-would multiply by a weight it asks the engine's layer instead, which gets our codes. Experts run inside the engine's
-module: the router's logits, their inputs' codes, SiLU x up and its codes are ours, gains and the sum over experts are
-not, and of experts that Marlin runs the input alone is ours. Embedding, last norm and head are the engine's.
+residual sums, rotations, SiLU, codes and scales of FP8 inputs. `model.decoder_layer` runs as it is; where it would
+multiply by a weight it asks the engine's layer instead, which gets our codes. Experts run inside the engine's module:
+their inputs' codes, SiLU x up and its codes are ours, routing, gains and the sum over experts are not, and of experts
+that Marlin runs the input alone is ours. Embedding, last norm and head are the engine's.
 
 All prompts are of one length and run in one step. `ask_engine.py` uses this, for vLLM 0.33.
 """
@@ -21,7 +23,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mimoquant.model import decoder_layer
@@ -31,6 +32,7 @@ from mimoquant.model.served_rounding import LayerRounding
 from mimoquant.quant.activations import quantize_fp8
 
 SERVED = LayerRounding(in_bf16=True)
+BESIDE, INSTEAD = "beside", "instead"
 
 
 class _Answer:
@@ -51,16 +53,25 @@ class OurLayers:
         from vllm.model_executor.layers.quantization.utils import fp8_utils
         from vllm.model_executor.models import mimo_v2
 
-        self.on, self.told = False, {"layers": 0, "codes": 0, "codes_differ": 0}
+        self.mode, self.coding = "", False
+        self.told: dict[str, Any] = {"codes": 0, "codes_differ": 0, BESIDE: [], INSTEAD: []}
+        self.seen: dict[int, Tensor] = {}
         self.split = mimo_v2._split_qkv
         where = checkpoint / "config.json"
         self.config = read_forward_config(json.loads(where.read_text()), str(where))
         plain = mimo_v2.MiMoV2FlashDecoderLayer.forward
 
         def forward(layer: Any, positions: Tensor, hidden_states: Tensor, residual: Tensor | None) -> Any:
-            if not self.on:
-                return plain(layer, positions, hidden_states, residual)
-            return self.passed(layer, positions, hidden_states if residual is None else residual)
+            given = hidden_states.clone() if residual is None else hidden_states + residual
+            if self.mode == INSTEAD:
+                made = self.passed(layer, positions, given)
+                self.compare(layer.layer_id, made)
+                return torch.zeros_like(made), made
+            added, kept = plain(layer, positions, hidden_states, residual)
+            self.seen[layer.layer_id] = added + kept
+            if self.mode == BESIDE:
+                self.compare(layer.layer_id, self.passed(layer, positions, given))
+            return added, kept
 
         mimo_v2.MiMoV2FlashDecoderLayer.forward = forward
         for module, name in (
@@ -70,29 +81,37 @@ class OurLayers:
         ):
             setattr(module, name, self.with_our_codes(getattr(module, name), gated=name.startswith("silu")))
 
+    def compare(self, number: int, made: Tensor) -> None:
+        """Count elements that the engine's own layer had otherwise, when it last ran."""
+        theirs = self.seen[number]
+        differ = int((made != theirs).sum()) if made.shape == theirs.shape else -1
+        self.told[self.mode].append([number, made.numel(), differ])
+
     @torch.no_grad()
-    def passed(self, layer: Any, positions: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
-        """A layer's states [tokens, H] (bf16) through ours: nothing to add, and the sum."""
-        self.told["layers"] += 1
+    def passed(self, layer: Any, positions: Tensor, states: Tensor) -> Tensor:
+        """A layer's states [tokens, H] (bf16) through ours."""
         hidden = states.float().view(int((positions == 0).sum()), -1, states.shape[-1])
-        weights = weights_of(layer, self.split)
+        self.coding = True
         with asking(layer):
+            weights = weights_of(layer, self.split)
             hidden, normed = decoder_layer.attention_block(hidden, weights, self.config, SERVED)
             hidden, normed = hidden.flatten(0, 1), normed.flatten(0, 1)
             if isinstance(weights.mlp, Router):
-                logits = F.linear(normed, weights.mlp.weight)
-                added = layer.mlp.experts(hidden_states=normed.bfloat16(), router_logits=logits).float()
+                rows = normed.bfloat16()
+                logits = layer.mlp.gate(rows.to(layer.mlp.gate_dtype or rows.dtype))[0]
+                added = layer.mlp.experts(hidden_states=rows, router_logits=logits).float()
             else:
                 added = decoder_layer.dense_mlp(normed, weights.mlp, SERVED)
-        made = (hidden + added).bfloat16()
-        return torch.zeros_like(made), made
+        self.coding = False
+        made: Tensor = (hidden + added).bfloat16()
+        return made
 
     def with_our_codes(self, plain: Any, *, gated: bool) -> Any:
-        """One of the engine's functions for codes and scales; while `on`, ours stand in what it returns."""
+        """One of the engine's functions for codes and scales; inside `passed`, ours stand in what it returns."""
 
         def quantized(x: Tensor, *more: Any, **named: Any) -> Any:
             codes, scales = plain(x, *more, **named)
-            if self.on:
+            if self.coding:
                 rows = x.float()
                 if gated:
                     gate, up = rows.chunk(2, -1)
