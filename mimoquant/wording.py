@@ -23,7 +23,8 @@ def left_out_note(left_out: list[str]) -> list[str]:
 def rounding_note(experts: str, dense: str, kv_cache: str, input_scales: str | None) -> str:
     """What an evaluation rounded beside weights."""
     scales = f" ({input_scales} input scales)" if input_scales else ""
-    return f"inputs of experts {experts}{scales}, of FP8 beside them {dense}, KV cache {kv_cache}"
+    stored = "" if dense == "none" else " (states stored in bf16 between operations)"
+    return f"inputs of experts {experts}{scales}, of FP8 beside them {dense}{stored}, KV cache {kv_cache}"
 
 
 class Reached(TypedDict):

@@ -1,8 +1,9 @@
-"""Ask an engine, in a process and with packages of its own; `judge_gpu.py` starts this. Imports nothing of ours.
+"""Ask an engine, in a process and with packages of its own; `judge_gpu.py` starts this.
 
     python ask_engine.py JOB.json     {"engine": "vllm" | "sglang", "checkpoint": folder, "ids": [[token, ...], ...],
                                        "vocab": count, "settings": keywords of the engine, "out": folder,
-                                       "new": 0 or count, "more": count, "capture": count, if wanted}
+                                       "new": 0 or count, "more": count; if wanted "capture": count,
+                                       "float64": true}
 
 new = 0: OUT/rows.npy gets the log-probabilities after every token but the last of each prompt, float32 [positions,
 vocab]. Else OUT/text.json gets {"generated": [[token, ...], ...], "counts": what the engine counted of `new` tokens a
@@ -10,8 +11,11 @@ prompt}, the text with `more` tokens a prompt. Greedy. OUT/engine.json names the
 
 capture (vLLM): OUT/captured.safetensors gets this many inputs of FP8 products of each kind and width, with what the
 engine made of them: KIND.NUMBER.x (bf16), .q (codes as bytes), .s (float32). KIND: linear, experts, or silu_mul, whose
-x is gate and up side by side; of each the first CAPTURED_ROWS rows. engine.json tells how far kernels are from float64
-(`Sums`), and OUT/rows_in_float64.npy has the rows once more, with FP8 products and attention in float64.
+x is gate and up side by side; of each the first CAPTURED_ROWS rows. OUT/rows_by_our_layers.npy has the rows once more,
+with our layers around the engine's kernels (`our_layers.py`, which imports mimoquant).
+
+float64 (vLLM): engine.json tells how far kernels are from float64 (`Sums`), and OUT/rows_in_float64.npy has the rows
+once more, with FP8 products and attention in float64.
 """
 
 from __future__ import annotations
@@ -105,11 +109,7 @@ class Sums:
             self.safely(patch.__name__, patch)
 
     def safely(self, what: str, call: Any) -> Any:
-        try:
-            return call()
-        except Exception as error:  # a judge's run goes on
-            self.errors[what] = f"{type(error).__name__}: {error}"[:300]
-            return None
+        return tried(self.errors, what, call)
 
     def tell(self, what: str, theirs: Any, exact: Any) -> Any:
         """Count elements that another rounding to bf16 has moved; the float64 values, rounded."""
@@ -294,6 +294,30 @@ def matrix_of(codes: Any, scales: Any) -> Any:
     return codes.double() * wide[: codes.shape[0], : codes.shape[1]]
 
 
+def tried(errors: dict[str, str], what: str, call: Any) -> Any:
+    """What a call gives, or None: a judge's run goes on."""
+    try:
+        return call()
+    except Exception as error:
+        errors[what] = f"{type(error).__name__}: {error}"[:300]
+        return None
+
+
+def our_layers(checkpoint: Path) -> Any:
+    from our_layers import OurLayers
+
+    return OurLayers(checkpoint)
+
+
+def by_our_layers(engine: Any, job: dict[str, Any], ours: Any) -> None:
+    """Once more with our layers beside the engine's, which tells how alike its own answers are, and instead of them."""
+    out = Path(job["out"])
+    ours.mode, first = "beside", np.load(out / "rows.npy")
+    ours.told["equal_once_more"] = float((np.stack(engine.rows(job["ids"], job["vocab"])) == first).mean())
+    ours.mode = "instead"
+    np.save(out / "rows_by_our_layers.npy", np.stack(engine.rows(job["ids"], job["vocab"])))
+
+
 class Vllm:
     def __init__(self, job: dict[str, Any], length: int) -> None:
         from vllm import LLM
@@ -428,11 +452,15 @@ def main() -> None:
     out, ids, start = Path(job["out"]), job["ids"], time.monotonic()
     length = max(map(len, ids)) + job["new"] + job["more"] + 16
     captured = Captured(job["capture"]) if job.get("capture") else None
-    sums = Sums() if captured else None
+    errors: dict[str, str] = {}
+    ours = tried(errors, "our layers", lambda: our_layers(Path(job["checkpoint"]))) if captured else None
+    sums = Sums() if job.get("float64") else None
     engine = (Vllm if job["engine"] == "vllm" else Sglang)(job, length)
     loaded = time.monotonic()
-    if captured and sums:
-        captured.begun = sums.begun = True
+    if captured:
+        captured.begun = True
+    if sums:
+        sums.begun = True
     if job["new"]:
         text, counts = engine.text(ids, job["new"], job["more"])
         (out / "text.json").write_text(json.dumps({"generated": text, "counts": counts}))
@@ -441,6 +469,10 @@ def main() -> None:
     said = versions(job["engine"]) | {"load_s": round(loaded - start), "run_s": round(time.monotonic() - loaded)}
     if captured:
         said |= captured.save(out / "captured.safetensors")
+        captured.begun = False
+    if ours:
+        said |= {"our_layers": ours.told, "errors": errors}
+        tried(errors, "rows by our layers", lambda: by_our_layers(engine, job, ours))
     if sums:
         sums.begun, sums.on = False, True
         rows = sums.safely("rows", lambda: np.stack(engine.rows(ids, job["vocab"])))

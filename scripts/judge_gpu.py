@@ -46,11 +46,11 @@ import mimoquant
 from mimoquant import pipeline
 from mimoquant.calibration.tokens import TokenSet, load_tokens
 from mimoquant.checkpoint.reader import CheckpointReader
+from mimoquant.evaluation.divergence import logits_of
 from mimoquant.evaluation.drafts import MTP, Blocks, Draft, Mtp
 from mimoquant.evaluation.eval_draft import compare_drafts
 from mimoquant.evaluation.eval_kl import open_layout
 from mimoquant.evaluation.side_by_side import final_hidden, streams_of
-from mimoquant.model.decoder_layer import linear
 from mimoquant.model.drafter import open_drafter
 from mimoquant.model.layer_stream import walk
 from mimoquant.model.served_rounding import FP8, NONE, NOTHING, Rounding
@@ -64,7 +64,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), *(str(HERE.parent / folder) for folder in ("tests/serving", "tests"))]
 
 from engine_cases import INT4, MXFP4, NVFP4, Case, recipe, with_remote_code  # noqa: E402
-from kernel_arithmetic import as_bf16, compare_captured, exact_weights  # noqa: E402
+from kernel_arithmetic import compare_captured, exact_weights, sums_in_float64  # noqa: E402
 from padded_twin import padded_twin  # noqa: E402
 
 SIZES = {
@@ -151,6 +151,8 @@ ROWS = {
     "FP8 source, V2.5": Row("v2.5"),
     "FP8 activations, FP8 source, V2.5": Row("v2.5", kind="fp8"),  # vLLM's alone
     "FP8 activations, MXFP4 native, V2.5": quantized("v2.5", MXFP4, container="native", kind="fp8"),
+    "FP8 sums, FP8 source, V2.5": Row("v2.5", kind="sums"),
+    "FP8 sums, MXFP4 native, V2.5": quantized("v2.5", MXFP4, container="native", kind="sums"),
     "int4 g128, V2.5 with towers": quantized("v2.5 towers", INT4 % 128),
     "NVFP4 W4A4, V2.5": quantized("v2.5", NVFP4, UNIT),
     "NVFP4 W4A4 ModelOpt, V2.5": quantized("v2.5", NVFP4, UNIT, container="modelopt"),
@@ -231,9 +233,10 @@ def prompts(vocab: int) -> list[list[int]]:
 
 
 @torch.no_grad()
-def ours(folder: Path, wider: int = 0, rounding: Rounding = NOTHING) -> np.ndarray:
+def ours(folder: Path, wider: int = 0, rounding: Rounding = NOTHING, in_bf16: bool = True) -> np.ndarray:
     """Log-probabilities after every token but the last of each prompt, float64 [positions, vocabulary]. `wider`: this
-    many keys more in the window of sliding layers. `rounding`: of inputs."""
+    many keys more in the window of sliding layers. `rounding`: of inputs; `in_bf16`: False takes its bf16 between
+    operations away."""
     layout = open_layout(folder)
     config = dict(layout.config)
     for key in WINDOWS & config.keys():
@@ -242,10 +245,11 @@ def ours(folder: Path, wider: int = 0, rounding: Rounding = NOTHING) -> np.ndarr
     with CheckpointReader(layout.index) as reader:
         weights = CheckpointWeights(reader, layout, torch.device("cpu"))
         [stream] = streams_of(weights, [[torch.tensor(prompts(layout.geometry.vocab))]])
-        stream.roundings = layer_roundings(reader, layout, rounding)
+        layers = layer_roundings(reader, layout, rounding)
+        stream.roundings = [replace(layer, in_bf16=layer.in_bf16 and in_bf16) for layer in layers]
         walk([stream])
         hidden = final_hidden(stream, weights.tensor("model.norm.weight"))
-        rows = linear(hidden, weights.tensor("lm_head.weight")).log_softmax(-1)
+        rows = logits_of(hidden, weights.tensor("lm_head.weight")).log_softmax(-1)
     return rows.numpy().astype(np.float64)
 
 
@@ -300,7 +304,7 @@ def environment(options: argparse.Namespace) -> dict[str, str]:
         "VLLM_USE_FLASHINFER_SAMPLER": "0",  # a server's, too
         "SGLANG_SKIP_SGL_KERNEL_VERSION_CHECK": "1",
     }
-    return os.environ | told | ({"PYTHONPATH": options.site} if options.site else {})
+    return os.environ | told | ({"PYTHONPATH": f"{options.site}:{HERE.parent}"} if options.site else {})
 
 
 def asked_of(options: argparse.Namespace, checkpoint: Path, ids: list[list[int]], **job: Any) -> Path:
@@ -375,30 +379,43 @@ def mean_kl(own: np.ndarray, theirs: np.ndarray) -> float:
 
 
 def judged_fp8(options: argparse.Namespace, row: Row, checkpoint: Path) -> dict[str, Any]:
-    """FP8 activations: codes and scales captured in the engine, and how near our forward comes that rounds so too."""
+    """FP8 activations: codes and scales captured in the engine, how near our forward comes that rounds so too, and how
+    near on the engine's own sums."""
     vocab, experts = open_layout(checkpoint).geometry.vocab, FP8 if row.case is None else NONE
     out = asked_of(options, checkpoint, prompts(vocab), settings=row.settings, capture=6)
     theirs, rounding = np.load(out / "rows.npy").astype(np.float64), Rounding(experts, FP8)
-    kept = {"rows": theirs[::4].astype(np.float32)}
-    told: dict[str, Any] = {"kl_mean_unrounded": mean_kl(ours(checkpoint), theirs)}
-    told["kl_mean"] = mean_kl(own := ours(checkpoint, rounding=rounding), theirs)
-    told["kl_max"] = float((np.exp(own) * (own - theirs)).sum(-1).max())
-    for weights, context in (("", contextlib.nullcontext()), ("_exact_weights", exact_weights())):
-        with context:
-            told[f"kl_mean{weights}"] = mean_kl(ours(checkpoint, rounding=rounding), theirs)
-            with as_bf16():
-                stored = ours(checkpoint, rounding=rounding)
-            with as_bf16(in_float64=True):
-                again = ours(checkpoint, rounding=rounding)
-        told[f"kl_of_the_order_of_sums{weights}"] = mean_kl(stored, again)
-        told[f"kl_mean_as_bf16{weights}"] = mean_kl(stored, theirs)
-    if (out / "rows_in_float64.npy").exists():
-        summed = np.load(out / "rows_in_float64.npy").astype(np.float64)
-        kept["rows_in_float64"] = summed[::4].astype(np.float32)
-        told["kl_of_the_kernels_sums"] = mean_kl(summed, theirs)
-        told["kl_mean_as_bf16_in_float64"] = mean_kl(again, summed)
-    np.savez_compressed(options.out.resolve() / f"{slug(options.row)}.npz", **kept)
-    return told | {"positions": len(own), "captured": compare_captured(out / "captured.safetensors")}
+    told: dict[str, Any] = {
+        "positions": len(theirs),
+        "captured": compare_captured(out / "captured.safetensors"),
+        "kl_mean_unrounded": mean_kl(ours(checkpoint), theirs),
+        "kl_mean_in_float32": mean_kl(ours(checkpoint, rounding=rounding, in_bf16=False), theirs),
+    }
+    own = ours(checkpoint, rounding=rounding)
+    told |= {"kl_mean": mean_kl(own, theirs), "kl_max": float((np.exp(own) * (own - theirs)).sum(-1).max())}
+    with exact_weights():
+        told["kl_mean_exact_weights"] = mean_kl(ours(checkpoint, rounding=rounding), theirs)
+    if (out / "rows_by_our_layers.npy").exists():
+        asked = np.load(out / "rows_by_our_layers.npy").astype(np.float64)
+        told |= {"kl_mean_on_its_sums": mean_kl(asked, theirs), "equal_on_its_sums": float((asked == theirs).mean())}
+        told["kl_max_on_its_sums"] = float((np.exp(asked) * (asked - theirs)).sum(-1).max())
+    return told
+
+
+def judged_sums(options: argparse.Namespace, row: Row, checkpoint: Path) -> dict[str, Any]:
+    """FP8 activations once more, with the engine's products and attention, and ours, in float64."""
+    vocab, rounding = open_layout(checkpoint).geometry.vocab, Rounding(FP8 if row.case is None else NONE, FP8)
+    out = asked_of(options, checkpoint, prompts(vocab), settings=row.settings, float64=True)
+    theirs, summed = (np.load(out / f"{name}.npy").astype(np.float64) for name in ("rows", "rows_in_float64"))
+    with exact_weights():
+        stored = ours(checkpoint, rounding=rounding)
+        with sums_in_float64():
+            again = ours(checkpoint, rounding=rounding)
+    return {
+        "positions": len(theirs),
+        "kl_of_the_order_of_our_sums": mean_kl(stored, again),
+        "kl_of_the_kernels_sums": mean_kl(summed, theirs),
+        "kl_mean_of_both_in_float64": mean_kl(again, summed),
+    }
 
 
 def micro_prompts(sequences: int, tokens: int) -> TokenSet:
@@ -603,6 +620,7 @@ def eval_kl(*arguments: Any) -> dict[str, Any]:
 JUDGES: dict[str, Callable[[argparse.Namespace, Row, Path], dict[str, Any]]] = {
     "rows": judged_rows,
     "fp8": judged_fp8,
+    "sums": judged_sums,
     "mtp": judged_mtp,
     "dflash": judged_dflash,
     "key norms": judged_key_norms,
@@ -677,7 +695,7 @@ def told(note: dict[str, Any]) -> str:
 def judge_all(options: argparse.Namespace) -> None:
     names = [*FIRST[options.engine], *(name for name in ROWS if name not in FIRST[options.engine])]
     names = [name for name in names if any(text.lower() in name.lower() for text in options.only)]
-    names = [name for name in names if ROWS[name].kind != "fp8" or options.engine == "vllm"]
+    names = [name for name in names if ROWS[name].kind not in ("fp8", "sums") or options.engine == "vllm"]
     started = time.monotonic()
     for name in dict.fromkeys(ROWS[row].source for row in names):
         try:

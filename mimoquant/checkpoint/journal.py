@@ -17,12 +17,12 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import itertools
 import json
 import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ from mimoquant.machine.team import Team
 JOURNAL_NAME = "journal.jsonl"
 RANK_JOURNALS = "journal-*.jsonl"  # of the ranks from 1 on
 RUN_NAME = "run.json"
+HASHED_AT_ONCE = 4  # files: sha256 is slower than a disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,9 +249,10 @@ class RunFolder:
     def _keep_finished(self) -> None:
         """Keep journaled shards whose bytes still have their hash; forget (and so rewrite) the others."""
         journals = [self.path(JOURNAL_NAME), *sorted(self.partial.glob(RANK_JOURNALS))]
-        for line in itertools.chain(*map(read_journal, journals)):
-            if line.is_whole_in(self.partial):
-                self.finished[line.unit] = line
+        lines = [line for journal in journals for line in read_journal(journal)]
+        with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
+            whole = pool.map(lambda line: line.is_whole_in(self.partial), lines)
+            self.finished |= {line.unit: line for line, kept in zip(lines, whole, strict=True) if kept}
         self._write_journal(list(self.finished.values()))
 
     def close(self) -> None:

@@ -243,7 +243,10 @@ ActivationsOption = Annotated[
 ]
 DenseActivationsOption = Annotated[
     Fp8Rounding | None,
-    typer.Option(help="Round what goes into attention and dense MLP where they are stored in FP8."),
+    typer.Option(
+        help="Round what goes into attention and dense MLP where they are stored in FP8; such a model's states are "
+        "stored in bf16 between operations then, as engines do."
+    ),
 ]
 KvOption = Annotated[Fp8Rounding | None, typer.Option(help="Round keys and values as an FP8 cache does.")]
 AsServedOption = Annotated[

@@ -27,6 +27,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from mimoquant.model.decoder_layer import float32_parts, product
 from mimoquant.wording import FEWEST_SEQUENCES
 
 Floats = npt.NDArray[np.float64]
@@ -188,12 +189,18 @@ def _row_blocks(labels: Tensor) -> list[slice]:
 Head = tuple[Tensor, Tensor]  # final (normed) hidden states [tokens, H], and an output matrix [vocab, H]
 
 
+def logits_of(hidden: Tensor, head: Tensor) -> Tensor:
+    """In the states' dtype at least float32; of states that are stored in bf16 they are stored so too."""
+    made = product(float32_parts(hidden, head), head)
+    return made.to(hidden.dtype).to(made.dtype)
+
+
 def head_divergences(reference: Head, candidates: Sequence[Head], labels: Tensor) -> list[TokenScores]:
     """Scores of each candidate, at the same positions, a few tokens at a time; `labels` as in `token_divergences`."""
 
     def logits(of: Head, rows: slice) -> Logits:
         hidden, head = of[0][rows], of[1]
-        return lambda begin, end: hidden @ head[begin:end].to(hidden.dtype).T
+        return lambda begin, end: logits_of(hidden, head[begin:end])
 
     out = []
     for some in (candidates[first : first + TOGETHER] for first in range(0, len(candidates), TOGETHER)):
@@ -221,7 +228,7 @@ def top_log_probabilities(hidden: Tensor, head: Tensor, k: int, labels: Tensor) 
         values = rows.new_empty(len(rows), 0)
         ids = torch.empty(len(rows), 0, dtype=torch.int64, device=rows.device)
         for begin in range(0, len(head), VOCAB_BLOCK):
-            logits = rows @ head[begin : begin + VOCAB_BLOCK].to(rows.dtype).T
+            logits = logits_of(rows, head[begin : begin + VOCAB_BLOCK])
             side.add(logits, begin)
             names = torch.arange(begin, begin + logits.shape[1], device=rows.device).expand(logits.shape)
             values, ids = torch.cat([values, logits], -1), torch.cat([ids, names], -1)

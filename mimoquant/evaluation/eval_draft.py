@@ -129,9 +129,9 @@ def _score(
     )
     out = []
     for place, (batches, stream) in enumerate(zip(jobs, streams, strict=True)):
-        parts = []
+        parts, last = [], stream.rounding(source.layers - 1)
         for batch, (ids, hidden) in enumerate(zip(batches, stream.batches, strict=True)):
-            final = rms_norm(hidden.to(source.device), norm, source.config.eps)
+            final = last.stored(rms_norm(hidden.to(source.device), norm, source.config.eps))
             drafted = drafts.drafted(place, batch, ids.to(source.device), final, embedding)
             parts.append(score_chain(final, drafted, head))
         acceptance, match = (torch.cat(of_batches).cpu().numpy() for of_batches in zip(*parts, strict=True))

@@ -114,6 +114,7 @@ def rounded_facts(reference: AsServed, candidate: AsServed, layout: ModelLayout)
     return Rounded(
         experts=asked.kinds,
         dense=asked.dense,
+        stored="float32" if asked.dense == NONE else "bf16",
         kv_cache=asked.cache,
         reference=of_reference.told if of_reference.anything else None,
         input_scales=("stored" if has_input_scales(layout) else "unit") if NVFP4 in asked.kinds else None,

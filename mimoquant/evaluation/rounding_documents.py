@@ -27,6 +27,9 @@ class Rounded(TypedDict):
     """Inputs of routed experts: none, fp8, mxfp8, mxfp4 or nvfp4; several, joined by " and ", where layers differ."""
     dense: str
     """Inputs of matrices that are stored in FP8, beside the experts: fp8, fp8-ue8m0 (powers of two) or none."""
+    stored: str
+    """What operations' results are stored in: bf16, as engines do, where `dense` is not none and there is such a
+    matrix; else float32."""
     kv_cache: str
     """fp8 or none."""
     reference: str | None

@@ -23,7 +23,7 @@ from mimoquant.evaluation.not_finite import all_finite
 from mimoquant.model.decoder_layer import linear, rms_norm
 from mimoquant.model.layer_stream import Stream, portions
 from mimoquant.model.media import Placed
-from mimoquant.model.served_rounding import Roundings
+from mimoquant.model.served_rounding import LayerRounding, Roundings
 from mimoquant.weights.decoded import CheckpointWeights
 from mimoquant.weights.embedding import Embedding
 
@@ -273,10 +273,15 @@ def streams_of(
     return [Stream(source, [hidden[id(ids)] for ids in job]) for job in jobs]
 
 
-def final_hidden(stream: Stream, norm: Tensor) -> Tensor:
-    """Normed hidden states of the scored positions (all but each sequence's last), [sequences * (T - 1), H]."""
+def final_hidden(stream: Stream, norm: Tensor, rounding: LayerRounding | None = None) -> Tensor:
+    """Normed hidden states of the scored positions (all but each sequence's last), [sequences * (T - 1), H].
+
+    `rounding`: of the last layer; None: as the stream has it. States that are stored in bf16 come in bf16.
+    """
+    last = rounding or stream.rounding(stream.source.layers - 1)
     normed = (rms_norm(hidden.to(norm.device), norm, stream.source.config.eps) for hidden in stream.batches)
-    return torch.cat([states[:, :-1].flatten(0, 1) for states in normed])
+    final = torch.cat([states[:, :-1].flatten(0, 1) for states in normed])
+    return final.bfloat16() if last.in_bf16 else final
 
 
 def _mean_js(others: Sequence[Tensor], reference: Tensor, head: Tensor, labels: Tensor) -> list[float]:

@@ -32,15 +32,14 @@ from mimoquant.mixing.layer_options import LayerOptions, Option, Round
 from mimoquant.mixing.needs import probe_every
 from mimoquant.model.decoder_layer import (
     DenseWeights,
-    Dispatch,
     ExpertChunk,
     LayerWeights,
     Router,
-    Routing,
     add_experts,
     add_group,
     expert_outputs,
 )
+from mimoquant.model.dispatch import Dispatch, Routing
 from mimoquant.model.layer_stream import Block, Stream, add_blocks, attend_and_route, dense_layer, on_host
 from mimoquant.model.served_rounding import NONE, NVFP4, UNROUNDED, LayerRounding, Roundings
 
@@ -285,7 +284,7 @@ class _Passage:
 
     def finish(self) -> None:
         for part in self.parts:
-            add_blocks(part.branch.stream, part.blocks)
+            add_blocks(part.branch.stream, part.blocks, part.rounding)
         self.lane.passed += self.lane.tokens * len(self.parts)
         if isinstance(self.probe, _Feeling):
             self.probe.feel(self.layer, self.lane)
@@ -429,7 +428,8 @@ def _energy(outputs: Tensor, gains: Tensor) -> Tensor:
 def finals_of(lane: Lane, trial: int, norm: Tensor) -> Tensor:
     """Normed hidden states of a trial's scored positions, at the end of the walk."""
     branch = next(branch for branch in lane.branches if trial in branch.trials)
-    return final_hidden(branch.stream, norm)
+    last = branch.stream.source.layers - 1
+    return final_hidden(branch.stream, norm, lane.rounding(branch, last))
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from mimoquant.checkpoint.reader import CheckpointReader
-from mimoquant.model.served_rounding import NONE, NOTHING, UNROUNDED, LayerRounding, Rounding, Roundings
+from mimoquant.model.served_rounding import NONE, NOTHING, UNROUNDED, LayerRounding, Rounding, Roundings, dense_told
 from mimoquant.weights.container import keeps_fp8
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class ServedOptions:
         if not self.anything:
             return "nothing"
         options = ", ".join(f"{label} {kind}" for label, kind in self.inputs.items())
-        beside = f"dense {self.beside.dense}; KV cache {self.beside.cache}"
+        beside = f"{dense_told(self.beside.dense)}; KV cache {self.beside.cache}"
         return f"inputs of {options}; {beside}; reference {self.reference.told}"
 
 

@@ -10,6 +10,7 @@ differ in their streams and in what they do after each layer.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -23,18 +24,17 @@ from torch import Tensor
 from mimoquant.machine.overlap import read_ahead
 from mimoquant.model.decoder_layer import (
     DenseWeights,
-    Dispatch,
     ExpertChunk,
     ForwardConfig,
     LayerWeights,
     Router,
-    Routing,
     add_experts,
     attention_block,
     dense_mlp,
     rms_norm,
     route,
 )
+from mimoquant.model.dispatch import Dispatch, Routing
 from mimoquant.model.served_rounding import UNROUNDED, LayerRounding, Roundings
 
 Weights = LayerWeights | ExpertChunk
@@ -140,7 +140,7 @@ def made_ahead(items: Iterator[T], device: torch.device) -> Iterator[Iterator[T]
 
 def _aside(items: Iterator[T], device: torch.device) -> Iterator[T]:
     """`items`, made by a stream of their own on CUDA, each finished when it comes."""
-    side = side_stream(device)
+    side = side_stream(device, "made ahead")
     with torch.cuda.stream(side):  # does nothing for None
         for item in items:
             if side is not None:
@@ -148,8 +148,10 @@ def _aside(items: Iterator[T], device: torch.device) -> Iterator[T]:
             yield item
 
 
-def side_stream(device: torch.device) -> torch.cuda.Stream | None:
-    """A stream beside the products, on CUDA."""
+@functools.cache
+def side_stream(device: torch.device, use: str) -> torch.cuda.Stream | None:
+    """The stream for a `use` beside the products, on CUDA. It is kept: memory goes back to the stream that it was taken
+    on, so new ones, of which CUDA hands out 32 in turn, would each hold what one needs."""
     return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
 
@@ -184,7 +186,7 @@ def _one_layer(number: int, source: WeightSource, streams: list[Stream], feed: I
                 for block in mine:
                     add_experts(block.out, block.tokens, block.dispatch, chunk, stream.rounding(number))
         for stream, mine in zip(streams, blocks, strict=True):
-            add_blocks(stream, mine)
+            add_blocks(stream, mine, stream.rounding(number))
     for stream in streams:
         if stream.noise:
             stream.batches = [_noisy(hidden, stream, number, i) for i, hidden in enumerate(stream.batches)]
@@ -222,7 +224,7 @@ class _Ferry:
     def __init__(self, stream: Stream) -> None:
         self.stream, device = stream, stream.source.device
         afar = any(batch.device.type != device.type for batch in stream.batches)
-        self.there, self.back = (side_stream(device) if afar else None for _ in range(2))
+        self.there, self.back = (side_stream(device, f"states {way}") if afar else None for way in ("there", "back"))
         self.coming: dict[int, tuple[Tensor, torch.cuda.Event]] = {}
 
     def __enter__(self) -> _Ferry:
@@ -269,7 +271,7 @@ def dense_layer(
 
         def passed(batch: int) -> Tensor:
             hidden, normed = attention_block(ferry.load(batch), weights, stream.source.config, rounding)
-            return hidden + dense_mlp(normed, mlp, rounding.mlp)
+            return rounding.stored(hidden + dense_mlp(normed, mlp, rounding))
 
         for i, batch in enumerate(stream.batches):
             ferry.store(i, once(batch, rounding, partial(passed, i)))
@@ -358,7 +360,7 @@ def _grouped(batches: list[Tensor]) -> Iterator[list[int]]:
     yield members
 
 
-def add_blocks(stream: Stream, blocks: list[Block]) -> None:
+def add_blocks(stream: Stream, blocks: list[Block], rounding: LayerRounding = UNROUNDED) -> None:
     """Add what the experts made of the blocks to the stream's hidden states."""
     batch = 0
     with _Ferry(stream) as ferry:
@@ -367,7 +369,8 @@ def add_blocks(stream: Stream, blocks: list[Block]) -> None:
             while done < len(block.out):
                 hidden = ferry.load(batch)
                 count = hidden.shape[:2].numel()
-                ferry.store(batch, hidden + block.out[done : done + count].view_as(hidden).to(hidden.dtype))
+                added = rounding.stored(block.out[done : done + count]).view_as(hidden).to(hidden.dtype)
+                ferry.store(batch, rounding.stored(hidden + added))
                 batch, done = batch + 1, done + count
 
 

@@ -2,7 +2,8 @@
 
 Key idea: one plain object a layer says it all, and a forward that gets none does exactly what it did before. The
 arithmetic is `quant.activations`; what a checkpoint's own scales are, `weights.layer_rounding` reads.
-Left out: the bf16 between operations, and queries, which some FP8 attention kernels round as well.
+Left out: queries and attention's shares, which some attention kernels round as well; where nothing beside the experts
+is rounded, the bf16 that engines store between operations.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class LayerRounding:
     """`experts`: inputs of routed experts, gate and up's and down's; `qkv`, `o`, `mlp`: of a layer's other products.
 
     `gate_up_scale`, `down_scale`: NVFP4's input global scales, divisors. `cache`: the scales of keys and of values in
-    an FP8 cache; None: it is not rounded.
+    an FP8 cache; None: it is not rounded. `in_bf16`: what each operation makes is stored in bf16, as engines do.
     """
 
     experts: str = NONE
@@ -33,11 +34,16 @@ class LayerRounding:
     o: str = NONE
     mlp: str = NONE
     cache: tuple[float, float] | None = None
+    in_bf16: bool = False
 
     @property
     def of_attention(self) -> tuple[object, ...]:
         """What makes two forwards differ before the experts."""
-        return self.qkv, self.o, self.mlp, self.cache
+        return self.qkv, self.o, self.mlp, self.cache, self.in_bf16
+
+    def stored(self, made: Tensor) -> Tensor:
+        """What an operation made, as the next one finds it; the very same tensor where that is not rounded."""
+        return made.bfloat16().to(made.dtype) if self.in_bf16 else made
 
     def expert_inputs(self, rows: Tensor) -> Tensor:
         """What gate and up of routed experts see; with "none" the very same tensor."""
@@ -58,7 +64,7 @@ class Rounding:
 
     `experts`: a kind for the inputs of routed experts, `by_layer` another one for some layers. `dense`: "fp8" (or
     "fp8-ue8m0") rounds what goes into matrices that are stored in FP8, to MXFP8 where those are; "none" nothing.
-    `cache`: "fp8" or "none".
+    `cache`: "fp8" or "none". With `dense`, a model that has such matrices is stored in bf16 between operations.
     """
 
     experts: str = NONE
@@ -82,7 +88,12 @@ class Rounding:
     def told(self) -> str:
         """All of it, in words: equal words mean an equal rounding."""
         layers = "".join(f", layer {layer} {kind}" for layer, kind in self.by_layer)
-        return f"experts {self.experts}{layers}; dense {self.dense}; KV cache {self.cache}"
+        return f"experts {self.experts}{layers}; {dense_told(self.dense)}; KV cache {self.cache}"
+
+
+def dense_told(kind: str) -> str:
+    """A rounding of dense inputs, with what comes with it: an FP8 kernel is given what was stored in bf16."""
+    return f"dense {kind}" if kind == NONE else f"dense {kind}, stored in bf16"
 
 
 NOTHING, UNROUNDED = Rounding(), LayerRounding()

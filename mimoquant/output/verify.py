@@ -1,10 +1,9 @@
 """Proof that an output is what its recipe says: every file, every tensor, every value.
 
 Key idea: the plan is made anew from the source's headers and OUT/recipe.yaml (of a relayout: relayout.json), and OUT is
-held against it. Files: names,
-sizes, sha256 of the journal. Headers: exactly the planned tensors. Values: copied bytes are equal, dequantized tensors
-are computed again from the source, and each quantized weight's source value lies in the rounding interval of its code.
-That interval is computed apart from the encoder, so an encoder's mistake shows.
+held against it. Files: names, sizes, sha256 of the journal. Headers: exactly the planned tensors. Values: copied bytes
+are equal, dequantized tensors are computed again from the source, and each quantized weight's source value lies in the
+rounding interval of its code. That interval is computed apart from the encoder, so an encoder's mistake shows.
 
 Problems are collected, not thrown: a report of all that is wrong beats the first thing that is.
 """
@@ -14,6 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from mimoquant.__version__ import SCHEMA_VERSION
 from mimoquant.checkpoint.folders import is_there, resolve_inside, sha256_inside
 from mimoquant.checkpoint.hf_files import FINGERPRINTS_NAME, is_unfinished, list_files
 from mimoquant.checkpoint.index import CheckpointIndex, TensorInfo, open_index
-from mimoquant.checkpoint.journal import JOURNAL_NAME, JournalLine, read_journal
+from mimoquant.checkpoint.journal import HASHED_AT_ONCE, JOURNAL_NAME, JournalLine, read_journal
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.checkpoint.writer import Entry
 from mimoquant.errors import CheckpointError, MimoquantError, QualityError, UsageError
@@ -48,7 +48,6 @@ from mimoquant.run.workshop import Workshop
 from mimoquant.weights.stored import read_experts, read_parts
 
 Array = npt.NDArray[Any]
-RELATIVE_ERROR_LIMIT = 0.1  # squared, of calibrated weights, which need not be the nearest; 4 bits have .005 to .02
 
 
 @dataclass
@@ -158,8 +157,7 @@ def _planned_by_recipe(out: Path, source: Path | str) -> Plan:
 def _check_files(
     out: Path, plan: Plan, report: VerifyReport, tell: Callable[[str, int, int], None]
 ) -> dict[str, JournalLine]:
-    """Shards against plan and journal, small files against what is written anew, nothing missing, nothing extra.
-    Returns the journal, by unit."""
+    """Shards against plan and journal, small files as they are written anew, nothing else. The journal, by unit."""
     try:
         journal = {line.file: line for line in read_journal(resolve_inside(out, JOURNAL_NAME))}
     except (CheckpointError, OSError) as error:
@@ -169,11 +167,12 @@ def _check_files(
     present = {path.name for path in out.iterdir() if path.suffix == ".safetensors"}
     for file in sorted(present - planned.keys()):
         report.problem(f"{file}: is an extra weights file")
-    for number, (file, unit) in enumerate(planned.items(), start=1):
-        if wrong := _wrong_shard(out, unit, journal.get(file)):
-            report.problem(wrong)
-        report.checked["files"] += 1
-        tell(f"hash of {file}", number, len(planned))
+    with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
+        found = pool.map(lambda unit: _wrong_shard(out, unit, journal.get(unit.file)), planned.values())
+        for number, (unit, wrong) in enumerate(zip(plan.units, found, strict=True), start=1):
+            tell(f"hash of {unit.file}", number, len(planned))
+            report.problems_of([wrong] if wrong else [])
+    report.checked["files"] += len(planned)
     lines, record = {line.unit: line for line in journal.values()}, plan.recipe.provenance.get("calibration")
     texts = written_texts(plan, lines, record) if len(journal) == len(planned) else {}
     for name in [*plan.side_files, *texts]:
@@ -392,10 +391,13 @@ class _Values:
         names = (entry.name for entry in step.entries)
         geometry, container = self.plan.layout.geometry, self.plan.container
         stored = read_parts(self.theirs, names, step.end - step.begin, step.fmt, container, geometry)
+        limits: dict[tuple[str, int], float] = {}
         if self.plan.recipe.calibrated:
-            from mimoquant.output.verify_calibrated import audits
+            from mimoquant.output.verify_calibrated import audits, error_limits
 
-            judged, ranges = audits(stored, stacks, step.fmt, self.plan.recipe, self.fold, layer=step.layer)
+            recipe, kernels = self.plan.recipe, self.engine
+            judged, ranges = audits(stored, stacks, step.fmt, recipe, self.fold, layer=layer, kernels=kernels)
+            limits = error_limits(judged, stacks, step.fmt, self.engine)
             found = settled(ranges, partial(self._told_lost, step))
         elif self.plan.recipe.casts:
             judged, found = {p: self.engine.audit_cast(stacks[p], step.fmt, stored[p]) for p in PROJECTIONS}, {}
@@ -406,7 +408,7 @@ class _Values:
         for projection in PROJECTIONS:
             for position, audit in enumerate(judged[projection]):
                 name = self.plan.layout.expert(step.layer, step.begin + position, projection).name
-                self._judge(name, audit)
+                self._judge(name, audit, limits.get((projection, position)))
         if step.fmt.name == "nvfp4":
             unshared = np.flatnonzero(stored["gate"]["global_scale"] != stored["up"]["global_scale"])
             for number in unshared.tolist():
@@ -430,17 +432,17 @@ class _Values:
                 name = self.plan.layout.expert(step.layer, step.begin + number, projection).name
                 self.report.problem(f"{name}: its weight_scale_2 is no power of two")
 
-    def _judge(self, name: str, audit: Audit) -> None:
+    def _judge(self, name: str, audit: Audit, limit: float | None) -> None:
         report = self.report
         report.checked["quantized tensors"] += 1
         self.total = self.total.merge(audit)
         report.mean_relative_error = self.total.relative_error
         if not audit.scales_ok:
             report.problem(f"{name}: has scales that are zero, not finite, or negative where they may not be")
-        elif self.plan.recipe.calibrated and not audit.relative_error <= RELATIVE_ERROR_LIMIT:
+        elif limit is not None and not audit.relative_error <= limit:
             report.problem(
                 f"{name}: its values are far from the source's, relMSE {audit.relative_error:.3g} "
-                f"against at most {RELATIVE_ERROR_LIMIT}"
+                f"against at most {limit:.3g}"
             )
         elif audit.outside and self.plan.recipe.casts:
             report.problem(f"{name}: {audit.outside} blocks of 16 do not have the source's values")

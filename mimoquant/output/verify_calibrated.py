@@ -1,11 +1,11 @@
 """What `verify` can prove of experts whose codes were chosen by calibration.
 
 Key idea: GPTQ moves weights on purpose, so a code need not be the nearest to its source. What holds: scales are finite
-and not zero; the stored values are near the source's (relMSE of the weights themselves, which a swapped or shifted
-tensor would throw far off); under a search alone, where no rounds at the end chose codes together, every code is the
-nearest on its scale. Factors that AWQ moved between
-channels are read off what is stored, never taken on trust. Between norm, router and experts that is exact, for powers
-of two and for real factors: source norm over stored norm.
+and not zero; the stored values are near the source's (relMSE of the weights themselves beside that of plain rounding,
+which a swapped or shifted tensor would throw far off); under a search alone, where no rounds at the end chose codes
+together, every code is the nearest on its scale. Factors that AWQ moved between channels are read off what is stored,
+never taken on trust. Between norm, router and experts that is exact, for powers of two and for real factors: source
+norm over stored norm.
 
 Real factors between up_proj and down_proj are stored nowhere. Each code leaves a range to its channel's factor; codes
 are the nearest if, and as far as bf16 can tell only if, one factor lies in all ranges of up's row and down's column.
@@ -13,6 +13,7 @@ are the nearest if, and as far as bf16 can tell only if, one factor lies in all 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -22,16 +23,20 @@ from torch import Tensor
 
 from mimoquant.planning.recipe import Recipe
 from mimoquant.quant.awq import LIMIT, divided_by, inverse, scaled
-from mimoquant.quant.clamped import Clamped
+from mimoquant.quant.clamped import Clamped, clamped
+from mimoquant.quant.engine_cpu import CpuEngine
 from mimoquant.quant.engine_torch import TorchEngine, decode, stored_parts, unpack_nibbles
 from mimoquant.quant.formats import E2M1_VALUES, Format
 from mimoquant.quant.grid import Grid
-from mimoquant.quant.stack import Audit, Stack
+from mimoquant.quant.stack import Audit, NonFiniteError, Stack
 from mimoquant.run.chunk_facts import clamped_on_device, clamped_within
 from mimoquant.weights.decoded import TORCH_DTYPES
 
 Array = npt.NDArray[Any]
 FACTOR_OFF = 2.0  # that an estimate of a channel's factor may be, where its groups have no scale
+# Squared; 4 bits have .005 to .02. Where a few columns are far larger than the others plain rounding has more, and
+# codes that make up for one another may have so many times that. The values of another weight have 2.
+RELATIVE_ERROR, TIMES_PLAIN, MOST_RELATIVE_ERROR = 0.1, 8.0, 1.0
 BF16_ROUNDING = 2.0**-8  # largest relative change; it has room for what float32 adds
 
 
@@ -43,18 +48,25 @@ def audits(
     fold: Array | None,
     *,
     layer: int,
+    kernels: CpuEngine,
 ) -> tuple[dict[str, list[Audit]], dict[str, dict[int, tuple[Clamped, Clamped]]]]:
     """One audit an expert for each projection, and groups that have no scale, at least and at most. `fold`: what the
     layer's norm was divided by, if the recipe folds it."""
+    moved = recipe.calibration is not None and recipe.calibration.reconstructs(layer)  # codes, by rounds at the end
+    nearest = recipe.method in ("rtn", "awq") and not moved
+    signed = recipe.signed_scales and fmt.name == "int4" and fmt.symmetric
+    if not nearest and fold is None and not recipe.folds_down:  # as it lies in the source: nothing has to be made of it
+        counts = {p: clamped(stack, stored[p], fmt, nearest=False) for p, stack in stacks.items()}
+        return (
+            {p: kernels.distances(stack, fmt, stored[p], signed=signed) for p, stack in stacks.items()},
+            {p: {e: (one, one) for e, one in of.items()} for p, of in counts.items()},
+        )
     engine, cpu = TorchEngine("cpu"), torch.device("cpu")
     weights = {p: engine.bf16(stack) for p, stack in stacks.items()}
     if fold is not None:
         weights |= {p: scaled(weights[p], torch.from_numpy(fold)) for p in ("gate", "up")}
     source = {p: weight.to(torch.float32) for p, weight in weights.items()}
     parts = {p: stored_parts(held, fmt, cpu) for p, held in stored.items()}
-    moved = recipe.calibration is not None and recipe.calibration.reconstructs(layer)  # codes, by rounds at the end
-    nearest = recipe.method in ("rtn", "awq") and not moved
-    signed = recipe.signed_scales and fmt.name == "int4" and fmt.symmetric
     unfit: dict[str, Tensor] = {}
     if recipe.folds_down:
         if recipe.real_fold and nearest:
@@ -71,6 +83,27 @@ def audits(
     return {
         p: _audits(source[p], parts[p], fmt, nearest=nearest, signed=signed, unfit=unfit.get(p)) for p in source
     }, found
+
+
+def error_limits(
+    judged: dict[str, list[Audit]], stacks: dict[str, Stack], fmt: Format, kernels: CpuEngine
+) -> dict[tuple[str, int], float]:
+    """(projection, expert) → the relative error that its stored values may have, of each."""
+    limits = {(p, place): RELATIVE_ERROR for p, of in judged.items() for place in range(len(of))}
+    for p, place in limits:
+        if judged[p][place].relative_error <= RELATIVE_ERROR:
+            continue
+        own = {name: _only(stack, place) for name, stack in stacks.items()}
+        with contextlib.suppress(NonFiniteError):
+            parts = kernels.encode(own, fmt, "absmax")[p]
+            (plain,) = kernels.distances(own[p], fmt, parts, signed=False)
+            limits[p, place] = min(MOST_RELATIVE_ERROR, max(RELATIVE_ERROR, TIMES_PLAIN * plain.relative_error))
+    return limits
+
+
+def _only(stack: Stack, expert: int) -> Stack:
+    place = slice(expert, expert + 1)
+    return Stack(stack.values[place], None if stack.scales is None else stack.scales[place])
 
 
 def _pow2_fold(stored_EOI: Tensor, source_EOI: Tensor) -> Tensor:

@@ -39,7 +39,8 @@ _AHEAD = 3  # chunks that a GPU holds as they were read, beside the one that it 
 _WITH_GPTQ, _SEARCH_ONLY = (5, 7), (3, 4)
 # More, where codes are chosen for the loss: of the metric of gate's and up's outputs, and of that of an expert's.
 _OF_METRIC, _OF_OWN_METRIC = 3, 5
-_DESCENDED_MATRICES = 6  # of gate's and up's shape, which descent for what experts answer holds
+_DESCENDED_MATRICES = 12  # of gate's and up's shape, which descent for what experts answer holds
+_LOSS_BYTES = 60 * 10**9  # of a GPU: above it a chunk for the loss is halved once, however large the GPU is
 _REFINED_MATRICES = 12  # of a projection's shape, which the joint refinement holds
 
 
@@ -283,12 +284,17 @@ def forward_bytes(plan: Plan, experts: int, tokens: int) -> int:
 
 
 def fitting_plan(make: Callable[[int], Plan], device: str, has: Machine, ranks: int = 1) -> Plan:
-    """What `make` plans for chunks of so many source bytes; where a GPU calibrates, the largest chunks that fit it."""
+    """What `make` plans for chunks of so many source bytes; where a GPU calibrates, the largest chunks that fit it, or
+    for the loss one in two of their experts, should that keep within `_LOSS_BYTES`."""
     plan = make(CHUNK_BYTES)
     if plan.recipe.calibration is None or not device.startswith("cuda"):
         return plan
     size = CUDA_CHUNK_BYTES
     plan = make(size)
+    if plan.recipe.objective == "kl" and needs(plan, device, ranks).gpu_bytes > _LOSS_BYTES:
+        halved = make(size // 2)
+        if needs(halved, device, ranks).gpu_bytes <= _LOSS_BYTES:
+            size, plan = size // 2, halved
     while needs(plan, device, ranks).gpu_bytes > has.gpu_bytes and largest_chunk(plan) > 1:
         size //= 2
         plan = make(size)

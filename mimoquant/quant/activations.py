@@ -88,7 +88,7 @@ def quantize_mxfp4(rows: Tensor) -> Blocks:
 def quantize_mxfp8(rows: Tensor) -> Blocks:
     """Blocks of 32 under powers of two, the least that does not saturate E4M3."""
     grouped = _grouped(rows, 32)
-    scales = _power_of_two(grouped.abs().amax(-1) / E4M3_MAX)
+    scales = _power_of_two(_divided(grouped.abs().amax(-1), E4M3_MAX))
     return Blocks(_e4m3(grouped / scales[..., None]), scales, rows.shape[-1])
 
 
@@ -98,7 +98,7 @@ def quantize_fp8(rows: Tensor, *, power_of_two: bool = False) -> Blocks:
     vLLM's kernel multiplies by the reciprocal: seen on an H200, where a division gives 1 code of 2,000 otherwise.
     """
     grouped = _grouped(rows, FP8_GROUP)
-    scales = grouped.abs().amax(-1).clamp(min=_FP8_EPS) / E4M3_MAX
+    scales = _divided(grouped.abs().amax(-1).clamp(min=_FP8_EPS), E4M3_MAX)
     if power_of_two:
         scales = _power_of_two(scales.clamp(min=_FP8_EPS))
     return Blocks(_e4m3(grouped * (1.0 / scales)[..., None]), scales, rows.shape[-1])
@@ -106,7 +106,12 @@ def quantize_fp8(rows: Tensor, *, power_of_two: bool = False) -> Blocks:
 
 def round_kv_fp8(values: Tensor, scale: Tensor | float = 1.0) -> Tensor:
     """Keys or values as an E4M3 cache returns them; `scale`: the checkpoint's k_scale or v_scale."""
-    return _e4m3(values / scale) * scale
+    return _e4m3(values / scale if isinstance(scale, Tensor) else _divided(values, scale)) * scale
+
+
+def _divided(values: Tensor, by: float) -> Tensor:
+    """By a tensor on the device: by a number torch multiplies on CUDA with its reciprocal, one bit off at times."""
+    return values / values.new_full((), by)
 
 
 def _grouped(rows: Tensor, size: int) -> Tensor:

@@ -63,9 +63,10 @@ class Clamped(NamedTuple):
         return self.lost / self.groups
 
 
-def clamped(stack: Stack, parts: Mapping[str, Array], fmt: Format) -> dict[int, Clamped]:
-    """What became of a stack's groups, for the experts that have clamped ones. `parts`: as engines return them, with
-    the codes nearest to these values: so a group with the scale of zeros and other codes has it by chance."""
+def clamped(stack: Stack, parts: Mapping[str, Array], fmt: Format, *, nearest: bool = True) -> dict[int, Clamped]:
+    """What became of a stack's groups, for the experts that have clamped ones. `parts`: as engines return them.
+    `nearest`: their codes are those nearest to these values, so that a group with the scale of zeros and other codes
+    has it by chance; else values are bf16, as methods that choose codes take them."""
     codes, size = parts["codes"].reshape(*parts["scale"].shape, -1), fmt.group_size
     values = stack.values.reshape(*parts["scale"].shape, size)
 
@@ -75,10 +76,10 @@ def clamped(stack: Stack, parts: Mapping[str, Array], fmt: Format) -> dict[int, 
         expert, row, group = groups
         scale = stack.scales[expert, row // _BLOCK, group * size // _BLOCK]
         held: Array = E4M3_VALUES[values[groups]] * scale[:, None]
-        return held
+        return held if nearest else _rounded(held)
 
     found = suspicious(parts, fmt)
-    if fmt.name != "mxfp4":  # whose scale of zeros is the least, which no other groups have by chance
+    if nearest and fmt.name != "mxfp4":  # whose scale of zeros is the least, which no other groups have by chance
         lost = (stored_bits(parts, fmt)[found] != _ZEROS[fmt.name]) | _begins_with_zeros(found, parts, fmt, codes)
         found = tuple(place[lost] for place in found)
     bits = stored_bits(parts, fmt)
@@ -195,6 +196,12 @@ def _scales(groups: Groups, bits: Array, parts: Mapping[str, Array], fmt: Format
         return np.ldexp(1.0, bits.astype(np.int32) - 127)
     scale: Array = E4M3_VALUES[bits] / parts["global_scale"].ravel().astype(np.float64)[groups[0]]
     return scale
+
+
+def _rounded(values: Array) -> Array:
+    """float64 of the nearest bf16 values, by way of float32."""
+    bits = values.astype(np.float32).view(np.uint32)
+    return _bf16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
 
 
 def _bf16(bits: Array) -> Array:

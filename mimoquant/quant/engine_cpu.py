@@ -94,9 +94,7 @@ class CpuEngine:
         """Hold stored parts (as `encode` returns them) against the source, expert by expert."""
         scale, table = _effective_scale(fmt, parts), _code_table(fmt)
         clip = _OVERSHOOT[fmt.name, search] if fmt.symmetric else _ASYMMETRIC_OVERSHOOT[search]
-        zero = np.zeros(scale.shape, np.float32)
-        if not fmt.symmetric:
-            zero = _unpack_zero_points(parts["zero_point"]).astype(np.float32)
+        zero = _zero_of(fmt, parts)
         experts, rows, _ = stack.values.shape
         tasks = []
         for e, begin, end in self._slabs(experts, rows):
@@ -107,6 +105,21 @@ class CpuEngine:
             audits[expert] = audits[expert].merge(Audit(*task.result()))
         positive = [bool((np.isfinite(one) & (one > 0)).all()) for one in scale]
         return [audit._replace(scales_ok=ok) for audit, ok in zip(audits, positive, strict=True)]
+
+    def distances(self, stack: Stack, fmt: Format, parts: dict[str, Array], *, signed: bool) -> list[Audit]:
+        """How far stored parts are from the source, expert by expert, whatever their codes: an audit's `error2` and
+        `weight2`. `signed`: whether scales may be negative."""
+        scale, zero, table = _effective_scale(fmt, parts), _zero_of(fmt, parts), _code_table(fmt)[0]
+        experts, rows, _ = stack.values.shape
+        tasks = []
+        for e, begin, end in self._slabs(experts, rows):
+            stored = (parts["codes"][e], scale[e], zero[e], table)
+            tasks.append((e, self._pool.submit(_distance_rows, _source(stack, e), begin, end, stored)))
+        audits = [Audit(0.0, 0, 0.0, 0.0)] * experts
+        for expert, task in tasks:
+            audits[expert] = audits[expert].merge(Audit(0.0, 0, *task.result()))
+        good = [bool((np.isfinite(one) & ((one != 0) if signed else (one > 0))).all()) for one in scale]
+        return [audit._replace(scales_ok=ok) for audit, ok in zip(audits, good, strict=True)]
 
     def audit_cast(self, stack: Stack, fmt: Format, parts: dict[str, Array]) -> list[Audit]:
         """Hold parts against the MXFP4 they were cast from; `outside` counts blocks of 16 of other values."""
@@ -174,6 +187,12 @@ def _audit_rows(
     return float(worst), int(outside), float(error2), float(weight2)
 
 
+def _distance_rows(source: tuple[Array, ...], begin: int, end: int, stored: tuple[Any, ...]) -> tuple[float, float]:
+    """`stored`: the kernel's arguments from `codes` on."""
+    error2, weight2 = kernels.error_rows(*source, begin, end, *stored)
+    return float(error2), float(weight2)
+
+
 def _effective_scale(fmt: Format, parts: dict[str, Array]) -> Array:
     """Stored scales as float32 multipliers [E, O, G]."""
     if fmt.name == "int4":
@@ -200,6 +219,13 @@ def _code_table(fmt: Format) -> Array:
     middle = np.concatenate([[-np.inf], (grid[:-1] + grid[1:]) / 2, [np.inf]])
     place = np.searchsorted(grid, value)
     return np.stack([value, middle[place], middle[place + 1]]).astype(np.float32)
+
+
+def _zero_of(fmt: Format, parts: dict[str, Array]) -> Array:
+    """Stored zero points as float32 [E, O, G]; 0 of symmetric formats."""
+    if fmt.symmetric:
+        return np.zeros(parts["scale"].shape, np.float32)
+    return _unpack_zero_points(parts["zero_point"]).astype(np.float32)
 
 
 def _unpack_zero_points(packed: Array) -> Array:

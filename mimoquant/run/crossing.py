@@ -6,6 +6,7 @@ between ranks and to the host under one name a tensor, `projection part`.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from mimoquant.quant.stack import Stack
 
 Parts = dict[str, dict[str, npt.NDArray[Any]]]  # projection → part → [E, ...]
 T = TypeVar("T")
+_TURNS = itertools.cycle(range(3))  # of streams for facts: what is begun meanwhile must not be waited for
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Chosen:
 
 def sent(stacks: dict[str, Stack], device: torch.device) -> dict[str, Stack | Sent]:
     """A chunk as read, on CUDA brought to the device before anybody asks for it; returns when it is there."""
-    side = side_stream(device)
+    side = side_stream(device, "weights")
     if side is None:
         return dict(stacks)
 
@@ -73,7 +75,7 @@ def by_projection(named: dict[str, T]) -> dict[str, dict[str, T]]:
 def after_all(device: torch.device) -> Callable[[], AbstractContextManager[object]]:
     """What is done in the context that comes back follows all that the device was given to do until now, and nothing
     that it is given later: for numbers that somebody waits for."""
-    side = side_stream(device)
+    side = side_stream(device, f"facts {next(_TURNS)}")
     if side is None:
         return nullcontext
     side.wait_stream(torch.cuda.current_stream(device))
@@ -83,18 +85,19 @@ def after_all(device: torch.device) -> Callable[[], AbstractContextManager[objec
 def leaving(named: dict[str, Tensor]) -> Callable[[], Parts]:
     """Send parts to the host, on CUDA on a stream of their own; what comes back waits until they are there."""
     device = next(iter(named.values())).device
-    side = side_stream(device)
+    side, there = side_stream(device, "leaving"), None
     if side is not None:
         side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):  # does nothing for None
         held = {name: on_host(values) for name, values in named.items()}
     if side is not None:
+        there = side.record_event()
         for values in named.values():
             values.record_stream(side)
 
     def arrived() -> Parts:
-        if side is not None:
-            side.synchronize()
+        if there is not None:
+            there.synchronize()
         return by_projection({name: as_numpy(values) for name, values in held.items()})
 
     return arrived

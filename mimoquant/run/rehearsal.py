@@ -241,7 +241,7 @@ def _any_fisher(plan: Plan, tokens: TokenSet) -> Fisher:
 def _attention_seconds(walk: Calibrator, layer: int) -> tuple[float, float]:
     """Of the tokens' attention and router, and of what else comes before a layer's experts (the choice of a fold)."""
     weights = walk.weights.layer(layer)
-    walk.tokens.attend(weights)  # the first time loads kernels
+    walk.begin(layer)  # the first time loads kernels
     attention = _seconds(walk, lambda: walk.tokens.attend(weights))
     return attention, max(0.0, _seconds(walk, lambda: walk.begin(layer)) - attention)
 
@@ -253,6 +253,9 @@ def _expert_seconds(walk: Calibrator, few: Experts, stacks: dict[str, Stack]) ->
 
     geometry = walk.plan.layout.geometry
     _warm_up(walk, few)
+    if walk.device.type == "cuda":  # where the first of a size compiles
+        _encode_seconds(walk, few, stacks)
+        walk.shrinkage = walk.settings.shrinkage
     first = _encode_seconds(walk, few, stacks)
     again = _encode_seconds(walk, few, stacks)  # the shrinkage is chosen once a layer
     chunk, seen = walk.chunk(few, stacks), walk.tokens.seen[0]

@@ -39,7 +39,7 @@ from mimoquant.model.geometry import ARCHITECTURES, FP8_BLOCK, Geometry, read_ge
 from mimoquant.model.layout import TOWER_PREFIXES
 from mimoquant.synthetic.documents import SynthDocument
 from mimoquant.synthetic.files import PLACEMENTS, ShardFiles
-from mimoquant.synthetic.towers import tower_config, tower_tensors
+from mimoquant.synthetic.towers import SMALL, TowerSizes, tower_config, tower_tensors
 from mimoquant.synthetic.weights import PATTERNS, ConvertedWeights, RandomWeights, encode_fp8
 from mimoquant.weights.stored import not_finite
 
@@ -136,7 +136,13 @@ class _Stored:
 
 
 def synth(
-    out: Path, layout: str, *, source: Path | None = None, sizes: SynthSizes | None = None, seed: int = 0
+    out: Path,
+    layout: str,
+    *,
+    source: Path | None = None,
+    sizes: SynthSizes | None = None,
+    towers: TowerSizes = SMALL,
+    seed: int = 0,
 ) -> SynthReport:
     """Write a checkpoint folder `out` in `layout`: random, or converted from the bf16 checkpoint `source`.
 
@@ -156,20 +162,25 @@ def synth(
     if source is not None:
         with CheckpointReader(open_index(source)) as reader:
             converted = ConvertedWeights(reader)
-            return _synth(out, layout, converted.config, converted, seed)
+            return _synth(out, layout, converted.config, converted, towers, seed)
     sizes = sizes or SynthSizes()
-    return _synth(out, layout, _random_config(sizes, layout), RandomWeights(seed, sizes.mtp_layers), seed)
+    return _synth(out, layout, _random_config(sizes, layout), RandomWeights(seed, sizes.mtp_layers), towers, seed)
 
 
 def _synth(
-    out: Path, layout: str, config: dict[str, Any], origin: RandomWeights | ConvertedWeights, seed: int
+    out: Path,
+    layout: str,
+    config: dict[str, Any],
+    origin: RandomWeights | ConvertedWeights,
+    tower_sizes: TowerSizes,
+    seed: int,
 ) -> SynthReport:
-    config = _published_config(config, layout)
+    config = _published_config(config, layout, tower_sizes)
     geometry = read_geometry(config, str(out))
     _check_geometry(geometry)
     stored = list(stored_tensors(geometry, origin.mtp_layers))
     if layout == "v2.5":
-        stored += [_plain(name, *shape) for name, shape in tower_tensors(geometry.hidden)]
+        stored += [_plain(name, *shape) for name, shape in tower_tensors(geometry.hidden, tower_sizes)]
     place, partial = functools.partial(PLACEMENTS[layout], geometry), out.with_name(f"{out.name}.partial")
     towers = RandomWeights(seed, 0)
     try:
@@ -326,7 +337,7 @@ def _random_config(sizes: SynthSizes, layout: str) -> dict[str, Any]:
     } | _FIXED_CONFIG
 
 
-def _published_config(config: dict[str, Any], layout: str) -> dict[str, Any]:
+def _published_config(config: dict[str, Any], layout: str, tower_sizes: TowerSizes) -> dict[str, Any]:
     """`config` made to declare a layout; flash also gets the keys that transformers reads."""
     model_type = LAYOUTS[layout]
     out: dict[str, Any] = {"architectures": [ARCHITECTURES[model_type]], "model_type": model_type}
@@ -347,7 +358,7 @@ def _published_config(config: dict[str, Any], layout: str) -> dict[str, Any]:
     else:
         out["attention_projection_layout"] = "fused_qkv"
     if layout == "v2.5":
-        out |= tower_config(out["hidden_size"], out["vocab_size"])
+        out |= tower_config(out["hidden_size"], out["vocab_size"], tower_sizes)
     out["dtype" if layout == "v2.5" else "torch_dtype"] = "bfloat16"
     modules = [*(f"layers.{layer}" for layer in range(out["num_hidden_layers"])), "decoder"]
     store_dtype = {"store_dtype": "fp8"} if layout == "v2.5" else {}

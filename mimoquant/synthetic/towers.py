@@ -1,17 +1,39 @@
-"""Small vision and audio towers for a checkpoint in V2.5's layout: what config.json says of them, and their tensors.
+"""Vision and audio towers for a checkpoint in V2.5's layout: what config.json says of them, and their tensors.
 
-Every kind of block, tensor and key of the real ones is there, so that engines load them: a block of each kind, sinks
-where there is a window, several codebooks, the published spelling of their number. Token ids end the vocabulary.
+Small ones by default. Every kind of block, tensor and key of the real ones is there, so that engines load them: a block
+of each kind, sinks where there is a window, several codebooks, the published spelling of their number. Token ids end
+the vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
-_KINDS = (-1, 0, 1, 1, 0, -1)  # of vision blocks
-_HIDDEN, _INNER, _HEADS, _KV_HEADS, _HEAD_DIM, _PATCH = 32, 64, 4, 2, 16, 4
-_CODEBOOKS, _CODES, _LAYERS, _GROUP = 4, 16, 2, 4
+
+@dataclass(frozen=True)
+class TowerSizes:
+    """Of the vision tower, then of the audio tower. `kinds`: of the vision blocks, -1 full, 0 and 1 in windows."""
+
+    kinds: tuple[int, ...] = (-1, 0, 1, 1, 0, -1)
+    hidden: int = 32
+    inner: int = 64
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 16
+    patch: int = 4
+    window: int = 6  # image tokens to each side
+    sound_hidden: int = 32
+    sound_inner: int = 64
+    sound_heads: int = 4
+    layers: int = 2
+    codebooks: int = 4
+    codes: int = 16
+    group: int = 4
+
+
+SMALL = TowerSizes()
 _IDS = (  # from the end of the vocabulary
     "image_token_id",
     "video_token_id",
@@ -26,22 +48,22 @@ _IDS = (  # from the end of the vocabulary
 _AT_THE_TOP = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
-def tower_config(hidden: int, vocab: int) -> dict[str, Any]:
+def tower_config(hidden: int, vocab: int, sizes: TowerSizes = SMALL) -> dict[str, Any]:
     """vision_config, audio_config, processor_config and token ids, as V2.5's config.json has them."""
     ids = {name: max(0, vocab - 1 - place) for place, name in enumerate(_IDS)}
     return {name: ids[name] for name in _AT_THE_TOP} | {
         "vision_model_type": "mimovl",
-        "vision_config": _vision_config(hidden),
-        "audio_config": _audio_config(hidden),
+        "vision_config": _vision_config(hidden, sizes),
+        "audio_config": _audio_config(hidden, sizes),
         "processor_config": ids
         | {
-            "patch_size": _PATCH,
+            "patch_size": sizes.patch,
             "merge_size": 2,
             "temporal_patch_size": 2,
-            "image_min_pixels": 4 * (2 * _PATCH) ** 2,
-            "image_max_pixels": 256 * (2 * _PATCH) ** 2,
-            "audio_channels": _CODEBOOKS,
-            "audio_group_size": _GROUP,
+            "image_min_pixels": 4 * (2 * sizes.patch) ** 2,
+            "image_max_pixels": 256 * (2 * sizes.patch) ** 2,
+            "audio_channels": sizes.codebooks,
+            "audio_group_size": sizes.group,
             "audio_sampling_rate": 24000,
             "pad_token_id": 0,
             "rope_type": "rope",
@@ -49,90 +71,90 @@ def tower_config(hidden: int, vocab: int) -> dict[str, Any]:
     }
 
 
-def _vision_config(hidden: int) -> dict[str, Any]:
+def _vision_config(hidden: int, sizes: TowerSizes) -> dict[str, Any]:
     return {
-        "depth": len(_KINDS),
-        "fullatt_block_indexes": [block for block, kind in enumerate(_KINDS) if kind == -1],
+        "depth": len(sizes.kinds),
+        "fullatt_block_indexes": [block for block, kind in enumerate(sizes.kinds) if kind == -1],
         "hidden_act": "silu",
-        "hidden_size": _HIDDEN,
+        "hidden_size": sizes.hidden,
         "in_chans": 3,
-        "intermediate_size": _INNER,
-        "kv_channels": _HEAD_DIM,
-        "num_heads": _HEADS,
-        "num_key_value_heads": _KV_HEADS,
-        "num_query_groups": _HEADS // _KV_HEADS,
+        "intermediate_size": sizes.inner,
+        "kv_channels": sizes.head_dim,
+        "num_heads": sizes.heads,
+        "num_key_value_heads": sizes.kv_heads,
+        "num_query_groups": sizes.heads // sizes.kv_heads,
         "out_hidden_size": hidden,
-        "patch_size": _PATCH,
-        "qk_channels": _HEAD_DIM,
+        "patch_size": sizes.patch,
+        "qk_channels": sizes.head_dim,
         "spatial_merge_size": 2,
-        "spatial_patch_size": _PATCH,
+        "spatial_patch_size": sizes.patch,
         "temporal_patch_size": 2,
         "tokens_per_second": 2,
         "use_sink": True,
-        "visual_token_window_size": 6,
-        "vit_window_attn_types": list(_KINDS),
-        "window_size": 12,
+        "visual_token_window_size": sizes.window,
+        "vit_window_attn_types": list(sizes.kinds),
+        "window_size": 2 * sizes.window,
     }
 
 
-def _audio_config(hidden: int) -> dict[str, Any]:
+def _audio_config(hidden: int, sizes: TowerSizes) -> dict[str, Any]:
     return {
         "add_post_norm": True,
-        "audio_channels": _CODEBOOKS,
+        "audio_channels": sizes.codebooks,
         "audio_segment_size": 6000,
-        "group_size": _GROUP,
+        "group_size": sizes.group,
         "input_full_attention": True,
-        "input_local_attn_heads": 4,
-        "input_local_dim": _HIDDEN,
-        "input_local_head_dim": _HIDDEN // 4,
+        "input_local_attn_heads": sizes.sound_heads,
+        "input_local_dim": sizes.sound_hidden,
+        "input_local_head_dim": sizes.sound_hidden // sizes.sound_heads,
         "input_local_hidden_dropout": 0.0,
-        "input_local_intermediate_size": _INNER,
-        "input_local_layers": _LAYERS,
+        "input_local_intermediate_size": sizes.sound_inner,
+        "input_local_layers": sizes.layers,
         "out_hidden_size": hidden,
         "partial_rotary_factor": 1.0,
         "projection_layers": 2,
         "rope_theta": 640000,
-        "speech_vocab_size": str(_CODES),
-        "speech_zeroemb_idx": str(_CODES - 1),
+        "speech_vocab_size": str(sizes.codes),
+        "speech_zeroemb_idx": str(sizes.codes - 1),
     }
 
 
-def tower_tensors(hidden: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+def tower_tensors(hidden: int, sizes: TowerSizes = SMALL) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and shapes, all bf16."""
-    mlp = {
-        "mlp.gate_proj": (_INNER, _HIDDEN),
-        "mlp.up_proj": (_INNER, _HIDDEN),
-        "mlp.down_proj": (_HIDDEN, _INNER),
-    }
     heads = {
-        "attn.qkv": ((_HEADS + 2 * _KV_HEADS) * _HEAD_DIM, _HIDDEN),
-        "attn.proj": (_HIDDEN, _HEADS * _HEAD_DIM),
+        "attn.qkv": ((sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim, sizes.hidden),
+        "attn.proj": (sizes.hidden, sizes.heads * sizes.head_dim),
     }
-    for block, kind in enumerate(_KINDS):
-        for name, shape in (heads | mlp).items():
+    for block, kind in enumerate(sizes.kinds):
+        for name, shape in (heads | _mlp(sizes.hidden, sizes.inner)).items():
             yield f"visual.blocks.{block}.{name}.weight", shape
             yield f"visual.blocks.{block}.{name}.bias", shape[:1]
         for norm in ("norm1", "norm2"):
-            yield f"visual.blocks.{block}.{norm}.weight", (_HIDDEN,)
+            yield f"visual.blocks.{block}.{norm}.weight", (sizes.hidden,)
         if kind != -1:
-            yield f"visual.blocks.{block}.attn.sinks", (_HEADS,)
-    local = "audio_encoder.input_local_transformer."
-    for layer in range(_LAYERS):
-        for name, shape in (mlp | {f"self_attn.{letter}_proj": (_HIDDEN, _HIDDEN) for letter in "qkvo"}).items():
+            yield f"visual.blocks.{block}.attn.sinks", (sizes.heads,)
+    local, sounds = "audio_encoder.input_local_transformer.", sizes.sound_hidden
+    for layer in range(sizes.layers):
+        products = {f"self_attn.{letter}_proj": (sounds, sounds) for letter in "qkvo"}
+        for name, shape in (_mlp(sounds, sizes.sound_inner) | products).items():
             yield f"{local}layers.{layer}.{name}.weight", shape
         for letter in "qkv":
-            yield f"{local}layers.{layer}.self_attn.{letter}_proj.bias", (_HIDDEN,)
+            yield f"{local}layers.{layer}.self_attn.{letter}_proj.bias", (sounds,)
         for norm in ("input_layernorm", "post_attention_layernorm"):
-            yield f"{local}layers.{layer}.{norm}.weight", (_HIDDEN,)
-    for codebook in range(_CODEBOOKS):
-        yield f"speech_embeddings.{codebook}.weight", (_CODES, _HIDDEN)
-    yield "visual.patch_embed.proj.weight", (_HIDDEN, 3, 2, _PATCH, _PATCH)
-    merged, grouped = 4 * _HIDDEN, _GROUP * _HIDDEN
+            yield f"{local}layers.{layer}.{norm}.weight", (sounds,)
+    for codebook in range(sizes.codebooks):
+        yield f"speech_embeddings.{codebook}.weight", (sizes.codes, sounds)
+    yield "visual.patch_embed.proj.weight", (sizes.hidden, 3, 2, sizes.patch, sizes.patch)
+    merged, grouped = 4 * sizes.hidden, sizes.group * sounds
     for module, inner, outer in (
         ("visual.merger.mlp", merged, merged),
         ("audio_encoder.projection.mlp", grouped, 4 * grouped),
     ):
         yield f"{module}.0.weight", (outer, inner)
         yield f"{module}.2.weight", (hidden, outer)
-    for name in ("visual.merger.ln_q.weight", f"{local}norm.weight"):
-        yield name, (_HIDDEN,)
+    yield "visual.merger.ln_q.weight", (sizes.hidden,)
+    yield f"{local}norm.weight", (sounds,)
+
+
+def _mlp(hidden: int, inner: int) -> dict[str, tuple[int, ...]]:
+    return {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}

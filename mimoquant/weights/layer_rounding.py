@@ -1,11 +1,14 @@
 """What a checkpoint's own files say of how its inputs and caches are rounded: layer by layer, from stored scales.
 
 Key idea: engines take one input scale for all experts of a layer, gate and up together: the one of the largest
-activation. Where none is stored the scale is 1, NVIDIA's unit (amax 2688).
+activation. Where none is stored the scale is 1, NVIDIA's unit (amax 2688). Kernels that round to FP8 are given bf16, so
+a model that has a layer for them is stored in bf16 between operations, everywhere.
 Sources: vLLM 0.33 (`flashinfer_fp4_moe.py`, `oracle/nvfp4.py`: `a13_scale.max()`), SGLang 0.5.23 (`modelopt_quant.py`).
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -28,7 +31,9 @@ def layer_roundings(reader: CheckpointReader, layout: ModelLayout, asked: Roundi
     if not asked.anything:
         return ()
     weights = {weight.name: weight for of_unit in layout.units.values() for weight in of_unit}
-    return tuple(_of_layer(reader, layout, weights, number, asked) for number in range(layout.geometry.layers))
+    layers = [_of_layer(reader, layout, weights, number, asked) for number in range(layout.geometry.layers)]
+    in_bf16 = any({layer.qkv, layer.o, layer.mlp} != {NONE} for layer in layers)
+    return tuple(replace(layer, in_bf16=in_bf16) for layer in layers)
 
 
 def _of_layer(

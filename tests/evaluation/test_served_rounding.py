@@ -18,13 +18,13 @@ import mimoquant
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.cli.app import app
 from mimoquant.errors import CheckpointError, UsageError
+from mimoquant.evaluation.divergence import head_divergences, token_divergences
 from mimoquant.evaluation.eval_kl import CAUSES, AsServed, EvaluationFile, compare, eval_kl, open_layout
+from mimoquant.evaluation.side_by_side import final_hidden, streams_of
 from mimoquant.model import decoder_layer, layer_stream
 from mimoquant.model.decoder_layer import (
     DenseWeights,
-    Dispatch,
     ExpertChunk,
-    Routing,
     add_experts,
     attention,
     attention_block,
@@ -32,6 +32,7 @@ from mimoquant.model.decoder_layer import (
     rms_norm,
     route,
 )
+from mimoquant.model.dispatch import Dispatch, Routing
 from mimoquant.model.layer_stream import Stream, walk
 from mimoquant.model.served_rounding import FP8, MXFP8, NONE, NVFP4, LayerRounding, Rounding, rounded
 from mimoquant.quant.activations import round_kv_fp8
@@ -58,7 +59,7 @@ def test_inputs_of_products_are_rounded() -> None:
     hidden, (gate, up, down) = random(5, 64), (random(32, 64, seed=1), random(32, 64, seed=2), random(64, 32, seed=3))
     x = rounded(hidden, FP8)
     inner = rounded(F.silu(x @ gate.T) * (x @ up.T), FP8)
-    assert torch.equal(dense_mlp(hidden, DenseWeights(gate, up, down), FP8), inner @ down.T)
+    assert torch.equal(dense_mlp(hidden, DenseWeights(gate, up, down), LayerRounding(mlp=FP8)), inner @ down.T)
 
     rounding = LayerRounding(experts=NVFP4, down_scale=300.0)
     routing = Routing(torch.tensor([[0], [1], [1], [0], [1]]), torch.full((5, 1), 0.5))
@@ -70,6 +71,44 @@ def test_inputs_of_products_are_rounded() -> None:
         told = 0.5 * (rounded(inner[None], NVFP4, 300.0) @ chunk.down[expert].T)
         assert torch.allclose(sums[token], told[0], rtol=2e-5, atol=2e-5)
         assert not torch.allclose(sums[token], 0.5 * (inner @ chunk.down[expert].T), rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_operations_are_stored_in_bf16_as_torch_stores_them() -> None:
+    """An MLP beside torch's own arithmetic in bf16, on numbers whose sums are exact; experts once their gain is on."""
+    shapes = enumerate(((5, 64), (32, 64), (32, 64), (64, 32)))
+    hidden, gate, up, down = ((random(*shape, seed=seed) * 3).round() / 4 for seed, shape in shapes)
+    x, *weights = (part.bfloat16() for part in (hidden, gate, up, down))
+    told = ((F.silu(x @ weights[0].T) * (x @ weights[1].T)) @ weights[2].T).float()
+    served = LayerRounding(in_bf16=True)
+    assert torch.equal(dense_mlp(hidden, DenseWeights(gate, up, down), served), told)
+
+    chunk = ExpertChunk(0, torch.stack((gate, gate)), torch.stack((up, up)), torch.stack((down, -2 * down)))
+    routing = Routing(torch.tensor([[0, 1]] * 5), torch.tensor([[0.625, 0.375]] * 5))
+    inner, sums = (F.silu(x @ weights[0].T) * (x @ weights[1].T)).float() @ down.T, torch.zeros(5, 64)
+    add_experts(sums, hidden, Dispatch.of(routing, 2), chunk, served)
+    assert torch.equal(sums, (0.625 * inner).bfloat16().float() + (-0.75 * inner).bfloat16().float())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("asked", [Rounding(NONE, FP8), Rounding(NVFP4, NONE, FP8)])
+def test_a_model_is_stored_in_bf16_where_an_fp8_layer_is_rounded_and_only_there(asked: Rounding) -> None:
+    layout, ids, seen = open_layout(MICRO), torch.from_numpy(FEW.ids[:1]), set()
+    with CheckpointReader(layout.index) as reader:
+        source = CheckpointWeights(reader, layout, torch.device("cpu"))
+        norm, head = source.tensor("model.norm.weight"), source.tensor("lm_head.weight")
+        [stream] = streams_of(source, [[ids]])
+        stream.roundings = layer_roundings(reader, layout, asked)
+        walk([stream], lambda _: seen.add(torch.equal(stream.batches[0], stream.batches[0].bfloat16().float())))
+    in_bf16 = asked.dense == FP8
+    assert seen == {layer.in_bf16 for layer in stream.roundings} == {in_bf16}
+    final = final_hidden(stream, norm)
+    assert final.dtype == (torch.bfloat16 if in_bf16 else torch.float32)
+    wide, labels = final.float() @ head.float().T, ids[0, 1:]
+    logits = wide.to(final.dtype).float()
+    [ours] = head_divergences((final.float(), head), [(final, head)], labels)
+    [told] = token_divergences(lambda *at: wide[:, slice(*at)], [lambda *at: logits[:, slice(*at)]], len(head), labels)
+    assert ours.j == pytest.approx(told.j, rel=1e-3, abs=1e-9) and bool((ours.j > 0).any()) == in_bf16
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ import pytest
 from micro import MICRO, edit_json, plain_gptq
 
 from mimoquant.machine.memory import Machine, machine
+from mimoquant.planning import needs as planning_needs
 from mimoquant.planning.needs import fitting_plan, largest_chunk, needs, refusal, tower_bytes
 from mimoquant.planning.plan import Plan, make_plan
 from mimoquant.planning.recipe import load_recipe
@@ -135,6 +136,23 @@ def test_a_joint_refinement_is_reckoned_and_keeps_to_its_sum(tmp_path: Path) -> 
     options += ["--objective", "output"]
     done = quantize(MICRO, tmp_path / "out", needs(refined).host_bytes, "-r", "gptq-mxfp4", "--refine", "1", *options)
     assert done.returncode == 0, done.stderr
+
+
+def test_chunks_for_the_loss_are_halved_where_that_keeps_them_small(
+    sparse: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make(size: int) -> Plan:
+        return make_plan(sparse, load_recipe("gptq-int4-g128").calibrated_on({"tokens": 64}), chunk_bytes=size)
+
+    monkeypatch.setattr(planning_needs, "CUDA_CHUNK_BYTES", size := 140 * 2**20)
+    whole, half = (needs(make(of), "cuda").gpu_bytes for of in (size, size // 2))
+    assert half < whole
+    sizes = []
+    for most in (whole, half, half - 1):
+        monkeypatch.setattr(planning_needs, "_LOSS_BYTES", most)
+        plan = fitting_plan(make, "cuda", Machine(100 * GB, 90 * GB, 100 * GB))
+        sizes.append(needs(plan, "cuda").gpu_bytes)
+    assert sizes == [whole, half, whole]  # what is too much in any case is done as fast as can be
 
 
 def test_chunks_are_the_largest_that_fit_the_gpu(sparse: Path) -> None:

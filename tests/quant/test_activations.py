@@ -9,6 +9,7 @@ both grids, saturated, zeros) and both answers: vLLM 0.32 on a CPU (`ref_nvfp4_q
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -143,3 +144,14 @@ def test_cache_in_fp8() -> None:
     values = torch.tensor([0.0, 1.03, -17.0, 500.0, -(2.0**-10), 3e-3])
     assert round_kv_fp8(values).tolist() == [0.0, 1.0, -16.0, 448.0, -0.0, 2.0**-8]
     assert round_kv_fp8(values, 2.0).tolist()[3] == 512.0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is here")
+@pytest.mark.parametrize("quantize", [quantize_nvfp4, quantize_mxfp4, quantize_mxfp8, quantize_fp8])
+def test_a_gpu_rounds_as_a_cpu_does(quantize: Callable[[Tensor], Blocks]) -> None:
+    """By a number torch divides on CUDA with a reciprocal, which gave FP8 one code of 1,600 otherwise than kernels."""
+    rows = torch.randn(512, 2048, generator=torch.Generator().manual_seed(3)).bfloat16().float()
+    here, there = quantize(rows), quantize(rows.cuda())
+    assert torch.equal(here.scales, there.scales.cpu()) and torch.equal(here.elements, there.elements.cpu())
+    assert torch.equal(round_kv_fp8(rows, 0.3), round_kv_fp8(rows.cuda(), 0.3).cpu())

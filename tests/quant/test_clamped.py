@@ -37,6 +37,7 @@ def counted(stack: Stack, fmt: Format, search: str) -> tuple[dict[int, Clamped],
     parts = CpuEngine(1).encode({"gate": stack, "up": stack, "down": stack}, fmt, search)["down"]
     held = stored_parts(parts, fmt, torch.device("cpu"))
     found = clamped(stack, parts, fmt)
+    assert found == clamped(stack, parts, fmt, nearest=False), "what is looked at besides changes nothing"
     assert found == clamped_on_device(TorchEngine("cpu").bf16(stack), held, fmt), (
         "what a calibrated run counts is the same"
     )

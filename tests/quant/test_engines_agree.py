@@ -177,6 +177,17 @@ def assert_nearest(stack: Stack, parts: dict[str, np.ndarray], fmt: Format) -> N
     assert (np.abs(decoded - weights) <= distance + slack).all()
 
 
+def assert_distances(stack: Stack, parts: dict[str, np.ndarray], fmt: Format) -> None:
+    """How far codes are that need not be the nearest, as `verify` sums it: here those of the next expert."""
+    parts = {name: np.roll(part, 1, axis=0) for name, part in parts.items()}
+    weights, decoded = bf16_values(stack), decode(tensors_of(parts, fmt), fmt).double().numpy()
+    expected = ((decoded - weights) ** 2).sum((1, 2)), (weights**2).sum((1, 2))
+    for cpu in CPUS:
+        found = cpu.distances(stack, fmt, parts, signed=False)
+        for name, sums in zip(("error2", "weight2"), expected, strict=True):
+            np.testing.assert_allclose([getattr(one, name) for one in found], sums, rtol=1e-6, atol=1e-70)
+
+
 @pytest.mark.parametrize(("fmt", "search"), CASES)
 @settings(max_examples=6, deadline=None)
 @given(data=st.data())
@@ -187,6 +198,7 @@ def test_same_bytes_and_nearest_values(fmt: Format, search: str, data: st.DataOb
         assert_equal_bytes(cpu.encode(stacks, fmt, search), theirs)
     for projection, stack in stacks.items():
         assert_nearest(stack, theirs[projection], fmt)
+        assert_distances(stack, theirs[projection], fmt)
 
 
 @pytest.mark.slow

@@ -29,10 +29,11 @@ from mimoquant.quant.formats import INT4_ZERO_SCALE, MXFP4_ROUND_UP, NVFP4_SMALL
 from mimoquant.quant.kernels.compiled import compiled
 from mimoquant.quant.kernels.fp8_cpu import FP8_UNIT, amax_bits, fp8_row, round_bf16
 
-U32, F32, I32 = np.uint32, np.float32, np.int32
+U32, F32, F64, I32 = np.uint32, np.float32, np.float64, np.int32
 _MAGIC = F32(12582912.0)  # 1.5 * 2^23: adding it rounds |x| < 2^22 to a whole number, ties to even
 _MAGIC_HALF, _MAGIC_TWO = F32(6291456.0), F32(25165824.0)  # the same for steps of 1/2 and 2
 _ABS, _INF = U32(0x7FFFFFFF), U32(0x7F800000)
+_LANES = 8  # every group is a multiple of them
 _ROUND_UP = U32(MXFP4_ROUND_UP)
 _ZERO_INT4, _ZERO_NVFP4 = F32(INT4_ZERO_SCALE), F32(NVFP4_ZERO_SCALE)
 _SMALLEST_NVFP4 = F32(NVFP4_SMALLEST_SCALE)
@@ -442,6 +443,34 @@ def audit_rows(fp8, bf16, scales, scale_row, begin, end, codes, group_scale, zer
             if not (distance <= 1.00002 and scale > F32(0) and math.isfinite(scale)):
                 outside += 1
             worst = distance if distance > worst and not (clipped and distance <= 1.0) else worst
-            error2 += float(difference) * float(difference)
-            weight2 += float(values[i]) * float(values[i])
+            error2 += F64(difference) * F64(difference)  # a plain float() stays in 32 bits here
+            weight2 += F64(values[i]) * F64(values[i])
     return worst, outside, error2, weight2
+
+
+@_jit
+def error_rows(fp8, bf16, scales, scale_row, begin, end, codes, group_scale, zero, table):
+    """How far codes are from their source: the sums of squared differences (NaN where a weight is not finite) and of
+    squared weights, in float64.
+
+    `table` float32 [16]: grid value of each code, in units of the scale. Sums go in lanes, which vectorize.
+    """
+    width = codes.shape[1] * 2
+    values, levels = np.empty(width, F32), np.empty(width, F32)
+    bits, size = values.view(U32), width // group_scale.shape[1]
+    error2, weight2, bad = np.zeros(_LANES), np.zeros(_LANES), 0
+    for row in range(begin, end):
+        bad += _load_row(row, fp8, bf16, scales, scale_row, values, bits)
+        packed = codes[row]
+        for i in range(packed.shape[0]):
+            levels[2 * i] = table[packed[i] & np.uint8(15)]
+            levels[2 * i + 1] = table[packed[i] >> np.uint8(4)]
+        for place in range(group_scale.shape[1]):
+            scale, offset, first = group_scale[row, place], zero[row, place], place * size
+            group, level = values[first : first + size], levels[first : first + size]
+            for i in range(0, size, _LANES):
+                for lane in range(_LANES):
+                    difference = F64(group[i + lane] - (level[i + lane] - offset) * scale)
+                    error2[lane] += difference * difference
+                    weight2[lane] += F64(group[i + lane]) * F64(group[i + lane])
+    return math.nan if bad else error2.sum(), weight2.sum()
