@@ -31,14 +31,13 @@ from torch import Tensor
 from mimoquant.quant.formats import E2M1_VALUES, NVFP4_SMALLEST_SCALE
 from mimoquant.quant.kernels.columns import Columns
 from mimoquant.quant.kernels.compiled import compiled
+from mimoquant.quant.kernels.e2m1_cpu import e2m1_code, round_e2m1
 from mimoquant.quant.kernels.encode_cpu import (
     F32,
     I32,
     U32,
-    e2m1_code,
     e4m3_byte,
     e4m3_value,
-    round_e2m1,
     round_level,
 )
 from mimoquant.quant.kernels.fp8_cpu import round_bf16

@@ -27,11 +27,11 @@ import numpy as np
 
 from mimoquant.quant.formats import INT4_ZERO_SCALE, MXFP4_ROUND_UP, NVFP4_SMALLEST_SCALE, NVFP4_ZERO_SCALE
 from mimoquant.quant.kernels.compiled import compiled
+from mimoquant.quant.kernels.e2m1_cpu import e2m1, round_e2m1
 from mimoquant.quant.kernels.fp8_cpu import FP8_UNIT, amax_bits, fp8_row, round_bf16
 
 U32, F32, F64, I32 = np.uint32, np.float32, np.float64, np.int32
 _MAGIC = F32(12582912.0)  # 1.5 * 2^23: adding it rounds |x| < 2^22 to a whole number, ties to even
-_MAGIC_HALF, _MAGIC_TWO = F32(6291456.0), F32(25165824.0)  # the same for steps of 1/2 and 2
 _ABS, _INF = U32(0x7FFFFFFF), U32(0x7F800000)
 _LANES = 8  # every group is a multiple of them
 _ROUND_UP = U32(MXFP4_ROUND_UP)
@@ -213,31 +213,6 @@ def encode_int4(
 
 
 @_inline
-def round_e2m1(y):
-    """Steps of .5 below 2, 1 below 4, 2 up to 6: a magic number of that many units rounds to that step."""
-    y = y if y < F32(6) else F32(6)
-    magic = _MAGIC_HALF if y < F32(2) else (_MAGIC if y < F32(4) else _MAGIC_TWO)
-    return (y + magic) - magic
-
-
-@_inline
-def e2m1_code(rounded):
-    twice = I32(rounded * F32(2))
-    return twice if twice < I32(5) else (I32(5) if twice < I32(7) else (I32(6) if twice < I32(10) else I32(7)))
-
-
-@_inline
-def _e2m1(y):
-    """`e2m1_code(round_e2m1(y))` in half the steps: below 1 the magic sum's last bits are the code, from 1 on a value
-    rounded to one bit of mantissa has it as its highest ones."""
-    y = y if y < F32(6) else F32(6)
-    small = U32(F32(y + _MAGIC_HALF).view(U32) & U32(7))
-    bits = F32(y).view(U32)
-    odd = U32(U32(bits >> U32(22)) & U32(1))
-    return small if y < F32(1) else U32(U32(U32(bits + U32(0x1FFFFF) + odd) >> U32(22)) - U32(252))
-
-
-@_inline
 def _fp4_square(magnitude, scale):
     difference = round_e2m1(magnitude / scale) * scale - magnitude
     return difference * difference
@@ -269,7 +244,7 @@ def _fp4_loses(largest, scale, weight, best):
 def _fp4_codes(group, scale, codes):
     for i in range(group.shape[0]):
         sign = U32(8) if group[i] < F32(0) else U32(0)
-        codes[i] = np.uint8(_e2m1(abs(group[i]) / scale) | sign)
+        codes[i] = np.uint8(e2m1(abs(group[i]) / scale) | sign)
 
 
 @_inline
@@ -314,7 +289,7 @@ def _mxfp4_plain(values, bits, codes, scale_out):
         factor = _exp2(254 - biased)
         for i in range(32):
             sign = U32(8) if values[g, i] < F32(0) else U32(0)
-            codes[g, i] = np.uint8(_e2m1(abs(values[g, i]) * factor) | sign)
+            codes[g, i] = np.uint8(e2m1(abs(values[g, i]) * factor) | sign)
         scale_out[g] = np.uint8(biased)
         most = largest if largest > most else most
     return most
