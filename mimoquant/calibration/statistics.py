@@ -23,17 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mimoquant.errors import CheckpointError
-from mimoquant.model.decoder_layer import (
-    Dispatch,
-    ExpertChunk,
-    Group,
-    Routing,
-    float32_parts,
-    gated,
-    of_group,
-    on_device,
-    product,
-)
+from mimoquant.model.decoder_layer import ExpertChunk, float32_parts, gated, of_group, product
+from mimoquant.model.dispatch import Dispatch, Group, Routing, on_device
 from mimoquant.quant.order import cuda_passes
 
 Rows = Callable[[Tensor, Group], Tensor]  # tokens [m, c, H] of a group of experts → what a projection sees [m, c, K]

@@ -27,6 +27,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from mimoquant.model.decoder_layer import float32_parts, product
 from mimoquant.wording import FEWEST_SEQUENCES
 
 Floats = npt.NDArray[np.float64]
@@ -190,8 +191,7 @@ Head = tuple[Tensor, Tensor]  # final (normed) hidden states [tokens, H], and an
 
 def logits_of(hidden: Tensor, head: Tensor) -> Tensor:
     """In the states' dtype at least float32; of states that are stored in bf16 they are stored so too."""
-    wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-    made = wide @ head.to(wide.dtype).T
+    made = product(float32_parts(hidden, head), head)
     return made.to(hidden.dtype).to(made.dtype)
 
 

@@ -24,11 +24,11 @@ from mimoquant.model.decoder_layer import (
     ExpertChunk,
     LayerWeights,
     Router,
-    Routing,
     add_experts,
     attention_block,
     rms_norm,
 )
+from mimoquant.model.dispatch import Routing
 from mimoquant.model.layer_stream import (
     Stream,
     WeightSource,

@@ -38,7 +38,8 @@ from mimoquant.fisher.matrices import Fisher
 from mimoquant.mixing.attribution import Floats, drawn
 from mimoquant.mixing.mixtures import LayerOption
 from mimoquant.model.backward import norm_gradient
-from mimoquant.model.decoder_layer import Router, Routing
+from mimoquant.model.decoder_layer import Router
+from mimoquant.model.dispatch import Routing
 
 _SMALL = 1e-30
 

@@ -32,15 +32,14 @@ from mimoquant.mixing.layer_options import LayerOptions, Option, Round
 from mimoquant.mixing.needs import probe_every
 from mimoquant.model.decoder_layer import (
     DenseWeights,
-    Dispatch,
     ExpertChunk,
     LayerWeights,
     Router,
-    Routing,
     add_experts,
     add_group,
     expert_outputs,
 )
+from mimoquant.model.dispatch import Dispatch, Routing
 from mimoquant.model.layer_stream import Block, Stream, add_blocks, attend_and_route, dense_layer, on_host
 from mimoquant.model.served_rounding import NONE, NVFP4, UNROUNDED, LayerRounding, Roundings
 

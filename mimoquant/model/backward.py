@@ -25,18 +25,16 @@ from mimoquant.model.attention import Heads, attention_shares
 from mimoquant.model.decoder_layer import (
     AttentionWeights,
     DenseWeights,
-    Dispatch,
     ExpertChunk,
     ForwardConfig,
-    Group,
     Router,
-    Routing,
     attention_heads,
     float32_parts,
     group_of_chunk,
     product,
     rotate,
 )
+from mimoquant.model.dispatch import Dispatch, Group, Routing
 
 
 def linear_gradient(y: Tensor, weight: Tensor) -> Tensor:

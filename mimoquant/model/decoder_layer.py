@@ -14,9 +14,7 @@ Reference: transformers 5.17 `mimo_v2_flash` (tests hold the two equal), the pub
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,11 +23,10 @@ from torch import Tensor
 
 from mimoquant.model.attention import Heads, attend
 from mimoquant.model.config_keys import number, read_rope, text_keys
+from mimoquant.model.dispatch import Dispatch, Group, Routing
 from mimoquant.model.served_rounding import NONE, UNROUNDED, LayerRounding, rounded
+from mimoquant.quant.kernels.triton_modules import triton_kernels
 from mimoquant.quant.order import cuda_passes
-
-_GROUP_ROWS = 2**16  # of tokens that go through a group of experts at once
-_ALONE = 512  # tokens of an expert that are a product of their own on CUDA: nothing padded, no weight copied
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,14 +91,6 @@ class LayerWeights:
     post_norm: Tensor
     attention: AttentionWeights
     mlp: DenseWeights | Router
-
-
-@dataclass(frozen=True, slots=True)
-class Routing:
-    """Chosen experts [B*T, k] (int64, by falling score) and their weights [B*T, k]."""
-
-    experts: Tensor
-    weights: Tensor
 
 
 def read_forward_config(config: dict[str, Any], where: str) -> ForwardConfig:
@@ -220,110 +209,6 @@ def route(tokens: Tensor, router: Router, top_k: int) -> Routing:
     return Routing(experts, chosen / (chosen.sum(-1, keepdim=True) + 1e-20))
 
 
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Experts with a similar number of tokens: `rows` and `gains` [m, c] are padded, with gain 0, to a common c; `used`
-    [m, c] is False there. `members` [m] are the experts' numbers on the device."""
-
-    experts: list[int]
-    counts: list[int]
-    members: Tensor
-    rows: Tensor
-    gains: Tensor
-    used: Tensor
-
-    @property
-    def padded(self) -> bool:
-        return min(self.counts) < self.rows.shape[1]
-
-    def places(self, begin: int) -> Tensor | slice:
-        """Where its experts lie among those from `begin` on; of one a slice, by which no matrix is copied."""
-        if len(self.experts) == 1:
-            place = self.experts[0] - begin
-            return slice(place, place + 1)
-        return self.members - begin
-
-
-@dataclass(frozen=True, slots=True)
-class Dispatch:
-    """The (token, expert) pairs of some tokens sorted by expert: pairs begins[e] to begins[e+1] are those of expert e.
-
-    rows [pairs] (int64, which token), gains [pairs] and `starts` (`begins` again) are on the device, `begins` is not:
-    nothing waits for the device after this has been made.
-    """
-
-    rows: Tensor
-    gains: Tensor
-    begins: list[int]
-    starts: Tensor
-    _kept: dict[tuple[int, int], list[Group]] = field(default_factory=dict, repr=False, compare=False)
-
-    @staticmethod
-    def of(routing: Routing, experts: int) -> Dispatch:
-        flat = routing.experts.flatten()
-        order = torch.argsort(flat, stable=True)
-        starts = F.pad(torch.cumsum(torch.bincount(flat, minlength=experts), 0), (1, 0))
-        rows, gains = order // routing.experts.shape[1], routing.weights.flatten()[order]
-        return Dispatch(rows, gains, starts.tolist(), starts)
-
-    def groups(self, begin: int, end: int) -> list[Group]:
-        """Experts begin..end that have tokens, as groups whose padding is at most an eighth. The last ones that were
-        asked for are kept: statistics and outputs ask for the same."""
-        if (begin, end) not in self._kept:
-            self._kept.clear()
-            self._kept[begin, end] = self._grouped(begin, end)
-        return self._kept[begin, end]
-
-    def _grouped(self, begin: int, end: int) -> list[Group]:
-        alike: dict[int, list[int]] = {}
-        for expert in range(begin, end):
-            count = self.begins[expert + 1] - self.begins[expert]
-            if count:
-                alone = self.rows.is_cuda and count >= _ALONE
-                alike.setdefault(count if alone else _capacity(count), []).append(expert)
-        device, out = self.rows.device, []
-        placed, true = on_device([e for members in alike.values() for e in members], device), _true(device)
-        for capacity, experts in alike.items():
-            step = max(1, _GROUP_ROWS // capacity)
-            own, placed = placed[: len(experts)], placed[len(experts) :]
-            if capacity >= _ALONE and self.rows.is_cuda:
-                out += [self._alone(expert, own[i : i + 1], true) for i, expert in enumerate(experts)]
-                continue
-            for first in range(0, len(experts), step):
-                out.append(self._group(experts[first : first + step], own[first : first + step], capacity))
-        return out
-
-    def _alone(self, expert: int, member: Tensor, true: Tensor) -> Group:
-        """Its pairs as they lie."""
-        begin, end = self.begins[expert : expert + 2]
-        own, used = slice(begin, end), true.expand(1, end - begin)
-        return Group([expert], [end - begin], member, self.rows[None, own], self.gains[None, own], used)
-
-    def _group(self, experts: list[int], members: Tensor, capacity: int) -> Group:
-        starts, ends = self.starts[members][:, None], self.starts[members + 1][:, None]
-        place = starts + torch.arange(capacity, device=members.device)[None, :]
-        used = place < ends
-        place = place.clamp(max=len(self.rows) - 1)
-        counts = [self.begins[expert + 1] - self.begins[expert] for expert in experts]
-        return Group(experts, counts, members, self.rows[place], self.gains[place] * used, used)
-
-
-def on_device(numbers: Sequence[float], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
-    """[n], without waiting for what the device has been given to do."""
-    return torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
-
-
-@cache
-def _true(device: torch.device) -> Tensor:
-    return torch.ones(1, 1, dtype=torch.bool, device=device)
-
-
-def _capacity(count: int) -> int:
-    """`count` rounded up to four significant bits, at least 8."""
-    step = max(8, 1 << max(0, count.bit_length() - 4))
-    return -(-count // step) * step
-
-
 def add_experts(
     out: Tensor, tokens: Tensor, dispatch: Dispatch, chunk: ExpertChunk, rounding: LayerRounding = UNROUNDED
 ) -> None:
@@ -331,11 +216,29 @@ def add_experts(
 
     `tokens` are rounded already where they are, once for all experts; `rounding` is of down's inputs.
 
-    Experts with a similar number of tokens form one stacked product. Their results are added expert by expert: a token
-    occurs once in each, so the order of the sum is fixed on every device.
+    Experts with a similar number of tokens form one stacked product; where Triton is, all of the chunk do. Results are
+    added expert by expert: a token occurs once in each, so the order of the sum is fixed on every device.
     """
+    if not rounding.in_bf16 and (kernels := _expert_kernels(tokens, out, chunk)):
+        for tiles, span in dispatch.tiles(chunk.begin, chunk.begin + len(chunk.gate), kernels.tile_rows(out.device)):
+            inner = kernels.gate_up(tokens, dispatch.rows, chunk.gate, chunk.up, tiles, span)
+            made = kernels.down(rounded(inner, rounding.experts, rounding.down_scale), chunk.down, tiles, span[0])
+            kernels.add(out, made, dispatch.pairs, dispatch.gains, span[0])
+        return
     for group in dispatch.groups(chunk.begin, chunk.begin + len(chunk.gate)):
         add_group(out, group, expert_outputs(tokens, group, chunk, rounding), rounding)
+
+
+def _expert_kernels(tokens: Tensor, out: Tensor, chunk: ExpertChunk) -> Any:
+    """The module that takes tokens through all experts of a chunk at once; None where it, or one of the dtypes, is
+    none."""
+    if not (tokens.is_cuda and out.dtype == torch.float32 and tokens.dtype in (torch.float32, torch.bfloat16)):
+        return None
+    if any(weight.dtype != torch.bfloat16 for weight in (chunk.gate, chunk.up, chunk.down)):
+        return None
+    if torch.cuda.get_device_capability(tokens.device) < (8, 0):  # has no products of bfloat16
+        return None
+    return triton_kernels("experts_cuda")
 
 
 def expert_outputs(tokens: Tensor, group: Group, chunk: ExpertChunk, rounding: LayerRounding = UNROUNDED) -> Tensor:

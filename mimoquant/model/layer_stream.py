@@ -24,18 +24,17 @@ from torch import Tensor
 from mimoquant.machine.overlap import read_ahead
 from mimoquant.model.decoder_layer import (
     DenseWeights,
-    Dispatch,
     ExpertChunk,
     ForwardConfig,
     LayerWeights,
     Router,
-    Routing,
     add_experts,
     attention_block,
     dense_mlp,
     rms_norm,
     route,
 )
+from mimoquant.model.dispatch import Dispatch, Routing
 from mimoquant.model.served_rounding import UNROUNDED, LayerRounding, Roundings
 
 Weights = LayerWeights | ExpertChunk

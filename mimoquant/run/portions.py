@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from mimoquant.machine.team import Team
-from mimoquant.model.decoder_layer import Dispatch, ExpertChunk, LayerWeights, Router, Routing, add_experts
+from mimoquant.model.decoder_layer import ExpertChunk, LayerWeights, Router, add_experts
+from mimoquant.model.dispatch import Dispatch, Routing
 from mimoquant.model.layer_stream import (
     BLOCK_TOKENS,
     Block,

@@ -7,6 +7,7 @@ walker does not know what it walks through. Formats are told by what is stored, 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ from mimoquant.model.mtp import MtpWeights
 from mimoquant.model.qkv import deinterleave_rows
 from mimoquant.quant.engine_torch import TorchEngine, decode, dequantize_fp8, exp2
 from mimoquant.quant.formats import Format
-from mimoquant.weights.stored import dequantize, packed_format, part_name, read_matrix, read_stack
+from mimoquant.weights.stored import packed_format, part_name, read_stack, scale_rows
 
 CHUNK_ELEMENTS = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}  # weights of the experts that are decoded together
 
@@ -61,10 +62,10 @@ class CheckpointWeights:
                 values = values.to(torch.bfloat16)
         elif weight.scale and weight.scale.dtype == "U8":
             values = self._mxfp8(weight)
+        elif weight.scale:
+            values = self._fp8(weight)
         else:
-            stack = read_matrix(self.reader, weight) if len(weight.info.shape) == 2 else None
-            bits = dequantize(stack, weight, self.layout.geometry, self._engine) if stack else self.reader.read(name)
-            values = torch.from_numpy(np.ascontiguousarray(bits).reshape(-1).view(np.uint8)).view(torch.bfloat16)
+            values = self._parts([weight.info], torch.bfloat16)[0]
         values = values.reshape(weight.info.shape).to(self.device, dtype)
         if not is_finite(values):
             raise self._damaged(name)
@@ -72,6 +73,13 @@ class CheckpointWeights:
 
     def _damaged(self, name: str) -> CheckpointError:
         return damaged(self.layout.index.folder, name)
+
+    def _fp8(self, weight: Weight) -> torch.Tensor:
+        held = read_stack(self.reader, [weight], self._engine.empty)
+        assert held.scales is not None
+        codes, scales = (torch.from_numpy(part[0]).to(self.device) for part in (held.values, held.scales))
+        rows = scale_rows(weight.role, len(codes), len(scales), self.layout.geometry)
+        return dequantize_fp8(codes.view(torch.float8_e4m3fn), scales, torch.from_numpy(rows).to(self.device))
 
     def _mxfp8(self, weight: Weight) -> torch.Tensor:
         """FP8 with an E8M0 scale for 32 of a row, whose name may end in `_inv`: it is a scale all the same."""
@@ -134,10 +142,22 @@ class CheckpointWeights:
             return
         elements = 3 * geometry.hidden * geometry.expert_intermediate
         step = max(1, CHUNK_ELEMENTS[self.device.type] // elements)
-        for begin in range(0, geometry.experts, step):
-            end = min(begin + step, geometry.experts)
-            gate, up, down = (self._stack(number, begin, end, projection) for projection in PROJECTIONS)
-            yield ExpertChunk(begin, gate, up, down)
+        with ThreadPoolExecutor(len(PROJECTIONS), thread_name_prefix="stack") as pool:
+            for begin in range(0, geometry.experts, step):
+                end = min(begin + step, geometry.experts)
+                yield ExpertChunk(begin, *self._stacks(number, begin, end, pool))
+
+    def _stacks(self, number: int, begin: int, end: int, pool: Executor) -> Iterator[torch.Tensor]:
+        """Of gate, up and down; on CUDA one is read while another is decoded, by the caller's stream."""
+        if self.device.type != "cuda":
+            return (self._stack(number, begin, end, projection) for projection in PROJECTIONS)
+        stream = torch.cuda.current_stream(self.device)
+
+        def made(projection: str) -> torch.Tensor:
+            with torch.cuda.stream(stream):
+                return self._stack(number, begin, end, projection)
+
+        return pool.map(made, PROJECTIONS)
 
     def expert(self, number: int, expert: int, projection: str) -> torch.Tensor:
         """One expert's matrix [O, I]."""
@@ -148,7 +168,7 @@ class CheckpointWeights:
         if weights[0].packed:
             values = self._unpack(weights).to(torch.bfloat16)
         else:
-            values = self._engine.bf16(read_stack(self.reader, weights))
+            values = self._engine.bf16(read_stack(self.reader, weights, self._engine.empty))
         if not is_finite(values):
             bad = next(weight for weight, of in zip(weights, values, strict=True) if not is_finite(of))
             raise self._damaged(bad.name)
@@ -169,9 +189,9 @@ class CheckpointWeights:
 
     def _parts(self, infos: list[TensorInfo], dtype: torch.dtype) -> torch.Tensor:
         """The same part of several experts, stacked; uint8 as bytes [e, n], others [e, *shape]."""
-        raw = np.empty((len(infos), infos[0].size_bytes), np.uint8)
+        raw = self._engine.empty((len(infos), infos[0].size_bytes), np.uint8)
         self.reader.read_many(zip(infos, raw, strict=True))
-        values = torch.from_numpy(raw).to(self.device).view(dtype)
+        values = torch.from_numpy(raw).to(self.device, non_blocking=True).view(dtype)
         return values.reshape(len(infos), *infos[0].shape) if dtype == TORCH_DTYPES[infos[0].dtype] else values
 
 

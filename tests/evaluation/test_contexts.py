@@ -15,7 +15,7 @@ from mimoquant.calibration.tokens import TokenSet
 from mimoquant.evaluation.contexts import CONTEXTS, contexts_of
 from mimoquant.evaluation.divergence import TokenScores
 from mimoquant.evaluation.summary import summarize
-from mimoquant.model.decoder_layer import Dispatch, Routing
+from mimoquant.model.dispatch import Dispatch, Routing
 from mimoquant.model.media import Picture, Placed, Sound
 from mimoquant.report.coverage_text import coverage_text
 from mimoquant.report.eval_text import context_rows

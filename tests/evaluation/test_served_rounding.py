@@ -24,9 +24,7 @@ from mimoquant.evaluation.side_by_side import final_hidden, streams_of
 from mimoquant.model import decoder_layer, layer_stream
 from mimoquant.model.decoder_layer import (
     DenseWeights,
-    Dispatch,
     ExpertChunk,
-    Routing,
     add_experts,
     attention,
     attention_block,
@@ -34,6 +32,7 @@ from mimoquant.model.decoder_layer import (
     rms_norm,
     route,
 )
+from mimoquant.model.dispatch import Dispatch, Routing
 from mimoquant.model.layer_stream import Stream, walk
 from mimoquant.model.served_rounding import FP8, MXFP8, NONE, NVFP4, LayerRounding, Rounding, rounded
 from mimoquant.quant.activations import round_kv_fp8

@@ -13,11 +13,9 @@ from mimoquant.model import backward
 from mimoquant.model.decoder_layer import (
     AttentionWeights,
     DenseWeights,
-    Dispatch,
     ExpertChunk,
     ForwardConfig,
     Router,
-    Routing,
     add_experts,
     attention,
     dense_mlp,
@@ -25,6 +23,7 @@ from mimoquant.model.decoder_layer import (
     rms_norm,
     route,
 )
+from mimoquant.model.dispatch import Dispatch, Routing
 
 DRAWS, SEQUENCES, TOKENS, HIDDEN, INNER, EXPERTS, TOP_K = 2, 3, 40, 32, 24, 7, 3
 CONFIG = ForwardConfig(

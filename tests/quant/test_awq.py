@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mimoquant.model.decoder_layer import Dispatch, ExpertChunk, Router, add_experts, rms_norm, route
+from mimoquant.model.decoder_layer import ExpertChunk, Router, add_experts, rms_norm, route
+from mimoquant.model.dispatch import Dispatch
 from mimoquant.quant.awq import (
     LIMIT,
     best_fold,

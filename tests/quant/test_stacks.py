@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from mimoquant.calibration import statistics
-from mimoquant.model.decoder_layer import Dispatch, Routing, add_group
+from mimoquant.model.decoder_layer import add_group
+from mimoquant.model.dispatch import Dispatch, Routing
 from mimoquant.quant import order
 from mimoquant.quant.engine_torch import amax, decode, encode, nvfp4_global_scale, pack_nibbles
 from mimoquant.quant.expert_methods import as_read, encode_with

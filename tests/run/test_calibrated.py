@@ -22,7 +22,8 @@ from mimoquant.checkpoint.journal import read_journal
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.errors import QualityError, RecipeError, UsageError
 from mimoquant.evaluation.eval_kl import eval_kl, open_layout
-from mimoquant.model.decoder_layer import Dispatch, ExpertChunk, Router, Routing, add_experts, attention_block, route
+from mimoquant.model.decoder_layer import ExpertChunk, Router, add_experts, attention_block, route
+from mimoquant.model.dispatch import Dispatch, Routing
 from mimoquant.model.layer_stream import Stream, add_blocks, attend_and_route, dense_layer
 from mimoquant.model.layout import norm_name, router_name
 from mimoquant.output.verify import verify

@@ -23,7 +23,8 @@ from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.cli.app import app
 from mimoquant.errors import RecipeError
 from mimoquant.evaluation.eval_kl import open_layout
-from mimoquant.model.decoder_layer import DenseWeights, Dispatch, ExpertChunk, Routing, add_experts
+from mimoquant.model.decoder_layer import DenseWeights, ExpertChunk, add_experts
+from mimoquant.model.dispatch import Dispatch, Routing
 from mimoquant.model.layer_stream import Stream, add_blocks, attend_and_route, dense_layer
 from mimoquant.model.served_rounding import NONE, NVFP4, Rounding
 from mimoquant.output.verify import verify
