@@ -20,11 +20,11 @@ def left_out_note(left_out: list[str]) -> list[str]:
     return [f"its config quantizes {' and '.join(left_out)} too: J is of its weights alone"] if left_out else []
 
 
-def rounding_note(experts: str, dense: str, kv_cache: str, input_scales: str | None) -> str:
-    """What an evaluation rounded beside weights."""
+def rounding_note(experts: str, dense: str, kv_cache: str, input_scales: str | None, stored: str) -> str:
+    """What an evaluation rounded beside weights; `stored`: what states were, bf16 or float32."""
     scales = f" ({input_scales} input scales)" if input_scales else ""
-    stored = "" if dense == "none" else " (states stored in bf16 between operations)"
-    return f"inputs of experts {experts}{scales}, of FP8 beside them {dense}{stored}, KV cache {kv_cache}"
+    beside = f"{dense} (states stored in bf16 between operations)" if stored == "bf16" else dense
+    return f"inputs of experts {experts}{scales}, of FP8 beside them {beside}, KV cache {kv_cache}"
 
 
 class Reached(TypedDict):

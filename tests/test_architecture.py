@@ -34,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "machine": {"quant"},
     "checkpoint": {"machine"},
     "model": {"checkpoint", "machine", "quant"},
-    "weights": {"checkpoint", "model", "quant"},
+    "weights": {"checkpoint", "machine", "model", "quant"},
     "calibration": {"checkpoint", "model", "quant"},
     "fisher": {"calibration", "checkpoint", "machine", "model", "weights"},
     "planning": {"checkpoint", "fisher", "machine", "model", "quant", "weights"},

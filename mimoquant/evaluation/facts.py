@@ -30,6 +30,7 @@ from mimoquant.evaluation.rounding_documents import CausePart, Rounded, Rounding
 from mimoquant.evaluation.summary import paired_difference, summarize
 from mimoquant.model.rounding import has_input_scales, left_out_of_j, rounds_activations
 from mimoquant.model.served_rounding import NONE, NVFP4
+from mimoquant.weights.layer_rounding import stored_in_bf16
 
 if TYPE_CHECKING:
     from mimoquant.evaluation.eval_kl import AsServed, Comparison, LayerTrace
@@ -114,7 +115,7 @@ def rounded_facts(reference: AsServed, candidate: AsServed, layout: ModelLayout)
     return Rounded(
         experts=asked.kinds,
         dense=asked.dense,
-        stored="float32" if asked.dense == NONE else "bf16",
+        stored="bf16" if stored_in_bf16(layout, asked) else "float32",
         kv_cache=asked.cache,
         reference=of_reference.told if of_reference.anything else None,
         input_scales=("stored" if has_input_scales(layout) else "unit") if NVFP4 in asked.kinds else None,

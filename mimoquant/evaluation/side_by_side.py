@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mimoquant.evaluation.divergence import TokenScores, head_divergences
+from mimoquant.evaluation.divergence import TokenScores, head_divergences, logits_of
 from mimoquant.evaluation.documents import NoiseFloor
 from mimoquant.evaluation.not_finite import all_finite
-from mimoquant.model.decoder_layer import linear, rms_norm
+from mimoquant.model.decoder_layer import rms_norm
 from mimoquant.model.layer_stream import Stream, portions
 from mimoquant.model.media import Placed
 from mimoquant.model.served_rounding import LayerRounding, Roundings
@@ -318,7 +318,7 @@ def _worst(
     rows = torch.from_numpy(order.copy())
     tops = []
     for hidden, head in ((reference, reference_head), (candidate, candidate_head)):
-        probabilities = linear(hidden[rows], head).softmax(-1)
+        probabilities = logits_of(hidden[rows], head).softmax(-1)
         values, ids = probabilities.topk(min(5, len(head)), dim=-1)
         tops.append([list(zip(i, v, strict=True)) for i, v in zip(ids.tolist(), values.tolist(), strict=True)])
     return [

@@ -51,9 +51,11 @@ class BlockDigest:
         return self._keep(view, begin, blocks), other._keep(more, second, blocks)
 
     def hexdigest(self) -> str:
+        last = BlockDigest()
+        last._state, last._tail, last._size_bytes = self._state.copy(), self._tail, self._size_bytes
         end = b"\x80" + bytes((55 - self._size_bytes) % 64) + (8 * self._size_bytes).to_bytes(8, "big")
-        self.update(memoryview(end))
-        digest: bytes = _kernels().digest_of(self._state)
+        last.update(memoryview(end))
+        digest: bytes = _kernels().digest_of(last._state)
         return digest.hex()
 
     def _fill(self, view: memoryview) -> int:
@@ -86,7 +88,7 @@ def _address(view: memoryview) -> int:
 
 
 def _kernels() -> Any:
-    """Compiled loops. No compiler is loaded before two files are hashed at once."""
+    """Compiled loops. No compiler is loaded before two files may be hashed at once."""
     from mimoquant.quant.kernels import sha256_cpu
 
     return sha256_cpu
@@ -151,19 +153,21 @@ class Hashing:
         with self._lock:
             if stream in self._open:
                 self._open.remove(stream)
+                self._more.notify()  # the one that is left need not wait for it
 
     def _start(self) -> None:
         while len(self._threads) < self._count:
             thread = threading.Thread(target=self._work, name=f"hash-{len(self._threads)}", daemon=True)
-            self._threads.append(thread)
             thread.start()
+            self._threads.append(thread)
 
     def _next(self) -> list[HashedStream]:
         """What can be hashed now: two files, or one that somebody waits for."""
         ready = [one for one in self._open if one.waiting_bytes and not one.is_busy and one.error is None]
         if not self._pairs:
             return ready[:1]
-        return ready[:2] if len(ready) > 1 else [stream for stream in ready if stream.is_awaited]
+        alone = len(self._open) == 1
+        return ready[:2] if len(ready) > 1 else [stream for stream in ready if alone or stream.is_awaited]
 
     def _work(self) -> None:
         while True:

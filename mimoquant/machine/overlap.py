@@ -26,6 +26,12 @@ def is_given_up() -> bool:
     return stop is not None and stop.is_set()
 
 
+def heir() -> Callable[[], None]:
+    """For threads that read on behalf of this one: called in each, it tells them when this one's work is given up."""
+    stop = getattr(_reading, "stop", None)
+    return lambda: setattr(_reading, "stop", stop)
+
+
 def read_ahead(items: Iterable[T], depth: int = 2) -> Generator[T, None, None]:
     """Yield `items`, produced by a thread up to `depth` ahead. Closing the generator stops the thread."""
     ready: queue.Queue[Any] = queue.Queue(depth)

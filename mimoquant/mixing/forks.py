@@ -294,7 +294,8 @@ class _Passage:
 
 
 class _Probing:
-    """One in `every` of the tokens of some blocks, on its way through the experts in all options."""
+    """One in `every` of the tokens of some blocks, on its way through the experts in all options. Answers stay float32
+    here where the branches' are stored in bf16: only their ratios are of use."""
 
     def __init__(
         self,

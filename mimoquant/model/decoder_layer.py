@@ -119,6 +119,7 @@ def attention_block(
     Args:
         hidden_BTH: positions 0..T-1 of independent sequences.
     """
+    hidden_BTH = rounding.stored(hidden_BTH)  # pictures' rows come as towers made them
     normed = rounding.stored(rms_norm(hidden_BTH, weights.input_norm, config.eps))
     hidden_BTH = rounding.stored(hidden_BTH + attention(normed, weights.attention, config, rounding))
     return hidden_BTH, rounding.stored(rms_norm(hidden_BTH, weights.post_norm, config.eps))

@@ -196,7 +196,7 @@ def _quality(measured: Evaluation) -> Iterator[str]:
     yield from (f"| what J leaves out | {note} |" for note in left_out_note(measured["left_out"]))
     if rounding := cast("RoundingFacts | None", measured.get("rounding")):
         kinds = rounding["experts"], rounding["dense"], rounding["kv_cache"], rounding["input_scales"]
-        yield f"| rounded beside weights | {rounding_note(*kinds)} |"
+        yield f"| rounded beside weights | {rounding_note(*kinds, rounding.get('stored', 'float32'))} |"
         names = {"weights": "J of weights alone", "activations": "J of activations alone", "both": "J of both"}
         of = f", {rounding['sequences']} sequences"
         yield from (f"| {names[part['cause']]}{of} | {number(part['j'])} |" for part in rounding["causes"])

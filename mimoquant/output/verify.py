@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,7 @@ from mimoquant.__version__ import SCHEMA_VERSION
 from mimoquant.checkpoint.folders import is_there, resolve_inside, sha256_inside
 from mimoquant.checkpoint.hf_files import FINGERPRINTS_NAME, is_unfinished, list_files
 from mimoquant.checkpoint.index import CheckpointIndex, TensorInfo, open_index
-from mimoquant.checkpoint.journal import HASHED_AT_ONCE, JOURNAL_NAME, JournalLine, read_journal
+from mimoquant.checkpoint.journal import JOURNAL_NAME, JournalLine, hashing_pool, read_journal
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.checkpoint.writer import Entry
 from mimoquant.errors import CheckpointError, MimoquantError, QualityError, UsageError
@@ -167,7 +166,7 @@ def _check_files(
     present = {path.name for path in out.iterdir() if path.suffix == ".safetensors"}
     for file in sorted(present - planned.keys()):
         report.problem(f"{file}: is an extra weights file")
-    with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
+    with hashing_pool() as pool:
         found = pool.map(lambda unit: _wrong_shard(out, unit, journal.get(unit.file)), planned.values())
         for number, (unit, wrong) in enumerate(zip(plan.units, found, strict=True), start=1):
             tell(f"hash of {unit.file}", number, len(planned))

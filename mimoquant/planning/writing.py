@@ -1,9 +1,9 @@
 """How a run's shards come to disk: how many are written at once, and what may wait for them.
 
-Key idea: a file is hashed by one thread, at a third of what a disk may take, so that several are written side by side
-wherever they can be filled faster. A cast computes next to nothing: its shards are filled in turn, a piece of each, so
-that all are written all the time and little waits. What takes its time to compute goes shard by shard, and costs a
-kill less.
+Key idea: hashing one file takes three times as long as a disk may take to write it, so several are written side by side
+wherever they can be filled faster; `machine.hashing` takes two at a time where cores are few. A cast computes next to
+nothing: its shards are filled in turn, a piece of each, so that all are written all the time and little waits. What
+takes its time to compute goes shard by shard, and costs a kill less.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mimoquant.planning.plan import CAST_CHUNK_BYTES, Plan
 
 QUEUE_BYTES = 192 * 2**20  # results of one shard that may wait for the disk
 CUDA_LANES = 3  # shards that are written and hashed at once where a GPU fills them faster than one thread hashes
-CAST_LANES = 4  # the same of a cast, which hashes on as many cores
+CAST_LANES = 4  # the same of a cast, on as many cores
 PIECE_BYTES = 2**25  # of a tensor that is copied, at a time
 SMALL_PIECE_BYTES = 2**23  # the same on a CPU, without calibration: little memory, that is used again
 

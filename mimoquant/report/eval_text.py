@@ -77,7 +77,8 @@ def what_j_is(facts: EvalKlDocument) -> str:
 def rounding_lines(rounding: Rounded) -> list[tuple[str, str]]:
     """(name, sentence): what was rounded, and how it is known that kernels do."""
     anything = rounding["reference"] or {rounding["experts"], rounding["dense"], rounding["kv_cache"]} != {"none"}
-    told = rounding_note(rounding["experts"], rounding["dense"], rounding["kv_cache"], rounding["input_scales"])
+    kinds = rounding["experts"], rounding["dense"], rounding["kv_cache"], rounding["input_scales"]
+    told = rounding_note(*kinds, rounding.get("stored", "float32"))  # which older documents do not say
     told += f"; the reference: {rounding['reference']}" if rounding["reference"] else "; the reference is not rounded"
     return [
         ("rounded", told if anything else "nothing"),

@@ -146,7 +146,8 @@ def rounding_lines(facts: SensitivityDocument) -> list[tuple[str, str]]:
     if rounding is None:
         return []
     inputs = ", ".join(f"{option} {kind}" for option, kind in rounding["inputs"].items())
-    told = rounding_note(f"({inputs})", rounding["dense"], rounding["kv_cache"], rounding["input_scales"])
+    dense, stored = rounding["dense"], "float32" if rounding["dense"] == "none" else "bf16"
+    told = rounding_note(f"({inputs})", dense, rounding["kv_cache"], rounding["input_scales"], stored)
     told += f"; the source: {rounding['reference']}" if rounding["reference"] else "; the source is not rounded"
     none, floor = (
         {*rounding["inputs"].values(), rounding["dense"], rounding["kv_cache"]} == {"none"},

@@ -18,6 +18,7 @@ from mimoquant.checkpoint.index import CheckpointIndex, TensorInfo
 from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.checkpoint.torch_file import read_vector
 from mimoquant.errors import CheckpointError
+from mimoquant.machine.overlap import heir
 from mimoquant.model.decoder_layer import (
     AttentionWeights,
     DenseWeights,
@@ -65,7 +66,7 @@ class CheckpointWeights:
         elif weight.scale:
             values = self._fp8(weight)
         else:
-            values = self._parts([weight.info], torch.bfloat16)[0]
+            values = torch.from_numpy(self.reader.read(name)).view(torch.bfloat16)
         values = values.reshape(weight.info.shape).to(self.device, dtype)
         if not is_finite(values):
             raise self._damaged(name)
@@ -75,7 +76,7 @@ class CheckpointWeights:
         return damaged(self.layout.index.folder, name)
 
     def _fp8(self, weight: Weight) -> torch.Tensor:
-        held = read_stack(self.reader, [weight], self._engine.empty)
+        held = read_stack(self.reader, [weight])
         assert held.scales is not None
         codes, scales = (torch.from_numpy(part[0]).to(self.device) for part in (held.values, held.scales))
         rows = scale_rows(weight.role, len(codes), len(scales), self.layout.geometry)
@@ -142,7 +143,7 @@ class CheckpointWeights:
             return
         elements = 3 * geometry.hidden * geometry.expert_intermediate
         step = max(1, CHUNK_ELEMENTS[self.device.type] // elements)
-        with ThreadPoolExecutor(len(PROJECTIONS), thread_name_prefix="stack") as pool:
+        with ThreadPoolExecutor(len(PROJECTIONS), thread_name_prefix="stack", initializer=heir()) as pool:
             for begin in range(0, geometry.experts, step):
                 end = min(begin + step, geometry.experts)
                 yield ExpertChunk(begin, *self._stacks(number, begin, end, pool))

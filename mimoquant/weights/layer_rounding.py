@@ -32,8 +32,27 @@ def layer_roundings(reader: CheckpointReader, layout: ModelLayout, asked: Roundi
         return ()
     weights = {weight.name: weight for of_unit in layout.units.values() for weight in of_unit}
     layers = [_of_layer(reader, layout, weights, number, asked) for number in range(layout.geometry.layers)]
-    in_bf16 = any({layer.qkv, layer.o, layer.mlp} != {NONE} for layer in layers)
-    return tuple(replace(layer, in_bf16=in_bf16) for layer in layers)
+    return tuple(replace(layer, in_bf16=stored_in_bf16(layout, asked)) for layer in layers)
+
+
+def stored_in_bf16(layout: ModelLayout, asked: Rounding) -> bool:
+    """Whether a kernel that rounds to FP8 is given some layer's states, so that all are stored in bf16."""
+    weights = {weight.name: weight for of_unit in layout.units.values() for weight in of_unit}
+    return any(set(_dense(layout, weights, number, asked)) != {NONE} for number in range(layout.geometry.layers))
+
+
+def _dense(layout: ModelLayout, weights: dict[str, Weight], number: int, asked: Rounding) -> tuple[str, str, str]:
+    """What the inputs of a layer's qkv, o and dense MLP are rounded to."""
+    prefix = f"model.layers.{number}."
+
+    def kind(*names: str) -> str:
+        present = [weight for name in names if (weight := weights.get(f"{prefix}{name}.weight"))]
+        kinds = {_stored_kind(weight) for weight in present}
+        one = kinds.pop() if asked.dense != NONE and len(kinds) == 1 else NONE
+        return asked.dense if one == FP8 else one
+
+    mlp = NONE if layout.geometry.moe[number] else kind(*(f"mlp.{projection}_proj" for projection in PROJECTIONS))
+    return kind(*(f"self_attn.{letter}_proj" for letter in ("qkv", "q", "k", "v"))), kind("self_attn.o_proj"), mlp
 
 
 def _of_layer(
@@ -45,22 +64,9 @@ def _of_layer(
     if experts == NVFP4:
         gate_up = _input_divisor(reader, layout, number, ("gate", "up"))
         down = _input_divisor(reader, layout, number, ("down",))
-
-    def dense(*names: str) -> str:
-        present = [weight for name in names if (weight := weights.get(f"{prefix}{name}.weight"))]
-        kinds = {_stored_kind(weight) for weight in present}
-        kind = kinds.pop() if asked.dense != NONE and len(kinds) == 1 else NONE
-        return asked.dense if kind == FP8 else kind
-
-    return LayerRounding(
-        experts,
-        gate_up,
-        down,
-        qkv=dense(*(f"self_attn.{letter}_proj" for letter in ("qkv", "q", "k", "v"))),
-        o=dense("self_attn.o_proj"),
-        mlp=NONE if geometry.moe[number] else dense(*(f"mlp.{projection}_proj" for projection in PROJECTIONS)),
-        cache=_cache_scales(reader, weights, prefix) if asked.cache == FP8 else None,
-    )
+    qkv, o, mlp = _dense(layout, weights, number, asked)
+    cache = _cache_scales(reader, weights, prefix) if asked.cache == FP8 else None
+    return LayerRounding(experts, gate_up, down, qkv, o, mlp, cache)
 
 
 def _stored_kind(weight: Weight) -> str:

@@ -187,14 +187,6 @@ def read_parts(
     return {p: {part: np.stack(arrays) for part, arrays in held.items()} for p, held in parts.items()}
 
 
-def read_matrix(reader: CheckpointReader, weight: Weight) -> Stack:
-    """One weight that is not an expert's, as a stack of one. Float32 is rounded to bf16."""
-    if weight.info.dtype != "F32":
-        return read_stack(reader, [weight])
-    values = reader.read(weight.info.name).view(np.float32).reshape(1, *weight.info.shape)
-    return Stack(rounded(values, weight.info), None)
-
-
 def rounded(values: Array, info: TensorInfo) -> Array:
     """Float32 as `bf16_bits`. Raises CheckpointError where one is not finite, or too large
     for bf16."""

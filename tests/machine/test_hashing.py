@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 
@@ -103,3 +104,22 @@ def test_what_hashing_raises_is_told_to_whoever_waits(monkeypatch: pytest.Monkey
         stream.put(NOISE.data)
         with pytest.raises(MemoryError):
             stream.hexdigest()
+
+
+@needs_instructions
+def test_a_file_that_is_alone_is_hashed_while_it_is_written_and_nobody_waits_for_one_that_is_done() -> None:
+    with Hashing(2, cores=2) as hashing:
+        one = hashing.stream()
+        one.put(NOISE.data)
+        deadline = time.monotonic() + 60
+        while not one.is_idle and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert one.is_idle  # without anybody who waits
+        other = hashing.stream()
+        one.put(NOISE.data)
+        other.close()
+        while not one.is_idle and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert one.is_idle
+        wanted = hashlib.sha256(2 * NOISE.tobytes()).hexdigest()
+        assert one.hexdigest() == wanted == one.hexdigest()

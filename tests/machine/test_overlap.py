@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from mimoquant.machine.overlap import WriteBehind
+from mimoquant.machine.overlap import WriteBehind, heir, is_given_up, read_ahead
 
 
 def test_a_lane_keeps_its_order_and_lanes_do_not_wait_for_each_other() -> None:
@@ -72,3 +74,26 @@ def test_an_error_of_the_block_is_the_one_that_is_raised() -> None:
     with pytest.raises(KeyError), WriteBehind(10, 2) as behind:
         behind.submit(0, 1, time.sleep, 0)
         raise KeyError
+
+
+def test_threads_that_read_for_another_know_that_its_work_is_given_up() -> None:
+    begun, told = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        begun.set()
+        for _ in range(6000):
+            if is_given_up():
+                told.set()
+                return
+            time.sleep(0.01)
+
+    def items() -> Iterator[None]:
+        yield None
+        with ThreadPoolExecutor(1, initializer=heir()) as pool:
+            yield pool.submit(wait).result()
+
+    ahead = read_ahead(items())
+    next(ahead)
+    assert begun.wait(60)
+    ahead.close()
+    assert told.is_set()

@@ -41,7 +41,8 @@ def test_chunks_of_experts_give_what_float64_gives(
     rows = drawn(tokens, hidden, seed=0).to(dtype)
     gate, up = (drawn(EXPERTS, inner, hidden, seed=seed).bfloat16() / hidden**0.5 for seed in (1, 2))
     down = drawn(EXPERTS, hidden, inner, seed=3).bfloat16()
-    favour = torch.linspace(0, 4, EXPERTS)  # some experts get many tokens, some next to none
+    favour = torch.linspace(0, 4, EXPERTS)  # some experts get many tokens, some next to none, one has none
+    favour[2] = -torch.inf
     chosen = (drawn(tokens, EXPERTS, seed=4) + favour).topk(TOP_K).indices
     routing = Routing(chosen, drawn(tokens, TOP_K, seed=5).abs())
     there = [tensor.to(device) for tensor in (rows, chosen, routing.weights, gate, up, down)]

@@ -28,7 +28,7 @@ from mimoquant.quant.engine_torch import TorchEngine
 from mimoquant.synthetic.checkpoint import LAYOUTS, SynthSizes, stored_tensors, synth
 from mimoquant.synthetic.files import PLACEMENTS, ShardFiles
 from mimoquant.synthetic.weights import RandomWeights, encode_fp8
-from mimoquant.weights.stored import dequantize, read_matrix, split_qkv
+from mimoquant.weights.stored import dequantize, read_stack, split_qkv
 
 SHARED = Path(__file__).parents[3] / "shared"
 SMALL = SynthSizes(layers=4, hidden=128, experts=4, top_k=2, vocab=64, dense_intermediate=160, mtp_layers=1)
@@ -310,7 +310,7 @@ def test_conversion_keeps_every_value_in_its_row(tmp_path: Path, layout: str) ->
                 assert torch.equal(tensors[weight.name], originals[weight.name].to(tensors[weight.name].dtype))
                 seen += 1
                 continue
-            bits = dequantize(read_matrix(reader, weight), weight, model.geometry, engine)
+            bits = dequantize(read_stack(reader, [weight]), weight, model.geometry, engine)
             parts = {weight.name: bits}
             if weight.role == "qkv":
                 sliding = weight.name.startswith(("model.layers.1.", "model.mtp."))
