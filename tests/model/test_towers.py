@@ -158,11 +158,11 @@ def rms_norm_before_the_merger(towers: TowerWeights, monkeypatch: pytest.MonkeyP
         without_sinks,
         rms_norm_before_the_merger,
         vision_with(window=1000),
-        vision_with(window=5),
+        pytest.param(vision_with(window=5), marks=pytest.mark.slow),
         vision_with(kinds=(-1, 0, 0, 0, 0, -1)),
         audio_with(rope_theta=100.0),
-        audio_with(last_norm=False),
-        audio_with(layers=1),
+        pytest.param(audio_with(last_norm=False), marks=pytest.mark.slow),
+        pytest.param(audio_with(layers=1), marks=pytest.mark.slow),
     ],
 )
 def test_a_wrong_forward_would_be_found(

@@ -52,7 +52,7 @@ _entry = st.fixed_dictionaries(
 
 
 @settings(
-    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 @given(header=st.dictionaries(st.text(), _entry | _json, max_size=4), payload=st.integers(0, 40))
 def test_made_up_headers(tmp_path: Path, header: dict[str, object], payload: int) -> None:
@@ -60,7 +60,7 @@ def test_made_up_headers(tmp_path: Path, header: dict[str, object], payload: int
 
 
 @settings(
-    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 @given(data=st.binary(max_size=300) | st.text().map(lambda text: text.encode("utf-8", "surrogatepass")))
 @pytest.mark.parametrize("name", ["header", "index", "config", "recipe", "journal"])
