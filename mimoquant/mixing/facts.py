@@ -32,9 +32,8 @@ from mimoquant.mixing.felt import FeltCosts
 from mimoquant.mixing.forks import Probe
 from mimoquant.mixing.knapsack import best_options
 from mimoquant.mixing.mixtures import Mixtures
-from mimoquant.model.served_rounding import NONE, NVFP4
+from mimoquant.model.served_rounding import NVFP4
 from mimoquant.weights.container import NONE as NO_SCALES
-from mimoquant.weights.container import keeps_fp8
 
 FAILED = 5.0  # times the median relMSE of its layer: an expert that quantizing ruins
 SUPER = 10.0  # times the median over all experts, and within as much of the largest: what such an expert puts out
@@ -98,7 +97,7 @@ def _rounding(mixtures: Mixtures, ablation: Ablation) -> MixtureRounding | None:
     reference, scales = served.reference, mixtures.plan.recipe.output.input_scales
     return MixtureRounding(
         inputs=dict(served.inputs),
-        dense=served.beside.dense if keeps_fp8(mixtures.plan.container, mixtures.plan.recipe.output.dense) else NONE,
+        dense=served.beside_in(mixtures.plan).dense,
         kv_cache=served.beside.cache,
         reference=reference.told if reference.anything else None,
         input_scales=("unit" if scales == NO_SCALES else scales) if NVFP4 in served.inputs.values() else None,

@@ -17,6 +17,7 @@ from mimoquant.weights.container import keeps_fp8
 
 if TYPE_CHECKING:
     from mimoquant.mixing.mixtures import LayerOption, Mixtures
+    from mimoquant.planning.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,11 @@ class ServedOptions:
         beside = f"{dense_told(self.beside.dense)}; KV cache {self.beside.cache}"
         return f"inputs of {options}; {beside}; reference {self.reference.told}"
 
+    def beside_in(self, plan: Plan) -> Rounding:
+        """What is rounded beside the experts of a plan's outputs, whose container may keep nothing in FP8."""
+        kept = keeps_fp8(plan.container, plan.recipe.output.dense)
+        return self.beside if kept else replace(self.beside, dense=NONE)
+
 
 WEIGHTS_ALONE = ServedOptions()
 
@@ -54,11 +60,9 @@ class MixtureRoundings:
         from mimoquant.weights.layer_rounding import layer_roundings  # and torch, which `plan` does without
 
         plan, served, self.inputs = mixtures.plan, mixtures.served, mixtures.served.inputs
-        kept = keeps_fp8(plan.container, plan.recipe.output.dense)
-        beside = served.beside if kept else replace(served.beside, dense=NONE)
         none = (UNROUNDED,) * plan.layout.geometry.layers if served.anything else ()
         self.reference: Roundings = layer_roundings(reader, plan.layout, served.reference) or none
-        self._beside = layer_roundings(reader, plan.layout, beside) or none
+        self._beside = layer_roundings(reader, plan.layout, served.beside_in(plan)) or none
 
     @property
     def apart(self) -> bool:

@@ -32,7 +32,8 @@ def layer_roundings(reader: CheckpointReader, layout: ModelLayout, asked: Roundi
         return ()
     weights = {weight.name: weight for of_unit in layout.units.values() for weight in of_unit}
     layers = [_of_layer(reader, layout, weights, number, asked) for number in range(layout.geometry.layers)]
-    return tuple(replace(layer, in_bf16=stored_in_bf16(layout, asked)) for layer in layers)
+    in_bf16 = stored_in_bf16(layout, asked)
+    return tuple(replace(layer, in_bf16=in_bf16) for layer in layers)
 
 
 def stored_in_bf16(layout: ModelLayout, asked: Rounding) -> bool:
