@@ -116,7 +116,7 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
 def _tables() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint32]]:
     """[0x10001] each: what a character of the first plane is, and a number for it, 0 for a separator; the last entry is
     of all others."""
-    kinds = np.fromiter((chr(code).isalnum() for code in range(0x10001)), np.uint8, 0x10001)
+    kinds = np.fromiter(map(str.isalnum, map(chr, range(0x10001))), np.uint8, 0x10001)
     for first, last in _UNSPACED:
         kinds[first : last + 1] *= _ALONE
     kinds[0x10000] = _ALONE

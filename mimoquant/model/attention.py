@@ -1,24 +1,28 @@
 """How much each query takes of each key's value, and what it gets: attention between projections.
 
 Key idea: queries go in chunks, with the keys that any of them sees, so a long sequence never holds a whole score
-matrix. Where Triton is, the softmax is one pass over the scores.
+matrix. Where Triton is, the softmax is one pass over the scores. On a CPU a chunk goes in pieces whose scores stay in
+its caches, and scores are made only of keys up to a piece's last query: half of them, where attention is global.
 
 Shapes: B sequences, T tokens, K key-value heads, G queries to each, D head_dim, V v_head_dim.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mimoquant.quant.kernels.triton_modules import triton_kernels
 
 _QUERY_CHUNK_BYTES = 256 * 2**20  # of attention scores that are held at once
 _LONGEST = 2**15  # keys whose scores one program holds
+_PIECE_BYTES, _PIECE_QUERIES = 2**21, 64  # of scores, and of each head, that are made together on a CPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +56,24 @@ def attend(
     query: Tensor, key: Tensor, value: Tensor, sink: Tensor | None, offset: int, window: int, scale: float
 ) -> Tensor:
     """query [B, K, G, t, D] over key and value [B, K, s, D or V]; query i stands at position i + offset of the keys."""
-    return _times(attention_shares(query, key, sink, offset, window, scale).to(value.dtype), value)
+    if query.is_cuda or query.requires_grad:
+        return _times(attention_shares(query, key, sink, offset, window, scale).to(value.dtype), value)
+    batch, queries, keys = len(query), query.shape[3], key.shape[2]
+    rows = min(queries, _PIECE_QUERIES)
+    sequences = max(1, _PIECE_BYTES // (4 * query[0, ..., 0].numel() // queries * rows * keys))
+    out = value.new_empty(*query.shape[:4], value.shape[-1])
+    for first, begin in itertools.product(range(0, batch, sequences), range(0, queries, rows)):
+        own, now = slice(first, first + sequences), slice(begin, begin + rows)
+        seen = min(-(-(begin + rows + offset) // _PIECE_QUERIES) * _PIECE_QUERIES, keys)  # whole vectors of the sums
+        share = attention_shares(query[own, ..., now, :], key[own, :, :seen], sink, offset + begin, window, scale)
+        # with the zeros of what is not seen, the product sums up as it does for all queries at once
+        out[own, ..., now, :] = _times(F.pad(share, (0, keys - seen)).to(value.dtype), value[own])
+    return out
 
 
 def _times(rows: Tensor, matrix: Tensor) -> Tensor:
-    """rows [B, K, G, t, n] times a matrix [B, K, n, m] of each key-value head. On CUDA the rows of all its queries go
-    together: else each would get a copy of the matrix."""
-    if not rows.is_cuda:
-        return rows @ matrix.unsqueeze(2)
+    """rows [B, K, G, t, n] times a matrix [B, K, n, m] of each key-value head. The rows of all its queries go together:
+    else each would get a copy of the matrix."""
     out: Tensor = rows.flatten(2, 3) @ matrix
     return out.view(*rows.shape[:4], -1)
 

@@ -31,7 +31,7 @@ from mimoquant.quant.order import cuda_passes
 
 @dataclass(frozen=True, slots=True)
 class ForwardConfig:
-    """What the forward needs of config.json beside sizes."""
+    """What the forward needs of config.json beside sizes. `parts`: see `float32_parts`."""
 
     eps: float
     rope_theta: float
@@ -40,6 +40,7 @@ class ForwardConfig:
     window: int
     value_scale: float
     top_k: int
+    parts: int = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +139,7 @@ def attention(
     """Causal attention with partial rotary embedding, optional window and sinks; [B, T, H]."""
     heads = attention_heads(rounded(hidden_BTH, rounding.qkv), weights, config, rounding)
     out = rounding.stored(attended(heads, *rounding.cached(heads.key, heads.value), weights.sink))
-    return rounding.stored(linear(rounded(out, rounding.o), weights.o))
+    return rounding.stored(product(float32_parts(rounded(out, rounding.o), weights.o, config.parts), weights.o))
 
 
 def attended(heads: Heads, key: Tensor, value: Tensor, sink: Tensor | None) -> Tensor:
@@ -166,7 +167,7 @@ def attention_heads(
     """What attention makes of its input [B, T, H], rounded already, before positions see each other."""
     batch, tokens, _ = hidden_BTH.shape
     groups, stored = weights.heads // weights.kv_heads, rounding.stored
-    parts = float32_parts(hidden_BTH, weights.q)
+    parts = float32_parts(hidden_BTH, weights.q, config.parts)
     query = stored(product(parts, weights.q)).view(batch, tokens, weights.heads, -1)
     key = stored(product(parts, weights.k)).view(batch, tokens, weights.kv_heads, -1)
     value = stored(product(parts, weights.v)).view(batch, tokens, weights.kv_heads, -1) * config.value_scale
@@ -291,14 +292,15 @@ def linear(rows: Tensor, weight: Tensor) -> Tensor:
     return product(float32_parts(rows, weight), weight)
 
 
-def float32_parts(rows: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-    """float32 rows as three bfloat16 parts that sum to them exactly, where `product` has a use for that."""
+def float32_parts(rows: Tensor, weight: Tensor, parts: int = 3) -> tuple[Tensor, ...]:
+    """float32 rows as three bfloat16 parts that sum to them exactly, where `product` has a use for that; or as the
+    first two, which leave 2^-17 of each."""
     if not (rows.is_cuda and rows.dtype == torch.float32 and weight.dtype == torch.bfloat16):
         return (rows,)
     high = rows.to(torch.bfloat16)
     rest = rows - high
     middle = rest.to(torch.bfloat16)
-    return high, middle, (rest - middle).to(torch.bfloat16)
+    return (high, middle) if parts == 2 else (high, middle, (rest - middle).to(torch.bfloat16))
 
 
 def product(parts: tuple[Tensor, ...], weight: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _GROUP_ROWS = 2**16  # of tokens that go through a group of experts at once
+_CPU_GROUP_ROWS = 2**13  # the same on a CPU: what is made of them lies in its caches, and in memory used before
 _ALONE = 512  # tokens of an expert that are a product of their own on CUDA: nothing padded, no weight copied
 
 
@@ -116,8 +117,9 @@ class Dispatch:
                 alike.setdefault(count if alone else _capacity(count), []).append(expert)
         device, out = self.rows.device, []
         placed, true = on_device([e for members in alike.values() for e in members], device), _true(device)
+        rows = _GROUP_ROWS if self.rows.is_cuda else _CPU_GROUP_ROWS
         for capacity, experts in alike.items():
-            step = max(1, _GROUP_ROWS // capacity)
+            step = max(1, rows // capacity)
             own, placed = placed[: len(experts)], placed[len(experts) :]
             if capacity >= _ALONE and self.rows.is_cuda:
                 out += [self._alone(expert, own[i : i + 1], true) for i, expert in enumerate(experts)]

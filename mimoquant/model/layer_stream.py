@@ -10,10 +10,9 @@ differ in their streams and in what they do after each layer.
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -36,6 +35,7 @@ from mimoquant.model.decoder_layer import (
 )
 from mimoquant.model.dispatch import Dispatch, Routing
 from mimoquant.model.served_rounding import UNROUNDED, LayerRounding, Roundings
+from mimoquant.quant.streams import side_stream
 
 Weights = LayerWeights | ExpertChunk
 T = TypeVar("T")
@@ -134,13 +134,12 @@ def _weights(sources: Sequence[WeightSource], first: int) -> Iterator[Weights]:
 def made_ahead(items: Iterator[T], device: torch.device) -> Iterator[Iterator[T]]:
     """`items` (tensors, or dataclasses that hold some), made one ahead by a thread. On CUDA a stream of its own makes
     them, beside the products."""
-    with contextlib.closing(read_ahead(_aside(items, device), depth=1)) as ahead:
+    with contextlib.closing(read_ahead(_aside(items, side_stream(device, "made ahead")), depth=1)) as ahead:
         yield map(_claimed, ahead)
 
 
-def _aside(items: Iterator[T], device: torch.device) -> Iterator[T]:
+def _aside(items: Iterator[T], side: torch.cuda.Stream | None) -> Iterator[T]:
     """`items`, made by a stream of their own on CUDA, each finished when it comes."""
-    side = side_stream(device, "made ahead")
     with torch.cuda.stream(side):  # does nothing for None
         for item in items:
             if side is not None:
@@ -148,11 +147,32 @@ def _aside(items: Iterator[T], device: torch.device) -> Iterator[T]:
             yield item
 
 
-@functools.cache
-def side_stream(device: torch.device, use: str) -> torch.cuda.Stream | None:
-    """The stream for a `use` beside the products, on CUDA. It is kept: memory goes back to the stream that it was taken
-    on, so new ones, of which CUDA hands out 32 in turn, would each hold what one needs."""
-    return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+class LayersAhead:
+    """A source's layers without their experts, one after the other; on CUDA the next are read and brought there by a
+    thread and a stream of their own, while this one is worked on. `near`: the source lies here. Of one that is far away
+    a layer that nobody works on yet would be asked for before the experts of the one that somebody does."""
+
+    def __init__(self, source: WeightSource, *, near: bool = True) -> None:
+        self._source, self._next = source, 0
+        self._side = side_stream(source.device, "layers ahead") if near else None
+        self._coming: Generator[LayerWeights, None, None] | None = None
+
+    def take(self, number: int) -> LayerWeights:
+        """A layer's weights; the next layers' are begun."""
+        if self._side is None:
+            return self._source.layer(number)
+        if self._coming is None or number != self._next:
+            self.close()
+            layers = map(self._source.layer, range(number, self._source.layers))
+            self._coming = read_ahead(_aside(layers, self._side), depth=1)
+        self._next = number + 1
+        return _claimed(next(self._coming))
+
+    def close(self) -> None:
+        """What is read ahead is given up."""
+        if self._coming is not None:
+            self._coming.close()
+            self._coming = None
 
 
 def _claimed(item: T) -> T:

@@ -4,6 +4,7 @@ them."""
 from __future__ import annotations
 
 import contextlib
+import time
 from typing import Any, cast
 from unittest import mock
 
@@ -46,3 +47,38 @@ def test_a_branch_leaves_what_others_share(device: str) -> None:
                 ferry.store(batch, ferry.load(batch) + number + 1)
         assert all((held == number + 1).all() for held in branch.stream.batches)
     assert not any(held.any() for held in whole.stream.batches)
+
+
+class Layers:
+    """Layers that say their number, and when each was read."""
+
+    layers = 4
+
+    def __init__(self, device: str) -> None:
+        self.device, self.read, self.sound = torch.device(device), list[int](), 3
+
+    def layer(self, number: int) -> Tensor:
+        self.read.append(number)
+        if number > self.sound:
+            raise ValueError(f"layer {number}")
+        return torch.full((2,), float(number), device=self.device)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_gpu)])
+def test_layers_are_read_ahead_where_a_gpu_computes(device: str) -> None:
+    source = Layers(device)
+    with contextlib.closing(layer_stream.LayersAhead(cast(Any, source))) as ahead:
+        assert [float(cast(Any, ahead.take(n))[0]) for n in (0, 1, 1, 3)] == [0, 1, 1, 3]
+        assert device != "cpu" or source.read == [0, 1, 1, 3]
+        ahead.take(1)
+        until = time.monotonic() + 20
+        while device != "cpu" and source.read[-1] < 2:
+            assert time.monotonic() < until, "nothing is read ahead"
+    source.read = []
+    with contextlib.closing(layer_stream.LayersAhead(cast(Any, source), near=False)) as ahead:
+        assert [float(cast(Any, ahead.take(n))[0]) for n in (0, 2)] == source.read == [0, 2]
+    source.sound = 1  # what goes wrong is told with the layer that it belongs to
+    with contextlib.closing(layer_stream.LayersAhead(cast(Any, source))) as ahead:
+        ahead.take(1)
+        with pytest.raises(ValueError, match="layer 2"):
+            ahead.take(2)
