@@ -65,7 +65,7 @@ from mimoquant.model.decoder_layer import linear, rms_norm
 from mimoquant.model.layer_stream import Stream, portions, walk
 from mimoquant.model.layout import ModelLayout
 from mimoquant.model.releases import stored_as
-from mimoquant.model.served_rounding import NOTHING, Rounding
+from mimoquant.model.served_rounding import NOTHING, UNROUNDED, LayerRounding, Rounding
 from mimoquant.weights.decoded import CheckpointWeights
 
 _LOGITS = 2**25  # of one distribution's that are held at once
@@ -96,21 +96,24 @@ def overlap(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def score_chain(final_BTH: Tensor, drafted: Sequence[Tensor], head: Tensor) -> tuple[Tensor, Tensor]:
+def score_chain(
+    final_BTH: Tensor, drafted: Sequence[Tensor], head: Tensor, rounding: LayerRounding = UNROUNDED
+) -> tuple[Tensor, Tensor]:
     """Acceptance and greedy match, both [B, T - D, D].
 
     Args:
         final_BTH: the backbone's normed hidden states. drafted: h_1 .. h_D, each [B, T - D, H].
         head: [vocab, H].
+        rounding: says whether logits, of the backbone and of its drafts, are stored in bf16.
     """
     depths, (sequences, starts, _) = len(drafted), drafted[0].shape
     step = max(1, _LOGITS // (sequences * len(head)))
     parts: list[tuple[Tensor, Tensor]] = []
     for begin in range(0, starts, step):
         end = min(begin + step, starts)
-        p = linear(final_BTH[:, begin + 1 : end + depths], head).softmax(-1)
+        p = rounding.stored(linear(final_BTH[:, begin + 1 : end + depths], head)).softmax(-1)
         rows = [
-            overlap(p[:, d : d + end - begin], linear(hidden[:, begin:end], head).softmax(-1))
+            overlap(p[:, d : d + end - begin], rounding.stored(linear(hidden[:, begin:end], head)).softmax(-1))
             for d, hidden in enumerate(drafted)
         ]
         accepted, match = (torch.stack(of_depths, -1) for of_depths in zip(*rows, strict=True))
@@ -133,7 +136,7 @@ def _score(
         for batch, (ids, hidden) in enumerate(zip(batches, stream.batches, strict=True)):
             final = last.stored(rms_norm(hidden.to(source.device), norm, source.config.eps))
             drafted = drafts.drafted(place, batch, ids.to(source.device), final, embedding)
-            parts.append(score_chain(final, drafted, head))
+            parts.append(score_chain(final, drafted, head, last))
         acceptance, match = (torch.cat(of_batches).cpu().numpy() for of_batches in zip(*parts, strict=True))
         out.append(DraftScores(acceptance, match))
     return out
