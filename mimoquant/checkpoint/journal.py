@@ -22,7 +22,6 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,23 +36,13 @@ from mimoquant.checkpoint.writer import (
     write_file_durably,
 )
 from mimoquant.errors import CheckpointError, UsageError, is_disk_trouble
+from mimoquant.machine.overlap import workers
 from mimoquant.machine.team import Team
 
 JOURNAL_NAME = "journal.jsonl"
 RANK_JOURNALS = "journal-*.jsonl"  # of the ranks from 1 on
 RUN_NAME = "run.json"
-_HASHED_AT_ONCE = 4  # files: sha256 is slower than a disk
-
-
-@contextlib.contextmanager
-def hashing_pool() -> Iterator[ThreadPoolExecutor]:
-    """Threads that hash files; where their user fails or is stopped, none is begun any more."""
-    with ThreadPoolExecutor(_HASHED_AT_ONCE, thread_name_prefix="hash") as pool:
-        try:
-            yield pool
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+HASHED_AT_ONCE = 4  # files: sha256 is slower than a disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,7 +250,7 @@ class RunFolder:
         """Keep journaled shards whose bytes still have their hash; forget (and so rewrite) the others."""
         journals = [self.path(JOURNAL_NAME), *sorted(self.partial.glob(RANK_JOURNALS))]
         lines = [line for journal in journals for line in read_journal(journal)]
-        with hashing_pool() as pool:
+        with workers(HASHED_AT_ONCE, "hash") as pool:
             whole = pool.map(lambda line: line.is_whole_in(self.partial), lines)
             self.finished |= {line.unit: line for line, kept in zip(lines, whole, strict=True) if kept}
         self._write_journal(list(self.finished.values()))

@@ -10,7 +10,8 @@ import collections
 import contextlib
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -70,6 +71,17 @@ def read_ahead(items: Iterable[T], depth: int = 2) -> Generator[T, None, None]:
             while True:  # room for what it holds, or it would look up only when it has waited in vain
                 ready.get_nowait()
         thread.join()
+
+
+@contextlib.contextmanager
+def workers(count: int, name: str) -> Iterator[ThreadPoolExecutor]:
+    """Threads for what can be done side by side; where their user fails or is stopped, nothing is begun any more."""
+    with ThreadPoolExecutor(count, thread_name_prefix=name) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 class WriteBehind:

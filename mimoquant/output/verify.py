@@ -11,42 +11,35 @@ Problems are collected, not thrown: a report of all that is wrong beats the firs
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from mimoquant.__version__ import SCHEMA_VERSION
 from mimoquant.checkpoint.folders import is_there, resolve_inside, sha256_inside
 from mimoquant.checkpoint.hf_files import FINGERPRINTS_NAME, is_unfinished, list_files
-from mimoquant.checkpoint.index import CheckpointIndex, TensorInfo, open_index
-from mimoquant.checkpoint.journal import JOURNAL_NAME, JournalLine, hashing_pool, read_journal
+from mimoquant.checkpoint.index import CheckpointIndex, open_index
+from mimoquant.checkpoint.journal import HASHED_AT_ONCE, JOURNAL_NAME, JournalLine, read_journal
 from mimoquant.checkpoint.reader import CheckpointReader
-from mimoquant.checkpoint.writer import Entry
-from mimoquant.errors import CheckpointError, MimoquantError, QualityError, UsageError
-from mimoquant.model.layout import PROJECTIONS, norm_name, router_name
+from mimoquant.checkpoint.remote import remote_of
+from mimoquant.errors import CheckpointError, MimoquantError, UsageError
+from mimoquant.machine.overlap import workers
 from mimoquant.output.documents import VerifyDocument
-from mimoquant.output.lost_groups import settled, told_otherwise
 from mimoquant.output.published import is_dangling_index, may_be_edited, only_template_differs
 from mimoquant.output.small_files import is_as_written, written_texts
+from mimoquant.output.verify_values import Found, Sides, check_unit
 from mimoquant.planning.plan import Plan, make_plan
 from mimoquant.planning.recipe import load_recipe
 from mimoquant.planning.relayout import RECORD_NAME, plan_again
-from mimoquant.planning.units import Experts, Unit
-from mimoquant.quant.clamped import clamped
+from mimoquant.planning.units import Unit
 from mimoquant.quant.engine_cpu import CpuEngine
 from mimoquant.quant.stack import Audit
-from mimoquant.run.clamped import Counts, as_groups, named
-from mimoquant.run.steps import kind_of
-from mimoquant.run.workshop import Workshop
-from mimoquant.weights.stored import read_experts, read_parts
+from mimoquant.run.clamped import Counts, as_groups
 
-Array = npt.NDArray[Any]
+UNITS_AT_ONCE = 4  # one thread waits for memory most of the time
 
 
 @dataclass
@@ -67,6 +60,7 @@ class VerifyReport:
     out: str = ""
 
     clamped: Counts = field(default_factory=dict)
+    total: Audit = field(default_factory=lambda: Audit(0.0, 0, 0.0, 0.0))
 
     def problem(self, text: str) -> None:
         self.ok = False
@@ -75,6 +69,19 @@ class VerifyReport:
     def problems_of(self, texts: list[str]) -> None:
         for text in texts:
             self.problem(text)
+
+    def add(self, found: Found) -> None:
+        """Take in the next unit."""
+        self.problems_of(found.problems)
+        self.checked.update(found.checked)
+        self.clamped |= found.clamped
+        for name, audit in found.audits:
+            self.total = self.total.merge(audit)
+            if not audit.worst <= self.worst_rounding:
+                self.worst_rounding, self.worst_rounding_tensor = audit.worst, name
+            if not audit.relative_error <= self.worst_relative_error:
+                self.worst_relative_error, self.worst_relative_error_tensor = audit.relative_error, name
+        self.mean_relative_error = self.total.relative_error
 
     def as_json(self) -> VerifyDocument:
         document = VerifyDocument(
@@ -124,14 +131,21 @@ def verify(
     engine = CpuEngine()
     try:
         with CheckpointReader(plan.layout.index) as ours, CheckpointReader(index) as theirs:
-            check = _Values(plan, ours, theirs, engine, report, journal)
-            for number, unit in enumerate(plan.units, start=1):
-                check.unit(unit)
-                tell(f"values of {unit.name}", number, len(plan.units))
+            sides = Sides(plan, ours, theirs, journal, engine)
+            with workers(_units_at_once(plan), "values") as pool:
+                found = pool.map(partial(check_unit, sides), plan.units)
+                for number, (unit, seen) in enumerate(zip(plan.units, found, strict=True), start=1):
+                    report.add(seen)
+                    tell(f"values of {unit.name}", number, len(plan.units))
             report.bytes_checked = theirs.bytes_read
     finally:
         engine.close()
     return report
+
+
+def _units_at_once(plan: Plan) -> int:
+    """Each takes the memory of a chunk or two. What is far away comes in order, several requests for a unit."""
+    return 1 if remote_of(plan.layout.index.folder) else max(1, min(UNITS_AT_ONCE, len(os.sched_getaffinity(0)) // 2))
 
 
 def _planned_by_recipe(out: Path, source: Path | str) -> Plan:
@@ -166,7 +180,7 @@ def _check_files(
     present = {path.name for path in out.iterdir() if path.suffix == ".safetensors"}
     for file in sorted(present - planned.keys()):
         report.problem(f"{file}: is an extra weights file")
-    with hashing_pool() as pool:
+    with workers(HASHED_AT_ONCE, "hash") as pool:
         found = pool.map(lambda unit: _wrong_shard(out, unit, journal.get(unit.file)), planned.values())
         for number, (unit, wrong) in enumerate(zip(plan.units, found, strict=True), start=1):
             tell(f"hash of {unit.file}", number, len(planned))
@@ -295,165 +309,3 @@ def _hear_libraries(index: CheckpointIndex, plan: Plan, report: VerifyReport) ->
         report.problem(problem)
     report.set_aside += answers.set_aside
     report.checked += answers.checked
-
-
-class _Values:
-    """Compares values, step by step of the plan: what a kind of step needs for its check (`run.steps.Proof`)."""
-
-    def __init__(
-        self,
-        plan: Plan,
-        ours: CheckpointReader,
-        theirs: CheckpointReader,
-        engine: CpuEngine,
-        report: VerifyReport,
-        journal: dict[str, JournalLine],
-    ) -> None:
-        self.plan, self.ours, self.theirs, self.engine, self.report = plan, ours, theirs, engine, report
-        self.journal = journal
-        self.shop = Workshop(plan, ours, engine)
-        self.total = Audit(0.0, 0, 0.0, 0.0)
-        self.layer: int | None = None
-        self.fold: Array | None = None
-
-    def unit(self, unit: Unit) -> None:
-        layer = self.layer = unit.layer
-        self.fold = self._norm_fold(layer) if layer is not None and layer in self.plan.formats else None
-        steps = [step for step in unit.steps if all(map(self._readable, step.entries))]  # headers tell of the others
-        for step in steps:
-            try:
-                kind_of(step).check(step, self)
-            except QualityError as error:  # more groups without a scale than quantize lets pass
-                self.report.problem(str(error))
-        counted = self.shop.counted()
-        self.report.clamped |= counted
-        if (line := self.journal.get(unit.name)) and len(steps) == len(unit.steps):
-            self.report.problems_of(told_otherwise(line, counted))
-
-    def problem(self, text: str) -> None:
-        self.report.problem(text)
-
-    def count(self, what: str, number: int = 1) -> None:
-        self.report.checked[what] += number
-
-    def record(self, layer: int) -> Mapping[str, Any] | None:
-        line = self.journal.get(f"layer {layer}")
-        return line.facts if line else None
-
-    def is_stored(self, name: str, expected: Array, begin: int = 0) -> bool:
-        wanted = np.ascontiguousarray(expected).reshape(-1).view(np.uint8)
-        found = np.empty(wanted.nbytes, np.uint8)
-        self.theirs.read_range(self.theirs.index.tensors[name], begin, found)
-        return np.array_equal(found, wanted)
-
-    def _readable(self, entry: Entry) -> bool:
-        info = self.theirs.index.tensors.get(entry.name)
-        return info is not None and (info.dtype, info.shape) == (entry.dtype, entry.shape)
-
-    def _read(self, name: str) -> Array:
-        return self.theirs.read(name)
-
-    def _norm_fold(self, layer: int) -> Array | None:
-        """What AWQ divided the layer's norm by, where the recipe lets it."""
-        if not self.plan.recipe.folds_norm(layer):
-            return None
-        from mimoquant.output.verify_calibrated import norm_fold
-
-        name, real = norm_name(layer), self.plan.recipe.real_fold
-        found = norm_fold(self.ours.read(name), self._read(name), self.ours.index.tensors[name].dtype, real=real)
-        if found is None:
-            kind = "factors of at most 4096" if real else "powers of two"
-            self.report.problem(f"{name}: is not the source's, nor that by {kind}")
-        return found
-
-    def folded(self, info: TensorInfo) -> bool:
-        layer = self.layer
-        if self.fold is None or layer is None or info.name not in (norm_name(layer), router_name(layer)):
-            return False
-        from mimoquant.output.verify_calibrated import misscaled
-
-        self.count("folded tensors")
-        if info.name == router_name(layer):
-            columns = misscaled(self.ours.read(info.name), self._read(info.name), info.dtype, self.fold)
-            if columns:
-                self.report.problem(
-                    f"{info.name}: does not make up for what {norm_name(layer)} was divided by, "
-                    f"in {columns} of {len(self.fold)} columns"
-                )
-        return True
-
-    def audit(self, step: Experts) -> None:
-        """Judge each quantized weight of a chunk by its source value."""
-        assert step.fmt is not None
-        layer, begin, end = step.layer, step.begin, step.end
-        stacks = read_experts(self.ours, self.plan.layout, layer, begin, end, as_codes=step.as_codes)
-        names = (entry.name for entry in step.entries)
-        geometry, container = self.plan.layout.geometry, self.plan.container
-        stored = read_parts(self.theirs, names, step.end - step.begin, step.fmt, container, geometry)
-        limits: dict[tuple[str, int], float] = {}
-        if self.plan.recipe.calibrated:
-            from mimoquant.output.verify_calibrated import audits, error_limits
-
-            recipe, kernels = self.plan.recipe, self.engine
-            judged, ranges = audits(stored, stacks, step.fmt, recipe, self.fold, layer=layer, kernels=kernels)
-            limits = error_limits(judged, stacks, step.fmt, self.engine)
-            found = settled(ranges, partial(self._told_lost, step))
-        elif self.plan.recipe.casts:
-            judged, found = {p: self.engine.audit_cast(stacks[p], step.fmt, stored[p]) for p in PROJECTIONS}, {}
-        else:
-            search = self.plan.recipe.scale_search
-            judged = {p: self.engine.audit(stacks[p], step.fmt, search, stored[p]) for p in PROJECTIONS}
-            found = {p: clamped(stacks[p], stored[p], step.fmt) for p in PROJECTIONS}
-        for projection in PROJECTIONS:
-            for position, audit in enumerate(judged[projection]):
-                name = self.plan.layout.expert(step.layer, step.begin + position, projection).name
-                self._judge(name, audit, limits.get((projection, position)))
-        if step.fmt.name == "nvfp4":
-            unshared = np.flatnonzero(stored["gate"]["global_scale"] != stored["up"]["global_scale"])
-            for number in unshared.tolist():
-                name = self.plan.layout.expert(step.layer, step.begin + number, "gate").name
-                self.report.problem(f"{name}: gate and up have different global scales, engines use one")
-        if step.fmt.pow2_global:
-            self._pow2(step, stored)
-        self.shop.count(named(self.plan.layout, layer, begin, found), step)  # last, for it may stop
-
-    def _told_lost(self, step: Experts, projection: str, expert: int) -> list[int] | None:
-        """What the journal tells of the groups without a scale of one of a chunk's weights."""
-        line = self.journal.get(f"layer {step.layer}")
-        name = self.plan.layout.expert(step.layer, step.begin + expert, projection).name
-        return (line.clamped or {}).get(name) if line else None
-
-    def _pow2(self, step: Experts, stored: dict[str, dict[str, Array]]) -> None:
-        """Global scales that are another number than quantize writes, be it by one bit."""
-        for projection in PROJECTIONS:
-            mantissa = stored[projection]["global_scale"].ravel().view(np.uint32) & 0x7FFFFF
-            for number in np.flatnonzero(mantissa).tolist():
-                name = self.plan.layout.expert(step.layer, step.begin + number, projection).name
-                self.report.problem(f"{name}: its weight_scale_2 is no power of two")
-
-    def _judge(self, name: str, audit: Audit, limit: float | None) -> None:
-        report = self.report
-        report.checked["quantized tensors"] += 1
-        self.total = self.total.merge(audit)
-        report.mean_relative_error = self.total.relative_error
-        if not audit.scales_ok:
-            report.problem(f"{name}: has scales that are zero, not finite, or negative where they may not be")
-        elif limit is not None and not audit.relative_error <= limit:
-            report.problem(
-                f"{name}: its values are far from the source's, relMSE {audit.relative_error:.3g} "
-                f"against at most {limit:.3g}"
-            )
-        elif audit.outside and self.plan.recipe.casts:
-            report.problem(f"{name}: {audit.outside} blocks of 16 do not have the source's values")
-        elif audit.outside and self.plan.recipe.calibrated:
-            least = "at least " if self.plan.recipe.real_fold else ""  # one a channel
-            report.problem(f"{name}: {least}{audit.outside} codes are not the nearest on their scale")
-        elif audit.outside:
-            report.problem(
-                f"{name}: {audit.outside} values lie outside the rounding interval of their code, "
-                f"the worst at {audit.worst:.3g} half steps"
-            )
-        if not audit.worst <= report.worst_rounding:
-            report.worst_rounding, report.worst_rounding_tensor = audit.worst, name
-        if not audit.relative_error <= report.worst_relative_error:
-            report.worst_relative_error, report.worst_relative_error_tensor = audit.relative_error, name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -83,7 +84,8 @@ def test_a_flipped_nibble(damaged: Path) -> None:
     assert "sha256" not in found and f"{EXPERT}.weight: 1 values lie outside" in found
 
 
-def test_two_swapped_experts(damaged: Path) -> None:
+def test_two_swapped_experts(damaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which are found in the same order by one thread and by several."""
     names = [codes_of(damaged, f"model.layers.3.mlp.experts.{e}.down_proj") for e in (1, 4)]
     held: list[np.ndarray] = []
     for name in names:
@@ -93,6 +95,11 @@ def test_two_swapped_experts(damaged: Path) -> None:
     mend_journal(damaged)
     found = problems(damaged)
     assert "experts.1.down_proj.weight: " in found and "experts.4.down_proj.weight: " in found
+    told = []
+    for cores in (2, 16):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, cores=cores: set(range(cores)))
+        told.append(verify(damaged, MICRO).as_json())
+    assert told[0] == told[1]
 
 
 def test_a_nan_or_negative_or_zero_scale(damaged: Path) -> None:
