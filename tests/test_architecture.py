@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "planning": {"checkpoint", "fisher", "machine", "model", "quant", "weights"},
     "serving": {"checkpoint", "model", "planning", "quant", "weights"},
     "run": {"calibration", "checkpoint", "fisher", "machine", "model", "planning", "quant", "weights"},
-    "output": {"calibration", "checkpoint", "model", "planning", "quant", "run", "serving", "weights"},
+    "output": {"calibration", "checkpoint", "machine", "model", "planning", "quant", "run", "serving", "weights"},
     "evaluation": {"calibration", "checkpoint", "machine", "model", "planning", "weights"},
     "mixing": {
         "calibration",

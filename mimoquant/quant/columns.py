@@ -1,9 +1,10 @@
 """The two inner loops over the columns of a block: GPTQ's, and the refinement's.
 
 Key idea: within a block each column waits for the one before, so a tensor library launches a handful of operations a
-column on little data. The loops stand here in plain torch, which says what they do; compiled ones of equal bytes run in
-their place: `column_kernels_cpu` on a CPU, `column_kernels_cuda` on CUDA where Triton is. Columns come first in memory,
-so that every loop reads and writes whole rows of it. Products and sums are separate float32 operations everywhere.
+column on little data. The loops stand here in plain torch, which says what they do; compiled ones of equal bytes (on
+CUDA but for sums between strips of columns, which are products there) run in their place: `kernels.columns_cpu` on a
+CPU, `kernels.columns_cuda` on CUDA where Triton is. Columns come first in memory, so that every loop reads and writes
+whole rows of it. Products and sums are separate float32 operations everywhere else.
 
 Shapes: E experts, I columns of the weight, O its rows, B columns of the block `now`, G groups, S columns of a group.
 """
@@ -21,7 +22,8 @@ from mimoquant.quant.grid import Grid, e2m1
 from mimoquant.quant.kernels.columns import Columns
 from mimoquant.quant.kernels.rounding import halving_sum
 from mimoquant.quant.kernels.triton_modules import triton_kernels
-from mimoquant.quant.products import Halves, halves, put
+from mimoquant.quant.order import cuda_passes
+from mimoquant.quant.products import Halves, first_half
 
 
 def round_columns(stack: Columns, now: slice, target_EBO: Tensor, group_EI: Tensor) -> None:
@@ -66,6 +68,9 @@ def _kernels(device: str) -> Any:
 
 def units(codes: Tensor, fmt: Format, dtype: torch.dtype = torch.float32) -> Tensor:
     """The values of symmetric codes at a scale of one."""
+    if (kernels := cuda_passes(codes)) and dtype == torch.bfloat16:
+        levels: Tensor = kernels.units(codes, fmt.name == "int4")
+        return levels
     return codes.to(dtype).sub_(8.0) if fmt.name == "int4" else e2m1(codes.device).to(dtype)[codes.int()]
 
 
@@ -79,7 +84,7 @@ def round_columns_plainly(stack: Columns, now: slice, target: Tensor, group_EI: 
         stack.codes[:, column] = place.encode(target[:, i], stack.fmt)
         left[:, i] = stack.weight[:, column] - place.decode(stack.codes[:, column], stack.fmt)
         target[:, i + 1 :] += stack.matrix[:, column, column + 1 : now.stop, None] * left[:, i, None, :]
-    put(stack.left, now, left)
+    stack.left[0][:, now] = left
 
 
 def improve_columns_plainly(stack: Columns, now: slice, slope: Tensor, reach: Tensor | None) -> Halves:
@@ -102,8 +107,8 @@ def improve_columns_plainly(stack: Columns, now: slice, slope: Tensor, reach: Te
             new = place.decode(stack.codes[:, column], fmt)
             slope[:, i + 1 :] -= stack.matrix[:, column, column + 1 : now.stop, None] * (new - start)[:, None, :]
             left[:, i], change[:, i] = stack.weight[:, column] - new, old - new
-    put(stack.left, now, left)
-    return halves(change)
+    stack.left[0][:, now] = left
+    return first_half(change)
 
 
 def _better_scale(stack: Columns, now: slice, slope: Tensor, group: int, reach: Tensor) -> None:

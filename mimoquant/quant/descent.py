@@ -13,6 +13,7 @@ Shapes: E experts, O rows, I columns, P rows of a panel.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,11 +22,12 @@ from mimoquant.quant.formats import Format
 from mimoquant.quant.gptq import spans
 from mimoquant.quant.grid import Grid
 from mimoquant.quant.order import falling, laid, laid_back
-from mimoquant.quant.products import rough_product
+from mimoquant.quant.products import half_dtype, rough_chain
 from mimoquant.quant.tiles import Rows
 from mimoquant.quant.two_sided import once_for_all, stack_of, sweep
 
 _DAMP = 1e-3  # of the Gram matrix's mean diagonal: keeps a column that no token used from moving
+_TOGETHER = 8  # experts whose losses are added up at once on CUDA
 _PANELS = 4  # of the rows: more follow the loss more closely, fewer give a GPU more to do at once
 
 
@@ -49,24 +51,44 @@ def descend(
     columns, along = once_for_all(lambda one: _normed(_held(one)), gram_EII)
     weight, push = laid(weight_EOI, rows, columns), along.triu(1)
     stack = replace(stack_of(weight, weight, grid, rows, columns, fmt), codes=laid(codes_EOI, rows, columns))
-    left, extra = weight - _values(stack), None
+    half = half_dtype(weight.device)
+    left, rough_across, rough_along, extra = (weight - _values(stack)).to(half), across.to(half), along.to(half), None
     if pull is not None:
         extra = laid(_over_curvature(pull, _held(gram_EII), _never_zero(metric_EOO)), rows, columns)
     panels = [slice(*span) for span in spans(0, weight.shape[1], -(-weight.shape[1] // _PANELS))]
     for panel in panels * rounds:
-        slope = rough_product(rough_product(across[:, :, panel].mT, left), along)
+        slope = rough_chain(rough_across[:, :, panel].mT, left, rough_along)
         if extra is not None:
             slope += extra[:, panel]
         part = _part(stack, panel, torch.where(torch.isfinite(slope), slope, 0.0))
-        sweep(part, across[:, panel, panel].triu(1), push, roughly=True)
+        sweep(part, across[:, panel, panel].triu(1), push, rough_push=rough_along)
         stack.codes[:, panel] = part.codes
         left[:, panel] = weight[:, panel] - _values(part)
-    codes, wide = laid_back(stack.codes, rows, columns), grid.wide(fmt)
-    old, new = (wide.decode(of, fmt) for of in (codes_EOI, codes))
-    before, after = (whole_loss(weight_EOI - of, gram_EII, metric_EOO) for of in (old, new))
+    codes = laid_back(stack.codes, rows, columns)
+    del stack, left, weight, push, across, along, rough_across, rough_along, extra
+    is_better = partial(_is_better, (weight_EOI, gram_EII, metric_EOO.expand(len(codes), -1, -1)), grid, fmt)
+    some = _TOGETHER if codes.is_cuda else len(codes)
+    better = torch.cat([is_better(codes_EOI, codes, pull, slice(*span)) for span in spans(0, len(codes), some)])
+    return torch.where(better[:, None, None], codes, codes_EOI)
+
+
+def _is_better(
+    matrices: tuple[Tensor, Tensor, Tensor],
+    grid: Grid,
+    fmt: Format,
+    old: Tensor,
+    new: Tensor,
+    pull: Tensor | None,
+    own: slice,
+) -> Tensor:
+    """[E] of some experts, whether new codes cost less than old ones. `matrices`: weight, Gram and metric."""
+    weight, gram, metric = (of[own] for of in matrices)
+    wide = Grid(grid.scale[own], None if grid.zero is None else grid.zero[own]).wide(fmt)
+    before, after = (wide.decode(codes[own], fmt) for codes in (old, new))
+    lost, losing = (whole_loss(weight - values, gram, metric) for values in (before, after))
     if pull is not None:
-        after -= 2 * (pull * (new - old)).sum((-2, -1))
-    return torch.where((after < before)[:, None, None], codes, codes_EOI)
+        losing -= 2 * (pull[own] * (after - before)).sum((-2, -1))
+    return losing < lost
 
 
 def _over_curvature(pull_EOI: Tensor, gram: Tensor, metric: Tensor) -> Tensor:
@@ -111,5 +133,8 @@ def _held(gram: Tensor) -> Tensor:
 
 
 def whole_loss(left: Tensor, gram: Tensor, metric: Tensor) -> Tensor:
-    """[E] float32: tr(F D H Dᵀ) of what is left, D, by rough products."""
-    return (rough_product(rough_product(metric, left), gram) * left).sum((-2, -1))
+    """[E] float32: tr(F D H Dᵀ) of what is left, D, by rough products; on CUDA of a few experts at a time, for the sake
+    of memory."""
+    some = _TOGETHER if left.is_cuda else len(left)
+    parts = zip(*(torch.split(of, some) for of in (metric.expand(len(left), -1, -1), left, gram)), strict=True)
+    return torch.cat([(rough_chain(f, d, h) * d).sum((-2, -1)) for f, d, h in parts])

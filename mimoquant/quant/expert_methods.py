@@ -7,6 +7,7 @@ Shapes: E experts, O rows, I columns.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -25,11 +26,11 @@ from mimoquant.quant.engine_torch import (
     to_numpy,
 )
 from mimoquant.quant.formats import Format, multipliers
-from mimoquant.quant.gptq import GptqResult, gptq
+from mimoquant.quant.gptq import Factor, GptqResult, begun_factor, gptq
 from mimoquant.quant.grid import Grid
 from mimoquant.quant.kernels.triton_modules import triton_kernels
 from mimoquant.quant.method import Method
-from mimoquant.quant.order import cuda_passes, turned
+from mimoquant.quant.order import cuda_passes, falling, turned
 from mimoquant.quant.refine import refine
 from mimoquant.quant.refit import can_fit, refit
 from mimoquant.quant.stack import Stack
@@ -65,12 +66,14 @@ def encode_with(
     """
     if weight_EOI.dtype != torch.bfloat16:
         raise TypeError(f"weights are bfloat16, these are {weight_EOI.dtype}")
+    for_outputs = method.gptq and (metric_EOO is None or (method.refine > 0 and fmt.scales_move))
+    factor = begun_factor(gram_EII, falling(gram_EII), method.damp) if for_outputs else None  # beside the search
     importance = _importance(gram_EII) if method.search == "gram" else None
     parts = _searched(weight_EOI, fmt, method, global_scale_E, importance)
     if not method.gptq:
         return Encoded(parts, as_read(parts, fmt))
-    if metric_EOO is None or (method.refine and fmt.scales_move):
-        parts, result = _for_outputs(weight_EOI, gram_EII, parts, fmt, method)
+    if factor:
+        parts, result = _for_outputs(weight_EOI, gram_EII, parts, fmt, method, factor)
     if metric_EOO is not None:
         parts, result = _for_loss(weight_EOI, (gram_EII, metric_EOO), parts, fmt, method)
     parts = parts | {"codes": _packed(result.codes)}
@@ -101,12 +104,17 @@ def global_scale(weight_EOI: Tensor, search: str, fmt: Format) -> Tensor | None:
 
 
 def _for_outputs(
-    weight_EOI: Tensor, gram_EII: Tensor, parts: dict[str, Tensor], fmt: Format, method: Method
+    weight_EOI: Tensor,
+    gram_EII: Tensor,
+    parts: dict[str, Tensor],
+    fmt: Format,
+    method: Method,
+    factor: Callable[[], Factor],
 ) -> tuple[dict[str, Tensor], GptqResult]:
-    """Scales and codes under tr(D H Dᵀ)."""
+    """Scales and codes under tr(D H Dᵀ). `factor`: see `gptq`."""
     weight = turned(weight_EOI)  # columns come first
     weight = (weight if weight.is_cuda else weight.to(torch.float32)).mT
-    result = gptq(weight, gram_EII, Grid.of(parts, fmt), fmt, method.damp)
+    result = gptq(weight, gram_EII, Grid.of(parts, fmt), fmt, method.damp, factor)
     if not method.refine:
         return parts, result
     parts, codes = refine(weight, _trusted(gram_EII, result), parts, result.codes, fmt, method.refine, result.left)

@@ -16,6 +16,7 @@ dampening .05: llm-compressor issue 2922.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,13 +27,25 @@ from mimoquant.quant.formats import Format
 from mimoquant.quant.grid import Grid
 from mimoquant.quant.kernels.columns import Columns
 from mimoquant.quant.order import falling, inverse, laid, reordered
-from mimoquant.quant.products import Halves, add_product, exact_parts, halves, part, take_product, transposed, zeros
+from mimoquant.quant.products import (
+    Halves,
+    add_product,
+    exact_parts,
+    exact_product,
+    first_half,
+    half_dtype,
+    part,
+    take_product,
+    transposed,
+)
+from mimoquant.quant.streams import side_stream
 
 BLOCK = 128  # columns that are rounded before what is left of them is pushed onto the rest of their panel
 _PANEL, _CUDA_PANEL = 512, 256  # columns that are pushed onto by all before them in one product
 _MORE_DAMP = (10.0, 100.0)  # times the dampening, for a matrix that has no Cholesky factor
 _FACTOR_PANEL = 512  # columns of a Cholesky factor that are made at once, on CUDA
 _LEAST_DAMP = 0.01  # what those multiply, if less was asked for
+Factor = tuple[Tensor, list[int], list[int]]  # see `push_factor`
 
 
 @dataclass(frozen=True)
@@ -40,7 +53,7 @@ class GptqResult:
     """Codes [E, O, I] uint8; how many experts needed more dampening, and how many were rounded plainly instead.
 
     `troubled`, bool [E], says which ones those are: nothing should trust their Gram matrix. `left`: weight - value, as
-    `products.halves` [E, I, O], where the method has it.
+    `products.first_half` [E, I, O], where the method has it.
     """
 
     codes: Tensor
@@ -50,7 +63,7 @@ class GptqResult:
     left: Halves | None = None
 
 
-def push_factor(gram_EII: Tensor, order: Tensor, damp: float) -> tuple[Tensor, list[int], list[int]]:
+def push_factor(gram_EII: Tensor, order: Tensor, damp: float) -> Factor:
     """How far what is left of column i moves column j > i: strictly upper triangular, [E, I, I].
 
     Args:
@@ -60,16 +73,47 @@ def push_factor(gram_EII: Tensor, order: Tensor, damp: float) -> tuple[Tensor, l
     Also returns which experts needed more dampening, and which are rounded plainly because none helped: there the
     factor is zero. To know that is the one time that the host waits for a GPU.
     """
-    ordered = laid(gram_EII, order, order)
+    return begun_factor(gram_EII, order, damp)()
+
+
+def begun_factor(gram_EII: Tensor, order: Tensor, damp: float) -> Callable[[], Factor]:
+    """`push_factor`, begun: what comes back waits for it. On CUDA a stream of its own makes it beside what comes until
+    then, and goes first: a factor is many small steps, each of which leaves most of a GPU idle."""
+    ordered, device = laid(gram_EII, order, order), gram_EII.device
     mean = torch.diagonal(ordered, dim1=-2, dim2=-1).mean(-1)
-    factor, sound = _factored(ordered, (damp * mean).clamp(min=torch.finfo(torch.float32).tiny))
+    side = side_stream(device, "factors", -1)
+    if side is not None:
+        side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):  # does nothing for None
+        step = (damp * mean).clamp(min=torch.finfo(torch.float32).tiny)
+        factor, sound = _factored(ordered, step)
+    if side is not None:
+        for held in (ordered, mean):  # should nobody wait for it
+            held.record_stream(side)
+    once = [factor]  # and no longer than whoever waits wants it
+    del ordered, factor
+
+    def finished() -> Factor:
+        with torch.cuda.stream(side):
+            found = _with_more_damp(once[0], ~sound, gram_EII, order, (damp, mean))
+        if side is not None:
+            torch.cuda.current_stream(device).wait_stream(side)
+        return once.pop(), *found
+
+    return finished
+
+
+def _with_more_damp(
+    factor: Tensor, unsound: Tensor, gram_EII: Tensor, order: Tensor, damp: tuple[float, Tensor]
+) -> tuple[list[int], list[int]]:
+    """Make the factor of unsound experts anew: see `push_factor`. `damp`: and the mean diagonal [E]."""
     damped: list[int] = []
     rounded: list[int] = []
-    for expert in torch.nonzero(~sound).flatten().tolist():
+    for expert in torch.nonzero(unsound).flatten().tolist():
         own = slice(expert, expert + 1)
         for more in _MORE_DAMP:
             one = laid(gram_EII[own], order[own], order[own])
-            again, sound = _factored(one, more * max(damp, _LEAST_DAMP) * mean[own])
+            again, sound = _factored(one, more * max(damp[0], _LEAST_DAMP) * damp[1][own])
             if bool(sound):
                 factor[own] = again
                 damped.append(expert)
@@ -77,7 +121,7 @@ def push_factor(gram_EII: Tensor, order: Tensor, damp: float) -> tuple[Tensor, l
         else:
             factor[own] = 0.0
             rounded.append(expert)
-    return factor, damped, rounded
+    return damped, rounded
 
 
 def _factored(ordered: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,7 +143,8 @@ def _by_panels(gram: Tensor) -> Tensor:
         upper = lower.flip(-2, -1)
         diagonal = torch.diagonal(upper, dim1=-2, dim2=-1)[:, None, :].clone()
         if first:
-            above = torch.linalg.solve_triangular(upper, gram[:, before, own].mT, upper=True).mT.contiguous()
+            one = torch.eye(end - first, device=gram.device).expand_as(upper)
+            above = exact_product(gram[:, before, own], torch.linalg.solve_triangular(upper, one, upper=True))
             one, other = exact_parts(above)
             for begin, stop in spans(0, first, _FACTOR_PANEL):  # the upper triangle is enough
                 there = gram[:, :stop, begin:stop]
@@ -127,19 +172,27 @@ def spans(begin: int, end: int, size: int) -> list[tuple[int, int]]:
     return [(first, min(first + size, end)) for first in range(begin, end, size)]
 
 
-def gptq(weight_EOI: Tensor, gram_EII: Tensor, grid: Grid, fmt: Format, damp: float) -> GptqResult:
+def gptq(
+    weight_EOI: Tensor,
+    gram_EII: Tensor,
+    grid: Grid,
+    fmt: Format,
+    damp: float,
+    begun: Callable[[], Factor] | None = None,
+) -> GptqResult:
     """Codes of `weight_EOI` (float32) on `grid`, made for inputs with the Gram matrix `gram_EII` (float32).
 
-    On CUDA weights may be bfloat16. Weights that lie in memory column by column need no copy; codes do.
+    On CUDA weights may be bfloat16. Weights that lie in memory column by column need no copy; codes do. `begun`: the
+    factor of these Gram matrices in `falling` order with this `damp`, where somebody has begun it.
     """
-    experts, rows, width = weight_EOI.shape
-    order = falling(gram_EII)
-    factor, damped, rounded = push_factor(gram_EII, order, damp)
-    push, every, group = halves(factor), slice(None), (order // fmt.group_size).to(torch.int32)
+    width, order = weight_EOI.shape[2], falling(gram_EII)
+    factor, damped, rounded = begun() if begun else push_factor(gram_EII, order, damp)
+    push, every, group = first_half(factor), slice(None), (order // fmt.group_size).to(torch.int32)
     weight = reordered(weight_EOI.transpose(1, 2), order)
     turned = grid.turned()
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    stack = Columns(weight, factor, turned.scale, turned.zero, codes, zeros(experts, width, rows, weight), fmt)
+    left = torch.empty(weight.shape, dtype=half_dtype(weight.device), device=weight.device)
+    stack = Columns(weight, factor, turned.scale, turned.zero, codes, (left,), fmt)
     for first, end in spans(0, width, panel_of(weight)):
         target, before = weight[:, first:end].to(torch.float32, copy=True), slice(0, first)
         if first:
@@ -148,8 +201,8 @@ def gptq(weight_EOI: Tensor, gram_EII: Tensor, grid: Grid, fmt: Format, damp: fl
             round_columns(stack, now, target[:, now.start - first : now.stop - first], group)
             later = transposed(part(push, now, slice(now.stop, end)))
             add_product(target[:, now.stop - first :], later, part(stack.left, now, every))
-    codes, *left = (reordered(of, inverse(order)) for of in (codes, *stack.left))
-    return GptqResult(codes.transpose(1, 2), len(damped), len(rounded), troubled(damped + rounded, codes), tuple(left))
+    codes, left = (reordered(of, inverse(order)) for of in (codes, left))
+    return GptqResult(codes.transpose(1, 2), len(damped), len(rounded), troubled(damped + rounded, codes), (left,))
 
 
 def troubled(experts: list[int], like_Emn: Tensor) -> Tensor:

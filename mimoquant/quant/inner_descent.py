@@ -29,6 +29,7 @@ from mimoquant.quant.formats import Format
 from mimoquant.quant.gptq import spans
 from mimoquant.quant.grid import Grid
 from mimoquant.quant.method import WALKED_TOKENS
+from mimoquant.quant.output_metric import felt_inside
 from mimoquant.quant.products import half_dtype, halves, product, rough_product
 from mimoquant.quant.reconstruct import padded, silu_slope, together
 
@@ -58,7 +59,7 @@ def descend_inner(
     values, codes = grid.wide(fmt).decode(codes_EJH, fmt), codes_EJH.clone()
     groups = []
     for own in together([len(tokens) for tokens in seen], WALKED_TOKENS[codes.device.type]):
-        inner = down[own].mT @ (felt[own] @ down[own])
+        inner = felt_inside(felt[own], down[own])
         groups.append(_Tokens(own, padded(seen[own]), weight[own], values[own], inner))
     walk = _Walk(groups, gram, metric, rough_product(metric, values - weight))
     width = max(1, codes.shape[2] // _PANELS // fmt.group_size) * fmt.group_size

@@ -24,6 +24,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mimoquant.quant.products import first_half, halves, product, transposed
+
 SHRINKAGE = 1.0  # n0 over the width: samples' worth of the identity
 DAMP = 0.1  # of the mean diagonal, at least, of any metric
 _TINY = torch.finfo(torch.float32).tiny
@@ -83,5 +85,10 @@ def gate_up_metric(fisher_HH: Tensor, down_EHI: Tensor, slopes_EJJ: Tensor) -> T
         fisher_HH: or one an expert, [E, H, H]. down_EHI: down_proj as it will answer, float32. slopes_EJJ: the second
             moment of s over the tokens.
     """
-    inner = down_EHI.mT @ (fisher_HH @ down_EHI)
-    return dampened(slopes_EJJ * inner.repeat(1, 2, 2), DAMP)
+    return dampened(slopes_EJJ * felt_inside(fisher_HH, down_EHI).repeat(1, 2, 2), DAMP)
+
+
+def felt_inside(fisher_HH: Tensor, down_EHI: Tensor) -> Tensor:
+    """W_dᵀ F W_d, [E, I, I] float32, of weights that bfloat16 holds; F may be one for all."""
+    down, fisher = first_half(down_EHI), fisher_HH.expand(len(down_EHI), *fisher_HH.shape[-2:])
+    return product(transposed(down), halves(product(halves(fisher), down)))

@@ -42,7 +42,7 @@ from mimoquant.quant.gptq import panel_of, spans
 from mimoquant.quant.grid import Grid
 from mimoquant.quant.kernels.columns import Columns
 from mimoquant.quant.method import WALKED_COLUMNS, WALKED_FEWEST, WALKED_TOKENS, WALKED_TURNS
-from mimoquant.quant.products import add_product, half_dtype, halves, part, zeros
+from mimoquant.quant.products import add_product, first_half, half_dtype, halves, part
 from mimoquant.quant.refine import refine
 
 Parts = dict[str, Tensor]
@@ -340,7 +340,7 @@ def _improved(
         alone(grid.scale),
         None if grid.zero is None else alone(grid.zero),
         codes,
-        zeros(each, width, 1, blank),
+        first_half(blank.clone()),
         fmt,
         None if divisor is None else divisor.flatten().repeat_interleave(rows),
     )

@@ -19,7 +19,7 @@ from mimoquant.quant.formats import Format
 from mimoquant.quant.gptq import BLOCK, panel_of, spans
 from mimoquant.quant.grid import Grid
 from mimoquant.quant.kernels.columns import Columns
-from mimoquant.quant.products import Halves, add_product, half_dtype, halves, part, product
+from mimoquant.quant.products import Halves, add_product, first_half, half_dtype, part, product
 
 _DAMP = 1e-3  # of the mean diagonal: keeps a column that no token used from moving
 
@@ -41,7 +41,7 @@ def refine(
     gram = gram_EII.clone()
     diagonal = torch.diagonal(gram, dim1=-2, dim2=-1)
     diagonal += _DAMP * diagonal.mean(-1, keepdim=True)
-    cost, every = halves(gram), slice(None)
+    cost, every = first_half(gram), slice(None)
     stack = _stack(weight_EOI, gram, parts, codes, fmt, left)
     for _ in range(rounds):
         for first, end in spans(0, gram.shape[-1], panel_of(gram)):
@@ -68,11 +68,10 @@ def _reach(stack: Columns, cost: Halves, now: slice) -> Tensor:
 
 
 def _grouped_reach(cost: Halves, level: Tensor, size: int) -> Tensor:
-    """The same of several groups in one product: halves side by side, and the values once for each."""
+    """The same of several groups in one product."""
     experts, columns, rows = level.shape
-    halved = torch.cat([half.reshape(experts, columns, -1, size) for half in cost], dim=-1)  # [E, B, G, 2S]
-    values = level.view(experts, -1, size, rows).repeat(1, 1, len(cost), 1)  # [E, G, 2S, O]
-    out = torch.bmm(halved.transpose(1, 2).flatten(0, 1), values.flatten(0, 1), out_dtype=torch.float32)
+    apart = cost[0].reshape(experts, columns, -1, size).transpose(1, 2).flatten(0, 1)  # [E G, B, S]
+    out = torch.bmm(apart, level.reshape(-1, size, rows), out_dtype=torch.float32)
     return out.view(experts, columns // size, columns, rows)
 
 
@@ -83,7 +82,7 @@ def _stack(
     turned = Grid.of(parts, fmt).turned()
     weight, codes = weight_EOI.mT.contiguous(), codes_EOI.mT.clone(memory_format=torch.contiguous_format)
     if left is None:
-        left = halves(weight - turned.wide(fmt, 1).decode(codes, fmt))
+        left = first_half(weight - turned.wide(fmt, 1).decode(codes, fmt))
     return Columns(
         weight,
         gram,

@@ -21,7 +21,7 @@ from mimoquant.quant.columns import units
 from mimoquant.quant.descent import whole_loss
 from mimoquant.quant.formats import Format
 from mimoquant.quant.grid import Grid
-from mimoquant.quant.products import rough_product
+from mimoquant.quant.products import half_dtype, halves, product, rough_chain
 
 _STEPS = 6  # of conjugate gradients: what more would gain is less than rounding to bf16 loses
 
@@ -36,21 +36,22 @@ def refit(
     """
     if not can_fit(fmt):
         return parts
-    old, unit = parts["scale"].to(torch.float32), units(codes_EOI, fmt)
+    old, half = parts["scale"].to(torch.float32), half_dtype(codes_EOI.device)
+    unit, metric, gram = units(codes_EOI, fmt, half), metric_EOO.to(half), gram_EII.to(half)
 
-    def left(scale: Tensor) -> Tensor:
-        return weight_EOI - _spread(scale, fmt) * unit
+    def values(scale: Tensor) -> Tensor:
+        return (scale[..., None] * unit.view(*scale.shape, fmt.group_size)).view(unit.shape)
 
     def felt(change_EOI: Tensor) -> Tensor:
         """Half the gradient by each scale [E, O, G], of a change of the values."""
-        slope = rough_product(rough_product(metric_EOO, change_EOI), gram_EII)
+        slope = rough_chain(metric, change_EOI, gram)
         return (slope * unit).view(*old.shape, fmt.group_size).sum(-1)
 
     alone = torch.diagonal(metric_EOO, dim1=-2, dim2=-1)[..., None] * _own_curvature(unit, gram_EII, fmt)
-    fitted = old + _solved(felt(left(old)), alone, lambda step: felt(_spread(step, fmt) * unit))
+    fitted = old + _solved(felt(weight_EOI - values(old)), alone, lambda step: felt(values(step)))
     new = fitted.to(torch.bfloat16).to(torch.float32)
     new = torch.where(((new > 0) == (old > 0)) & (new != 0) & torch.isfinite(new), new, old)
-    before, after = (whole_loss(left(scale), gram_EII, metric_EOO) for scale in (old, new))
+    before, after = (whole_loss(weight_EOI - values(scale), gram, metric) for scale in (old, new))
     new = torch.where((after < before)[:, None, None], new, old)
     return parts | {"scale": Grid(new, None).stored_scale(parts)}
 
@@ -60,16 +61,11 @@ def can_fit(fmt: Format) -> bool:
     return fmt.name == "int4" and fmt.scales_move
 
 
-def _spread(scale_EOG: Tensor, fmt: Format) -> Tensor:
-    return scale_EOG.repeat_interleave(fmt.group_size, -1)
-
-
 def _own_curvature(unit_EOI: Tensor, gram_EII: Tensor, fmt: Format) -> Tensor:
     """uᵀ H u of each group's values u at a scale of one, [E, O, G]."""
     groups = [slice(begin, begin + fmt.group_size) for begin in range(0, unit_EOI.shape[-1], fmt.group_size)]
-    return torch.stack(
-        [((unit_EOI[..., own] @ gram_EII[:, own, own]) * unit_EOI[..., own]).sum(-1) for own in groups], dim=-1
-    )
+    along = [product((unit_EOI[..., own],), halves(gram_EII[:, own, own])) for own in groups]
+    return torch.stack([(bent * unit_EOI[..., own]).sum(-1) for bent, own in zip(along, groups, strict=True)], dim=-1)
 
 
 def _solved(slope_EOG: Tensor, alone_EOG: Tensor, felt: Callable[[Tensor], Tensor]) -> Tensor:

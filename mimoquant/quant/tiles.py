@@ -2,9 +2,9 @@
 
 Key idea: an entry waits for those above it and those before it, so all entries of an anti-diagonal are ready at once: m
 rows and n columns take m + n - 1 steps. The loop stands here in plain torch, which says what it does; compiled ones of
-equal bytes run in its place: `kernels.tiles_cpu` on a CPU, `kernels.tiles_cuda` on CUDA where Triton is. Products and
-sums are separate float32 operations everywhere, and an entry's sums begin with what stood there and go up in rows and
-in columns.
+equal bytes (on CUDA but for sums between cells of a tile, which are products there) run in its place:
+`kernels.tiles_cpu` on a CPU, `kernels.tiles_cuda` on CUDA where Triton is. Products and sums are separate float32
+operations everywhere else, and an entry's sums begin with what stood there and go up in rows and in columns.
 
 Shapes: E experts, O rows of the weight, I columns, M and N those of a tile, G groups.
 """
@@ -75,10 +75,10 @@ def round_tile(stack: Rows, tile: Tile, target_EMN: Tensor, above_EMN: Tensor) -
     return both
 
 
-def by_waves(device: torch.device) -> Callable[[Rows, Tensor, Tensor, bool], None] | None:
+def by_waves(device: torch.device) -> Callable[[Rows, Tensor, Tensor, Tensor | None], None] | None:
     """What fills a whole stack's codes in waves of tiles: see `two_sided.sweep`."""
     kernels = _kernels(device.type)
-    waves: Callable[[Rows, Tensor, Tensor, bool], None] | None = getattr(kernels, "round_all", None)
+    waves: Callable[[Rows, Tensor, Tensor, Tensor | None], None] | None = getattr(kernels, "round_all", None)
     return waves
 
 

@@ -61,19 +61,20 @@ def stack_of(weight: Tensor, wanted: Tensor, grid: Grid, rows: Tensor, columns: 
     return Rows(weight, wanted, scale, zero, (columns // fmt.group_size).to(torch.int32), codes, fmt)
 
 
-def sweep(stack: Rows, fall: Tensor, push: Tensor, *, roughly: bool = False) -> None:
+def sweep(stack: Rows, fall: Tensor, push: Tensor, *, rough_push: Tensor | None = None) -> None:
     """Fill the codes, once through the matrix.
 
     Args:
         fall, push: strictly upper triangular, [E, O, O] and [E, I, I]: in row k how far what is left of row or column
             k moves each later one.
-        roughly: products of first halves are enough (`products.rough_product`).
+        rough_push: the first half of push, where products of first halves are enough (`products.rough_product`); what
+            it has below the diagonal means nothing.
     """
     waves = by_waves(stack.weight.device)
     if waves is None:
         _by_bands(stack, fall, push)
     else:
-        waves(stack, fall, push, roughly)
+        waves(stack, fall, push, rough_push)
 
 
 def _by_bands(stack: Rows, fall: Tensor, push: Tensor) -> None:

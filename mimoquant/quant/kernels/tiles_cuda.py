@@ -3,9 +3,10 @@
 Key idea: tiles of an anti-diagonal of tiles wait only for those of the anti-diagonals before, so each such wave is one
 launch of products from both sides, a program a tile and expert, and then of the roundings. Within a tile the same goes
 for its cells of _CELL rows and columns: those of an anti-diagonal are one launch, a warp a cell, which first takes what
-the tile's earlier cells move it by, in registers, then walks its entries, a row a lane, an anti-diagonal a step. The
-sequence of float32 operations of every entry is that of the plain loops, with divisions rounded as IEEE wants them and
-no fused multiply-add, so the bytes are the same; products of whole tiles are tensor cores', in an order of their own.
+the tile's earlier cells move it by, as products of three TF32 (21 bits of a float32), then walks its entries, a row a
+lane, an anti-diagonal a step. Within a cell the sequence of float32 operations of every entry is that of the plain
+loops, with divisions rounded as IEEE wants them and no fused multiply-add; so the bytes are those of the plain loops
+but for the order, and the last bits, of the sums between cells and between tiles.
 Entries fetch what moves them instead of being moved: threads read next to each other, rows above by column, columns
 before by row (`moved` of a wave lies column by column for that).
 
@@ -19,13 +20,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mimoquant.quant.kernels.arithmetic_cuda import NO_FUSION
-from mimoquant.quant.kernels.columns_cuda import array_or, coded, keep_halves
+from mimoquant.quant.kernels.arithmetic_cuda import NO_FUSION, TF32_PARTS
+from mimoquant.quant.kernels.columns_cuda import array_or, coded
 from mimoquant.quant.products import Halves, halves, zeros
 from mimoquant.quant.tiles import Rows, Tile
 
 TILE_SIDE = 128  # rows and columns that are rounded before what is left of them is pushed onto the rest
-_SAY_EACH = True  # see `_pulled`
 _CELL, _UNROLL = 32, 8  # rows and columns of a warp; how many of what moves an entry are asked for at once
 _DEPTH, _STAGES, _WARPS = 32, 3, 8  # of the products: how far they go at once, how many are on their way, warps
 
@@ -82,15 +82,13 @@ def _reach(
 
 
 @triton.jit
-def _pulled(total, by_row, by_column, count, stride, CELL: tl.constexpr, SAY_EACH: tl.constexpr):
-    """total [CELL, CELL] and, k after k, by_row[k, i] times by_column[k, j]. SAY_EACH: every entry asks for its own."""
-    i, j = tl.arange(0, CELL)[:, None], tl.arange(0, CELL)[None, :]
-    for k in tl.range(0, count, loop_unroll_factor=4):
-        if SAY_EACH:
-            near, far = tl.load(by_row + k * stride + i + 0 * j), tl.load(by_column + k * stride + j + 0 * i)
-        else:
-            near, far = tl.load(by_row + k * stride + i), tl.load(by_column + k * stride + j)
-        total = total + near * far
+def _pulled(total, by_row, by_column, count, stride, CELL: tl.constexpr):
+    """total [CELL, CELL] and the sum over k < count of by_row[k, i] times by_column[k, j]."""
+    each, some = tl.arange(0, CELL), tl.arange(0, 16)
+    for k in tl.range(0, count, 16, num_stages=1):
+        near = tl.load(by_row + (k + some)[None, :] * stride + each[:, None])
+        far = tl.load(by_column + (k + some)[:, None] * stride + each[None, :])
+        total = tl.dot(near, far, total, input_precision=TF32_PARTS)
     return total
 
 
@@ -99,6 +97,14 @@ def _and_one(total, by_row, by_column, k, stride, i, j, there):
     """total and by_row[k, i] times by_column[k, j]."""
     near = tl.load(by_row + k * stride + i, mask=there, other=0.0)
     return total + near * tl.load(by_column + k * stride + j, mask=there, other=0.0)
+
+
+@triton.jit
+def _keep_halves(rest, high, low, place, there):
+    """The two halves of `products.halves`."""
+    top = rest.to(tl.bfloat16)
+    tl.store(high + place, top, mask=there)
+    tl.store(low + place, (rest - top.to(tl.float32)).to(tl.bfloat16), mask=there)
 
 
 # numbers of which each would make another kernel when it is 1 or a multiple of 16
@@ -140,7 +146,6 @@ def _round_cells(
     TILE: tl.constexpr,
     CELL: tl.constexpr,
     UNROLL: tl.constexpr,
-    SAY_EACH: tl.constexpr,
 ):
     """The cells of one anti-diagonal of every tile of a wave; `cells` of them a tile. `down`, `along`: blocks on the
     matrices' diagonals, [E, blocks, TILE, TILE]. KEEP: write the halves of what is left and moved, too.
@@ -154,8 +159,8 @@ def _round_cells(
     along += (expert * blocks_along + side // TILE % blocks_along) * TILE * TILE + column
     over_left, over_moved = left + tile + column, moved + tile + row
     square = tile + (row + lane)[:, None] * TILE + column + lane[None, :]
-    tl.store(above + square, _pulled(tl.load(above + square), down, over_left, row, TILE, CELL, SAY_EACH))
-    tl.store(target + square, _pulled(tl.load(target + square), over_moved, along, column, TILE, CELL, SAY_EACH))
+    tl.store(above + square, _pulled(tl.load(above + square), down, over_left, row, TILE, CELL))
+    tl.store(target + square, _pulled(tl.load(target + square), over_moved, along, column, TILE, CELL))
     tl.debug_barrier()  # a lane reads other entries than it wrote
     of_row = expert * height + top + row + lane
     down, over_left = down + row * TILE, over_left + row * TILE
@@ -183,22 +188,22 @@ def _round_cells(
     if KEEP:
         inside = (top + row + lane < end_row)[:, None] & (side + column + lane < end_column)[None, :]
         place = of_row[:, None] * width + side + column + lane[None, :]
-        keep_halves(tl.load(left + square, mask=inside, other=0.0), left_high, left_low, place, inside)
+        _keep_halves(tl.load(left + square, mask=inside, other=0.0), left_high, left_low, place, inside)
         turned = tile + (column + lane)[None, :] * TILE + (row + lane)[:, None]
-        keep_halves(tl.load(moved + turned, mask=inside, other=0.0), moved_high, moved_low, place, inside)
+        _keep_halves(tl.load(moved + turned, mask=inside, other=0.0), moved_high, moved_low, place, inside)
 
 
-def round_all(stack: Rows, fall: Tensor, push: Tensor, roughly: bool) -> None:
+def round_all(stack: Rows, fall: Tensor, push: Tensor, rough_push: Tensor | None) -> None:
     """Fill the codes of a whole stack, by waves of tiles: see `two_sided.sweep`."""
     experts, rows, width = stack.weight.shape
     blocks = _diagonal_blocks(fall), _diagonal_blocks(push)
-    down, along = halves(fall), halves(push)
+    down, along = halves(fall), halves(push) if rough_push is None else (rough_push, rough_push)
     left, moved = (zeros(experts, rows, width, stack.weight) for _ in range(2))
     bands, columns = (triton.cdiv(size, TILE_SIDE) for size in (rows, width))
     for wave in range(bands + columns - 1):
         top = max(0, wave - columns + 1)
         place = top * TILE_SIDE, (wave - top) * TILE_SIDE, min(bands, wave + 1) - top
-        target, above = reach(stack.wanted, place, (down, along), (left, moved), roughly)
+        target, above = reach(stack.wanted, place, (down, along), (left, moved), rough_push is not None)
         round_wave(stack, place, blocks, (target, above), (left, moved))
 
 
@@ -304,7 +309,6 @@ def _round(
             TILE=TILE_SIDE,
             CELL=_CELL,
             UNROLL=_UNROLL,
-            SAY_EACH=_SAY_EACH,
             num_warps=1,
             **NO_FUSION,
         )
@@ -313,6 +317,9 @@ def _round(
 def _diagonal_blocks(matrix: Tensor) -> Tensor:
     """[E, n, n] → the blocks on the diagonal, zeros where the last is cut short: [E, n / tile, tile, tile]."""
     size = matrix.shape[-1]
+    if size % TILE_SIDE == 0:  # in one pass
+        apart = matrix.view(len(matrix), size // TILE_SIDE, TILE_SIDE, size // TILE_SIDE, TILE_SIDE)
+        return apart.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).contiguous()
     blocks = matrix.new_zeros(len(matrix), triton.cdiv(size, TILE_SIDE), TILE_SIDE, TILE_SIDE)
     for b in range(blocks.shape[1]):
         own = slice(b * TILE_SIDE, min(size, (b + 1) * TILE_SIDE))
