@@ -236,7 +236,7 @@ def _write_units(
     far = remote_of(plan.layout.index.folder) is not None
     ways, reading = writing_of(plan, engine.name, far=far), CheckpointReader(plan.layout.index)
     with reading as reader, contextlib.ExitStack() as opened, WriteBehind(ways.queue_bytes, ways.lanes) as behind:
-        walk = _Walk(plan, run, reader, tokens, team, fisher) if tokens else None
+        walk = opened.enter_context(_Walk(plan, run, reader, tokens, team, fisher)) if tokens else None
         shop = Workshop(plan, reader, engine, team.rank, ways.piece_bytes)
         shards = _Shards(run, behind, ways, shop, progress, timeline, opened)
         turns = _one_by_one(tasks, run, behind) if far else tasks
@@ -359,6 +359,12 @@ class _Walk:
         near = near_bytes(plan, team.device, has, team.size) > 0
         self.calibrator = Calibrator(plan, reader, tokens, team.device, team, fisher=fisher, near=near)
         self.at = 0  # the next layer to walk
+
+    def __enter__(self) -> _Walk:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.calibrator.layers.close()
 
     def enter(self, unit: Unit) -> None:
         layer = unit.layer

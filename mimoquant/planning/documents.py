@@ -108,7 +108,8 @@ class MachineMemory(TypedDict):
 
 
 class RunEstimate(TypedDict):
-    """How long a run will take, told by a rehearsal. Reading, computing and writing overlap."""
+    """How long a run will take with kernels that are compiled, as a rehearsal leaves them. Reading, computing and
+    writing overlap."""
 
     reading_s: float
     """Seconds that reading the source takes."""
@@ -122,8 +123,10 @@ class RunEstimate(TypedDict):
     """Measured; of hashing alone where no --out was given."""
     bound_by: str
     """The longest of the three: reading, computing or writing."""
+    starting_s: float
+    """Seconds before anything is quantized: libraries, the device, the tokens' way to the first layer."""
     total_s: float
-    """Seconds of that one, which are the run's."""
+    """Seconds of starting and of the longest of the three, which are the run's."""
 
 
 class WalkBackNeeds(TypedDict):

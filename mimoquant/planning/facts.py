@@ -227,7 +227,7 @@ def _walk_back(plan: Plan, device: str, has: Machine, took: Estimate | None) -> 
 
 
 def _estimated(took: Estimate) -> RunEstimate:
-    bound_by, total_s = took.bound
+    bound_by, longest_s = took.bound
     return RunEstimate(
         reading_s=took.reading_s,
         computing_s=took.computing_s,
@@ -235,7 +235,8 @@ def _estimated(took: Estimate) -> RunEstimate:
         read_bytes_per_s=took.read_bytes_per_s,
         write_bytes_per_s=took.write_bytes_per_s,
         bound_by=bound_by,
-        total_s=total_s,
+        starting_s=took.starting_s,
+        total_s=took.starting_s + longest_s,
     )
 
 

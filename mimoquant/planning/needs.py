@@ -76,7 +76,9 @@ def needs(plan: Plan, device: str = "cpu", ranks: int = 1) -> Needs:
     )
     wants = Needs(host + _TORCH_BYTES + states + work, 0)
     if cuda:
-        wants = Needs(host + states, work + _AHEAD * source + _begun_bytes(plan, experts) + 2**30)
+        wants = Needs(
+            host + states, work + _AHEAD * source + _begun_bytes(plan, experts) + _next_layers_bytes(plan) + 2**30
+        )
     wants = _with_towers(plan, wants, states, cuda)
     back = walk_back_needs(plan, device, ranks) or wants  # one after the other
     return Needs(max(wants.host_bytes, back.host_bytes), max(wants.gpu_bytes, back.gpu_bytes))
@@ -224,6 +226,15 @@ def _begun_bytes(plan: Plan, experts: int) -> int:
     """What a GPU still holds of the chunk before: its weights as they were and as they are read, and codes."""
     geometry = plan.layout.geometry
     return 5 * experts * 3 * geometry.hidden * geometry.expert_intermediate
+
+
+def _next_layers_bytes(plan: Plan) -> int:
+    """Of the two layers without their experts that a GPU holds ahead."""
+    return 2 * max(
+        sum(entry.size_bytes for step in unit.steps if not isinstance(step, Experts) for entry in step.entries)
+        for unit in plan.units
+        if unit.layer is not None
+    )
 
 
 def _method_bytes(plan: Plan, experts: int) -> int:
@@ -380,7 +391,8 @@ def fewer_sequences(sequences: int, wanted: Callable[[int], Needs], has: Machine
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Seconds that a run spends reading, computing and writing, all at once; and what the two rates were."""
+    """Seconds that a run spends reading, computing and writing, all at once; and what the two rates were. `starting_s`:
+    before all that, whatever its size."""
 
     reading_s: float
     computing_s: float
@@ -388,6 +400,7 @@ class Estimate:
     read_bytes_per_s: float
     write_bytes_per_s: float  # of hashing alone, where no folder was given
     walking_back_s: float = 0.0  # of the computing, before anything is quantized
+    starting_s: float = 0.0
 
     @property
     def bound(self) -> tuple[str, float]:

@@ -126,7 +126,7 @@ def _demands(facts: PlanDocument) -> list[str]:
             f"time       about {duration(took['total_s'])}, bound by {took['bound_by']}: computing "
             f"{duration(took['computing_s'])}, reading {duration(took['reading_s'])} at "
             f"{size(int(took['read_bytes_per_s']))}/s, writing {duration(took['writing_s'])} at "
-            f"{size(int(took['write_bytes_per_s']))}/s"
+            f"{size(int(took['write_bytes_per_s']))}/s, starting {duration(took['starting_s'])}"
         )
     if forks := facts["sensitivity"]:
         gpu = f" and {size(forks['gpu_memory_bytes'])} of a GPU's" if forks["gpu_memory_bytes"] else ""

@@ -30,10 +30,12 @@ from mimoquant.calibration import statistics
 from mimoquant.calibration.layer_facts import LayerFacts, LayerRecord, starved
 from mimoquant.calibration.tokens import TokenSet, check_media
 from mimoquant.checkpoint.reader import CheckpointReader
+from mimoquant.checkpoint.remote import remote_of
 from mimoquant.errors import QualityError
 from mimoquant.fisher.matrices import Fisher
 from mimoquant.machine.team import Team
 from mimoquant.model.decoder_layer import DenseWeights, ExpertChunk, LayerWeights, Router
+from mimoquant.model.layer_stream import LayersAhead
 from mimoquant.model.layout import PROJECTIONS, norm_name, router_name
 from mimoquant.planning.plan import Plan
 from mimoquant.planning.units import Experts, Unit
@@ -48,7 +50,7 @@ from mimoquant.run.chunk_facts import Rounded, chunk_losses, clamped_facts, fall
 from mimoquant.run.clamped import Counts
 from mimoquant.run.crossing import Chosen, Parts, after_all, by_projection, leaving, named
 from mimoquant.run.objective import OutputMetrics, before_answers, felt_of_gate_up, for_answers, gate_and_up
-from mimoquant.run.portions import Portions, Seen
+from mimoquant.run.portions import Portions, Seen, walked
 from mimoquant.weights.decoded import TORCH_DTYPES, CheckpointWeights, decoded_chunk
 from mimoquant.weights.stored import not_finite, read_experts, read_parts
 
@@ -82,8 +84,9 @@ class Calibrator:
     ) -> None:
         assert plan.recipe.calibration is not None
         self.plan, self.settings, self.device = plan, plan.recipe.calibration, torch.device(device)
-        self.weights, self.engine = weights or CheckpointWeights(reader, plan.layout, self.device), TorchEngine(device)
-        self.method = plan.recipe.expert_method()
+        self.weights, self.engine = weights or walked(reader, plan.layout, self.device), TorchEngine(device)
+        near_source = remote_of(plan.layout.index.folder) is None
+        self.layers, self.method = LayersAhead(self.weights, near=near_source), plan.recipe.expert_method()
         self.trains = torch.arange(len(tokens.ids)) % HELD_OUT != HELD_OUT - 1
         ids, sets = torch.from_numpy(tokens.walked), (self.trains, ~self.trains)
         self.team = team or Team(device)
@@ -101,7 +104,7 @@ class Calibrator:
     def begin(self, layer: int, written: CheckpointReader | None = None, weights: LayerWeights | None = None) -> None:
         """Attention and routing of a layer; a dense layer is passed whole. `written`: its shard, if it exists.
         `weights`: of the layer, where they are read already."""
-        weights = weights or self.weights.layer(layer)
+        weights = weights or self.layers.take(layer)
         self.facts, self.norm_fold, self.metrics = LayerFacts(layer), None, None
         if isinstance(weights.mlp, DenseWeights):
             self.tokens.dense(weights)

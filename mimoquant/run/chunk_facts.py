@@ -13,7 +13,16 @@ from torch import Tensor
 
 from mimoquant.model.decoder_layer import ExpertChunk
 from mimoquant.model.layout import PROJECTIONS, ModelLayout
-from mimoquant.quant.clamped import Clamped, Groups, at_low_end, clamped_groups, huge, is_suspicious, suspicious
+from mimoquant.quant.clamped import (
+    Clamped,
+    Groups,
+    at_low_end,
+    clamped_groups,
+    huge,
+    is_suspicious,
+    suspicious,
+    unsigned,
+)
 from mimoquant.quant.engine_torch import to_numpy
 from mimoquant.quant.expert_methods import Encoded, encode_with, energy, global_scale
 from mimoquant.quant.formats import Format
@@ -118,10 +127,9 @@ def _counted(
 
 
 def _stored_bits(parts: dict[str, Tensor], fmt: Format) -> Tensor:
-    """`quant.clamped.stored_bits` on a device."""
-    if fmt.name == "int4":
-        return parts["scale"].view(torch.int16) & 0x7FFF
-    return parts["scale"].view(torch.uint8) & (0xFF if fmt.name == "mxfp4" else 0x7F)
+    """Scales without their sign, of what lies on a device."""
+    bits: Tensor = unsigned(parts["scale"].view(torch.int16 if fmt.name == "int4" else torch.uint8), fmt)
+    return bits
 
 
 def _picked(values: Tensor, groups: Groups) -> npt.NDArray[Any]:

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from mimoquant.model.decoder_layer import ExpertChunk
-from mimoquant.model.layer_stream import side_stream
 from mimoquant.model.layout import PROJECTIONS
 from mimoquant.quant.engine_torch import Sent, as_numpy, on_host
 from mimoquant.quant.stack import Stack
+from mimoquant.quant.streams import side_stream
 
 Parts = dict[str, dict[str, npt.NDArray[Any]]]  # projection → part → [E, ...]
 T = TypeVar("T")

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.machine.team import Team
 from mimoquant.model.decoder_layer import ExpertChunk, LayerWeights, Router, add_experts
 from mimoquant.model.dispatch import Dispatch, Routing
@@ -31,11 +32,20 @@ from mimoquant.model.layer_stream import (
     portions,
     route_again,
 )
+from mimoquant.model.layout import ModelLayout
 from mimoquant.model.media import Placed
 from mimoquant.weights.decoded import CheckpointWeights
 from mimoquant.weights.embedding import Embedding
 
 Seen = list[tuple[Tensor, Dispatch]]  # blocks of tokens [n, H] bf16, and where they go
+
+
+def walked(reader: CheckpointReader, layout: ModelLayout, device: torch.device) -> CheckpointWeights:
+    """A source's weights, as tokens are walked through them: on CUDA attention takes two of three bfloat16 parts of its
+    float32 rows, which is far more than engines have of them."""
+    weights = CheckpointWeights(reader, layout, device)
+    weights.config = replace(weights.config, parts=2)
+    return weights
 
 
 @dataclass

@@ -2,10 +2,11 @@
 
 Key idea: no table of machines. Chunks are read (past the page cache), one is encoded, hashed and, where a folder is
 given, written; a calibrated recipe takes some of its number of tokens, at random, through the first quantized layer.
-Reading, computing and writing overlap, so the slowest of the three is the run's time. What is timed apart is what grows
-with something: tokens in attention, rows in experts, experts, layers.
+Reading, computing and writing overlap, so the slowest of the three is the run's time, after what starting takes. What
+is timed apart is what grows with something: tokens in attention, rows in experts, experts, layers.
 
-Left out: the page cache (a source that is in it reads faster), other programs, how ranks wait for each other.
+Left out: the page cache (a source that is in it reads faster), other programs, how ranks wait for each other, and
+compilers, whose work a rehearsal leaves to the run.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ def rehearse(plan: Plan, device: str, folder: Path | None = None) -> Estimate:
 
     Raises CheckpointError for a source that cannot be read.
     """
+    begin = time.perf_counter()
     steps = [step for unit in plan.units for step in unit.steps if isinstance(step, Experts) and step.fmt]
     step = steps[0]
     with (
@@ -65,16 +67,20 @@ def rehearse(plan: Plan, device: str, folder: Path | None = None) -> Estimate:
         contextlib.closing(make_engine(plan.engine_device(device))) as engine,
     ):
         stacks = _read(plan, reader, engine, step)  # buffers, threads and a GPU's context cost time once
+        starting, size = time.perf_counter() - begin, reader.bytes_read
         read_rate = _read_rate(plan, reader, engine, steps[1:] or steps)
+        starting = max(0.0, starting - size / read_rate)
         encoded, rate = _encode(plan, engine, step, stacks)
         write_rate = _write_rate(encoded, writing_of(plan, device).lanes, folder)
         computing, walking = _expert_bytes(plan) / rate, 0.0
         if plan.recipe.calibration is not None:
-            computing, walking = _calibrated_seconds(plan, reader, device, step, stacks)
+            computing, walking, entering = _calibrated_seconds(plan, reader, device, step, stacks)
+            computing += _bytes_beside(plan) / write_rate  # is written while no layer is computed
+            starting += entering
     reading, writing = plan.source_bytes / read_rate, plan.shard_bytes / write_rate
     if plan.recipe.objective == "kl":
         reading *= 3  # the walk back reads the source once each way
-    return Estimate(reading, computing + walking, writing, read_rate, write_rate, walking)
+    return Estimate(reading, computing + walking, writing, read_rate, write_rate, walking, starting)
 
 
 def _read(plan: Plan, reader: CheckpointReader, engine: Engine, step: Experts) -> dict[str, Stack]:
@@ -119,6 +125,11 @@ def _expert_bytes(plan: Plan) -> int:
     return sum(weight.loaded_bytes(as_codes=plan.recipe.casts) for weight in quantized)
 
 
+def _bytes_beside(plan: Plan) -> int:
+    """Bytes that are written of units without experts."""
+    return sum(unit.size_bytes for unit in plan.units if not any(isinstance(step, Experts) for step in unit.steps))
+
+
 def _encode(plan: Plan, engine: Engine, step: Experts, stacks: dict[str, Stack]) -> tuple[Parts, float]:
     """A chunk's parts, without calibration, and the source bytes a second of the second time: the first compiles."""
     assert step.fmt is not None
@@ -153,14 +164,16 @@ def _write_rate(parts: Parts, lanes: int, folder: Path | None) -> float:
 
 def _calibrated_seconds(
     plan: Plan, reader: CheckpointReader, device: str, step: Experts, stacks: dict[str, Stack]
-) -> tuple[float, float]:
-    """Of one process: attention of all tokens, experts of all routed tokens, and the method on all experts; and, before
-    that, of the walk back."""
+) -> tuple[float, float, float]:
+    """Of one process: attention of all tokens, experts of all routed tokens, and the method on all experts; of the walk
+    back before that; and of the tokens' way to the first quantized layer."""
+    begin = time.perf_counter()
     from mimoquant.run.calibrated import SAMPLE_EXPERTS
 
     held, geometry = plan.recipe.calibration, plan.layout.geometry
     assert held is not None
     walk, rehearsed = _walk_to(plan, reader, device, step.layer)
+    entering = time.perf_counter() - begin
     attention, folding = _attention_seconds(walk, step.layer)
     few = step if device.startswith("cuda") else _ordinary_expert(step, walk.facts.tokens)
     count, place = few.end - few.begin, slice(few.begin - step.begin, few.end - step.begin)
@@ -175,7 +188,7 @@ def _calibrated_seconds(
     sample = min(SAMPLE_EXPERTS, step.end - step.begin)
     of_layer = folding + (choice * sample + method * geometry.experts) / count
     walking = _walking_back_seconds(plan, attention / rehearsed, passing / routed / rehearsed)
-    return of_tokens + len(plan.formats) * of_layer + len(refined) * refining * geometry.experts, walking
+    return of_tokens + len(plan.formats) * of_layer + len(refined) * refining * geometry.experts, walking, entering
 
 
 def _walking_back_seconds(plan: Plan, attention: float, experts: float) -> float:
@@ -208,6 +221,7 @@ def _walk_to(plan: Plan, reader: CheckpointReader, device: str, layer: int) -> t
     for earlier in range(layer):
         walk.begin(earlier)
         walk.end()
+    walk.layers.close()  # what comes is read by itself
     return walk, ids.size
 
 
@@ -241,9 +255,9 @@ def _any_fisher(plan: Plan, tokens: TokenSet) -> Fisher:
 def _attention_seconds(walk: Calibrator, layer: int) -> tuple[float, float]:
     """Of the tokens' attention and router, and of what else comes before a layer's experts (the choice of a fold)."""
     weights = walk.weights.layer(layer)
-    walk.begin(layer)  # the first time loads kernels
+    walk.begin(layer, weights=weights)  # the first time loads kernels
     attention = _seconds(walk, lambda: walk.tokens.attend(weights))
-    return attention, max(0.0, _seconds(walk, lambda: walk.begin(layer)) - attention)
+    return attention, max(0.0, _seconds(walk, lambda: walk.begin(layer, weights=weights)) - attention)
 
 
 def _expert_seconds(walk: Calibrator, few: Experts, stacks: dict[str, Stack]) -> tuple[float, float, float, float]:
