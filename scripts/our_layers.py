@@ -174,7 +174,7 @@ def asking(layer: Any) -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         for name, ours in (
-            ("float32_parts", lambda rows, weight: (rows,)),
+            ("float32_parts", lambda rows, weight, parts=3: (rows,)),
             ("product", lambda parts, weight: weight(parts[0])),
             ("attended", attended),
         ):

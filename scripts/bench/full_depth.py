@@ -245,7 +245,7 @@ NEEDED = ("make", "quantize", "resume")  # by those that come after them
 
 def layer_ends(record: Record) -> dict[int, float]:
     """Layer → the second at which its shard was in the journal."""
-    found = ((_LAYER.match(text), second) for second, text in record["lines"])
+    found = ((_LAYER.match(text), second) for second, text in record.get("lines", ()))
     return {int(match[1]): second for match, second in found if match}
 
 
@@ -341,7 +341,7 @@ def _told_plan(job: Job, record: Record) -> str:
     estimate = document["estimate"]
     said = estimate["total_s"]
     text = f"{said:.0f} s, {document['output_bytes'] / 1e9:.1f} GB"
-    if job.record("resume") or job.options.no_kill:
+    if job.record("resume") or (job.options.no_kill and job.record("quantize")):
         took = undisturbed_s(job)
         text += f"; a run that nobody kills takes {took:.0f} s, so {said / took:.2f} of it was told"
     return text

@@ -5,9 +5,11 @@ Makes V2.5- and Pro-sized checkpoints (a dense and a few MoE layers; eight rando
 runs `pipeline.quantize` on them. A layer's seconds are from the end of the layer before it to its own end, reading,
 writing and hashing included; the first layer of a row, which pays for compiling Triton's kernels, is not counted.
 
-usage: scripts/bench/gpu.py [--work /dev/shm] [--device cuda] [--experts 256] [--only ROW...] [--out RESULT.md]
-ROW: gptq, awq, mxfp4, nvfp4, refine, refine-many, million, pro, datafree, peer (beside datafree, llm-compressor's
-`model_free_ptq`).
+usage: scripts/bench/gpu.py [--work /dev/shm] [--device cuda] [--experts 256] [--only ROW...] [--formats RECIPE...]
+                            [--out RESULT.md]
+ROW: gptq, gptq-peer (`gptq_peer.py` on the same layer), gptq-peer-all (its default: all tokens through each expert),
+awq, mxfp4, nvfp4, refine, refine-many, million, pro, datafree (--formats: of these recipes), peer (beside datafree,
+llm-compressor's `model_free_ptq`).
 """
 
 from __future__ import annotations
@@ -16,8 +18,11 @@ import argparse
 import contextlib
 import functools
 import importlib
+import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -43,6 +48,8 @@ EXPERTS = 8  # different ones
 INNER = 2048  # width inside an expert
 PEER = {"mxfp4-rtn": "MXFP4A16", "int4-g128-rtn": "W4A16"}  # its name of the format
 PEER_WORKERS = 8  # threads of its own
+PEER_SEES = {"gptq-peer": "routed", "gptq-peer-all": "all"}
+FREE = ("mxfp4-rtn", "mxfp4-mse", "int4-g128-rtn", "int4-g128-mse", "nvfp4-mse")
 SIZES = {
     "V2.5": {"hidden": 4096, "heads": 64},
     "Pro": {"hidden": 6144, "heads": 128},
@@ -191,10 +198,27 @@ def peer_seconds(source: Path, scheme: str, options: argparse.Namespace) -> floa
         return datafree.peer(source, out, scheme, options.device, PEER_WORKERS)
 
 
+def peer_gptq(source: Path, row: str, options: argparse.Namespace) -> str:
+    """llm-compressor's GPTQ with its mse observer on the last layer's experts, in a process of its own."""
+    if options.device.startswith("cuda"):
+        torch.cuda.empty_cache()  # it takes what it finds free
+    script, seen = Path(__file__).with_name("gptq_peer.py"), PEER_SEES[row]
+    command = [sys.executable, str(script), str(source), "--device", options.device, "--seen", seen]
+    done = subprocess.run(command, text=True, stdout=subprocess.PIPE)
+    if done.returncode:
+        return f"| {row} | did not end, exit code {done.returncode} | | |"
+    told = json.loads(done.stdout.splitlines()[-1])
+    print(f"  {told}", flush=True)
+    return (
+        f"| llm-compressor, V2.5 W4A16 GPTQ, mse observer, experts alone, {seen} | {told['tokens']:,} "
+        f"| {told['seconds']:.2f} | {told['peak_gb']:.1f} |"
+    )
+
+
 def data_free(source: Path, options: argparse.Namespace) -> list[str]:
     lines = []
     read = sum(path.stat().st_size for path in source.glob("*.safetensors"))
-    for recipe in ("mxfp4-rtn", "mxfp4-mse", "int4-g128-rtn", "int4-g128-mse", "nvfp4-mse"):
+    for recipe in options.formats:
         plan = make_plan(source, load_recipe(recipe))
         run(plan, options.work, options.device)  # compiles
         _, seconds, peak = run(plan, options.work, options.device)
@@ -215,6 +239,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=2**20, help="of the row `million`")
     parser.add_argument("--only", nargs="*", default=["gptq", "awq", "million", "pro", "datafree", "refine"])
+    parser.add_argument("--formats", nargs="+", choices=FREE, default=FREE, metavar="RECIPE")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
@@ -254,6 +279,9 @@ def measure(options: argparse.Namespace) -> list[str]:
     }
     for row in (row for row in rows if row in options.only):
         lines.append(calibrated(rows[row][0], source, *rows[row][1:], options))
+        print(lines[-1], flush=True)
+    for row in (row for row in PEER_SEES if row in options.only):
+        lines.append(peer_gptq(source, row, options))
         print(lines[-1], flush=True)
     free = data_free(source, options) if "datafree" in options.only else []
     if wanted - {"pro"}:

@@ -105,8 +105,8 @@ def row(layer: Layer, gpus: int, options: argparse.Namespace) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--v25", type=float, nargs=2, default=[2.93, 8.79], metavar=("FEW", "MANY"))
-    parser.add_argument("--pro", type=float, default=8.79, metavar="FEW")
+    parser.add_argument("--v25", type=float, nargs=2, default=[2.40, 6.73], metavar=("FEW", "MANY"))
+    parser.add_argument("--pro", type=float, default=5.70, metavar="FEW")
     parser.add_argument("--tokens", type=int, default=MANY)
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--once", type=float, default=0.4)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Two-sided rounding on a GPU: are its bytes those of the plain loops, and what does it cost beside `gptq`?
+"""Two-sided rounding on a GPU: are its codes those of the plain loops, and what does it cost beside `gptq`?
 
 First, on small matrices of every format, the waves of Triton kernels are held to plain torch on the same products. Then
 one chunk of experts of real size is rounded, as many as a run takes at once, and the seconds of a whole layer are those
@@ -41,7 +41,6 @@ SIZES = {  # name → experts of a layer, of a chunk, rows and columns
 }
 VARIANTS: list[dict[str, Any]] = [  # of `tiles_cuda`'s constants
     {},
-    {"_SAY_EACH": False},
     {"_UNROLL": 4},
     {"_UNROLL": 16},
     {"_CELL": 16},
@@ -51,6 +50,7 @@ VARIANTS: list[dict[str, Any]] = [  # of `tiles_cuda`'s constants
     {"_DEPTH": 64, "_STAGES": 3},
 ]
 DAMP = 0.05
+RARE = 2e-3  # of the codes: what sums between cells, of another order, may move
 PANELS = 4, 8, 16
 ENOUGH = 130  # seconds after which no other variant is begun
 BEGUN = time.perf_counter()
@@ -73,7 +73,7 @@ def problem(experts: int, rows: int, width: int, fmt: Format) -> tuple[Tensor, T
 
 
 def check(fmt: Format) -> bool:
-    """Whether waves give other codes than the plain loops."""
+    """Whether waves give other codes than the plain loops, but for the rare one that lies between two."""
     weight, gram, outer, grid = problem(4, 264, 384, fmt)
     mine = two_sided(weight, gram, outer, grid, fmt, DAMP).codes
     with mock.patch.object(tiles_cuda, "round_wave", tiles.round_wave_plainly):
@@ -87,7 +87,7 @@ def check(fmt: Format) -> bool:
         f"loss {lost[0] / lost[1]:.5f} of theirs",
         flush=True,
     )
-    return differ > 0
+    return differ > RARE * mine.numel()
 
 
 def seconds(call: Callable[[], object], times: int = 3) -> float:
@@ -157,9 +157,9 @@ def parts_of_a_layer() -> None:
             break
         try:
             with mock.patch.multiple(tiles_cuda, **variant) if variant else mock.MagicMock():
-                whole = factor * seconds(lambda: tiles_cuda.round_all(stack, fall, push, False), 2)
+                whole = factor * seconds(lambda: tiles_cuda.round_all(stack, fall, push, None), 2)
                 with mock.patch.object(tiles_cuda, "round_wave"):
-                    products = factor * seconds(lambda: tiles_cuda.round_all(stack, fall, push, False), 2)
+                    products = factor * seconds(lambda: tiles_cuda.round_all(stack, fall, push, None), 2)
         except Exception as error:  # a variant that does not fit the chip is none
             print(f"{variant}: {type(error).__name__}", flush=True)
             continue
