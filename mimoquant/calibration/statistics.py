@@ -16,6 +16,7 @@ shrinkage toward a target as in Ledoit and Wolf, 2004.
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable, Sequence
 
 import torch
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mimoquant.errors import CheckpointError
+from mimoquant.machine.cores import on_cores
 from mimoquant.model.decoder_layer import ExpertChunk, float32_parts, gated, of_group, product
 from mimoquant.model.dispatch import Dispatch, Group, Routing, on_device
 from mimoquant.quant.order import cuda_passes
@@ -47,12 +49,20 @@ def expert_grams(
     """[E, K, K] sums over the tokens [n, H] that each block dispatches to experts begin..end."""
     out = torch.zeros(end - begin, width, width, device=blocks[0][0].device)
     for tokens, dispatch in blocks:
-        for group in dispatch.groups(begin, end):
-            rows = tokens[group.rows]
+
+        def add(group: Group, tokens: Tensor = tokens) -> None:
+            rows = group.of(tokens)
             if rows_of is not None:
                 rows = rows_of(rows, group)
             add_grams(out, rows, group, begin)
+
+        collections.deque(on_cores(add, groups := dispatch.groups(begin, end), out.device, _bytes(tokens, groups)), 0)
     return out
+
+
+def _bytes(tokens: Tensor, groups: Sequence[Group]) -> int:
+    """Of the most tokens of a group, in float32."""
+    return 4 * tokens.shape[-1] * max((group.rows.numel() for group in groups), default=0)
 
 
 def add_grams(out_EKK: Tensor, rows: Tensor, group: Group, begin: int) -> None:
@@ -113,7 +123,7 @@ def inner_peaks(blocks: Sequence[tuple[Tensor, Dispatch]], chunk: ExpertChunk) -
     peaks, rows_of = torch.zeros(len(chunk.gate), device=chunk.gate.device), intermediate_of(chunk)
     for tokens, dispatch in blocks:
         for group in dispatch.groups(chunk.begin, chunk.begin + len(peaks)):
-            largest = rows_of(tokens[group.rows], group).abs().amax(-1).to(torch.bfloat16)
+            largest = rows_of(group.of(tokens), group).abs().amax(-1).to(torch.bfloat16)
             places = group.places(chunk.begin)
             own = torch.where(group.used, largest, 0).amax(1).to(torch.float32)
             peaks[places] = torch.maximum(peaks[places], own)
@@ -241,7 +251,7 @@ def slopes_of(chunk: ExpertChunk) -> Rows:
 
 def forced_slopes(sample: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     """As `forced_grams`, [E, 2I, 2I] of what gate and up move the intermediate by."""
-    return torch.stack([gram(_slopes(sample, g, u)) for g, u in zip(gate, up, strict=True)]) / len(sample)
+    return _forced(lambda expert: _slopes(sample, gate[expert], up[expert]), sample, len(gate))
 
 
 def _slopes(rows: Tensor, gate: Tensor, up: Tensor) -> Tensor:
@@ -251,7 +261,13 @@ def _slopes(rows: Tensor, gate: Tensor, up: Tensor) -> Tensor:
 
 def forced_grams(sample: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     """Mean Gram matrices [E, I, I] of each expert's intermediate on the same tokens `sample` [n, H]."""
-    return torch.stack([gram(intermediate(sample, g, u)) for g, u in zip(gate, up, strict=True)]) / len(sample)
+    return _forced(lambda expert: intermediate(sample, gate[expert], up[expert]), sample, len(gate))
+
+
+def _forced(rows_of: Callable[[int], Tensor], sample: Tensor, experts: int) -> Tensor:
+    """Mean Gram matrices of what each expert makes of the sample."""
+    grams = on_cores(lambda e: gram(rows_of(e)), range(experts), sample.device, 4 * sample.numel())
+    return torch.stack(list(grams)) / len(sample)
 
 
 def finite_grams(sums_EKK: Tensor, layer: int) -> Tensor:

@@ -27,6 +27,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from mimoquant.machine.cores import on_cores
 from mimoquant.model.decoder_layer import float32_parts, product
 from mimoquant.wording import FEWEST_SEQUENCES
 
@@ -202,13 +203,17 @@ def head_divergences(reference: Head, candidates: Sequence[Head], labels: Tensor
         hidden, head = of[0][rows], of[1]
         return lambda begin, end: logits_of(hidden, head[begin:end])
 
-    out = []
+    vocab, out = len(reference[1]), []
+    starts = range(0, len(labels), TOKEN_BLOCK)
     for some in (candidates[first : first + TOGETHER] for first in range(0, len(candidates), TOGETHER)):
-        parts = []
-        for start in range(0, len(labels), TOKEN_BLOCK):
+
+        def scores(start: int, some: Sequence[Head] = some) -> list[TokenScores]:
             rows = slice(start, start + TOKEN_BLOCK)
             others = [logits(candidate, rows) for candidate in some]
-            parts.append(token_divergences(logits(reference, rows), others, len(reference[1]), labels[rows]))
+            return token_divergences(logits(reference, rows), others, vocab, labels[rows])
+
+        size = 4 * min(len(labels), TOKEN_BLOCK) * min(vocab, VOCAB_BLOCK) * (1 + len(some))
+        parts = on_cores(scores, starts, labels.device, size)
         out += [TokenScores.joined(of_candidate) for of_candidate in zip(*parts, strict=True)]
     return out
 

@@ -74,9 +74,12 @@ def read_ahead(items: Iterable[T], depth: int = 2) -> Generator[T, None, None]:
 
 
 @contextlib.contextmanager
-def workers(count: int, name: str) -> Iterator[ThreadPoolExecutor]:
-    """Threads for what can be done side by side; where their user fails or is stopped, nothing is begun any more."""
-    with ThreadPoolExecutor(count, thread_name_prefix=name) as pool:
+def workers(
+    count: int, name: str, first: Callable[..., object] | None = None, *args: Any
+) -> Iterator[ThreadPoolExecutor]:
+    """Threads for what can be done side by side, each of which calls `first(*args)` first; where their user fails or is
+    stopped, nothing is begun any more."""
+    with ThreadPoolExecutor(count, name, first, args) as pool:
         try:
             yield pool
         except BaseException:

@@ -170,11 +170,11 @@ def expert_gradients(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """For each draw: gradients at the group's tokens [m, c, H] and of their gains [m, c]; padded rows hold anything."""
     gate_w, up_w, down_w = group_of_chunk(group, chunk)
-    parts = float32_parts(tokens_NH[group.rows], gate_w)
+    parts = float32_parts(group.of(tokens_NH), gate_w)
     gate, up = product(parts, gate_w), product(parts, up_w)
     inner = F.silu(gate) * up
     for y_NH in y_DNH:
-        of_inner = linear_gradient(y_NH[group.rows], down_w)
+        of_inner = linear_gradient(group.of(y_NH), down_w)
         gains = (of_inner * inner).sum(-1)
         of_gate, of_up = _swiglu_gradient(of_inner * group.gains[..., None], gate, up)
         rows = linear_gradient(of_gate.to(y_NH.dtype), gate_w)

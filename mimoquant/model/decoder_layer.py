@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mimoquant.machine.cores import on_cores
 from mimoquant.model.attention import Heads, attend
 from mimoquant.model.config_keys import number, read_rope, text_keys
 from mimoquant.model.dispatch import Dispatch, Group, Routing
@@ -227,8 +228,11 @@ def add_experts(
             made = kernels.down(rounded(inner, rounding.experts, rounding.down_scale), chunk.down, tiles, span[0])
             kernels.add(out, made, dispatch.pairs, dispatch.gains, span[0])
         return
-    for group in dispatch.groups(chunk.begin, chunk.begin + len(chunk.gate)):
-        add_group(out, group, expert_outputs(tokens, group, chunk, rounding), rounding)
+    groups = dispatch.groups(chunk.begin, chunk.begin + len(chunk.gate))
+    size = 4 * tokens.shape[1] * max((group.rows.numel() for group in groups), default=0)
+    made = on_cores(lambda group: expert_outputs(tokens, group, chunk, rounding), groups, out.device, size)
+    for group, outputs in zip(groups, made, strict=True):
+        add_group(out, group, outputs, rounding)
 
 
 def _expert_kernels(tokens: Tensor, out: Tensor, chunk: ExpertChunk) -> Any:
@@ -246,7 +250,7 @@ def _expert_kernels(tokens: Tensor, out: Tensor, chunk: ExpertChunk) -> Any:
 def expert_outputs(tokens: Tensor, group: Group, chunk: ExpertChunk, rounding: LayerRounding = UNROUNDED) -> Tensor:
     """What each expert of the group makes of its tokens, [m, c, H], before the gains; padded rows hold anything."""
     gate, up, down = group_of_chunk(group, chunk)
-    stored, parts = rounding.stored, float32_parts(tokens[group.rows], gate)
+    stored, parts = rounding.stored, float32_parts(group.of(tokens), gate)
     if rounding.in_bf16 and rounding.experts == NONE:
         inner = stored(stored(F.silu(stored(product(parts, gate)))) * stored(product(parts, up)))
     else:  # a kernel that rounds has SiLU times up in float32

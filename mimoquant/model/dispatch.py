@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _GROUP_ROWS = 2**16  # of tokens that go through a group of experts at once
-_CPU_GROUP_ROWS = 2**13  # the same on a CPU: what is made of them lies in its caches, and in memory used before
+_CPU_GROUP_ROWS = 2**10  # the same on a CPU: what is made of them lies in its caches, and in memory used before
 _ALONE = 512  # tokens of an expert that are a product of their own on CUDA: nothing padded, no weight copied
 
 
@@ -42,6 +42,12 @@ class Group:
     @property
     def padded(self) -> bool:
         return min(self.counts) < self.rows.shape[1]
+
+    def of(self, tokens: Tensor) -> Tensor:
+        """Its rows [m, c, H] of tokens [n, H]."""
+        if tokens.is_cuda:
+            return tokens[self.rows]
+        return tokens.index_select(0, self.rows.flatten()).view(*self.rows.shape, -1)  # five times as fast on a CPU
 
     def places(self, begin: int) -> Tensor | slice:
         """Where its experts lie among those from `begin` on; of one a slice, by which no matrix is copied."""

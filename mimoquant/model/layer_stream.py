@@ -20,6 +20,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from mimoquant.machine.cores import on_cores
 from mimoquant.machine.overlap import read_ahead
 from mimoquant.model.decoder_layer import (
     DenseWeights,
@@ -293,8 +294,11 @@ def dense_layer(
             hidden, normed = attention_block(ferry.load(batch), weights, stream.source.config, rounding)
             return rounding.stored(hidden + dense_mlp(normed, mlp, rounding))
 
-        for i, batch in enumerate(stream.batches):
-            ferry.store(i, once(batch, rounding, partial(passed, i)))
+        def passed_once(batch: int) -> Tensor:
+            return once(stream.batches[batch], rounding, partial(passed, batch))
+
+        for i, hidden in enumerate(on_cores(passed_once, range(len(stream.batches)), *_size(stream))):
+            ferry.store(i, hidden)
 
 
 def layer_chunks(feed: Iterator[Weights], experts: int) -> Iterator[ExpertChunk]:
@@ -350,20 +354,27 @@ def _routed(
     stream: Stream, weights: LayerWeights, dtype: torch.dtype, normed_of: Callable[[int], Tensor]
 ) -> list[Block]:
     """Blocks of what `normed_of` makes of each batch [B, T, H], routed."""
-    assert isinstance(weights.mlp, Router)
+    router = weights.mlp
+    assert isinstance(router, Router)
+
+    def routed(batch: int) -> tuple[Tensor, Routing]:
+        normed = normed_of(batch).flatten(0, 1)
+        return normed.to(dtype), route(normed, router, stream.source.config.top_k)
+
     stream.routing, blocks = [], []
     for members in _grouped(stream.batches):
-        rows, chosen = [], []
-        for i in members:
-            normed = normed_of(i).flatten(0, 1)
-            chosen.append(route(normed, weights.mlp, stream.source.config.top_k))
-            rows.append(normed.to(dtype))
+        rows, chosen = zip(*on_cores(routed, members, *_size(stream)), strict=True)
         routing = Routing(torch.cat([r.experts for r in chosen]), torch.cat([r.weights for r in chosen]))
         stream.routing.append(routing)
         tokens = torch.cat(rows)
-        dispatch = Dispatch.of(routing, len(weights.mlp.weight))
+        dispatch = Dispatch.of(routing, len(router.weight))
         blocks.append(Block(tokens, torch.zeros_like(tokens, dtype=torch.float32), dispatch))
     return blocks
+
+
+def _size(stream: Stream) -> tuple[torch.device, int]:
+    """Where a batch is worked on, and its bytes in float32."""
+    return stream.source.device, 4 * max((batch.numel() for batch in stream.batches), default=0)
 
 
 def _grouped(batches: list[Tensor]) -> Iterator[list[int]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from mimoquant.quant.cast import nonzero_blocks
 from mimoquant.quant.formats import E2M1_VALUES, NVFP4_RANGE, Format, multipliers
 from mimoquant.quant.kernels import encode_cpu as kernels
 from mimoquant.quant.kernels.fp8_cpu import FP8_UNIT, dequantize_rows
+from mimoquant.quant.kernels.pool import executor
 from mimoquant.quant.stack import Audit, NonFiniteError, Stack
 
 Array = npt.NDArray[Any]
@@ -49,7 +50,7 @@ class CpuEngine:
         """`empty`: where memory for weights and for what they become is from."""
         self.threads = threads or len(os.sched_getaffinity(0))
         self._empty = empty
-        self._pool = ThreadPoolExecutor(self.threads)
+        self._pool = executor(self.threads)
 
     def close(self) -> None:
         self._pool.shutdown()

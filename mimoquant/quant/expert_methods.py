@@ -7,7 +7,7 @@ Shapes: E experts, O rows, I columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -78,6 +78,15 @@ def encode_with(
         parts, result = _for_loss(weight_EOI, (gram_EII, metric_EOO), parts, fmt, method)
     parts = parts | {"codes": _packed(result.codes)}
     return Encoded(parts, as_read(parts, fmt), result.damped, result.rounded)
+
+
+def joined(some: Sequence[Encoded]) -> Encoded:
+    """Consecutive experts' as one stack."""
+    if len(some) == 1:
+        return some[0]
+    parts = {name: torch.cat([one.parts[name] for one in some]) for name in some[0].parts}
+    values = torch.cat([one.values for one in some])
+    return Encoded(parts, values, sum(one.damped for one in some), sum(one.rounded for one in some))
 
 
 def as_read(parts: dict[str, Tensor], fmt: Format) -> Tensor:

@@ -33,6 +33,7 @@ from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.checkpoint.remote import remote_of
 from mimoquant.errors import QualityError
 from mimoquant.fisher.matrices import Fisher
+from mimoquant.machine.cores import on_cores, shares
 from mimoquant.machine.team import Team
 from mimoquant.model.decoder_layer import DenseWeights, ExpertChunk, LayerWeights, Router
 from mimoquant.model.layer_stream import LayersAhead
@@ -41,7 +42,7 @@ from mimoquant.planning.plan import Plan
 from mimoquant.planning.units import Experts, Unit
 from mimoquant.quant.awq import best_fold, divided_by, inverse, moved, scaled, settled
 from mimoquant.quant.engine_torch import Sent, TorchEngine, amax, stored_parts, to_numpy
-from mimoquant.quant.expert_methods import Encoded, encode_with, energy, global_scale, loss
+from mimoquant.quant.expert_methods import Encoded, encode_with, energy, global_scale, joined, loss
 from mimoquant.quant.formats import Format
 from mimoquant.quant.method import WALKED_MOST, Method
 from mimoquant.quant.reconstruct import reconstruct
@@ -457,4 +458,13 @@ class Calibrator:
 
 
 def _encode(weight: Tensor, gram: Tensor, fmt: Format, method: Method, metric: Tensor | None = None) -> Encoded:
-    return encode_with(weight, gram, fmt, method, global_scale(weight, method.search, fmt), metric)
+    """See `encode_with`; on a CPU each core has some of the experts."""
+
+    def encoded(own: slice) -> Encoded:
+        rows = weight[own]
+        felt = None if metric is None else metric.expand(len(weight), -1, -1)[own]
+        return encode_with(rows, gram[own], fmt, method, global_scale(rows, method.search, fmt), felt)
+
+    if weight.is_cuda:
+        return encoded(slice(None))
+    return joined(list(on_cores(encoded, shares(len(weight)), weight.device)))

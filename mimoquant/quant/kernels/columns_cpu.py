@@ -20,9 +20,6 @@ Of the rows begin..end of one column, as slices: x, w, s, z of target, weight, s
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -41,6 +38,7 @@ from mimoquant.quant.kernels.encode_cpu import (
     round_level,
 )
 from mimoquant.quant.kernels.fp8_cpu import round_bf16
+from mimoquant.quant.kernels.pool import pool
 from mimoquant.quant.products import Halves
 
 _SLAB = 128  # rows of a task: with a block of 128 columns, 64 KB an array
@@ -221,8 +219,3 @@ def _over_slabs(task: Callable[[int, int, int], None], like_EBO: Tensor) -> None
     slabs = [(e, begin, min(begin + _SLAB, rows)) for e in range(experts) for begin in range(0, rows, _SLAB)]
     for done in [pool(torch.get_num_threads()).submit(task, *slab) for slab in slabs]:
         done.result()
-
-
-@cache
-def pool(threads: int) -> Any:
-    return ThreadPoolExecutor(threads)

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mimoquant.quant.kernels.columns_cpu import coded, pool
+from mimoquant.quant.kernels.columns_cpu import coded
 from mimoquant.quant.kernels.compiled import compiled
 from mimoquant.quant.kernels.encode_cpu import F32
+from mimoquant.quant.kernels.pool import pool
 from mimoquant.quant.tiles import Rows, Tile
 
 _jit = compiled()

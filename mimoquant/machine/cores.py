@@ -1,0 +1,61 @@
+"""Small work on a CPU: several pieces side by side, each by a core of its own, instead of one after the other by all.
+
+Key idea: torch gives every operation to all cores, and where operations are small its threads mostly wait for each
+other. Pieces that do not need one another go to a core each. Bytes are the same, since no operation's sums depend on
+how many threads make them.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from typing import TypeVar
+
+import torch
+
+from mimoquant.machine.overlap import workers
+
+T, R = TypeVar("T"), TypeVar("R")
+_AT_ONCE_BYTES = 2**27  # of pieces that are worked on: what a piece holds meanwhile may be twenty times its size
+
+
+def on_cores(make: Callable[[T], R], pieces: Sequence[T], device: torch.device, size_bytes: int = 0) -> Iterator[R]:
+    """`make` of each piece, in order; a few more than cores are made ahead. To be used up: until then torch has fewer
+    threads.
+
+    Args:
+        size_bytes: of a piece. Large ones, whose operations keep all cores busy, and those of a GPU go one by one.
+    """
+    threads = torch.get_num_threads()
+    at_once = min(threads, len(pieces), _AT_ONCE_BYTES // max(1, size_bytes))
+    if device.type != "cpu" or at_once < 2:
+        yield from map(make, pieces)
+        return
+    coming: collections.deque[Future[R]] = collections.deque()
+    rest = iter(pieces)
+    with _threads(threads // at_once) as each, workers(at_once, "core", torch.set_num_threads, each) as pool:
+        coming.extend(pool.submit(make, piece) for piece in itertools.islice(rest, at_once + 1))
+        while coming:
+            made = coming.popleft().result()
+            coming.extend(pool.submit(make, piece) for piece in itertools.islice(rest, 1))
+            yield made
+
+
+def shares(count: int) -> list[slice]:
+    """`count` things in a row, dealt out to the cores: at most as many parts as torch has threads."""
+    parts = max(1, min(count, torch.get_num_threads()))
+    return [slice(count * part // parts, count * (part + 1) // parts) for part in range(parts)]
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[int]:
+    """Meanwhile torch has so many threads; MKL takes the number for the whole process."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield count
+    finally:
+        torch.set_num_threads(before)
