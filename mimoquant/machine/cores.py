@@ -18,8 +18,9 @@ import torch
 
 from mimoquant.machine.overlap import workers
 
-T, R = TypeVar("T"), TypeVar("R")
-_AT_ONCE_BYTES = 2**27  # of pieces that are worked on: what a piece holds meanwhile may be twenty times its size
+T = TypeVar("T")
+R = TypeVar("R")
+_AT_ONCE_BYTES = 2**26  # of pieces that are worked on: what a piece holds meanwhile may be twenty times its size
 
 
 def on_cores(make: Callable[[T], R], pieces: Sequence[T], device: torch.device, size_bytes: int = 0) -> Iterator[R]:
@@ -44,10 +45,11 @@ def on_cores(make: Callable[[T], R], pieces: Sequence[T], device: torch.device, 
             yield made
 
 
-def shares(count: int) -> list[slice]:
-    """`count` things in a row, dealt out to the cores: at most as many parts as torch has threads."""
-    parts = max(1, min(count, torch.get_num_threads()))
-    return [slice(count * part // parts, count * (part + 1) // parts) for part in range(parts)]
+def dealt(make: Callable[[slice], R], count: int, device: torch.device) -> list[R]:
+    """`make` of `count` things in a row, experts say, of which each core takes some; of all of them on a GPU."""
+    parts = max(1, min(count, torch.get_num_threads())) if device.type == "cpu" else 1
+    shares = [slice(count * part // parts, count * (part + 1) // parts) for part in range(parts)]
+    return list(on_cores(make, shares, device))
 
 
 @contextlib.contextmanager

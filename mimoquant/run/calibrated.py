@@ -33,7 +33,7 @@ from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.checkpoint.remote import remote_of
 from mimoquant.errors import QualityError
 from mimoquant.fisher.matrices import Fisher
-from mimoquant.machine.cores import on_cores, shares
+from mimoquant.machine.cores import dealt
 from mimoquant.machine.team import Team
 from mimoquant.model.decoder_layer import DenseWeights, ExpertChunk, LayerWeights, Router
 from mimoquant.model.layer_stream import LayersAhead
@@ -348,10 +348,16 @@ class Calibrator:
         quick = replace(self.method, refine=0, every=COARSE)
         measured: dict[float, float] = {}
         for factor in SHRINKAGES:
-            gram = statistics.shrink(inputs[: len(rows)], count, self.pooled, factor * len(self.pooled))
-            values = _encode(rows, gram, fmt, quick).values
-            measured[factor] = float(loss(rows, values, held).sum() / whole.sum().clamp(min=1e-30))
-            predicted = float(loss(rows, values, gram).sum() / energy(rows, gram).sum().clamp(min=1e-30))
+
+            def tried(own: slice, n0: float = factor * len(self.pooled)) -> Tensor:
+                gram = statistics.shrink(inputs[: len(rows)][own], count[own], self.pooled, n0)
+                values = _encode(rows[own], gram, fmt, quick).values
+                losses = loss(rows[own], values, held[own]), loss(rows[own], values, gram)
+                return torch.stack((*losses, energy(rows[own], gram)))
+
+            on_held, on_own, of_own = torch.cat(dealt(tried, len(rows), rows.device), dim=1)
+            measured[factor] = float(on_held.sum() / whole.sum().clamp(min=1e-30))
+            predicted = float(on_own.sum() / of_own.sum().clamp(min=1e-30))
             self.facts.held_out |= {f"predicted_{factor:g}": predicted, f"measured_{factor:g}": measured[factor]}
         return min(measured, key=lambda factor: measured[factor])
 
@@ -465,6 +471,4 @@ def _encode(weight: Tensor, gram: Tensor, fmt: Format, method: Method, metric: T
         felt = None if metric is None else metric.expand(len(weight), -1, -1)[own]
         return encode_with(rows, gram[own], fmt, method, global_scale(rows, method.search, fmt), felt)
 
-    if weight.is_cuda:
-        return encoded(slice(None))
-    return joined(list(on_cores(encoded, shares(len(weight)), weight.device)))
+    return joined(dealt(encoded, len(weight), weight.device))

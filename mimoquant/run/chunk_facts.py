@@ -3,7 +3,7 @@ groups have no scale in the format."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from mimoquant.machine.cores import dealt
 from mimoquant.model.decoder_layer import ExpertChunk
 from mimoquant.model.layout import PROJECTIONS, ModelLayout
 from mimoquant.quant.clamped import (
@@ -44,7 +45,19 @@ class Rounded:
 
 def chunk_losses(made: list[Rounded], fmt: Format) -> Tensor:
     """Losses of each expert over all stacks: see `_losses`."""
-    return torch.stack([_losses(one, fmt) for one in made]).sum(0)
+
+    def losses(one: Rounded) -> Tensor:
+        parts = dealt(lambda own: _losses(_some(one, own), fmt), len(one.weight), one.weight.device)
+        return torch.cat(parts, dim=-1)
+
+    return torch.stack([losses(one) for one in made]).sum(0)
+
+
+def _some(one: Rounded, own: slice) -> Rounded:
+    """Of some of its experts."""
+    metric = None if one.metric is None else one.metric[own]
+    encoded = replace(one.encoded, values=one.encoded.values[own])
+    return Rounded(one.weight[own], one.gram[own], metric, encoded)
 
 
 def relative_losses(losses: Tensor) -> dict[str, Any]:
