@@ -35,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": {"machine"},
     "model": {"checkpoint", "machine", "quant"},
     "weights": {"checkpoint", "machine", "model", "quant"},
-    "calibration": {"checkpoint", "model", "quant"},
+    "calibration": {"checkpoint", "machine", "model", "quant"},
     "fisher": {"calibration", "checkpoint", "machine", "model", "weights"},
     "planning": {"checkpoint", "fisher", "machine", "model", "quant", "weights"},
     "serving": {"checkpoint", "model", "planning", "quant", "weights"},

@@ -33,7 +33,6 @@ from mimoquant.checkpoint.reader import CheckpointReader
 from mimoquant.checkpoint.remote import remote_of
 from mimoquant.errors import QualityError
 from mimoquant.fisher.matrices import Fisher
-from mimoquant.machine.cores import dealt
 from mimoquant.machine.team import Team
 from mimoquant.model.decoder_layer import DenseWeights, ExpertChunk, LayerWeights, Router
 from mimoquant.model.layer_stream import LayersAhead
@@ -42,13 +41,14 @@ from mimoquant.planning.plan import Plan
 from mimoquant.planning.units import Experts, Unit
 from mimoquant.quant.awq import best_fold, divided_by, inverse, moved, scaled, settled
 from mimoquant.quant.engine_torch import Sent, TorchEngine, amax, stored_parts, to_numpy
-from mimoquant.quant.expert_methods import Encoded, encode_with, energy, global_scale, joined, loss
+from mimoquant.quant.expert_methods import energy, loss
 from mimoquant.quant.formats import Format
 from mimoquant.quant.method import WALKED_MOST, Method
 from mimoquant.quant.reconstruct import reconstruct
 from mimoquant.quant.stack import Stack
 from mimoquant.run.chunk_facts import Rounded, chunk_losses, clamped_facts, fallbacks, relative_losses
 from mimoquant.run.clamped import Counts
+from mimoquant.run.codes import COARSE, best_shrinkage, encode
 from mimoquant.run.crossing import Chosen, Parts, after_all, by_projection, leaving, named
 from mimoquant.run.objective import OutputMetrics, before_answers, felt_of_gate_up, for_answers, gate_and_up
 from mimoquant.run.portions import Portions, Seen, walked
@@ -62,8 +62,6 @@ HELD_OUT = 16  # one sequence in so many
 SAMPLE_EXPERTS = 16  # at most, of a layer's first chunk, that choose the shrinkage
 SAMPLE_TOKENS = 4096  # at most, that are forced through each expert: what down_proj's statistics are shrunk toward
 SAMPLE_PER_COLUMN = 8  # of them, for each column of down_proj
-SHRINKAGES = (0.0, 1.0, 4.0)  # times the width, that are tried
-COARSE = 5  # one in so many scale multipliers is tried while a fold or a shrinkage is chosen
 
 
 class Calibrator:
@@ -214,13 +212,13 @@ class Calibrator:
         gram = statistics.finite_grams(statistics.shrink(inputs, count, self.pooled, n0), self.facts.layer)
         felt = self.metrics.experts(chunk, self._seen()) if self.metrics else None
         rows, metric = gate_and_up(chunk), self._felt_of_gate_and_up(felt, chunk, count)
-        both = _encode(rows, gram, fmt, before_answers(self.method) if felt is not None else self.method, metric)
+        both = encode(rows, gram, fmt, before_answers(self.method) if felt is not None else self.method, metric)
         if felt is not None and metric is not None and self.method.refine:
             both = for_answers(both, chunk, (gram, metric, felt), fmt, self._seen())
         gate, up = both.values.chunk(2, dim=1)
         half = ExpertChunk(begin, gate.contiguous(), up.contiguous(), chunk.down)
         inner = self._inner_grams(half, count)
-        down = _encode(chunk.down, inner, fmt, self.method, felt)
+        down = encode(chunk.down, inner, fmt, self.method, felt)
         chosen = Chosen(named(both.parts, down.parts), replace(half, down=down.values), dict)
         if self.settings.reconstructs(self.facts.layer):
             chosen = self._reconstructed(chunk, chosen, {"gate": gram, "up": gram, "down": inner}, fmt, felt)
@@ -342,24 +340,11 @@ class Calibrator:
         rows = gate_and_up(chunk)[:SAMPLE_EXPERTS]
         begin, end = chunk.begin, chunk.begin + len(rows)
         held, count = self._input_grams(begin, end, held=True), self.facts.tokens[begin:end]
-        whole = energy(rows, held)
-        if not bool(whole.any()):  # no held-out token came by
+        if not bool(energy(rows, held).any()):  # no held-out token came by
             return 1.0
-        quick = replace(self.method, refine=0, every=COARSE)
-        measured: dict[float, float] = {}
-        for factor in SHRINKAGES:
-
-            def tried(own: slice, n0: float = factor * len(self.pooled)) -> Tensor:
-                gram = statistics.shrink(inputs[: len(rows)][own], count[own], self.pooled, n0)
-                values = _encode(rows[own], gram, fmt, quick).values
-                losses = loss(rows[own], values, held[own]), loss(rows[own], values, gram)
-                return torch.stack((*losses, energy(rows[own], gram)))
-
-            on_held, on_own, of_own = torch.cat(dealt(tried, len(rows), rows.device), dim=1)
-            measured[factor] = float(on_held.sum() / whole.sum().clamp(min=1e-30))
-            predicted = float(on_own.sum() / of_own.sum().clamp(min=1e-30))
-            self.facts.held_out |= {f"predicted_{factor:g}": predicted, f"measured_{factor:g}": measured[factor]}
-        return min(measured, key=lambda factor: measured[factor])
+        chosen, told = best_shrinkage(rows, inputs[: len(rows)], held, count, self.pooled, fmt, self.method)
+        self.facts.held_out |= told
+        return chosen
 
     def _refuse_starved(self, layer: int) -> None:
         limit, width, hungry = self.settings.max_starved_experts, len(self.pooled), self.facts.starved
@@ -447,7 +432,7 @@ class Calibrator:
 
     def _loss_of(self, fmt: Format) -> Callable[[Tensor, Tensor], Tensor]:
         plain = Method(self.method.search, signed=self.method.signed, every=COARSE)
-        return lambda weight, gram: loss(weight, _encode(weight, gram, fmt, plain).values, gram)
+        return lambda weight, gram: loss(weight, encode(weight, gram, fmt, plain).values, gram)
 
     def _tell(self, facts: dict[str, Any]) -> None:
         """Add what a rank says of its chunk to the layer's facts: lists grow, numbers add up."""
@@ -461,14 +446,3 @@ class Calibrator:
         geometry, container = self.plan.layout.geometry, self.plan.container
         held = read_parts(written, names, step.end - step.begin, fmt, container, geometry)
         return decoded_chunk(step.begin, {p: stored_parts(held[p], fmt, self.device) for p in PROJECTIONS}, fmt)
-
-
-def _encode(weight: Tensor, gram: Tensor, fmt: Format, method: Method, metric: Tensor | None = None) -> Encoded:
-    """See `encode_with`; on a CPU each core has some of the experts."""
-
-    def encoded(own: slice) -> Encoded:
-        rows = weight[own]
-        felt = None if metric is None else metric.expand(len(weight), -1, -1)[own]
-        return encode_with(rows, gram[own], fmt, method, global_scale(rows, method.search, fmt), felt)
-
-    return joined(dealt(encoded, len(weight), weight.device))
