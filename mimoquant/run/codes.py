@@ -25,7 +25,7 @@ def encode(weight: Tensor, gram: Tensor, fmt: Format, method: Method, metric: Te
 
     def encoded(own: slice) -> Encoded:
         rows = weight[own]
-        felt = None if metric is None else metric.expand(len(weight), -1, -1)[own]
+        felt = None if metric is None else metric[own]
         return encode_with(rows, gram[own], fmt, method, global_scale(rows, method.search, fmt), felt)
 
     return joined(dealt(encoded, len(weight), weight.device))
