@@ -1,8 +1,8 @@
 """Small work on a CPU: several pieces side by side, each by a core of its own, instead of one after the other by all.
 
 Key idea: torch gives every operation to all cores, and where operations are small its threads mostly wait for each
-other. Pieces that do not need one another go to a core each. Each sum is still made within one piece, in the same
-order, so bytes are the same for any number of cores (a test runs 1, 2 and 5).
+other. Pieces that do not need one another go to a core each. Each sum is made within one piece, by one thread, so bytes
+are the same for any number of cores (a test runs 1, 2 and 5); large pieces have all cores, among which MKL may split a sum.
 """
 
 from __future__ import annotations
