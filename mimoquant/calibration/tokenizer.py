@@ -1,8 +1,8 @@
 """A checkpoint's tokenizer, read from its own folder: text → ids, and a chat → text.
 
 Key idea: `tokenizer.json` alone says everything that encoding needs, and the package tokenizers reads it in no time;
-transformers reads what is older. Which of the two did it is told in `Tokenizer.origin`. Chats are rendered by
-transformers' own `apply_chat_template`, without a generation prompt, because a template is a program that was written
+transformers reads what is older. Which of the two did it is told in `Tokenizer.origin`. Chats are rendered by what
+transformers' `apply_chat_template` calls, without a generation prompt, because a template is a program that was written
 for its functions. Never the network, never a folder's code, never a pickle.
 """
 
@@ -14,7 +14,6 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +149,7 @@ def _plain_tokenizer(folder: Path) -> Tokenizer:
         return str(tokenizer.decode(ids, skip_special_tokens=False))
 
     eos = tokenizer.token_to_id(special["eos_token"]) if special.get("eos_token") else None
-    render = _Renderer(templates, special) if templates else None
+    render = _renderer(templates, special) if templates else None
     origin = f"tokenizer.json, read by tokenizers {tokenizers.__version__}"
     return Tokenizer(origin, encode, decode, render, eos, "\n".join(templates.values()))
 
@@ -171,27 +170,19 @@ def _templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     return found
 
 
-class _Renderer:
-    """Renders chats as transformers does. Templates and special tokens are the folder's; the vocabulary is empty, since
-    text is all that is asked for."""
+def _renderer(templates: dict[str, str], special: dict[str, str]) -> Callable[[list[Any], Any], str]:
+    """Renders chats by what transformers' tokenizers render them by, which loads in half the time of a tokenizer."""
 
-    def __init__(self, templates: dict[str, str], special: dict[str, str]) -> None:
-        self._templates, self._special = templates, special
-
-    @cached_property
-    def _tokenizer(self) -> Any:
+    def render(messages: list[Any], tools: Any) -> str:
         go_offline()
-        transformers, tokenizers = (importlib.import_module(name) for name in ("transformers", "tokenizers"))
-        return transformers.PreTrainedTokenizerFast(
-            tokenizer_object=tokenizers.Tokenizer(tokenizers.models.WordLevel({})),
-            chat_template=self._templates,
-            **self._special,
-        )
+        rendering = importlib.import_module("transformers.utils.chat_template_utils")
+        name = "tool_use" if tools is not None and "tool_use" in templates else "default"
+        if name not in templates:
+            raise LookupError(f"none of its templates is named default: {', '.join(sorted(templates))}")
+        chats, _ = rendering.render_jinja_template([messages], tools, chat_template=templates[name], **special)
+        return str(chats[0])
 
-    def __call__(self, messages: list[Any], tools: Any) -> str:
-        return str(
-            self._tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=False)
-        )
+    return render
 
 
 def one_line(error: Exception) -> str:

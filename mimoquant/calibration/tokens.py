@@ -360,7 +360,7 @@ def _chat_text(record: Record, chat: Chat, tokenizer: Tokenizer) -> str:
 
 def _refusal_hint(chat: Chat, error: Exception) -> str:
     """How people convert what a template has no place for; of a template that is no template, where it stands."""
-    if type(error).__name__ in ("TemplateSyntaxError", "TemplateAssertionError", "SecurityError"):
+    if type(error).__name__ in ("TemplateSyntaxError", "TemplateAssertionError", "SecurityError", "LookupError"):
         return "the fault is the template's, in chat_template.jinja or tokenizer_config.json, not the data's"
     roles = [turn["role"] for turn in chat.messages]
     if "system" in roles:

@@ -2,7 +2,7 @@
 
 Key idea: torch gives every operation to all cores, and where operations are small its threads mostly wait for each
 other. Pieces that do not need one another go to a core each. Each sum is made within one piece, by one thread, so bytes
-are the same for any number of cores (a test runs 1, 2 and 5); large pieces have all cores, among which MKL may split a sum.
+are the same for any number of cores (a test runs 1, 2 and 5). Large pieces have all cores; MKL may split their sums.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from mimoquant import micro_checkpoint
 from mimoquant.calibration.conversations import Chat, content_of
@@ -280,6 +281,29 @@ def test_templates_have_what_transformers_gives_them(template: Any, said: str, t
 def test_a_template_for_tools_is_used_for_tools(tmp_path: Path) -> None:
     named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "{{ tools[0].function.name }}"}]
     assert rendered(tmp_path, named, {"messages": PLAIN, "tools": TOOLS}) == "look"
+
+
+def test_templates_of_which_none_is_the_default_are_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="none of its templates is named default: rag, tool_use") as raised:
+        rendered(tmp_path, [{"name": name, "template": "x"} for name in ("tool_use", "rag")], {"messages": PLAIN})
+    assert "the template's" in str(raised.value.hint)
+
+
+@pytest.mark.parametrize("tools", [None, TOOLS], ids=["plain", "tools"])
+@pytest.mark.parametrize("named", [False, True], ids=["one template", "two"])
+def test_chats_are_rendered_as_a_tokenizer_of_transformers_renders_them(
+    named: bool, tools: Any, tmp_path: Path
+) -> None:
+    template = "{{ eos_token }}{{ unk_token }}{{ tools | tojson }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    held: Any = (
+        [{"name": "default", "template": "x"}, {"name": "tool_use", "template": template}] if named else template
+    )
+    folder = micro_with(tmp_path, held)
+    theirs = AutoTokenizer.from_pretrained(str(folder), local_files_only=True).apply_chat_template(
+        PLAIN, tools=tools, tokenize=False
+    )
+    render = load_tokenizer(folder).render
+    assert render is not None and render(PLAIN, tools) == theirs
 
 
 @pytest.mark.parametrize("place", ["chat_template.json", "chat_template.jinja"])
