@@ -164,7 +164,6 @@ def main() -> None:
     # Read when torch is loaded: its threads then sleep between two products. They would spin, on cores that our own
     # threads, or another program's, have work for: three times the processor time on two busy cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    gc.set_threshold(20_000, 20, 20)  # imports make 400,000 objects that stay: looking through them took .5 s
     open_streams()
     try:
         app()

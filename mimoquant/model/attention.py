@@ -23,6 +23,7 @@ from mimoquant.quant.kernels.triton_modules import triton_kernels
 _QUERY_CHUNK_BYTES = 256 * 2**20  # of attention scores that are held at once
 _LONGEST = 2**15  # keys whose scores one program holds
 _PIECE_BYTES, _PIECE_QUERIES = 2**21, 64  # of scores, and of each head, that are made together on a CPU
+_FEWEST_QUERIES = 16  # that are a piece of their own: products of a row or two have sums in another order
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +61,13 @@ def attend(
         return _times(attention_shares(query, key, sink, offset, window, scale).to(value.dtype), value)
     batch, queries, keys = len(query), query.shape[3], key.shape[2]
     rows = min(queries, _PIECE_QUERIES)
+    begins = range(0, max(1, queries - _FEWEST_QUERIES + 1), rows)
     sequences = max(1, _PIECE_BYTES // (4 * query[0, ..., 0].numel() // queries * rows * keys))
     out = value.new_empty(*query.shape[:4], value.shape[-1])
-    for first, begin in itertools.product(range(0, batch, sequences), range(0, queries, rows)):
-        own, now = slice(first, first + sequences), slice(begin, begin + rows)
-        seen = min(-(-(begin + rows + offset) // _PIECE_QUERIES) * _PIECE_QUERIES, keys)  # whole vectors of the sums
+    for first, begin in itertools.product(range(0, batch, sequences), begins):
+        end = queries if begin == begins[-1] else begin + rows
+        own, now = slice(first, first + sequences), slice(begin, end)
+        seen = min(-(-(end + offset) // _PIECE_QUERIES) * _PIECE_QUERIES, keys)  # whole vectors of the sums
         share = attention_shares(query[own, ..., now, :], key[own, :, :seen], sink, offset + begin, window, scale)
         # with the zeros of what is not seen, the product sums up as it does for all queries at once
         out[own, ..., now, :] = _times(F.pad(share, (0, keys - seen)).to(value.dtype), value[own])

@@ -150,8 +150,8 @@ def _aside(items: Iterator[T], side: torch.cuda.Stream | None) -> Iterator[T]:
 
 class LayersAhead:
     """A source's layers without their experts, one after the other; on CUDA the next are read and brought there by a
-    thread and a stream of their own, while this one is worked on. `near`: the source lies here. Of one that is far away
-    a layer that nobody works on yet would be asked for before the experts of the one that somebody does."""
+    thread and a stream of their own, while this one is worked on. `near`: the source lies here. One that is far away is
+    read in order, or the next layer would delay this one's experts."""
 
     def __init__(self, source: WeightSource, *, near: bool = True) -> None:
         self._source, self._next = source, 0

@@ -92,11 +92,12 @@ class VerifyDocument(TypedDict):
     worst_rounding_tensor: NotRequired[str | None]
     """Where that is; null where it is 0; absent without --source."""
     worst_relative_error: NotRequired[float]
-    """The largest relMSE of a quantized tensor: squared error over squared values; absent without --source."""
+    """The largest relMSE of a quantized tensor, squared error over squared values, where it is finite; absent without
+    --source."""
     worst_relative_error_tensor: NotRequired[str | None]
     """Where that is; null where no quantized tensor was checked; absent without --source."""
     mean_relative_error: NotRequired[float]
-    """relMSE over all quantized tensors together; absent without --source."""
+    """relMSE over all quantized tensors together whose own is finite; absent without --source."""
     unproven: NotRequired[list[str]]
     """What the recipe asks for and files alone cannot prove, each in a sentence; absent without --source."""
     set_aside: NotRequired[list[str]]

@@ -11,6 +11,7 @@ Problems are collected, not thrown: a report of all that is wrong beats the firs
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -76,6 +77,8 @@ class VerifyReport:
         self.checked.update(found.checked)
         self.clamped |= found.clamped
         for name, audit in found.audits:
+            if not math.isfinite(audit.relative_error):  # a problem, which is told; no measure of the others
+                continue
             self.total = self.total.merge(audit)
             if not audit.worst <= self.worst_rounding:
                 self.worst_rounding, self.worst_rounding_tensor = audit.worst, name
@@ -134,9 +137,13 @@ def verify(
             sides = Sides(plan, ours, theirs, journal, engine)
             with workers(_units_at_once(plan), "values") as pool:
                 found = pool.map(partial(check_unit, sides), plan.units)
-                for number, (unit, seen) in enumerate(zip(plan.units, found, strict=True), start=1):
-                    report.add(seen)
-                    tell(f"values of {unit.name}", number, len(plan.units))
+                try:
+                    for number, (unit, seen) in enumerate(zip(plan.units, found, strict=True), start=1):
+                        report.add(seen)
+                        tell(f"values of {unit.name}", number, len(plan.units))
+                except BaseException:
+                    sides.stopped.set()  # or it would wait for the layers that are being looked at
+                    raise
             report.bytes_checked = theirs.bytes_read
     finally:
         engine.close()

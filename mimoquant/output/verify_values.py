@@ -5,6 +5,7 @@ Key idea: nothing of a unit depends on another, so units may be looked at side b
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -44,6 +45,8 @@ class Sides:
     theirs: CheckpointReader
     journal: dict[str, JournalLine]
     engine: CpuEngine
+    stopped: threading.Event = field(default_factory=threading.Event)
+    """Once it is set, no further step is looked at, and what is found is of no use."""
 
 
 @dataclass
@@ -68,13 +71,15 @@ class _Values:
 
     def __init__(self, sides: Sides, layer: int | None) -> None:
         self.plan, self.ours, self.theirs, self.engine = sides.plan, sides.ours, sides.theirs, sides.engine
-        self.journal, self.found, self.layer = sides.journal, Found(), layer
+        self.journal, self.found, self.layer, self.stopped = sides.journal, Found(), layer, sides.stopped
         self.shop = Workshop(self.plan, self.ours, self.engine)
         self.fold = self._norm_fold(layer) if layer is not None and layer in self.plan.formats else None
 
     def check(self, unit: Unit) -> None:
         steps = [step for step in unit.steps if all(map(self._readable, step.entries))]  # headers tell of the others
         for step in steps:
+            if self.stopped.is_set():
+                return
             try:
                 kind_of(step).check(step, self)
             except QualityError as error:  # more groups without a scale than quantize lets pass

@@ -108,7 +108,7 @@ class MachineMemory(TypedDict):
 
 
 class RunEstimate(TypedDict):
-    """How long a run will take with kernels that are compiled, as a rehearsal leaves them. Reading, computing and
+    """How long a run will take once kernels are compiled. Reading, computing and
     writing overlap."""
 
     reading_s: float

@@ -6,7 +6,7 @@ Reading, computing and writing overlap, so the slowest of the three is the run's
 is timed apart is what grows with something: tokens in attention, rows in experts, experts, layers.
 
 Left out: the page cache (a source that is in it reads faster), other programs, how ranks wait for each other, and
-compilers, whose work a rehearsal leaves to the run.
+compilers, which are done with most kernels when the rehearsal ends.
 """
 
 from __future__ import annotations
@@ -267,7 +267,7 @@ def _expert_seconds(walk: Calibrator, few: Experts, stacks: dict[str, Stack]) ->
 
     geometry = walk.plan.layout.geometry
     _warm_up(walk, few)
-    if walk.device.type == "cuda":  # where the first of a size compiles
+    if walk.device.type == "cuda" or walk.metrics:  # where the first of a size, or of a kind, compiles
         _encode_seconds(walk, few, stacks)
         walk.shrinkage = walk.settings.shrinkage
     first = _encode_seconds(walk, few, stacks)

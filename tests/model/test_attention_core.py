@@ -13,7 +13,7 @@ every_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", ma
 
 @every_device
 @pytest.mark.parametrize("sink", [False, True], ids=["plain", "sink"])
-@pytest.mark.parametrize(("keys", "window", "queries"), [(40, 12, 30), (700, 1000, 150)])
+@pytest.mark.parametrize(("keys", "window", "queries"), [(40, 12, 30), (700, 1000, 150), (129, 129, 129)])
 def test_shares_are_those_of_the_plain_softmax(keys: int, window: int, queries: int, sink: bool, device: str) -> None:
     """Queries that see a window of what came before, in the middle of a sequence; in pieces as they are at once."""
     draw = torch.Generator().manual_seed(0)

@@ -17,8 +17,10 @@ from mimoquant.checkpoint.index import INDEX_NAME, TensorInfo, open_index
 from mimoquant.checkpoint.journal import file_sha256
 from mimoquant.errors import CheckpointError, UsageError
 from mimoquant.output.verify import VerifyReport, verify
+from mimoquant.output.verify_values import Found, Sides, check_unit
 from mimoquant.planning.plan import make_plan
 from mimoquant.planning.recipe import load_recipe
+from mimoquant.planning.units import Unit
 
 EXPERT = "model.layers.2.mlp.experts.3.up_proj"
 
@@ -102,6 +104,27 @@ def test_two_swapped_experts(damaged: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert told[0] == told[1]
 
 
+def test_what_is_seen_of_a_layer_is_seen_no_further_when_another_fails(
+    outputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A broken source, or Ctrl-C: whole layers of a large model would be waited for."""
+    seen: list[Sides] = []
+
+    def failing(sides: Sides, unit: Unit) -> Found:
+        seen.append(sides)
+        if unit.layer == 2:
+            raise CheckpointError("shard: is cut off")
+        return check_unit(sides, unit)
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
+    monkeypatch.setattr("mimoquant.output.verify.check_unit", failing)
+    with pytest.raises(CheckpointError, match="is cut off"):
+        verify(outputs["mxfp4-mse"], MICRO)
+    assert seen[0].stopped.is_set() and seen[0] is seen[-1]
+    units = make_plan(MICRO, load_recipe("mxfp4-mse")).units
+    assert not any(check_unit(seen[0], unit).checked for unit in units)
+
+
 def test_a_nan_or_negative_or_zero_scale(damaged: Path) -> None:
     name = f"{EXPERT}.weight_scale"
     dtype = tensor(damaged, name).dtype
@@ -110,9 +133,13 @@ def test_a_nan_or_negative_or_zero_scale(damaged: Path) -> None:
     def poison(raw: np.ndarray) -> None:
         raw[: len(nan)] = nan
 
+    sound = verify(damaged, MICRO).as_json()
     edit(damaged, name, poison)
     mend_journal(damaged)
     assert f"{EXPERT}.weight: " in problems(damaged)
+    told = verify(damaged, MICRO).as_json()  # of all other weights
+    json.dumps(told, allow_nan=False)
+    assert told["worst_relative_error_tensor"] == sound["worst_relative_error_tensor"]
     if dtype != "U8":
         edit(damaged, name, lambda raw: raw.__setitem__(slice(0, len(nan)), 0))
         mend_journal(damaged)
