@@ -16,7 +16,6 @@ shrinkage toward a target as in Ledoit and Wolf, 2004.
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Callable, Sequence
 
 import torch
@@ -26,7 +25,7 @@ from torch import Tensor
 from mimoquant.errors import CheckpointError
 from mimoquant.machine.cores import on_cores
 from mimoquant.model.decoder_layer import ExpertChunk, float32_parts, gated, of_group, product
-from mimoquant.model.dispatch import Dispatch, Group, Routing, on_device
+from mimoquant.model.dispatch import Dispatch, Group, Routing, most_bytes, on_device
 from mimoquant.quant.order import cuda_passes
 
 Rows = Callable[[Tensor, Group], Tensor]  # tokens [m, c, H] of a group of experts → what a projection sees [m, c, K]
@@ -49,6 +48,7 @@ def expert_grams(
     """[E, K, K] sums over the tokens [n, H] that each block dispatches to experts begin..end."""
     out = torch.zeros(end - begin, width, width, device=blocks[0][0].device)
     for tokens, dispatch in blocks:
+        groups = dispatch.groups(begin, end)
 
         def add(group: Group, tokens: Tensor = tokens) -> None:
             rows = group.of(tokens)
@@ -56,13 +56,9 @@ def expert_grams(
                 rows = rows_of(rows, group)
             add_grams(out, rows, group, begin)
 
-        collections.deque(on_cores(add, groups := dispatch.groups(begin, end), out.device, _bytes(tokens, groups)), 0)
+        for _ in on_cores(add, groups, out.device, most_bytes(groups, tokens.shape[-1])):
+            pass
     return out
-
-
-def _bytes(tokens: Tensor, groups: Sequence[Group]) -> int:
-    """Of the most tokens of a group, in float32."""
-    return 4 * tokens.shape[-1] * max((group.rows.numel() for group in groups), default=0)
 
 
 def add_grams(out_EKK: Tensor, rows: Tensor, group: Group, begin: int) -> None:

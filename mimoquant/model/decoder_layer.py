@@ -24,7 +24,7 @@ from torch import Tensor
 from mimoquant.machine.cores import on_cores
 from mimoquant.model.attention import Heads, attend
 from mimoquant.model.config_keys import number, read_rope, text_keys
-from mimoquant.model.dispatch import Dispatch, Group, Routing
+from mimoquant.model.dispatch import Dispatch, Group, Routing, most_bytes
 from mimoquant.model.served_rounding import NONE, UNROUNDED, LayerRounding, rounded
 from mimoquant.quant.kernels.triton_modules import triton_kernels
 from mimoquant.quant.order import cuda_passes
@@ -229,7 +229,7 @@ def add_experts(
             kernels.add(out, made, dispatch.pairs, dispatch.gains, span[0])
         return
     groups = dispatch.groups(chunk.begin, chunk.begin + len(chunk.gate))
-    size = 4 * tokens.shape[1] * max((group.rows.numel() for group in groups), default=0)
+    size = most_bytes(groups, tokens.shape[1])
     made = on_cores(lambda group: expert_outputs(tokens, group, chunk, rounding), groups, out.device, size)
     for group, outputs in zip(groups, made, strict=True):
         add_group(out, group, outputs, rounding)

@@ -57,6 +57,11 @@ class Group:
         return self.members - begin
 
 
+def most_bytes(groups: Sequence[Group], width: int) -> int:
+    """Of the tokens of the largest group, [m, c, width] in float32."""
+    return 4 * width * max((group.rows.numel() for group in groups), default=0)
+
+
 @dataclass(frozen=True, slots=True)
 class Dispatch:
     """The (token, expert) pairs of some `tokens` by expert: pairs begins[e] to begins[e+1] are those of expert e.

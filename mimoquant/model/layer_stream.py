@@ -297,7 +297,7 @@ def dense_layer(
         def passed_once(batch: int) -> Tensor:
             return once(stream.batches[batch], rounding, partial(passed, batch))
 
-        for i, hidden in enumerate(on_cores(passed_once, range(len(stream.batches)), *_size(stream))):
+        for i, hidden in enumerate(on_cores(passed_once, range(len(stream.batches)), *_where_and_size(stream))):
             ferry.store(i, hidden)
 
 
@@ -363,7 +363,7 @@ def _routed(
 
     stream.routing, blocks = [], []
     for members in _grouped(stream.batches):
-        rows, chosen = zip(*on_cores(routed, members, *_size(stream)), strict=True)
+        rows, chosen = zip(*on_cores(routed, members, *_where_and_size(stream)), strict=True)
         routing = Routing(torch.cat([r.experts for r in chosen]), torch.cat([r.weights for r in chosen]))
         stream.routing.append(routing)
         tokens = torch.cat(rows)
@@ -372,7 +372,7 @@ def _routed(
     return blocks
 
 
-def _size(stream: Stream) -> tuple[torch.device, int]:
+def _where_and_size(stream: Stream) -> tuple[torch.device, int]:
     """Where a batch is worked on, and its bytes in float32."""
     return stream.source.device, 4 * max((batch.numel() for batch in stream.batches), default=0)
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 _INTERPRETER_BYTES, _TORCH_BYTES, _CUDA_BYTES = 320 * 2**20, 400 * 2**20, 2 * 2**30
 _GROUPS, _BLOCKS = 2**12, 3  # that go through a layer at once (`audio`); blocks in memory
-_GROUP_ROWS = 2**16  # of tokens that go through a group of experts at once (`decoder_layer`)
+_GROUP_ROWS = 2**16  # of tokens that go through a group of experts at once, the most (`dispatch`)
 _AHEAD = 3  # chunks that a GPU holds as they were read, beside the one that it works on
 # How many float32 matrices of the shape of the Gram matrix, and of gate and up together, a method holds an expert.
 _WITH_GPTQ, _SEARCH_ONLY = (5, 7), (3, 4)

@@ -56,7 +56,8 @@ def chunk_losses(made: list[Rounded], fmt: Format) -> Tensor:
 def _some(one: Rounded, own: slice) -> Rounded:
     """Of some of its experts."""
     metric = None if one.metric is None else one.metric[own]
-    encoded = replace(one.encoded, values=one.encoded.values[own])
+    parts = {name: part[own] for name, part in one.encoded.parts.items()}
+    encoded = replace(one.encoded, parts=parts, values=one.encoded.values[own])
     return Rounded(one.weight[own], one.gram[own], metric, encoded)
 
 

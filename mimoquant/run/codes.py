@@ -46,7 +46,7 @@ def best_shrinkage(
     whole, told = energy(rows, held).sum(), {}
 
     def losses(own: slice, n0: float) -> Tensor:
-        """[3, E]: on held-out tokens, on the expert's own, and the energy that the latter is out of."""
+        """[3, E]: on held-out tokens, on the expert's own, and the energy that this is a share of."""
         shrunk = statistics.shrink(gram[own], count[own], pooled, n0)
         values = encode(rows[own], shrunk, fmt, quick).values
         return torch.stack(

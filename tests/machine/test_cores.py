@@ -7,7 +7,8 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -39,8 +40,21 @@ def test_results_come_in_order_from_as_many_threads_as_torch_had() -> None:
     assert torch.get_num_threads() == 4
 
 
-def test_fewer_pieces_than_cores_have_several_cores_each() -> None:
-    assert list(on_cores(lambda _: torch.get_num_threads(), range(2), CPU)) == [2, 2]
+def test_fewer_pieces_than_cores_have_all_cores_one_by_one() -> None:
+    assert list(on_cores(lambda _: torch.get_num_threads(), range(3), CPU)) == [4, 4, 4]
+    assert dealt(lambda own: (own, torch.get_num_threads()), 3, CPU) == [(slice(0, 3), 4)]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+def test_what_the_caller_wants_of_gradients_holds_in_each_piece(mode: Callable[[], AbstractContextManager]) -> None:
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    with mode():
+        expected = (weight @ weight).requires_grad, torch.is_inference_mode_enabled()
+        out = torch.zeros(2, 2)
+        made = on_cores(lambda _: ((weight @ weight).requires_grad, out.is_inference()), range(8), CPU)
+        assert set(made) == {expected}
+        for _ in on_cores(lambda n: out[n % 2].add_(1.0) if not expected[0] else None, range(8), CPU):
+            pass
 
 
 def test_pieces_within_a_piece_go_one_by_one() -> None:

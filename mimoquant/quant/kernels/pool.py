@@ -23,7 +23,7 @@ class AtOnce(Executor):
 
 
 def executor(threads: int) -> Executor:
-    """Of so many threads; one is the caller's own, so that callers on a core each do not wait for one another."""
+    """A pool of so many threads; for one, the caller itself, so that callers on a core each do not queue."""
     return ThreadPoolExecutor(threads) if threads > 1 else AtOnce()
 
 
