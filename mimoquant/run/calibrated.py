@@ -41,7 +41,7 @@ from mimoquant.planning.plan import Plan
 from mimoquant.planning.units import Experts, Unit
 from mimoquant.quant.awq import best_fold, divided_by, inverse, moved, scaled, settled
 from mimoquant.quant.engine_torch import Sent, TorchEngine, amax, stored_parts, to_numpy
-from mimoquant.quant.expert_methods import energy, loss
+from mimoquant.quant.expert_methods import loss
 from mimoquant.quant.formats import Format
 from mimoquant.quant.method import WALKED_MOST, Method
 from mimoquant.quant.reconstruct import reconstruct
@@ -340,8 +340,6 @@ class Calibrator:
         rows = gate_and_up(chunk)[:SAMPLE_EXPERTS]
         begin, end = chunk.begin, chunk.begin + len(rows)
         held, count = self._input_grams(begin, end, held=True), self.facts.tokens[begin:end]
-        if not bool(energy(rows, held).any()):  # no held-out token came by
-            return 1.0
         chosen, told = best_shrinkage(rows, inputs[: len(rows)], held, count, self.pooled, fmt, self.method)
         self.facts.held_out |= told
         return chosen

@@ -34,7 +34,8 @@ def encode(weight: Tensor, gram: Tensor, fmt: Format, method: Method, metric: Te
 def best_shrinkage(
     rows: Tensor, gram: Tensor, held: Tensor, count: list[int], pooled: Tensor, fmt: Format, method: Method
 ) -> tuple[float, dict[str, float]]:
-    """The shrinkage whose codes have the least loss on held-out tokens, and each one's loss as predicted and measured.
+    """The shrinkage whose codes have the least loss on held-out tokens, and each one's loss as predicted and measured;
+    1 and nothing where no held-out token came by.
 
     Args:
         rows: [E, R, K], gate's above up's.
@@ -43,7 +44,10 @@ def best_shrinkage(
         pooled: [K, K] of the whole layer, a token.
     """
     quick = replace(method, refine=0, every=COARSE)
-    whole, told = energy(rows, held).sum(), {}
+    of_held = energy(rows, held)
+    if not bool(of_held.any()):
+        return 1.0, {}
+    whole, told = of_held.sum(), {}
 
     def losses(own: slice, n0: float) -> Tensor:
         """[3, E]: on held-out tokens, on the expert's own, and the energy that this is a share of."""

@@ -102,7 +102,7 @@ def test_every_one_is_dealt_out_once(count: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["gptq-nvfp4", "gptq-int4-g32"])
-def test_a_calibrated_run_has_the_same_bytes_with_any_number_of_threads(recipe: str, tmp_path: Path) -> None:
+def test_a_calibrated_run_has_the_same_bytes_while_each_core_gets_an_expert(recipe: str, tmp_path: Path) -> None:
     hashes = []
     for threads in ("1", "2", "5"):
         out = tmp_path / threads
