@@ -25,7 +25,7 @@ from mimoquant.machine.cores import on_cores
 from mimoquant.model.attention import Heads, attend
 from mimoquant.model.config_keys import number, read_rope, text_keys
 from mimoquant.model.dispatch import Dispatch, Group, Routing, most_bytes
-from mimoquant.model.served_rounding import NONE, UNROUNDED, LayerRounding, rounded
+from mimoquant.model.served_rounding import UNROUNDED, LayerRounding, rounded
 from mimoquant.quant.kernels.triton_modules import triton_kernels
 from mimoquant.quant.order import cuda_passes
 
@@ -140,7 +140,8 @@ def attention(
     """Causal attention with partial rotary embedding, optional window and sinks; [B, T, H]."""
     heads = attention_heads(rounded(hidden_BTH, rounding.qkv), weights, config, rounding)
     out = rounding.stored(attended(heads, *rounding.cached(heads.key, heads.value), weights.sink))
-    return rounding.stored(product(float32_parts(rounded(out, rounding.o), weights.o, config.parts), weights.o))
+    parts = float32_parts(rounded(out, rounding.o), weights.o, rounding.parts(rounding.o, config.parts))
+    return rounding.stored(product(parts, weights.o))
 
 
 def attended(heads: Heads, key: Tensor, value: Tensor, sink: Tensor | None) -> Tensor:
@@ -168,7 +169,7 @@ def attention_heads(
     """What attention makes of its input [B, T, H], rounded already, before positions see each other."""
     batch, tokens, _ = hidden_BTH.shape
     groups, stored = weights.heads // weights.kv_heads, rounding.stored
-    parts = float32_parts(hidden_BTH, weights.q, config.parts)
+    parts = float32_parts(hidden_BTH, weights.q, rounding.parts(rounding.qkv, config.parts))
     query = stored(product(parts, weights.q)).view(batch, tokens, weights.heads, -1)
     key = stored(product(parts, weights.k)).view(batch, tokens, weights.kv_heads, -1)
     value = stored(product(parts, weights.v)).view(batch, tokens, weights.kv_heads, -1) * config.value_scale
@@ -199,9 +200,10 @@ def rotate(heads_BTND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def dense_mlp(hidden: Tensor, weights: DenseWeights, rounding: LayerRounding = UNROUNDED) -> Tensor:
     """SwiGLU; `rounding.mlp`: of the inputs of all three products."""
-    stored, parts = rounding.stored, float32_parts(rounded(hidden, rounding.mlp), weights.gate)
-    inner = stored(F.silu(stored(product(parts, weights.gate)))) * stored(product(parts, weights.up))
-    return stored(linear(rounded(stored(inner), rounding.mlp), weights.down))
+    stored, count = rounding.stored, rounding.parts(rounding.mlp)
+    parts = float32_parts(rounded(hidden, rounding.mlp), weights.gate, count)
+    inner = stored(stored(F.silu(stored(product(parts, weights.gate)))) * stored(product(parts, weights.up)))
+    return stored(product(float32_parts(rounded(inner, rounding.mlp), weights.down, count), weights.down))
 
 
 def route(tokens: Tensor, router: Router, top_k: int) -> Routing:
@@ -222,11 +224,14 @@ def add_experts(
     Experts with a similar number of tokens form one stacked product; where Triton is, all of the chunk do. Results are
     added expert by expert: a token occurs once in each, so the order of the sum is fixed on every device.
     """
-    if not rounding.in_bf16 and (kernels := _expert_kernels(tokens, out, chunk)):
+    if kernels := _expert_kernels(tokens, out, chunk):
+        parts = 1 if tokens.dtype == torch.bfloat16 else rounding.parts(rounding.experts)
+        numbers = kernels.Numbers(parts, rounding.in_bf16, rounding.silu_in_bf16)
         for tiles, span in dispatch.tiles(chunk.begin, chunk.begin + len(chunk.gate), kernels.tile_rows(out.device)):
-            inner = kernels.gate_up(tokens, dispatch.rows, chunk.gate, chunk.up, tiles, span)
-            made = kernels.down(rounded(inner, rounding.experts, rounding.down_scale), chunk.down, tiles, span[0])
-            kernels.add(out, made, dispatch.pairs, dispatch.gains, span[0])
+            inner = kernels.gate_up(tokens, dispatch.rows, (chunk.gate, chunk.up), tiles, span, numbers)
+            inner = rounded(inner, rounding.experts, rounding.down_scale)
+            made = kernels.down(inner, chunk.down, tiles, span[0], numbers)
+            kernels.add(out, made, dispatch.pairs, dispatch.gains, span[0], numbers)
         return
     groups = dispatch.groups(chunk.begin, chunk.begin + len(chunk.gate))
     size = most_bytes(groups, tokens.shape[1])
@@ -250,13 +255,14 @@ def _expert_kernels(tokens: Tensor, out: Tensor, chunk: ExpertChunk) -> Any:
 def expert_outputs(tokens: Tensor, group: Group, chunk: ExpertChunk, rounding: LayerRounding = UNROUNDED) -> Tensor:
     """What each expert of the group makes of its tokens, [m, c, H], before the gains; padded rows hold anything."""
     gate, up, down = group_of_chunk(group, chunk)
-    stored, parts = rounding.stored, float32_parts(group.of(tokens), gate)
-    if rounding.in_bf16 and rounding.experts == NONE:
+    stored, count = rounding.stored, rounding.parts(rounding.experts)
+    parts = float32_parts(group.of(tokens), gate, count)
+    if rounding.silu_in_bf16:
         inner = stored(stored(F.silu(stored(product(parts, gate)))) * stored(product(parts, up)))
-    else:  # a kernel that rounds has SiLU times up in float32
+    else:
         inner = gated(stored(product(parts, gate)), stored(product(parts, up)), tokens.dtype)
     inner = rounded(inner, rounding.experts, rounding.down_scale)
-    return product(float32_parts(inner, down), down)
+    return product(float32_parts(inner, down, count), down)
 
 
 def gated(gate: Tensor, up: Tensor, dtype: torch.dtype) -> Tensor:
@@ -298,10 +304,12 @@ def linear(rows: Tensor, weight: Tensor) -> Tensor:
 
 def float32_parts(rows: Tensor, weight: Tensor, parts: int = 3) -> tuple[Tensor, ...]:
     """float32 rows as three bfloat16 parts that sum to them exactly, where `product` has a use for that; or as the
-    first two, which leave 2^-17 of each."""
+    first two, which leave 2^-17 of each, or the first alone, where rows are bfloat16 by their values."""
     if not (rows.is_cuda and rows.dtype == torch.float32 and weight.dtype == torch.bfloat16):
         return (rows,)
     high = rows.to(torch.bfloat16)
+    if parts == 1:
+        return (high,)
     rest = rows - high
     middle = rest.to(torch.bfloat16)
     return (high, middle) if parts == 2 else (high, middle, (rest - middle).to(torch.bfloat16))

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 NONE, FP8, MXFP8, MXFP4, NVFP4 = "none", "fp8", "mxfp8", "mxfp4", "nvfp4"
 FP8_UE8M0 = "fp8-ue8m0"  # its scales are powers of two
+_FIT_BF16 = {FP8_UE8M0, MXFP8, MXFP4}  # four digits at most, times a power of two
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +42,19 @@ class LayerRounding:
         """What makes two forwards differ before the experts."""
         return self.qkv, self.o, self.mlp, self.cache, self.in_bf16
 
+    @property
+    def silu_in_bf16(self) -> bool:
+        """Whether an expert's SiLU, and that times up, are stored in bf16: a kernel that rounds has them in float32."""
+        return self.in_bf16 and self.experts == NONE
+
     def stored(self, made: Tensor) -> Tensor:
         """What an operation made, as the next one finds it; the very same tensor where that is not rounded."""
         return made.bfloat16().to(made.dtype) if self.in_bf16 else made
+
+    def parts(self, kind: str, usual: int = 3) -> int:
+        """As how many bfloat16 numbers inputs that were rounded to `kind` are taken: one holds some exactly, of float32
+        those are the `usual` ones."""
+        return 1 if kind in _FIT_BF16 or (kind == NONE and self.in_bf16) else usual
 
     def expert_inputs(self, rows: Tensor) -> Tensor:
         """What gate and up of routed experts see; with "none" the very same tensor."""

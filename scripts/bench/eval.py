@@ -5,6 +5,8 @@ random tokens, once with a few to compile; then measures the two bounds in the s
 checkpoints, and float32 products of the same size as those of the forward, which are three of bfloat16 on CUDA.
 
 usage: scripts/bench/eval.py [--device cuda] [--layers 3] [--experts 256] [--sequences 64] [--tokens 2048] [--work DIR]
+                             [--as-served ENGINE:GPU]
+  --as-served: also with what is rounded there, plain and served in turns
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ import numpy as np
 import torch
 
 from mimoquant import pipeline
+from mimoquant.assembly.choices import RoundingChoice
+from mimoquant.assembly.evaluations import rounded_checkpoints
 from mimoquant.calibration.tokens import TokenSet
 from mimoquant.evaluation.eval_kl import eval_kl
 from mimoquant.machine.team import Team
@@ -49,13 +53,21 @@ def product_seconds(flops: float, device: str) -> float:
     return parts * flops * seconds / (2 * size**3)
 
 
-def evaluate(work: Path, sequences: int, length: int, device: str) -> tuple[float, float]:
-    """Seconds, and J."""
+def evaluate(
+    work: Path, sequences: int, length: int, device: str, place: str | None = None
+) -> tuple[float, float, float]:
+    """Seconds, J, peak GB on the device; with what is rounded at a `place`, or with nothing."""
     ids = np.random.default_rng(0).integers(0, VOCAB, (sequences, length))
     tokens = TokenSet(name="random", ids=ids, domains=("random",) * len(ids), sha256="", sequence_hashes=(), origins=())
+    folders = {"reference": work / "source", "candidate": work / "out"}
+    sides = rounded_checkpoints(folders, RoundingChoice(as_served=place))
+    cuda = device.startswith("cuda")
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
     begin = time.perf_counter()
-    facts = eval_kl(work / "source", work / "out", tokens, team=Team(device), noise_floor=False)
-    return time.perf_counter() - begin, facts["j"]["mean"]
+    facts = eval_kl(sides["reference"], sides["candidate"], tokens, team=Team(device), noise_floor=False)
+    seconds = time.perf_counter() - begin
+    return seconds, facts["j"]["mean"], torch.cuda.max_memory_allocated() / 1e9 if cuda else float("nan")
 
 
 def main() -> None:
@@ -64,6 +76,7 @@ def main() -> None:
     for name, value in (("layers", 3), ("experts", 256), ("sequences", 64), ("tokens", 2048)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--work", type=Path)
+    parser.add_argument("--as-served")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
         work = Path(folder)
@@ -71,19 +84,25 @@ def main() -> None:
         begin = time.perf_counter()
         pipeline.quantize(make_plan(work / "source", load_recipe("mxfp4-rtn")), work / "out", device=options.device)
         print(f"quantized on {options.device} in {time.perf_counter() - begin:.1f} s", flush=True)
-        evaluate(work, min(8, options.sequences), options.tokens, options.device)  # compiles
-        cuda = options.device.startswith("cuda")
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-        seconds, j = min(evaluate(work, options.sequences, options.tokens, options.device) for _ in range(2))
-        peak = torch.cuda.max_memory_allocated() / 1e9 if cuda else float("nan")
+        places = [None, *([options.as_served] if options.as_served else [])]
+        for place in places:
+            evaluate(work, min(8, options.sequences), options.tokens, options.device, place)  # compiles
+        told: dict[str | None, list[tuple[float, float, float]]] = {place: [] for place in places}
+        for place in places * 2:
+            told[place].append(evaluate(work, options.sequences, options.tokens, options.device, place))
         read = read_seconds(work / "source", work / "out")
         attention = 4096 * (64 * 192 + 8 * 192 + 8 * 128) + 4096 * 64 * 128
         count = options.sequences * options.tokens
         flops = 2.0 * 2 * count * options.layers * (8 * 3 * 4096 * 2048 + attention)
         bound = read + product_seconds(flops, options.device)
-        print(f"eval-kl of {count} tokens: {seconds:.2f} s, {peak:.1f} GB on the device, J {j:.7f}")
-        print(f"bounds: reading {read:.1f} s + products {bound - read:.1f} s; reached {bound / seconds:.2f} of them")
+        for place in places:
+            seconds, j, peak = min(told[place])
+            every = ", ".join(f"{one:.2f}" for one, _, _ in told[place])
+            print(f"eval-kl of {count} tokens, {place or 'plain'}: {every} s, {peak:.1f} GB on the device, J {j:.7f}")
+        plain, *served = (min(told[place])[0] for place in places)
+        print(f"bounds: reading {read:.1f} s + products {bound - read:.1f} s; reached {bound / plain:.2f} of them")
+        for seconds in served:
+            print(f"{options.as_served}: {seconds / plain:.2f} times plain")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from torch import Tensor
 from mimoquant.model import dispatch
 from mimoquant.model.decoder_layer import ExpertChunk, add_experts
 from mimoquant.model.dispatch import Dispatch, Routing
+from mimoquant.model.served_rounding import FP8, MXFP8, NVFP4, UNROUNDED, LayerRounding, rounded
 
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is here")]
 every_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_gpu)])
@@ -20,14 +21,20 @@ def drawn(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def exact(tokens: Tensor, routing: Routing, weights: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """In float64, token by token; what down sees is rounded as the tokens are."""
+def exact(
+    tokens: Tensor, routing: Routing, weights: tuple[Tensor, Tensor, Tensor], rounding: LayerRounding = UNROUNDED
+) -> Tensor:
+    """In float64, token by token; what down sees is rounded as the tokens are, and as `rounding` says."""
     out = torch.zeros(tokens.shape, dtype=torch.float64)
     gate, up, down = (weight.double() for weight in weights)
+    stored = rounding.stored
     for n, (row, chosen, gains) in enumerate(zip(tokens.double(), routing.experts, routing.weights, strict=True)):
         for e, gain in zip(chosen.tolist(), gains.double(), strict=True):
-            inner = F.silu(gate[e] @ row) * (up[e] @ row)
-            out[n] += gain * (down[e] @ inner.to(tokens.dtype).double())
+            silu = F.silu(stored(gate[e] @ row))
+            inner = (stored(silu) if rounding.silu_in_bf16 else silu) * stored(up[e] @ row)
+            inner = stored(inner) if rounding.silu_in_bf16 else inner
+            seen = rounded(inner.to(tokens.dtype)[None], rounding.experts, rounding.down_scale)[0]
+            out[n] += stored(gain * (down[e] @ seen.double()))
     return out
 
 
@@ -57,3 +64,30 @@ def test_chunks_of_experts_give_what_float64_gives(
         part = Dispatch.of(Routing(there[1][few], there[2][few]), EXPERTS)
         add_experts(again[few], there[0][few], part, ExpertChunk(0, *there[3:]))
         assert torch.equal(again[few], out[few])
+
+
+@every_device
+@pytest.mark.parametrize("parts", ["as the kind has them", "three"])
+@pytest.mark.parametrize(
+    "rounding",
+    [LayerRounding(in_bf16=True)]
+    + [LayerRounding(kind, 0.5, 300.0, in_bf16=in_bf16) for kind in (MXFP8, NVFP4, FP8) for in_bf16 in (True, False)],
+    ids=str,
+)
+def test_experts_round_and_store_between_products(
+    rounding: LayerRounding, parts: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inputs that bfloat16 holds are one product, with the sums that three have."""
+    if parts == "three":
+        monkeypatch.setattr(LayerRounding, "parts", lambda self, kind, usual=3: usual)
+    rows = rounding.expert_inputs(drawn(100, 96, seed=0).bfloat16().float())
+    gate, up = (drawn(EXPERTS, 80, 96, seed=seed).bfloat16() / 96**0.5 for seed in (1, 2))
+    down = drawn(EXPERTS, 96, 80, seed=3).bfloat16()
+    routing = Routing(drawn(100, EXPERTS, seed=4).topk(TOP_K).indices, drawn(100, TOP_K, seed=5).abs())
+    there = [tensor.to(device) for tensor in (rows, routing.experts, routing.weights, gate, up, down)]
+    out, plain = (torch.zeros(100, 96, device=device) for _ in range(2))
+    for sums, told in ((out, rounding), (plain, UNROUNDED)):
+        add_experts(sums, there[0], Dispatch.of(Routing(*there[1:3]), EXPERTS), ExpertChunk(0, *there[3:]), told)
+    wanted = exact(rows, routing, (gate, up, down), rounding)
+    apart, far = ((sums.cpu().double() - wanted).norm() / wanted.norm() for sums in (out, plain))
+    assert apart < 1e-3 and far > 2e-3, f"{apart:.1e} and without any rounding {far:.1e}"

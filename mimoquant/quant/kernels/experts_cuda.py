@@ -41,6 +41,15 @@ class _Tile(NamedTuple):
         }
 
 
+class Numbers(NamedTuple):
+    """What rows are taken as: the `parts` of bfloat16 that hold them, 3 for any float32. `stored`: gate's and up's
+    answers, and an expert's times its gain, are rounded to bfloat16; `silu`: SiLU of gate, and that times up, too."""
+
+    parts: int = 3
+    stored: bool = False
+    silu: bool = False
+
+
 _SMALL = _Tile(64, 64, 32, 4, 2)  # fits everywhere
 _GATE_UP, _DOWN = _Tile(128, 128, 64, 8, 3), _Tile(128, 128, 32, 8, 4)  # the fastest of six each on an H200
 
@@ -70,6 +79,12 @@ def _times(total, rows, matrix_KN, PARTS: tl.constexpr):
 
 
 @triton.jit
+def _in_bf16(values):
+    """float32 as bfloat16 holds it."""
+    return values.to(tl.bfloat16).to(tl.float32)
+
+
+@triton.jit
 def _gate_up(
     tokens,
     places,
@@ -81,11 +96,14 @@ def _gate_up(
     width,
     inner,
     PARTS: tl.constexpr,
+    STORED: tl.constexpr,
+    SILU: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """out [pairs of the chunk, I] = SiLU(tokens gateᵀ) x (tokens upᵀ), rounded once to the dtype of `out`.
+    """out [pairs of the chunk, I] = SiLU(tokens gateᵀ) x (tokens upᵀ), rounded once to the dtype of `out`; STORED and
+    SILU: see `Numbers`.
 
     `tiles`: int32 [tiles, 3] of (expert in the chunk, its first pair of the tile, its end). `first`: the chunk's first
     pair.
@@ -105,7 +123,10 @@ def _gate_up(
         kept = left[:, None] & (n < inner)[None, :]
         opened = _times(opened, x, tl.load(gate + matrix + begin, mask=kept, other=0.0), PARTS)
         lifted = _times(lifted, x, tl.load(up + matrix + begin, mask=kept, other=0.0), PARTS)
-    made = opened / (1.0 + tl.exp(-opened)) * lifted
+    if STORED:
+        opened, lifted = _in_bf16(opened), _in_bf16(lifted)
+    silu = opened / (1.0 + tl.exp(-opened))
+    made = _in_bf16(_in_bf16(silu) * lifted) if SILU else silu * lifted
     target = out + (pair - first)[:, None].to(tl.int64) * inner + n[None, :]
     tl.store(target, made.to(out.dtype.element_ty), mask=there[:, None] & (n < inner)[None, :])
 
@@ -144,9 +165,9 @@ def _down(
 
 
 @triton.jit
-def _summed(out, values, pairs, gains, first, last, width, K: tl.constexpr, N: tl.constexpr):
+def _summed(out, values, pairs, gains, first, last, width, STORED: tl.constexpr, K: tl.constexpr, N: tl.constexpr):
     """out [N, H] += gain times value of each of a token's pairs from `first` to `last`, in the order of the experts.
-    `pairs`: int64 [N, K], rising."""
+    `pairs`: int64 [N, K], rising. STORED: see `Numbers`."""
     token = tl.program_id(0).to(tl.int64)
     own, least, most = pairs + token * K, tl.load(pairs + token * K), tl.load(pairs + token * K + K - 1)
     if least < last and most >= first:
@@ -158,18 +179,25 @@ def _summed(out, values, pairs, gains, first, last, width, K: tl.constexpr, N: t
                 mine = (pair >= first) & (pair < last)
                 gain = tl.load(gains + pair, mask=mine, other=0.0)
                 value = tl.load(values + (pair - first) * width + j, mask=mine & (j < width), other=0.0)
-                total = tl.where(mine, total + value * gain, total)
+                gained = _in_bf16(value * gain) if STORED else value * gain
+                total = tl.where(mine, total + gained, total)
             tl.store(out + token * width + j, total, mask=j < width)
 
 
 def gate_up(
-    tokens_NH: Tensor, places_P: Tensor, gate_EIH: Tensor, up_EIH: Tensor, tiles: Tensor, span: tuple[int, int]
+    tokens_NH: Tensor,
+    places_P: Tensor,
+    gate_up_EIH: tuple[Tensor, Tensor],
+    tiles: Tensor,
+    span: tuple[int, int],
+    numbers: Numbers,
 ) -> Tensor:
     """[pairs of the chunk, I], in the tokens' dtype (float32 or bfloat16; weights are bfloat16).
 
     Args:
         places_P: which token a pair has, int64. tiles: see `_gate_up`. span: the chunk's pairs, from and to.
     """
+    gate_EIH, up_EIH = gate_up_EIH
     inner, width = gate_EIH.shape[1:]
     tile = _GATE_UP if _is_large(tokens_NH.device) else _SMALL
     out = torch.empty(span[1] - span[0], inner, dtype=tokens_NH.dtype, device=tokens_NH.device)
@@ -183,13 +211,15 @@ def gate_up(
         span[0],
         width,
         inner,
-        PARTS=_parts(tokens_NH),
+        PARTS=numbers.parts,
+        STORED=numbers.stored,
+        SILU=numbers.silu,
         **tile.settings,
     )
     return out
 
 
-def down(rows_PI: Tensor, down_EHI: Tensor, tiles: Tensor, first: int) -> Tensor:
+def down(rows_PI: Tensor, down_EHI: Tensor, tiles: Tensor, first: int, numbers: Numbers) -> Tensor:
     """What the experts make of rows [pairs of the chunk, I], float32 [pairs of the chunk, H], before the gains."""
     width, inner = down_EHI.shape[1:]
     tile = _DOWN if _is_large(rows_PI.device) else _SMALL
@@ -202,13 +232,13 @@ def down(rows_PI: Tensor, down_EHI: Tensor, tiles: Tensor, first: int) -> Tensor
         first,
         inner,
         width,
-        PARTS=_parts(rows_PI),
+        PARTS=numbers.parts,
         **tile.settings,
     )
     return out
 
 
-def add(out_NH: Tensor, values_PH: Tensor, pairs_NK: Tensor, gains_P: Tensor, first: int) -> None:
+def add(out_NH: Tensor, values_PH: Tensor, pairs_NK: Tensor, gains_P: Tensor, first: int, numbers: Numbers) -> None:
     """Add the chunk's pairs, from the `first` on, to their tokens (float32), times their gains."""
     _summed[(len(out_NH),)](
         out_NH,
@@ -218,11 +248,7 @@ def add(out_NH: Tensor, values_PH: Tensor, pairs_NK: Tensor, gains_P: Tensor, fi
         first,
         first + len(values_PH),
         out_NH.shape[1],
+        STORED=numbers.stored,
         K=pairs_NK.shape[1],
         N=_WIDTH,
     )
-
-
-def _parts(rows: Tensor) -> int:
-    """float32 is three bfloat16 parts, exactly."""
-    return 1 if rows.dtype == torch.bfloat16 else 3
